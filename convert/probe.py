@@ -1,0 +1,513 @@
+"""Run a checkpoint's own code: build its class, load the weights, ask it for logits, traces and inputs of block 0.
+
+Published code was written for other versions of transformers, so the class is imported and constructed here, on the CPU
+in float32, and its tensors are filled one by one; `from_pretrained` is the second way. Nothing stays registered: the
+modules are imported under a package of their own and forgotten, and the registries of transformers are put back.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import importlib
+import inspect
+import itertools
+import random
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from .source import Source
+from .trace import Tape, model_tensors
+
+Log = Callable[[str], None]
+
+_counter = itertools.count()
+_WRAPPERS = ("_orig_mod.", "module.")  # left in names by torch.compile and DistributedDataParallel
+
+
+class _Stop(BaseException):
+    """Ends a forward pass whose rest is not wanted; no `except Exception` of the checkpoint's code may catch it."""
+
+
+class OwnModel:
+    """A checkpoint's model, run by its own code. Tensors are CPU float32; ids are sequences of their own, [T]."""
+
+    def __init__(self, model: nn.Module, source: Source, file_name: dict[str, str], unknown: list[str]) -> None:
+        self.model = model
+        self.source = source
+        self.file_name = file_name  # name in the model -> name in the file
+        self.unknown = unknown  # tensors of the file that the code does not know
+        self.vocab_size = 0  # known after the first logits
+        self._call_style: Callable[[Tensor], Any] | None = None
+        self._last_only = False
+        self._tap: tuple[str, int] | tuple[nn.Module, Any] | None = None
+
+    # --- logits --------------------------------------------------------------------------------------------------
+
+    def logits(self, ids: NDArray[Any]) -> NDArray[np.float32]:
+        """ids [T] -> float32 [T, V]."""
+        with _quiet():
+            out = self._forward(ids)
+            if self._last_only and len(ids) > 1:
+                out = torch.cat([self._forward(ids[:n])[-1:] for n in range(1, len(ids))] + [out[-1:]])
+        return out.numpy().astype(np.float32)
+
+    def trace(self, ids: NDArray[Any]) -> tuple[Tape, Tensor]:
+        """Run ids [T] under a tape. The logits are [T, V], or [1, V] from code that returns only the last ones."""
+        with _quiet():
+            if self._call_style is None:
+                self._forward(ids)
+            tape = Tape(self.model)
+            with tape:
+                logits = self._forward(ids)
+        return tape, logits
+
+    def _forward(self, ids: NDArray[Any]) -> Tensor:
+        tokens = torch.as_tensor(np.asarray(ids, dtype=np.int64))[None]
+        if self._call_style is not None:
+            return self._logits_of(self._call_style(tokens), len(ids))
+        failures = []
+        for call in _call_styles(self.model):
+            try:
+                logits = self._logits_of(call(tokens), len(ids))
+            except Exception as error:
+                failures.append(f"{type(error).__name__}: {error}".splitlines()[0])
+                continue
+            if self._call_style is None or logits.shape[0] == len(ids):
+                self._call_style, self._last_only = call, logits.shape[0] < len(ids)
+                result = logits
+            if not self._last_only:
+                break
+        if self._call_style is None:
+            raise CheckpointError(f"the checkpoint's forward failed: {'; '.join(dict.fromkeys(failures))}")
+        self.vocab_size = result.shape[1]
+        return result
+
+    @staticmethod
+    def _logits_of(output: Any, length: int) -> Tensor:
+        """The logits [T, V] or [1, V] in whatever forward returned."""
+        if hasattr(output, "logits"):
+            output = output.logits
+        elif isinstance(output, dict) and "logits" in output:
+            output = output["logits"]
+        candidates = output if isinstance(output, (tuple, list)) else [output]
+        for tensor in candidates:
+            if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.ndim in (2, 3):
+                tensor = tensor[0] if tensor.ndim == 3 else tensor
+                if tensor.shape[0] in (length, 1):
+                    return tensor.detach().float()
+        raise TypeError("forward returned no tensor of logits [1, T, V]")
+
+    # --- the input of the first block ----------------------------------------------------------------------------
+
+    def tap(self, ids: NDArray[Any], rows: Tensor, order: int) -> None:
+        """Find where `rows` [T, D], computed by operation number `order`, can be intercepted for other ids."""
+        found: list[tuple[nn.Module, Any]] = []
+
+        def look(module: nn.Module, args: Any, kwargs: Any) -> None:
+            for key, value in [*enumerate(args), *kwargs.items()]:
+                fits = isinstance(value, Tensor) and value.numel() == rows.numel() and value.ndim >= 2
+                if not found and fits and torch.equal(value.detach().reshape(rows.shape).float(), rows):
+                    found.append((module, key))
+
+        handles = [m.register_forward_pre_hook(look, with_kwargs=True) for m in self.model.modules()]
+        try:
+            with _quiet():
+                self._forward(ids)
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._tap = found[0] if found else ("operation", order)
+        self._tap_length = len(ids)
+
+    def input_rows(self, ids: NDArray[Any]) -> NDArray[np.float32]:
+        """What enters block 0 for one sequence of ids [T], float32 [T, D]. `tap` comes first."""
+        if isinstance(self._tap[0], nn.Module):
+            return self._hooked_rows(ids, *self._tap)
+        # No module sees them: count operations, with sequences of the length that was counted.
+        length, parts = self._tap_length, []
+        for start in range(0, len(ids), length):
+            part = np.resize(np.asarray(ids)[start : start + length], length)
+            parts.append(self._counted_rows(part, self._tap[1]))
+        return np.concatenate(parts)[: len(ids)]
+
+    def _hooked_rows(self, ids: NDArray[Any], module: nn.Module, key: Any) -> NDArray[np.float32]:
+        seen: list[Tensor] = []
+
+        def stop(_: nn.Module, args: Any, kwargs: Any) -> None:
+            seen.append((args[key] if isinstance(key, int) else kwargs[key]).detach().float())
+            raise _Stop
+
+        handle = module.register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            with _quiet(), contextlib.suppress(_Stop):
+                self._call_style(torch.as_tensor(np.asarray(ids, dtype=np.int64))[None])
+        finally:
+            handle.remove()
+        return seen[0].reshape(len(ids), -1).numpy()
+
+    def _counted_rows(self, ids: NDArray[Any], order: int) -> NDArray[np.float32]:
+        class StopAt(Tape):
+            rows: Tensor
+
+            def _after(self, op: str, out: Tensor, *rest: Any) -> None:
+                super()._after(op, out, *rest)
+                if self.order == order:
+                    self.rows = out.detach().float().clone()
+                    raise _Stop
+
+        tape = StopAt(self.model)
+        with _quiet(), contextlib.suppress(_Stop), tape:
+            self._call_style(torch.as_tensor(np.asarray(ids, dtype=np.int64))[None])
+        return tape.rows.reshape(len(ids), -1).numpy()
+
+    def close(self) -> None:
+        """Forget the model and the modules of its code."""
+        self.model = nn.Module()
+        self._call_style = self._tap = None
+        _forget_modules(self.source.directory)
+
+
+def _call_styles(model: nn.Module) -> Iterator[Callable[[Tensor], Any]]:
+    """Ways to call a model with tokens [1, T], the most explicit first."""
+    parameters = inspect.signature(model.forward).parameters
+    named = [p for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    first = named[0].name if named else None
+
+    def value_of(name: str, tokens: Tensor) -> Any:
+        if "mask" in name:
+            return torch.ones_like(tokens)
+        if "pos" in name:
+            return torch.arange(tokens.shape[1])[None]
+        return {"use_cache": False, "return_dict": True, "training": False, "train": False}.get(name)
+
+    required = [p.name for p in named[1:] if p.default is p.empty]
+    optional = [p.name for p in named[1:] if p.name in ("use_cache", "return_dict")]
+    targets = [p.name for p in named[1:] if p.name in ("targets", "labels", "target", "y")]
+
+    def call(tokens: Tensor, names: list[str], with_targets: bool = False) -> Any:
+        kwargs = {name: value_of(name, tokens) for name in names}
+        kwargs |= dict.fromkeys(targets[:1], tokens) if with_targets else {}
+        return model(**{first: tokens}, **kwargs) if first else model(tokens, **kwargs)
+
+    yield lambda tokens: call(tokens, required + optional)
+    yield lambda tokens: call(tokens, required)
+    if any(p.kind == p.VAR_KEYWORD for p in parameters.values()):
+        yield lambda tokens: model(input_ids=tokens)
+    yield lambda tokens: model(tokens)
+    if targets:  # some code computes all logits only if it is asked for a loss
+        yield lambda tokens: call(tokens, required + optional, with_targets=True)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No gradients, no fused encoder layers, no compilation: every operation reaches the dispatcher."""
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+# --- loading -------------------------------------------------------------------------------------------------
+
+
+def has_own_code(source: Source) -> bool:
+    """Whether the checkpoint comes with code of its own, or names an architecture that transformers has."""
+    return _own_class(source) is not None or _library_class(source) is not None
+
+
+def needs_trust(source: Source) -> bool:
+    """Whether its code is in the checkpoint directory, so that running it needs the user's permission."""
+    return _own_class(source) is not None
+
+
+def load_own_model(source: Source, log: Log) -> OwnModel:
+    """Build the checkpoint's model by its own code, with the weights of the files, in evaluation mode.
+
+    Raises CheckpointError if the code cannot be run, if weights it needs are missing or have other shapes, or if it
+    draws tensors at random that no file holds.
+    """
+    if "quantization_config" in source.config:
+        raise CheckpointError("config.json: a quantized checkpoint; convert the original weights instead")
+    try:
+        with _unregistered(), _seeds_restored():
+            try:
+                return _load_by_constructor(source, log)
+            except Exception as error:
+                first = error
+                log(f"own code: constructing the class failed ({_line(error)}); trying from_pretrained")
+            try:
+                return _load_by_from_pretrained(source, log)
+            except Exception as error:
+                if isinstance(first, CheckpointError):
+                    raise first from None
+                raise CheckpointError(
+                    f"the checkpoint's own code could not be loaded: {_line(first)} "
+                    f"(and from_pretrained: {_line(error)}). Without it, convert with --no-trust-remote-code and "
+                    "state what stays ambiguous on the command line"
+                ) from first
+    except BaseException:
+        _forget_modules(source.directory)
+        raise
+
+
+def _load_by_constructor(source: Source, log: Log) -> OwnModel:
+    make = _constructor(source)
+    torch.manual_seed(1)
+    first_draw = {}
+    model = make()
+    file_name, _, _ = _match_names(model, source)
+    for name, tensor in model_tensors(model):
+        if name not in file_name:
+            first_draw[name] = tensor.detach().clone()
+    del model
+    torch.manual_seed(2)
+    model = make()
+    return _filled(model, source, first_draw, log)
+
+
+def _load_by_from_pretrained(source: Source, log: Log) -> OwnModel:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        source.directory, trust_remote_code=needs_trust(source), dtype=torch.float32, local_files_only=True
+    )
+    return _filled(model, source, {}, log)
+
+
+def _filled(model: nn.Module, source: Source, first_draw: dict[str, Tensor], log: Log) -> OwnModel:
+    """Copy the tensors of the files into the model and check what they leave open."""
+    model.eval().requires_grad_(False).float()
+    file_name, missing, unknown = _match_names(model, source)
+    state = model.state_dict(keep_vars=True)
+    for name, stored in file_name.items():
+        shape = source.tensors[stored].shape
+        if tuple(state[name].shape) != shape:
+            raise CheckpointError(f"tensor {stored}: {shape} in the file, {tuple(state[name].shape)} in the code")
+        state[name].copy_(torch.from_numpy(source.read_raw(stored)))
+    loaded = {state[name].data_ptr() for name in file_name}
+    if missing and getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        missing = _tie_output(model, missing, file_name)
+    missing = [n for n in missing if state[n].numel() and state[n].data_ptr() not in loaded]
+    parameters = [n for n, _ in model.named_parameters(remove_duplicate=False) if n in missing]
+    if parameters and not (first_draw and all(torch.equal(first_draw[n], state[n]) for n in parameters)):
+        raise CheckpointError(f"the files lack weights that the checkpoint's code needs: {', '.join(parameters)}")
+    if missing:
+        log(f"own code: not in the files, as the constructor computes them: {', '.join(missing)}")
+    for name, tensor in model_tensors(model):
+        drawn = first_draw.get(name)
+        if drawn is not None and name in missing + _unsaved(model) and not _same(drawn, tensor):
+            raise CheckpointError(
+                f"the checkpoint's code draws {name} {tuple(tensor.shape)} at random and no file holds it: "
+                "what the model computes differs from run to run"
+            )
+    return OwnModel(model, source, file_name, unknown)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(torch.equal(torch.nan_to_num(a.float()), torch.nan_to_num(b.float())))
+
+
+def _unsaved(model: nn.Module) -> list[str]:
+    """Names of tensors that a state dictionary leaves out."""
+    saved = set(model.state_dict().keys())
+    return [name for name, _ in model_tensors(model) if name not in saved]
+
+
+def _tie_output(model: nn.Module, missing: list[str], file_name: dict[str, str]) -> list[str]:
+    """Share the embedding with the output projection, as transformers would; returns what is still missing."""
+    try:
+        output, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return missing
+    if output is None or embedding is None:
+        return missing
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter is output.weight and name in missing and output.weight.shape == embedding.weight.shape:
+            output.weight = embedding.weight
+            return [n for n in missing if n != name]
+    return missing
+
+
+def _match_names(model: nn.Module, source: Source) -> tuple[dict[str, str], list[str], list[str]]:
+    """(name in the model -> name in the file, names the file lacks, names the model lacks), up to a common prefix."""
+    wanted = list(model.state_dict().keys())
+    best: dict[str, str] = {}
+    for strip in _prefixes(source.tensors):
+        for add in _prefixes(wanted):
+            stored = {}
+            for name in source.tensors:
+                short = name[len(strip) :]
+                for wrapper in _WRAPPERS if add == "" else ():
+                    short = short.replace(wrapper, "")
+                stored[add + short] = name
+            match = {name: stored[name] for name in wanted if name in stored}
+            plain = {name: name for name in wanted if name in source.tensors} if not strip and not add else {}
+            match = plain if len(plain) >= len(match) and plain else match
+            if len(match) > len(best):
+                best = match
+    if not best:
+        raise CheckpointError("no tensor of the files has a name that the checkpoint's code knows")
+    taken = set(best.values())
+    return best, [n for n in wanted if n not in best], [n for n in source.tensors if n not in taken]
+
+
+def _prefixes(names: Any) -> list[str]:
+    """The empty prefix and every dotted prefix of the first name that most names share."""
+    names = list(names)
+    result = [""]
+    for start in {n.split(".")[0] for n in names}:
+        prefix = start + "."
+        while sum(n.startswith(prefix) for n in names) > len(names) / 2 and len(result) < 8:
+            result.append(prefix)
+            rest = next(n for n in names if n.startswith(prefix))[len(prefix) :]
+            if "." not in rest:
+                break
+            prefix += rest.split(".")[0] + "."
+    return result
+
+
+# --- classes -------------------------------------------------------------------------------------------------
+
+
+def _own_class(source: Source) -> tuple[str, str] | None:
+    """(module, class) of the model in the checkpoint's directory."""
+    auto_map = source.config.get("auto_map")
+    auto_map = auto_map if isinstance(auto_map, dict) else {}
+    for key in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel"):
+        if found := _local_reference(source.directory, auto_map.get(key)):
+            return found
+    for architecture in source.config.get("architectures") or []:
+        for path in sorted(source.directory.glob("*.py")):
+            with contextlib.suppress(SyntaxError, UnicodeDecodeError):
+                body = ast.parse(path.read_text(encoding="utf-8")).body
+                if any(isinstance(node, ast.ClassDef) and node.name == architecture for node in body):
+                    return path.stem, architecture
+    return None
+
+
+def _local_reference(directory: Path, reference: Any) -> tuple[str, str] | None:
+    """ "module.Class" or "repository--module.Class" of auto_map, if the module lies in the directory."""
+    reference = reference[0] if isinstance(reference, (list, tuple)) and reference else reference
+    if not isinstance(reference, str) or "." not in reference:
+        return None
+    module, _, name = reference.split("--")[-1].rpartition(".")
+    return (module, name) if (directory / (module.replace(".", "/") + ".py")).is_file() else None
+
+
+def _library_class(source: Source) -> str | None:
+    """The architecture, if transformers itself has it."""
+    import transformers
+
+    for name in source.config.get("architectures") or []:
+        if isinstance(name, str) and name.endswith(("ForCausalLM", "LMHeadModel")) and hasattr(transformers, name):
+            return name
+    return None
+
+
+def _constructor(source: Source) -> Callable[[], nn.Module]:
+    """A function that builds the model from config.json."""
+    fields = {k: v for k, v in source.config.items() if k not in ("torch_dtype", "dtype")}
+    own = _own_class(source)
+    if own is None:
+        import transformers
+
+        name = _library_class(source)
+        if name is None:
+            raise CheckpointError("no code for this checkpoint: neither in its directory nor in transformers")
+        model_class = getattr(transformers, name)
+        return lambda: model_class(_config(model_class.config_class, fields))
+    package = _import_package(source.directory)
+    model_class = getattr(importlib.import_module(f"{package}.{own[0]}"), own[1])
+    for ancestor in model_class.__mro__:
+        # transformers 4 listed the names of tied weights; transformers 5 wants a mapping and trips over a list.
+        if isinstance(vars(ancestor).get("_tied_weights_keys"), (list, set, tuple)):
+            ancestor._tied_weights_keys = None
+    auto_map = source.config.get("auto_map") or {}
+    reference = _local_reference(source.directory, auto_map.get("AutoConfig"))
+    if reference is not None:
+        config_class = getattr(importlib.import_module(f"{package}.{reference[0]}"), reference[1])
+    else:
+        config_class = getattr(model_class, "config_class", None)
+    return lambda: model_class(_config(config_class, fields))
+
+
+def _config(config_class: Any, fields: dict[str, Any]) -> Any:
+    from transformers import PretrainedConfig
+
+    config_class = config_class or PretrainedConfig
+    if hasattr(config_class, "from_dict"):
+        return config_class.from_dict(dict(fields))
+    accepted = inspect.signature(config_class).parameters
+    return config_class(**{k: v for k, v in fields.items() if k in accepted})
+
+
+def _import_package(directory: Path) -> str:
+    """Make the directory importable as a package with a name of its own."""
+    importlib.invalidate_caches()
+    package = ModuleType(f"fixmin_checkpoint_{next(_counter)}")
+    package.__path__ = [str(directory.resolve())]
+    package.__file__ = str(directory.resolve() / "__init__.py")
+    sys.modules[package.__name__] = package
+    return package.__name__
+
+
+def _forget_modules(directory: Path) -> None:
+    root = directory.resolve()
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if isinstance(file, str) and Path(file).parent == root:
+            del sys.modules[name]
+
+
+@contextlib.contextmanager
+def _unregistered() -> Iterator[None]:
+    """Undo what imported code registers in transformers, so that the next checkpoint may register it again."""
+    import transformers.models.auto.configuration_auto as configuration_auto
+    import transformers.models.auto.modeling_auto as modeling_auto
+
+    mappings = [
+        value._extra_content
+        for module in (configuration_auto, modeling_auto)
+        for value in vars(module).values()
+        if isinstance(getattr(value, "_extra_content", None), dict)
+    ]
+    before = [dict(m) for m in mappings]
+    write_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # leave no __pycache__ in the checkpoint
+    try:
+        yield
+    finally:
+        sys.dont_write_bytecode = write_bytecode
+        for mapping, content in zip(mappings, before, strict=True):
+            mapping.clear()
+            mapping.update(content)
+
+
+@contextlib.contextmanager
+def _seeds_restored() -> Iterator[None]:
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        random.setstate(states[2])
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -1,0 +1,121 @@
+"""ggml number formats: which one a tensor gets, and rows of float32 turned into its bytes.
+
+The bytes come from ggml itself (`ggml_quantize_chunk` of the ggml-python package), so a file is what llama.cpp's tools
+would have written. For F16, BF16, Q8_0 and Q4_0 they equal `gguf.quants.quantize` and, for the two float formats,
+round-to-nearest-even of NumPy and PyTorch (tests/convert/test_writer.py); the other formats `gguf` can only read.
+A further format is one more line in `OUT_TYPES`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import ggml
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
+from numpy.typing import NDArray
+
+F32 = GGMLQuantizationType.F32
+F16 = GGMLQuantizationType.F16
+Q8_0 = GGMLQuantizationType.Q8_0
+
+# A float16 from here up rounds to infinity: half a unit above the largest finite one, 65504.
+_F16_OVERFLOW = 65520.0
+
+
+@dataclass(frozen=True)
+class OutType:
+    """A value of `--outtype`.
+
+    `limit`: magnitudes from here up cannot be stored (the number or its block scale would become infinite).
+    `block_error`: largest |stored - true| that correct rounding allows, as a fraction of the largest magnitude of the
+    block (of the element itself when a block is one element). `floor`: the same, absolute, for blocks whose scale
+    is a subnormal float16 (spacing 2^-24, so half a step is 2^-25, times the largest code).
+    """
+
+    ggml: GGMLQuantizationType
+    file_type: LlamaFileType
+    limit: float
+    block_error: float
+    floor: float
+
+
+# Q8_0: half a step of amax/127, plus the float16 rounding of the scale (2^-11) times at most 127 steps.
+# Q4_0: codes -8..7 with scale -extreme/8: the far end misses one whole step, again plus the rounding of the scale.
+OUT_TYPES: dict[str, OutType] = {
+    "f32": OutType(F32, LlamaFileType.ALL_F32, np.inf, 0.0, 0.0),
+    "f16": OutType(F16, LlamaFileType.MOSTLY_F16, _F16_OVERFLOW, 2.0**-11, 2.0**-25),
+    "bf16": OutType(GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16, 2.0**128 * (1 - 2.0**-9), 2.0**-8, 0.0),
+    "q8_0": OutType(Q8_0, LlamaFileType.MOSTLY_Q8_0, 127 * _F16_OVERFLOW, 0.5 / 127 + 2.0**-11, 127 * 2.0**-25),
+    "q4_0": OutType(
+        GGMLQuantizationType.Q4_0, LlamaFileType.MOSTLY_Q4_0, 8 * _F16_OVERFLOW, 1 / 8 + 2.0**-11, 8 * 2.0**-25
+    ),
+}
+BY_GGML_TYPE: dict[GGMLQuantizationType, OutType] = {t.ggml: t for t in OUT_TYPES.values()}
+
+
+def row_bytes(n: int, ggml_type: GGMLQuantizationType) -> int:
+    """Bytes of a row of n elements; n must be a multiple of the block of the type."""
+    block, size = GGML_QUANT_SIZES[ggml_type]
+    if n % block:
+        raise ValueError(f"a row of {n} elements does not divide into {ggml_type.name} blocks of {block}")
+    return n // block * size
+
+
+def bits_per_weight(ggml_type: GGMLQuantizationType) -> float:
+    """Stored bits per element, scales included: 8.5 for Q8_0."""
+    block, size = GGML_QUANT_SIZES[ggml_type]
+    return size * 8 / block
+
+
+def choose_type(name: str, shape: tuple[int, ...], outtype: str) -> tuple[GGMLQuantizationType, str | None]:
+    """The ggml type in which a tensor is stored, and why it is not the one asked for (None if it is).
+
+    Vectors (norms, biases) stay F32: they are a thousandth of the file. The queries, keys and values of layer 0 are
+    folded with the code into K + 2 columns at load and never read again, so nothing is saved by storing them in
+    fewer bits than Q8_0.
+    """
+    wanted = OUT_TYPES[outtype].ggml
+    if len(shape) == 1:
+        return F32, None
+    reason = None
+    if name in ("blk.0.attn_q.weight", "blk.0.attn_k.weight", "blk.0.attn_v.weight") and (
+        bits_per_weight(wanted) < bits_per_weight(Q8_0)
+    ):
+        wanted, reason = Q8_0, "layer 0 is folded at load"
+    block = GGML_QUANT_SIZES[wanted][0]
+    if shape[-1] % block:
+        return F16, f"rows of {shape[-1]} do not divide into blocks of {block}"
+    return wanted, reason
+
+
+def quantize_rows(rows: NDArray[np.float32], ggml_type: GGMLQuantizationType) -> NDArray[np.uint8]:
+    """float32 [m, n] -> bytes [m, row_bytes(n)]. Releases the GIL, so chunks run in threads.
+
+    Raises OverflowError if a value is not finite or too large for the type; the caller names the tensor.
+    """
+    rows = np.ascontiguousarray(rows, dtype=np.float32)
+    if rows.size:
+        # min and max propagate NaN and need no temporary array, unlike abs or isfinite.
+        low, high = float(rows.min()), float(rows.max())
+        extreme = max(-low, high)
+        if not np.isfinite(low) or not np.isfinite(high):
+            raise OverflowError("holds NaN or infinity")
+        if extreme >= BY_GGML_TYPE[ggml_type].limit:
+            raise OverflowError(f"holds the value {extreme:.6g}, which overflows {ggml_type.name}")
+    if ggml_type == F32:
+        return rows.view(np.uint8)
+    out = np.empty((rows.shape[0], row_bytes(rows.shape[1], ggml_type)), dtype=np.uint8)
+    written = ggml.ggml_quantize_chunk(
+        int(ggml_type),
+        rows.ctypes.data_as(ctypes.POINTER(ctypes.c_float)),
+        out.ctypes.data,
+        0,
+        rows.shape[0],
+        rows.shape[1],
+        None,
+    )
+    if written != out.nbytes:
+        raise RuntimeError(f"ggml_quantize_chunk wrote {written} bytes for {ggml_type.name}, expected {out.nbytes}")
+    return out

@@ -1,0 +1,319 @@
+"""Read checkpoints: safetensors (single, sharded, several files) and pytorch_model.bin, tensor by tensor, row by row.
+
+Every read maps its file anew and lets the mapping go: the pages of a mapping that stays count as resident memory, and a
+conversion must stay far below the size of the checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import CheckpointError
+
+F32 = NDArray[np.float32]
+
+# safetensors dtype -> NumPy dtype of the stored bytes. BF16 has none in NumPy and is widened by hand.
+_DTYPES = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1",
+    "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "|u1", "BOOL": "|b1", "C64": "<c8",
+}  # fmt: skip
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
+
+# One fact, many spellings. The first one present in config.json counts.
+_HYPER = {
+    "vocab_size": ("vocab_size", "n_vocab", "padded_vocab_size"),
+    "embedding_length": ("n_embd", "d_model", "hidden_size", "n_embed", "dim", "model_dim", "embed_dim", "width"),
+    "block_count": ("n_layer", "num_hidden_layers", "n_layers", "num_layers", "depth", "num_blocks", "n_blocks"),
+    "head_count": ("n_head", "num_attention_heads", "n_heads", "num_heads", "heads", "nhead"),
+    "head_count_kv": ("num_key_value_heads", "n_kv_head", "n_kv_heads", "num_kv_heads", "n_head_kv", "kv_heads"),
+    "feed_forward_length": (
+        "intermediate_size", "n_inner", "d_ff", "ffn_dim", "ff_dim", "hidden_dim", "ffn_hidden_size", "mlp_dim",
+        "dim_feedforward", "n_ff",
+    ),
+    "context_length": (
+        "block_size", "n_ctx", "max_position_embeddings", "n_positions", "max_seq_len", "context_length",
+        "max_seq_length", "seq_len", "max_len", "max_length", "ctx_len", "context_size", "max_context",
+    ),
+    "norm_eps": (
+        "norm_eps", "layer_norm_eps", "rms_norm_eps", "layer_norm_epsilon", "layernorm_epsilon", "norm_epsilon",
+        "ln_eps", "rms_eps", "eps",
+    ),
+    "rope_base": ("rope_theta", "rope_base", "rotary_base", "rotary_emb_base", "rope_freq_base", "theta"),
+    "rope_dim": ("rotary_dim", "rope_dim", "rotary_ndims", "rope_dims"),
+    "rope_fraction": ("partial_rotary_factor", "rotary_pct", "rotary_percent", "rope_fraction"),
+    "head_dim": ("head_dim", "d_head", "head_size", "d_k"),
+    "activation": ("activation", "activation_function", "hidden_act", "hidden_activation", "act", "act_fn", "mlp_act"),
+    "code_width": ("code_width", "n_bits", "code_bits", "num_bits", "n_embed", "code_dim", "bits", "K"),
+    "attention_scale": ("attention_scale", "attn_scale", "attention_multiplier", "query_scale", "softmax_scale"),
+}  # fmt: skip
+
+
+def hyper(config: Mapping[str, Any], key: str) -> Any | None:
+    """The value of a hyper-parameter under any of its spellings, or None. Values of the wrong type are skipped."""
+    for spelling in _HYPER[key]:
+        value = config.get(spelling)
+        if key == "activation":
+            if isinstance(value, str):
+                return value
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            return value
+    if key == "rope_base" and isinstance(config.get("rope_parameters"), Mapping):
+        return hyper(config["rope_parameters"], key)
+    return None
+
+
+def spelling(config: Mapping[str, Any], key: str) -> str:
+    """The config.json key that `hyper` used, for messages."""
+    value = hyper(config, key)
+    return next((s for s in _HYPER[key] if s in config and config[s] is value), _HYPER[key][0])
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor lies. `offset` is from the start of the file; -1 for tensors of a .bin file."""
+
+    name: str
+    dtype: str  # safetensors spelling
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def is_float(self) -> bool:
+        return self.dtype in _FLOATS
+
+
+class Source:
+    """A checkpoint directory: `config`, `tensors` (name -> StoredTensor) and their values. A context manager."""
+
+    def __init__(self, directory: Path | str) -> None:
+        """Read config.json and the headers of the weight files.
+
+        Raises CheckpointError for anything missing, truncated or contradictory.
+        """
+        self.directory = Path(directory)
+        if not self.directory.is_dir():
+            raise CheckpointError(f"{self.directory}: not a directory with a checkpoint")
+        self.config: dict[str, Any] = self._json("config.json", {})
+        self.tensors: dict[str, StoredTensor] = {}
+        self._bin: dict[str, Any] = {}  # tensors of .bin files, torch tensors over a mapping
+        self.files = self._find_files()
+        for path, expected in self.files.items():
+            self._read_header(path, expected)
+
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._bin.clear()
+
+    def read_raw(self, name: str, view: Callable[[NDArray[Any]], NDArray[Any]] = lambda a: a) -> NDArray[Any]:
+        """A copy of `view(tensor)` in the stored type (BF16 as float32).
+
+        `view` gets the tensor as a mapped array of its shape and returns the elements that are wanted, for example
+        `lambda a: a.T[8:16]`; only the pages it touches are read.
+        """
+        tensor = self.tensors[name]
+        part = np.array(view(self._mapped(tensor)), order="C")
+        return (part.astype("<u4") << np.uint32(16)).view("<f4") if tensor.dtype == "BF16" else part
+
+    def read(self, name: str, view: Callable[[NDArray[Any]], NDArray[Any]] = lambda a: a) -> F32:
+        """The same as float32. CheckpointError if a weight is NaN or infinite."""
+        part = self.read_raw(name, view).astype(np.float32, copy=False)
+        if not np.isfinite(part).all():
+            raise CheckpointError(f"tensor {name} holds NaN or infinity")
+        return part
+
+    def sha256(self) -> str:
+        """SHA-256 of the weight files, one after the other in order of their names, hexadecimal."""
+        digest = hashlib.sha256()
+        for path in sorted(self.files):
+            with path.open("rb") as file:
+                while chunk := file.read(1 << 22):
+                    digest.update(chunk)
+        return digest.hexdigest()
+
+    def tokenizer_json(self) -> Path | None:
+        path = self.directory / "tokenizer.json"
+        return path if path.is_file() else None
+
+    def token_id(self, kind: str) -> int | None:
+        """Id of the "bos", "eos" or "pad" token: from the configuration files, else looked up in tokenizer.json."""
+        special = self._json("special_tokens_map.json", {})
+        for config in (self.config, self._json("generation_config.json", {})):
+            for key in (f"{kind}_token_id", f"{kind}_id"):
+                value = config.get(key)
+                value = value[0] if isinstance(value, list) and value else value
+                if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+                    return value
+        for config in (self.config, self._json("tokenizer_config.json", {}), special):
+            text = config.get(f"{kind}_token")
+            text = text.get("content") if isinstance(text, dict) else text
+            if isinstance(text, str) and (path := self.tokenizer_json()) is not None:
+                from tokenizers import Tokenizer
+
+                return Tokenizer.from_file(str(path)).token_to_id(text)
+        return None
+
+    # --- files -----------------------------------------------------------------------------------------------------
+
+    def _json(self, name: str, default: Any) -> Any:
+        path = self.directory / name
+        if not path.is_file():
+            return default
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CheckpointError(f"{path}: not valid JSON: {error}") from None
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{path}: expected a JSON object")
+        return value
+
+    def _find_files(self) -> dict[Path, set[str] | None]:
+        """Weight files, each with the names that an index promises for it (None: no index)."""
+        for suffix, pattern in ((".safetensors", "*.safetensors"), (".bin", "pytorch_model*.bin")):
+            indexes = sorted(self.directory.glob(f"*{suffix}.index.json"))
+            if indexes:
+                if len(indexes) > 1:
+                    raise CheckpointError(f"more than one index: {', '.join(p.name for p in indexes)}")
+                return self._indexed(indexes[0])
+            files = sorted(self.directory.glob(pattern))
+            if files:
+                return dict.fromkeys(files)
+        raise CheckpointError(
+            f"{self.directory}: no weights: neither *.safetensors nor pytorch_model*.bin (with or without an index)"
+        )
+
+    def _indexed(self, index: Path) -> dict[Path, set[str] | None]:
+        weight_map = self._json(index.name, {}).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+            raise CheckpointError(f"{index}: no weight_map of tensor names to files")
+        files: dict[Path, set[str] | None] = {}
+        for name, file in weight_map.items():
+            if Path(file).name != file:
+                raise CheckpointError(f"{index}: {file!r} is not a file beside the index")
+            names = files.setdefault(self.directory / file, set())
+            assert names is not None
+            names.add(name)
+        missing = sorted(path.name for path in files if not path.is_file())
+        if missing:
+            raise CheckpointError(f"{index.name} names files that are not there: {', '.join(missing)}")
+        return files
+
+    def _read_header(self, path: Path, expected: set[str] | None) -> None:
+        tensors = self._bin_header(path) if path.suffix == ".bin" else self._safetensors_header(path)
+        names = set(tensors)
+        if expected is not None and not expected <= names:
+            raise CheckpointError(f"{path.name} lacks tensors its index names: {_some(sorted(expected - names))}")
+        twice = sorted(names & set(self.tensors))
+        if twice:
+            raise CheckpointError(
+                f"tensors stored in both {self.tensors[twice[0]].file.name} and {path.name}: {_some(twice)}"
+            )
+        self.tensors.update(tensors)
+
+    def _safetensors_header(self, path: Path) -> dict[str, StoredTensor]:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= min(size - 8, _MAX_HEADER):
+                raise CheckpointError(f"{path.name}: truncated or not a safetensors file ({size} bytes)")
+            text = file.read(length)
+        try:
+            header = json.loads(text, object_pairs_hook=_no_duplicates)
+            header.pop("__metadata__", None)
+            entries = [(n, e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for n, e in header.items()]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path.name}: malformed safetensors header: {error}") from None
+        tensors = {}
+        for name, dtype, shape, start, stop in entries:
+            tensor = StoredTensor(name, dtype, shape, path, 8 + length + start)
+            if dtype not in _DTYPES:
+                raise CheckpointError(f"{path.name}: tensor {name} has type {dtype}, which is not supported")
+            if not all(isinstance(n, int) and n >= 0 for n in shape):
+                raise CheckpointError(f"{path.name}: tensor {name} has shape {shape}")
+            if stop - start != tensor.size * np.dtype(_DTYPES[dtype]).itemsize or start < 0:
+                raise CheckpointError(f"{path.name}: tensor {name}: {stop - start} bytes for {dtype} {shape}")
+            if 8 + length + stop > size:
+                raise CheckpointError(
+                    f"{path.name}: truncated: tensor {name} ends at byte {8 + length + stop}, the file has {size}"
+                )
+            tensors[name] = tensor
+        return tensors
+
+    def _bin_header(self, path: Path) -> dict[str, StoredTensor]:
+        import torch
+
+        try:
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError:  # files of torch < 1.6 are no zip archives and cannot be mapped
+                state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise CheckpointError(f"{path.name}: torch could not read it: {_first_line(error)}") from None
+        for wrapper in ("state_dict", "model", "module"):
+            if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+                state = state[wrapper]
+        state = {n: t for n, t in state.items() if isinstance(t, torch.Tensor)} if isinstance(state, dict) else {}
+        if not state:
+            raise CheckpointError(f"{path.name}: holds no state dictionary of tensors")
+        names = {
+            torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+            torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+            torch.bool: "BOOL", torch.complex64: "C64",
+        }  # fmt: skip
+        for name, tensor in state.items():
+            if tensor.dtype not in names:
+                raise CheckpointError(f"{path.name}: tensor {name} has type {tensor.dtype}, which is not supported")
+        self._bin.update(state)
+        return {n: StoredTensor(n, names[t.dtype], tuple(t.shape), path, -1) for n, t in state.items()}
+
+    def _mapped(self, tensor: StoredTensor) -> NDArray[Any]:
+        """The tensor in its stored type (BF16 as uint16), read-only; its pages are released with the array."""
+        if tensor.offset < 0:
+            import torch
+
+            value = self._bin[tensor.name].detach()
+            return value.view(torch.int16).numpy().view("<u2") if tensor.dtype == "BF16" else value.numpy()
+        dtype = np.dtype(_DTYPES[tensor.dtype])
+        if tensor.size == 0:
+            return np.empty(tensor.shape, dtype)
+        end = tensor.offset + tensor.size * dtype.itemsize
+        if tensor.file.stat().st_size < end:  # it shrank since the header was read; touching the map would be SIGBUS
+            raise CheckpointError(f"{tensor.file.name}: ends inside tensor {tensor.name}")
+        return np.memmap(tensor.file, dtype, "r", tensor.offset, tensor.shape)
+
+
+def _no_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"{key!r} appears twice")
+        result[key] = value
+    return result
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _some(names: list[str], limit: int = 8) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

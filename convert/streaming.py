@@ -1,0 +1,136 @@
+"""Logits of a `ModelSpec` by the PyTorch model in `reference/`, one block in memory at a time.
+
+The weights may come from a checkpoint or from a GGUF file: a spec reads its tensors when they are asked for. All
+prompts go through a block before the next one is read, so a 2 GB model costs one block (50 MB for the published ones).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..reference.configuration_fixmin import FixMinConfig
+from ..reference.modeling_fixmin import FixMinBlock, causal_mask, make_norm, rope_tables
+from .spec import ModelSpec
+
+# Rows of the output projection at a time: 32 MB at width 1024.
+_OUTPUT_ROWS = 8192
+_BLOCK = 32  # activations that share a scale, DESIGN §5
+
+
+def reference_config(spec: ModelSpec) -> FixMinConfig:
+    """The configuration of the reference model that has the conventions of `spec`. A bias that only some of the
+    projections have is a bias for all of them, with zeros for the others."""
+
+    def has(*stems: str) -> bool:
+        return any(name.endswith(tuple(f"{stem}.bias" for stem in stems)) for name in spec.tensors)
+
+    return FixMinConfig(
+        vocab_size=spec.vocab_size,
+        hidden_size=spec.embedding_length,
+        num_hidden_layers=spec.block_count,
+        num_attention_heads=spec.head_count,
+        num_key_value_heads=spec.head_count_kv,
+        intermediate_size=spec.feed_forward_length,
+        max_position_embeddings=spec.context_length,
+        norm_type=spec.norm,
+        norm_eps=spec.norm_eps,
+        norm_bias=has("_norm"),
+        activation=spec.activation,
+        rope_style=spec.rope_style,
+        rope_dim=spec.rope_dim,
+        rope_theta=spec.rope_base,
+        attn_scale=spec.attention_scale,
+        qkv_bias=has("attn_q", "attn_k", "attn_v"),
+        attn_out_bias=has("attn_output"),
+        mlp_bias=has("ffn_gate", "ffn_up", "ffn_down"),
+        # The codes themselves are not computed here but taken from the spec, so the kind does not matter.
+        code_kind="learned",
+        code_width=1,
+    )
+
+
+@torch.inference_mode()
+def reference_logits(
+    spec: ModelSpec, prompts: Sequence[NDArray[Any]], rounded: Collection[str] = ()
+) -> list[NDArray[np.float32]]:
+    """float32 logits [T, V] of each prompt (ids [T]).
+
+    rounded: names of the weights whose products the engine takes with 8-bit activations (DESIGN §5). Their inputs are
+    rounded here in the same way, so that what is left between the two is the rounding of float32 sums.
+    """
+    config = reference_config(spec)
+    states = [_embed(spec, prompt)[None] for prompt in prompts]  # [1, T, D] each
+    positions = [torch.arange(len(prompt))[None] for prompt in prompts]
+    for layer in range(spec.block_count):
+        with torch.device("meta"):
+            block = FixMinBlock(config, layer)
+        _load(block, spec, f"blk.{layer}.", rounded)
+        for i, x in enumerate(states):
+            mask = causal_mask(x.shape[1], 0, None, x)
+            states[i] = block(x, *rope_tables(positions[i], config), mask, None)
+    with torch.device("meta"):
+        norm = make_norm(config)
+    _load(norm, spec, "output_norm.", rounded)
+    hidden = [norm(x)[0] for x in states]  # [T, D] each
+    if "output.weight" in rounded:
+        hidden = [round_activations(h) for h in hidden]
+    return _project(spec, hidden)
+
+
+def round_activations(x: Tensor) -> Tensor:
+    """x [..., n] as the engine's 8-bit blocks represent it: 32 values share the scale amax / 127, half to even."""
+    blocks = x.unflatten(-1, (-1, _BLOCK))
+    largest = blocks.abs().amax(-1, keepdim=True)
+    inverse = torch.where(largest > 0, 127 / largest, torch.zeros_like(largest))
+    return (torch.round(blocks * inverse) * (largest / 127)).flatten(-2)
+
+
+def _embed(spec: ModelSpec, prompt: NDArray[Any]) -> Tensor:
+    """Input of the first block, float32 [T, D]."""
+    if spec.code.kind == "learned":
+        table = spec.tensors["token_embd.weight"]
+        rows = np.concatenate([table.load_rows(int(i), int(i) + 1) for i in prompt])
+    else:
+        rows = spec.code.lift_codes(spec.code.codes(prompt), spec.embedding_length)
+    return _tensor(rows)
+
+
+def _tensor(values: NDArray[np.float32]) -> Tensor:
+    """Without a copy, unless the values are a view of read-only bytes, which PyTorch does not take."""
+    return torch.from_numpy(np.require(values, requirements=["C", "W"]))
+
+
+def _load(module: nn.Module, spec: ModelSpec, prefix: str, rounded: Collection[str]) -> None:
+    """Fill a module made on the meta device from the tensors `prefix`*; biases that the spec lacks are zero."""
+    state = {}
+    for name, parameter in module.named_parameters():
+        recipe = spec.tensors.get(prefix + name)
+        if recipe is not None:
+            state[name] = _tensor(recipe.load())
+        elif name.endswith("bias"):
+            state[name] = torch.zeros(parameter.shape)
+        else:
+            raise KeyError(f"the model has no tensor {prefix + name}")
+    module.load_state_dict(state, assign=True)
+    for name, part in module.named_modules():
+        if isinstance(part, nn.Linear) and f"{prefix}{name}.weight" in rounded:
+            part.register_forward_pre_hook(lambda _, inputs: (round_activations(inputs[0]),))
+
+
+def _project(spec: ModelSpec, hidden: Sequence[Tensor]) -> list[NDArray[np.float32]]:
+    """Hidden states [T, D] -> logits [T, V], a few thousand rows of the output projection at a time."""
+    weight, bias = spec.tensors["output.weight"], spec.tensors.get("output.bias")
+    logits = [np.empty((len(h), spec.vocab_size), dtype=np.float32) for h in hidden]
+    for start in range(0, spec.vocab_size, _OUTPUT_ROWS):
+        stop = min(start + _OUTPUT_ROWS, spec.vocab_size)
+        rows = _tensor(weight.load_rows(start, stop))
+        offset = None if bias is None else _tensor(bias.load_rows(start, stop))
+        for h, out in zip(hidden, logits, strict=True):
+            out[:, start:stop] = nn.functional.linear(h, rows, offset).numpy()
+    return logits

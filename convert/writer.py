@@ -1,0 +1,474 @@
+"""Write a `ModelSpec` as a GGUF file (DESIGN §3): metadata, then the tensors, quantised in row chunks as they stream by.
+
+    with AtomicFile(out) as file:
+        layout = Layout.plan(spec, "q8_0", provenance)
+        layout.write(file, certificate={...})     # ~16 MB in flight, whatever the size of the model
+        ...                                       # certify file.path
+        layout.rewrite_header(file, certificate)  # same length: the certificate has fixed-size values only
+        file.commit()
+
+The metadata and the table of tensors are packed by `gguf.GGUFWriter`; only the tensor data bypasses it, because it
+takes whole tensors and this module never holds one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import stat
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from gguf import GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType, GGUFWriter, TokenType
+from numpy.typing import NDArray
+
+from ..errors import CheckpointError
+from .quantize import OUT_TYPES, choose_type, quantize_rows, row_bytes
+from .spec import ModelSpec, TensorRecipe
+
+ARCHITECTURE = "fixmin"
+CERTIFICATE_PREFIX = "fixmin.convert.certificate."
+
+# Weights per chunk: 4 MB of float32. Larger chunks were no faster; smaller ones make the reads of a file short.
+_CHUNK = 1 << 20
+
+Progress = Callable[[int, int, str], None]  # weights done, weights in all, tensor being written
+
+
+# --- the file that appears whole or not at all ------------------------------------------------------------------
+
+
+class AtomicFile:
+    """A file that is written beside its final place and takes its name only in `commit`.
+
+    The temporary `.NAME.partial` is locked while it is written, so a second conversion to the same output is refused,
+    and one that a killed process left behind (which holds no lock any more) is simply overwritten by the next run.
+    Leaving the `with` block without `commit`, by an exception or Ctrl-C, removes it.
+    """
+
+    def __init__(self, target: str | os.PathLike[str]) -> None:
+        # Through a symbolic link the file it names is replaced, not the link.
+        self.target = Path(os.path.realpath(target))
+        self.path = self.target.with_name(f".{self.target.name}.partial")
+        self._file: BinaryIO | None = None
+
+    def __enter__(self) -> AtomicFile:
+        if self.target.exists() and not self.target.is_file():
+            kind = "directory" if self.target.is_dir() else "device or pipe"
+            raise CheckpointError(f"{self.target}: is a {kind}; give the name of the GGUF file to write")
+        while self._file is None:
+            file = open(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666), "r+b")  # noqa: SIM115
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.close()
+                raise CheckpointError(f"{self.target}: another conversion is writing this file at the moment") from None
+            # Between open and flock its owner may have renamed or removed it: then this is not the file of that name.
+            if _is_same_file(file.fileno(), self.path):
+                file.truncate(0)
+                self._file = file
+            else:
+                file.close()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._file is not None:
+            # Removed while still locked, so that this cannot remove the file of a run that starts now.
+            with contextlib.suppress(FileNotFoundError):
+                self.path.unlink()
+            self._close()
+
+    @property
+    def file(self) -> BinaryIO:
+        """The open temporary file, binary, readable and writable."""
+        if self._file is None:
+            raise ValueError("the file is closed")
+        return self._file
+
+    def commit(self, target: Path | None = None) -> None:
+        """Put everything on the disk and give it its name (or `target`, in the same folder), replacing what had it."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        os.replace(self.path, target or self.target)
+        folder = os.open(self.target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+        self._close()
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _is_same_file(fd: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), os.lstat(path)) and stat.S_ISREG(os.fstat(fd).st_mode)
+    except FileNotFoundError:
+        return False
+
+
+# --- metadata ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Value:
+    """A metadata value with its GGUF type, and the type of its elements if it is an array."""
+
+    value: Any
+    type: GGUFValueType
+    element: GGUFValueType | None = None
+
+
+def _u32(value: int) -> Value:
+    return Value(int(value), GGUFValueType.UINT32)
+
+
+def _f32(value: float) -> Value:
+    return Value(float(value), GGUFValueType.FLOAT32)
+
+
+def _text(value: str) -> Value:
+    return Value(_utf8(value), GGUFValueType.STRING)
+
+
+def _texts(values: Sequence[str]) -> Value:
+    return Value([_utf8(v) for v in values], GGUFValueType.ARRAY, GGUFValueType.STRING)
+
+
+def _bytes(values: NDArray[np.uint8]) -> Value:
+    return Value(np.asarray(values, dtype=np.uint8).tobytes(), GGUFValueType.ARRAY, GGUFValueType.UINT8)
+
+
+def _utf8(text: str) -> bytes:
+    """UTF-8, which GGUF demands. A lone surrogate (a token, an odd folder name) has none and is written as `\\udc80`."""
+    return text.encode("utf-8", "backslashreplace")
+
+
+def _fixed_size(values: Mapping[str, bool | int | float]) -> dict[str, Value]:
+    """Certificate figures as GGUF values whose length does not depend on the figure."""
+    types = {bool: GGUFValueType.BOOL, int: GGUFValueType.UINT64, float: GGUFValueType.FLOAT32}
+    return {CERTIFICATE_PREFIX + name: Value(value, types[type(value)]) for name, value in values.items()}
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a file comes from; everything here is known before its tensors are written.
+
+    `against`: what the certificate compares with, in words. `options`: what the conversion was told, as JSON, so that
+    `fixmin verify` resolves the checkpoint in the same way.
+    """
+
+    tool: str
+    source: str
+    sha256: str
+    conventions: Sequence[str]
+    options: str
+    against: str
+
+
+def model_metadata(spec: ModelSpec, outtype: str) -> dict[str, Value]:
+    """Hyper-parameters and conventions, with the keys of DESIGN §3."""
+    eps_key = "layer_norm_epsilon" if spec.norm == "layernorm" else "layer_norm_rms_epsilon"
+    code = spec.code
+    keys = {
+        "general.type": _text("model"),
+        "general.name": _text(spec.name),
+        "general.file_type": _u32(OUT_TYPES[outtype].file_type),
+        "general.quantization_version": _u32(2),
+        "fixmin.vocab_size": _u32(spec.vocab_size),
+        "fixmin.context_length": _u32(spec.context_length),
+        "fixmin.embedding_length": _u32(spec.embedding_length),
+        "fixmin.block_count": _u32(spec.block_count),
+        "fixmin.feed_forward_length": _u32(spec.feed_forward_length),
+        "fixmin.attention.head_count": _u32(spec.head_count),
+        "fixmin.attention.head_count_kv": _u32(spec.head_count_kv),
+        "fixmin.attention.scale": _f32(spec.attention_scale),
+        f"fixmin.attention.{eps_key}": _f32(spec.norm_eps),
+        "fixmin.rope.dimension_count": _u32(spec.rope_dim),
+        "fixmin.rope.freq_base": _f32(spec.rope_base),
+        "fixmin.rope.style": _text(spec.rope_style),
+        "fixmin.activation": _text(spec.activation),
+        "fixmin.code.kind": _text(code.kind),
+    }
+    if code.kind != "learned":
+        keys["fixmin.code.width"] = _u32(code.width)
+        keys["fixmin.code.lift"] = _text(code.lift)
+        keys["fixmin.code.values"] = Value([float(v) for v in code.values], GGUFValueType.ARRAY, GGUFValueType.FLOAT32)
+    if code.kind == "affine":
+        keys["fixmin.code.affine_matrix"] = _bytes(code.matrix)
+        keys["fixmin.code.affine_shift"] = _bytes(code.shift)
+    return keys
+
+
+def provenance_metadata(provenance: Provenance) -> dict[str, Value]:
+    """`fixmin.convert.*`, without the figures of the certificate."""
+    return {
+        "fixmin.convert.tool": _text(provenance.tool),
+        "fixmin.convert.source": _text(provenance.source),
+        "fixmin.convert.sha256": _text(provenance.sha256),
+        "fixmin.convert.conventions": _texts(provenance.conventions),
+        "fixmin.convert.options": _text(provenance.options),
+        f"{CERTIFICATE_PREFIX}against": _text(provenance.against),
+    }
+
+
+def tokenizer_metadata(spec: ModelSpec) -> dict[str, Value]:
+    """tokenizer.json whole, for this runtime, and the lists `tokenizer.ggml.*` for other GGUF tools.
+
+    Those tools know byte-level BPE as "gpt2". Any other tokenizer is listed under its own model name ("bpe" for a
+    BPE over characters): a tool that does not know it must refuse, not split text in another way.
+    """
+    if spec.tokenizer_json is None:
+        return {"tokenizer.ggml.model": _text("none")}
+    text = spec.tokenizer_json.read_text(encoding="utf-8")
+    try:
+        tokenizer = json.loads(text)
+        model = tokenizer["model"]
+        tokens, types = _token_lists(tokenizer, spec.vocab_size)
+        merges = [_merge(pair) for pair in model.get("merges") or []]
+        kind = "gpt2" if model["type"] == "BPE" and _is_byte_level(tokenizer) else str(model["type"]).lower()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{spec.tokenizer_json}: not a tokenizer.json of the tokenizers library: {error!r}"
+        ) from error
+    keys = {
+        "tokenizer.ggml.model": _text(kind),
+        "tokenizer.ggml.tokens": _texts(tokens),
+        "tokenizer.ggml.token_type": Value(types, GGUFValueType.ARRAY, GGUFValueType.INT32),
+    }
+    if merges:
+        keys["tokenizer.ggml.merges"] = _texts(merges)
+    special = {"bos": spec.bos_token_id, "eos": spec.eos_token_id, "padding": spec.pad_token_id}
+    unknown = model.get("unk_token")
+    if isinstance(unknown, str) and unknown in tokens:
+        special["unknown"] = tokens.index(unknown)
+    for name, token_id in special.items():
+        if token_id is not None:
+            keys[f"tokenizer.ggml.{name}_token_id"] = _u32(token_id)
+    keys["tokenizer.huggingface.json"] = _text(text)
+    return keys
+
+
+def _token_lists(tokenizer: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
+    """Text and `TokenType` of every id below vocab_size; ids that the tokenizer lacks get a name and type unused."""
+    vocab = tokenizer["model"]["vocab"]
+    if isinstance(vocab, list):  # Unigram: [text, score] in order of ids
+        vocab = {entry[0]: i for i, entry in enumerate(vocab)}
+    tokens = [f"[PAD{i}]" for i in range(vocab_size)]
+    types = [int(TokenType.UNUSED)] * vocab_size
+    for token, i in vocab.items():
+        if 0 <= i < vocab_size:
+            tokens[i], types[i] = token, int(TokenType.NORMAL)
+    unknown = tokenizer["model"].get("unk_token")
+    for added in tokenizer.get("added_tokens") or []:
+        i, token = added["id"], added["content"]
+        if 0 <= i < vocab_size:
+            tokens[i], types[i] = token, int(TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED)
+    for i, token in enumerate(tokens):
+        if token == unknown:
+            types[i] = int(TokenType.UNKNOWN)
+    return tokens, types
+
+
+def _merge(pair: str | Sequence[str]) -> str:
+    """A merge as "left right". A space within a part becomes U+0120, as gguf and llama.cpp have it."""
+    if isinstance(pair, str):
+        return pair
+    left, right = pair
+    return f"{left.replace(' ', 'Ġ')} {right.replace(' ', 'Ġ')}"
+
+
+def _is_byte_level(tokenizer: dict[str, Any]) -> bool:
+    """Whether bytes are mapped to printable characters before BPE: a ByteLevel part, alone or within a sequence."""
+    parts = [tokenizer.get("pre_tokenizer"), tokenizer.get("decoder"), tokenizer.get("normalizer")]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, dict):
+            if part.get("type") == "ByteLevel":
+                return True
+            for name in ("pretokenizers", "decoders", "normalizers"):
+                parts.extend(part.get(name) or [])
+    return False
+
+
+# --- tensors ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """A tensor and the form it is stored in. `shape`: NumPy order, rows of shape[-1]."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: GGMLQuantizationType
+    recipe: TensorRecipe
+    note: str | None = None  # why the type is not the one asked for
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes in the file, without padding."""
+        return self.n_rows * row_bytes(self.shape[-1], self.type)
+
+    @property
+    def n_rows(self) -> int:
+        return self.shape[0] if len(self.shape) > 1 else 1
+
+    @property
+    def n_weights(self) -> int:
+        return self.n_rows * self.shape[-1]
+
+
+def plan_tensors(spec: ModelSpec, outtype: str) -> list[TensorPlan]:
+    """The tensors of the file in order, each with the ggml type it is stored in."""
+    plans = []
+    for name, recipe in spec.tensors.items():
+        ggml_type, note = choose_type(name, recipe.shape, outtype)
+        plans.append(TensorPlan(name, recipe.shape, ggml_type, recipe, note))
+    if spec.code.kind == "table":
+        # Bit i of a row is bit i % 8, least significant first, of byte i / 8.
+        packed = np.packbits(spec.code.table, axis=1, bitorder="little").view(np.int8)
+        recipe = TensorRecipe(packed.shape, (), lambda start, stop: packed[start:stop])
+        plans.append(TensorPlan("token_code.weight", packed.shape, GGMLQuantizationType.I8, recipe))
+    return plans
+
+
+@dataclass
+class Layout:
+    """A file that is fully determined except for the figures of its certificate."""
+
+    tensors: list[TensorPlan]
+    metadata: dict[str, Value]
+    header_bytes: int = field(default=0)  # length of everything before the tensor data, padding included
+
+    @classmethod
+    def plan(cls, spec: ModelSpec, outtype: str, provenance: Provenance) -> Layout:
+        """Decide types and metadata. Reads the tokenizer and a code table, no weights."""
+        if outtype not in OUT_TYPES:
+            raise CheckpointError(f"outtype {outtype!r} is not one of {', '.join(OUT_TYPES)}")
+        metadata = {**model_metadata(spec, outtype), **provenance_metadata(provenance), **tokenizer_metadata(spec)}
+        return cls(plan_tensors(spec, outtype), metadata)
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of the tensor data, padding included."""
+        return sum(_pad(t.n_bytes) for t in self.tensors)
+
+    @property
+    def n_weights(self) -> int:
+        return sum(t.n_weights for t in self.tensors)
+
+    def write(
+        self,
+        file: AtomicFile,
+        certificate: Mapping[str, bool | int | float],
+        n_threads: int = 0,
+        progress: Progress = lambda done, total, name: None,
+    ) -> None:
+        """Write header and tensors. Peak memory: a few chunks of 4 MB for each thread.
+
+        n_threads: 0 for the CPUs this process may use. Raises CheckpointError for a value that the type cannot hold.
+        """
+        header = self._header(certificate)
+        self.header_bytes = len(header)
+        free = shutil.disk_usage(file.path.parent).free
+        if free < len(header) + self.data_bytes:
+            raise OSError(
+                f"{file.target}: needs {(len(header) + self.data_bytes) / 1e6:,.0f} MB, but {file.path.parent} has only "
+                f"{free / 1e6:,.0f} MB free"
+            )
+        file.file.write(header)
+        n_threads = n_threads or len(os.sched_getaffinity(0))
+        with ThreadPoolExecutor(n_threads, "quantize") as pool:
+            done = 0
+            for tensor, part, is_last in self._quantised(pool, window=n_threads + 1):
+                file.file.write(memoryview(part).cast("B"))
+                done += part.shape[0] * tensor.shape[-1]
+                if is_last:
+                    file.file.write(bytes(_pad(tensor.n_bytes) - tensor.n_bytes))
+                progress(done, self.n_weights, tensor.name)
+        file.file.flush()
+
+    def rewrite_header(self, file: AtomicFile, certificate: Mapping[str, bool | int | float]) -> None:
+        """Replace the figures of the certificate in a file that `write` has written."""
+        header = self._header(certificate)
+        if len(header) != self.header_bytes:
+            raise ValueError(f"the header changed from {self.header_bytes} to {len(header)} bytes")
+        file.file.seek(0)
+        file.file.write(header)
+        file.file.flush()
+
+    def _quantised(self, pool: ThreadPoolExecutor, window: int) -> Iterator[tuple[TensorPlan, NDArray[np.uint8], bool]]:
+        """All chunks in file order with whether they end their tensor; at most `window` are waiting at a time.
+
+        This thread reads the checkpoint, whose readers need not be thread-safe; the pool does the arithmetic.
+        """
+        waiting: deque[tuple[TensorPlan, Future[NDArray[np.uint8]], bool]] = deque()
+        try:
+            for tensor in self.tensors:
+                step = max(1, _CHUNK // tensor.shape[-1])
+                for start in range(0, tensor.n_rows, step):
+                    stop = min(start + step, tensor.n_rows)
+                    waiting.append(
+                        (tensor, pool.submit(_store, tensor, _read(tensor, start, stop)), stop == tensor.n_rows)
+                    )
+                    if len(waiting) >= window:
+                        plan, part, is_last = waiting.popleft()
+                        yield plan, part.result(), is_last
+            for plan, part, is_last in waiting:
+                yield plan, part.result(), is_last
+        finally:
+            for _, part, _ in waiting:
+                part.cancel()
+
+    def _header(self, certificate: Mapping[str, bool | int | float]) -> bytes:
+        """Magic, metadata and tensor table, padded to where the data begins."""
+        with tempfile.TemporaryDirectory(prefix="fixmin-") as folder:
+            path = Path(folder, "header.gguf")
+            writer = GGUFWriter(path, ARCHITECTURE)
+            for key, value in {**self.metadata, **_fixed_size(certificate)}.items():
+                writer.add_key_value(key, value.value, value.type, value.element)
+            for tensor in self.tensors:
+                writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.n_bytes, tensor.type)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            writer.close()
+            header = path.read_bytes()
+        return header + bytes(_pad(len(header)) - len(header))
+
+
+def _pad(n: int) -> int:
+    return GGUFWriter.ggml_pad(n, GGUF_DEFAULT_ALIGNMENT)
+
+
+def _read(tensor: TensorPlan, start: int, stop: int) -> NDArray[Any]:
+    """Rows start..stop [stop - start, row length]; a vector is one row."""
+    if len(tensor.shape) == 1:
+        return tensor.recipe.load()[None]
+    if tensor.type == GGMLQuantizationType.I8:
+        return tensor.recipe.read_rows(start, stop)
+    return tensor.recipe.load_rows(start, stop)
+
+
+def _store(tensor: TensorPlan, rows: NDArray[Any]) -> NDArray[np.uint8]:
+    if tensor.type == GGMLQuantizationType.I8:
+        return np.ascontiguousarray(rows).view(np.uint8)
+    try:
+        return quantize_rows(rows, tensor.type)
+    except OverflowError as error:
+        raise CheckpointError(
+            f"tensor {tensor.name} (checkpoint: {', '.join(tensor.recipe.sources) or 'computed'}) {error}; "
+            "use --outtype bf16 or f32, or repair the checkpoint if the value is not meant to be there"
+        ) from error

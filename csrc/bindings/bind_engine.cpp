@@ -1,0 +1,307 @@
+// Engine, SamplingParams, GenerationResult, CancelToken, system_info.
+#include <pybind11/functional.h>
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <optional>
+
+#include "bindings/bindings.h"
+#include "engine/engine.h"
+#include "error.h"
+#include "kernels/isa.h"
+
+namespace py = pybind11;
+
+namespace fixmin::bindings {
+namespace {
+
+using engine::Engine;
+using Ids = py::array_t<uint32_t, py::array::c_style>;
+
+std::span<const uint32_t> id_span(const Ids& ids) {
+    if (ids.ndim() != 1) throw ArgumentError("ids must have one dimension, not " + std::to_string(ids.ndim()));
+    return {ids.data(), size_t(ids.size())};
+}
+
+/// Set from any thread; ends the computation it was given to at the next layer.
+class CancelToken {
+  public:
+    void cancel() { cancelled_ = true; }
+    bool cancelled() const { return cancelled_; }
+
+  private:
+    std::atomic<bool> cancelled_ = false;
+};
+
+/// Asked by the engine between layers, in the thread that called: has the token been cancelled, or has a signal handler
+/// (Ctrl-C) raised? Python's signal handlers run only when asked, and asking takes the GIL, so that is done rarely.
+class Interruption {
+  public:
+    explicit Interruption(const CancelToken* token) : token_(token) {}
+
+    bool operator()() {
+        if (token_ && token_->cancelled()) return true;
+        const auto now = std::chrono::steady_clock::now();
+        if (now - asked_ < std::chrono::milliseconds(20)) return raised_;
+        asked_ = now;
+        const py::gil_scoped_acquire gil;
+        raised_ = raised_ || PyErr_CheckSignals() != 0;
+        return raised_;
+    }
+
+    /// With the GIL held, after the computation: what a signal handler raised goes on to the caller.
+    void rethrow() const {
+        if (raised_) throw py::error_already_set();
+    }
+
+  private:
+    const CancelToken* token_;
+    bool raised_ = false;
+    std::chrono::steady_clock::time_point asked_ = std::chrono::steady_clock::now();
+};
+
+/// Runs a computation without the GIL.
+template <typename F>
+void compute(const CancelToken* token, F f) {
+    Interruption interruption(token);
+    bool cancelled = false;
+    {
+        const py::gil_scoped_release release;
+        try {
+            f([&] { return interruption(); });
+        } catch (const engine::Cancelled&) {
+            cancelled = true;
+        }
+    }
+    interruption.rethrow();
+    if (cancelled) throw Error("the computation was cancelled");
+}
+
+struct GenerationResult {
+    py::array_t<uint32_t> token_ids;
+    std::string finish_reason;
+    size_t n_prompt;
+    double prefill_s, decode_s;
+};
+
+const char* name(engine::FinishReason reason) {
+    switch (reason) {
+        case engine::FinishReason::length: return "length";
+        case engine::FinishReason::stop: return "stop";
+        case engine::FinishReason::eos: return "eos";
+        case engine::FinishReason::cancelled: return "cancelled";
+    }
+    return "?";
+}
+
+/// An Engine that can be closed: calls hold a reference of their own, so one that runs in another thread ends first.
+class EngineHandle {
+  public:
+    EngineHandle(const std::string& path, const engine::EngineOptions& options, const py::object& progress) {
+        Interruption interruption(nullptr);
+        const auto report = [&](double fraction) {
+            if (interruption()) throw engine::Cancelled();
+            if (progress.is_none()) return;
+            const py::gil_scoped_acquire gil;
+            progress(fraction);
+        };
+        {
+            const py::gil_scoped_release release;
+            try {
+                engine_ = std::make_shared<Engine>(gguf::GgufFile::open(path), options, report);
+            } catch (const engine::Cancelled&) {
+            }
+        }
+        interruption.rethrow();
+    }
+
+    std::shared_ptr<Engine> get() const {
+        if (!engine_) throw ArgumentError("the engine is closed");
+        return engine_;
+    }
+
+    void close() {
+        std::shared_ptr<Engine> last = std::move(engine_);
+        const py::gil_scoped_release release;
+        last.reset();
+    }
+
+  private:
+    std::shared_ptr<Engine> engine_;
+};
+
+kernels::KvType parse_kv_type(const std::string& name) {
+    if (name == "f16") return kernels::KvType::f16;
+    if (name == "f32") return kernels::KvType::f32;
+    throw ArgumentError("kv_type is '" + name + "'; known: f16, f32");
+}
+
+py::dict info(const EngineHandle& handle) {
+    const auto engine = handle.get();
+    const model::Hyperparams& hp = engine->hyperparams();
+    const model::Weights& weights = engine->weights();
+    py::dict d;
+    d["vocab_size"] = hp.vocab_size;
+    d["context_length"] = hp.context_length;
+    d["embedding_length"] = hp.embedding_length;
+    d["block_count"] = hp.block_count;
+    d["feed_forward_length"] = hp.feed_forward_length;
+    d["head_count"] = hp.head_count;
+    d["head_count_kv"] = hp.head_count_kv;
+    d["head_dim"] = hp.head_dim;
+    d["attention_scale"] = hp.attention_scale;
+    d["norm"] = hp.rms_norm ? "rmsnorm" : "layernorm";
+    d["norm_eps"] = hp.norm_eps;
+    d["rope_dimension_count"] = hp.rope_dim;
+    d["rope_freq_base"] = hp.rope_base;
+    d["rope_style"] = hp.rope_style == kernels::RopeStyle::half ? "half" : "interleaved";
+    d["activation"] = std::string(model::name(hp.activation));
+    d["code_kind"] = std::string(model::name(hp.code_kind));
+    d["code_width"] = hp.code_width;
+    d["output_type"] = std::string(quant::name(weights.output.type));
+    d["isa"] = engine->kernels().name;
+    d["n_threads"] = engine->n_threads();
+    d["n_ctx"] = engine->n_ctx();
+    d["weight_bytes"] = weights.panels.size();
+    d["kv_bytes"] = engine->kv_bytes();
+    d["bytes_per_token"] = weights.bytes_per_token();
+    return d;
+}
+
+py::array_t<uint8_t> codes(const EngineHandle& handle, const Ids& ids) {
+    const auto engine = handle.get();
+    if (engine->hyperparams().code_kind == model::CodeKind::learned) {
+        throw UnsupportedError("this model has a learned embedding table and no codes");
+    }
+    const auto span = id_span(ids);
+    const uint32_t width = engine->hyperparams().code_width;
+    py::array_t<uint8_t> out({py::ssize_t(span.size()), py::ssize_t(width)});
+    for (size_t t = 0; t < span.size(); ++t) {
+        codes::unpack_bits(engine->weights().code_map.code(span[t]), {out.mutable_data(py::ssize_t(t)), width});
+    }
+    return out;
+}
+
+py::array_t<float> logits(const EngineHandle& handle, const Ids& ids, bool last) {
+    const auto engine = handle.get();
+    const auto span = id_span(ids);
+    const py::ssize_t v = engine->hyperparams().vocab_size, t = py::ssize_t(span.size());
+    py::array_t<float> out(last ? std::vector<py::ssize_t>{v} : std::vector<py::ssize_t>{t, v});
+    float* data = out.mutable_data();
+    compute(nullptr, [&](const Engine::Stop& stop) { engine->logits(span, last, data, stop); });
+    return out;
+}
+
+py::array_t<float> hidden_states(const EngineHandle& handle, const Ids& ids, uint32_t layer) {
+    const auto engine = handle.get();
+    const auto span = id_span(ids);
+    py::array_t<float> out({py::ssize_t(span.size()), py::ssize_t(engine->hyperparams().embedding_length)});
+    float* data = out.mutable_data();
+    compute(nullptr, [&](const Engine::Stop& stop) { engine->hidden_states(span, layer, data, stop); });
+    return out;
+}
+
+py::array_t<float> score(const EngineHandle& handle, const Ids& ids) {
+    const auto engine = handle.get();
+    const auto span = id_span(ids);
+    py::array_t<float> out(py::ssize_t(span.empty() ? 0 : span.size() - 1));
+    float* data = out.mutable_data();
+    compute(nullptr, [&](const Engine::Stop& stop) { engine->score(span, data, stop); });
+    return out;
+}
+
+GenerationResult generate(const EngineHandle& handle, const Ids& ids, const engine::SamplingParams& params,
+                          const py::object& on_token, const CancelToken* cancel) {
+    const auto engine = handle.get();
+    const auto span = id_span(ids);
+    if (!(params.temperature >= 0) || !std::isfinite(params.temperature)) {
+        throw ArgumentError("temperature must be finite and not negative");
+    }
+    if (!(params.top_p > 0 && params.top_p <= 1)) throw ArgumentError("top_p must lie in (0, 1]");
+
+    std::function<bool(uint32_t)> callback;
+    std::exception_ptr raised;  // goes on to the caller once the engine has returned
+    if (!on_token.is_none()) {
+        callback = [&](uint32_t id) {
+            const py::gil_scoped_acquire gil;
+            try {
+                return on_token(id).cast<bool>();
+            } catch (...) {
+                raised = std::current_exception();
+                return false;
+            }
+        };
+    }
+    engine::Generation result;
+    compute(cancel, [&](const Engine::Stop& stop) { result = engine->generate(span, params, callback, stop); });
+    if (raised) std::rethrow_exception(raised);
+    return {py::array_t<uint32_t>(py::ssize_t(result.ids.size()), result.ids.data()), name(result.reason), span.size(),
+            result.prefill_seconds, result.decode_seconds};
+}
+
+py::dict system_info() {
+    py::dict d;
+    py::list built, usable;
+    for (const kernels::Isa& isa : kernels::isas()) {
+        built.append(isa.name);
+        if (isa.supported) usable.append(isa.name);
+    }
+    d["cpu"] = kernels::cpu_name();
+    d["isa"] = kernels::default_kernels().name;
+    d["isas_built"] = built;
+    d["isas_supported"] = usable;
+    d["usable_cpus"] = engine::usable_cpus();
+    d["default_threads"] = engine::default_threads();
+    return d;
+}
+
+}  // namespace
+
+void bind_engine(py::module_& m) {
+    py::class_<engine::SamplingParams>(m, "SamplingParams", "How the next token is chosen; see csrc/engine/sampler.h.")
+        .def(py::init<>())
+        .def_readwrite("temperature", &engine::SamplingParams::temperature, "0: greedy")
+        .def_readwrite("top_k", &engine::SamplingParams::top_k, "0: all")
+        .def_readwrite("top_p", &engine::SamplingParams::top_p, "1: all")
+        .def_readwrite("seed", &engine::SamplingParams::seed)
+        .def_readwrite("max_new_tokens", &engine::SamplingParams::max_new_tokens)
+        .def_readwrite("stop_ids", &engine::SamplingParams::stop_ids);
+
+    py::class_<GenerationResult>(m, "GenerationResult")
+        .def_readonly("token_ids", &GenerationResult::token_ids, "uint32 [n]")
+        .def_readonly("finish_reason", &GenerationResult::finish_reason, "length, stop, eos or cancelled")
+        .def_readonly("n_prompt", &GenerationResult::n_prompt)
+        .def_readonly("prefill_s", &GenerationResult::prefill_s)
+        .def_readonly("decode_s", &GenerationResult::decode_s);
+
+    py::class_<CancelToken>(m, "CancelToken", "Ends the generation it was given to at the next layer; use from any thread.")
+        .def(py::init<>())
+        .def("cancel", &CancelToken::cancel)
+        .def_property_readonly("cancelled", &CancelToken::cancelled);
+
+    py::class_<EngineHandle>(m, "Engine", "A loaded model and its worker threads.")
+        .def(py::init([](const std::string& path, uint32_t n_threads, uint32_t n_ctx, const std::string& kv_type,
+                         uint32_t n_batch, const std::optional<std::string>& isa, const py::object& progress) {
+                 if (n_batch == 0) throw ArgumentError("n_batch must be at least 1");
+                 if (n_threads > 1024) throw ArgumentError("n_threads must be at most 1024");
+                 return EngineHandle(path, {n_threads, n_ctx, n_batch, parse_kv_type(kv_type), isa.value_or("")}, progress);
+             }),
+             py::arg("path"), py::kw_only(), py::arg("n_threads") = 0, py::arg("n_ctx") = 0, py::arg("kv_type") = "f16",
+             py::arg("n_batch") = 512, py::arg("isa") = py::none(), py::arg("progress") = py::none())
+        .def_property_readonly("info", &info)
+        .def("codes", &codes, py::arg("ids"), "uint8 [T, K]")
+        .def("logits", &logits, py::arg("ids"), py::arg("last") = false, "float32 [T, V], or [V]")
+        .def("hidden_states", &hidden_states, py::arg("ids"), py::arg("layer"), "float32 [T, D]")
+        .def("score", &score, py::arg("ids"), "float32 [T-1], natural log-probabilities of ids[1:]")
+        .def("generate", &generate, py::arg("ids"), py::arg("params"), py::arg("on_token") = py::none(),
+             py::arg("cancel") = py::none())
+        .def("close", &EngineHandle::close, "Frees the model once running calls have ended.");
+
+    m.def("system_info", &system_info, "What this machine offers and what was chosen.");
+}
+
+}  // namespace fixmin::bindings

@@ -1,0 +1,193 @@
+// GgufFile for Python: metadata as a dict, tensors as read-only views of the file.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstring>
+#include <exception>
+#include <span>
+#include <string>
+#include <string_view>
+#include <system_error>
+#include <utility>
+
+#include "bindings/bindings.h"
+#include "gguf/gguf_file.h"
+
+namespace py = pybind11;
+
+namespace fixmin::bindings {
+namespace {
+
+/// A validated file and what keeps its bytes alive.
+class PyGgufFile {
+  public:
+    explicit PyGgufFile(gguf::GgufFile file, py::object owner = py::none())
+        : owner_(std::move(owner)), file_(std::move(file)) {}
+    const gguf::GgufFile& file() const noexcept { return file_; }
+
+  private:
+    py::object owner_;  // the bytes object that file_ was parsed from; None if file_ owns a mapping
+    gguf::GgufFile file_;
+};
+
+PyGgufFile open_file(const py::object& path) {
+    PyObject* encoded = nullptr;  // as the operating system wants it; also refuses embedded NULs
+    if (PyUnicode_FSConverter(path.ptr(), &encoded) == 0) throw py::error_already_set();
+    const auto name = py::reinterpret_steal<py::bytes>(encoded).cast<std::string>();
+    const auto open = [&name] {
+        py::gil_scoped_release release;
+        return gguf::GgufFile::open(name);
+    };
+    return PyGgufFile(open());
+}
+
+PyGgufFile parse_bytes(const py::bytes& data) {
+    const std::string_view text = data;
+    const auto parse = [&text] {
+        py::gil_scoped_release release;
+        return gguf::GgufFile::parse(std::as_bytes(std::span(text)));
+    };
+    return PyGgufFile(parse(), data);
+}
+
+/// GGUF does not enforce UTF-8 and published vocabularies hold broken strings, so what cannot be decoded
+/// becomes U+FFFD.
+py::str decode(std::string_view text) {
+    PyObject* decoded = PyUnicode_DecodeUTF8(text.data(), static_cast<Py_ssize_t>(text.size()), "replace");
+    if (decoded == nullptr) throw py::error_already_set();
+    return py::reinterpret_steal<py::str>(decoded);
+}
+
+template <class T>
+py::array copy_array(const gguf::ArrayView& view) {
+    py::array_t<T> array(static_cast<py::ssize_t>(view.count));
+    if (view.count != 0) std::memcpy(array.mutable_data(), view.bytes.data(), view.bytes.size());
+    return array;
+}
+
+py::object to_python(const gguf::ArrayView& view) {
+    using gguf::ValueType;
+    switch (view.type) {
+        case ValueType::u8:
+            return copy_array<uint8_t>(view);
+        case ValueType::i8:
+            return copy_array<int8_t>(view);
+        case ValueType::u16:
+            return copy_array<uint16_t>(view);
+        case ValueType::i16:
+            return copy_array<int16_t>(view);
+        case ValueType::u32:
+            return copy_array<uint32_t>(view);
+        case ValueType::i32:
+            return copy_array<int32_t>(view);
+        case ValueType::f32:
+            return copy_array<float>(view);
+        case ValueType::boolean:
+            return copy_array<bool>(view);
+        case ValueType::u64:
+            return copy_array<uint64_t>(view);
+        case ValueType::i64:
+            return copy_array<int64_t>(view);
+        case ValueType::f64:
+            return copy_array<double>(view);
+        case ValueType::string: {
+            py::list list;
+            for (const std::string_view text : view.strings()) list.append(decode(text));
+            return list;
+        }
+        case ValueType::array:
+            break;  // the reader refuses nested arrays
+    }
+    throw GgufError("GGUF array of unexpected element type");
+}
+
+py::object to_python(std::string_view text) {
+    return decode(text);
+}
+
+template <class Number>
+py::object to_python(const Number& number) {
+    return py::cast(number);
+}
+
+py::dict metadata(const PyGgufFile& self) {
+    py::dict result;
+    self.file().visit(
+        [&result](std::string_view key, const auto& value) { result[decode(key)] = to_python(value); });
+    return result;
+}
+
+py::tuple shape(const gguf::TensorInfo& tensor) {
+    py::tuple result(tensor.n_dims);
+    for (uint32_t i = 0; i < tensor.n_dims; ++i) result[i] = tensor.ne[tensor.n_dims - 1 - i];
+    return result;
+}
+
+/// The tensor's blocks as they are stored: [n_bytes] uint8, without a copy; `self` lives as long as the
+/// array.
+py::array tensor_data(const py::object& self, const std::string& name) {
+    const auto& file = self.cast<const PyGgufFile&>().file();
+    const gguf::TensorInfo* tensor = file.find_tensor(name);
+    if (tensor == nullptr) throw py::key_error("no tensor " + name);
+    py::array array(py::dtype::of<uint8_t>(), static_cast<py::ssize_t>(tensor->data.size()),
+                    tensor->data.data(), self);
+    array.attr("flags").attr("writeable") = false;  // NumPy refuses to set it back: `self` has no buffer
+    return array;
+}
+
+/// std::system_error as the OSError that Python's own open() would raise (FileNotFoundError,
+/// IsADirectoryError, ...).
+void translate_system_error(std::exception_ptr raised) {
+    try {
+        if (raised) std::rethrow_exception(raised);
+    } catch (const std::system_error& error) {
+        const auto message = py::reinterpret_steal<py::object>(PyUnicode_DecodeFSDefault(error.what()));
+        if (!message) return;  // the decoding error is set
+        const auto args = py::make_tuple(error.code().value(), message);
+        PyErr_SetObject(PyExc_OSError, args.ptr());
+    }
+}
+
+}  // namespace
+
+void bind_gguf(py::module_& m) {
+    py::register_local_exception_translator(&translate_system_error);
+
+    py::class_<gguf::TensorInfo>(m, "GgufTensor", "One tensor's entry in a GgufFile.")
+        .def_readonly("name", &gguf::TensorInfo::name)
+        .def_property_readonly("shape", &shape, "NumPy order: slowest dimension first, row length last.")
+        .def_property_readonly(
+            "type", [](const gguf::TensorInfo& tensor) { return gguf::type_traits(tensor.type).name; },
+            "The ggml type: 'F32', 'Q8_0', ...")
+        .def_readonly("offset", &gguf::TensorInfo::offset,
+                      "Of the data, in bytes from the start of the file.")
+        .def_property_readonly("n_bytes", [](const gguf::TensorInfo& tensor) { return tensor.data.size(); })
+        .def("__repr__", [](const gguf::TensorInfo& tensor) {
+            return "GgufTensor(name=" + py::repr(decode(tensor.name)).cast<std::string>() +
+                   ", shape=" + py::repr(shape(tensor)).cast<std::string>() + ", type='" +
+                   gguf::type_traits(tensor.type).name + "', offset=" + std::to_string(tensor.offset) + ")";
+        });
+
+    py::class_<PyGgufFile>(m, "GgufFile",
+                           "A validated GGUF file. Raises GGUFError for anything malformed, OSError if the "
+                           "path cannot be opened.\n\n"
+                           "The file is mapped, not read: do not truncate it while it is open.")
+        .def(py::init(&open_file), py::arg("path"))
+        .def_static("from_bytes", &parse_bytes, py::arg("data"),
+                    "Parses the content of a file; keeps `data` alive.")
+        .def_property_readonly("version", [](const PyGgufFile& self) { return self.file().version(); })
+        .def_property_readonly("alignment", [](const PyGgufFile& self) { return self.file().alignment(); })
+        .def_property_readonly(
+            "metadata", &metadata,
+            "A new dict in file order. Arrays of numbers are ndarrays of the stored type, arrays of "
+            "strings lists; bytes that are not UTF-8 become U+FFFD.")
+        .def_property_readonly(
+            "tensors", [](const PyGgufFile& self) { return self.file().tensors(); },
+            py::return_value_policy::copy)
+        .def("tensor_data", &tensor_data, py::arg("name"),
+             "The stored bytes of a tensor, uint8 [n_bytes]: a read-only view that keeps the file alive. "
+             "KeyError if there is no such tensor.");
+}
+
+}  // namespace fixmin::bindings

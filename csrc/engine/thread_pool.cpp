@@ -1,0 +1,214 @@
+#include "engine/thread_pool.h"
+
+#include <sched.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cfenv>
+#include <cmath>
+#include <exception>
+#include <fstream>
+#include <mutex>
+#include <set>
+#include <sstream>
+#include <string>
+
+namespace fixmin::engine {
+namespace {
+
+// About 50 microseconds of `pause`: longer than any step between two barriers of a decoded token is uneven, far shorter
+// than a scheduler's time slice.
+constexpr uint32_t default_spins = 2000;
+
+void relax() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+void wait_for_change(std::atomic<uint32_t>& value, uint32_t old, uint32_t spins) {
+    for (uint32_t i = 0; i < spins; ++i) {
+        if (value.load(std::memory_order_acquire) != old) return;
+        relax();
+    }
+    while (value.load(std::memory_order_acquire) == old) value.wait(old, std::memory_order_acquire);
+}
+
+// Another library may have switched on flush-to-zero or another rounding in this thread: results must not depend on it.
+class DefaultFloatingPoint {
+  public:
+    DefaultFloatingPoint() {
+        std::fegetenv(&saved_);
+        std::fesetenv(FE_DFL_ENV);
+    }
+    ~DefaultFloatingPoint() { std::fesetenv(&saved_); }
+
+  private:
+    std::fenv_t saved_;
+};
+
+}  // namespace
+
+void Barrier::wait() {
+    const uint32_t phase = phase_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
+        arrived_.store(0, std::memory_order_relaxed);
+        phase_.store(phase + 1, std::memory_order_release);
+        phase_.notify_all();
+    } else {
+        wait_for_change(phase_, phase, spins_);
+    }
+}
+
+struct ThreadPool::Shared {
+    Shared(uint32_t size, uint32_t spins) : spins(spins), barrier(size, spins) {}
+
+    const uint32_t spins;
+    Barrier barrier;
+    std::atomic<uint32_t> epoch = 0;    // counts jobs
+    std::atomic<uint32_t> running = 0;  // workers still in the job
+    std::atomic<bool> quit = false;
+    const std::function<void(model::Team&)>* job = nullptr;
+    std::mutex error_mutex;
+    std::exception_ptr error;  // the first one of a job
+
+    void call(uint32_t index, uint32_t size) {
+        class PoolTeam final : public model::Team {
+          public:
+            PoolTeam(uint32_t index, uint32_t size, Barrier& barrier) : Team(index, size), barrier_(barrier) {}
+            void barrier() override {
+                if (size > 1) barrier_.wait();
+            }
+
+          private:
+            Barrier& barrier_;
+        };
+        const DefaultFloatingPoint environment;
+        PoolTeam team(index, size, barrier);
+        try {
+            (*job)(team);
+        } catch (...) {
+            const std::lock_guard lock(error_mutex);
+            if (!error) error = std::current_exception();
+        }
+    }
+};
+
+ThreadPool::ThreadPool(uint32_t size) : size_(std::max(size, 1u)) { start(); }
+
+ThreadPool::~ThreadPool() { stop(); }
+
+void ThreadPool::start() {
+    owner_ = getpid();
+    // Spinning pays only if every thread has a CPU to itself.
+    shared_ = std::make_unique<Shared>(size_, size_ <= usable_cpus() ? default_spins : 0);
+    for (uint32_t i = 1; i < size_; ++i) {
+        workers_.emplace_back([shared = shared_.get(), i, size = size_] {
+            for (uint32_t epoch = 0;;) {
+                wait_for_change(shared->epoch, epoch, shared->spins);
+                epoch = shared->epoch.load(std::memory_order_acquire);
+                if (shared->quit) return;
+                shared->call(i, size);
+                if (shared->running.fetch_sub(1, std::memory_order_acq_rel) == 1) shared->running.notify_one();
+            }
+        });
+    }
+}
+
+void ThreadPool::stop() {
+    if (owner_ != getpid()) {
+        // A forked child: the threads are not here. Joining or destroying their handles would end the process.
+        for (std::thread& worker : workers_) new std::thread(std::move(worker));
+        shared_.release();
+        workers_.clear();
+        return;
+    }
+    shared_->quit = true;
+    shared_->epoch.fetch_add(1, std::memory_order_release);
+    shared_->epoch.notify_all();
+    for (std::thread& worker : workers_) worker.join();
+    workers_.clear();
+}
+
+void ThreadPool::run(const std::function<void(model::Team&)>& job) {
+    if (owner_ != getpid()) {
+        stop();
+        start();
+    }
+    Shared& shared = *shared_;
+    shared.job = &job;
+    shared.error = nullptr;
+    shared.running.store(size_ - 1, std::memory_order_relaxed);
+    shared.epoch.fetch_add(1, std::memory_order_release);
+    shared.epoch.notify_all();
+    shared.call(0, size_);
+    for (uint32_t left; (left = shared.running.load(std::memory_order_acquire)) != 0;) {
+        wait_for_change(shared.running, left, shared.spins);
+    }
+    if (shared.error) std::rethrow_exception(shared.error);
+}
+
+void ThreadPool::parallel_for(uint32_t n, const std::function<void(uint32_t, uint32_t)>& body) {
+    run([&](model::Team& team) {
+        const auto [begin, end] = team.share(n);
+        if (begin < end) body(begin, end);
+    });
+}
+
+namespace {
+
+std::vector<int> affinity_cpus() {
+    std::vector<int> cpus;
+    // The kernel refuses a mask smaller than its own: grow until it fits.
+    for (int n = 1024; n <= 1 << 20; n *= 2) {
+        cpu_set_t* set = CPU_ALLOC(n);
+        if (!set) break;
+        const size_t bytes = CPU_ALLOC_SIZE(n);
+        CPU_ZERO_S(bytes, set);
+        const bool ok = sched_getaffinity(0, bytes, set) == 0;
+        for (int i = 0; ok && i < n; ++i) {
+            if (CPU_ISSET_S(i, bytes, set)) cpus.push_back(i);
+        }
+        CPU_FREE(set);
+        if (ok) break;
+    }
+    if (cpus.empty()) cpus.push_back(0);
+    return cpus;
+}
+
+// CPUs that the cgroup's quota amounts to (version 2, then 1), or a large number.
+double cgroup_quota() {
+    double quota = 1e9;
+    if (std::ifstream file("/sys/fs/cgroup/cpu.max"); file) {
+        std::string limit;
+        double period = 0;
+        if (file >> limit >> period && limit != "max" && period > 0) quota = std::stod(limit) / period;
+    } else {
+        double limit = -1, period = 0;
+        std::ifstream("/sys/fs/cgroup/cpu/cpu.cfs_quota_us") >> limit;
+        std::ifstream("/sys/fs/cgroup/cpu/cpu.cfs_period_us") >> period;
+        if (limit > 0 && period > 0) quota = limit / period;
+    }
+    return quota;
+}
+
+}  // namespace
+
+uint32_t usable_cpus() {
+    const double n = std::min(double(affinity_cpus().size()), std::floor(cgroup_quota()));
+    return uint32_t(std::max(n, 1.0));
+}
+
+uint32_t default_threads() {
+    std::set<std::string> cores;  // siblings of one core share this line
+    for (const int cpu : affinity_cpus()) {
+        std::string siblings = std::to_string(cpu);
+        std::ifstream("/sys/devices/system/cpu/cpu" + siblings + "/topology/thread_siblings_list") >> siblings;
+        cores.insert(siblings);
+    }
+    return std::max(1u, std::min(uint32_t(cores.size()), usable_cpus()));
+}
+
+}  // namespace fixmin::engine

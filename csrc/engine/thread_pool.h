@@ -1,0 +1,64 @@
+// Persistent worker threads that run one function together, with barriers inside it.
+#pragma once
+#include <sys/types.h>
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "model/decoder.h"
+
+namespace fixmin::engine {
+
+/// Sense-reversing barrier: spins for a bounded time, then sleeps in the kernel.
+class Barrier {
+  public:
+    Barrier(uint32_t size, uint32_t spins) : size_(size), spins_(spins) {}
+    void wait();
+
+  private:
+    const uint32_t size_;
+    const uint32_t spins_;
+    std::atomic<uint32_t> arrived_ = 0;
+    std::atomic<uint32_t> phase_ = 0;
+};
+
+/// The calling thread is member 0 of the team; size - 1 workers wait for it between calls.
+class ThreadPool {
+  public:
+    explicit ThreadPool(uint32_t size);
+    ~ThreadPool();
+    ThreadPool(const ThreadPool&) = delete;
+    ThreadPool& operator=(const ThreadPool&) = delete;
+
+    uint32_t size() const { return size_; }
+
+    /// Runs job(team) once on every thread and returns when all have finished; one call at a time.
+    /// The floating-point environment is the default one inside. In a forked child the workers are made anew.
+    /// An exception of the job ends up here; a job that uses team.barrier() must not throw.
+    void run(const std::function<void(model::Team&)>& job);
+
+    /// body(begin, end) on contiguous shares of 0..n.
+    void parallel_for(uint32_t n, const std::function<void(uint32_t, uint32_t)>& body);
+
+  private:
+    struct Shared;
+    void start();
+    void stop();
+
+    const uint32_t size_;
+    pid_t owner_ = 0;  // the process that the workers live in
+    std::unique_ptr<Shared> shared_;
+    std::vector<std::thread> workers_;
+};
+
+/// CPUs this process may run on: the smallest of its affinity mask and its cgroup's quota, at least 1.
+uint32_t usable_cpus();
+
+/// usable_cpus(), but no more than the physical cores in the affinity mask.
+uint32_t default_threads();
+
+}  // namespace fixmin::engine

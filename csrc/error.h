@@ -1,0 +1,33 @@
+// The closed list of errors that the native code throws. Nothing here aborts the process.
+#pragma once
+#include <stdexcept>
+#include <string>
+
+namespace fixmin {
+
+/// Base of everything thrown on purpose.  Python: FixminError.
+class Error : public std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+/// A GGUF file is malformed, truncated, or lacks a key or tensor that the model needs.  Python: GGUFError.
+class GgufError : public Error {
+    using Error::Error;
+};
+
+/// A well-formed request for something this build does not do (tensor type, ISA).  Python: UnsupportedError.
+class UnsupportedError : public Error {
+    using Error::Error;
+};
+
+/// A sequence does not fit the context.  Python: ContextLengthError.
+class ContextLengthError : public Error {
+    using Error::Error;
+};
+
+/// An argument outside its range.  Python: ValueError.
+class ArgumentError : public Error {
+    using Error::Error;
+};
+
+}  // namespace fixmin

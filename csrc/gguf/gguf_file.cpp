@@ -1,0 +1,677 @@
+#include "gguf/gguf_file.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cfloat>
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <system_error>
+#include <type_traits>
+
+namespace fixmin::gguf {
+namespace {
+
+// ---- limits
+// -------------------------------------------------------------------------------------------------
+
+constexpr uint64_t kMaxKeyBytes = 65535;          // the format's own limit
+constexpr uint64_t kMaxNameBytes = 64;            // the format's own limit
+constexpr uint64_t kMaxStringBytes = 1ull << 30;  // ggml's limits: what it refuses is refused here
+constexpr uint64_t kMaxArrayCount = 1ull << 30;
+constexpr uint64_t kMinAlignment = 8;        // the format asks for a multiple of 8, ggml for a power of two
+constexpr uint64_t kMaxAlignment = 1 << 21;  // a huge page: there is no reason to align to more
+constexpr uint64_t kDefaultAlignment = 32;
+
+// The fewest bytes that an entry can have, so that a count is checked against the bytes left before it is
+// used.
+constexpr uint64_t kMinKeyValueBytes = 8 + 1 + 4 + 1;    // key length, key, type, value
+constexpr uint64_t kMinTensorBytes = 8 + 1 + 4 + 4 + 8;  // name length, name, n_dims, type, offset
+
+constexpr uint32_t kMagic = 0x46554747;  // "GGUF" as a little-endian number
+
+// Bytes per value or element, indexed by ValueType; 0 where the size varies.
+constexpr uint64_t kValueBytes[] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};
+constexpr const char* kValueTypeNames[] = {"u8",   "i8",     "u16",   "i16", "u32", "i32", "f32",
+                                           "bool", "string", "array", "u64", "i64", "f64"};
+static_assert(std::size(kValueBytes) == std::variant_size_v<Value>);
+static_assert(std::size(kValueTypeNames) == std::variant_size_v<Value>);
+
+constexpr bool is_value_type(uint32_t raw) {
+    return raw < std::size(kValueBytes);
+}
+
+// ---- error messages
+// -----------------------------------------------------------------------------------------
+
+/// Text from a file, made fit for a message: quoted, printable ASCII, shortened.
+std::string quoted(std::string_view text) {
+    constexpr size_t kMaxShown = 80;
+    constexpr char kHex[] = "0123456789abcdef";
+    std::string out = "'";
+    for (const char c : text.substr(0, kMaxShown)) {
+        const auto byte = static_cast<unsigned char>(c);
+        if (byte >= 0x20 && byte < 0x7f) {
+            out += c;
+        } else {
+            out += {'\\', 'x', kHex[byte >> 4], kHex[byte & 15]};
+        }
+    }
+    return out + (text.size() > kMaxShown ? "...'" : "'");
+}
+
+std::string type_description(const Value& value) {
+    if (const auto* array = std::get_if<ArrayView>(&value)) {
+        return std::string("array of ") + value_type_name(array->type);
+    }
+    return value_type_name(static_cast<ValueType>(value.index()));
+}
+
+[[noreturn]] void fail_value(const KeyValue& entry, const std::string& why) {
+    throw GgufError("GGUF key " + quoted(entry.key) + " at byte " + std::to_string(entry.offset) + ": " +
+                    why);
+}
+
+[[noreturn]] void fail_type(const KeyValue& entry, const char* expected) {
+    fail_value(entry, std::string("expected ") + expected + ", found " + type_description(entry.value));
+}
+
+[[noreturn]] void fail_missing(std::string_view key, const char* expected) {
+    throw GgufError("GGUF key " + quoted(key) + " is missing (expected " + expected + ")");
+}
+
+// ---- reading
+// ------------------------------------------------------------------------------------------------
+
+/// A position in the file that never leaves it, and the name of what is being read, for messages.
+class Cursor {
+  public:
+    explicit Cursor(std::span<const std::byte> bytes) : bytes_(bytes) {}
+
+    uint64_t position() const noexcept { return position_; }
+    uint64_t left() const noexcept { return bytes_.size() - position_; }
+
+    /// What has been read from position `begin` on.
+    std::span<const std::byte> since(uint64_t begin) const {
+        return bytes_.subspan(begin, position_ - begin);
+    }
+
+    /// What follows belongs to the entry `index` of the kind "header", "key" or "tensor" until `name_entry`.
+    void begin_entry(const char* kind, uint64_t index) {
+        kind_ = kind;
+        index_ = index;
+        name_ = {};
+    }
+    void name_entry(std::string_view name) { name_ = name; }
+
+    [[noreturn]] void fail(uint64_t at, const std::string& why) const {
+        std::string place = kind_;
+        if (!name_.empty()) {
+            place += " " + quoted(name_);
+        } else if (kind_ != kHeader) {
+            place += " number " + std::to_string(index_);
+        }
+        throw GgufError("GGUF " + place + " at byte " + std::to_string(at) + ": " + why);
+    }
+
+    /// The next `size` bytes; `field` says what they are.
+    std::span<const std::byte> take(uint64_t size, const char* field) {
+        if (size > left()) {
+            fail(position_, std::string(field) + " needs " + std::to_string(size) + " bytes, " +
+                                std::to_string(left()) + " are left in the file");
+        }
+        const auto taken = bytes_.subspan(position_, size);
+        position_ += size;
+        return taken;
+    }
+
+    template <class T>
+    T number(const char* field) {
+        T value;
+        std::memcpy(&value, take(sizeof(T), field).data(), sizeof(T));
+        return value;
+    }
+
+    /// A count of things that take at least `min_bytes` each, so no more than the bytes left can hold.
+    uint64_t count(const char* field, uint64_t min_bytes, uint64_t max_count) {
+        const uint64_t at = position_;
+        const auto count = number<uint64_t>(field);
+        if (count > left() / min_bytes) {
+            fail(at, std::string(field) + " is " + std::to_string(count) + ", but the " +
+                         std::to_string(left()) + " bytes left in the file cannot hold so many");
+        }
+        if (count > max_count) {
+            fail(at, std::string(field) + " is " + std::to_string(count) + ", more than " +
+                         std::to_string(max_count));
+        }
+        return count;
+    }
+
+    std::string_view string(const char* field, uint64_t max_bytes) {
+        const uint64_t size = count(field, 1, max_bytes);
+        const auto text = take(size, field);
+        return {reinterpret_cast<const char*>(text.data()), text.size()};
+    }
+
+    /// A key or tensor name.  Printable ASCII (a key must be ASCII by the format), because names become the
+    /// keys of dicts and parts of messages: two that differ only in unprintable bytes would look the same.
+    std::string_view name(const char* field, uint64_t max_bytes) {
+        const uint64_t at = position_;
+        const std::string_view name = string(field, max_bytes);
+        if (name.empty()) fail(at, std::string(field) + " is 0: the name is empty");
+        for (const char c : name) {
+            if (c < 0x20 || c > 0x7e) fail(at, "name " + quoted(name) + " is not printable ASCII");
+        }
+        return name;
+    }
+
+    bool boolean() {
+        const uint64_t at = position_;
+        const auto byte = number<uint8_t>("bool");
+        if (byte > 1) fail(at, "bool is " + std::to_string(byte) + ", neither 0 nor 1");
+        return byte == 1;
+    }
+
+    ValueType value_type(const char* field) {
+        const uint64_t at = position_;
+        const auto raw = number<uint32_t>(field);
+        if (!is_value_type(raw)) fail(at, std::string(field) + " " + std::to_string(raw) + " does not exist");
+        return static_cast<ValueType>(raw);
+    }
+
+    static constexpr const char* kHeader = "header";
+
+  private:
+    std::span<const std::byte> bytes_;
+    uint64_t position_ = 0;
+    const char* kind_ = kHeader;
+    uint64_t index_ = 0;
+    std::string_view name_;
+};
+
+ArrayView read_array(Cursor& in) {
+    const uint64_t at = in.position();
+    const ValueType type = in.value_type("array element type");
+    // As in ggml: nothing uses nested arrays, and their depth would be the file's to choose.
+    if (type == ValueType::array) in.fail(at, "arrays of arrays are not supported");
+
+    const uint64_t element_bytes = kValueBytes[static_cast<uint32_t>(type)];
+    const bool is_string = type == ValueType::string;
+    const uint64_t count = in.count("array length", is_string ? 8 : element_bytes, kMaxArrayCount);
+    const uint64_t begin = in.position();
+    if (is_string) {
+        for (uint64_t i = 0; i < count; ++i) in.string("string length", kMaxStringBytes);
+    } else if (type == ValueType::boolean) {
+        for (uint64_t i = 0; i < count; ++i) in.boolean();
+    } else {
+        in.take(count * element_bytes, "array");
+    }
+    return {type, count, in.since(begin)};
+}
+
+Value read_value(Cursor& in, ValueType type) {
+    switch (type) {
+        case ValueType::u8:
+            return in.number<uint8_t>("u8");
+        case ValueType::i8:
+            return in.number<int8_t>("i8");
+        case ValueType::u16:
+            return in.number<uint16_t>("u16");
+        case ValueType::i16:
+            return in.number<int16_t>("i16");
+        case ValueType::u32:
+            return in.number<uint32_t>("u32");
+        case ValueType::i32:
+            return in.number<int32_t>("i32");
+        case ValueType::f32:
+            return in.number<float>("f32");
+        case ValueType::boolean:
+            return in.boolean();
+        case ValueType::string:
+            return in.string("string length", kMaxStringBytes);
+        case ValueType::array:
+            return read_array(in);
+        case ValueType::u64:
+            return in.number<uint64_t>("u64");
+        case ValueType::i64:
+            return in.number<int64_t>("i64");
+        case ValueType::f64:
+            return in.number<double>("f64");
+    }
+    in.fail(in.position(), "unreachable value type");  // value_type() has checked it
+}
+
+KeyValue read_key_value(Cursor& in) {
+    const uint64_t offset = in.position();
+    const std::string_view key = in.name("key length", kMaxKeyBytes);
+    in.name_entry(key);
+    const ValueType type = in.value_type("value type");
+    return {key, read_value(in, type), offset};
+}
+
+/// Everything about a tensor except where its data lies: `offset` is still relative and `data` empty.
+TensorInfo read_tensor_info(Cursor& in) {
+    TensorInfo tensor{};
+    const std::string_view name = in.name("tensor name length", kMaxNameBytes);
+    in.name_entry(name);
+    tensor.name = name;
+
+    uint64_t at = in.position();
+    tensor.n_dims = in.number<uint32_t>("n_dims");
+    if (tensor.n_dims > tensor.ne.size()) {
+        in.fail(at, "n_dims is " + std::to_string(tensor.n_dims) + ", more than " +
+                        std::to_string(tensor.ne.size()));
+    }
+    tensor.ne.fill(1);
+    uint64_t n_elements = 1;
+    for (uint32_t i = 0; i < tensor.n_dims; ++i) {
+        at = in.position();
+        tensor.ne[i] = in.number<uint64_t>("dimension");
+        if (tensor.ne[i] == 0) in.fail(at, "dimension " + std::to_string(i) + " is 0");
+        // ggml counts elements in int64.
+        if (__builtin_mul_overflow(n_elements, tensor.ne[i], &n_elements) || n_elements > INT64_MAX) {
+            in.fail(at, "the number of elements overflows at dimension " + std::to_string(i) + " of " +
+                            std::to_string(tensor.ne[i]));
+        }
+    }
+
+    at = in.position();
+    const auto raw_type = in.number<uint32_t>("tensor type");
+    const TypeTraits* traits = type_traits(raw_type);
+    if (traits == nullptr) in.fail(at, "tensor type " + std::to_string(raw_type) + " does not exist");
+    if (tensor.ne[0] % traits->block_size != 0) {
+        in.fail(at, "row length " + std::to_string(tensor.ne[0]) + " is not a multiple of the block size " +
+                        std::to_string(traits->block_size) + " of " + traits->name);
+    }
+    tensor.type = static_cast<GgmlType>(raw_type);
+    tensor.offset = in.number<uint64_t>("tensor offset");
+    return tensor;
+}
+
+constexpr uint64_t align_up(uint64_t value, uint64_t alignment) {
+    return (value + alignment - 1) & ~(alignment - 1);
+}
+
+/// Sets `offset` and `data` of every tensor.  Like ggml this accepts one layout only: tensors in the order of
+/// their entries, each starting at the first aligned byte after the one before.  So they cannot overlap.
+void place_tensors(std::span<const std::byte> file, uint64_t infos_end, uint64_t alignment,
+                   std::vector<TensorInfo>& tensors) {
+    const uint64_t data_begin = align_up(infos_end, alignment);  // no overflow: infos_end is inside the file
+    uint64_t expected = 0;                                       // relative to data_begin
+    for (TensorInfo& tensor : tensors) {
+        const auto fail = [&](const std::string& why) {
+            throw GgufError("GGUF tensor " + quoted(tensor.name) + " with data at byte " +
+                            std::to_string(data_begin) + " + " + std::to_string(tensor.offset) + ": " + why);
+        };
+        if (tensor.offset % alignment != 0)
+            fail("not a multiple of the alignment " + std::to_string(alignment));
+        if (tensor.offset < expected) fail("overlaps another tensor: expected + " + std::to_string(expected));
+        if (tensor.offset > expected) fail("leaves a gap: expected + " + std::to_string(expected));
+
+        const TypeTraits& traits = type_traits(tensor.type);
+        uint64_t n_bytes = 0;
+        if (__builtin_mul_overflow(tensor.n_elements() / traits.block_size, uint64_t{traits.block_bytes},
+                                   &n_bytes)) {
+            fail("the size in bytes overflows");
+        }
+        const uint64_t section = file.size() < data_begin ? 0 : file.size() - data_begin;
+        if (tensor.offset > section || n_bytes > section - tensor.offset) {
+            fail("its " + std::to_string(n_bytes) + " bytes end beyond the file's " +
+                 std::to_string(file.size()) + " bytes");
+        }
+        tensor.data = file.subspan(data_begin + tensor.offset, n_bytes);
+        tensor.offset += data_begin;
+        expected += align_up(n_bytes, alignment);  // no overflow: both are at most about the size of the file
+    }
+}
+
+/// The positions of all entries, sorted by name; throws if two have the same name.  Sorted positions and not
+/// a hash table: a lookup costs about nine comparisons for a real model, memory is four bytes per entry, and
+/// a hostile file cannot choose names that collide and make reading take quadratic time.
+template <class Entry, class NameOf>
+std::vector<uint32_t> build_index(const std::vector<Entry>& entries, NameOf name_of, const char* kind) {
+    std::vector<uint32_t> index(entries.size());
+    std::iota(index.begin(), index.end(), 0);
+    std::sort(index.begin(), index.end(), [&](uint32_t a, uint32_t b) {
+        const int order = name_of(entries[a]).compare(name_of(entries[b]));
+        return order != 0 ? order < 0 : a < b;
+    });
+    const auto same = std::adjacent_find(index.begin(), index.end(), [&](uint32_t a, uint32_t b) {
+        return name_of(entries[a]) == name_of(entries[b]);
+    });
+    if (same != index.end()) {
+        throw GgufError(std::string("GGUF ") + kind + " " + quoted(name_of(entries[same[0]])) +
+                        " appears twice: at byte " + std::to_string(entries[same[0]].offset) +
+                        " and at byte " + std::to_string(entries[same[1]].offset));
+    }
+    return index;
+}
+
+template <class Entry, class NameOf>
+const Entry* find_entry(const std::vector<Entry>& entries, const std::vector<uint32_t>& index, NameOf name_of,
+                        std::string_view name) noexcept {
+    const auto at =
+        std::lower_bound(index.begin(), index.end(), name,
+                         [&](uint32_t i, std::string_view wanted) { return name_of(entries[i]) < wanted; });
+    return at != index.end() && name_of(entries[*at]) == name ? &entries[*at] : nullptr;
+}
+
+constexpr auto key_of = [](const KeyValue& entry) -> std::string_view { return entry.key; };
+constexpr auto name_of = [](const TensorInfo& tensor) -> std::string_view { return tensor.name; };
+
+// ---- typed access
+// -------------------------------------------------------------------------------------------
+
+template <class T>
+T as_integer(const KeyValue& entry, const char* expected) {
+    return std::visit(
+        [&](const auto& value) -> T {
+            using Stored = std::decay_t<decltype(value)>;
+            if constexpr (std::is_integral_v<Stored> && !std::is_same_v<Stored, bool>) {
+                if (!std::in_range<T>(value)) {
+                    fail_value(entry, std::to_string(value) + " does not fit " + expected);
+                }
+                return static_cast<T>(value);
+            } else {
+                fail_type(entry, expected);
+            }
+        },
+        entry.value);
+}
+
+float to_finite_f32(const KeyValue& entry, double value) {
+    // NaN fails the comparison too.
+    if (!(std::abs(value) <= FLT_MAX)) fail_value(entry, std::to_string(value) + " is not a finite f32");
+    return static_cast<float>(value);
+}
+
+float as_f32(const KeyValue& entry) {
+    if (const auto* value = std::get_if<float>(&entry.value)) return to_finite_f32(entry, *value);
+    if (const auto* value = std::get_if<double>(&entry.value)) return to_finite_f32(entry, *value);
+    fail_type(entry, "f32");
+}
+
+/// The value if it is of the alternative T.
+template <class T>
+const T& as(const KeyValue& entry, const char* expected) {
+    const T* value = std::get_if<T>(&entry.value);
+    if (value == nullptr) fail_type(entry, expected);
+    return *value;
+}
+
+const ArrayView& as_array_of(const KeyValue& entry, ValueType type, const char* expected) {
+    const auto& array = as<ArrayView>(entry, expected);
+    if (array.type != type) fail_type(entry, expected);
+    return array;
+}
+
+std::span<const uint8_t> as_u8_array(const KeyValue& entry) {
+    const ArrayView& array = as_array_of(entry, ValueType::u8, "array of u8");
+    return {reinterpret_cast<const uint8_t*>(array.bytes.data()), array.bytes.size()};
+}
+
+std::vector<float> as_f32_array(const KeyValue& entry) {
+    const auto& array = as<ArrayView>(entry, "array of f32");
+    if (array.type != ValueType::f32 && array.type != ValueType::f64) fail_type(entry, "array of f32");
+    std::vector<float> values(array.count);
+    for (uint64_t i = 0; i < array.count; ++i) {
+        values[i] = to_finite_f32(
+            entry, array.type == ValueType::f32 ? array.number<float>(i) : array.number<double>(i));
+    }
+    return values;
+}
+
+std::vector<std::string_view> as_string_array(const KeyValue& entry) {
+    return as_array_of(entry, ValueType::string, "array of string").strings();
+}
+
+/// What `convert` makes of the entry, or nothing if there is none.
+template <class Convert>
+auto optional_value(const KeyValue* entry, Convert convert) -> std::optional<decltype(convert(*entry))> {
+    if (entry == nullptr) return std::nullopt;
+    return convert(*entry);
+}
+
+/// The content of `found`, which `expected` describes, or an error.
+template <class T>
+T required(std::optional<T> found, std::string_view key, const char* expected) {
+    if (!found) fail_missing(key, expected);
+    return *std::move(found);
+}
+
+}  // namespace
+
+const char* value_type_name(ValueType type) noexcept {
+    return kValueTypeNames[static_cast<uint32_t>(type)];
+}
+
+std::vector<std::string_view> ArrayView::strings() const {
+    std::vector<std::string_view> result;
+    result.reserve(count);
+    Cursor in(bytes);
+    for (uint64_t i = 0; i < count; ++i) result.push_back(in.string("string length", kMaxStringBytes));
+    return result;
+}
+
+// ---- opening
+// ------------------------------------------------------------------------------------------------
+
+// The mapping shares its pages with the file.  If another process truncates the file while it is mapped,
+// touching a page beyond the new end raises SIGBUS; no check can prevent that, short of copying the file.
+// What is prevented: every extent is checked against the size that was mapped, `open` refuses a file whose
+// size changes while it is being validated, and a file replaced by rename (as the converter does) leaves the
+// mapped one intact.
+GgufFile::Mapping::Mapping(int fd, size_t size) : size_(size) {
+    void* base = mmap(nullptr, size, PROT_READ, MAP_PRIVATE, fd, 0);
+    if (base == MAP_FAILED) throw std::system_error(errno, std::generic_category(), "mmap");
+    base_ = static_cast<const std::byte*>(base);
+}
+
+GgufFile::Mapping::~Mapping() {
+    if (base_ != nullptr) munmap(const_cast<std::byte*>(base_), size_);
+}
+
+GgufFile GgufFile::open(const std::string& path) {
+    struct Descriptor {
+        int fd;
+        ~Descriptor() {
+            if (fd >= 0) close(fd);
+        }
+    };
+    const auto file_size = [&path](int fd) -> uint64_t {
+        struct stat status{};
+        if (fstat(fd, &status) != 0) throw std::system_error(errno, std::generic_category(), path);
+        if (!S_ISREG(status.st_mode)) {
+            const int error = S_ISDIR(status.st_mode) ? EISDIR : EINVAL;
+            throw std::system_error(error, std::generic_category(), path + ": not a regular file");
+        }
+        return static_cast<uint64_t>(status.st_size);
+    };
+
+    // Without O_NONBLOCK the opening of a named pipe would wait for a writer.
+    const Descriptor file{::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)};
+    if (file.fd < 0) throw std::system_error(errno, std::generic_category(), path);
+    const uint64_t size = file_size(file.fd);
+    if (size == 0) throw GgufError("GGUF header at byte 0: the file is empty");
+
+    GgufFile result;
+    result.mapping_ = Mapping(file.fd, size);
+    result.bytes_ = result.mapping_.bytes();
+    result.parse_all();
+    if (const uint64_t now = file_size(file.fd); now != size) {
+        throw GgufError("the file's size changed from " + std::to_string(size) + " to " +
+                        std::to_string(now) + " bytes while it was being read");
+    }
+    return result;
+}
+
+GgufFile GgufFile::parse(std::span<const std::byte> bytes) {
+    GgufFile result;
+    result.bytes_ = bytes;
+    result.parse_all();
+    return result;
+}
+
+void GgufFile::parse_all() {
+    Cursor in(bytes_);
+    if (const auto magic = in.number<uint32_t>("magic"); magic != kMagic) {
+        in.fail(0, "not a GGUF file: it does not begin with 'GGUF'");
+    }
+    version_ = in.number<uint32_t>("version");
+    if (version_ != 0 && (version_ & 0xffff) == 0) {
+        in.fail(4,
+                "version " + std::to_string(version_) + ": the file is big-endian, which is not supported");
+    }
+    if (version_ != 2 && version_ != 3) {
+        in.fail(4, "version " + std::to_string(version_) + " is not supported; 2 and 3 are");
+    }
+    const uint64_t n_tensors =
+        in.count("tensor count", kMinTensorBytes, std::numeric_limits<uint32_t>::max());
+    const uint64_t n_key_values =
+        in.count("key count", kMinKeyValueBytes, std::numeric_limits<uint32_t>::max());
+
+    // Both vectors grow with what has been read, not with what the header promises.
+    for (uint64_t i = 0; i < n_key_values; ++i) {
+        in.begin_entry("key", i);
+        key_values_.push_back(read_key_value(in));
+    }
+    key_index_ = build_index(key_values_, key_of, "key");
+
+    alignment_ = kDefaultAlignment;
+    if (const KeyValue* entry = find("general.alignment")) {
+        alignment_ = as<uint32_t>(*entry, "u32");
+        if (!std::has_single_bit(alignment_) || alignment_ < kMinAlignment || alignment_ > kMaxAlignment) {
+            fail_value(*entry, std::to_string(alignment_) + " is not a power of two from " +
+                                   std::to_string(kMinAlignment) + " to " + std::to_string(kMaxAlignment));
+        }
+    }
+
+    for (uint64_t i = 0; i < n_tensors; ++i) {
+        in.begin_entry("tensor", i);
+        tensors_.push_back(read_tensor_info(in));
+    }
+    place_tensors(bytes_, in.position(), alignment_, tensors_);
+    tensor_index_ = build_index(tensors_, name_of, "tensor");
+}
+
+// ---- access
+// -------------------------------------------------------------------------------------------------
+
+const TensorInfo* GgufFile::find_tensor(std::string_view name) const noexcept {
+    return find_entry(tensors_, tensor_index_, name_of, name);
+}
+
+const KeyValue* GgufFile::find(std::string_view key) const noexcept {
+    return find_entry(key_values_, key_index_, key_of, key);
+}
+
+std::optional<uint32_t> GgufFile::find_u32(std::string_view key) const {
+    return optional_value(find(key),
+                          [](const KeyValue& entry) { return as_integer<uint32_t>(entry, "u32"); });
+}
+
+std::optional<uint64_t> GgufFile::find_u64(std::string_view key) const {
+    return optional_value(find(key),
+                          [](const KeyValue& entry) { return as_integer<uint64_t>(entry, "u64"); });
+}
+
+std::optional<float> GgufFile::find_f32(std::string_view key) const {
+    return optional_value(find(key), as_f32);
+}
+
+std::optional<bool> GgufFile::find_bool(std::string_view key) const {
+    return optional_value(find(key), [](const KeyValue& entry) -> bool { return as<bool>(entry, "bool"); });
+}
+
+std::optional<std::string_view> GgufFile::find_string(std::string_view key) const {
+    return optional_value(find(key), [](const KeyValue& entry) -> std::string_view {
+        return as<std::string_view>(entry, "string");
+    });
+}
+
+std::optional<std::span<const uint8_t>> GgufFile::find_u8_array(std::string_view key) const {
+    return optional_value(find(key), as_u8_array);
+}
+
+std::optional<std::vector<float>> GgufFile::find_f32_array(std::string_view key) const {
+    return optional_value(find(key), as_f32_array);
+}
+
+std::optional<std::vector<std::string_view>> GgufFile::find_string_array(std::string_view key) const {
+    return optional_value(find(key), as_string_array);
+}
+
+uint32_t GgufFile::get_u32(std::string_view key) const {
+    return required(find_u32(key), key, "u32");
+}
+
+uint64_t GgufFile::get_u64(std::string_view key) const {
+    return required(find_u64(key), key, "u64");
+}
+
+float GgufFile::get_f32(std::string_view key) const {
+    return required(find_f32(key), key, "f32");
+}
+
+bool GgufFile::get_bool(std::string_view key) const {
+    return required(find_bool(key), key, "bool");
+}
+
+std::string_view GgufFile::get_string(std::string_view key) const {
+    return required(find_string(key), key, "string");
+}
+
+std::span<const uint8_t> GgufFile::get_u8_array(std::string_view key) const {
+    return required(find_u8_array(key), key, "array of u8");
+}
+
+std::vector<float> GgufFile::get_f32_array(std::string_view key) const {
+    return required(find_f32_array(key), key, "array of f32");
+}
+
+std::vector<std::string_view> GgufFile::get_string_array(std::string_view key) const {
+    return required(find_string_array(key), key, "array of string");
+}
+
+// ---- pages
+// --------------------------------------------------------------------------------------------------
+
+namespace {
+
+/// The overlap of `range` and `mapping` as addresses [begin, end); empty if there is none.
+std::pair<uintptr_t, uintptr_t> overlap(std::span<const std::byte> range,
+                                        std::span<const std::byte> mapping) noexcept {
+    const auto begin = reinterpret_cast<uintptr_t>(range.data());
+    const auto map_begin = reinterpret_cast<uintptr_t>(mapping.data());
+    return {std::max(begin, map_begin), std::min(begin + range.size(), map_begin + mapping.size())};
+}
+
+uintptr_t page_size() noexcept {
+    static const auto size = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+    return size;
+}
+
+void advise(uintptr_t begin, uintptr_t end, int advice) noexcept {
+    // The result is ignored on purpose: advice that the kernel does not take changes no value that is read.
+    if (begin < end) (void)madvise(reinterpret_cast<void*>(begin), end - begin, advice);
+}
+
+}  // namespace
+
+void GgufFile::release(std::span<const std::byte> range) const noexcept {
+    // A page at the edge may hold the neighbour's data, so only whole pages go.
+    const auto [begin, end] = overlap(range, mapping_.bytes());
+    advise(align_up(begin, page_size()), end & ~(page_size() - 1), MADV_DONTNEED);
+}
+
+void GgufFile::prefetch(std::span<const std::byte> range) const noexcept {
+    const auto [begin, end] = overlap(range, mapping_.bytes());
+    if (begin < end) advise(begin & ~(page_size() - 1), end, MADV_WILLNEED);
+}
+
+}  // namespace fixmin::gguf

@@ -1,0 +1,121 @@
+#include "kernels/isa.h"
+
+#include <cstdlib>
+#include <cstring>
+
+#include "error.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace fixmin::kernels {
+
+extern const Kernels kernels_scalar;
+
+#if defined(__x86_64__)
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avxvnni;
+extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx512vnni;
+
+namespace {
+
+struct CpuFeatures {
+    bool avx2 = false, avxvnni = false, avx512 = false, avx512vnni = false;
+};
+
+// Register state that the operating system saves on a context switch; an instruction set without it cannot be used.
+uint64_t enabled_state() {
+    uint32_t low, high;
+    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (uint64_t(high) << 32) | low;
+}
+
+CpuFeatures detect() {
+    CpuFeatures features;
+    uint32_t a, b, c, d;
+    if (!__get_cpuid(1, &a, &b, &c, &d)) return features;
+    const bool osxsave = c & bit_OSXSAVE, avx = c & bit_AVX, fma = c & bit_FMA, f16c = c & bit_F16C;
+    if (!osxsave || !avx) return features;
+    const uint64_t state = enabled_state();
+    const bool ymm = (state & 0x06) == 0x06, zmm = (state & 0xe6) == 0xe6;
+    if (!ymm || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return features;
+    features.avx2 = (b & bit_AVX2) && fma && f16c;
+    const uint32_t avx512_all = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
+    features.avx512 = features.avx2 && zmm && (b & avx512_all) == avx512_all;
+    features.avx512vnni = features.avx512 && (c & bit_AVX512VNNI);
+    uint32_t a1, b1, c1, d1;
+    constexpr uint32_t avx_vnni_bit = 1u << 4;
+    if (a >= 1 && __get_cpuid_count(7, 1, &a1, &b1, &c1, &d1)) features.avxvnni = features.avx2 && (a1 & avx_vnni_bit);
+    return features;
+}
+
+}  // namespace
+
+const std::vector<Isa>& isas() {
+    static const std::vector<Isa> list = [] {
+        const CpuFeatures cpu = detect();
+        return std::vector<Isa>{{"scalar", true, &kernels_scalar},
+                                {"avx2", cpu.avx2, &kernels_avx2},
+                                {"avxvnni", cpu.avxvnni, &kernels_avxvnni},
+                                {"avx512", cpu.avx512, &kernels_avx512},
+                                {"avx512vnni", cpu.avx512vnni, &kernels_avx512vnni}};
+    }();
+    return list;
+}
+
+std::string cpu_name() {
+    uint32_t regs[12];
+    if (__get_cpuid_max(0x80000000u, nullptr) < 0x80000004u) return "x86-64";
+    for (uint32_t i = 0; i < 3; ++i) {
+        __get_cpuid(0x80000002u + i, &regs[4 * i], &regs[4 * i + 1], &regs[4 * i + 2], &regs[4 * i + 3]);
+    }
+    char name[sizeof regs + 1] = {};
+    std::memcpy(name, regs, sizeof regs);
+    const std::string text = name;
+    const size_t begin = text.find_first_not_of(' ');
+    return begin == std::string::npos ? "x86-64" : text.substr(begin, text.find_last_not_of(' ') - begin + 1);
+}
+
+#else
+
+const std::vector<Isa>& isas() {
+    static const std::vector<Isa> list = {{"scalar", true, &kernels_scalar}};
+    return list;
+}
+
+std::string cpu_name() { return "unknown"; }
+
+#endif
+
+const Kernels& select(std::string_view name) {
+    const auto& list = isas();
+    if (name.empty()) {
+        const Isa* best = &list.front();
+        for (const Isa& isa : list) {
+            if (isa.supported) best = &isa;
+        }
+        return *best->kernels;
+    }
+    std::string known;
+    for (const Isa& isa : list) {
+        if (name == isa.name) {
+            if (isa.supported) return *isa.kernels;
+            throw UnsupportedError("this CPU (" + cpu_name() + ") or its operating system lacks the instruction set '" +
+                                   std::string(name) + "'");
+        }
+        known += (known.empty() ? "" : ", ") + std::string(isa.name);
+    }
+    throw ArgumentError("unknown instruction set '" + std::string(name) + "'; this build has " + known);
+}
+
+const Kernels& default_kernels() {
+    static const Kernels& chosen = [&]() -> const Kernels& {
+        const char* name = std::getenv("FIXMIN_ISA");
+        return select(name ? name : "");
+    }();
+    return chosen;
+}
+
+}  // namespace fixmin::kernels

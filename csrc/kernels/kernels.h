@@ -1,0 +1,117 @@
+// The compute kernels: one table of functions per instruction set, all compiled from kernels.inl and giving the same bits.
+//
+// Contract (docs/numerics.md): a vector has 16 lanes on every ISA; in a matrix product a lane is an output row, so each
+// output is one chain over the inner dimension; a reduction along a row keeps 16 partial sums and adds them 8-4-2-1.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "quant/panels.h"
+
+namespace fixmin::kernels {
+
+inline constexpr uint32_t lanes = 16;
+inline constexpr uint32_t kv_block_tokens = 32;  // tokens per block of the KV cache, a multiple of `lanes`
+
+/// 32 activations in 8 bits: x ~ scale * q, q in [-127, 127]; sum = q[0] + ... + q[31].
+struct ActivationBlock {
+    int8_t q[quant::block_size];
+    float scale;
+    int32_t sum;
+};
+
+/// out[t][r] (+)= W[r] . activation[t] + bias[r] for every token t and every row r of the panels given.
+struct MatmulArgs {
+    quant::WeightType type;
+    const std::byte* panels;                 // 64-byte aligned
+    size_t panel_stride;                     // quant::panel_bytes(type, inner)
+    uint32_t n_rows;                         // the last panel may be partial
+    uint32_t inner;                          // length of a row
+    const float* activations;                // [n_tokens][activation_stride]; float weight types
+    size_t activation_stride;                // floats
+    const ActivationBlock* quantized;        // [n_tokens][inner / 32]; quantised weight types
+    uint32_t n_tokens;
+    const float* bias;                       // [n_rows rounded up to 16], or null
+    float* out;                              // [n_tokens][out_stride]
+    size_t out_stride;                       // floats
+    bool accumulate;                         // add to what `out` holds
+};
+
+enum class KvType : uint8_t { f32, f16 };
+
+constexpr size_t kv_element_bytes(KvType type) { return type == KvType::f16 ? 2 : 4; }
+
+/// One key/value head in the blocks of one sequence and one layer. Inside a block, per head:
+/// keys [kv_block_tokens/16][head_dim][16], then values [kv_block_tokens][value_dim], value_dim = head_dim rounded up to 16.
+struct KvHead {
+    KvType type;
+    uint32_t head_dim;
+    std::byte* const* blocks;                // one pointer per kv_block_tokens tokens
+    size_t offset;                           // bytes from the start of a block to this head
+};
+
+constexpr uint32_t kv_value_dim(uint32_t head_dim) { return (head_dim + lanes - 1) / lanes * lanes; }
+
+constexpr size_t kv_head_bytes(KvType type, uint32_t head_dim) {
+    return size_t(kv_block_tokens) * (head_dim + kv_value_dim(head_dim)) * kv_element_bytes(type);
+}
+
+/// Causal attention of n_queries consecutive tokens of one head; the token at `position` sees keys 0..position.
+struct AttentionArgs {
+    KvHead kv;
+    const float* queries;                    // [n_queries][query_stride], rotated and multiplied by the attention scale
+    size_t query_stride;
+    uint32_t n_queries;
+    uint32_t position;                       // of the first query
+    float* out;                              // [n_queries][out_stride]
+    size_t out_stride;
+    float* scratch;                          // attention_scratch_floats(position + n_queries)
+};
+
+inline constexpr uint32_t attention_tile = 8;  // queries that share a read of the keys and values
+
+constexpr size_t attention_scratch_floats(size_t n_keys) {
+    return attention_tile * ((n_keys + lanes - 1) / lanes * lanes);
+}
+
+enum class RopeStyle : uint8_t { half, interleaved };
+
+struct Kernels {
+    const char* name;
+
+    /// x [n] -> n / 32 blocks. scale = amax/127; q = x * (127/amax) rounded to nearest even.
+    void (*quantize_activations)(const float* x, uint32_t n, ActivationBlock* out);
+
+    void (*matmul)(const MatmulArgs& args);
+
+    /// y[i] = (x[i] - mean) * rstd * weight[i] + bias[i], rstd = 1/sqrt(var + eps); bias may be null.
+    void (*layer_norm)(const float* x, uint32_t n, float eps, const float* weight, const float* bias, float* y);
+
+    /// y[i] = x[i] * rstd * weight[i] + bias[i], rstd = 1/sqrt(mean(x^2) + eps); bias may be null.
+    void (*rms_norm)(const float* x, uint32_t n, float eps, const float* weight, const float* bias, float* y);
+
+    /// Rotates the first `dim` values of a head in place. cos, sin: [dim/2] of the token's position.
+    void (*rope)(float* x, uint32_t dim, RopeStyle style, const float* cos, const float* sin);
+
+    /// x[i] *= factor.
+    void (*scale)(float* x, uint32_t n, float factor);
+
+    void (*gelu_erf)(float* x, uint32_t n);
+    void (*gelu_tanh)(float* x, uint32_t n);
+
+    /// up[i] = silu(gate[i]) * up[i].
+    void (*silu_mul)(const float* gate, float* up, uint32_t n);
+
+    /// Writes the key and value [head_dim] of one token into the cache.
+    void (*kv_store)(const KvHead& kv, uint32_t position, const float* key, const float* value);
+
+    void (*attention)(const AttentionArgs& args);
+
+    /// max_i x[i] and sum_i exp(x[i] - max): the pieces of a log-softmax over n logits.
+    void (*softmax_stats)(const float* x, uint32_t n, float* max, float* sum);
+
+    /// y[i] = exp(x[i] - max).
+    void (*exp_minus)(const float* x, uint32_t n, float max, float* y);
+};
+
+}  // namespace fixmin::kernels

@@ -1,0 +1,112 @@
+// 16 lanes in one zmm register. Needs AVX-512 F, BW, DQ, VL; with FIXMIN_VNNI also AVX512_VNNI.
+#pragma once
+#include <immintrin.h>
+
+namespace {
+
+struct VecF {
+    __m512 v;
+};
+struct VecI {
+    __m512i v;
+};
+struct Bytes {  // 64 bytes of quantised weights
+    __m512i v;
+};
+
+constexpr uint32_t matmul_columns = 12;  // 12 accumulators, 8 vectors of weights, temporaries: 32 registers
+constexpr uint32_t matmul_columns_float = 12;
+
+VecF zero() { return {_mm512_setzero_ps()}; }
+VecF set1(float x) { return {_mm512_set1_ps(x)}; }
+VecF load(const float* p) { return {_mm512_loadu_ps(p)}; }
+void store(float* p, VecF x) { _mm512_storeu_ps(p, x.v); }
+__mmask16 first_mask(uint32_t n) { return __mmask16((1u << n) - 1u); }
+VecF load_first(const float* p, uint32_t n) { return {_mm512_maskz_loadu_ps(first_mask(n), p)}; }
+void store_first(float* p, VecF x, uint32_t n) { _mm512_mask_storeu_ps(p, first_mask(n), x.v); }
+VecF keep_first(VecF x, uint32_t n) { return {_mm512_maskz_mov_ps(first_mask(n), x.v)}; }
+
+VecF load_f16(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
+void store_f16(uint16_t* p, VecF x) {
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+VecF load_bf16(const uint16_t* p) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
+}
+
+VecF add(VecF a, VecF b) { return {_mm512_add_ps(a.v, b.v)}; }
+VecF sub(VecF a, VecF b) { return {_mm512_sub_ps(a.v, b.v)}; }
+VecF mul(VecF a, VecF b) { return {_mm512_mul_ps(a.v, b.v)}; }
+VecF div(VecF a, VecF b) { return {_mm512_div_ps(a.v, b.v)}; }
+VecF fma(VecF a, VecF b, VecF c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+VecF max(VecF a, VecF b) { return {_mm512_max_ps(a.v, b.v)}; }
+VecF min(VecF a, VecF b) { return {_mm512_min_ps(a.v, b.v)}; }
+VecF abs(VecF a) { return {_mm512_abs_ps(a.v)}; }
+VecF with_sign_of(VecF magnitude, VecF sign) {
+    return {_mm512_or_ps(magnitude.v, _mm512_and_ps(sign.v, _mm512_set1_ps(-0.0f)))};
+}
+/// a where x < bound, else b.
+VecF select_less(VecF x, VecF bound, VecF a, VecF b) {
+    return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(x.v, bound.v, _CMP_LT_OQ), b.v, a.v)};
+}
+
+VecI round_to_int(VecF x) { return {_mm512_cvtps_epi32(x.v)}; }  // nearest even
+VecF to_float(VecI x) { return {_mm512_cvtepi32_ps(x.v)}; }
+VecI set1_int(int32_t x) { return {_mm512_set1_epi32(x)}; }
+VecI add_int(VecI a, VecI b) { return {_mm512_add_epi32(a.v, b.v)}; }
+/// 2^n for n in [-126, 127].
+VecF pow2(VecI n) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n.v, _mm512_set1_epi32(127)), 23))};
+}
+void store_int8(int8_t* p, VecI x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(x.v)); }
+int32_t reduce_add_int(VecI x) { return _mm512_reduce_add_epi32(x.v); }
+
+float tree4(__m128 a) {
+    a = _mm_add_ps(a, _mm_movehl_ps(a, a));
+    return _mm_cvtss_f32(_mm_add_ss(a, _mm_shuffle_ps(a, a, 1)));
+}
+float reduce_add(VecF x) {
+    const __m256 a = _mm256_add_ps(_mm512_castps512_ps256(x.v), _mm512_extractf32x8_ps(x.v, 1));
+    return tree4(_mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1)));
+}
+float reduce_max(VecF x) { return _mm512_reduce_max_ps(x.v); }
+float sqrt1(float x) { return _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(x))); }
+float fma1(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+
+Bytes load_bytes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+Bytes low_nibbles(Bytes x) { return {_mm512_and_si512(x.v, _mm512_set1_epi8(15))}; }
+Bytes high_nibbles(Bytes x) { return {_mm512_and_si512(_mm512_srli_epi16(x.v, 4), _mm512_set1_epi8(15))}; }
+void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+
+#ifdef FIXMIN_VNNI
+// vpdpbusd takes unsigned weights; the offset 128 is taken off through the sum of the activations.
+using Q8Bytes = Bytes;
+Q8Bytes prepare_q8(Bytes w) { return w; }
+VecI q8_start(int32_t activation_sum) { return set1_int(-128 * activation_sum); }
+VecI dot_q8(VecI acc, Q8Bytes w, int32_t a) { return {_mm512_dpbusd_epi32(acc.v, w.v, _mm512_set1_epi32(a))}; }
+VecI dot_q4(VecI acc, Bytes w, int32_t a) { return {_mm512_dpbusd_epi32(acc.v, w.v, _mm512_set1_epi32(a))}; }
+#else
+// vpmaddubsw saturates at 16 bits, so 8-bit weights go in as |w| <= 128 with their sign moved to the activation:
+// 2 * 128 * 127 = 32512 fits. 4-bit weights (<= 15) fit as they are.
+struct Q8Bytes {
+    __m512i magnitude;
+    __mmask64 negative;
+};
+Q8Bytes prepare_q8(Bytes w) {
+    const __m512i value = _mm512_xor_si512(w.v, _mm512_set1_epi8(char(0x80)));
+    return {_mm512_abs_epi8(value), _mm512_movepi8_mask(value)};
+}
+VecI q8_start(int32_t) { return {_mm512_setzero_si512()}; }
+VecI add_pairs(VecI acc, __m512i products) {
+    return {_mm512_add_epi32(acc.v, _mm512_madd_epi16(products, _mm512_set1_epi16(1)))};
+}
+VecI dot_q8(VecI acc, Q8Bytes w, int32_t a) {
+    const __m512i x = _mm512_set1_epi32(a);
+    const __m512i signed_x = _mm512_mask_sub_epi8(x, w.negative, _mm512_setzero_si512(), x);
+    return add_pairs(acc, _mm512_maddubs_epi16(w.magnitude, signed_x));
+}
+VecI dot_q4(VecI acc, Bytes w, int32_t a) { return add_pairs(acc, _mm512_maddubs_epi16(w.v, _mm512_set1_epi32(a))); }
+#endif
+
+}  // namespace

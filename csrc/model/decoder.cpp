@@ -1,0 +1,224 @@
+// The forward pass, top to bottom in the order of DESIGN §2. Every function is called by all threads of a team, each of
+// which does its share; a barrier stands where a step needs what another thread has made.
+#include "model/decoder.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+namespace fixmin::model {
+
+using kernels::ActivationBlock;
+using quant::block_size;
+
+Decoder::Decoder(const Weights& weights, const kernels::Kernels& kernels, uint32_t max_tokens, uint32_t n_ctx,
+                 uint32_t n_threads)
+    : weights_(weights), hp_(weights.hyperparams), kernels_(kernels) {
+    const size_t t = max_tokens, d = hp_.embedding_length, f = hp_.feed_forward_length;
+    const size_t widest = std::max(d, f);
+    x_.resize(t * d);
+    normed_.resize(t * d);
+    quantized_.resize(t * (widest / block_size));
+    qkv_.resize(t * hp_.qkv_length());
+    attended_.resize(t * hp_.q_length());
+    up_.resize(t * f);
+    if (hp_.activation == Activation::swiglu) gate_.resize(t * f);
+    private_.resize(n_threads);
+    for (Private& p : private_) {
+        p.row.resize(widest);
+        p.blocks.resize(widest / block_size);
+        p.attention.resize(kernels::attention_scratch_floats(n_ctx));
+    }
+}
+
+void Decoder::prepare_positions(uint32_t end) {
+    const uint32_t pairs = hp_.rope_dim / 2;
+    if (pairs == 0) return;
+    for (size_t position = cos_.size() / pairs; position < end; ++position) {
+        for (uint32_t i = 0; i < pairs; ++i) {
+            const double angle = double(position) * std::pow(double(hp_.rope_base), -2.0 * i / hp_.rope_dim);
+            cos_.push_back(float(std::cos(angle)));
+            sin_.push_back(float(std::sin(angle)));
+        }
+    }
+}
+
+bool Decoder::forward(const Pass& pass, Team& team) {
+    const uint32_t n_tokens = uint32_t(pass.ids.size());
+    if (team.index == 0) stopped_ = false;
+    lift(pass, team);
+    team.barrier();
+    capture_hidden(0, pass, team);
+    for (uint32_t l = 0; l < hp_.block_count; ++l) {
+        const Layer& layer = weights_.layers[l];
+        project_qkv(l, pass, team);  // h = norm1(x); q, k, v
+        team.barrier();
+        attend(l, pass, team);  // softmax(q.k * scale) v
+        team.barrier();
+        const Rows rows = as_rows(attended_.data(), hp_.q_length(), n_tokens, is_quantized(layer.attn_output.type), team);
+        multiply(layer.attn_output, rows, n_tokens, x_.data(), hp_.embedding_length, true, team);  // x += Wo (...)
+        team.barrier();
+        feed_forward(layer, n_tokens, team);  // x += W2 act(W1 norm2(x))
+        if (team.index == 0 && pass.should_stop && (*pass.should_stop)()) stopped_ = true;
+        team.barrier();
+        if (stopped_) return false;
+        capture_hidden(l + 1, pass, team);
+    }
+    return true;
+}
+
+void Decoder::project(uint32_t first, uint32_t n, float* logits, Team& team) {
+    const float* x = x_.data() + size_t(first) * hp_.embedding_length;
+    const Rows rows = normalized(weights_.output_norm, x, n, is_quantized(weights_.output.type), team);
+    multiply(weights_.output, rows, n, logits, hp_.vocab_size, false, team);
+}
+
+// x of layer 0: the lifted codes.
+void Decoder::lift(const Pass& pass, Team& team) {
+    const auto [begin, end] = team.share(uint32_t(pass.ids.size()));
+    for (uint32_t t = begin; t < end; ++t) weights_.embed(pass.ids[t], x_.data() + size_t(t) * hp_.embedding_length);
+}
+
+void Decoder::project_qkv(uint32_t l, const Pass& pass, Team& team) {
+    const uint32_t n_tokens = uint32_t(pass.ids.size());
+    const size_t stride = hp_.qkv_length();
+    if (l == 0 && hp_.folds_layer_0()) {
+        const auto [begin, end] = team.share(n_tokens);
+        for (uint32_t t = begin; t < end; ++t) {
+            weights_.fold.apply(weights_.code_map.code(pass.ids[t]), qkv_.data() + t * stride);
+        }
+        return;
+    }
+    const Layer& layer = weights_.layers[l];
+    const bool quantize = is_quantized(layer.q.type) || is_quantized(layer.k.type) || is_quantized(layer.v.type);
+    const Rows rows = normalized(layer.attn_norm, x_.data(), n_tokens, quantize, team);
+    multiply(layer.q, rows, n_tokens, qkv_.data(), stride, false, team);
+    multiply(layer.k, rows, n_tokens, qkv_.data() + hp_.q_length(), stride, false, team);
+    multiply(layer.v, rows, n_tokens, qkv_.data() + hp_.q_length() + hp_.kv_length(), stride, false, team);
+}
+
+// Rotates and stores keys, then attends; a thread owns whole key/value heads, so nothing waits in between.
+void Decoder::attend(uint32_t l, const Pass& pass, Team& team) {
+    const uint32_t n_tokens = uint32_t(pass.ids.size()), d = hp_.head_dim, pairs = hp_.rope_dim / 2;
+    const uint32_t group = hp_.head_count / hp_.head_count_kv;
+    const size_t stride = hp_.qkv_length();
+    const auto rotate = [&](float* head, uint32_t t) {
+        const size_t row = size_t(pass.position + t) * pairs;
+        if (pairs) kernels_.rope(head, hp_.rope_dim, hp_.rope_style, cos_.data() + row, sin_.data() + row);
+    };
+    const auto [begin, end] = team.share(hp_.head_count_kv);
+    for (uint32_t kv_head = begin; kv_head < end; ++kv_head) {
+        const kernels::KvHead kv{pass.kv.type, d, pass.kv.blocks[l], kv_head * kernels::kv_head_bytes(pass.kv.type, d)};
+        float* keys = qkv_.data() + hp_.q_length() + kv_head * d;
+        const float* values = keys + hp_.kv_length();
+        for (uint32_t t = 0; t < n_tokens; ++t) {
+            rotate(keys + t * stride, t);
+            kernels_.kv_store(kv, pass.position + t, keys + t * stride, values + t * stride);
+        }
+        for (uint32_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+            float* queries = qkv_.data() + head * d;
+            for (uint32_t t = 0; t < n_tokens; ++t) {
+                rotate(queries + t * stride, t);
+                kernels_.scale(queries + t * stride, d, hp_.attention_scale);
+            }
+            kernels_.attention({kv, queries, stride, n_tokens, pass.position, attended_.data() + head * d,
+                                hp_.q_length(), private_[team.index].attention.data()});
+        }
+    }
+}
+
+void Decoder::feed_forward(const Layer& layer, uint32_t n_tokens, Team& team) {
+    const bool swiglu = hp_.activation == Activation::swiglu;
+    const uint32_t f = hp_.feed_forward_length;
+    const bool quantize = is_quantized(layer.up.type) || (swiglu && is_quantized(layer.gate.type));
+    const Rows rows = normalized(layer.ffn_norm, x_.data(), n_tokens, quantize, team);
+    if (swiglu) multiply(layer.gate, rows, n_tokens, gate_.data(), f, false, team);
+    multiply(layer.up, rows, n_tokens, up_.data(), f, false, team);
+    activate(n_tokens, team);
+    team.barrier();
+    const Rows hidden = as_rows(up_.data(), f, n_tokens, is_quantized(layer.down.type), team);
+    multiply(layer.down, hidden, n_tokens, x_.data(), hp_.embedding_length, true, team);
+}
+
+// On the rows of W1 that this thread has just computed: the share of panels, in elements.
+void Decoder::activate(uint32_t n_tokens, Team& team) {
+    const uint32_t f = hp_.feed_forward_length;
+    const auto [begin, end] = team.share((f + quant::panel_rows - 1) / quant::panel_rows);
+    const uint32_t first = begin * quant::panel_rows, last = std::min(end * quant::panel_rows, f);
+    for (uint32_t t = 0; t < n_tokens && first < last; ++t) {
+        float* up = up_.data() + size_t(t) * f + first;
+        switch (hp_.activation) {
+            case Activation::gelu: kernels_.gelu_erf(up, last - first); break;
+            case Activation::gelu_tanh: kernels_.gelu_tanh(up, last - first); break;
+            case Activation::swiglu: kernels_.silu_mul(gate_.data() + size_t(t) * f + first, up, last - first); break;
+        }
+    }
+}
+
+void Decoder::normalize_row(const Norm& norm, const float* x, float* y) const {
+    const auto kernel = hp_.rms_norm ? kernels_.rms_norm : kernels_.layer_norm;
+    kernel(x, hp_.embedding_length, hp_.norm_eps, norm.weight.data(), norm.bias_or_null(), y);
+}
+
+// A single token is prepared by every thread for itself: cheaper than a barrier.
+Decoder::Rows Decoder::normalized(const Norm& norm, const float* x, uint32_t n_tokens, bool quantize, Team& team) {
+    const uint32_t d = hp_.embedding_length;
+    if (n_tokens == 1) {
+        Private& own = private_[team.index];
+        normalize_row(norm, x, own.row.data());
+        if (quantize) kernels_.quantize_activations(own.row.data(), d, own.blocks.data());
+        return {own.row.data(), own.blocks.data(), d};
+    }
+    const auto [begin, end] = team.share(n_tokens);
+    for (uint32_t t = begin; t < end; ++t) {
+        float* y = normed_.data() + size_t(t) * d;
+        normalize_row(norm, x + size_t(t) * d, y);
+        if (quantize) kernels_.quantize_activations(y, d, quantized_.data() + size_t(t) * (d / block_size));
+    }
+    team.barrier();
+    return {normed_.data(), quantized_.data(), d};
+}
+
+Decoder::Rows Decoder::as_rows(const float* values, uint32_t length, uint32_t n_tokens, bool quantize, Team& team) {
+    if (!quantize) return {values, nullptr, length};
+    if (n_tokens == 1) {
+        Private& own = private_[team.index];
+        kernels_.quantize_activations(values, length, own.blocks.data());
+        return {values, own.blocks.data(), length};
+    }
+    const auto [begin, end] = team.share(n_tokens);
+    for (uint32_t t = begin; t < end; ++t) {
+        kernels_.quantize_activations(values + size_t(t) * length, length,
+                                      quantized_.data() + size_t(t) * (length / block_size));
+    }
+    team.barrier();
+    return {values, quantized_.data(), length};
+}
+
+void Decoder::multiply(const Linear& w, const Rows& rows, uint32_t n_tokens, float* out, size_t out_stride,
+                       bool accumulate, Team& team) const {
+    // Tokens per pass over the panels: as many as keep their activations in the second-level cache.
+    constexpr size_t cache_bytes = size_t(1) << 20;
+    const size_t row_bytes =
+        is_quantized(w.type) ? rows.length / block_size * sizeof(ActivationBlock) : rows.length * sizeof(float);
+    const uint32_t tile = uint32_t(std::max<size_t>(cache_bytes / row_bytes / 24 * 24, 24));
+    const auto [begin, end] = team.share(w.n_panels());
+    if (begin == end) return;
+    const uint32_t first = begin * quant::panel_rows, last = std::min(end * quant::panel_rows, w.rows);
+    for (uint32_t t = 0; t < n_tokens; t += tile) {
+        kernels_.matmul({w.type, w.panels + begin * w.panel_stride, w.panel_stride, last - first, w.inner,
+                         rows.values + size_t(t) * rows.length, rows.length,
+                         rows.quantized ? rows.quantized + size_t(t) * (rows.length / block_size) : nullptr,
+                         std::min(tile, n_tokens - t), w.bias.empty() ? nullptr : w.bias.data() + first,
+                         out + t * out_stride + first, out_stride, accumulate});
+    }
+}
+
+void Decoder::capture_hidden(uint32_t layer, const Pass& pass, Team& team) const {
+    if (!pass.hidden || pass.hidden_layer != layer) return;
+    const auto [begin, end] = team.share(uint32_t(pass.ids.size()));
+    const size_t d = hp_.embedding_length;
+    std::memcpy(pass.hidden + begin * d, x_.data() + begin * d, (end - begin) * d * sizeof(float));
+}
+
+}  // namespace fixmin::model

@@ -1,0 +1,108 @@
+// The forward pass.
+#pragma once
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <vector>
+
+#include "kernels/kernels.h"
+#include "model/weights.h"
+
+namespace fixmin::model {
+
+/// The threads that run one forward pass together; each calls the same functions with its own Team.
+class Team {
+  public:
+    Team(uint32_t index, uint32_t size) : index(index), size(size) {}
+    virtual ~Team() = default;
+    /// Returns once every thread of the team has called it.
+    virtual void barrier() = 0;
+
+    struct Range {
+        uint32_t begin, end;
+    };
+    /// This thread's contiguous share of 0..n.
+    Range share(uint32_t n) const {
+        return {uint32_t(uint64_t(n) * index / size), uint32_t(uint64_t(n) * (index + 1) / size)};
+    }
+
+    const uint32_t index, size;
+};
+
+/// The cached keys and values of one sequence: blocks[layer][position / kv_block_tokens].
+struct KvView {
+    kernels::KvType type;
+    std::byte* const* const* blocks;
+};
+
+/// One chunk of one sequence.
+struct Pass {
+    std::span<const uint32_t> ids;             // [T], T <= max_tokens, each < V
+    uint32_t position = 0;                     // of ids[0]; earlier positions are in the cache
+    KvView kv{};
+    uint32_t hidden_layer = 0;                 // with hidden: 0 the lifted codes, l the output of block l
+    float* hidden = nullptr;                   // [T][D], or null
+    const std::function<bool()>* should_stop = nullptr;  // asked between layers by thread 0; must not throw
+};
+
+class Decoder {
+  public:
+    /// @param max_tokens  largest chunk
+    /// @param n_ctx       largest number of positions of a sequence
+    /// @param n_threads   size of the teams that will call
+    Decoder(const Weights& weights, const kernels::Kernels& kernels, uint32_t max_tokens, uint32_t n_ctx,
+            uint32_t n_threads);
+
+    /// Called by one thread before forward: makes the rotation tables for positions below `end`.
+    void prepare_positions(uint32_t end);
+
+    /// Runs the chunk through all blocks. Every thread of the team calls it.
+    /// Returns false if should_stop said so; the cache then holds part of the chunk.
+    bool forward(const Pass& pass, Team& team);
+
+    /// Final norm and output projection of rows first..first+n-1 of the last chunk: logits [n][V] float32.
+    void project(uint32_t first, uint32_t n, float* logits, Team& team);
+
+  private:
+    // What a matrix product reads: rows as float32, in 8 bits, or both.
+    struct Rows {
+        const float* values;                           // [T][length]
+        const kernels::ActivationBlock* quantized;     // [T][length/32]
+        uint32_t length;
+    };
+
+    // Buffers that one thread uses alone.
+    struct Private {
+        std::vector<float> row;                        // [max(D, F)]
+        std::vector<kernels::ActivationBlock> blocks;  // the same in 8 bits
+        std::vector<float> attention;                  // scores
+    };
+
+    Rows normalized(const Norm& norm, const float* x, uint32_t n_tokens, bool quantize, Team& team);
+    Rows as_rows(const float* values, uint32_t length, uint32_t n_tokens, bool quantize, Team& team);
+    void multiply(const Linear& w, const Rows& rows, uint32_t n_tokens, float* out, size_t out_stride, bool accumulate,
+                  Team& team) const;
+    void normalize_row(const Norm& norm, const float* x, float* y) const;
+    void lift(const Pass& pass, Team& team);
+    void project_qkv(uint32_t layer, const Pass& pass, Team& team);
+    void attend(uint32_t layer, const Pass& pass, Team& team);
+    void feed_forward(const Layer& layer, uint32_t n_tokens, Team& team);
+    void activate(uint32_t n_tokens, Team& team);
+    void capture_hidden(uint32_t layer, const Pass& pass, Team& team) const;
+
+    const Weights& weights_;
+    const Hyperparams& hp_;
+    const kernels::Kernels& kernels_;
+    std::vector<float> x_;                             // [T][D] residual stream
+    std::vector<float> normed_;                        // [T][D]
+    std::vector<kernels::ActivationBlock> quantized_;  // [T][max(D, F)/32]
+    std::vector<float> qkv_;                           // [T][qkv_length]
+    std::vector<float> attended_;                      // [T][q_length]
+    std::vector<float> gate_, up_;                     // [T][F]
+    std::vector<Private> private_;                     // [n_threads]
+    std::vector<float> cos_, sin_;                     // [positions][rope_dim/2]
+    std::atomic<bool> stopped_ = false;
+};
+
+}  // namespace fixmin::model

@@ -1,0 +1,134 @@
+#include "model/hyperparams.h"
+
+#include <cmath>
+
+#include "error.h"
+
+namespace fixmin::model {
+namespace {
+
+// Generous limits: far above any model of this kind, low enough that no product of two of them overflows.
+constexpr uint32_t max_length = 1u << 20;
+
+uint32_t read_count(const gguf::GgufFile& file, const char* key, uint32_t max = max_length) {
+    const uint32_t value = file.get_u32(key);
+    if (value < 1 || value > max) {
+        throw GgufError(std::string(key) + " is " + std::to_string(value) + "; it must lie in 1.." + std::to_string(max));
+    }
+    return value;
+}
+
+[[noreturn]] void unknown_value(const char* key, std::string_view value, const char* known) {
+    throw GgufError(std::string(key) + " is '" + std::string(value.substr(0, 64)) + "'; known: " + known);
+}
+
+Activation read_activation(const gguf::GgufFile& file) {
+    const std::string_view value = file.get_string("fixmin.activation");
+    for (const Activation a : {Activation::gelu, Activation::gelu_tanh, Activation::swiglu}) {
+        if (value == name(a)) return a;
+    }
+    unknown_value("fixmin.activation", value, "gelu, gelu_tanh, swiglu");
+}
+
+CodeKind read_code_kind(const gguf::GgufFile& file) {
+    const std::string_view value = file.get_string("fixmin.code.kind");
+    for (const CodeKind k : {CodeKind::affine, CodeKind::table, CodeKind::learned}) {
+        if (value == name(k)) return k;
+    }
+    unknown_value("fixmin.code.kind", value, "affine, table, learned");
+}
+
+void read_norm(const gguf::GgufFile& file, Hyperparams& hp) {
+    const char* layer_norm = "fixmin.attention.layer_norm_epsilon";
+    const char* rms_norm = "fixmin.attention.layer_norm_rms_epsilon";
+    hp.rms_norm = file.has(rms_norm);
+    if (hp.rms_norm == file.has(layer_norm)) {
+        throw GgufError(std::string("exactly one of ") + layer_norm + " and " + rms_norm + " must be present");
+    }
+    hp.norm_eps = file.get_f32(hp.rms_norm ? rms_norm : layer_norm);
+    if (hp.norm_eps < 0) throw GgufError("the norm epsilon is negative: " + std::to_string(hp.norm_eps));
+}
+
+void read_attention(const gguf::GgufFile& file, Hyperparams& hp) {
+    hp.head_count = read_count(file, "fixmin.attention.head_count");
+    hp.head_count_kv = read_count(file, "fixmin.attention.head_count_kv");
+    if (hp.embedding_length % hp.head_count != 0) {
+        throw GgufError("fixmin.embedding_length " + std::to_string(hp.embedding_length) +
+                        " is not a multiple of fixmin.attention.head_count " + std::to_string(hp.head_count));
+    }
+    if (hp.head_count % hp.head_count_kv != 0) {
+        throw GgufError("fixmin.attention.head_count " + std::to_string(hp.head_count) +
+                        " is not a multiple of fixmin.attention.head_count_kv " + std::to_string(hp.head_count_kv));
+    }
+    hp.head_dim = hp.embedding_length / hp.head_count;
+    hp.attention_scale = file.get_f32("fixmin.attention.scale");
+
+    hp.rope_dim = file.get_u32("fixmin.rope.dimension_count");
+    if (hp.rope_dim % 2 != 0 || hp.rope_dim > hp.head_dim) {
+        throw GgufError("fixmin.rope.dimension_count is " + std::to_string(hp.rope_dim) +
+                        "; it must be even and at most the head size " + std::to_string(hp.head_dim));
+    }
+    hp.rope_base = file.get_f32("fixmin.rope.freq_base");
+    if (!(hp.rope_base > 0)) throw GgufError("fixmin.rope.freq_base must be positive");
+    const std::string_view style = file.get_string("fixmin.rope.style");
+    if (style == "half")
+        hp.rope_style = kernels::RopeStyle::half;
+    else if (style == "interleaved")
+        hp.rope_style = kernels::RopeStyle::interleaved;
+    else
+        unknown_value("fixmin.rope.style", style, "half, interleaved");
+}
+
+void read_code(const gguf::GgufFile& file, Hyperparams& hp) {
+    hp.code_kind = read_code_kind(file);
+    if (hp.code_kind == CodeKind::learned) return;
+    hp.code_width = read_count(file, "fixmin.code.width", codes::max_width);
+    const std::vector<float> values = file.get_f32_array("fixmin.code.values");
+    if (values.size() != 2) {
+        throw GgufError("fixmin.code.values has " + std::to_string(values.size()) + " elements; expected 2");
+    }
+    try {
+        hp.lift = codes::Lift::make(codes::parse_lift_kind(file.get_string("fixmin.code.lift")), hp.code_width,
+                                    hp.embedding_length, values[0], values[1]);
+    } catch (const ArgumentError& error) {
+        throw GgufError(std::string("fixmin.code.*: ") + error.what());
+    }
+}
+
+}  // namespace
+
+std::string_view name(Activation activation) {
+    switch (activation) {
+        case Activation::gelu: return "gelu";
+        case Activation::gelu_tanh: return "gelu_tanh";
+        case Activation::swiglu: return "swiglu";
+    }
+    return "?";
+}
+
+std::string_view name(CodeKind kind) {
+    switch (kind) {
+        case CodeKind::affine: return "affine";
+        case CodeKind::table: return "table";
+        case CodeKind::learned: return "learned";
+    }
+    return "?";
+}
+
+Hyperparams read_hyperparams(const gguf::GgufFile& file) {
+    const std::string_view architecture = file.get_string("general.architecture");
+    if (architecture != "fixmin") unknown_value("general.architecture", architecture, "fixmin");
+    Hyperparams hp;
+    hp.vocab_size = read_count(file, "fixmin.vocab_size", 1u << 28);
+    hp.context_length = read_count(file, "fixmin.context_length");
+    hp.embedding_length = read_count(file, "fixmin.embedding_length");
+    hp.block_count = read_count(file, "fixmin.block_count");
+    hp.feed_forward_length = read_count(file, "fixmin.feed_forward_length");
+    read_attention(file, hp);
+    read_norm(file, hp);
+    hp.activation = read_activation(file);
+    read_code(file, hp);
+    return hp;
+}
+
+}  // namespace fixmin::model

@@ -1,0 +1,273 @@
+#include "model/weights.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <atomic>
+#include <new>
+#include <string>
+#include <unordered_set>
+
+#include "error.h"
+
+namespace fixmin::model {
+
+using quant::WeightType;
+
+Pages::Pages(size_t bytes) {
+    if (bytes == 0) return;
+    void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED) throw std::bad_alloc();
+    // Fewer translation misses while weights stream past; a refusal does not matter.
+    madvise(p, bytes, MADV_HUGEPAGE);
+    data_ = {static_cast<std::byte*>(p), Unmap{bytes}};
+}
+
+void Pages::Unmap::operator()(std::byte* p) const { munmap(p, bytes); }
+
+void Weights::embed(uint32_t id, float* x) const {
+    const uint32_t d = hyperparams.embedding_length;
+    if (hyperparams.code_kind == CodeKind::learned)
+        quant::dequantize_row(embedding_type, embedding.data() + id * quant::row_bytes(embedding_type, d), d, x);
+    else
+        hyperparams.lift.apply(code_map.code(id), x);
+}
+
+size_t Weights::bytes_per_token() const {
+    size_t total = output.bytes();
+    for (const Layer& layer : layers) {
+        for (const Linear* w : {&layer.q, &layer.k, &layer.v, &layer.attn_output, &layer.gate, &layer.up, &layer.down}) {
+            total += w->bytes();
+        }
+    }
+    return total;
+}
+
+namespace {
+
+WeightType weight_type(const gguf::TensorInfo& tensor) {
+    switch (tensor.type) {
+        case gguf::GgmlType::F32: return WeightType::f32;
+        case gguf::GgmlType::F16: return WeightType::f16;
+        case gguf::GgmlType::BF16: return WeightType::bf16;
+        case gguf::GgmlType::Q8_0: return WeightType::q8_0;
+        case gguf::GgmlType::Q4_0: return WeightType::q4_0;
+        default: {
+            const gguf::TypeTraits* traits = gguf::type_traits(static_cast<uint32_t>(tensor.type));
+            throw UnsupportedError("tensor '" + tensor.name + "' has type " + (traits ? traits->name : "?") +
+                                   "; this version runs F32, F16, BF16, Q8_0 and Q4_0");
+        }
+    }
+}
+
+std::string shape_text(std::span<const uint64_t> ne) {
+    std::string text = "[";
+    for (const uint64_t n : ne) text += (text.size() > 1 ? ", " : "") + std::to_string(n);
+    return text + "]";
+}
+
+// Takes tensors out of the file by name, checks them, and packs the matrices in one go at the end.
+class Loader {
+  public:
+    explicit Loader(const gguf::GgufFile& file) : file_(file) {}
+
+    const gguf::TensorInfo* find(const std::string& name, uint64_t ne0, uint64_t ne1) {
+        const gguf::TensorInfo* tensor = file_.find_tensor(name);
+        if (!tensor) return nullptr;
+        if (tensor->ne[0] != ne0 || tensor->ne[1] != ne1 || tensor->ne[2] != 1 || tensor->ne[3] != 1) {
+            const uint64_t expected[] = {ne0, ne1};
+            throw GgufError("tensor '" + name + "' has shape " + shape_text({tensor->ne.data(), tensor->n_dims}) +
+                            "; expected " + shape_text(expected));
+        }
+        used_.insert(tensor->name);
+        return tensor;
+    }
+
+    const gguf::TensorInfo& get(const std::string& name, uint64_t ne0, uint64_t ne1) {
+        const gguf::TensorInfo* tensor = find(name, ne0, ne1);
+        if (!tensor) throw GgufError("tensor '" + name + "' is missing");
+        return *tensor;
+    }
+
+    // [n] floats padded with zeros to a multiple of `padding`; empty if there is no such tensor.
+    std::vector<float> vector(const std::string& name, uint32_t n, uint32_t padding = 1) {
+        const gguf::TensorInfo* tensor = find(name, n, 1);
+        if (!tensor) return {};
+        std::vector<float> out((size_t(n) + padding - 1) / padding * padding);
+        if (!quant::dequantize_row(weight_type(*tensor), tensor->data.data(), n, out.data())) not_finite(*tensor);
+        return out;
+    }
+
+    Norm norm(const std::string& name, uint32_t n, bool rms) {
+        Norm norm{vector(name + ".weight", n), vector(name + ".bias", n)};
+        if (norm.weight.empty()) throw GgufError("tensor '" + name + ".weight' is missing");
+        if (rms && !norm.bias.empty()) throw GgufError("tensor '" + name + ".bias': an RMS norm has no bias");
+        return norm;
+    }
+
+    void linear(Linear& w, const std::string& name, uint32_t rows, uint32_t inner) {
+        const gguf::TensorInfo& tensor = get(name + ".weight", inner, rows);
+        w.type = weight_type(tensor);
+        w.rows = rows;
+        w.inner = inner;
+        w.panel_stride = quant::panel_bytes(w.type, inner);
+        w.bias = vector(name + ".bias", rows, quant::panel_rows);
+        jobs_.push_back({&tensor, &w, total_bytes_});
+        total_bytes_ += w.n_panels() * w.panel_stride;
+    }
+
+    Pages pack(const ParallelFor& parallel_for, const std::function<void(double)>& progress) {
+        Pages pages(total_bytes_ + readable_tail);
+        for (const Job& job : jobs_) {
+            job.weight->panels = pages.data() + job.offset;
+            pack_matrix(*job.tensor, *job.weight, pages.data() + job.offset, parallel_for);
+            progress(double(job.offset + job.weight->n_panels() * job.weight->panel_stride) / double(total_bytes_));
+        }
+        return pages;
+    }
+
+    codes::FoldedProjection fold(const Hyperparams& hp, const ParallelFor& parallel_for) {
+        const Norm n = norm("blk.0.attn_norm", hp.embedding_length, hp.rms_norm);
+        codes::FoldBuilder builder(hp.qkv_length(), {n.weight, n.bias, hp.norm_eps, hp.rms_norm}, hp.lift);
+        uint32_t first = 0;
+        for (const char* part : {"attn_q", "attn_k", "attn_v"}) {
+            const std::string name = std::string("blk.0.") + part;
+            const uint32_t rows = first == 0 ? hp.q_length() : hp.kv_length();
+            fold_matrix(builder, first, get(name + ".weight", hp.embedding_length, rows), vector(name + ".bias", rows),
+                        parallel_for);
+            first += rows;
+        }
+        return builder.finish();
+    }
+
+    void refuse_leftovers() const {
+        for (const gguf::TensorInfo& tensor : file_.tensors()) {
+            if (!used_.contains(tensor.name)) {
+                throw GgufError("tensor '" + tensor.name + "' " + shape_text({tensor.ne.data(), tensor.n_dims}) +
+                                " has no place in this model; the file may describe another one");
+            }
+        }
+    }
+
+  private:
+    struct Job {
+        const gguf::TensorInfo* tensor;
+        Linear* weight;
+        size_t offset;
+    };
+
+    // The kernels prefetch this far beyond the panel they read.
+    static constexpr size_t readable_tail = 8192;
+    static constexpr size_t release_bytes = size_t(4) << 20;
+
+    [[noreturn]] static void not_finite(const gguf::TensorInfo& tensor) {
+        throw GgufError("tensor '" + tensor.name + "' at offset " + std::to_string(tensor.offset) +
+                        " holds a value or scale that is NaN or infinite");
+    }
+
+    void pack_matrix(const gguf::TensorInfo& tensor, const Linear& w, std::byte* panels, const ParallelFor& parallel_for) {
+        const size_t row = quant::row_bytes(w.type, w.inner);
+        std::atomic<bool> finite = true;
+        parallel_for(w.n_panels(), [&](uint32_t begin, uint32_t end) {
+            const std::byte* released = tensor.data.data() + begin * quant::panel_rows * row;
+            for (uint32_t p = begin; p < end; ++p) {
+                const uint32_t first = p * quant::panel_rows;
+                const uint32_t n = std::min(quant::panel_rows, w.rows - first);
+                const std::byte* rows = tensor.data.data() + first * row;
+                if (!quant::pack_panel(w.type, rows, n, w.inner, panels + p * w.panel_stride)) finite = false;
+                const std::byte* done = rows + n * row;
+                if (size_t(done - released) >= release_bytes || p + 1 == end) {
+                    file_.release({released, done});
+                    released = done;
+                }
+            }
+        });
+        if (!finite) not_finite(tensor);
+    }
+
+    void fold_matrix(codes::FoldBuilder& builder, uint32_t first, const gguf::TensorInfo& tensor,
+                     const std::vector<float>& bias, const ParallelFor& parallel_for) {
+        const WeightType type = weight_type(tensor);
+        const uint32_t inner = uint32_t(tensor.ne[0]);
+        const size_t row = quant::row_bytes(type, inner);
+        std::atomic<bool> finite = true;
+        parallel_for(uint32_t(tensor.ne[1]), [&](uint32_t begin, uint32_t end) {
+            std::vector<float> weights(inner);
+            for (uint32_t r = begin; r < end; ++r) {
+                if (!quant::dequantize_row(type, tensor.data.data() + r * row, inner, weights.data())) finite = false;
+                builder.add_rows(first + r, 1, weights.data(), bias.empty() ? nullptr : &bias[r]);
+            }
+        });
+        file_.release(tensor.data);
+        if (!finite) not_finite(tensor);
+    }
+
+    const gguf::GgufFile& file_;
+    std::unordered_set<std::string_view> used_;
+    std::vector<Job> jobs_;
+    size_t total_bytes_ = 0;
+};
+
+codes::CodeMap read_code_map(const gguf::GgufFile& file, Loader& loader, const Hyperparams& hp) {
+    try {
+        if (hp.code_kind == CodeKind::affine) {
+            return codes::CodeMap::affine(hp.vocab_size, hp.code_width, file.get_u8_array("fixmin.code.affine_matrix"),
+                                          file.get_u8_array("fixmin.code.affine_shift"));
+        }
+        const gguf::TensorInfo& rows =
+            loader.get("token_code.weight", codes::packed_row_bytes(hp.code_width), hp.vocab_size);
+        if (rows.type != gguf::GgmlType::I8) throw GgufError("tensor 'token_code.weight' must have type I8");
+        return codes::CodeMap::table(hp.vocab_size, hp.code_width,
+                                     {reinterpret_cast<const uint8_t*>(rows.data.data()), rows.data.size()});
+    } catch (const ArgumentError& error) {
+        throw GgufError(std::string("fixmin.code.*: ") + error.what());
+    }
+}
+
+void read_layer(Loader& loader, const Hyperparams& hp, uint32_t index, Layer& layer) {
+    const std::string prefix = "blk." + std::to_string(index) + ".";
+    const uint32_t d = hp.embedding_length, f = hp.feed_forward_length;
+    if (index > 0 || !hp.folds_layer_0()) {
+        layer.attn_norm = loader.norm(prefix + "attn_norm", d, hp.rms_norm);
+        loader.linear(layer.q, prefix + "attn_q", hp.q_length(), d);
+        loader.linear(layer.k, prefix + "attn_k", hp.kv_length(), d);
+        loader.linear(layer.v, prefix + "attn_v", hp.kv_length(), d);
+    }
+    loader.linear(layer.attn_output, prefix + "attn_output", d, hp.q_length());
+    layer.ffn_norm = loader.norm(prefix + "ffn_norm", d, hp.rms_norm);
+    if (hp.activation == Activation::swiglu) loader.linear(layer.gate, prefix + "ffn_gate", f, d);
+    loader.linear(layer.up, prefix + "ffn_up", f, d);
+    loader.linear(layer.down, prefix + "ffn_down", d, f);
+}
+
+}  // namespace
+
+Weights load_weights(gguf::GgufFile file, const ParallelFor& parallel_for, const std::function<void(double)>& progress) {
+    Weights weights;
+    const Hyperparams hp = weights.hyperparams = read_hyperparams(file);
+    Loader loader(file);
+
+    if (hp.code_kind == CodeKind::learned) {
+        const gguf::TensorInfo& embedding = loader.get("token_embd.weight", hp.embedding_length, hp.vocab_size);
+        weights.embedding_type = weight_type(embedding);
+        weights.embedding = embedding.data;
+    } else {
+        weights.code_map = read_code_map(file, loader, hp);
+        weights.fold = loader.fold(hp, parallel_for);
+    }
+    // Missing blocks are found before memory for them is taken: block_count is only a claim of the file.
+    if (!file.find_tensor("blk." + std::to_string(hp.block_count - 1) + ".attn_output.weight")) {
+        throw GgufError("fixmin.block_count is " + std::to_string(hp.block_count) + " but there is no block " +
+                        std::to_string(hp.block_count - 1));
+    }
+    weights.layers.resize(hp.block_count);
+    for (uint32_t i = 0; i < hp.block_count; ++i) read_layer(loader, hp, i, weights.layers[i]);
+    weights.output_norm = loader.norm("output_norm", hp.embedding_length, hp.rms_norm);
+    loader.linear(weights.output, "output", hp.vocab_size, hp.embedding_length);
+    loader.refuse_leftovers();
+    weights.panels = loader.pack(parallel_for, progress);
+    if (hp.code_kind == CodeKind::learned) weights.file.emplace(std::move(file));
+    return weights;
+}
+
+}  // namespace fixmin::model

@@ -1,0 +1,89 @@
+// The weights of one model in memory, in the layout that the kernels read.
+#pragma once
+#include <cstddef>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "codes/code_map.h"
+#include "codes/fold.h"
+#include "gguf/gguf_file.h"
+#include "model/hyperparams.h"
+#include "quant/panels.h"
+
+namespace fixmin::model {
+
+/// Zeroed pages straight from the kernel: 64-byte aligned, resident only once touched.
+class Pages {
+  public:
+    Pages() = default;
+    explicit Pages(size_t bytes);  // throws std::bad_alloc
+    std::byte* data() const { return data_.get(); }
+    size_t size() const { return data_.get_deleter().bytes; }
+
+  private:
+    struct Unmap {
+        size_t bytes;
+        void operator()(std::byte* p) const;
+    };
+    std::unique_ptr<std::byte, Unmap> data_;
+};
+
+/// y = W x + bias.
+struct Linear {
+    quant::WeightType type = quant::WeightType::f32;
+    uint32_t rows = 0;                    // outputs
+    uint32_t inner = 0;                   // inputs
+    const std::byte* panels = nullptr;    // ceil(rows/16) panels, inside Weights::panels
+    size_t panel_stride = 0;              // bytes
+    std::vector<float> bias;              // [rows rounded up to 16], or empty
+
+    uint32_t n_panels() const { return (rows + quant::panel_rows - 1) / quant::panel_rows; }
+    size_t bytes() const { return n_panels() * panel_stride + bias.size() * sizeof(float); }
+};
+
+struct Norm {
+    std::vector<float> weight;            // [D]
+    std::vector<float> bias;              // [D], or empty
+    const float* bias_or_null() const { return bias.empty() ? nullptr : bias.data(); }
+};
+
+struct Layer {
+    Norm attn_norm;                       // empty in a folded layer 0, like q, k, v
+    Linear q, k, v, attn_output;
+    Norm ffn_norm;
+    Linear gate, up, down;                // gate only for swiglu
+};
+
+struct Weights {
+    Hyperparams hyperparams;
+    codes::CodeMap code_map;              // unless CodeKind::learned
+    codes::FoldedProjection fold;         // norm1 and q, k, v of layer 0, rows stacked [qkv_length]
+    std::vector<Layer> layers;
+    Norm output_norm;
+    Linear output;
+    Pages panels;
+
+    // CodeKind::learned: rows are read from the file when they are needed.
+    std::optional<gguf::GgufFile> file;
+    std::span<const std::byte> embedding;  // [V][row_bytes(embedding_type, D)]
+    quant::WeightType embedding_type = quant::WeightType::f32;
+
+    /// x [D] of one token: the lifted code, or the row of the embedding.
+    void embed(uint32_t id, float* x) const;
+
+    /// Bytes that every decoded token reads.
+    size_t bytes_per_token() const;
+};
+
+/// Calls body(begin, end) for parts of 0..n on several threads.
+using ParallelFor = std::function<void(uint32_t n, const std::function<void(uint32_t, uint32_t)>& body)>;
+
+/// Reads, checks and repacks everything; the file's pages are released behind.
+/// Throws GgufError for a tensor that is missing, unknown, of a wrong shape or not finite; UnsupportedError for its type.
+/// `progress` gets the fraction done, 0 to 1.
+Weights load_weights(gguf::GgufFile file, const ParallelFor& parallel_for, const std::function<void(double)>& progress);
+
+}  // namespace fixmin::model

@@ -1,0 +1,42 @@
+"""Native inference for language models without an input embedding table.
+
+>>> import fixmin_cpp
+>>> with fixmin_cpp.Model("model.gguf") as model:
+...     print(model.generate("Question: What is the capital of France?\\nAnswer:", max_new_tokens=3).text)
+
+Importing this package loads NumPy and the native module only; `tokenizers` is loaded with the first model and
+PyTorch never (only `fixmin_cpp.convert` and `fixmin_cpp.reference` use it).
+"""
+
+from ._core import __version__
+from .api import clear_cache, generate, system_info
+from .errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    CheckpointError,
+    ContextLengthError,
+    FixminError,
+    GGUFError,
+    UnsupportedError,
+)
+from .model import Completion, Model, Piece, Score, TextStream, Timings
+
+__all__ = [
+    "ArgumentError",
+    "ArgumentTypeError",
+    "CheckpointError",
+    "Completion",
+    "ContextLengthError",
+    "FixminError",
+    "GGUFError",
+    "Model",
+    "Piece",
+    "Score",
+    "TextStream",
+    "Timings",
+    "UnsupportedError",
+    "__version__",
+    "clear_cache",
+    "generate",
+    "system_info",
+]

@@ -1,0 +1,133 @@
+"""Types of the native module. The public interface is `fixmin_cpp`; this one may change between versions."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__version__: str
+
+class FixminError(RuntimeError): ...
+class GGUFError(FixminError, ValueError): ...
+class UnsupportedError(FixminError, ValueError): ...
+class ContextLengthError(FixminError, ValueError): ...
+class ArgumentError(FixminError, ValueError): ...
+
+# --- bind_gguf.cpp ---------------------------------------------------------------------------------------------
+
+class GgufTensor:
+    name: str
+    shape: tuple[int, ...]  # NumPy order: slowest dimension first, row length last
+    type: str  # "F32", "Q8_0", ...
+    offset: int  # bytes from the start of the file
+    n_bytes: int
+
+class GgufFile:
+    """A validated GGUF file. Raises GGUFError for anything malformed, OSError if the path cannot be opened."""
+
+    def __init__(self, path: str) -> None: ...
+    @staticmethod
+    def from_bytes(data: bytes) -> GgufFile: ...
+    @property
+    def version(self) -> int: ...
+    @property
+    def alignment(self) -> int: ...
+    @property
+    def metadata(self) -> dict[str, Any]: ...  # arrays of numbers as ndarray, of strings as list[str]
+    @property
+    def tensors(self) -> list[GgufTensor]: ...
+    def tensor_data(self, name: str) -> NDArray[np.uint8]: ...  # raw bytes, a read-only view that keeps the file alive
+
+# --- bind_codes.cpp --------------------------------------------------------------------------------------------
+
+class CodeMap:
+    """Token id -> K-bit code; see csrc/codes/code_map.h."""
+
+    @staticmethod
+    def affine(vocab_size: int, matrix: NDArray[np.uint8], shift: NDArray[np.uint8]) -> CodeMap: ...
+    @staticmethod
+    def table(rows: NDArray[np.uint8]) -> CodeMap: ...  # [V, K] of 0/1
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+    def codes(self, ids: NDArray[np.uint32]) -> NDArray[np.uint8]: ...  # [T, K] of 0/1
+
+def lift_codes(
+    codes: NDArray[np.uint8], embedding_length: int, lift: str, values: tuple[float, float]
+) -> NDArray[np.float32]: ...  # [T, D]
+
+class FoldedProjection:
+    """norm1 followed by one projection of layer 0, collapsed into K + 2 columns; see csrc/codes/fold.h."""
+
+    def __init__(
+        self,
+        weight: NDArray[np.float32],  # [M, D]
+        bias: NDArray[np.float32] | None,  # [M]
+        norm_weight: NDArray[np.float32],  # [D]
+        norm_bias: NDArray[np.float32] | None,  # [D]
+        eps: float,
+        rms: bool,
+        width: int,
+        lift: str,
+        values: tuple[float, float],
+    ) -> None: ...
+    def apply(self, codes: NDArray[np.uint8]) -> NDArray[np.float32]: ...  # [T, K] -> [T, M]
+
+# --- bind_engine.cpp -------------------------------------------------------------------------------------------
+
+class SamplingParams:
+    temperature: float  # 0: greedy
+    top_k: int  # 0: off
+    top_p: float  # 1: off
+    seed: int  # uint64
+    max_new_tokens: int
+    stop_ids: list[int]  # generation ends after one of these; it is not part of the result
+    def __init__(self) -> None: ...
+
+class GenerationResult:
+    token_ids: NDArray[np.uint32]
+    finish_reason: str  # "length" | "stop" (on_token said so) | "eos" (one of stop_ids) | "cancelled"
+    n_prompt: int
+    prefill_s: float
+    decode_s: float
+
+class CancelToken:
+    """Ends the generation it was given to at the next layer; may be used from any thread."""
+
+    def __init__(self) -> None: ...
+    def cancel(self) -> None: ...
+    @property
+    def cancelled(self) -> bool: ...
+
+class Engine:
+    """A loaded model and its worker threads. Calls from several threads are served one after the other."""
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        n_threads: int = 0,  # 0: default, min(affinity, cgroup quota, physical cores)
+        n_ctx: int = 0,  # 0: the model's context_length
+        kv_type: str = "f16",  # "f16" | "f32"
+        n_batch: int = 512,  # prompt chunk
+        isa: str | None = None,  # None: best of this CPU, or FIXMIN_ISA
+        progress: Callable[[float], None] | None = None,
+    ) -> None: ...
+    @property
+    def info(self) -> dict[str, Any]: ...
+    def codes(self, ids: NDArray[np.uint32]) -> NDArray[np.uint8]: ...
+    def logits(self, ids: NDArray[np.uint32], last: bool = False) -> NDArray[np.float32]: ...  # [T, V] or [V]
+    def hidden_states(self, ids: NDArray[np.uint32], layer: int) -> NDArray[np.float32]: ...  # [T, D]
+    def score(self, ids: NDArray[np.uint32]) -> NDArray[np.float32]: ...  # [T-1] natural log-probabilities of ids[1:]
+    def generate(
+        self,
+        ids: NDArray[np.uint32],
+        params: SamplingParams,
+        on_token: Callable[[int], bool] | None = None,  # False stops after this token
+        cancel: CancelToken | None = None,
+    ) -> GenerationResult: ...
+    def close(self) -> None: ...
+
+def system_info() -> dict[str, Any]: ...

@@ -1,0 +1,88 @@
+"""One-call interface: generate() keeps the models that it loads; system_info() says what this build runs on."""
+
+import os
+import platform
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+
+from . import _core
+from .arguments import Prompt
+from .errors import ArgumentTypeError
+from .model import Completion, Model
+
+__all__ = ["clear_cache", "generate", "system_info"]
+
+# Two, so that a script which compares two files does not load one of them for every prompt.
+_MAX_MODELS = 2
+_LOAD_ARGUMENTS = ("n_threads", "n_ctx", "kv_type", "n_batch")
+
+_cache: "OrderedDict[tuple[Any, ...], Model]" = OrderedDict()
+_cache_lock = threading.Lock()
+
+
+def generate(path: str | os.PathLike[str], prompt: Prompt | Sequence[Prompt], **arguments: Any) -> Any:
+    """Continues `prompt` with the model in the GGUF file `path`: Model(path).generate(prompt), loaded only once.
+
+    The two models used last stay in memory, so that the next call answers at once; a file that has changed on disk or
+    other settings load a new one. clear_cache() frees them. Safe to call from several threads.
+
+    Args:
+        path: a GGUF file.
+        prompt: text, token ids, or a list of those: see Model.generate.
+        **arguments: n_threads, n_ctx, kv_type, n_batch go to Model, all others to Model.generate.
+
+    Returns:
+        A Completion, or a list of them for a list of prompts.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise ArgumentTypeError(f"path must be a str or a path, got {type(path).__name__}")
+    settings = {name: arguments.pop(name) for name in _LOAD_ARGUMENTS if name in arguments}
+    return _load(os.fspath(path), settings).generate(prompt, **arguments)
+
+
+def clear_cache() -> None:
+    """Lets go of the models that generate() keeps; memory is freed when calls that still use them return."""
+    with _cache_lock:
+        _cache.clear()
+
+
+def system_info() -> dict[str, Any]:
+    """What runs where: CPU, instruction sets, usable CPUs and threads (from the native module), and versions."""
+    return {
+        **_core.system_info(),
+        "fixmin_cpp": _core.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "numpy": np.__version__,
+        "tokenizers": metadata.version("tokenizers"),
+    }
+
+
+def _load(path: str, settings: dict[str, Any]) -> Model:
+    status = os.stat(path)
+    identity = (os.path.realpath(path), status.st_mtime_ns, status.st_size, status.st_ino)
+    # repr, because an argument that is about to be rejected need not be hashable.
+    key = (*identity, *((name, repr(value)) for name, value in sorted(settings.items())))
+    with _cache_lock:  # held while loading, so that two threads do not load the same file twice
+        model = _cache.get(key)
+        if model is None:
+            while len(_cache) >= _MAX_MODELS:
+                _cache.popitem(last=False)  # not close(): another thread may be in the middle of a call
+            model = _cache[key] = Model(path, **settings)
+        _cache.move_to_end(key)
+        return model
+
+
+def _reset_after_fork() -> None:
+    global _cache_lock
+    _cache_lock = threading.Lock()
+
+
+if sys.platform != "win32":
+    os.register_at_fork(after_in_child=_reset_after_fork)

@@ -1,0 +1,21 @@
+"""The errors that this package raises on purpose. A message says what was wrong, where, and what to do about it."""
+
+from ._core import ArgumentError, ContextLengthError, FixminError, GGUFError, UnsupportedError
+
+__all__ = [
+    "ArgumentError",
+    "ArgumentTypeError",
+    "CheckpointError",
+    "ContextLengthError",
+    "FixminError",
+    "GGUFError",
+    "UnsupportedError",
+]
+
+
+class CheckpointError(FixminError, ValueError):
+    """A Hugging Face checkpoint cannot be read, is ambiguous, or does not compute what the converter can express."""
+
+
+class ArgumentTypeError(ArgumentError, TypeError):
+    """An argument has the wrong type (a bool for a count, an array of floats for token ids, ...)."""

@@ -1,0 +1,67 @@
+"""The tokenizer that a GGUF file carries: the whole tokenizer.json under `tokenizer.huggingface.json`."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .errors import ArgumentError, ArgumentTypeError, GGUFError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+__all__ = ["TextTokenizer", "end_of_text_id"]
+
+_JSON_KEY = "tokenizer.huggingface.json"
+_EOS_KEY = "tokenizer.ggml.eos_token_id"
+
+
+class TextTokenizer:
+    """Text to ids and back. Safe to use from several threads: the tokenizer inside is never modified."""
+
+    def __init__(self, tokenizer: "Tokenizer") -> None:
+        # A tokenizer.json may carry the truncation and padding of the training run; a prompt must not be cut in silence.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self.backend = tokenizer
+        added = tokenizer.get_added_tokens_decoder()
+        self.special_ids = frozenset(i for i, token in added.items() if token.special)
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, Any]) -> "TextTokenizer | None":
+        """The tokenizer in a file's metadata, or None if it carries none. Raises GGUFError if it cannot be read."""
+        text = metadata.get(_JSON_KEY)
+        if text is None:
+            return None
+        if not isinstance(text, str):
+            raise GGUFError(f"{_JSON_KEY} must be a string, got {type(text).__name__}")
+        from tokenizers import Tokenizer
+
+        try:
+            return cls(Tokenizer.from_str(text))
+        except Exception as error:  # tokenizers raises plain Exception
+            raise GGUFError(f"{_JSON_KEY} is not a tokenizer that this version of tokenizers reads: {error}") from error
+
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of `text`. By default nothing is put before or after it, as on the published model cards."""
+        if not isinstance(text, str):
+            raise ArgumentTypeError(f"text must be a str, got {type(text).__name__}")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ArgumentError(
+                f"text is not valid Unicode: lone surrogate {text[error.start]!a} at character {error.start}"
+            ) from None
+        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """Text of `ids`; ids that the tokenizer does not know have none."""
+        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+
+def end_of_text_id(metadata: Mapping[str, Any], vocab_size: int) -> int | None:
+    """The id that ends a text according to the file, or None if it names none. Raises GGUFError if it is no token id."""
+    token_id = metadata.get(_EOS_KEY)
+    if token_id is None:
+        return None
+    if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < vocab_size:
+        raise GGUFError(f"{_EOS_KEY} is {token_id!r}, which is no token id of a vocabulary of {vocab_size}")
+    return token_id

@@ -1,0 +1,197 @@
+// GgufFile's typed getters, moves and page hints, which Python does not see.  Usage: typed_access FILE, where
+// FILE was written by test_gguf_native.py.  Prints each broken expectation; exit status 0 if there is none.
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <fstream>
+#include <iostream>
+#include <string>
+#include <system_error>
+
+#include "gguf/gguf_file.h"
+
+namespace {
+
+using namespace fixmin::gguf;
+
+int g_failures = 0;
+
+void expect(bool condition, const std::string& what) {
+    if (condition) return;
+    std::cout << "failed: " << what << "\n";
+    ++g_failures;
+}
+
+/// `call` throws GgufError with a message that contains every one of `parts`.
+template <class Call>
+void expect_error(Call call, std::initializer_list<const char*> parts) {
+    try {
+        call();
+    } catch (const fixmin::GgufError& error) {
+        const std::string message = error.what();
+        for (const char* part : parts) {
+            expect(message.find(part) != std::string::npos, "'" + message + "' contains '" + part + "'");
+        }
+        return;
+    }
+    expect(false, std::string("an error that contains ") + *parts.begin());
+}
+
+void check_integers(const GgufFile& file) {
+    for (const char* key : {"u8", "i8", "u16", "i16", "u32", "i32", "u64", "i64"}) {
+        expect(file.get_u32(key) == 7, std::string("get_u32 of ") + key);
+        expect(file.get_u64(key) == 7, std::string("get_u64 of ") + key);
+        expect(file.find_u32(key) == 7u, std::string("find_u32 of ") + key);
+    }
+    expect(file.get_u64("u64.max") == UINT64_MAX, "largest u64");
+    expect(file.get_u32("u64.fits") == UINT32_MAX, "largest u32 stored as u64");
+    expect_error([&] { file.get_u32("u64.max"); }, {"'u64.max'", "18446744073709551615 does not fit u32"});
+    expect_error([&] { file.get_u32("u64.over"); }, {"'u64.over'", "4294967296 does not fit u32"});
+    expect_error([&] { file.get_u32("i8.negative"); }, {"'i8.negative'", "-1 does not fit u32"});
+    expect_error([&] { file.get_u64("i64.negative"); }, {"'i64.negative'", "-1 does not fit u64"});
+    expect_error([&] { file.find_u64("i64.negative"); }, {"'i64.negative'", "-1 does not fit u64"});
+    expect_error([&] { file.get_u32("bool.true"); }, {"'bool.true'", "expected u32, found bool"});
+    expect_error([&] { file.get_u32("f32"); }, {"'f32'", "expected u32, found f32"});
+    expect_error([&] { file.get_u64("text"); }, {"'text'", "expected u64, found string"});
+    expect_error([&] { file.get_u32("u8s"); }, {"'u8s'", "expected u32, found array of u8"});
+}
+
+void check_floats(const GgufFile& file) {
+    expect(file.get_f32("f32") == 0.5f, "f32");
+    expect(file.get_f32("f64") == 0.1f, "f64 is rounded once");
+    expect(file.find_f32("f64") == 0.1f, "find_f32");
+    for (const char* key : {"f32.nan", "f32.inf", "f64.nan", "f64.inf", "f64.huge"}) {
+        expect_error([&] { file.get_f32(key); }, {key, "is not a finite f32"});
+    }
+    expect_error([&] { file.get_f32("u32"); }, {"'u32'", "expected f32, found u32"});
+    expect(file.get_f32_array("f32s") == std::vector<float>{0.0f, 1.0f, -2.5f}, "f32 array");
+    expect(file.get_f32_array("f64s") == std::vector<float>{0.1f, 2.0f}, "f64 array");
+    expect(file.get_f32_array("f32s.empty").empty(), "empty f32 array");
+    expect_error([&] { file.get_f32_array("f32s.nan"); }, {"'f32s.nan'", "is not a finite f32"});
+    expect_error([&] { file.get_f32_array("u8s"); }, {"'u8s'", "expected array of f32, found array of u8"});
+    expect_error([&] { file.get_f32_array("f32"); }, {"'f32'", "expected array of f32, found f32"});
+}
+
+void check_others(const GgufFile& file) {
+    expect(file.get_bool("bool.true"), "true");
+    expect(!file.get_bool("bool.false"), "false");
+    expect(file.find_bool("bool.false") == false, "find_bool");
+    expect_error([&] { file.get_bool("u8"); }, {"'u8'", "expected bool, found u8"});
+    expect(file.get_string("text") == std::string_view("a\0b", 3), "string with NUL");
+    expect_error([&] { file.get_string("strings"); },
+                 {"'strings'", "expected string, found array of string"});
+
+    const auto bytes = file.get_u8_array("u8s");
+    expect(bytes.size() == 3 && bytes[0] == 0 && bytes[1] == 255 && bytes[2] == 7, "u8 array");
+    expect_error([&] { file.get_u8_array("i8s"); }, {"'i8s'", "expected array of u8, found array of i8"});
+    expect_error([&] { file.get_u8_array("text"); }, {"'text'", "expected array of u8, found string"});
+    expect(file.get_string_array("strings") == std::vector<std::string_view>{"", "x", "yy"}, "string array");
+    expect_error([&] { file.get_string_array("u8s"); },
+                 {"'u8s'", "expected array of string, found array of u8"});
+}
+
+void check_absent(const GgufFile& file) {
+    expect(!file.has("absent") && file.has("u8") && file.find("absent") == nullptr, "has");
+    expect(!file.find_u32("absent") && !file.find_u64("absent") && !file.find_f32("absent"),
+           "absent numbers");
+    expect(!file.find_bool("absent") && !file.find_string("absent"), "absent bool and string");
+    expect(
+        !file.find_u8_array("absent") && !file.find_f32_array("absent") && !file.find_string_array("absent"),
+        "absent arrays");
+    expect_error([&] { file.get_u32("absent"); }, {"'absent' is missing (expected u32)"});
+    expect_error([&] { file.get_string_array("absent"); },
+                 {"'absent' is missing (expected array of string)"});
+    expect_error([&] { file.get_string("\xff"); }, {"'\\xff' is missing"});
+}
+
+void check_visit(const GgufFile& file) {
+    size_t entries = 0;
+    bool in_order = true;
+    file.visit(
+        [&](std::string_view key, const auto&) { in_order &= file.key_values()[entries++].key == key; });
+    expect(in_order && entries == file.key_values().size(), "visit goes through all entries in order");
+}
+
+void check_move(const std::string& path) {
+    GgufFile first = GgufFile::open(path);
+    const TensorInfo* tensor = first.find_tensor("big");
+    expect(tensor != nullptr, "tensor is found");
+    const std::byte* data = tensor->data.data();
+    GgufFile second = std::move(first);
+    expect(second.find_tensor("big")->data.data() == data, "a move keeps the mapping");
+    first = GgufFile::open(path);
+    second = std::move(first);
+    expect(second.find_tensor("big")->data[4096] == std::byte{4096 % 251}, "move assignment");
+    expect(second.get_string("text").size() == 3, "views after move assignment");
+}
+
+/// Bytes of file pages that are resident in this process.
+long resident_file_bytes() {
+    long total = 0, resident = 0, shared = 0;
+    std::ifstream("/proc/self/statm") >> total >> resident >> shared;
+    return shared * sysconf(_SC_PAGESIZE);
+}
+
+uint64_t sum(std::span<const std::byte> range) {
+    uint64_t total = 0;
+    for (const std::byte b : range) total += static_cast<uint64_t>(b);
+    return total;
+}
+
+void check_pages(const std::string& path) {
+    const GgufFile file = GgufFile::open(path);
+    const auto data = file.find_tensor("big")->data;  // 16 MiB
+    file.prefetch(data);
+    const uint64_t before = sum(data);
+    const long read = resident_file_bytes();
+    const auto middle = data.subspan(1000, data.size() - 2000);
+    file.release(middle);
+    const long released = resident_file_bytes();
+    const auto pages = static_cast<long>(middle.size()) - 2 * sysconf(_SC_PAGESIZE);
+    expect(read - released >= pages * 9 / 10,
+           "release frees the pages: " + std::to_string(read) + " -> " + std::to_string(released));
+    expect(sum(data) == before, "released pages are read again");
+
+    // Ranges that are empty, shorter than a page, or not of this file do no harm.
+    file.release({});
+    file.release(data.first(1));
+    file.prefetch({});
+    file.prefetch(data.last(1));
+    std::vector<std::byte> own(1 << 16, std::byte{3});
+    file.release(own);
+    file.prefetch(own);
+    expect(std::all_of(own.begin(), own.end(), [](std::byte b) { return b == std::byte{3}; }),
+           "foreign memory is kept");
+
+    const GgufFile view = GgufFile::parse(file.bytes());
+    view.release(view.bytes());
+    expect(sum(view.find_tensor("big")->data) == before, "release after parse does nothing");
+}
+
+void check_open_errors() {
+    try {
+        GgufFile::open("/nonexistent/file.gguf");
+        expect(false, "opening an absent file throws");
+    } catch (const std::system_error& error) {
+        expect(error.code() == std::errc::no_such_file_or_directory, "the error code tells why");
+        expect(std::string(error.what()).find("/nonexistent/file.gguf") != std::string::npos,
+               "the path is named");
+    }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    if (argc != 2) return 2;
+    const GgufFile file = GgufFile::open(argv[1]);
+    check_integers(file);
+    check_floats(file);
+    check_others(file);
+    check_absent(file);
+    check_visit(file);
+    check_move(argv[1]);
+    check_pages(argv[1]);
+    check_open_errors();
+    return g_failures == 0 ? 0 : 1;
+}

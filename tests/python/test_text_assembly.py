@@ -1,0 +1,212 @@
+"""Incremental decoding and stop strings against the oracle: decode everything, cut at the first stop string."""
+
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from toy_tokenizers import byte_fallback, byte_level, concatenating
+
+from fixmin_cpp.text import IncrementalDecoder, StopStrings, TextAssembler
+from fixmin_cpp.tokenizer import TextTokenizer
+
+KINDS = {
+    "byte_level": TextTokenizer(byte_level()),
+    "concatenating": TextTokenizer(concatenating()),
+    "byte_fallback": TextTokenizer(byte_fallback()),
+}
+
+# Few letters, so that stop strings overlap each other and themselves.
+texts = st.text(alphabet="ab\n", max_size=12)
+stop_lists = st.lists(st.text(alphabet="ab\n", min_size=1, max_size=4), max_size=3)
+
+
+def cut(text: str, stops: Sequence[str]) -> str:
+    return text[: min((text.find(s) for s in stops if s in text), default=len(text))]
+
+
+def ids_of(kind: str) -> st.SearchStrategy[list[int]]:
+    """Any ids, also ones that no text encodes to, and one that the tokenizer does not know."""
+    return st.lists(st.integers(0, KINDS[kind].backend.get_vocab_size()), max_size=30)
+
+
+def run(assembler: TextAssembler, ids: Sequence[int]) -> list[tuple[int, str]]:
+    """Like the engine: pushes tokens until the assembler wants no more."""
+    pairs = []
+    for token_id in ids:
+        pairs += assembler.push(token_id)
+        if assembler.stopped:
+            break
+    return pairs + assembler.finish()
+
+
+# --- stop strings ------------------------------------------------------------------------------------------------
+
+
+@given(text=texts, stops=stop_lists, data=st.data())
+@example(text="abab\n", stops=["abab\na", "ba"], data=None)  # a match behind a start that comes to nothing
+def test_stop_strings_equal_the_oracle_at_every_split(text, stops, data):
+    if data is None:
+        splits = [[i] for i in range(len(text) + 1)] + [list(range(len(text)))]
+    else:
+        splits = [sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))]
+    for borders in splits:
+        finder, released = StopStrings(stops), ""
+        for start, end in zip([0, *borders], [*borders, len(text)], strict=True):
+            released += finder.feed(text[start:end])
+            assert cut(text, stops).startswith(released), "text that belongs to a stop string leaked"
+        assert released + finder.finish() == cut(text, stops)
+        assert finder.matched == any(s in text for s in stops)
+
+
+@given(text=texts, stops=stop_lists)
+def test_only_what_may_become_a_stop_string_is_held_back(text, stops):
+    finder, released = StopStrings(stops), ""
+    for i, letter in enumerate(text):
+        released += finder.feed(letter)
+        if finder.matched:
+            return
+        seen = text[: i + 1]
+        undecided = [k for k in range(len(seen) + 1) if any(s.startswith(seen[k:]) for s in stops)]
+        assert released == seen[: min(undecided, default=len(seen))]
+
+
+def test_stop_strings_longer_than_the_text_cost_nothing():
+    finder = StopStrings(["x" * 1000])
+    assert finder.feed("abc") == "abc"
+    assert finder.feed("xx") == ""
+    assert finder.feed("y") == "xxy"
+
+
+def test_empty_stop_string_is_refused():
+    with pytest.raises(ValueError, match="empty"):
+        StopStrings(["a", ""])
+
+
+# --- decoding ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "concatenating"])
+@given(data=st.data())
+def test_decoding_step_by_step_equals_decoding_at_once(kind, data):
+    tokenizer, ids = KINDS[kind], data.draw(ids_of(kind))
+    decoder = IncrementalDecoder(tokenizer)
+    pieces = [decoder.step(i) for i in ids]
+    assert "".join(pieces) + decoder.finish() == tokenizer.decode(ids, skip_special_tokens=True)
+    assert not decoder.pending
+    assert decoder.finish() == ""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(text=st.text(alphabet="ab the日本é😀Paris\n", max_size=20))
+def test_text_survives_encoding_and_step_by_step_decoding(kind, text):
+    tokenizer = KINDS[kind]
+    ids = tokenizer.encode(text)
+    decoder = IncrementalDecoder(tokenizer)
+    assert "".join([*map(decoder.step, ids), decoder.finish()]) == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@given(prompt=st.text(alphabet="ab é日", max_size=6), answer=st.text(alphabet="ab é日", max_size=6))
+@pytest.mark.parametrize("kind", KINDS)
+def test_continuation_is_what_the_prompt_lacks(kind, prompt, answer):
+    tokenizer = KINDS[kind]
+    prompt_ids, ids = tokenizer.encode(prompt), tokenizer.encode(answer)
+    whole = tokenizer.decode(prompt_ids + ids, skip_special_tokens=True)
+    decoder = IncrementalDecoder(tokenizer, prompt_ids)
+    text = "".join([*map(decoder.step, ids), decoder.finish()])
+    assert tokenizer.decode(prompt_ids, skip_special_tokens=True) + text == whole
+
+
+def test_a_continuation_keeps_the_space_that_a_text_loses():
+    tokenizer = KINDS["byte_fallback"]
+    the = tokenizer.backend.token_to_id("\u2581the")
+    decoder = IncrementalDecoder(tokenizer, [the])
+    assert tokenizer.decode([the]) == "the"
+    assert decoder.step(the) == " the"
+
+
+def test_a_prompt_that_ends_within_a_character_does_not_come_back():
+    tokenizer = KINDS["byte_level"]
+    first, last = tokenizer.encode("xé")[0], tokenizer.encode("€")[0]
+    decoder = IncrementalDecoder(tokenizer, [first, last])
+    assert decoder.step(tokenizer.encode("b")[0]) == "b"
+
+
+@given(ids=ids_of("byte_fallback"))
+def test_a_decoder_that_takes_text_back_does_not_end_the_run(ids):
+    decoder = IncrementalDecoder(KINDS["byte_fallback"])
+    text = "".join([*map(decoder.step, ids), decoder.finish()])
+    # Bytes that are no UTF-8 change how their neighbours decode; everything else must be there, in order.
+    words = KINDS["byte_fallback"].backend
+    certain = [words.id_to_token(i) for i in ids if words.id_to_token(i) in ("b", "cat", "Paris")]
+    position = 0
+    for word in certain:
+        position = text.index(word, position) + len(word)
+
+
+def test_byte_fallback_goes_on_where_decodestream_raises():
+    tokenizer = KINDS["byte_fallback"]
+    byte = lambda b: tokenizer.backend.token_to_id(f"<0x{b:02X}>")  # noqa: E731
+    cat = tokenizer.backend.token_to_id("cat")
+    decoder = IncrementalDecoder(tokenizer)
+    pieces = [decoder.step(i) for i in [byte(0x41), byte(0xE6), cat, cat]]  # 0xE6 makes the decoder take "A" back
+    assert "".join(pieces) + decoder.finish() == "A\N{REPLACEMENT CHARACTER}catcat"
+
+
+def test_special_tokens_have_no_text_and_hold_nothing_back():
+    tokenizer = KINDS["concatenating"]
+    end = tokenizer.backend.token_to_id("</s>")
+    decoder = IncrementalDecoder(tokenizer)
+    assert decoder.step(end) == ""
+    assert not decoder.pending
+
+
+# --- both together -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "concatenating"])
+@given(data=st.data())
+def test_assembled_text_equals_the_oracle(kind, data):
+    tokenizer, ids = KINDS[kind], data.draw(ids_of(kind))
+    full = tokenizer.decode(ids, skip_special_tokens=True)
+    parts = st.builds(lambda i, n: full[i : i + n], st.integers(0, len(full)), st.integers(1, 4)).filter(bool)
+    stops = data.draw(st.lists(parts, max_size=2)) if full else []
+    assembler = TextAssembler(IncrementalDecoder(tokenizer), StopStrings(stops))
+    pairs = run(assembler, ids)
+    assert "".join(text for _, text in pairs) == cut(full, stops)
+    assert [i for i, _ in pairs] == ids[: len(pairs)]
+    assert assembler.stopped == bool(stops)
+    if not stops:
+        assert len(pairs) == len(ids)
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "concatenating"])
+@given(data=st.data())
+def test_text_so_far_is_whole_whenever_a_pair_comes_out(kind, data):
+    """A run may end anywhere: what was given out plus finish() is then the decoding of the tokens so far."""
+    tokenizer, ids = KINDS[kind], data.draw(ids_of(kind))
+    end = data.draw(st.integers(0, len(ids)))
+    assembler = TextAssembler(IncrementalDecoder(tokenizer), StopStrings(["\n\n", "the end"]))
+    pairs = run(assembler, ids[:end])
+    full = tokenizer.decode(ids[: len(pairs)], skip_special_tokens=True)
+    assert "".join(text for _, text in pairs) == cut(full, ["\n\n", "the end"])
+
+
+def test_character_over_three_tokens_and_stop_string_over_two():
+    tokenizer = KINDS["byte_level"]
+    ids = tokenizer.encode("a€b日本\nQuc")
+    assert len(ids) > len("a€b日本\nQuc")
+    assembler = TextAssembler(IncrementalDecoder(tokenizer), StopStrings(["\nQ"]))
+    texts = []
+    for token_id in ids:
+        texts += [text for _, text in assembler.push(token_id)]
+        assert "\N{REPLACEMENT CHARACTER}" not in "".join(texts)
+        if assembler.stopped:
+            break
+    assert "".join(texts) == "a€b日本"
+    assert len(texts) == len(ids) - 1  # "Qu" is one token and completes the stop string; "c" is not asked for
+
+
+def test_without_a_tokenizer_tokens_pass_through():
+    assembler = TextAssembler(None)
+    assert run(assembler, [5, 6]) == [(5, ""), (6, "")]

@@ -1,0 +1,62 @@
+"""Small tokenizers of the kinds that checkpoints carry, made here so that no test depends on a file."""
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+SPECIALS = ["<pad>", "<s>", "</s>", "<unk>"]
+
+
+def byte_level() -> Tokenizer:
+    """Ids 0-255 are single bytes, then a few merges, some of which end inside a character; then the specials."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {letter: i for i, letter in enumerate(alphabet)}
+    sent = {b: c for c, b in _byte_of_letter().items()}
+    merges = []
+    for pair in [b"th", b"he", b" t", "é".encode(), "日".encode()[:2], b"a\xe6", b"\n\n", b"ab", b"Qu"]:
+        left, right = sent[pair[0]], sent[pair[1]]
+        merges.append((left, right))
+        vocab[left + right] = len(vocab)
+    tokenizer = Tokenizer(models.BPE(vocab, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(SPECIALS)
+    return tokenizer
+
+
+def concatenating() -> Tokenizer:
+    """Like the published checkpoints': characters and n-grams, not bytes; decoding is plain concatenation.
+
+    No normaliser, no pre-tokeniser, no byte fallback; U+FFFD is an ordinary token, as ids below 0xD800 are chr(id).
+    """
+    letters = [*"abcdefghijklmnopqrstuvwxyz", *"QWPLU .,:?!\n", "é", "日", "本", "\N{REPLACEMENT CHARACTER}", "😀"]
+    vocab = {letter: i for i, letter in enumerate(letters)}
+    merges = [("t", "h"), ("th", "e"), ("a", "b"), ("ab", "c"), ("日", "本"), ("\n", "\n"), (" ", "t"), ("P", "a")]
+    for left, right in merges:
+        vocab[left + right] = len(vocab)
+    for special in SPECIALS:
+        vocab[special] = len(vocab)
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>"))
+    tokenizer.decoder = decoders.Sequence([])
+    tokenizer.add_special_tokens(SPECIALS)
+    return tokenizer
+
+
+def byte_fallback() -> Tokenizer:
+    """Llama-like: a word starts with U+2581, unknown characters are bytes, the space that starts a text is dropped."""
+    words = ["<unk>", *SPECIALS[:3], "\u2581", "\u2581the", "\u2581a", "b", "cat", "Paris"]
+    vocab = {word: i for i, word in enumerate(words)}
+    for byte in range(256):
+        vocab[f"<0x{byte:02X}>"] = len(vocab)
+    tokenizer = Tokenizer(models.BPE(vocab, [], byte_fallback=True, unk_token="<unk>"))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens(SPECIALS[:3])
+    return tokenizer
+
+
+def _byte_of_letter() -> dict[str, int]:
+    """Inverse of GPT-2's mapping of bytes to printable letters."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = {chr(byte): byte for byte in printable}
+    others = [byte for byte in range(256) if byte not in printable]
+    return letters | {chr(256 + i): byte for i, byte in enumerate(others)}
