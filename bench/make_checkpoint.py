@@ -46,7 +46,8 @@ def random_invertible(width: int, generator: torch.Generator) -> torch.Tensor:
 
 def make_tensor(name: str, shape: torch.Size, config: FixMinConfig, seed: int) -> torch.Tensor:
     """One tensor, float32 or uint8. Depends on its name and the seed only: not on the sharding or the order."""
-    generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+    # Hashed together: PyTorch's CPU generator reads 32 bits of its seed.
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     if name == "model.code.matrix":
         return random_invertible(config.code_width, generator)
     if name == "model.code.shift":
@@ -58,7 +59,7 @@ def make_tensor(name: str, shape: torch.Size, config: FixMinConfig, seed: int) -
     tensor = torch.randn(shape, generator=generator)
     if len(shape) == 1:
         return tensor.mul_(0.1).add_(1.0) if name.endswith("norm.weight") else tensor.mul_(0.1)
-    # Inputs of a projection are normed, so that gain / sqrt(in) makes outputs with a standard deviation of about `gain`.
+    # Inputs of a projection are normed: gain / sqrt(in) makes outputs with a standard deviation of about `gain`.
     gain = 0.64  # 0.02 at width 1024
     if "attn_q" in name or "attn_k" in name:
         gain = 1.5  # scores vary by about 2: attention is neither uniform nor a copy of one token
@@ -148,12 +149,15 @@ def main(
     mlp: Annotated[int | None, typer.Option(help="width of the feed-forward layer (default: 4 × width)")] = None,
     context: Annotated[int, typer.Option(help="context length in tokens")] = 1024,
     option: Annotated[
-        list[str] | None, typer.Option("--set", help='any other field of FixMinConfig as NAME=JSON, e.g. activation="swiglu"')
+        list[str] | None,
+        typer.Option("--set", help='any other field of FixMinConfig as NAME=JSON, e.g. activation="swiglu"'),
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16")] = "float32",
     shard_mb: Annotated[int, typer.Option(help="largest file in MB (0: one file)", min=0)] = 0,
     seed: Annotated[int, typer.Option(help="of all weights", min=0)] = 1,
-    tokenizer: Annotated[Path | None, typer.Option(help="a tokenizer.json to copy", exists=True, dir_okay=False)] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="a tokenizer.json to copy", exists=True, dir_okay=False)
+    ] = None,
 ) -> None:
     """Write a random checkpoint."""
     if dtype not in DTYPES:

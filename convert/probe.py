@@ -14,7 +14,7 @@ import inspect
 import itertools
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -61,12 +61,12 @@ class OwnModel:
                 out = torch.cat([self._forward(ids[:n])[-1:] for n in range(1, len(ids))] + [out[-1:]])
         return out.numpy().astype(np.float32)
 
-    def trace(self, ids: NDArray[Any]) -> tuple[Tape, Tensor]:
+    def trace(self, ids: NDArray[Any], inputs_of: Collection[int] | None = None) -> tuple[Tape, Tensor]:
         """Run ids [T] under a tape. The logits are [T, V], or [1, V] from code that returns only the last ones."""
         with _quiet():
             if self._call_style is None:
                 self._forward(ids)
-            tape = Tape(self.model)
+            tape = Tape(self.model, inputs_of)
             with tape:
                 logits = self._forward(ids)
         return tape, logits

@@ -37,7 +37,7 @@ class Locator:
         self.computed: list[str] = []  # weights that no file holds as they are used
 
     def locate(self, weight: Weight) -> Ref:
-        """Where the values are: a view of one stored tensor, its axes permuted, 1 + tensor, or only in the code."""
+        """Where the values are: a view of one stored tensor, one with its axes permuted, or computed by the code."""
         names = sorted(weight.names, key=lambda n: n not in self.file_name)
         for name in names:
             if name in self.file_name:
@@ -65,7 +65,7 @@ class Locator:
         return view
 
     def _rearranged(self, value: Tensor, name: str) -> Callable[[NDArray[Any]], NDArray[Any]] | None:
-        """The stored tensor with its axes in another order and reshaped, or 1 + it, if that gives `value` exactly."""
+        """The stored tensor with its axes in another order and reshaped, if that gives `value` exactly."""
         base = self.tensors[name]
         if base.numel() != value.numel() or base.ndim > 4:
             return None
@@ -74,9 +74,6 @@ class Locator:
             moved = base.permute(axes).reshape(shape)
             if torch.equal(moved, value):
                 return lambda stored, axes=axes: stored.transpose(axes).reshape(shape)
-        # RMSNorm with the gain stored as its distance from one.
-        if base.ndim == 1 and torch.equal(1.0 + base.reshape(shape), value):
-            return lambda stored: stored.astype(np.float32).reshape(shape) + np.float32(1)
         return None
 
 
@@ -98,7 +95,7 @@ def gather(
     columns: NDArray[np.int64] | None = None,
     factor: float = 1.0,
 ) -> TensorRecipe:
-    """The recipe for rows `rows` (in this order; None: all) of the parts laid one below the other, columns reordered."""
+    """Rows `rows`, in this order (None: all), of the parts laid one below the other; columns reordered."""
     starts = np.cumsum([0, *(p.shape[0] for p in parts)])
     rows = np.arange(starts[-1]) if rows is None else np.asarray(rows, dtype=np.int64)
     shape = (len(rows), *parts[0].shape[1:])

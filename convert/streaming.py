@@ -20,6 +20,9 @@ from .spec import ModelSpec
 
 # Rows of the output projection at a time: 32 MB at width 1024.
 _OUTPUT_ROWS = 8192
+# A block that adds less than this fraction of the residual stream is judged by the stream, whose float32 rounding would
+# otherwise count as the block's error.
+_LEAST_ADDED = 0.01
 _BLOCK = 32  # activations that share a scale, DESIGN §5
 
 
@@ -56,31 +59,41 @@ def reference_config(spec: ModelSpec) -> FixMinConfig:
 
 
 @torch.inference_mode()
-def reference_logits(
-    spec: ModelSpec, prompts: Sequence[NDArray[Any]], rounded: Collection[str] = ()
-) -> list[NDArray[np.float32]]:
-    """float32 logits [T, V] of each prompt (ids [T]).
+def reference_logits(spec: ModelSpec, prompts: Sequence[NDArray[Any]]) -> list[NDArray[np.float32]]:
+    """float32 logits [T, V] of each prompt (ids [T])."""
+    config = reference_config(spec)
+    states = [embed(spec, prompt)[None] for prompt in prompts]  # [1, T, D] each
+    for layer in range(spec.block_count):
+        block = _block(spec, config, layer)
+        states = [_run(block, x, config) for x in states]
+    norm = _output_norm(spec, config)
+    return _project(spec, [norm(x)[0] for x in states])
 
-    rounded: names of the weights whose products the engine takes with 8-bit activations (DESIGN §5). Their inputs are
-    rounded here in the same way, so that what is left between the two is the rounding of float32 sums.
+
+@torch.inference_mode()
+def step_errors(
+    spec: ModelSpec, states: Sequence[NDArray[np.float32]], logits: NDArray[np.float32], rounded: Collection[str] = ()
+) -> list[NDArray[np.float32]]:
+    """How far a recorded forward pass is, step by step, from the reference that starts each step where the record does.
+
+    states: the inputs of all blocks and the output of the last one, block_count + 1 times [T, D]. logits: [T, V].
+    rounded: names of the weights whose products the recorded engine takes with 8-bit activations (DESIGN §5); their
+    inputs are rounded here in the same way. Starting anew at every block matters for those: a difference of 1e-7 turns
+    a few roundings over, and over many blocks that grows to the size of the rounding itself.
+
+    Returns an array [T] for each block, ‖Δ‖ / ‖what it adds‖ at each position, and last ‖Δlogits‖ / ‖logits‖.
     """
     config = reference_config(spec)
-    states = [_embed(spec, prompt)[None] for prompt in prompts]  # [1, T, D] each
-    positions = [torch.arange(len(prompt))[None] for prompt in prompts]
+    errors = []
     for layer in range(spec.block_count):
-        with torch.device("meta"):
-            block = FixMinBlock(config, layer)
-        _load(block, spec, f"blk.{layer}.", rounded)
-        for i, x in enumerate(states):
-            mask = causal_mask(x.shape[1], 0, None, x)
-            states[i] = block(x, *rope_tables(positions[i], config), mask, None)
-    with torch.device("meta"):
-        norm = make_norm(config)
-    _load(norm, spec, "output_norm.", rounded)
-    hidden = [norm(x)[0] for x in states]  # [T, D] each
-    if "output.weight" in rounded:
-        hidden = [round_activations(h) for h in hidden]
-    return _project(spec, hidden)
+        before, after = torch.from_numpy(states[layer]), torch.from_numpy(states[layer + 1])
+        expected = _run(_block(spec, config, layer, rounded), before[None], config)[0]
+        added, least = (expected - before).norm(dim=-1), _LEAST_ADDED * after.norm(dim=-1)
+        errors.append(((after - expected).norm(dim=-1) / torch.maximum(added, least)).numpy())
+    hidden = _output_norm(spec, config)(torch.from_numpy(states[-1]))
+    expected_logits = _project(spec, [round_activations(hidden) if "output.weight" in rounded else hidden])[0]
+    difference = np.linalg.norm(logits - expected_logits, axis=-1)
+    return [*errors, difference / np.linalg.norm(expected_logits, axis=-1)]
 
 
 def round_activations(x: Tensor) -> Tensor:
@@ -91,7 +104,7 @@ def round_activations(x: Tensor) -> Tensor:
     return (torch.round(blocks * inverse) * (largest / 127)).flatten(-2)
 
 
-def _embed(spec: ModelSpec, prompt: NDArray[Any]) -> Tensor:
+def embed(spec: ModelSpec, prompt: NDArray[Any]) -> Tensor:
     """Input of the first block, float32 [T, D]."""
     if spec.code.kind == "learned":
         table = spec.tensors["token_embd.weight"]
@@ -106,7 +119,31 @@ def _tensor(values: NDArray[np.float32]) -> Tensor:
     return torch.from_numpy(np.require(values, requirements=["C", "W"]))
 
 
-def _load(module: nn.Module, spec: ModelSpec, prefix: str, rounded: Collection[str]) -> None:
+def _block(spec: ModelSpec, config: FixMinConfig, layer: int, rounded: Collection[str] = ()) -> FixMinBlock:
+    with torch.device("meta"):
+        block = FixMinBlock(config, layer)
+    prefix = f"blk.{layer}."
+    _load(block, spec, prefix)
+    for name, part in block.named_modules():
+        if f"{prefix}{name}.weight" in rounded:
+            part.register_forward_pre_hook(lambda _, inputs: (round_activations(inputs[0]),))
+    return block
+
+
+def _output_norm(spec: ModelSpec, config: FixMinConfig) -> nn.Module:
+    with torch.device("meta"):
+        norm = make_norm(config)
+    _load(norm, spec, "output_norm.")
+    return norm
+
+
+def _run(block: FixMinBlock, x: Tensor, config: FixMinConfig) -> Tensor:
+    """One block on a sequence from its start, [1, T, D] -> [1, T, D]."""
+    positions = torch.arange(x.shape[1])[None]
+    return block(x, *rope_tables(positions, config), causal_mask(x.shape[1], 0, None, x), None)
+
+
+def _load(module: nn.Module, spec: ModelSpec, prefix: str) -> None:
     """Fill a module made on the meta device from the tensors `prefix`*; biases that the spec lacks are zero."""
     state = {}
     for name, parameter in module.named_parameters():
@@ -118,9 +155,6 @@ def _load(module: nn.Module, spec: ModelSpec, prefix: str, rounded: Collection[s
         else:
             raise KeyError(f"the model has no tensor {prefix + name}")
     module.load_state_dict(state, assign=True)
-    for name, part in module.named_modules():
-        if isinstance(part, nn.Linear) and f"{prefix}{name}.weight" in rounded:
-            part.register_forward_pre_hook(lambda _, inputs: (round_activations(inputs[0]),))
 
 
 def _project(spec: ModelSpec, hidden: Sequence[Tensor]) -> list[NDArray[np.float32]]:

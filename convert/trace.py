@@ -7,7 +7,7 @@ records each operation that combines a weight with an activation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,13 +68,18 @@ class Lookup:
 class Tape(TorchDispatchMode):
     """Records while active; see the attributes. Tensors are kept as copies, which in-place changes do not reach."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, inputs_of: Collection[int] | None = None) -> None:
+        """inputs_of: keep nothing but the inputs of these products, numbered in order (None: keep everything)."""
         super().__init__()
+        self.inputs_of = inputs_of
+        self.inputs: dict[int, Tensor] = {}  # product number -> x [T, in]; only if inputs_of was given
+        self._count = 0  # products seen; only if inputs_of was given
         self.products: list[Product] = []
         self.elementwise: list[Elementwise] = []
         self.lookups: list[Lookup] = []
         self.outputs: list[tuple[int, Tensor]] = []  # early floating-point activations, in order
         self.scalars: list[tuple[int, str, float]] = []  # numbers in the code: (order, operation, value)
+        self.operations: set[str] = set()
         self.used: set[str] = set()  # names of all weights that an operation combined with an activation
         self.order = 0
         self._owners: dict[int, list[tuple[str, Tensor]]] = {}
@@ -109,13 +114,14 @@ class Tape(TorchDispatchMode):
         sources = [self._product_of(t) for t in tensors] if op in _COPIES else []
         result = func(*args, **kwargs)
         self.order += 1
+        self.operations.add(op)
         for value in args:
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 self.scalars.append((self.order, op, float(value)))
         if isinstance(kwargs.get("scale"), float):
             self.scalars.append((self.order, op, kwargs["scale"]))
         if op == "gelu":
-            self.scalars.append((self.order, f"gelu_{kwargs.get('approximate', 'none')}", 0.0))
+            self.operations.add(f"gelu_{kwargs.get('approximate', 'none')}")
         for out in tree_flatten(result)[0]:
             if isinstance(out, Tensor):
                 self._after(op, out, tensors, names, sources)
@@ -138,13 +144,16 @@ class Tape(TorchDispatchMode):
                 self._derived[out.untyped_storage().data_ptr()] = (joined, out)
         elif sources and sources[0] is not None and out.shape == tensors[0].shape:
             self._follow_copy(*sources[0], out)
-        if out.is_floating_point() and len(self.products) < _KEEP_UNTIL_PRODUCT and 0 < out.numel() <= _MAX_KEPT:
+        early = self.inputs_of is None and len(self.products) < _KEEP_UNTIL_PRODUCT
+        if early and out.is_floating_point() and 0 < out.numel() <= _MAX_KEPT:
             self.outputs.append((self.order, out.detach().clone()))
 
     def _before(self, op: str, args: Any, kwargs: Any) -> Callable[[Any], None] | None:
         """What to record of an operation that combines weights and activations, called with its result."""
         if op in ("mm", "addmm", "bmm", "baddbmm", "convolution"):
             return self._product(op, args)
+        if self.inputs_of is not None:
+            return None
         if op in ("native_layer_norm", "fused_rms_norm", "rms_norm"):
             x = args[0].detach().clone()
             bias = self._weight(args[3]) if op == "native_layer_norm" else None
@@ -208,6 +217,11 @@ class Tape(TorchDispatchMode):
             out = out.mT if flip else out
             return out.permute(1, 0, 2).flatten(1) if out.ndim == 3 else out
 
+        if self.inputs_of is not None:
+            if self._count in self.inputs_of:
+                self.inputs[self._count] = a.detach().clone()
+            self._count += 1
+            return _nothing
         x = a.detach().clone()
 
         def record(out: Tensor) -> None:

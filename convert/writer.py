@@ -1,4 +1,4 @@
-"""Write a `ModelSpec` as a GGUF file (DESIGN §3): metadata, then the tensors, quantised in row chunks as they stream by.
+"""Write a `ModelSpec` as a GGUF file (DESIGN §3): metadata, then the tensors, quantised as they stream by.
 
     with AtomicFile(out) as file:
         layout = Layout.plan(spec, "q8_0", provenance)
@@ -14,6 +14,7 @@ takes whole tensors and this module never holds one.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -66,7 +67,7 @@ class AtomicFile:
             kind = "directory" if self.target.is_dir() else "device or pipe"
             raise CheckpointError(f"{self.target}: is a {kind}; give the name of the GGUF file to write")
         while self._file is None:
-            file = open(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666), "r+b")  # noqa: SIM115
+            file = open(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666), "r+b")
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -152,7 +153,7 @@ def _bytes(values: NDArray[np.uint8]) -> Value:
 
 
 def _utf8(text: str) -> bytes:
-    """UTF-8, which GGUF demands. A lone surrogate (a token, an odd folder name) has none and is written as `\\udc80`."""
+    """UTF-8, which GGUF demands. A lone surrogate (an odd folder name) has none and is written as `\\udc80`."""
     return text.encode("utf-8", "backslashreplace")
 
 
@@ -382,12 +383,10 @@ class Layout:
         """
         header = self._header(certificate)
         self.header_bytes = len(header)
-        free = shutil.disk_usage(file.path.parent).free
-        if free < len(header) + self.data_bytes:
-            raise OSError(
-                f"{file.target}: needs {(len(header) + self.data_bytes) / 1e6:,.0f} MB, but {file.path.parent} has only "
-                f"{free / 1e6:,.0f} MB free"
-            )
+        needed, free = len(header) + self.data_bytes, shutil.disk_usage(file.path.parent).free
+        if free < needed:
+            text = f"{needed / 1e6:,.0f} MB are needed and {free / 1e6:,.0f} MB free"
+            raise OSError(errno.ENOSPC, text, str(file.target))
         file.file.write(header)
         n_threads = n_threads or len(os.sched_getaffinity(0))
         with ThreadPoolExecutor(n_threads, "quantize") as pool:

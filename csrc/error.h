@@ -2,6 +2,7 @@
 #pragma once
 #include <stdexcept>
 #include <string>
+#include <string_view>
 
 namespace fixmin {
 
@@ -29,5 +30,21 @@ class ContextLengthError : public Error {
 class ArgumentError : public Error {
     using Error::Error;
 };
+
+/// Text from a file, made fit for a message: quoted, printable ASCII, shortened.
+inline std::string quoted(std::string_view text) {
+    constexpr size_t kMaxShown = 80;
+    constexpr char kHex[] = "0123456789abcdef";
+    std::string out = "'";
+    for (const char c : text.substr(0, kMaxShown)) {
+        const auto byte = static_cast<unsigned char>(c);
+        if (byte >= 0x20 && byte < 0x7f) {
+            out += c;
+        } else {
+            out += {'\\', 'x', kHex[byte >> 4], kHex[byte & 15]};
+        }
+    }
+    return out + (text.size() > kMaxShown ? "...'" : "'");
+}
 
 }  // namespace fixmin

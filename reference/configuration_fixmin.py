@@ -24,7 +24,7 @@ class FixMinConfig(PretrainedConfig):
             h // (H / num_key_value_heads).
         intermediate_size: width of the feed-forward layer (None: 4 D).
         max_position_embeddings: context length in tokens that the model was trained for. Not enforced here.
-        norm_type: "layernorm" or "rmsnorm", applied before attention, before the feed-forward layer and before `lm_head`.
+        norm_type: "layernorm" or "rmsnorm": before attention, before the feed-forward layer and before `lm_head`.
         norm_eps: added to the variance (layernorm) or to the mean square (rmsnorm).
         norm_bias: whether the layernorms have a bias; rmsnorm has none.
         activation: "gelu" (erf), "gelu_tanh" or "swiglu" (which adds the matrix `ffn_gate`).

@@ -69,7 +69,7 @@ def rope_tables(positions: Tensor, config: FixMinConfig) -> tuple[Tensor, Tensor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, config: FixMinConfig) -> Tensor:
-    """Rotate the first rope_dim elements of each head of x [B, heads, T, d], as pairs, by the angles of `rope_tables`."""
+    """Rotate the first rope_dim elements of each head of x [B, heads, T, d] by the angles of `rope_tables`."""
     turned, rest = x[..., : config.rope_dim], x[..., config.rope_dim :]
     work = torch.promote_types(x.dtype, torch.float32)  # bfloat16 angles would blur positions
     cos, sin = cos.to(work), sin.to(work)
@@ -91,7 +91,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Te
 def causal_mask(positions: int, past: int, padding: Tensor | None, like: Tensor) -> Tensor:
     """0 where a query may look and the most negative number elsewhere: [B or 1, 1, T, S] in the type of `like`.
 
-    Query i of this call is token past + i; it sees tokens 0..past + i that `padding` ([B, S], 0 = padding) does not hide.
+    Query i of this call is token past + i. It sees the tokens 0..past + i, but for those that `padding` ([B, S], 0 for a
+    padding token) hides.
     """
     seen = torch.ones(positions, past + positions, dtype=torch.bool, device=like.device).tril(past)[None, None]
     if padding is not None:

@@ -7,5 +7,6 @@ namespace fixmin::bindings {
 void bind_gguf(pybind11::module_& m);
 void bind_codes(pybind11::module_& m);
 void bind_engine(pybind11::module_& m);
+void bind_kernels(pybind11::module_& m);
 
 }  // namespace fixmin::bindings

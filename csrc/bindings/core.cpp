@@ -21,4 +21,5 @@ PYBIND11_MODULE(_core, m) {
     fixmin::bindings::bind_gguf(m);
     fixmin::bindings::bind_codes(m);
     fixmin::bindings::bind_engine(m);
+    fixmin::bindings::bind_kernels(m);
 }

@@ -11,7 +11,7 @@ namespace fixmin::codes {
 LiftKind parse_lift_kind(std::string_view name) {
     if (name == "tile") return LiftKind::tile;
     if (name == "interleave") return LiftKind::interleave;
-    throw ArgumentError("lift must be \"tile\" or \"interleave\", got \"" + std::string(name) + "\"");
+    throw ArgumentError("lift must be \"tile\" or \"interleave\", got " + quoted(name));
 }
 
 Lift Lift::make(LiftKind kind, uint32_t width, uint32_t embedding_length, float v0, float v1) {

@@ -49,22 +49,6 @@ constexpr bool is_value_type(uint32_t raw) {
 // ---- error messages
 // -----------------------------------------------------------------------------------------
 
-/// Text from a file, made fit for a message: quoted, printable ASCII, shortened.
-std::string quoted(std::string_view text) {
-    constexpr size_t kMaxShown = 80;
-    constexpr char kHex[] = "0123456789abcdef";
-    std::string out = "'";
-    for (const char c : text.substr(0, kMaxShown)) {
-        const auto byte = static_cast<unsigned char>(c);
-        if (byte >= 0x20 && byte < 0x7f) {
-            out += c;
-        } else {
-            out += {'\\', 'x', kHex[byte >> 4], kHex[byte & 15]};
-        }
-    }
-    return out + (text.size() > kMaxShown ? "...'" : "'");
-}
-
 std::string type_description(const Value& value) {
     if (const auto* array = std::get_if<ArrayView>(&value)) {
         return std::string("array of ") + value_type_name(array->type);

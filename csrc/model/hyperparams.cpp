@@ -19,7 +19,7 @@ uint32_t read_count(const gguf::GgufFile& file, const char* key, uint32_t max = 
 }
 
 [[noreturn]] void unknown_value(const char* key, std::string_view value, const char* known) {
-    throw GgufError(std::string(key) + " is '" + std::string(value.substr(0, 64)) + "'; known: " + known);
+    throw GgufError(std::string(key) + " is " + quoted(value) + "; known: " + known);
 }
 
 Activation read_activation(const gguf::GgufFile& file) {

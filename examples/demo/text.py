@@ -45,7 +45,9 @@ def _country_questions() -> Iterator[tuple[str, str]]:
         yield from _pairs(["What do we call something that comes from {name}?"], people, name=country)
     for country, language in facts.LANGUAGES:
         yield from _pairs(
-            ["Which language do people speak in {name}?", "What is the main language of {name}?"], language, name=country
+            ["Which language do people speak in {name}?", "What is the main language of {name}?"],
+            language,
+            name=country,
         )
     for country, currency in facts.CURRENCIES:
         yield from _pairs(["What is the currency of {name}?", "How do people pay in {name}?"], currency, name=country)
@@ -53,7 +55,9 @@ def _country_questions() -> Iterator[tuple[str, str]]:
 
 def _science_questions() -> Iterator[tuple[str, str]]:
     for element, symbol, number in facts.ELEMENTS:
-        yield from _pairs(["What is the chemical symbol for {name}?", "What is the symbol of {name}?"], symbol, name=element)
+        yield from _pairs(
+            ["What is the chemical symbol for {name}?", "What is the symbol of {name}?"], symbol, name=element
+        )
         yield from _pairs(["Which element has the symbol {symbol}?"], element, symbol=symbol)
         yield from _pairs(["What is the atomic number of {name}?"], number, name=element)
     for animal, young, home, sound, kind in facts.ANIMALS:
@@ -67,7 +71,9 @@ def _science_questions() -> Iterator[tuple[str, str]]:
 
 def _word_questions() -> Iterator[tuple[str, str]]:
     for word, opposite in facts.OPPOSITES:
-        yield from _pairs(["What is the opposite of {word}?", "Which word means the opposite of {word}?"], opposite, word=word)
+        yield from _pairs(
+            ["What is the opposite of {word}?", "Which word means the opposite of {word}?"], opposite, word=word
+        )
     for singular, plural in facts.PLURALS:
         yield from _pairs(["What is the plural of {word}?"], plural, word=singular)
         yield from _pairs(["What is the singular of {word}?"], singular, word=plural)
@@ -114,35 +120,71 @@ def question_document(rng: random.Random, held_out: bool) -> str:
 
 # --- prose -------------------------------------------------------------------------------------------------------
 
-GIRLS = """Anna Lily Mia Emma Clara Nora Ruby Alice Daisy Ella Grace Hannah Ivy Julia Kate Lucy Maya Olivia Rose Sara Tess
-Zoe Bella Eva""".split()
-BOYS = """Tom Ben Max Jack Leo Sam Oscar Finn Henry Noah Peter Paul Adam Daniel Eric Felix George Hugo Jacob Luke Martin
-Oliver Simon Toby""".split()
-ANIMAL_HEROES = """rabbit fox mouse hedgehog squirrel bear owl duck frog turtle kitten puppy donkey badger otter
-sparrow""".split()
-TRAITS = """curious kind brave quiet clever cheerful gentle shy patient lively stubborn careful dreamy playful honest
-friendly""".split()
-PLACES = """a small village near the sea|a little house at the edge of a forest|a town with narrow streets|an old farm in the hills
-|a tall tower above the river|a wooden cottage beside a lake|a quiet valley between two mountains|a busy harbour town
-|a white house on a green island|a stone mill by a stream""".replace("\n", "").split("|")
-ANIMAL_PLACES = """a hollow tree in the forest|a warm burrow under the hill|a garden full of flowers|a meadow beside the river
-|the reeds at the edge of a pond|an old barn behind the farm|a nest of leaves high above the ground|the roots of a huge oak
-""".replace("\n", "").split("|")
-WEATHER = """the sun was shining|it was raining softly|the wind was blowing from the sea|the sky was clear and blue|snow was falling
-|a thick fog lay over the fields|the first flowers were opening|the leaves were turning red and gold""".replace("\n", "").split("|")
-FRIENDS = """an old fisherman|a wise woman|a tired traveller|a merry baker|a young shepherd|a silent gardener|a lonely painter
-|a travelling musician|a strict teacher|a cheerful postman""".replace("\n", "").split("|")
-ANIMAL_FRIENDS = """a wise old owl|a busy squirrel|a slow turtle|a singing blackbird|a proud rooster|a sleepy hedgehog|a friendly deer
-|a clever crow|a tiny ladybird|a nervous hare""".replace("\n", "").split("|")
-TREASURES = """a golden key|a silver bell|a small wooden box|a red lantern|a torn map|a glass ball|a blue feather|a brass compass
-|an old book|a shining coin|a tiny music box|a green stone""".replace("\n", "").split("|")
-FOOD = """apple pie|warm bread|hot soup|honey cakes|fresh cheese|sweet pears|roasted chestnuts|strawberry jam|ginger biscuits
-|blueberry pancakes""".replace("\n", "").split("|")
-SPOTS = """the old bridge|the dark cave|the top of the hill|the empty windmill|the deep well|the ruined castle|the great oak tree
-|the frozen lake|the market square|the lighthouse""".replace("\n", "").split("|")
-LESSONS = """a true friend is worth more than gold|it is good to share what you have|even a small light can drive away the dark
-|patience brings more than hurry|being brave means going on although you are afraid|a kind word can open a closed door
-|it is never too late to say sorry|the best treasures are found together""".replace("\n", "").split("|")
+
+def _phrases(block: str) -> list[str]:
+    """Phrases separated by commas, in as many lines as it takes."""
+    return [" ".join(phrase.split()) for phrase in block.split(",")]
+
+
+GIRLS = _phrases("""
+    Anna, Lily, Mia, Emma, Clara, Nora, Ruby, Alice, Daisy, Ella, Grace, Hannah, Ivy, Julia, Kate, Lucy, Maya,
+    Olivia, Rose, Sara, Tess, Zoe, Bella, Eva
+""")
+BOYS = _phrases("""
+    Tom, Ben, Max, Jack, Leo, Sam, Oscar, Finn, Henry, Noah, Peter, Paul, Adam, Daniel, Eric, Felix, George, Hugo,
+    Jacob, Luke, Martin, Oliver, Simon, Toby
+""")
+ANIMAL_HEROES = _phrases("""
+    rabbit, fox, mouse, hedgehog, squirrel, bear, owl, duck, frog, turtle, kitten, puppy, donkey, badger, otter,
+    sparrow
+""")
+TRAITS = _phrases("""
+    curious, kind, brave, quiet, clever, cheerful, gentle, shy, patient, lively, stubborn, careful, dreamy,
+    playful, honest, friendly
+""")
+PLACES = _phrases("""
+    a small village near the sea, a little house at the edge of a forest, a town with narrow streets, an old farm
+    in the hills, a tall tower above the river, a wooden cottage beside a lake, a quiet valley between two
+    mountains, a busy harbour town, a white house on a green island, a stone mill by a stream
+""")
+ANIMAL_PLACES = _phrases("""
+    a hollow tree in the forest, a warm burrow under the hill, a garden full of flowers, a meadow beside the
+    river, the reeds at the edge of a pond, an old barn behind the farm, a nest of leaves high above the ground,
+    the roots of a huge oak
+""")
+WEATHER = _phrases("""
+    the sun was shining, it was raining softly, the wind was blowing from the sea, the sky was clear and blue,
+    snow was falling, a thick fog lay over the fields, the first flowers were opening, the leaves were turning red
+    and gold
+""")
+FRIENDS = _phrases("""
+    an old fisherman, a wise woman, a tired traveller, a merry baker, a young shepherd, a silent gardener, a
+    lonely painter, a travelling musician, a strict teacher, a cheerful postman
+""")
+ANIMAL_FRIENDS = _phrases("""
+    a wise old owl, a busy squirrel, a slow turtle, a singing blackbird, a proud rooster, a sleepy hedgehog, a
+    friendly deer, a clever crow, a tiny ladybird, a nervous hare
+""")
+TREASURES = _phrases("""
+    a golden key, a silver bell, a small wooden box, a red lantern, a torn map, a glass ball, a blue feather, a
+    brass compass, an old book, a shining coin, a tiny music box, a green stone
+""")
+FOOD = _phrases("""
+    apple pie, warm bread, hot soup, honey cakes, fresh cheese, sweet pears, roasted chestnuts, strawberry jam,
+    ginger biscuits, blueberry pancakes
+""")
+OCCUPATIONS = _phrases("""
+    reading a letter, mending a chair, counting birds, drinking tea, writing in a notebook, waiting for a friend
+""")
+SPOTS = _phrases("""
+    the old bridge, the dark cave, the top of the hill, the empty windmill, the deep well, the ruined castle, the
+    great oak tree, the frozen lake, the market square, the lighthouse
+""")
+LESSONS = _phrases("""
+    a true friend is worth more than gold, it is good to share what you have, even a small light can drive away
+    the dark, patience brings more than hurry, being brave means going on although you are afraid, a kind word can
+    open a closed door, it is never too late to say sorry, the best treasures are found together
+""")
 
 
 def _capital(text: str) -> str:
@@ -150,7 +192,7 @@ def _capital(text: str) -> str:
 
 
 def _the(noun: str) -> str:
-    """"an old fisherman" -> "the old fisherman"."""
+    """Turn "an old fisherman" into "the old fisherman"."""
     return "the " + noun.split(" ", 1)[1]
 
 
@@ -172,15 +214,20 @@ class _Hero:
             self.name = rng.choice(GIRLS if kind == "girl" else BOYS)
             self.they, self.them, self.their = ("she", "her", "her") if kind == "girl" else ("he", "him", "his")
             self.introduction = rng.choice(
-                (f"there was {_with_article(trait)} {kind} named {self.name}", f"there was a young {kind} called {self.name}")
+                (
+                    f"there was {_with_article(trait)} {kind} named {self.name}",
+                    f"there was a young {kind} called {self.name}",
+                )
             )
             self.place, friend = rng.choice(PLACES), rng.choice(FRIENDS)
-        self.friend, self.the_friend = friend, _the(friend)
+        self.friend, self.the_friend, self.The_friend = friend, _the(friend), _capital(_the(friend))
         self.Name, self.They = _capital(self.name), _capital(self.they)
 
 
 def _beginning(rng: random.Random, hero: _Hero) -> list[str]:
-    opening = rng.choice(("Once upon a time,", "Once upon a time,", "Once upon a time,", "Long ago,", "Many years ago,"))
+    opening = rng.choice(
+        ("Once upon a time,", "Once upon a time,", "Once upon a time,", "Long ago,", "Many years ago,")
+    )
     lines = [f"{opening} {hero.introduction} who lived in {hero.place}."]
     lines.append(
         rng.choice(
@@ -211,8 +258,10 @@ def _search(rng: random.Random, hero: _Hero) -> list[str]:
                     f"They asked everyone they met, but nobody had seen it. In the end, they went to {spot}.")),
         rng.choice((f"There, under a stone, {hero.name} saw something bright. It was {the_thing}!",
                     f"There, hidden in the grass, lay {the_thing}. {hero.Name} picked it up and laughed.")),
-        rng.choice((f"{_capital(hero.the_friend)} was so happy that they ate {rng.choice(FOOD)} together until the stars came out.",
-                    f"{_capital(hero.the_friend)} thanked {hero.name} and gave {hero.them} {rng.choice(FOOD)} for the way home.")),
+        hero.The_friend + rng.choice((
+            f" was so happy that they ate {rng.choice(FOOD)} together until the stars came out.",
+            f" thanked {hero.name} and gave {hero.them} {rng.choice(FOOD)} for the way home.",
+        )),
     ]  # fmt: skip
 
 
@@ -248,7 +297,8 @@ def _feast(rng: random.Random, hero: _Hero) -> list[str]:
         rng.choice((f"But when {hero.name} turned around, the wind opened the door and everything fell to the ground.",
                     f"But then {hero.they} forgot the fire, and everything was burnt.")),
         rng.choice((f'"What shall I do now?" cried {hero.name}.', f'"All my work was for nothing," said {hero.name}.')),
-        rng.choice((f'Just then, {hero.the_friend} arrived and smiled. "I have brought {rng.choice(FOOD)}," came the answer.',
+        rng.choice((f"Just then, {hero.the_friend} arrived and smiled. "
+                    f'"I have brought {rng.choice(FOOD)}," came the answer.',
                     f'"We can try again," said {hero.the_friend}, "and this time we will do it together."')),
         rng.choice(("So they sat down, shared everything and told each other stories.",
                     "They laughed about it, and in the evening they sang until they were tired.")),
@@ -277,7 +327,9 @@ def country_description(rng: random.Random) -> str:
     name = _capital(country)
     lines = [
         rng.choice((f"{name} is a country in {continent}.", f"{name} belongs to {continent}.")),
-        rng.choice((f"Its capital is {capital}.", f"{capital} is the capital of {country}.", f"The capital city is {capital}.")),
+        rng.choice(
+            (f"Its capital is {capital}.", f"{capital} is the capital of {country}.", f"The capital city is {capital}.")
+        ),
     ]
     languages = [language for key, language in facts.LANGUAGES if key == country]
     currencies = [currency for key, currency in facts.CURRENCIES if key == country]
@@ -337,7 +389,7 @@ def scene(rng: random.Random) -> str:
     lines = [
         rng.choice((f"It was a {rng.choice(facts.WEEKDAYS)} in {rng.choice(facts.MONTHS)}, and {rng.choice(WEATHER)}.",
                     f"On {rng.choice(facts.WEEKDAYS)} morning, {rng.choice(WEATHER)}.")),
-        f"Near {rng.choice(SPOTS)}, {person} was {rng.choice(('reading a letter', 'mending a chair', 'counting birds', 'drinking tea', 'writing in a notebook', 'waiting for a friend'))}.",  # noqa: E501
+        f"Near {rng.choice(SPOTS)}, {person} was {rng.choice(OCCUPATIONS)}.",
         rng.choice((f"On the table lay {rng.choice(TREASURES)} and a plate of {rng.choice(FOOD)}.",
                     f"There was a smell of {rng.choice(FOOD)} in the air.")),
         rng.choice((f"{rng.choice(GIRLS)} and {rng.choice(BOYS)} came by and asked a question.",

@@ -29,9 +29,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))  # the reference model, without the need to build the native engine
 
+from text import documents, questions  # noqa: E402
+
 from reference.configuration_fixmin import FixMinConfig  # noqa: E402
 from reference.modeling_fixmin import FixMinForCausalLM  # noqa: E402
-from text import documents, questions  # noqa: E402
 
 PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
 VOCAB_SIZE, CONTEXT = 4096, 256
@@ -107,7 +108,10 @@ def prepare(runs: Path, n_tokens: int, seed: int) -> tuple[Tokenizer, NDArray[np
 def batch(
     tokens: NDArray[np.uint16], starts: NDArray[np.int64], step: int, rows: int, seed: int
 ) -> torch.Tensor:  # [rows, CONTEXT]
-    """Windows of the stream that begin where a document begins. Depends on (seed, step) only, so that runs can resume."""
+    """Windows of the stream that begin where a document begins.
+
+    A function of (seed, step) and not of what was drawn before, so that a run can resume.
+    """
     rng = np.random.default_rng((seed, step))
     usable = starts[starts + CONTEXT <= len(tokens)]
     begin = rng.choice(usable, size=rows)
@@ -179,9 +183,10 @@ pipeline_tag: text-generation
 
 # fixmin-cpp demo, variant "{variant}"
 
-A miniature of the published models, trained on one CPU for {minutes:.0f} minutes by `examples/demo/train.py` of fixmin-cpp
-({tokens:,} tokens, seed {seed}). {parameters:,} parameters, {vocab} tokens, width 192, 6 layers, 6 heads of size 32, context
-{context}. It knows a few hundred simple facts and tells template stories; it is there to test software with.
+A miniature of the published models, trained on one CPU for {minutes:.0f} minutes by `examples/demo/train.py` of
+fixmin-cpp ({tokens:,} tokens, seed {seed}). {parameters:,} parameters, {vocab} tokens, width 192, 6 layers, 6 heads of
+size 32, context {context}. It knows a few hundred simple facts and tells template stories; it is there to test software
+with, and its answers are not to be relied on.
 
 Held-out perplexity: {perplexity:.3f} (`examples/demo/heldout.txt`).
 
@@ -219,9 +224,9 @@ def export(model: FixMinForCausalLM, tokenizer: Tokenizer, folder: Path, card: s
 
 def main(
     variant: Annotated[str, typer.Option(help="fixed, affine or learned")] = "fixed",
-    steps: Annotated[int, typer.Option(help="optimiser steps")] = 2200,
+    steps: Annotated[int, typer.Option(help="optimiser steps")] = 1100,
     rows: Annotated[int, typer.Option(help=f"sequences of {CONTEXT} tokens per step")] = 4,
-    lr: Annotated[float, typer.Option(help="peak learning rate")] = 1.5e-3,
+    lr: Annotated[float, typer.Option(help="peak learning rate")] = 2e-3,
     seed: Annotated[int, typer.Option(help="of text, weights, order and affine map")] = 1,
     threads: Annotated[int, typer.Option(help="CPU threads")] = 1,
     runs: Annotated[Path, typer.Option(help="folder for data, states and logs")] = HERE / "runs",
@@ -238,7 +243,7 @@ def main(
     matrices = [p for p in model.parameters() if p.dim() == 2]
     vectors = [p for p in model.parameters() if p.dim() != 2]
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
     warmup = max(1, steps // 20)
 
     def schedule(step: int) -> float:
@@ -264,9 +269,17 @@ def main(
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "recipe": recipe}
         torch.save({**state, "step": step, "seconds": seconds, "log": log}, folder / "state.new")
         (folder / "state.new").rename(state_file)
-        (folder / "log.json").write_text(json.dumps({"recipe": recipe, "seconds": seconds, "log": log}), encoding="utf-8")
+        (folder / "log.json").write_text(
+            json.dumps({"recipe": recipe, "seconds": seconds, "log": log}), encoding="utf-8"
+        )
 
-    columns = (TextColumn(variant), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    columns = (
+        TextColumn(variant),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
     smoothed, saved, last = float("nan"), time.monotonic(), time.monotonic()
     model.train()
     with Progress(*columns, console=console) as progress:
@@ -286,7 +299,7 @@ def main(
             seconds, last = seconds + now - last, now
             done = step + 1
             progress.update(bar, completed=done, description=f"loss {smoothed:.3f}")
-            if done % 200 == 0 or done == steps:
+            if done % 100 == 0 or done == steps:
                 entry = {"step": done, "tokens": done * rows * CONTEXT, "loss": smoothed, "seconds": seconds}
                 entry["perplexity"] = perplexity(model, held_out_ids)
                 log.append(entry)
@@ -295,7 +308,10 @@ def main(
             if now - saved > SAVE_SECONDS or done == steps:
                 save(done)
                 saved = now
-    for prompt in ("Question: What is the capital of France?\nAnswer:", "Question: What is the capital of UK?\nAnswer:"):
+    for prompt in (
+        "Question: What is the capital of France?\nAnswer:",
+        "Question: What is the capital of UK?\nAnswer:",
+    ):
         console.print(repr(answer(model, tokenizer, prompt, 3)))
     console.print(repr(answer(model, tokenizer, "Once upon a time,", 60)))
     card = CARD.format(

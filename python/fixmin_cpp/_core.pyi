@@ -1,5 +1,6 @@
 """Types of the native module. The public interface is `fixmin_cpp`; this one may change between versions."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +27,7 @@ class GgufTensor:
 class GgufFile:
     """A validated GGUF file. Raises GGUFError for anything malformed, OSError if the path cannot be opened."""
 
-    def __init__(self, path: str) -> None: ...
+    def __init__(self, path: str | bytes | os.PathLike[str]) -> None: ...
     @staticmethod
     def from_bytes(data: bytes) -> GgufFile: ...
     @property
@@ -37,7 +38,7 @@ class GgufFile:
     def metadata(self) -> dict[str, Any]: ...  # arrays of numbers as ndarray, of strings as list[str]
     @property
     def tensors(self) -> list[GgufTensor]: ...
-    def tensor_data(self, name: str) -> NDArray[np.uint8]: ...  # raw bytes, a read-only view that keeps the file alive
+    def tensor_data(self, name: str) -> NDArray[np.uint8]: ...  # raw bytes, a read-only view; KeyError
 
 # --- bind_codes.cpp --------------------------------------------------------------------------------------------
 
@@ -53,6 +54,7 @@ class CodeMap:
     @property
     def width(self) -> int: ...
     def codes(self, ids: NDArray[np.uint32]) -> NDArray[np.uint8]: ...  # [T, K] of 0/1
+    def id_of(self, code: NDArray[np.uint8]) -> int | None: ...  # [K] of 0/1
 
 def lift_codes(
     codes: NDArray[np.uint8], embedding_length: int, lift: str, values: tuple[float, float]
@@ -74,6 +76,30 @@ class FoldedProjection:
         values: tuple[float, float],
     ) -> None: ...
     def apply(self, codes: NDArray[np.uint8]) -> NDArray[np.float32]: ...  # [T, K] -> [T, M]
+    def scales(self, codes: NDArray[np.uint8]) -> NDArray[np.float32]: ...  # [T, 2]: v0 - mu, 1 / sigma
+    @property
+    def columns(self) -> NDArray[np.float32]: ...  # [K, M]
+    @property
+    def sum(self) -> NDArray[np.float32]: ...  # [M]
+    @property
+    def constant(self) -> NDArray[np.float32]: ...  # [M]
+
+class FoldBuilder:
+    """A FoldedProjection from blocks of rows; see csrc/codes/fold.h."""
+
+    def __init__(
+        self,
+        rows: int,
+        norm_weight: NDArray[np.float32],
+        norm_bias: NDArray[np.float32] | None,
+        eps: float,
+        rms: bool,
+        width: int,
+        lift: str,
+        values: tuple[float, float],
+    ) -> None: ...
+    def add_rows(self, row_begin: int, weight: NDArray[np.float32], bias: NDArray[np.float32] | None) -> None: ...
+    def finish(self) -> FoldedProjection: ...
 
 # --- bind_engine.cpp -------------------------------------------------------------------------------------------
 
@@ -131,3 +157,45 @@ class Engine:
     def close(self) -> None: ...
 
 def system_info() -> dict[str, Any]: ...
+
+# --- bind_kernels.cpp: for tests -------------------------------------------------------------------------------
+
+def dequantize(type: str, data: NDArray[np.uint8], rows: int, inner: int) -> NDArray[np.float32]: ...  # [rows, inner]
+
+class Kernels:
+    """Single kernels of one instruction set; all arrays float32 and C-contiguous; see csrc/kernels/kernels.h."""
+
+    def __init__(self, isa: str) -> None: ...
+    def quantize_activations(
+        self, x: NDArray[np.float32]
+    ) -> tuple[NDArray[np.int8], NDArray[np.float32], NDArray[np.int32]]: ...  # q [n], scale [n/32], sum [n/32]
+    def matmul(
+        self,
+        type: str,
+        data: NDArray[np.uint8],  # rows in the file's layout
+        rows: int,
+        x: NDArray[np.float32],  # [T, inner]
+        bias: NDArray[np.float32] | None = None,  # [rows]
+        residual: NDArray[np.float32] | None = None,  # [T, rows]
+    ) -> NDArray[np.float32]: ...  # [T, rows]
+    def norm(
+        self,
+        x: NDArray[np.float32],
+        weight: NDArray[np.float32],
+        bias: NDArray[np.float32] | None,
+        eps: float,
+        rms: bool,
+    ) -> NDArray[np.float32]: ...
+    def unary(self, name: str, x: NDArray[np.float32]) -> NDArray[np.float32]: ...  # "gelu", "gelu_tanh", "exp"
+    def silu_mul(self, gate: NDArray[np.float32], up: NDArray[np.float32]) -> NDArray[np.float32]: ...
+    def rope(
+        self, x: NDArray[np.float32], interleaved: bool, cos: NDArray[np.float32], sin: NDArray[np.float32]
+    ) -> NDArray[np.float32]: ...
+    def attention(
+        self,
+        kv_type: str,
+        queries: NDArray[np.float32],  # [n, d], the last n tokens
+        keys: NDArray[np.float32],  # [T, d]
+        values: NDArray[np.float32],  # [T, d]
+    ) -> NDArray[np.float32]: ...  # [n, d]
+    def softmax_stats(self, x: NDArray[np.float32]) -> tuple[float, float]: ...  # max, sum of exp(x - max)

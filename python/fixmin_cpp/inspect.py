@@ -224,9 +224,7 @@ def _rank(a: NDArray[np.uint8]) -> int:
     return len(basis)
 
 
-def _describe_tokens(
-    file: _core.GgufFile, metadata: Mapping[str, Any], tokens: Sequence[str]
-) -> list[dict[str, Any]]:
+def _describe_tokens(file: _core.GgufFile, metadata: Mapping[str, Any], tokens: Sequence[str]) -> list[dict[str, Any]]:
     """id, text and code of every token asked for."""
     tokenizer = TextTokenizer.from_metadata(metadata)
     ids = list(_token_ids(tokens, tokenizer))

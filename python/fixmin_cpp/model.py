@@ -423,16 +423,20 @@ class _Run:
 
 
 class TextStream(Iterator[Piece]):
-    """The pieces of one generation, in order; made by Model.stream(). A context manager: leaving it cancels the run."""
+    """The pieces of one generation, in order; made by Model.stream(). A context manager: leaving it cancels the run.
+
+    One thread may read while another one closes.
+    """
 
     def __init__(self, run: _Run) -> None:
         self._run = run
         # Not bounded by a size: a run that waited for its reader would keep the engine from everyone else, also from
-        # the reader's own calls. It holds n_ctx pieces at the most.
+        # the reader's own calls. It holds n_ctx pieces at the most; a Completion or an error comes last and stays in.
         self._queue: queue.SimpleQueue[Piece | Completion | BaseException] = queue.SimpleQueue()
+        self._lock = threading.Lock()  # guards what follows
         self._thread: threading.Thread | None = None
-        self._completion: Completion | None = None
         self._done = False
+        self._completion: Completion | None = None
 
     @property
     def completion(self) -> Completion | None:
@@ -443,12 +447,13 @@ class TextStream(Iterator[Piece]):
         return self
 
     def __next__(self) -> Piece:
-        if self._done:
-            raise StopIteration
-        if self._thread is None:
-            # The thread knows the run and the queue but not this object, whose end is what cancels the run.
-            self._thread = threading.Thread(target=_work, args=(self._run, self._queue), name="fixmin-stream")
-            self._thread.start()
+        with self._lock:
+            if self._done:
+                raise StopIteration
+            if self._thread is None:
+                # The thread knows the run and the queue but not this object, whose end is what cancels the run.
+                self._thread = threading.Thread(target=_work, args=(self._run, self._queue), name="fixmin-stream")
+                self._thread.start()
         try:
             item = self._queue.get()
         except BaseException:  # Ctrl-C while waiting
@@ -456,27 +461,32 @@ class TextStream(Iterator[Piece]):
             raise
         if isinstance(item, Piece):
             return item
-        self._finish(item)
-        if isinstance(item, BaseException):
+        if self._finish(item) and isinstance(item, BaseException):
             raise item
         raise StopIteration
 
     def close(self) -> None:
         """Cancels the run, if it has not ended, and waits for its thread. May be called again."""
         self._run.cancel()
-        if self._thread is None or self._done:
-            self._done = True
-            return
+        with self._lock:
+            if self._thread is None:
+                self._done = True
+            if self._done:
+                return
         while isinstance(item := self._queue.get(), Piece):
             pass
         self._finish(item)
 
-    def _finish(self, item: Completion | BaseException) -> None:
-        self._done = True
-        if self._thread is not None:
-            self._thread.join()
-        if isinstance(item, Completion):
-            self._completion = item
+    def _finish(self, last: Completion | BaseException) -> bool:
+        """Whether this call is the one that ended the stream."""
+        self._queue.put(last)  # wakes whoever else waits
+        with self._lock:
+            first, self._done = not self._done, True
+            if first and self._thread is not None:
+                self._thread.join()  # it has nothing left to do
+            if isinstance(last, Completion):
+                self._completion = last
+            return first
 
     def __enter__(self) -> "TextStream":
         return self

@@ -139,6 +139,10 @@ STYLES |= {
         **BOCHKOV_GELU, alternatives=(replace("Act(),", 'nn.GELU("tanh"),'),),
     ),
     "bochkov_config_empty": Style(BOCHKOV, {}),
+    "bochkov_repository_in_auto_map": Style(
+        BOCHKOV, {**BOCHKOV_FIELDS, "auto_map": {"AutoModelForCausalLM": "who/bvv--modeling_bochkov.BVVForCausalLM"}}
+    ),
+    "bochkov_no_auto_map": Style(BOCHKOV, {**BOCHKOV_FIELDS, "auto_map": {}}, expect="either"),
     # n_embd is the width of the code here; the width of the model is a default of the .py file
     "bochkov_n_embd": Style(BOCHKOV, {"n_embd": 8, "vocab_size": 256}, edits=replace("n_embed", "n_embd")),
     "bochkov_v_equals_d": Style(BOCHKOV, {**BOCHKOV_FIELDS, "vocab_size": 64}),

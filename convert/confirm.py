@@ -1,0 +1,92 @@
+"""Hold a resolved model against the checkpoint's own code over its whole context, block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from ..reference.modeling_fixmin import FixMinBlock, causal_mask, make_norm, rope_tables
+from .conventions import Interpretation
+from .probe import OwnModel
+from .spec import ModelSpec
+from .streaming import embed, reference_config
+
+# Relative to the largest element. Checkpoints compute rotary angles in float32, which at position 1000 are off by 3e-5
+# and grow by the attention scores; a wrong convention is off by more than one percent at such lengths.
+TOLERANCE = 2e-3
+_OUTPUT_ROWS = 8192  # of the output projection at a time: 32 MB at width 1024
+_LONGEST = 1024  # tokens; what only longer prompts would show is not seen
+
+
+def normed_inputs(spec: ModelSpec, ids: NDArray[Any]) -> Iterator[Tensor]:
+    """Inputs of the attention of every block, then of the output projection, float32 [T, D] each, by reference/."""
+    config = reference_config(spec)
+    x = embed(spec, ids)[None]
+    tables = rope_tables(torch.arange(len(ids))[None], config)
+    mask = causal_mask(len(ids), 0, None, x)
+    for layer in range(spec.block_count):
+        block = _filled(lambda i=layer: FixMinBlock(config, i), spec, f"blk.{layer}.")
+        yield block.attn_norm(x)[0]
+        x = block(x, *tables, mask, None)
+    yield _filled(lambda: make_norm(config), spec, "output_norm.")(x)[0]
+
+
+def _filled(make: Callable[[], nn.Module], spec: ModelSpec, prefix: str) -> nn.Module:
+    """A module of reference/ with the tensors `prefix`* of the spec; biases it lacks are zero."""
+    with torch.device("meta"):
+        module = make()
+    state = {}
+    for name, parameter in module.named_parameters():
+        recipe = spec.tensors.get(prefix + name)
+        state[name] = torch.zeros(parameter.shape) if recipe is None else torch.from_numpy(recipe.load())
+    module.load_state_dict(state, assign=True)
+    return module
+
+
+def output_error(spec: ModelSpec, hidden: Tensor, logits: Tensor) -> float:
+    """max |Δ| / max |logits| of the output projection of hidden [T, D] against logits [T, V], a slice at a time."""
+    bias, worst = spec.tensors.get("output.bias"), 0.0
+    for start in range(0, spec.vocab_size, _OUTPUT_ROWS):
+        stop = min(start + _OUTPUT_ROWS, spec.vocab_size)
+        rows = torch.from_numpy(spec.tensors["output.weight"].load_rows(start, stop))
+        offset = None if bias is None else torch.from_numpy(bias.load_rows(start, stop))
+        worst = max(worst, float((nn.functional.linear(hidden, rows, offset) - logits[:, start:stop]).abs().max()))
+    return worst / float(logits.abs().max())
+
+
+@torch.no_grad()
+def confirm(spec: ModelSpec, own: OwnModel, found: Interpretation) -> tuple[float, int]:
+    """(largest relative difference, tokens) on a prompt as long as the context, at most 1024 tokens.
+
+    Raises CheckpointError naming the first block whose result differs: windows shorter than the context and positions
+    that are treated differently far out do not show in the short prompts that conventions are read from.
+    """
+    length = min(spec.context_length, _LONGEST)
+    ids = np.random.default_rng(1).integers(0, spec.vocab_size, length)
+    numbers = [found.number[id(b.qkv[0])] for b in found.blocks] + [found.number[id(found.head)]]
+    tape, logits = own.trace(ids, inputs_of=numbers)
+    worst, last = 0.0, torch.empty(0)
+    for i, x in enumerate(normed_inputs(spec, ids)):
+        seen = tape.inputs.pop(numbers[i])
+        x = x[-len(seen) :]
+        error = float((x - seen).abs().max() / seen.abs().max())
+        worst, last = max(worst, error), x
+        if not error <= TOLERANCE:
+            where = "embedding" if i == 0 else f"block {i - 1}"
+            raise CheckpointError(
+                f"{where}: what it computes for a prompt of {length} tokens differs from what the short prompts show "
+                f"(an attention window shorter than the context, positions scaled with the length?); relative "
+                f"difference {error:.2g}"
+            )
+    error = output_error(spec, last[-len(logits) :], logits)
+    if not error <= TOLERANCE:
+        raise CheckpointError(
+            f"output: the logits differ on a prompt of {length} tokens; relative difference {error:.2g}"
+        )
+    return max(worst, error), length

@@ -1,0 +1,361 @@
+"""Resolve a checkpoint by running its own code and reading the conventions off what it computes."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import CheckpointError
+from .codes import check_tokenwise, recover_code
+from .confirm import confirm
+from .conventions import Block, Declared, Interpretation, Norm, Reader
+from .probe import OwnModel, load_own_model
+from .recipes import Locator, Ref, constant, gather
+from .roles import is_no_weight, leftovers_error, mapped_recipes
+from .source import Source, hyper
+from .spec import CodeSpec, ModelSpec, Resolved, TensorRecipe
+from .trace import Product, Weight, model_tensors
+
+Log = Callable[[str], None]
+
+_PROMPTS, _PROMPT_TOKENS = 4, 16
+_ID_CHUNK = 1024  # ids per sequence when the codes of all ids are read
+
+
+def resolve_by_code(
+    source: Source, stated: Mapping[str, Any], map_file: str | os.PathLike[str] | None, tell: Log
+) -> Resolved:
+    """See `resolve.resolve`. Every convention comes from what the code was seen to compute."""
+    own = load_own_model(source, tell)
+    try:
+        return _Observation(own, source, stated, tell).resolve(map_file)
+    except BaseException:
+        own.close()
+        raise
+
+
+class _Observation:
+    def __init__(self, own: OwnModel, source: Source, stated: Mapping[str, Any], tell: Log) -> None:
+        self.own, self.source, self.stated, self.tell = own, source, stated, tell
+        self.facts = own_config(own) | source.config
+        self.conventions: dict[str, tuple[Any, str]] = {}
+        self.code: CodeSpec | None = None
+        self.embedding: Ref | None = None
+
+    def resolve(self, map_file: str | os.PathLike[str] | None) -> Resolved:
+        own, source = self.own, self.source
+        context, origin = self.context_length()
+        self.conventions["context_length"] = (context, origin)
+        self.length = min(_PROMPT_TOKENS, context)
+        first = own.logits(np.arange(min(4, context)))
+        if not np.array_equal(first, own.logits(np.arange(min(4, context)))):
+            raise CheckpointError(
+                "the checkpoint's code gives different logits each time it is run (random numbers, dropout in "
+                "evaluation mode?): there is no function to convert"
+            )
+        vocab_size = own.vocab_size
+        rng = np.random.default_rng(0)
+        prompts = [rng.integers(0, vocab_size, self.length) for _ in range(_PROMPTS)]
+        for i, prompt in enumerate(prompts):
+            prompt[0] = i * max(vocab_size - 1, 1) // (_PROMPTS - 1)  # the first and the last id, two between
+        tapes, logits = zip(*(own.trace(p) for p in prompts), strict=True)
+        reader = Reader(tapes, logits, self.declared(), own.model)
+        # The name of a value in `stated` is checked against what was found, never forced on it: the code decides.
+        found = reader.interpret(lambda order, rows: self.read_code(prompts[0], order, rows, vocab_size, context))
+        spec = self.spec(found, vocab_size, context, map_file)
+        self.contradictions(spec)
+        self.leftovers(spec, tapes[0].used, map_file)
+        error, tokens = confirm(spec, own, found)
+        self.tell(f"reference model against the checkpoint's code, {tokens} tokens: relative difference {error:.2g}")
+        return Resolved(spec, source, own.logits, self.input_rows)
+
+    # --- what is declared ----------------------------------------------------------------------------------------
+
+    def declared(self) -> Declared:
+        facts, stated = self.facts, self.stated
+
+        def numbers(key: str, override: str) -> list[float]:
+            return [float(v) for v in (stated.get(override), hyper(facts, key)) if v is not None and v > 0]
+
+        heads = stated.get("n_head") or hyper(facts, "head_count")
+        width = hyper(facts, "embedding_length")
+        head_dim = hyper(facts, "head_dim") or (width / heads if width and heads else None)
+        fraction = hyper(facts, "rope_fraction")
+        dims = [int(v) for v in numbers("rope_dim", "rope_dim")]
+        dims += [int(head_dim * fraction)] if head_dim and fraction else []
+        eps = [
+            float(value)
+            for module in self.own.model.modules()
+            for key, value in vars(module).items()
+            if "eps" in key.lower() and isinstance(value, float) and 0 < value < 0.1
+        ]
+        numeric = {
+            float(value)
+            for module in self.own.model.modules()
+            for key, value in vars(module).items()
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+            and re.search(r"scale|factor|multiplier|base|theta", key)
+        }  # fmt: skip
+        return Declared(
+            head_count=int(heads) if heads else None,
+            eps=[*numbers("norm_eps", "norm_eps"), *dict.fromkeys(eps)],
+            bases=[*numbers("rope_base", "rope_base"), *(v for v in sorted(numeric) if v > 4)],
+            rope_dims=dims,
+            scales=[*numbers("attention_scale", "attention_scale"), *(s for v in sorted(numeric) for s in (v, 1 / v))],
+        )
+
+    def context_length(self) -> tuple[int, str]:
+        stated = self.stated.get("context_length")
+        if stated is not None:
+            return int(stated), "given"
+        value = hyper(self.facts, "context_length")
+        if value is not None and value >= 1:
+            return int(value), "configuration"
+        for key, value in self.facts.items():
+            plain = isinstance(value, int) and not isinstance(value, bool) and value > 1
+            if plain and (re.search(r"ctx|context|seq|pos|block_?size|window", key, re.I) or key == "T"):
+                return value, f"configuration, {key}"
+        squares = {
+            t.shape[-1]
+            for _, t in model_tensors(self.own.model)
+            if t.ndim >= 2 and t.shape[-1] == t.shape[-2] == t.numel() ** 0.5 and is_no_weight("", t.shape, t.numpy())
+        }
+        if len(squares) == 1:
+            return squares.pop(), "size of the causal mask"
+        raise CheckpointError("the configuration does not say how long a context the model has: give --context-length")
+
+    # --- codes -----------------------------------------------------------------------------------------------------
+
+    def input_rows(self, ids: NDArray[Any]) -> NDArray[np.float32]:
+        """What the checkpoint's code feeds block 0 for each id, [T] -> [T, D]; T may exceed the context."""
+        ids = np.asarray(ids, dtype=np.int64)
+        size = min(_ID_CHUNK, self.conventions["context_length"][0])
+        return np.concatenate([self.own.input_rows(ids[i : i + size]) for i in range(0, len(ids), size)])
+
+    def read_code(self, prompt: NDArray[Any], order: int, rows: Any, vocab_size: int, context: int) -> None:
+        """Recover the code of all ids, or find the table of a learned embedding."""
+        self.own.tap(prompt, rows, order)
+        check_tokenwise(self.own.input_rows, vocab_size, self.length)
+        size = min(_ID_CHUNK, context)
+        self.code = recover_code(self.own.input_rows, vocab_size, size)
+        if self.code is not None:
+            origin = f"inputs of block 0 for all {vocab_size} ids"
+            self.conventions["code"] = (f"{self.code.kind}, {self.code.width} bits", origin)
+            self.conventions["lift"] = (self.code.lift, origin)
+            self.conventions["values"] = (self.code.values, origin)
+            return
+        self.code = CodeSpec("learned")
+        self.embedding, factor = self.embedding_table(vocab_size, rows.shape[1])
+        self.embedding_factor = factor
+        name = self.embedding.sources[0]
+        origin = f"inputs of block 0 for all {vocab_size} ids are its rows" + (
+            f" times {factor}" if factor != 1 else ""
+        )
+        self.conventions["code"] = (f"learned embedding {name}", origin)
+
+    def embedding_table(self, vocab_size: int, width: int) -> tuple[Ref, float]:
+        """The stored table whose rows enter block 0, and a constant factor on them."""
+        locator = Locator(self.own)
+        probe_ids = np.arange(min(vocab_size, self.length))
+        rows = self.own.input_rows(probe_ids)
+        for name, tensor in model_tensors(self.own.model):
+            if name not in self.own.file_name or tensor.ndim != 2 or min(tensor.shape) < 2:
+                continue
+            table = tensor if tensor.shape[1] == width else tensor.T
+            if table.shape[1] != width or table.shape[0] < vocab_size:
+                continue
+            part = table[: len(probe_ids)].float().numpy()
+            factor = float(np.float32((rows * part).sum() / max((part * part).sum(), 1e-30)))
+            factor = float(f"{factor:.6g}") if np.array_equal(rows, part * np.float32(f"{factor:.6g}")) else factor
+            if not np.allclose(rows, part * np.float32(factor), rtol=1e-6, atol=0):
+                continue
+            size = min(_ID_CHUNK, self.conventions["context_length"][0])
+            for start in range(0, vocab_size, size):
+                ids = np.arange(start, min(start + size, vocab_size))
+                wanted = table[start : start + size].float().numpy()[: len(ids)] * np.float32(factor)
+                if not np.allclose(self.own.input_rows(ids), wanted, rtol=1e-6, atol=0):
+                    break
+            else:
+                return locator.locate(Weight(table, (name,))), factor
+        raise CheckpointError(
+            "embedding: what enters block 0 is neither a lifted code (two values, tiled or interleaved, at most 32 "
+            "bits) nor the rows of a stored embedding table; a projected, normed or otherwise computed embedding "
+            "cannot be converted"
+        )
+
+    # --- the spec --------------------------------------------------------------------------------------------------
+
+    def spec(
+        self, found: Interpretation, vocab_size: int, context: int, map_file: str | os.PathLike[str] | None
+    ) -> ModelSpec:
+        assert self.code is not None
+        tensors, computed = self.tensors(found, vocab_size)
+        tensors |= mapped_recipes(self.source, map_file, tensors)
+        for name in computed:
+            self.tell(f"{name}: values as the checkpoint's code computes them from the files")
+        origins = found.sources
+        width = found.head.x.shape[1]
+        count = len(found.heads.q)
+        self.conventions |= {
+            "embedding_length": (width, "shapes"),
+            "block_count": (len(found.blocks), "blocks seen"),
+            "feed_forward_length": (len(found.up), "shapes"),
+            "head_count": (count, "attention of block 0"),
+            "head_count_kv": (len(found.heads.k), "attention of block 0"),
+            "norm": (found.norm, _reproduced(origins["norm"], found.errors["norm"])),
+            "norm_eps": (found.eps, origins["norm_eps"]),
+            "rope_style": (found.rope_style, _reproduced(origins["rope_style"], found.errors["attention"])),
+            "rope_dim": (found.rope_dim, origins["rope_dim"]),
+            "rope_base": (found.rope_base, origins["rope_base"]),
+            "attention_scale": (found.scale, origins["attention_scale"]),
+            "activation": (found.activation, _reproduced(origins["activation"], found.errors["activation"])),
+        }
+        if "output factor" in origins:
+            self.conventions["output factor"] = (found.head_factor, origins["output factor"])
+        for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"):
+            recipe = tensors.get(f"blk.0.{name}.weight")
+            if recipe is not None:
+                self.conventions[name] = (" + ".join(recipe.sources) or "computed", "operations of block 0")
+        return ModelSpec(
+            vocab_size=vocab_size,
+            context_length=context,
+            embedding_length=width,
+            block_count=len(found.blocks),
+            feed_forward_length=len(found.up),
+            head_count=count,
+            head_count_kv=len(found.heads.k),
+            attention_scale=found.scale,
+            norm="layernorm" if found.norm == "layernorm" else "rmsnorm",
+            norm_eps=found.eps,
+            rope_dim=found.rope_dim,
+            rope_base=found.rope_base,
+            rope_style="half" if found.rope_style == "half" else "interleaved",
+            activation=found.activation,
+            code=self.code,
+            tensors=tensors,
+            conventions=self.conventions,
+            name=self.source.directory.resolve().name,
+            bos_token_id=self.source.token_id("bos"),
+            eos_token_id=self.source.token_id("eos"),
+            pad_token_id=self.source.token_id("pad"),
+            tokenizer_json=self.source.tokenizer_json(),
+            weights_sha256=self.source.sha256,
+        )
+
+    def tensors(self, found: Interpretation, vocab_size: int) -> tuple[dict[str, TensorRecipe], list[str]]:
+        """GGUF name -> recipe, and names of weights that no file holds in the form they are used in."""
+        locator = Locator(self.own)
+        out: dict[str, TensorRecipe] = {}
+        width = found.head.x.shape[1]
+        if self.embedding is not None:
+            out["token_embd.weight"] = gather([self.embedding], np.arange(vocab_size), factor=self.embedding_factor)
+        for i, block in enumerate(found.blocks):
+            self._block(out, f"blk.{i}.", block, found, locator)
+        self._norm(out, "output_norm", found.final_norm, width, locator)
+        self._rows(out, "output", [found.head], np.arange(vocab_size), locator, factor=found.head_factor)
+        return out, locator.computed
+
+    def _block(
+        self, out: dict[str, TensorRecipe], prefix: str, block: Block, found: Interpretation, locator: Locator
+    ) -> None:
+        width, heads = found.head.x.shape[1], found.heads
+        self._norm(out, prefix + "attn_norm", block.attn_norm, width, locator)
+        for role, rows in (("attn_q", heads.q), ("attn_k", heads.k), ("attn_v", heads.v)):
+            self._rows(out, prefix + role, block.qkv, rows.reshape(-1), locator)
+        for role, branch, columns in (("attn_output", block.attention, heads.columns), ("ffn_down", block.mlp, None)):
+            if role == "ffn_down":
+                self._norm(out, prefix + "ffn_norm", block.ffn_norm, width, locator)
+                if found.gate is not None:
+                    self._rows(out, prefix + "ffn_gate", block.up, found.gate, locator)
+                self._rows(out, prefix + "ffn_up", block.up, found.up, locator)
+            weight = locator.locate(branch.out.weight)
+            out[f"{prefix}{role}.weight"] = gather([weight], columns=columns, factor=branch.factor)
+            if branch.bias is not None:
+                # a bias added after the factor is not scaled by it
+                factor = branch.factor if branch.bias is branch.out.bias else 1.0
+                out[f"{prefix}{role}.bias"] = gather([locator.locate(branch.bias)], factor=factor)
+
+    @staticmethod
+    def _norm(out: dict[str, TensorRecipe], name: str, norm: Norm, width: int, locator: Locator) -> None:
+        for part, weight in (("weight", norm.weight), ("bias", norm.bias)):
+            if weight is not None:
+                flat = Weight(weight.value.flatten(), weight.names)
+                out[f"{name}.{part}"] = gather([locator.locate(flat)])
+            elif part == "weight":
+                out[f"{name}.weight"] = constant((width,), 1.0)
+
+    @staticmethod
+    def _rows(
+        out: dict[str, TensorRecipe], name: str, products: list[Product], rows: NDArray[np.int64],
+        locator: Locator, factor: float = 1.0,
+    ) -> None:  # fmt: skip
+        """Weight and bias of one GGUF tensor as rows of the products' weights laid one below the other."""
+        starts = np.cumsum([0, *(p.y.shape[1] for p in products)])
+        used = [p for p, a, b in zip(products, starts, starts[1:], strict=False) if ((rows >= a) & (rows < b)).any()]
+        out[f"{name}.weight"] = gather([locator.locate(p.weight) for p in products], rows, factor=factor)
+        if any(p.bias is not None for p in used):
+            parts = [locator.locate(p.bias) if p.bias is not None else _zeros(p.y.shape[1]) for p in products]
+            out[f"{name}.bias"] = gather(parts, rows, factor=factor)
+
+    # --- nothing forgotten -----------------------------------------------------------------------------------------
+
+    def contradictions(self, spec: ModelSpec) -> None:
+        """Refuse what the user states if the code shows otherwise."""
+        seen = {
+            "lift": spec.code.lift, "norm": spec.norm, "norm_eps": spec.norm_eps, "activation": spec.activation,
+            "rope_style": spec.rope_style, "rope_base": spec.rope_base, "rope_dim": spec.rope_dim,
+            "n_head": spec.head_count, "n_head_kv": spec.head_count_kv, "attention_scale": spec.attention_scale,
+        }  # fmt: skip
+        for key, value in self.stated.items():
+            same = key not in seen or (
+                value == seen[key] if isinstance(value, str) else abs(value / seen[key] - 1) < 1e-5
+            )
+            if not same:
+                raise CheckpointError(
+                    f"--{key.replace('_', '-')} {value} is stated, but the checkpoint's code computes {seen[key]}"
+                )
+
+    def leftovers(self, spec: ModelSpec, used: set[str], map_file: str | os.PathLike[str] | None) -> None:
+        """Every stored tensor is part of the result, unused by the code, or no weight; or it is an error."""
+        consumed = {s for recipe in spec.tensors.values() for s in recipe.sources}
+        open_names = []
+        for name in self.source.tensors:
+            in_model = [m for m, stored in self.own.file_name.items() if stored == name]
+            if name in consumed:
+                continue
+            if not in_model:
+                if not is_no_weight(name, self.source.tensors[name].shape, None):
+                    open_names.append(name)
+                continue
+            reason = (
+                "not needed: the logits are reproduced without it" if used & set(in_model)
+                else "not used by the checkpoint's code"
+            )  # fmt: skip
+            self.tell(f"tensor {name} {self.source.tensors[name].shape}: {reason}")
+        if open_names:
+            raise leftovers_error(self.source, open_names, "the checkpoint's code does not know them")
+
+
+def own_config(own: OwnModel) -> dict[str, Any]:
+    """What the configuration object of the code adds to config.json: the defaults of its class."""
+    from transformers import PretrainedConfig
+
+    config = getattr(own.model, "config", None)
+    if config is None:
+        return {}
+    usual = vars(PretrainedConfig())
+    return {k: v for k, v in vars(config).items() if k not in usual and not k.startswith("_")}
+
+
+def _reproduced(origin: str, error: float) -> str:
+    return f"{origin}; reproduced within {error:.1g}"
+
+
+def _zeros(size: int) -> Ref:
+    zeros = np.zeros(size, np.float32)
+    return Ref((size,), (), lambda index: zeros[index])

@@ -1,0 +1,101 @@
+"""Find out what function a checkpoint computes (DESIGN §4, steps 1 to 3)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import CheckpointError
+from .source import Source
+from .spec import Resolved
+
+Log = Callable[[str], None]
+
+# What a user may state: name -> what it is. On the command line each is an option with dashes.
+OVERRIDES = {
+    "lift": '"tile" or "interleave"',
+    "bit_order": '"lsb" or "msb": which bit of an id the first element of a code is',
+    "affine": "(A, b) as arrays or paths of .npy files: code = A·bin(id) xor b, or (c·A if orientation is given so)",
+    "affine_orientation": '"Ac" (A times the column of bits) or "cA" (the row of bits times A)',
+    "values": "(value of a 0 bit, value of a 1 bit)",
+    "norm": '"layernorm" or "rmsnorm"',
+    "norm_eps": "number added under the root of every norm",
+    "activation": '"gelu", "gelu_tanh" or "swiglu"',
+    "rope_style": '"half" or "interleaved"',
+    "rope_base": "rotary base",
+    "rope_dim": "elements of a head that are rotated",
+    "n_head": "query heads",
+    "n_head_kv": "key/value heads",
+    "attention_scale": "factor on q·k",
+    "qkv_order": 'layout of a fused projection: "qkv", "kqv", ... or, with one such triple per head, "qkv/head"',
+    "gate_up_order": '"gate_up" or "up_gate": order in a fused projection',
+    "transposed": "whether matrices are stored [in, out]",
+    "context_length": "longest prompt in tokens",
+}
+
+
+def resolve(
+    checkpoint_dir: str | os.PathLike[str],
+    *,
+    trust_remote_code: bool = False,
+    map_file: str | os.PathLike[str] | None = None,
+    calibrate: str | os.PathLike[str] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    log: Log | None = None,
+) -> Resolved:
+    """Read a checkpoint directory and settle every convention of DESIGN §2, each with its provenance.
+
+    Args:
+        checkpoint_dir: config.json, weights, and perhaps the modeling code and tokenizer.json.
+        trust_remote_code: run the checkpoint's own code. What it computes then decides; nothing is guessed.
+        map_file: which checkpoint tensor is which GGUF tensor, see `roles.read_map`.
+        calibrate: a text file; without code, what the files leave open is chosen by the model's loss on it.
+        overrides: what the user states; keys and values as in `OVERRIDES`.
+        log: called with a line of text for every finding, as it is made.
+
+    Returns:
+        The spec, its source and, if the code was run, the checkpoint's own logits and inputs of block 0.
+
+    Raises:
+        CheckpointError: unreadable, ambiguous, or a function the file format does not have.
+    """
+    stated = {k: v for k, v in (overrides or {}).items() if v is not None}
+    unknown = sorted(set(stated) - set(OVERRIDES))
+    if unknown:
+        raise CheckpointError(f"unknown override: {', '.join(unknown)}; known: {', '.join(OVERRIDES)}")
+    report: list[str] = []
+
+    def tell(line: str) -> None:
+        report.append(line)
+        if log is not None:
+            log(line)
+
+    source = Source(Path(checkpoint_dir))
+    try:
+        from . import probe
+
+        if probe.has_own_code(source) and (trust_remote_code or not probe.needs_trust(source)):
+            from .observe import resolve_by_code
+
+            resolved = resolve_by_code(source, stated, map_file, tell)
+        else:
+            from .calibrate import resolve_without_code
+
+            resolved = resolve_without_code(source, stated, map_file, calibrate, tell)
+    except BaseException:
+        source.close()
+        raise
+    for name, (value, origin) in resolved.spec.conventions.items():
+        tell(f"{name} = {_short(value)} ({origin})")
+    resolved.report = report
+    return resolved
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, np.ndarray):
+        return f"array {value.shape}"
+    return f"{value:.7g}" if isinstance(value, float) else str(value)

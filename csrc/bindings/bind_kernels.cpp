@@ -1,0 +1,205 @@
+// Kernels: single kernels of one instruction set, so that tests can compare them with oracles and with each other.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "bindings/bindings.h"
+#include "error.h"
+#include "kernels/isa.h"
+#include "model/weights.h"
+#include "quant/panels.h"
+
+namespace py = pybind11;
+
+namespace fixmin::bindings {
+namespace {
+
+using kernels::ActivationBlock;
+using quant::WeightType;
+using Floats = py::array_t<float, py::array::c_style>;
+using Bytes = py::array_t<uint8_t, py::array::c_style>;
+
+WeightType parse_type(const std::string& text) {
+    for (const WeightType type : {WeightType::f32, WeightType::f16, WeightType::bf16, WeightType::q8_0, WeightType::q4_0}) {
+        if (quant::name(type) == text) return type;
+    }
+    throw UnsupportedError("weight type '" + text + "' is not known here");
+}
+
+void expect(bool condition, const char* what) {
+    if (!condition) throw ArgumentError(what);
+}
+
+const float* data_or_null(const std::optional<Floats>& array, py::ssize_t size, const char* what) {
+    if (!array) return nullptr;
+    expect(array->size() == size, what);
+    return array->data();
+}
+
+const std::byte* checked_rows(const Bytes& data, WeightType type, uint32_t rows, uint32_t inner) {
+    if (quant::is_quantized(type)) expect(inner % quant::block_size == 0, "inner must be a multiple of 32");
+    expect(size_t(data.size()) == rows * quant::row_bytes(type, inner), "data does not have rows * row_bytes bytes");
+    return reinterpret_cast<const std::byte*>(data.data());
+}
+
+py::array_t<float> dequantize(const std::string& type_name, const Bytes& data, uint32_t rows, uint32_t inner) {
+    const WeightType type = parse_type(type_name);
+    const std::byte* bytes = checked_rows(data, type, rows, inner);
+    py::array_t<float> out({py::ssize_t(rows), py::ssize_t(inner)});
+    for (uint32_t r = 0; r < rows; ++r) {
+        quant::dequantize_row(type, bytes + r * quant::row_bytes(type, inner), inner, out.mutable_data(py::ssize_t(r)));
+    }
+    return out;
+}
+
+class KernelTable {
+  public:
+    explicit KernelTable(const std::string& isa) : k_(kernels::select(isa)) {}
+
+    py::tuple quantize_activations(const Floats& x) const {
+        expect(x.ndim() == 1 && x.size() % quant::block_size == 0, "x must be [n], n a multiple of 32");
+        const py::ssize_t n_blocks = x.size() / quant::block_size;
+        std::vector<ActivationBlock> blocks(static_cast<size_t>(n_blocks));
+        k_.quantize_activations(x.data(), uint32_t(x.size()), blocks.data());
+        py::array_t<int8_t> q(x.size());
+        py::array_t<float> scale(n_blocks);
+        py::array_t<int32_t> sum(n_blocks);
+        for (py::ssize_t b = 0; b < n_blocks; ++b) {
+            std::copy_n(blocks[b].q, quant::block_size, q.mutable_data() + b * quant::block_size);
+            scale.mutable_at(b) = blocks[b].scale;
+            sum.mutable_at(b) = blocks[b].sum;
+        }
+        return py::make_tuple(q, scale, sum);
+    }
+
+    py::array_t<float> matmul(const std::string& type_name, const Bytes& data, uint32_t rows, const Floats& x,
+                              const std::optional<Floats>& bias, const std::optional<Floats>& residual) const {
+        expect(x.ndim() == 2, "x must be [tokens, inner]");
+        const WeightType type = parse_type(type_name);
+        const uint32_t tokens = uint32_t(x.shape(0)), inner = uint32_t(x.shape(1));
+        const std::byte* bytes = checked_rows(data, type, rows, inner);
+
+        const uint32_t n_panels = (rows + quant::panel_rows - 1) / quant::panel_rows;
+        const size_t stride = quant::panel_bytes(type, inner);
+        const model::Pages panels(n_panels * stride + 8192);
+        for (uint32_t p = 0; p < n_panels; ++p) {
+            const uint32_t first = p * quant::panel_rows;
+            expect(quant::pack_panel(type, bytes + first * quant::row_bytes(type, inner),
+                                     std::min(quant::panel_rows, rows - first), inner, panels.data() + p * stride),
+                   "a weight is not finite");
+        }
+        std::vector<ActivationBlock> blocks(size_t(tokens) * (inner / quant::block_size));
+        if (quant::is_quantized(type)) k_.quantize_activations(x.data(), tokens * inner, blocks.data());
+        std::vector<float> padded_bias;
+        if (const float* b = data_or_null(bias, rows, "bias must be [rows]")) {
+            padded_bias.resize(size_t(n_panels) * quant::panel_rows);
+            std::copy_n(b, rows, padded_bias.data());
+        }
+        py::array_t<float> out({py::ssize_t(tokens), py::ssize_t(rows)});
+        if (const float* r = data_or_null(residual, out.size(), "residual must be [tokens, rows]")) {
+            std::copy_n(r, out.size(), out.mutable_data());
+        }
+        k_.matmul({type, panels.data(), stride, rows, inner, x.data(), inner, blocks.data(), tokens,
+                   padded_bias.empty() ? nullptr : padded_bias.data(), out.mutable_data(), rows, residual.has_value()});
+        return out;
+    }
+
+    py::array_t<float> norm(const Floats& x, const Floats& weight, const std::optional<Floats>& bias, float eps,
+                            bool rms) const {
+        expect(weight.size() == x.size(), "weight must be as long as x");
+        py::array_t<float> y(x.size());
+        (rms ? k_.rms_norm : k_.layer_norm)(x.data(), uint32_t(x.size()), eps, weight.data(),
+                                            data_or_null(bias, x.size(), "bias must be as long as x"), y.mutable_data());
+        return y;
+    }
+
+    py::array_t<float> unary(const std::string& name, const Floats& x) const {
+        py::array_t<float> y(x.size());
+        std::copy_n(x.data(), x.size(), y.mutable_data());
+        const uint32_t n = uint32_t(x.size());
+        if (name == "gelu")
+            k_.gelu_erf(y.mutable_data(), n);
+        else if (name == "gelu_tanh")
+            k_.gelu_tanh(y.mutable_data(), n);
+        else if (name == "exp")
+            k_.exp_minus(x.data(), n, 0.0f, y.mutable_data());
+        else
+            throw ArgumentError("unary knows gelu, gelu_tanh and exp");
+        return y;
+    }
+
+    py::array_t<float> silu_mul(const Floats& gate, const Floats& up) const {
+        expect(gate.size() == up.size(), "gate and up must be equally long");
+        py::array_t<float> y(up.size());
+        std::copy_n(up.data(), up.size(), y.mutable_data());
+        k_.silu_mul(gate.data(), y.mutable_data(), uint32_t(y.size()));
+        return y;
+    }
+
+    py::array_t<float> rope(const Floats& x, bool interleaved, const Floats& cos, const Floats& sin) const {
+        expect(cos.size() == sin.size() && 2 * cos.size() <= x.size(), "cos and sin must be [dim/2], dim <= len(x)");
+        py::array_t<float> y(x.size());
+        std::copy_n(x.data(), x.size(), y.mutable_data());
+        k_.rope(y.mutable_data(), uint32_t(2 * cos.size()),
+                interleaved ? kernels::RopeStyle::interleaved : kernels::RopeStyle::half, cos.data(), sin.data());
+        return y;
+    }
+
+    /// The last n_queries of the tokens attend.
+    py::array_t<float> attention(const std::string& kv_type, const Floats& queries, const Floats& keys,
+                                 const Floats& values) const {
+        expect(queries.ndim() == 2 && keys.ndim() == 2 && values.ndim() == 2, "queries, keys, values must be [tokens, d]");
+        const uint32_t n = uint32_t(queries.shape(0)), tokens = uint32_t(keys.shape(0)), d = uint32_t(keys.shape(1));
+        expect(queries.shape(1) == d && values.shape(1) == d && values.shape(0) == tokens && n >= 1 && n <= tokens,
+               "shapes of queries, keys and values do not fit");
+        const auto type = kv_type == "f16" ? kernels::KvType::f16 : kernels::KvType::f32;
+        const size_t block_bytes = kernels::kv_head_bytes(type, d);
+        const uint32_t n_blocks = (tokens + kernels::kv_block_tokens - 1) / kernels::kv_block_tokens;
+        const model::Pages cache(n_blocks * block_bytes);
+        std::vector<std::byte*> blocks;
+        for (uint32_t b = 0; b < n_blocks; ++b) blocks.push_back(cache.data() + b * block_bytes);
+        const kernels::KvHead kv{type, d, blocks.data(), 0};
+        for (uint32_t t = 0; t < tokens; ++t) k_.kv_store(kv, t, keys.data(py::ssize_t(t)), values.data(py::ssize_t(t)));
+        std::vector<float> scratch(kernels::attention_scratch_floats(tokens));
+        py::array_t<float> out({py::ssize_t(n), py::ssize_t(d)});
+        k_.attention({kv, queries.data(), d, n, tokens - n, out.mutable_data(), d, scratch.data()});
+        return out;
+    }
+
+    std::pair<float, float> softmax_stats(const Floats& x) const {
+        expect(x.size() > 0, "x is empty");
+        float max, sum;
+        k_.softmax_stats(x.data(), uint32_t(x.size()), &max, &sum);
+        return {max, sum};
+    }
+
+  private:
+    const kernels::Kernels& k_;
+};
+
+}  // namespace
+
+void bind_kernels(py::module_& m) {
+    m.def("dequantize", &dequantize, py::arg("type"), py::arg("data"), py::arg("rows"), py::arg("inner"),
+          "uint8 bytes in the file's layout -> float32 [rows, inner]");
+    py::class_<KernelTable>(m, "Kernels", "Single kernels of one instruction set, for tests; see csrc/kernels/kernels.h.")
+        .def(py::init<const std::string&>(), py::arg("isa"))
+        .def("quantize_activations", &KernelTable::quantize_activations, py::arg("x"))
+        .def("matmul", &KernelTable::matmul, py::arg("type"), py::arg("data"), py::arg("rows"), py::arg("x"),
+             py::arg("bias") = py::none(), py::arg("residual") = py::none())
+        .def("norm", &KernelTable::norm, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("eps"), py::arg("rms"))
+        .def("unary", &KernelTable::unary, py::arg("name"), py::arg("x"))
+        .def("silu_mul", &KernelTable::silu_mul, py::arg("gate"), py::arg("up"))
+        .def("rope", &KernelTable::rope, py::arg("x"), py::arg("interleaved"), py::arg("cos"), py::arg("sin"))
+        .def("attention", &KernelTable::attention, py::arg("kv_type"), py::arg("queries"), py::arg("keys"),
+             py::arg("values"))
+        .def("softmax_stats", &KernelTable::softmax_stats, py::arg("x"));
+}
+
+}  // namespace fixmin::bindings

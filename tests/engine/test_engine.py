@@ -1,0 +1,398 @@
+"""The engine: right by the float64 oracle, with the same bits whatever the machine and the chunking."""
+
+import hashlib
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from gguf_factory import ALL_BIASES, make_model
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import forward, hidden_states
+
+from fixmin_cpp import _core
+
+ISAS = _core.system_info()["isas_supported"]
+TYPES = ["F32", "F16", "BF16", "Q8_0", "Q4_0"]
+
+OPTIONS = {
+    "plain": {},
+    "rmsnorm swiglu interleaved rope": dict(norm="rmsnorm", activation="swiglu", rope_style="interleaved"),
+    "rmsnorm gelu": dict(norm="rmsnorm", norm_eps=1e-6),
+    "partial rope, other base": dict(rope_dim=8, rope_base=500.0, activation="gelu_tanh"),
+    "no rope": dict(rope_dim=0),
+    "interleaved lift, values": dict(lift="interleave", vocab_size=200, values=(-1.0, 1.0)),
+    "scaled values": dict(values=(-0.3, 0.7), scale=0.11),
+    "table": dict(code_kind="table"),
+    "learned": dict(code_kind="learned", norm_bias=False),
+    "learned swiglu": dict(code_kind="learned", norm="rmsnorm", activation="swiglu"),
+    "grouped queries": dict(head_count=4, head_count_kv=2, embedding_length=96, feed_forward_length=160),
+    "one kv head": dict(head_count=4, head_count_kv=1, embedding_length=128),
+    "biases everywhere": dict(biases=ALL_BIASES, activation="swiglu"),
+    "no bias": dict(biases=frozenset(), norm_bias=False),
+    "head size 32": dict(embedding_length=128, head_count=4, context_length=96),
+    "head size 128": dict(embedding_length=256, head_count=2),
+    "five layers": dict(block_count=5, norm_eps=1e-12),
+}
+# Sizes that are no multiple of anything: only types without blocks can hold them.
+ODD = dict(embedding_length=60, head_count=3, feed_forward_length=50, vocab_size=77)
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    made = {}
+
+    def get(**options):
+        key = repr(sorted(options.items()))
+        if key not in made:
+            made[key] = str(make_model(folder / f"{len(made)}.gguf", **options))
+        return made[key]
+
+    return get
+
+
+def ids_for(n, vocab=77, seed=0):
+    return np.random.default_rng(seed).integers(0, vocab, n).astype(np.uint32)
+
+
+def relative(got, expected):
+    return np.linalg.norm(got - expected) / np.linalg.norm(expected)
+
+
+def digest(array):
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+# --- right -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
+@pytest.mark.parametrize("name", [*OPTIONS, "odd sizes"])
+def test_logits_and_hidden_states_against_float64(model_file, name, kind):
+    path = model_file(weight_type=kind, seed=3, **OPTIONS.get(name, ODD))
+    engine = _core.Engine(path, kv_type="f32", n_threads=2)
+    ids = ids_for(40)
+    assert relative(engine.logits(ids), forward(path, ids)) <= 2e-6
+    for layer, expected in enumerate(hidden_states(path, ids)):
+        got = engine.hidden_states(ids, layer)
+        assert relative(got, expected) <= 2e-6, f"layer {layer}"
+        if layer == 0:
+            assert np.array_equal(got, expected.astype(np.float32))
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_quantised_logits_against_float64(model_file, name, kind):
+    """The oracle has the file's weights but exact activations: what is left is their rounding to 8 bits."""
+    path = model_file(weight_type=kind, seed=3, **OPTIONS[name])
+    ids = ids_for(40)
+    assert relative(_core.Engine(path, kv_type="f32").logits(ids), forward(path, ids)) <= 0.03
+
+
+def test_mixed_weight_types(model_file):
+    types = {"blk.0.ffn_up": "F16", "blk.1.attn_q": "Q8_0", "blk.1.attn_k": "F32", "blk.1.attn_v": "BF16", "output": "Q4_0"}
+    path = model_file(weight_types=types, weight_type="F32")
+    ids = ids_for(20)
+    assert relative(_core.Engine(path).logits(ids), forward(path, ids)) <= 0.03
+
+
+def test_f16_cache_is_close(model_file):
+    ids = ids_for(60)
+    exact = _core.Engine(model_file(), kv_type="f32").logits(ids)
+    halved = _core.Engine(model_file(), kv_type="f16").logits(ids)
+    assert 0 < relative(halved, exact) < 1e-3
+
+
+def test_score_is_the_log_softmax(model_file):
+    path = model_file()
+    ids = ids_for(60)
+    logits = forward(path, ids)
+    expected = (logits - np.log(np.exp(logits).sum(1, keepdims=True)))[np.arange(59), ids[1:]]
+    for n_batch in (512, 7, 1):
+        got = _core.Engine(path, kv_type="f32", n_batch=n_batch).score(ids)
+        np.testing.assert_allclose(got, expected, atol=1e-5)
+    assert _core.Engine(path).score(ids[:1]).shape == (0,)
+
+
+def test_codes(model_file):
+    engine = _core.Engine(model_file(vocab_size=200))
+    codes = engine.codes(np.arange(200, dtype=np.uint32))
+    assert codes.shape == (200, 8)
+    assert len({row.tobytes() for row in codes}) == 200
+    with pytest.raises(ValueError, match="200"):
+        engine.codes(np.array([200], np.uint32))
+    with pytest.raises(_core.UnsupportedError, match="learned"):
+        _core.Engine(model_file(code_kind="learned")).codes(ids_for(1))
+
+
+def test_unwritten_cache_never_shows(model_file):
+    """A long sequence leaves its keys and values behind; a shorter one afterwards must not see them."""
+    path = model_file()
+    used, fresh = _core.Engine(path), _core.Engine(path)
+    used.logits(ids_for(64, seed=1))
+    for n in (1, 15, 16, 17, 33):
+        assert digest(used.logits(ids_for(n))) == digest(fresh.logits(ids_for(n)))
+
+
+# --- the same bits -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("name", ["plain", "rmsnorm swiglu interleaved rope", "learned", "grouped queries"])
+def test_bits_do_not_depend_on_isa_threads_or_chunks(model_file, name, kind):
+    path = model_file(weight_type=kind, seed=4, **OPTIONS[name])
+    ids = ids_for(50)
+    digests = {}
+    for isa in ISAS:
+        for n_threads in (1, 2, 5) if isa in ("scalar", ISAS[-1]) else (2,):
+            for n_batch in (1, 7, 512):
+                engine = _core.Engine(path, isa=isa, n_threads=n_threads, n_batch=n_batch)
+                digests[isa, n_threads, n_batch] = digest(engine.logits(ids))
+    assert len(set(digests.values())) == 1, digests
+
+
+@given(data=st.data())
+def test_logits_of_a_prefix_are_a_prefix_of_the_logits(model_file, data):
+    engine = _core.Engine(model_file(weight_type="Q8_0"), n_batch=13, n_threads=1)
+    ids = ids_for(64, seed=data.draw(st.integers(0, 5)))
+    n = data.draw(st.integers(1, 64))
+    assert digest(engine.logits(ids[:n])) == digest(engine.logits(ids)[:n])
+    assert digest(engine.logits(ids[:n], last=True)) == digest(engine.logits(ids)[n - 1])
+
+
+def test_flush_to_zero_of_the_caller_changes_nothing(model_file):
+    torch = pytest.importorskip("torch")
+    engine = _core.Engine(model_file(weight_type="Q4_0"), n_threads=2)
+    before = digest(engine.logits(ids_for(30)))
+    torch.set_flush_denormal(True)
+    try:
+        assert digest(engine.logits(ids_for(30))) == before
+    finally:
+        torch.set_flush_denormal(False)
+
+
+def test_environment_chooses_the_isa():
+    code = "from fixmin_cpp import _core; print(_core.system_info()['isa'])"
+    for isa in ISAS:
+        env = dict(os.environ, FIXMIN_ISA=isa)
+        assert subprocess.check_output([sys.executable, "-c", code], env=env, text=True).strip() == isa
+    failed = subprocess.run(
+        [sys.executable, "-c", code], env=dict(os.environ, FIXMIN_ISA="z80"), capture_output=True, text=True
+    )
+    assert failed.returncode != 0
+    assert "unknown instruction set 'z80'" in failed.stderr
+
+
+# --- generation --------------------------------------------------------------------------------------------------
+
+
+def params(**values):
+    p = _core.SamplingParams()
+    for name, value in values.items():
+        setattr(p, name, value)
+    return p
+
+
+def test_greedy_generation_is_the_argmax_of_the_logits(model_file):
+    engine = _core.Engine(model_file(), n_batch=5)
+    prompt = ids_for(12)
+    result = engine.generate(prompt, params(max_new_tokens=20))
+    assert result.finish_reason == "length"
+    assert result.n_prompt == 12
+    sequence = np.concatenate([prompt, result.token_ids])
+    logits = engine.logits(sequence)
+    assert np.array_equal(result.token_ids, logits[11:-1].argmax(1))
+
+
+def test_stop_ids_callback_and_context_end(model_file):
+    engine = _core.Engine(model_file())
+    prompt = ids_for(12)
+    free = engine.generate(prompt, params(max_new_tokens=10)).token_ids
+    first = int(np.argmax(free == free[4]))  # where that id comes up first
+
+    stopped = engine.generate(prompt, params(max_new_tokens=10, stop_ids=[int(free[4])]))
+    assert stopped.finish_reason == "eos"
+    assert np.array_equal(stopped.token_ids, free[:first])
+
+    seen = []
+    called = engine.generate(prompt, params(max_new_tokens=10), lambda t: seen.append(t) or len(seen) < 3)
+    assert called.finish_reason == "stop"
+    assert seen == list(free[:3]) == list(called.token_ids)
+
+    full = engine.generate(prompt, params(max_new_tokens=1000))
+    assert full.finish_reason == "length"
+    assert len(full.token_ids) == 64 - 12
+
+
+def test_sampling_follows_the_distribution(model_file):
+    """The first token of many seeds against the softmax, filtered as documented; chi-squared far from its limit."""
+    engine = _core.Engine(model_file(vocab_size=16, width=4))
+    prompt = ids_for(5, vocab=16)
+    logits = engine.logits(prompt, last=True).astype(np.float64)
+    order = np.argsort(-logits)
+    for top_k, top_p, temperature in [(0, 1.0, 1.0), (4, 1.0, 0.7), (0, 0.6, 1.5), (8, 0.8, 1.0)]:
+        keep = list(order[: top_k or 16])
+        p = np.exp(logits[keep] - logits.max())
+        p /= p.sum()
+        if top_p < 1:
+            keep = keep[: int(np.searchsorted(np.cumsum(p), top_p)) + 1]
+        expected = np.zeros(16)
+        expected[keep] = np.exp((logits[keep] - logits.max()) / temperature)
+        expected /= expected.sum()
+        n = 1500
+        settings = dict(max_new_tokens=1, top_k=top_k, top_p=top_p, temperature=temperature)
+        got = [int(engine.generate(prompt, params(seed=s, **settings)).token_ids[0]) for s in range(n)]
+        counts = np.bincount(got, minlength=16)
+        assert set(np.flatnonzero(counts)) <= set(keep)
+        chi2 = ((counts[keep] - n * expected[keep]) ** 2 / (n * expected[keep])).sum()
+        assert chi2 < 3 * len(keep) + 20
+
+
+def test_same_seed_same_tokens(model_file):
+    settings = dict(max_new_tokens=30, temperature=1.0, seed=2**63 + 5)
+    runs = {
+        tuple(_core.Engine(model_file(), isa=isa, n_threads=n).generate(ids_for(6), params(**settings)).token_ids)
+        for isa in ISAS
+        for n in (1, 3)
+    }
+    assert len(runs) == 1
+    other = _core.Engine(model_file()).generate(ids_for(6), params(**{**settings, "seed": 6})).token_ids
+    assert tuple(other) not in runs
+
+
+def test_exception_of_the_callback_reaches_the_caller(model_file):
+    engine = _core.Engine(model_file())
+
+    def fail(_):
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        engine.generate(ids_for(3), params(max_new_tokens=5), fail)
+    assert len(engine.generate(ids_for(3), params(max_new_tokens=5)).token_ids) == 5
+
+
+def test_cancel_token(model_file):
+    engine = _core.Engine(model_file())
+    token = _core.CancelToken()
+    result = engine.generate(ids_for(3), params(max_new_tokens=50), lambda t: token.cancel() or True, token)
+    assert result.finish_reason == "cancelled"
+    assert 1 <= len(result.token_ids) < 50
+
+
+def test_ctrl_c_stops_a_computation(model_file):
+    engine = _core.Engine(model_file(context_length=60000, embedding_length=256, feed_forward_length=1024), n_threads=1)
+    timer = threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT))
+    start = time.monotonic()
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        engine.logits(ids_for(59999), last=True)  # minutes without the interruption
+    timer.join()
+    assert time.monotonic() - start < 20
+    assert engine.logits(ids_for(3)).shape == (3, 100)
+
+
+# --- misuse ------------------------------------------------------------------------------------------------------
+
+
+def test_bad_ids(model_file):
+    engine = _core.Engine(model_file())
+    with pytest.raises(ValueError, match="no token ids"):
+        engine.logits(np.array([], np.uint32))
+    with pytest.raises(ValueError, match="token id 100 at position 1 .*100"):
+        engine.logits(np.array([3, 100], np.uint32))
+    with pytest.raises(_core.ContextLengthError, match="65 tokens do not fit the context of 64"):
+        engine.logits(ids_for(65))
+    with pytest.raises(_core.ContextLengthError, match="no room"):
+        engine.generate(ids_for(64), params())
+    with pytest.raises(ValueError, match="dimension"):
+        engine.logits(np.zeros((2, 2), np.uint32))
+    with pytest.raises(ValueError, match="layer is 3"):
+        engine.hidden_states(ids_for(2), 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(n_ctx=65), "n_ctx is 65"),
+        (dict(kv_type="q9"), "kv_type is 'q9'"),
+        (dict(n_batch=0), "n_batch"),
+        (dict(isa="mmx"), "unknown instruction set"),
+        (dict(n_threads=5000), "n_threads"),
+    ],
+)
+def test_bad_options(model_file, options, message):
+    with pytest.raises(ValueError, match=message):
+        _core.Engine(model_file(), **options)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_bad_temperature(model_file, value):
+    with pytest.raises(ValueError, match="temperature"):
+        _core.Engine(model_file()).generate(ids_for(2), params(temperature=value))
+
+
+def test_closed_engine(model_file):
+    engine = _core.Engine(model_file())
+    engine.close()
+    engine.close()
+    with pytest.raises(ValueError, match="closed"):
+        engine.logits(ids_for(2))
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        _core.Engine(str(tmp_path / "none.gguf"))
+
+
+def test_weights_that_overflow_are_reported_not_sampled(model_file):
+    path = model_file(weight_type="F32", values=(1e38, -3e38), norm="rmsnorm")
+    with pytest.raises(_core.FixminError, match="not finite"):
+        _core.Engine(path).generate(ids_for(4), params(max_new_tokens=2))
+
+
+# --- processes and threads ---------------------------------------------------------------------------------------
+
+
+def test_calls_from_many_threads(model_file):
+    engine = _core.Engine(model_file(), n_threads=2)
+    expected = [digest(engine.logits(ids_for(20, seed=i))) for i in range(8)]
+    got = [None] * 8
+
+    def work(i):
+        for _ in range(5):
+            got[i] = digest(engine.logits(ids_for(20, seed=i)))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert got == expected
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+def test_fork_keeps_working(model_file):
+    engine = _core.Engine(model_file(), n_threads=3)
+    expected = digest(engine.logits(ids_for(20)))
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=lambda: queue.put(digest(engine.logits(ids_for(20)))))
+    child.start()
+    assert queue.get(timeout=60) == expected
+    child.join(timeout=60)
+    assert child.exitcode == 0
+    assert digest(engine.logits(ids_for(20))) == expected
+
+
+def test_progress(model_file):
+    seen = []
+    _core.Engine(model_file(), progress=seen.append)
+    assert seen == sorted(seen)
+    assert seen[-1] == 1.0

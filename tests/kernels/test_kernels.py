@@ -1,0 +1,267 @@
+"""Every kernel: the same bits on every instruction set, and the right value by an independent oracle in float64."""
+
+import math
+from fractions import Fraction
+
+import gguf
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fixmin_cpp import _core
+
+ISAS = _core.system_info()["isas_supported"]
+TABLES = [_core.Kernels(isa) for isa in ISAS]
+TYPES = ["F32", "F16", "BF16", "Q8_0", "Q4_0"]
+LENGTHS = [1, 5, 15, 16, 17, 31, 33, 64, 192, 1000]
+
+
+def on_every_isa(call):
+    """call(kernels) on every ISA; asserts that all give the bytes of the scalar one, and returns its result."""
+    results = [call(table) for table in TABLES]
+    for isa, result in zip(ISAS, results, strict=True):
+        assert bytes_of(result) == bytes_of(results[0]), f"{isa} differs from scalar"
+    return results[0]
+
+
+def bytes_of(result):
+    parts = result if isinstance(result, tuple) else (result,)
+    return [np.asarray(part).tobytes() for part in parts]
+
+
+def normal(rng, *shape):
+    return rng.standard_normal(shape).astype(np.float32)
+
+
+def quantized_rows(rng, kind, rows, inner):
+    """Random weights in the file's layout, uint8 [rows * row_bytes], by the gguf package."""
+    raw = gguf.quants.quantize(normal(rng, rows, inner), gguf.GGMLQuantizationType[kind])
+    return np.ascontiguousarray(raw).view(np.uint8).reshape(-1)
+
+
+def dequantized(kind, data, rows, inner):
+    return gguf.quants.dequantize(data.reshape(rows, -1), gguf.GGMLQuantizationType[kind]).reshape(rows, inner)
+
+
+def test_all_isas_of_this_cpu_are_tested():
+    assert ISAS[0] == "scalar"
+    assert set(ISAS) <= set(_core.system_info()["isas_built"])
+
+
+def test_isa_that_does_not_exist():
+    with pytest.raises(ValueError, match="unknown instruction set 'mmx'.*scalar"):
+        _core.Kernels("mmx")
+
+
+# --- formats -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_dequantize_equals_gguf_bit_for_bit(kind):
+    rng = np.random.default_rng(1)
+    data = quantized_rows(rng, kind, 7, 96)
+    if kind in ("Q8_0", "Q4_0"):  # any block, also ones that no quantiser writes
+        data = rng.integers(0, 256, data.size, dtype=np.uint8)
+        blocks = data.reshape(-1, 34 if kind == "Q8_0" else 18)
+        blocks[:, :2] = rng.uniform(-100, 100, len(blocks)).astype(np.float16)[:, None].view(np.uint8)
+    assert _core.dequantize(kind, data, 7, 96).tobytes() == dequantized(kind, data, 7, 96).tobytes()
+
+
+def test_every_half_converts_exactly():
+    halves = np.arange(65536, dtype=np.uint16)
+    halves = halves[np.isfinite(halves.view(np.float16))]
+    got = _core.dequantize("F16", halves.view(np.uint8), 1, halves.size)[0]
+    assert got.tobytes() == halves.view(np.float16).astype(np.float32).tobytes()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32), st.sampled_from([1e-20, 1e-3, 1.0, 1e4, 1e30]), st.integers(1, 5))
+def test_quantize_activations(seed, size, n_blocks):
+    x = normal(np.random.default_rng(seed), 32 * n_blocks) * np.float32(size)
+    q, scale, total = on_every_isa(lambda k: k.quantize_activations(x))
+    amax = np.abs(x.reshape(-1, 32)).max(1)
+    assert np.array_equal(scale, amax / np.float32(127))
+    expected = np.rint(x.reshape(-1, 32) * (np.float32(127) / amax)[:, None])
+    assert np.array_equal(q.reshape(-1, 32), expected)
+    assert np.array_equal(total, expected.sum(1))
+    assert np.abs(q).max() == 127
+
+
+def test_quantize_activations_of_nothing():
+    x = np.zeros(64, np.float32)
+    x[40] = 1e-38
+    q, scale, total = on_every_isa(lambda k: k.quantize_activations(x))
+    assert not q.any()
+    assert not scale.any()
+    assert not total.any()
+
+
+# --- matrix products ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize(("rows", "tokens"), [(1, 1), (16, 3), (40, 13), (33, 27), (64, 1)])
+def test_matmul(kind, rows, tokens):
+    rng = np.random.default_rng(rows * 100 + tokens)
+    inner = 160
+    data = quantized_rows(rng, kind, rows, inner)
+    x, bias, residual = normal(rng, tokens, inner), normal(rng, rows), normal(rng, tokens, rows)
+    got = on_every_isa(lambda k: k.matmul(kind, data, rows, x, bias, residual))
+
+    w = dequantized(kind, data, rows, inner).astype(np.float64)
+    a = x.astype(np.float64)
+    if kind in ("Q8_0", "Q4_0"):
+        q, scale, _ = TABLES[0].quantize_activations(x.reshape(-1))
+        a = (q.reshape(-1, 32) * scale.astype(np.float64)[:, None]).reshape(tokens, inner)
+    expected = a @ w.T + bias + residual
+    assert np.abs(got - expected).max() <= 3e-6 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_matmul_does_not_depend_on_the_batch(kind):
+    rng = np.random.default_rng(5)
+    data = quantized_rows(rng, kind, 48, 64)
+    x = normal(rng, 29, 64)
+    together = on_every_isa(lambda k: k.matmul(kind, data, 48, x))
+    alone = np.concatenate([TABLES[-1].matmul(kind, data, 48, x[t : t + 1]) for t in range(29)])
+    assert together.tobytes() == alone.tobytes()
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+def test_extreme_quantised_values_do_not_saturate(kind):
+    block = np.zeros(34 if kind == "Q8_0" else 18, np.uint8)
+    block[:2] = np.array([1.0], np.float16).view(np.uint8)
+    block[2:] = 0x80 if kind == "Q8_0" else 0x00  # the most negative weight: -128, -8
+    data = np.tile(block, 16 * 2)
+    x = np.ones((1, 64), np.float32)
+    weight = -128 if kind == "Q8_0" else -8
+    for sign in (1, -1):
+        got = on_every_isa(lambda k, s=sign: k.matmul(kind, data, 16, x * np.float32(s)))
+        np.testing.assert_allclose(got, sign * weight * 64, rtol=1e-6)
+
+
+def test_matmul_of_the_float_types_is_a_chain_of_fma():
+    """The contract of docs/numerics.md, with math done in exact rationals and rounded once per step."""
+    rng = np.random.default_rng(2)
+    w, x = normal(rng, 16, 40), normal(rng, 1, 40)
+    got = on_every_isa(lambda k: k.matmul("F32", w.view(np.uint8).reshape(-1), 16, x))
+    for row in range(16):
+        acc = np.float32(0)
+        for k in range(40):
+            exact = Fraction(float(w[row, k])) * Fraction(float(x[0, k])) + Fraction(float(acc))
+            acc = round_to_float32(exact)
+        assert got[0, row] == acc
+
+
+def round_to_float32(x):
+    """Nearest float32, ties to even, of a Fraction in the normal range."""
+    if x == 0:
+        return np.float32(0)
+    exponent = math.floor(math.log2(abs(x))) - 23
+    if abs(x) < Fraction(2) ** (exponent + 23):  # log2 was rounded up
+        exponent -= 1
+    return np.float32(math.ldexp(round(x / Fraction(2) ** exponent), exponent))
+
+
+# --- elementwise and norms ---------------------------------------------------------------------------------------
+
+
+def test_exp():
+    x = np.concatenate([np.linspace(-87, 88, 20001), [0, -0.0, -90, -1e30, -np.inf]]).astype(np.float32)
+    got = on_every_isa(lambda k: k.unary("exp", x))
+    inside = x > -87.3
+    exact = np.exp(x[inside].astype(np.float64))
+    assert np.abs(got[inside] / exact - 1).max() < 1.2e-7
+    assert not got[~inside].any()
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+def test_activations_against_float64(n):
+    rng = np.random.default_rng(n)
+    x, up = normal(rng, n) * 4, normal(rng, n)
+    z = x.astype(np.float64)
+    erf = np.vectorize(math.erf)
+    gelu = 0.5 * z * (1 + erf(z / math.sqrt(2)))
+    tanh = 0.5 * z * (1 + np.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+    silu = z / (1 + np.exp(-z))
+    bound = 2e-7 * (np.abs(z) + 1)
+    assert np.all(np.abs(on_every_isa(lambda k: k.unary("gelu", x)) - gelu) < bound)
+    assert np.all(np.abs(on_every_isa(lambda k: k.unary("gelu_tanh", x)) - tanh) < bound)
+    assert np.all(np.abs(on_every_isa(lambda k: k.silu_mul(x, up)) - silu * up) < bound * (np.abs(up) + 1))
+
+
+def test_activations_far_out():
+    x = np.array([-1e30, -200, -40, 40, 200, 1e30], np.float32)
+    for name in ("gelu", "gelu_tanh"):
+        got = on_every_isa(lambda k, n=name: k.unary(n, x))
+        np.testing.assert_allclose(got, np.maximum(x, 0), atol=1e-6)
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+@pytest.mark.parametrize("rms", [False, True])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_norm(n, rms, has_bias):
+    rng = np.random.default_rng(n)
+    x, weight, bias = normal(rng, n) + np.float32(3), normal(rng, n), normal(rng, n) if has_bias else None
+    got = on_every_isa(lambda k: k.norm(x, weight, bias, 1e-5, rms))
+    z = x.astype(np.float64)
+    centred = z if rms else z - z.mean()
+    expected = centred / np.sqrt((centred**2).mean() + 1e-5) * weight + (bias if has_bias else 0)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=4e-6 * max(1, np.abs(expected).max()))
+
+
+@pytest.mark.parametrize("dim", [2, 8, 32, 34, 64, 128])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rope(dim, interleaved):
+    rng = np.random.default_rng(dim)
+    x, angle = normal(rng, dim + 6), rng.uniform(0, 6, dim // 2)
+    cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+    got = on_every_isa(lambda k: k.rope(x, interleaved, cos, sin))
+    pairs = x[:dim].astype(np.float64)
+    z = pairs[0::2] + 1j * pairs[1::2] if interleaved else pairs[: dim // 2] + 1j * pairs[dim // 2 :]
+    z = z * (cos.astype(np.float64) + 1j * sin)
+    expected = x.astype(np.float64)
+    if interleaved:
+        expected[0:dim:2], expected[1:dim:2] = z.real, z.imag
+    else:
+        expected[: dim // 2], expected[dim // 2 : dim] = z.real, z.imag
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+    assert np.array_equal(got[dim:], x[dim:])
+
+
+# --- attention and softmax ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("d", [16, 20, 32, 64, 80, 128])
+@pytest.mark.parametrize("kv_type", ["f32", "f16"])
+@pytest.mark.parametrize(("tokens", "queries"), [(1, 1), (7, 7), (16, 1), (33, 20), (100, 1), (70, 70)])
+def test_attention(d, kv_type, tokens, queries):
+    rng = np.random.default_rng(d + tokens)
+    q, k, v = normal(rng, queries, d) * np.float32(d**-0.5), normal(rng, tokens, d), normal(rng, tokens, d)
+    got = on_every_isa(lambda table: table.attention(kv_type, q, k, v))
+    stored = np.float16 if kv_type == "f16" else np.float32
+    k64, v64 = k.astype(stored).astype(np.float64), v.astype(stored).astype(np.float64)
+    scores = q.astype(np.float64) @ k64.T
+    future = np.arange(tokens)[None, :] > (tokens - queries + np.arange(queries))[:, None]
+    scores[future] = -np.inf
+    weights = np.exp(scores - scores.max(1, keepdims=True))
+    expected = weights / weights.sum(1, keepdims=True) @ v64
+    np.testing.assert_allclose(got, expected, atol=2e-6)
+
+
+def test_attention_does_not_depend_on_the_chunk():
+    rng = np.random.default_rng(3)
+    q, k, v = normal(rng, 50, 32), normal(rng, 50, 32), normal(rng, 50, 32)
+    together = on_every_isa(lambda table: table.attention("f16", q, k, v))
+    for t in range(50):
+        alone = TABLES[-1].attention("f16", q[t : t + 1], k[: t + 1], v[: t + 1])
+        assert alone[0].tobytes() == together[t].tobytes()
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+def test_softmax_stats(n):
+    x = normal(np.random.default_rng(n), n) * 10
+    highest, total = on_every_isa(lambda k: k.softmax_stats(x))
+    assert highest == x.max()
+    assert total == pytest.approx(np.exp(x.astype(np.float64) - x.max()).sum(), rel=1e-6)

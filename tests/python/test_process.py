@@ -1,0 +1,160 @@
+"""What shows only in a process of its own: imports, silence, signals, threads at exit, fork."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+TIMEOUT = 300  # seconds: not a measurement, only the end of a test that would hang
+
+
+def python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+
+
+def test_import_loads_nothing_heavy():
+    result = python("import sys, fixmin_cpp; print(*sys.modules, sep='\\n')")
+    modules = set(result.stdout.split())
+    assert "fixmin_cpp.model" in modules
+    heavy = {"torch", "transformers", "tokenizers", "typer", "rich", "gguf", "safetensors", "matplotlib"}
+    assert not heavy & modules
+
+
+def test_nothing_is_printed(model_path):
+    code = """
+import sys, fixmin_cpp
+with fixmin_cpp.Model(sys.argv[1]) as model:
+    model.generate("the cat", max_new_tokens=5)
+    list(model.stream("the cat", max_new_tokens=5))
+    model.score("the cat")
+"""
+    result = python(code, model_path)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_threads_get_what_they_would_get_alone(model):
+    prompts = ["a", "the cat", "日本 é", "Question: Who?\nAnswer:"] * 4
+
+    def answer(i: int) -> tuple[list[int], str, float]:
+        arguments = {"max_new_tokens": 10, "temperature": 0.8, "seed": i}
+        if i % 3 == 0:
+            stream = model.stream(prompts[i], **arguments)
+            text = "".join(piece.text for piece in stream)
+            return stream.completion.token_ids, text, model.score(prompts[i] + "b").nll
+        completion = model.generate(prompts[i], **arguments)
+        return completion.token_ids, completion.text, model.score(prompts[i] + "b").nll
+
+    alone = [answer(i) for i in range(len(prompts))]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(answer, range(len(prompts))))
+    assert together == alone
+
+
+def test_other_threads_run_during_a_computation(long_model_path):
+    """The GIL is not held: this thread counts while the other one reads a long prompt."""
+    import fixmin_cpp
+
+    with fixmin_cpp.Model(long_model_path) as slow:
+        stream = slow.stream([1] * 90_000)
+        reader = threading.Thread(target=lambda: list(stream))
+        reader.start()
+        count = sum(1 for _ in range(100_000))
+        stream.close()
+        reader.join()
+        assert count == 100_000
+        assert stream.completion.finish_reason == "cancelled"
+
+
+INTERRUPTED = {
+    "generate": "model.generate('a', max_new_tokens=10**6, ignore_eos=True)",
+    "prompt": "model.generate([1] * 99_000)",
+    "stream": "for piece in model.stream('a', max_new_tokens=10**6, ignore_eos=True): pass",
+    "stream_prompt": "list(model.stream([1] * 99_000))",
+    "logits": "model.logits([1] * 99_000, last=True)",
+    "score": "model.score([1] * 99_000)",
+}
+
+
+@pytest.mark.parametrize("call", INTERRUPTED)
+def test_ctrl_c(call, long_model_path):
+    """SIGINT ends the call with KeyboardInterrupt, leaves no thread behind, and the model goes on working."""
+    code = f"""
+import sys, threading, fixmin_cpp
+model = fixmin_cpp.Model(sys.argv[1], n_threads=1)
+print("ready", flush=True)
+try:
+    {INTERRUPTED[call]}
+except KeyboardInterrupt:
+    pass
+else:
+    sys.exit("the call came to its end")
+for thread in threading.enumerate():
+    if thread.name == "fixmin-stream":
+        thread.join()
+print(threading.active_count(), len(model.generate("a", max_new_tokens=2, ignore_eos=True).token_ids))
+"""
+    command = [sys.executable, "-c", code, str(long_model_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        threading.Event().wait(0.3)  # into the call; an interrupt that comes too early fails the test below
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=TIMEOUT)
+    assert (process.returncode, output, errors) == (0, "1 2\n", "")
+
+
+def test_a_stream_left_open_does_not_keep_the_process(long_model_path):
+    code = """
+import sys, fixmin_cpp
+model = fixmin_cpp.Model(sys.argv[1])
+stream = model.stream("a", max_new_tokens=10**6, ignore_eos=True)
+print(next(stream).token_id)
+"""
+    result = python(code, long_model_path)
+    assert result.returncode == 0
+    assert result.stdout.strip().isdigit()
+    assert result.stderr == ""
+
+
+FORKED = """
+import os, sys, warnings, fixmin_cpp
+warnings.simplefilter("ignore")  # Python 3.12 warns of fork in a process with threads, which is what is tested
+model = fixmin_cpp.Model(sys.argv[1])
+expected = fixmin_cpp.generate(sys.argv[1], "the cat", max_new_tokens=5).token_ids
+assert model.generate("the cat", max_new_tokens=5).token_ids == expected
+stream = model.stream("the cat", max_new_tokens=50, ignore_eos=True) if sys.argv[2] == "streaming" else None
+if stream:
+    next(stream)
+    if sys.argv[3] == "finished":
+        list(stream)
+pid = os.fork()
+if pid == 0:
+    ok = model.generate("the cat", max_new_tokens=5).token_ids == expected
+    ok = ok and fixmin_cpp.generate(sys.argv[1], "the cat", max_new_tokens=5).token_ids == expected
+    ok = ok and [p.token_id for p in model.stream("the cat", max_new_tokens=5)] == expected
+    model.close()
+    os._exit(0 if ok else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, "the child"
+assert model.generate("the cat", max_new_tokens=5).token_ids == expected
+print("both")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.parametrize("state", [("idle", ""), ("streaming", "finished")], ids=" ".join)
+def test_a_forked_child_can_use_the_model(state, model_path):
+    result = python(FORKED, model_path, *state)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "both\n", "")
+
+
+def test_installed_package_has_its_types():
+    import fixmin_cpp
+
+    folder = Path(fixmin_cpp.__file__).parent
+    assert (folder / "py.typed").exists()
+    assert (folder / "_core.pyi").exists()

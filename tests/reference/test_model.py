@@ -1,0 +1,275 @@
+"""The reference model against the equations of DESIGN §2, written a second time here, and against itself."""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_allclose, assert_array_equal
+
+from fixmin_cpp.reference.configuration_fixmin import FixMinConfig
+from fixmin_cpp.reference.modeling_fixmin import TokenCode, lift, rope_tables, rotate
+
+OPTIONS = {
+    "as published": {},
+    "affine, interleaved lift": {"code_kind": "affine", "code_lift": "interleave"},
+    "table, wide code": {"code_kind": "table", "code_width": 12},
+    "learned": {"code_kind": "learned"},
+    "values": {"code_values": [-1.0, 1.0]},
+    "tile that does not divide": {"hidden_size": 60},
+    "rmsnorm": {"norm_type": "rmsnorm", "norm_eps": 1e-3},
+    "layernorm without bias": {"norm_bias": False},
+    "tanh gelu": {"activation": "gelu_tanh"},
+    "swiglu": {"activation": "swiglu", "intermediate_size": 50},
+    "interleaved rope": {"rope_style": "interleaved"},
+    "partial rope": {"rope_dim": 4, "rope_theta": 500.0},
+    "no rope": {"rope_dim": 0},
+    "grouped queries": {"num_attention_heads": 6, "num_key_value_heads": 2},
+    "biases everywhere": {"qkv_bias": True, "attn_out_bias": True},
+    "biases nowhere": {"mlp_bias": False, "lm_head_bias": False, "norm_bias": False},
+    "attention scale": {"attn_scale": 0.7},
+}
+
+
+def ids_of(length: int, vocab_size: int = 300, rows: int = 2) -> torch.Tensor:
+    return torch.randint(0, vocab_size, (rows, length), generator=torch.Generator().manual_seed(length))
+
+
+def equations(model, ids: np.ndarray) -> np.ndarray:
+    """Logits [T, V] of DESIGN §2 in float64 NumPy, one token and one head at a time."""
+    c, w = model.config, {name: tensor.double().numpy() for name, tensor in model.state_dict().items()}
+    d = c.hidden_size // c.num_attention_heads
+
+    def linear(x, name):
+        return x @ w[name + ".weight"].T + w.get(name + ".bias", 0.0)
+
+    def norm(x, name):
+        if c.norm_type == "layernorm":
+            x = x - x.mean(-1, keepdims=True)
+        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + c.norm_eps)
+        return x * w[name + ".weight"] + w.get(name + ".bias", 0.0)
+
+    def embed(t):
+        if c.code_kind == "learned":
+            return w["model.token_embd.weight"][t]
+        if c.code_kind == "table":
+            bits = w["model.code.table"][t].astype(int)
+        else:
+            bits = [t // 2**j % 2 for j in range(c.code_width)]
+        if c.code_kind == "affine":
+            matrix, shift = w["model.code.matrix"].astype(int), w["model.code.shift"].astype(int)
+            bits = [
+                (sum(a * b for a, b in zip(row, bits, strict=True)) + s) % 2
+                for row, s in zip(matrix, shift, strict=True)
+            ]
+        run = c.hidden_size // c.code_width
+        return np.array(
+            [c.code_values[bits[n % c.code_width if c.code_lift == "tile" else n // run]] for n in range(c.hidden_size)]
+        )
+
+    def rope(x, position):
+        y, half = x.copy(), c.rope_dim // 2
+        for i in range(half):
+            p, q = (i, i + half) if c.rope_style == "half" else (2 * i, 2 * i + 1)
+            angle = position * c.rope_theta ** (-2 * i / c.rope_dim)
+            y[p] = x[p] * math.cos(angle) - x[q] * math.sin(angle)
+            y[q] = x[q] * math.cos(angle) + x[p] * math.sin(angle)
+        return y
+
+    def activate(u):
+        if c.activation == "gelu_tanh":
+            return 0.5 * u * (1 + np.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
+        return 0.5 * u * (1 + np.vectorize(math.erf)(u / math.sqrt(2)))
+
+    x = np.stack([embed(int(t)) for t in ids])
+    for layer in range(c.num_hidden_layers):
+        name = f"model.layers.{layer}."
+        h = norm(x, name + "attn_norm")
+        q, k, v = (linear(h, name + "attn_" + part).reshape(len(ids), -1, d) for part in "qkv")
+        mixed = np.zeros((len(ids), c.num_attention_heads, d))
+        for head in range(c.num_attention_heads):
+            source = head // (c.num_attention_heads // c.num_key_value_heads)
+            for t in range(len(ids)):
+                keys = np.stack([rope(k[s, source], s) for s in range(t + 1)])
+                scores = keys @ rope(q[t, head], t) * (c.attn_scale or 1 / math.sqrt(d))
+                weights = np.exp(scores - scores.max())
+                mixed[t, head] = weights @ v[: t + 1, source] / weights.sum()
+        x = x + linear(mixed.reshape(len(ids), -1), name + "attn_output")
+        h = norm(x, name + "ffn_norm")
+        u = linear(h, name + "ffn_up")
+        if c.activation == "swiglu":
+            gate = linear(h, name + "ffn_gate")
+            x = x + linear(gate / (1 + np.exp(-gate)) * u, name + "ffn_down")
+        else:
+            x = x + linear(activate(u), name + "ffn_down")
+    return linear(norm(x, "model.output_norm"), "lm_head")
+
+
+def fill_code(model) -> None:
+    """Give an affine or table model a code that is not the identity."""
+    code, rng = getattr(model.model, "code", None), np.random.default_rng(5)
+    if model.config.code_kind == "affine":
+        width = model.config.code_width
+        lower = np.tril(rng.integers(0, 2, (width, width)), -1) + np.eye(width, dtype=int)
+        code.matrix.copy_(torch.from_numpy(lower[rng.permutation(width)]))
+        code.shift.copy_(torch.from_numpy(rng.integers(0, 2, width)))
+    elif model.config.code_kind == "table":
+        code.table.copy_(torch.from_numpy(rng.integers(0, 2, code.table.shape)))
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_logits_follow_the_equations(make_model, options, attention):
+    model = make_model(attn_implementation=attention, **options)
+    fill_code(model)
+    model = model.double()
+    ids = ids_of(7)
+    with torch.no_grad():
+        logits = model(ids).logits
+    assert logits.shape == (2, 7, 300)
+    for row in range(2):
+        assert_allclose(logits[row].numpy(), equations(model, ids[row].numpy()), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_every_option_changes_the_logits(make_model, options):
+    """Otherwise the comparison above would say nothing about the option."""
+    if not options:
+        pytest.skip("this is the base that the others are compared with")
+    base, model = make_model(), make_model(**options)
+    fill_code(model)
+    shared = {name: tensor for name, tensor in base.state_dict().items() if name in model.state_dict()}
+    shared = {name: tensor for name, tensor in shared.items() if tensor.shape == model.state_dict()[name].shape}
+    model.load_state_dict(shared, strict=False)
+    with torch.no_grad():
+        difference = (base(ids_of(9)).logits - model(ids_of(9)).logits).abs().max()
+    assert difference > 1e-4
+
+
+@pytest.mark.parametrize("width", [1, 2, 9, 12, 16, 20])
+def test_fixed_code_is_the_bits_of_the_id(width):
+    vocab_size = 2**width - (1 if width > 1 else 0)  # not a power of two where there is a choice
+    code = TokenCode(FixMinConfig(vocab_size=vocab_size, code_width=width))
+    ids = torch.arange(vocab_size) if width <= 16 else torch.randint(0, vocab_size, (5000,))
+    bits = code(ids)
+    assert not list(code.buffers())  # computed, not looked up
+    assert bits.shape == (len(ids), width)
+    assert_array_equal((bits.numpy() << np.arange(width)).sum(-1), ids.numpy())
+
+
+def test_default_code_width():
+    widths = {2: 1, 3: 2, 300: 9, 512: 9, 513: 10, 65536: 16}
+    assert {size: FixMinConfig(vocab_size=size).code_width for size in widths} == widths
+
+
+def test_table_made_from_an_affine_map_gives_the_same_logits(make_model):
+    affine = make_model(code_kind="affine")
+    fill_code(affine)
+    table = make_model(code_kind="table")
+    table.load_state_dict({n: t for n, t in affine.state_dict().items() if "code" not in n}, strict=False)
+    table.model.code.table.copy_(affine.model.code(torch.arange(300)))
+    with torch.no_grad():
+        assert torch.equal(affine(ids_of(9)).logits, table(ids_of(9)).logits)
+
+
+def test_identity_map_is_the_fixed_code():
+    config = {"vocab_size": 4096}
+    fixed, affine = TokenCode(FixMinConfig(**config)), TokenCode(FixMinConfig(code_kind="affine", **config))
+    ids = torch.arange(4096)
+    assert torch.equal(fixed(ids), affine(ids))
+
+
+def test_lift_tile_and_interleave():
+    code = torch.tensor([[1, 0, 0], [0, 1, 1]])
+    make = {"vocab_size": 8, "num_attention_heads": 1, "rope_dim": 0, "code_values": [-0.5, 2.0]}
+    tile = lift(code, FixMinConfig(hidden_size=7, **make), torch.float32)
+    interleave = lift(code, FixMinConfig(hidden_size=6, code_lift="interleave", **make), torch.float32)
+    on, off = 2.0, -0.5
+    assert_array_equal(tile.numpy(), [[on, off, off, on, off, off, on], [off, on, on, off, on, on, off]])
+    assert_array_equal(interleave.numpy(), [[on, on, off, off, off, off], [off, off, on, on, on, on]])
+
+
+@pytest.mark.parametrize("style", ["half", "interleaved"])
+def test_rotated_products_depend_on_the_distance_only(style):
+    config = FixMinConfig(hidden_size=32, num_attention_heads=2, rope_style=style, rope_dim=12)
+    q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+    def product(a: int, b: int) -> float:
+        at = [rope_tables(torch.tensor([[position]]), config) for position in (a, b)]
+        return float((rotate(q, *at[0], config) * rotate(k, *at[1], config)).sum())
+
+    assert product(9, 4) == pytest.approx(product(105, 100), abs=1e-9)
+    assert product(9, 4) != pytest.approx(product(9, 5), abs=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_key_value_heads": 1, "rope_style": "interleaved", "rope_dim": 6}])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("chunks", [[1] * 11, [4, 7], [3, 1, 7]])
+def test_cache_gives_the_logits_of_the_whole_sequence(make_model, options, attention, chunks):
+    model = make_model(attn_implementation=attention, **options)
+    ids = ids_of(11)
+    cache, parts, start = None, [], 0
+    with torch.no_grad():
+        whole = model(ids, use_cache=False)
+        for length in chunks:
+            out = model(ids[:, start : start + length], past_key_values=cache, use_cache=True)
+            cache, start = out.past_key_values, start + length
+            parts.append(out.logits)
+    assert whole.past_key_values is None
+    assert cache.get_seq_length() == 11
+    assert_allclose(torch.cat(parts, 1).numpy(), whole.logits.numpy(), rtol=0, atol=2e-5)
+
+
+def test_left_padding_does_not_change_the_sequence(make_model):
+    model, ids = make_model(), ids_of(6, rows=1)
+    padded = torch.cat((torch.full((1, 3), 7), ids), 1)
+    mask = torch.tensor([[0] * 3 + [1] * 6])
+    with torch.no_grad():
+        plain = model(ids).logits
+        out = model(padded, attention_mask=mask, position_ids=torch.tensor([[0] * 3 + [*range(6)]]))
+    assert torch.isfinite(out.logits).all()
+    assert_allclose(out.logits[:, 3:].numpy(), plain.numpy(), rtol=0, atol=2e-5)
+
+
+def test_outputs(make_model):
+    model, ids = make_model(), ids_of(8)
+    with torch.no_grad():
+        out = model(ids, labels=ids, output_hidden_states=True, use_cache=False)
+        last = model(ids, logits_to_keep=1).logits
+        as_tuple = model(ids, return_dict=False, use_cache=False)
+    states = out.hidden_states
+    assert len(states) == 3
+    assert {state.shape for state in states} == {(2, 8, 36)}
+    assert torch.equal(states[0], model.model.embed(ids))
+    assert not any(torch.equal(a, b) for a, b in pairwise(states))
+    assert torch.equal(model.lm_head(states[-1]), out.logits)
+    log_p = torch.log_softmax(out.logits[:, :-1], -1).gather(-1, ids[:, 1:, None])
+    assert out.loss.item() == pytest.approx(-log_p.mean().item(), rel=1e-5)
+    assert_allclose(last.numpy(), out.logits[:, -1:].numpy(), rtol=0, atol=1e-5)
+    assert isinstance(as_tuple, tuple)
+    assert torch.equal(as_tuple[0], out.logits)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"norm_type": "batchnorm"},
+        {"activation": "relu"},
+        {"rope_style": "full"},
+        {"code_kind": "none"},
+        {"code_lift": "repeat"},
+        {"hidden_size": 100, "num_attention_heads": 3},
+        {"num_attention_heads": 32, "num_key_value_heads": 5},
+        {"rope_dim": 7},
+        {"rope_dim": 34},
+        {"code_values": [1.0]},
+        {"vocab_size": 300, "code_width": 8},
+        {"hidden_size": 1000, "num_attention_heads": 10, "code_lift": "interleave"},
+        {"tie_word_embeddings": True},
+    ],
+    ids=str,
+)
+def test_impossible_configurations_are_refused(options):
+    with pytest.raises(ValueError, match=r"\w+"):
+        FixMinConfig(**options)
