@@ -15,6 +15,7 @@ the links that need it fall away and `against` says so: the certificate then cov
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -32,6 +33,7 @@ from numpy.typing import NDArray
 from .. import _core
 from .quantize import BY_GGML_TYPE, OUT_TYPES
 from .readback import StoredModel, read_gguf
+from .resolve import OVERRIDES, resolve
 from .spec import ModelSpec, Resolved, TensorRecipe
 
 OWN_CODE = "the checkpoint's own code"
@@ -46,9 +48,6 @@ CONVENTIONS_TOLERANCE = 1e-4
 # see it then differ by up to the rounding itself (measured: 6e-3), which is what the limit of the worst one allows for.
 ENGINE_TOLERANCE = 1e-4
 ENGINE_WORST_TOLERANCE_8BIT = 0.1
-
-# Options of a conversion that `verify` takes from the file: names of conventions. See `verify` for those it does not.
-SAFE_OPTIONS = ("lift", "bit_order")
 
 _SEED = 20260509
 _LENGTHS = (1, 2, 3, 4, 5, 6, 7, 8, 17, 33, 129)
@@ -133,9 +132,8 @@ class Certificate:
         return [
             *checks,
             Check("weights", self.weight_error, 1.0, f"of the rounding of the type, worst of {self.weights:,} weights"),
-            Check(
-                "engine", self.engine_error, self.engine_tolerance, "relative error of the worst block, same weights"
-            ),
+            Check("engine", self.engine_error, ENGINE_TOLERANCE, "relative error of a block, same weights, median"),
+            Check("engine, worst", self.engine_worst_error, self.engine_worst_tolerance, "block and position"),
             Check("logits", self.logit_error, self.logit_tolerance, f"relative error against {self.against}"),
             Check("max difference", self.max_logit_difference, None, f"of a logit, {self.tokens} positions"),
             Check("KL divergence", self.kl_divergence, None, "mean, nats"),
@@ -249,21 +247,22 @@ def verify(
     gguf_path: str | os.PathLike[str],
     checkpoint_dir: str | os.PathLike[str],
     *,
+    overrides: Mapping[str, Any] | None = None,
     open_runner: OpenRunner = open_engine,
     progress: Callable[[str], None] = lambda step: None,
     **options: Any,
 ) -> Certificate:
     """Certify a file anew, against the checkpoint it says it came from.
 
-    options: for `resolve`, as in the conversion. Those that the file remembers need not be repeated, except for files
-    and for trust_remote_code: a file must not decide which code is run or which files are read.
+    overrides and options: for `resolve`, as in the conversion. What was stated there as a plain value need not be
+    repeated, the file remembers it; files and trust_remote_code must be: a GGUF file has no say in which code is run
+    and which files are read.
 
     Raises GGUFError for a file that cannot be read, CheckpointError for a checkpoint that cannot.
     """
-    from .resolve import resolve
-
     stored = read_gguf(gguf_path)
-    with resolve(Path(checkpoint_dir), **{**remembered_options(stored.metadata), **options}) as resolved:
+    overrides = {**remembered_overrides(stored.metadata), **(overrides or {})}
+    with resolve(checkpoint_dir, overrides=overrides, log=progress, **options) as resolved:
         progress("hashing the weights")
         sha256, expected = resolved.spec.weights_sha256(), stored.metadata.get("fixmin.convert.sha256")
         certificate = certify(gguf_path, resolved, open_runner, progress)
@@ -273,13 +272,14 @@ def verify(
     return certificate
 
 
-def remembered_options(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of the conversion that `writer.Provenance` stored and that are safe to follow; {} if unreadable."""
+def remembered_overrides(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What was stated in the conversion, as the writer stored it: names and plain values. {} if it is unreadable."""
     try:
-        options = json.loads(metadata.get("fixmin.convert.options", "{}"))
+        stated = json.loads(metadata.get("fixmin.convert.overrides", "{}"))
     except (TypeError, ValueError):
         return {}
-    return {k: v for k, v in options.items() if k in SAFE_OPTIONS} if isinstance(options, dict) else {}
+    plain = isinstance(stated, dict) and all(name in OVERRIDES and name != "affine" for name in stated)
+    return stated if plain else {}
 
 
 # --- the links --------------------------------------------------------------------------------------------------
@@ -405,7 +405,8 @@ def _worst_error(ours: Sequence[NDArray[np.float32]], truth: Sequence[NDArray[np
     for a, b in zip(ours, truth, strict=True):
         if a.shape != b.shape:
             return math.inf
-        worst = _max(worst, float(np.linalg.norm(a - b) / np.linalg.norm(b)))
+        difference, norm = float(np.linalg.norm(a - b)), float(np.linalg.norm(b))
+        worst = _max(worst, difference / norm if norm > 0 else math.inf if difference else 0.0)
     return worst
 
 
@@ -461,3 +462,26 @@ def _same_float32(a: Any, b: Any) -> bool:
     if isinstance(a, (float, tuple)) and isinstance(b, (int, float, tuple)):
         return np.array_equal(np.asarray(a, dtype=np.float32), np.asarray(b, dtype=np.float32))
     return False
+
+
+# --- command line -----------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`fixmin verify`: certify a file again. Returns 0 if it passes, 1 if it does not; other errors are raised."""
+    from rich.console import Console
+
+    from .convert import ConsoleReporter, add_resolve_options, resolve_options
+
+    parser = argparse.ArgumentParser(
+        prog="fixmin verify", description="Prove again that a GGUF file computes the function of its checkpoint."
+    )
+    parser.add_argument("gguf", type=Path, help="the file to verify")
+    add_resolve_options(parser)
+    args = parser.parse_args(argv)
+    reporter = ConsoleReporter(Console(highlight=False))
+    certificate = verify(args.gguf, args.checkpoint_dir, progress=reporter.line, **resolve_options(args))
+    for line in certificate.lines():
+        reporter.line(line)
+    reporter.line(f"{args.gguf}: {'certified' if certificate.passed else 'NOT certified'}")
+    return 0 if certificate.passed else 1

@@ -3,17 +3,21 @@
     report = convert("checkpoint/", "model.gguf", "q8_0", trust_remote_code=True)
     print(report.certificate.passed)
 
-`main` and `verify_main` define the options once, for `convert/hf_to_gguf.py`, `fixmin convert` and `fixmin verify`.
+`main` is `fixmin convert` and `convert/hf_to_gguf.py`; `add_resolve_options` are the options it shares with `verify`.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
+import signal
+import sys
+import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +31,7 @@ from ..errors import CheckpointError
 from ..inspect import printable
 from .certify import Certificate, OpenRunner, certify, open_engine, pending
 from .quantize import OUT_TYPES
-from .resolve import resolve
+from .resolve import OVERRIDES, resolve
 from .spec import Resolved
 from .writer import AtomicFile, Layout, Progress, Provenance
 
@@ -104,13 +108,14 @@ class ConsoleReporter(Reporter):
 
 def convert(
     checkpoint_dir: str | os.PathLike[str],
-    out: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
     outtype: str = "q8_0",
     *,
     keep_uncertified: bool = False,
     n_threads: int = 0,
     open_runner: OpenRunner = open_engine,
     reporter: Reporter | None = None,
+    overrides: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> ConversionReport:
     """Convert a Hugging Face checkpoint to a GGUF file and certify it.
@@ -120,13 +125,14 @@ def convert(
 
     Args:
         checkpoint_dir: config.json, weights (safetensors or pytorch_model.bin), tokenizer.json, modeling code.
-        out: the file to write.
+        out: the file to write, or the folder for it; None: in the checkpoint's folder. Its name is then made from the
+            folder's and the type.
         outtype: a key of `quantize.OUT_TYPES`.
-        keep_uncertified: keep a file that fails certification as OUT.uncertified.
+        keep_uncertified: keep a file that fails certification, as OUT.uncertified.
         n_threads: threads that quantise, 0 for all CPUs of this process.
         open_runner: opens the file for certification; the native engine by default.
         reporter: what to tell on the way.
-        options: passed to `resolve`: trust_remote_code and what the checkpoint leaves open.
+        overrides, options: for `resolve`: what the user states, trust_remote_code, map_file, calibrate.
 
     Raises:
         CheckpointError: the checkpoint cannot be read or resolved, or `out` is one of its files.
@@ -134,14 +140,13 @@ def convert(
         OSError: the disk is full, the folder not writable.
     """
     reporter = reporter or Reporter()
-    checkpoint_dir, out = Path(checkpoint_dir), Path(out)
+    checkpoint_dir = Path(checkpoint_dir)
     if outtype not in OUT_TYPES:
         raise CheckpointError(f"outtype {outtype!r} is not one of {', '.join(OUT_TYPES)}")
-    _refuse_inputs(out, checkpoint_dir)
-    with AtomicFile(out) as file, resolve(checkpoint_dir, **options) as resolved:
-        for line in resolved.report:
-            reporter.line(line)
-        layout = Layout.plan(resolved.spec, outtype, _provenance(checkpoint_dir, resolved, outtype, options, reporter))
+    out = _output_path(None if out is None else Path(out), checkpoint_dir, outtype)
+    stated = {name: value for name, value in (overrides or {}).items() if value is not None}
+    with AtomicFile(out) as file, resolve(checkpoint_dir, overrides=stated, log=reporter.line, **options) as resolved:
+        layout = Layout.plan(resolved.spec, outtype, _provenance(checkpoint_dir, resolved, outtype, stated, reporter))
         notes = tuple(f"{t.name} is stored as {t.type.name}: {t.note}" for t in layout.tensors if t.note)
         for note in notes:
             reporter.line(note)
@@ -156,8 +161,8 @@ def convert(
             if keep_uncertified:
                 target = file.target.with_name(file.target.name + UNCERTIFIED_SUFFIX)
                 file.commit(target)
-                kept = f"; the file is kept as {target}"
-            raise CertificationError(f"{out}: certification failed, nothing was written there{kept}", certificate)
+                kept = f" (kept as {target})"
+            raise CertificationError(f"{out}: certification failed; no file was written{kept}", certificate)
         file.commit()
         return ConversionReport(
             path=out,
@@ -172,26 +177,166 @@ def convert(
         )
 
 
-def _refuse_inputs(out: Path, checkpoint_dir: Path) -> None:
-    """Raise CheckpointError if `out` would replace a file that the conversion reads."""
-    if out.exists() and checkpoint_dir.is_dir() and out.suffix != ".gguf":
+def _output_path(out: Path | None, checkpoint_dir: Path, outtype: str) -> Path:
+    """The file to write. Raises CheckpointError if it is one that the conversion reads, or has no folder."""
+    if not checkpoint_dir.is_dir():
+        raise CheckpointError(f"{checkpoint_dir}: there is no such checkpoint directory")
+    folder = checkpoint_dir if out is None else out
+    if folder.is_dir():
+        out = folder / f"{checkpoint_dir.resolve().name}-{outtype.upper()}.gguf"
+    assert out is not None
+    if not out.parent.is_dir():
+        raise CheckpointError(f"{out.parent}: there is no such folder to write {out.name} to")
+    if out.exists() and not out.name.endswith((".gguf", UNCERTIFIED_SUFFIX)):
         for path in checkpoint_dir.iterdir():
             if path.is_file() and path.samefile(out):
                 raise CheckpointError(f"{out}: is part of the checkpoint; choose another output file")
-    if not out.parent.is_dir():
-        raise CheckpointError(f"{out.parent}: there is no such folder to write {out.name} to")
+    return out
 
 
 def _provenance(
-    checkpoint_dir: Path, resolved: Resolved, outtype: str, options: Mapping[str, Any], reporter: Reporter
+    checkpoint_dir: Path, resolved: Resolved, outtype: str, stated: Mapping[str, Any], reporter: Reporter
 ) -> Provenance:
     reporter.step("hashing the weights")
-    spec = resolved.spec
+    plain = {name: value for name, value in stated.items() if isinstance(value, (str, int, float, bool, list, tuple))}
+    plain.pop("affine", None)  # names of files, or arrays
     return Provenance(
         tool=f"fixmin-cpp {_core.__version__}",
         source=checkpoint_dir.resolve().name,
-        sha256=spec.weights_sha256(),
-        conventions=tuple(f"{name} = {value}: {origin}" for name, (value, origin) in spec.conventions.items()),
-        options=json.dumps(options, default=str, sort_keys=True),
+        sha256=resolved.spec.weights_sha256(),
+        conventions=[_convention(name, *found) for name, found in resolved.spec.conventions.items()],
+        overrides=json.dumps(plain, sort_keys=True),
         against=pending(resolved, outtype).against,
     )
+
+
+def _convention(name: str, value: Any, origin: str) -> str:
+    return f"{name} = {f'{value:.9g}' if isinstance(value, float) else value} ({origin})"
+
+
+# --- command line -----------------------------------------------------------------------------------------------
+
+# How the values of `OVERRIDES` are given; those that are not here are strings.
+_OVERRIDE_ARGUMENTS: dict[str, dict[str, Any]] = {
+    "lift": {"choices": ("tile", "interleave")},
+    "bit_order": {"choices": ("lsb", "msb")},
+    "affine": {"nargs": 2, "metavar": ("A.npy", "B.npy")},
+    "affine_orientation": {"choices": ("Ac", "cA")},
+    "values": {"nargs": 2, "type": float, "metavar": ("V0", "V1")},
+    "norm": {"choices": ("layernorm", "rmsnorm")},
+    "norm_eps": {"type": float},
+    "activation": {"choices": ("gelu", "gelu_tanh", "swiglu")},
+    "rope_style": {"choices": ("half", "interleaved")},
+    "rope_base": {"type": float},
+    "rope_dim": {"type": int},
+    "n_head": {"type": int},
+    "n_head_kv": {"type": int},
+    "attention_scale": {"type": float},
+    "gate_up_order": {"choices": ("gate_up", "up_gate")},
+    "transposed": {"action": argparse.BooleanOptionalAction},
+    "context_length": {"type": int},
+}
+
+
+def add_resolve_options(parser: argparse.ArgumentParser) -> None:
+    """The checkpoint directory and everything that tells `resolve` how to read it."""
+    parser.add_argument("checkpoint_dir", type=Path, help="folder with config.json, weights and modeling code")
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the Python code that comes with the checkpoint, to see what it computes (off: it could do anything)",
+    )
+    parser.add_argument("--map", dest="map_file", type=Path, metavar="FILE", help="which tensor is which: a JSON file")
+    parser.add_argument("--calibrate", type=Path, metavar="FILE", help="text that decides what the files leave open")
+    group = parser.add_argument_group("what the checkpoint does not say")
+    for name, what in OVERRIDES.items():
+        arguments = {"default": None, "help": what.replace("%", "%%"), **_OVERRIDE_ARGUMENTS.get(name, {})}
+        group.add_argument(f"--{name.replace('_', '-')}", **arguments)
+
+
+def resolve_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments for `resolve` from the options of `add_resolve_options`."""
+    overrides = {name: getattr(args, name) for name in OVERRIDES if getattr(args, name) is not None}
+    for name, value in overrides.items():
+        if isinstance(value, list):
+            overrides[name] = tuple(value)
+    return {
+        "trust_remote_code": args.trust_remote_code,
+        "map_file": args.map_file,
+        "calibrate": args.calibrate,
+        "overrides": overrides,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Convert as the command line says. Returns the exit code: 0, or 1 if the result could not be certified.
+
+    Other errors are raised; argparse ends the process for wrong usage (2) and --help (0).
+    """
+    parser = argparse.ArgumentParser(
+        prog="fixmin convert",
+        description="Convert a Hugging Face checkpoint to GGUF and prove that the file computes the same function.",
+    )
+    add_resolve_options(parser)
+    parser.add_argument(
+        "-o",
+        "--out",
+        "--outfile",
+        type=Path,
+        help="file to write (replaced if it exists) or its folder; default: NAME-OUTTYPE.gguf in the checkpoint folder",
+    )
+    parser.add_argument(
+        "--outtype", choices=tuple(OUT_TYPES), default="q8_0", help="type of the matrices (%(default)s)"
+    )
+    parser.add_argument("-t", "--threads", type=int, default=0, help="threads that quantise; default: all CPUs")
+    parser.add_argument(
+        "--keep-uncertified", action="store_true", help=f"keep a file that fails as OUT{UNCERTIFIED_SUFFIX}"
+    )
+    args = parser.parse_args(argv)
+    if args.threads < 0:
+        parser.error("--threads must not be negative")
+    reporter = ConsoleReporter(Console(highlight=False))
+    try:
+        with _terminate_cleanly():
+            report = convert(
+                args.checkpoint_dir,
+                args.out,
+                args.outtype,
+                keep_uncertified=args.keep_uncertified,
+                n_threads=args.threads,
+                reporter=reporter,
+                **resolve_options(args),
+            )
+    except CertificationError as error:
+        for line in error.certificate.lines():
+            reporter.line(line)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+        return 1
+    for line in report.certificate.lines():
+        reporter.line(line)
+    types = ", ".join(f"{count} {name}" for name, count in report.types.items())
+    speed = report.n_weights / max(report.quantise_s, 1e-9) / 1e6
+    reporter.line(f"{report.n_weights:,} weights in {report.quantise_s:.1f} s ({speed:,.0f} million per second)")
+    reporter.line(f"wrote {report.path} ({report.n_bytes:,} bytes; tensors: {types})")
+    return 0
+
+
+@contextlib.contextmanager
+def _terminate_cleanly() -> Iterator[None]:
+    """SIGTERM as an exception, so that the temporary file is removed. Only the main thread may set handlers."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

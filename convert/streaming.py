@@ -89,11 +89,16 @@ def step_errors(
         before, after = torch.from_numpy(states[layer]), torch.from_numpy(states[layer + 1])
         expected = _run(_block(spec, config, layer, rounded), before[None], config)[0]
         added, least = (expected - before).norm(dim=-1), _LEAST_ADDED * after.norm(dim=-1)
-        errors.append(((after - expected).norm(dim=-1) / torch.maximum(added, least)).numpy())
+        errors.append(_ratio((after - expected).norm(dim=-1), torch.maximum(added, least)))
     hidden = _output_norm(spec, config)(torch.from_numpy(states[-1]))
-    expected_logits = _project(spec, [round_activations(hidden) if "output.weight" in rounded else hidden])[0]
-    difference = np.linalg.norm(logits - expected_logits, axis=-1)
-    return [*errors, difference / np.linalg.norm(expected_logits, axis=-1)]
+    hidden = round_activations(hidden) if "output.weight" in rounded else hidden
+    expected = torch.from_numpy(_project(spec, [hidden])[0])
+    return [*errors, _ratio((torch.from_numpy(logits) - expected).norm(dim=-1), expected.norm(dim=-1))]
+
+
+def _ratio(difference: Tensor, size: Tensor) -> NDArray[np.float32]:
+    """difference / size, and 0 where nothing differs, even of nothing."""
+    return torch.where(difference == 0, 0.0, difference / size).numpy()
 
 
 def round_activations(x: Tensor) -> Tensor:

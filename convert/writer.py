@@ -167,15 +167,15 @@ def _fixed_size(values: Mapping[str, bool | int | float]) -> dict[str, Value]:
 class Provenance:
     """Where a file comes from; everything here is known before its tensors are written.
 
-    `against`: what the certificate compares with, in words. `options`: what the conversion was told, as JSON, so that
-    `fixmin verify` resolves the checkpoint in the same way.
+    `against`: what the certificate compares with, in words. `overrides`: the plain values that the user stated, as
+    JSON, so that `fixmin verify` resolves the checkpoint in the same way.
     """
 
     tool: str
     source: str
     sha256: str
     conventions: Sequence[str]
-    options: str
+    overrides: str
     against: str
 
 
@@ -220,7 +220,7 @@ def provenance_metadata(provenance: Provenance) -> dict[str, Value]:
         "fixmin.convert.source": _text(provenance.source),
         "fixmin.convert.sha256": _text(provenance.sha256),
         "fixmin.convert.conventions": _texts(provenance.conventions),
-        "fixmin.convert.options": _text(provenance.options),
+        "fixmin.convert.overrides": _text(provenance.overrides),
         f"{CERTIFICATE_PREFIX}against": _text(provenance.against),
     }
 

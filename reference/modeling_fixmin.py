@@ -91,8 +91,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Te
 def causal_mask(positions: int, past: int, padding: Tensor | None, like: Tensor) -> Tensor:
     """0 where a query may look and the most negative number elsewhere: [B or 1, 1, T, S] in the type of `like`.
 
-    Query i of this call is token past + i. It sees the tokens 0..past + i, but for those that `padding` ([B, S], 0 for a
-    padding token) hides.
+    Query i of this call is token past + i. It sees the tokens 0..past + i, but for those that `padding` ([B, S], 0 for
+    a padding token) hides.
     """
     seen = torch.ones(positions, past + positions, dtype=torch.bool, device=like.device).tril(past)[None, None]
     if padding is not None:

@@ -35,8 +35,8 @@ template <typename T>
 CArray<T> checked(const py::array& array, const char* name, py::ssize_t n_dims) {
     const py::dtype expected = py::dtype::of<T>();
     if (!array.dtype().equal(expected)) {
-        throw ArgumentError(std::string(name) + " must have dtype " + std::string(py::str(expected)) +
-                            ", got " + std::string(py::str(array.dtype())));
+        throw ArgumentError(std::string(name) + " must have dtype " + std::string(py::str(expected)) + ", got " +
+                            std::string(py::str(array.dtype())));
     }
     if (array.ndim() != n_dims) {
         throw ArgumentError(std::string(name) + " must have " + std::to_string(n_dims) + " dimension" +
@@ -87,8 +87,8 @@ CodeMap make_affine(int64_t vocab_size, const py::array& matrix, const py::array
         throw ArgumentError("matrix must be square, got shape (" + std::to_string(a.shape(0)) + ", " +
                             std::to_string(a.shape(1)) + ")");
     }
-    return CodeMap::affine(checked_u32(vocab_size, "vocab_size"), checked_u32(a.shape(0), "matrix rows"),
-                           as_span(a), as_span(b));
+    return CodeMap::affine(checked_u32(vocab_size, "vocab_size"), checked_u32(a.shape(0), "matrix rows"), as_span(a),
+                           as_span(b));
 }
 
 CodeMap make_table(const py::array& rows) {
@@ -128,9 +128,8 @@ std::optional<uint32_t> id_of(const CodeMap& map, const py::array& code) {
 py::array_t<float> lift_codes(const py::array& code_bits, int64_t embedding_length, const std::string& kind,
                               std::pair<float, float> values) {
     const auto bits = checked<uint8_t>(code_bits, "codes", 2);
-    const Lift lift =
-        Lift::make(codes::parse_lift_kind(kind), checked_u32(bits.shape(1), "code width"),
-                   checked_u32(embedding_length, "embedding_length"), values.first, values.second);
+    const Lift lift = Lift::make(codes::parse_lift_kind(kind), checked_u32(bits.shape(1), "code width"),
+                                 checked_u32(embedding_length, "embedding_length"), values.first, values.second);
     const std::vector<uint32_t> words = pack_rows(bits);
     py::array_t<float> x({words.size(), size_t{lift.embedding_length}});
     float* out = x.mutable_data();
@@ -149,20 +148,17 @@ CArray<float> optional_vector(const std::optional<py::array>& array, const char*
 }
 
 std::unique_ptr<FoldBuilder> make_builder(int64_t rows, const py::array& norm_weight,
-                                          const std::optional<py::array>& norm_bias, float eps, bool rms,
-                                          int64_t width, const std::string& kind,
-                                          std::pair<float, float> values) {
+                                          const std::optional<py::array>& norm_bias, float eps, bool rms, int64_t width,
+                                          const std::string& kind, std::pair<float, float> values) {
     const auto gamma = checked<float>(norm_weight, "norm_weight", 1);
     const auto beta = optional_vector(norm_bias, "norm_bias");
-    const Lift lift =
-        Lift::make(codes::parse_lift_kind(kind), checked_u32(width, "width"),
-                   checked_u32(gamma.size(), "norm_weight length"), values.first, values.second);
+    const Lift lift = Lift::make(codes::parse_lift_kind(kind), checked_u32(width, "width"),
+                                 checked_u32(gamma.size(), "norm_weight length"), values.first, values.second);
     const codes::FoldNorm norm{as_span(gamma), as_span(beta), eps, rms};
     return std::make_unique<FoldBuilder>(checked_u32(rows, "rows"), norm, lift);
 }
 
-void add_rows(FoldBuilder& builder, int64_t row_begin, const py::array& weight,
-              const std::optional<py::array>& bias) {
+void add_rows(FoldBuilder& builder, int64_t row_begin, const py::array& weight, const std::optional<py::array>& bias) {
     const auto w = checked<float>(weight, "weight", 2);
     const auto b = optional_vector(bias, "bias");
     check_columns("weight", w.shape(1), builder.embedding_length());
@@ -175,9 +171,8 @@ void add_rows(FoldBuilder& builder, int64_t row_begin, const py::array& weight,
 }
 
 std::unique_ptr<FoldedProjection> make_fold(const py::array& weight, const std::optional<py::array>& bias,
-                                            const py::array& norm_weight,
-                                            const std::optional<py::array>& norm_bias, float eps, bool rms,
-                                            int64_t width, const std::string& kind,
+                                            const py::array& norm_weight, const std::optional<py::array>& norm_bias,
+                                            float eps, bool rms, int64_t width, const std::string& kind,
                                             std::pair<float, float> values) {
     const auto w = checked<float>(weight, "weight", 2);
     const auto gamma = checked<float>(norm_weight, "norm_weight", 1);
@@ -232,25 +227,22 @@ void bind_codes(py::module_& m) {
         .def("codes", &codes_of, py::arg("ids"))
         .def("id_of", &id_of, py::arg("code"));
 
-    m.def("lift_codes", &lift_codes, py::arg("codes"), py::arg("embedding_length"), py::arg("lift"),
-          py::arg("values"));
+    m.def("lift_codes", &lift_codes, py::arg("codes"), py::arg("embedding_length"), py::arg("lift"), py::arg("values"));
 
     py::class_<FoldedProjection>(m, "FoldedProjection", "norm1 and a projection of layer 0 as K + 2 columns.")
         .def(py::init(&make_fold), py::arg("weight"), py::arg("bias").none(true), py::arg("norm_weight"),
-             py::arg("norm_bias").none(true), py::arg("eps"), py::arg("rms"), py::arg("width"),
-             py::arg("lift"), py::arg("values"))
+             py::arg("norm_bias").none(true), py::arg("eps"), py::arg("rms"), py::arg("width"), py::arg("lift"),
+             py::arg("values"))
         .def("apply", &apply_fold, py::arg("codes"))
         .def("scales", &fold_scales, py::arg("codes"))
-        .def_property_readonly(
-            "columns", [](const FoldedProjection& f) { return copied(f.columns(), {f.width(), f.rows()}); })
+        .def_property_readonly("columns",
+                               [](const FoldedProjection& f) { return copied(f.columns(), {f.width(), f.rows()}); })
         .def_property_readonly("sum", [](const FoldedProjection& f) { return copied(f.sum(), {f.rows()}); })
-        .def_property_readonly("constant",
-                               [](const FoldedProjection& f) { return copied(f.constant(), {f.rows()}); });
+        .def_property_readonly("constant", [](const FoldedProjection& f) { return copied(f.constant(), {f.rows()}); });
 
     py::class_<FoldBuilder>(m, "FoldBuilder", "A FoldedProjection from blocks of rows.")
-        .def(py::init(&make_builder), py::arg("rows"), py::arg("norm_weight"),
-             py::arg("norm_bias").none(true), py::arg("eps"), py::arg("rms"), py::arg("width"),
-             py::arg("lift"), py::arg("values"))
+        .def(py::init(&make_builder), py::arg("rows"), py::arg("norm_weight"), py::arg("norm_bias").none(true),
+             py::arg("eps"), py::arg("rms"), py::arg("width"), py::arg("lift"), py::arg("values"))
         .def("add_rows", &add_rows, py::arg("row_begin"), py::arg("weight"), py::arg("bias").none(true))
         .def("finish", &FoldBuilder::finish);
 }

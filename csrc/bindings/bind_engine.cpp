@@ -278,7 +278,8 @@ void bind_engine(py::module_& m) {
         .def_readonly("prefill_s", &GenerationResult::prefill_s)
         .def_readonly("decode_s", &GenerationResult::decode_s);
 
-    py::class_<CancelToken>(m, "CancelToken", "Ends the generation it was given to at the next layer; use from any thread.")
+    py::class_<CancelToken>(m, "CancelToken",
+                            "Ends the generation it was given to at the next layer; use from any thread.")
         .def(py::init<>())
         .def("cancel", &CancelToken::cancel)
         .def_property_readonly("cancelled", &CancelToken::cancelled);
@@ -288,7 +289,8 @@ void bind_engine(py::module_& m) {
                          uint32_t n_batch, const std::optional<std::string>& isa, const py::object& progress) {
                  if (n_batch == 0) throw ArgumentError("n_batch must be at least 1");
                  if (n_threads > 1024) throw ArgumentError("n_threads must be at most 1024");
-                 return EngineHandle(path, {n_threads, n_ctx, n_batch, parse_kv_type(kv_type), isa.value_or("")}, progress);
+                 return EngineHandle(path, {n_threads, n_ctx, n_batch, parse_kv_type(kv_type), isa.value_or("")},
+                                     progress);
              }),
              py::arg("path"), py::kw_only(), py::arg("n_threads") = 0, py::arg("n_ctx") = 0, py::arg("kv_type") = "f16",
              py::arg("n_batch") = 512, py::arg("isa") = py::none(), py::arg("progress") = py::none())

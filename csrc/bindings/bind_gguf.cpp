@@ -69,42 +69,28 @@ py::array copy_array(const gguf::ArrayView& view) {
 py::object to_python(const gguf::ArrayView& view) {
     using gguf::ValueType;
     switch (view.type) {
-        case ValueType::u8:
-            return copy_array<uint8_t>(view);
-        case ValueType::i8:
-            return copy_array<int8_t>(view);
-        case ValueType::u16:
-            return copy_array<uint16_t>(view);
-        case ValueType::i16:
-            return copy_array<int16_t>(view);
-        case ValueType::u32:
-            return copy_array<uint32_t>(view);
-        case ValueType::i32:
-            return copy_array<int32_t>(view);
-        case ValueType::f32:
-            return copy_array<float>(view);
-        case ValueType::boolean:
-            return copy_array<bool>(view);
-        case ValueType::u64:
-            return copy_array<uint64_t>(view);
-        case ValueType::i64:
-            return copy_array<int64_t>(view);
-        case ValueType::f64:
-            return copy_array<double>(view);
+        case ValueType::u8: return copy_array<uint8_t>(view);
+        case ValueType::i8: return copy_array<int8_t>(view);
+        case ValueType::u16: return copy_array<uint16_t>(view);
+        case ValueType::i16: return copy_array<int16_t>(view);
+        case ValueType::u32: return copy_array<uint32_t>(view);
+        case ValueType::i32: return copy_array<int32_t>(view);
+        case ValueType::f32: return copy_array<float>(view);
+        case ValueType::boolean: return copy_array<bool>(view);
+        case ValueType::u64: return copy_array<uint64_t>(view);
+        case ValueType::i64: return copy_array<int64_t>(view);
+        case ValueType::f64: return copy_array<double>(view);
         case ValueType::string: {
             py::list list;
             for (const std::string_view text : view.strings()) list.append(decode(text));
             return list;
         }
-        case ValueType::array:
-            break;  // the reader refuses nested arrays
+        case ValueType::array: break;  // the reader refuses nested arrays
     }
     throw GgufError("GGUF array of unexpected element type");
 }
 
-py::object to_python(std::string_view text) {
-    return decode(text);
-}
+py::object to_python(std::string_view text) { return decode(text); }
 
 template <class Number>
 py::object to_python(const Number& number) {
@@ -113,8 +99,7 @@ py::object to_python(const Number& number) {
 
 py::dict metadata(const PyGgufFile& self) {
     py::dict result;
-    self.file().visit(
-        [&result](std::string_view key, const auto& value) { result[decode(key)] = to_python(value); });
+    self.file().visit([&result](std::string_view key, const auto& value) { result[decode(key)] = to_python(value); });
     return result;
 }
 
@@ -130,8 +115,7 @@ py::array tensor_data(const py::object& self, const std::string& name) {
     const auto& file = self.cast<const PyGgufFile&>().file();
     const gguf::TensorInfo* tensor = file.find_tensor(name);
     if (tensor == nullptr) throw py::key_error("no tensor " + name);
-    py::array array(py::dtype::of<uint8_t>(), static_cast<py::ssize_t>(tensor->data.size()),
-                    tensor->data.data(), self);
+    py::array array(py::dtype::of<uint8_t>(), static_cast<py::ssize_t>(tensor->data.size()), tensor->data.data(), self);
     array.attr("flags").attr("writeable") = false;  // NumPy refuses to set it back: `self` has no buffer
     return array;
 }
@@ -160,8 +144,7 @@ void bind_gguf(py::module_& m) {
         .def_property_readonly(
             "type", [](const gguf::TensorInfo& tensor) { return gguf::type_traits(tensor.type).name; },
             "The ggml type: 'F32', 'Q8_0', ...")
-        .def_readonly("offset", &gguf::TensorInfo::offset,
-                      "Of the data, in bytes from the start of the file.")
+        .def_readonly("offset", &gguf::TensorInfo::offset, "Of the data, in bytes from the start of the file.")
         .def_property_readonly("n_bytes", [](const gguf::TensorInfo& tensor) { return tensor.data.size(); })
         .def("__repr__", [](const gguf::TensorInfo& tensor) {
             return "GgufTensor(name=" + py::repr(decode(tensor.name)).cast<std::string>() +
@@ -174,17 +157,14 @@ void bind_gguf(py::module_& m) {
                            "path cannot be opened.\n\n"
                            "The file is mapped, not read: do not truncate it while it is open.")
         .def(py::init(&open_file), py::arg("path"))
-        .def_static("from_bytes", &parse_bytes, py::arg("data"),
-                    "Parses the content of a file; keeps `data` alive.")
+        .def_static("from_bytes", &parse_bytes, py::arg("data"), "Parses the content of a file; keeps `data` alive.")
         .def_property_readonly("version", [](const PyGgufFile& self) { return self.file().version(); })
         .def_property_readonly("alignment", [](const PyGgufFile& self) { return self.file().alignment(); })
+        .def_property_readonly("metadata", &metadata,
+                               "A new dict in file order. Arrays of numbers are ndarrays of the stored type, arrays of "
+                               "strings lists; bytes that are not UTF-8 become U+FFFD.")
         .def_property_readonly(
-            "metadata", &metadata,
-            "A new dict in file order. Arrays of numbers are ndarrays of the stored type, arrays of "
-            "strings lists; bytes that are not UTF-8 become U+FFFD.")
-        .def_property_readonly(
-            "tensors", [](const PyGgufFile& self) { return self.file().tensors(); },
-            py::return_value_policy::copy)
+            "tensors", [](const PyGgufFile& self) { return self.file().tensors(); }, py::return_value_policy::copy)
         .def("tensor_data", &tensor_data, py::arg("name"),
              "The stored bytes of a tensor, uint8 [n_bytes]: a read-only view that keeps the file alive. "
              "KeyError if there is no such tensor.");

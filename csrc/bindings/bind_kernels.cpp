@@ -26,7 +26,8 @@ using Floats = py::array_t<float, py::array::c_style>;
 using Bytes = py::array_t<uint8_t, py::array::c_style>;
 
 WeightType parse_type(const std::string& text) {
-    for (const WeightType type : {WeightType::f32, WeightType::f16, WeightType::bf16, WeightType::q8_0, WeightType::q4_0}) {
+    for (const WeightType type :
+         {WeightType::f32, WeightType::f16, WeightType::bf16, WeightType::q8_0, WeightType::q4_0}) {
         if (quant::name(type) == text) return type;
     }
     throw UnsupportedError("weight type '" + text + "' is not known here");
@@ -115,7 +116,8 @@ class KernelTable {
         expect(weight.size() == x.size(), "weight must be as long as x");
         py::array_t<float> y(x.size());
         (rms ? k_.rms_norm : k_.layer_norm)(x.data(), uint32_t(x.size()), eps, weight.data(),
-                                            data_or_null(bias, x.size(), "bias must be as long as x"), y.mutable_data());
+                                            data_or_null(bias, x.size(), "bias must be as long as x"),
+                                            y.mutable_data());
         return y;
     }
 
@@ -154,7 +156,8 @@ class KernelTable {
     /// The last n_queries of the tokens attend.
     py::array_t<float> attention(const std::string& kv_type, const Floats& queries, const Floats& keys,
                                  const Floats& values) const {
-        expect(queries.ndim() == 2 && keys.ndim() == 2 && values.ndim() == 2, "queries, keys, values must be [tokens, d]");
+        expect(queries.ndim() == 2 && keys.ndim() == 2 && values.ndim() == 2,
+               "queries, keys, values must be [tokens, d]");
         const uint32_t n = uint32_t(queries.shape(0)), tokens = uint32_t(keys.shape(0)), d = uint32_t(keys.shape(1));
         expect(queries.shape(1) == d && values.shape(1) == d && values.shape(0) == tokens && n >= 1 && n <= tokens,
                "shapes of queries, keys and values do not fit");
@@ -165,7 +168,8 @@ class KernelTable {
         std::vector<std::byte*> blocks;
         for (uint32_t b = 0; b < n_blocks; ++b) blocks.push_back(cache.data() + b * block_bytes);
         const kernels::KvHead kv{type, d, blocks.data(), 0};
-        for (uint32_t t = 0; t < tokens; ++t) k_.kv_store(kv, t, keys.data(py::ssize_t(t)), values.data(py::ssize_t(t)));
+        for (uint32_t t = 0; t < tokens; ++t)
+            k_.kv_store(kv, t, keys.data(py::ssize_t(t)), values.data(py::ssize_t(t)));
         std::vector<float> scratch(kernels::attention_scratch_floats(tokens));
         py::array_t<float> out({py::ssize_t(n), py::ssize_t(d)});
         k_.attention({kv, queries.data(), d, n, tokens - n, out.mutable_data(), d, scratch.data()});
@@ -188,12 +192,14 @@ class KernelTable {
 void bind_kernels(py::module_& m) {
     m.def("dequantize", &dequantize, py::arg("type"), py::arg("data"), py::arg("rows"), py::arg("inner"),
           "uint8 bytes in the file's layout -> float32 [rows, inner]");
-    py::class_<KernelTable>(m, "Kernels", "Single kernels of one instruction set, for tests; see csrc/kernels/kernels.h.")
+    py::class_<KernelTable>(m, "Kernels",
+                            "Single kernels of one instruction set, for tests; see csrc/kernels/kernels.h.")
         .def(py::init<const std::string&>(), py::arg("isa"))
         .def("quantize_activations", &KernelTable::quantize_activations, py::arg("x"))
         .def("matmul", &KernelTable::matmul, py::arg("type"), py::arg("data"), py::arg("rows"), py::arg("x"),
              py::arg("bias") = py::none(), py::arg("residual") = py::none())
-        .def("norm", &KernelTable::norm, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("eps"), py::arg("rms"))
+        .def("norm", &KernelTable::norm, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("eps"),
+             py::arg("rms"))
         .def("unary", &KernelTable::unary, py::arg("name"), py::arg("x"))
         .def("silu_mul", &KernelTable::silu_mul, py::arg("gate"), py::arg("up"))
         .def("rope", &KernelTable::rope, py::arg("x"), py::arg("interleaved"), py::arg("cos"), py::arg("sin"))

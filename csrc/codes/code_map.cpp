@@ -11,8 +11,7 @@ namespace {
 
 void check_width(uint32_t width) {
     if (width < 1 || width > max_width) {
-        throw ArgumentError("code width must be 1.." + std::to_string(max_width) + ", got " +
-                            std::to_string(width));
+        throw ArgumentError("code width must be 1.." + std::to_string(max_width) + ", got " + std::to_string(width));
     }
 }
 
@@ -25,16 +24,15 @@ std::vector<uint32_t> matrix_rows(std::span<const uint8_t> matrix, uint32_t widt
     check_width(width);
     if (matrix.size() != size_t{width} * width) {
         throw ArgumentError("code matrix must have width*width = " + std::to_string(size_t{width} * width) +
-                            " entries for width " + std::to_string(width) + ", got " +
-                            std::to_string(matrix.size()));
+                            " entries for width " + std::to_string(width) + ", got " + std::to_string(matrix.size()));
     }
     std::vector<uint32_t> rows(width, 0);
     for (uint32_t i = 0; i < width; ++i) {
         for (uint32_t j = 0; j < width; ++j) {
             const uint8_t entry = matrix[size_t{i} * width + j];
             if (entry > 1) {
-                throw ArgumentError("code matrix entries must be 0 or 1, got " + std::to_string(entry) +
-                                    " at row " + std::to_string(i) + ", column " + std::to_string(j));
+                throw ArgumentError("code matrix entries must be 0 or 1, got " + std::to_string(entry) + " at row " +
+                                    std::to_string(i) + ", column " + std::to_string(j));
             }
             rows[i] |= uint32_t{entry} << j;
         }
@@ -156,8 +154,7 @@ CodeMap CodeMap::table(uint32_t vocab_size, uint32_t width, std::span<const uint
     const size_t row_bytes = packed_row_bytes(width);
     if (packed_rows.size() != row_bytes * vocab_size) {
         throw ArgumentError("code table must have " + std::to_string(vocab_size) + " rows of " +
-                            std::to_string(row_bytes) + " bytes, got " + std::to_string(packed_rows.size()) +
-                            " bytes");
+                            std::to_string(row_bytes) + " bytes, got " + std::to_string(packed_rows.size()) + " bytes");
     }
     CodeMap map;
     map.vocab_size_ = vocab_size;
@@ -190,8 +187,8 @@ uint32_t CodeMap::code(uint32_t id) const {
 
 void CodeMap::codes(std::span<const uint32_t> ids, std::span<uint32_t> out) const {
     if (ids.size() != out.size()) {
-        throw ArgumentError("codes: " + std::to_string(ids.size()) + " ids but room for " +
-                            std::to_string(out.size()) + " codes");
+        throw ArgumentError("codes: " + std::to_string(ids.size()) + " ids but room for " + std::to_string(out.size()) +
+                            " codes");
     }
     for (size_t t = 0; t < ids.size(); ++t) {
         if (ids[t] >= vocab_size_) refuse_id(ids[t], vocab_size_, " at position " + std::to_string(t));

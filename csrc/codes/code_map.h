@@ -13,9 +13,7 @@ namespace fixmin::codes {
 inline constexpr uint32_t max_width = 32;
 
 /// Bytes of one packed table row, ceil(K/8): bit i of a code is bit i%8 of byte i/8.
-constexpr uint32_t packed_row_bytes(uint32_t width) {
-    return (width + 7) / 8;
-}
+constexpr uint32_t packed_row_bytes(uint32_t width) { return (width + 7) / 8; }
 
 /// [K] of 0/1 -> word with bit i = bits[i].  K <= 32; throws ArgumentError for an entry other than 0 or 1.
 uint32_t pack_bits(std::span<const uint8_t> bits);

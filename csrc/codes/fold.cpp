@@ -71,8 +71,7 @@ void FoldBuilder::fold_row(uint32_t row, const float* weights, double bias) {
     } else {
         const uint32_t repeats = length / width;
         for (uint32_t j = 0; j < width; ++j) {
-            for (uint32_t n = j * repeats; n < (j + 1) * repeats; ++n)
-                bins[j] += double{weights[n]} * gamma[n];
+            for (uint32_t n = j * repeats; n < (j + 1) * repeats; ++n) bins[j] += double{weights[n]} * gamma[n];
         }
     }
 
@@ -97,8 +96,8 @@ FoldedProjection FoldBuilder::finish() {
     return std::exchange(fold_, FoldedProjection{});
 }
 
-FoldedProjection::FoldedProjection(std::span<const float> weight, std::span<const float> bias,
-                                   const FoldNorm& norm, const Lift& lift) {
+FoldedProjection::FoldedProjection(std::span<const float> weight, std::span<const float> bias, const FoldNorm& norm,
+                                   const Lift& lift) {
     if (lift.embedding_length == 0 || weight.empty() || weight.size() % lift.embedding_length != 0) {
         throw ArgumentError(
             "fold: weight must have rows of embedding_length = " + std::to_string(lift.embedding_length) +

@@ -24,9 +24,8 @@ Lift Lift::make(LiftKind kind, uint32_t width, uint32_t embedding_length, float 
                             " is smaller than the code width " + std::to_string(width));
     }
     if (kind == LiftKind::interleave && embedding_length % width != 0) {
-        throw ArgumentError(
-            "lift \"interleave\" needs embedding_length to be a multiple of the code width, got " +
-            std::to_string(embedding_length) + " and " + std::to_string(width));
+        throw ArgumentError("lift \"interleave\" needs embedding_length to be a multiple of the code width, got " +
+                            std::to_string(embedding_length) + " and " + std::to_string(width));
     }
     if (!std::isfinite(v0) || !std::isfinite(v1)) {
         throw ArgumentError("lift: code values must be finite, got " + std::to_string(v0) + " and " +

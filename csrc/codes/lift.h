@@ -25,9 +25,7 @@ struct Lift {
     static Lift make(LiftKind kind, uint32_t width, uint32_t embedding_length, float v0, float v1);
 
     /// Bit that element n of x shows; n < D.
-    uint32_t index(uint32_t n) const {
-        return kind == LiftKind::tile ? n % width : n / (embedding_length / width);
-    }
+    uint32_t index(uint32_t n) const { return kind == LiftKind::tile ? n % width : n / (embedding_length / width); }
 
     /// Number of elements of x that show bit j; j < K.  They differ by one in tile when D % K != 0.
     uint32_t count(uint32_t j) const { return embedding_length / width + (j < embedding_length % width); }

@@ -60,13 +60,15 @@ bool Engine::run_chunk(const model::Pass& pass) {
     return done;
 }
 
-// The whole sequence from position 0 in chunks; after_chunk(first, n) sees each chunk while its rows are in the decoder.
+// The whole sequence from position 0 in chunks; after_chunk(first, n) sees each chunk while its rows are in the
+// decoder.
 bool Engine::run_all(std::span<const uint32_t> ids, uint32_t hidden_layer, float* hidden, const Stop& stop,
                      const AfterChunk& after_chunk) {
     for (uint32_t first = 0; first < ids.size(); first += n_batch_) {
         const uint32_t n = std::min(n_batch_, uint32_t(ids.size()) - first);
         float* rows = hidden ? hidden + size_t(first) * hyperparams().embedding_length : nullptr;
-        if (!run_chunk({ids.subspan(first, n), first, kv_.view(), hidden_layer, rows, stop ? &stop : nullptr})) return false;
+        if (!run_chunk({ids.subspan(first, n), first, kv_.view(), hidden_layer, rows, stop ? &stop : nullptr}))
+            return false;
         if (after_chunk) after_chunk(first, n);
     }
     return true;

@@ -16,11 +16,11 @@
 namespace fixmin::engine {
 
 struct EngineOptions {
-    uint32_t n_threads = 0;            // 0: default_threads()
-    uint32_t n_ctx = 0;                // 0: the model's context_length
-    uint32_t n_batch = 512;            // tokens of a prompt that go through the layers together
+    uint32_t n_threads = 0;  // 0: default_threads()
+    uint32_t n_ctx = 0;      // 0: the model's context_length
+    uint32_t n_batch = 512;  // tokens of a prompt that go through the layers together
     kernels::KvType kv_type = kernels::KvType::f16;
-    std::string isa;                   // empty: FIXMIN_ISA, else the best of this CPU
+    std::string isa;  // empty: FIXMIN_ISA, else the best of this CPU
 };
 
 enum class FinishReason { length, stop, eos, cancelled };
@@ -28,8 +28,8 @@ enum class FinishReason { length, stop, eos, cancelled };
 struct Generation {
     std::vector<uint32_t> ids;
     FinishReason reason = FinishReason::length;
-    double prefill_seconds = 0;        // prompt to first logits
-    double decode_seconds = 0;         // the rest
+    double prefill_seconds = 0;  // prompt to first logits
+    double decode_seconds = 0;   // the rest
 };
 
 /// Every call takes the engine for itself until it returns; calls of several threads are served one after the other.

@@ -17,8 +17,8 @@ class KvCache {
   private:
     kernels::KvType type_;
     model::Pages pages_;
-    std::vector<std::byte*> blocks_;               // [layer][block]
-    std::vector<std::byte* const*> layers_;        // [layer] -> its blocks
+    std::vector<std::byte*> blocks_;         // [layer][block]
+    std::vector<std::byte* const*> layers_;  // [layer] -> its blocks
 };
 
 }  // namespace fixmin::engine

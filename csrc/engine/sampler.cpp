@@ -9,7 +9,9 @@ namespace fixmin::engine {
 namespace {
 
 // Larger logit first; among equals the lower id, so that the order is total.
-constexpr auto before = [](const auto& a, const auto& b) { return a.logit != b.logit ? a.logit > b.logit : a.id < b.id; };
+constexpr auto before = [](const auto& a, const auto& b) {
+    return a.logit != b.logit ? a.logit > b.logit : a.id < b.id;
+};
 
 uint32_t argmax(std::span<const float> logits) {
     uint32_t best = 0;
@@ -83,7 +85,8 @@ void Sampler::keep_top_p() {
         std::nth_element(candidates_.begin() + sorted, candidates_.begin() + head - 1, candidates_.end(), before);
         std::sort(candidates_.begin() + sorted, candidates_.begin() + head, before);
         for (size_t i = sorted; i < head; ++i) probabilities_[i] = candidates_[i].logit;
-        kernels_.exp_minus(probabilities_.data() + sorted, uint32_t(head - sorted), highest, probabilities_.data() + sorted);
+        kernels_.exp_minus(probabilities_.data() + sorted, uint32_t(head - sorted), highest,
+                           probabilities_.data() + sorted);
         for (; sorted < head; ++sorted) {
             reached += probabilities_[sorted];
             if (reached >= double(params_.top_p) * total) {

@@ -9,12 +9,12 @@
 namespace fixmin::engine {
 
 struct SamplingParams {
-    float temperature = 0;            // 0: greedy
-    uint32_t top_k = 0;               // 0: all
-    float top_p = 1;                  // 1: all
+    float temperature = 0;  // 0: greedy
+    uint32_t top_k = 0;     // 0: all
+    float top_p = 1;        // 1: all
     uint64_t seed = 0;
     uint32_t max_new_tokens = 128;
-    std::vector<uint32_t> stop_ids;   // generation ends at one of these; it is not part of the result
+    std::vector<uint32_t> stop_ids;  // generation ends at one of these; it is not part of the result
 };
 
 /// Filters in llama.cpp's order: top_k, top_p, then temperature on what is left.

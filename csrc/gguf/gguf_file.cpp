@@ -42,9 +42,7 @@ constexpr const char* kValueTypeNames[] = {"u8",   "i8",     "u16",   "i16", "u3
 static_assert(std::size(kValueBytes) == std::variant_size_v<Value>);
 static_assert(std::size(kValueTypeNames) == std::variant_size_v<Value>);
 
-constexpr bool is_value_type(uint32_t raw) {
-    return raw < std::size(kValueBytes);
-}
+constexpr bool is_value_type(uint32_t raw) { return raw < std::size(kValueBytes); }
 
 // ---- error messages
 // -----------------------------------------------------------------------------------------
@@ -57,8 +55,7 @@ std::string type_description(const Value& value) {
 }
 
 [[noreturn]] void fail_value(const KeyValue& entry, const std::string& why) {
-    throw GgufError("GGUF key " + quoted(entry.key) + " at byte " + std::to_string(entry.offset) + ": " +
-                    why);
+    throw GgufError("GGUF key " + quoted(entry.key) + " at byte " + std::to_string(entry.offset) + ": " + why);
 }
 
 [[noreturn]] void fail_type(const KeyValue& entry, const char* expected) {
@@ -81,9 +78,7 @@ class Cursor {
     uint64_t left() const noexcept { return bytes_.size() - position_; }
 
     /// What has been read from position `begin` on.
-    std::span<const std::byte> since(uint64_t begin) const {
-        return bytes_.subspan(begin, position_ - begin);
-    }
+    std::span<const std::byte> since(uint64_t begin) const { return bytes_.subspan(begin, position_ - begin); }
 
     /// What follows belongs to the entry `index` of the kind "header", "key" or "tensor" until `name_entry`.
     void begin_entry(const char* kind, uint64_t index) {
@@ -126,12 +121,11 @@ class Cursor {
         const uint64_t at = position_;
         const auto count = number<uint64_t>(field);
         if (count > left() / min_bytes) {
-            fail(at, std::string(field) + " is " + std::to_string(count) + ", but the " +
-                         std::to_string(left()) + " bytes left in the file cannot hold so many");
+            fail(at, std::string(field) + " is " + std::to_string(count) + ", but the " + std::to_string(left()) +
+                         " bytes left in the file cannot hold so many");
         }
         if (count > max_count) {
-            fail(at, std::string(field) + " is " + std::to_string(count) + ", more than " +
-                         std::to_string(max_count));
+            fail(at, std::string(field) + " is " + std::to_string(count) + ", more than " + std::to_string(max_count));
         }
         return count;
     }
@@ -200,32 +194,19 @@ ArrayView read_array(Cursor& in) {
 
 Value read_value(Cursor& in, ValueType type) {
     switch (type) {
-        case ValueType::u8:
-            return in.number<uint8_t>("u8");
-        case ValueType::i8:
-            return in.number<int8_t>("i8");
-        case ValueType::u16:
-            return in.number<uint16_t>("u16");
-        case ValueType::i16:
-            return in.number<int16_t>("i16");
-        case ValueType::u32:
-            return in.number<uint32_t>("u32");
-        case ValueType::i32:
-            return in.number<int32_t>("i32");
-        case ValueType::f32:
-            return in.number<float>("f32");
-        case ValueType::boolean:
-            return in.boolean();
-        case ValueType::string:
-            return in.string("string length", kMaxStringBytes);
-        case ValueType::array:
-            return read_array(in);
-        case ValueType::u64:
-            return in.number<uint64_t>("u64");
-        case ValueType::i64:
-            return in.number<int64_t>("i64");
-        case ValueType::f64:
-            return in.number<double>("f64");
+        case ValueType::u8: return in.number<uint8_t>("u8");
+        case ValueType::i8: return in.number<int8_t>("i8");
+        case ValueType::u16: return in.number<uint16_t>("u16");
+        case ValueType::i16: return in.number<int16_t>("i16");
+        case ValueType::u32: return in.number<uint32_t>("u32");
+        case ValueType::i32: return in.number<int32_t>("i32");
+        case ValueType::f32: return in.number<float>("f32");
+        case ValueType::boolean: return in.boolean();
+        case ValueType::string: return in.string("string length", kMaxStringBytes);
+        case ValueType::array: return read_array(in);
+        case ValueType::u64: return in.number<uint64_t>("u64");
+        case ValueType::i64: return in.number<int64_t>("i64");
+        case ValueType::f64: return in.number<double>("f64");
     }
     in.fail(in.position(), "unreachable value type");  // value_type() has checked it
 }
@@ -248,8 +229,7 @@ TensorInfo read_tensor_info(Cursor& in) {
     uint64_t at = in.position();
     tensor.n_dims = in.number<uint32_t>("n_dims");
     if (tensor.n_dims > tensor.ne.size()) {
-        in.fail(at, "n_dims is " + std::to_string(tensor.n_dims) + ", more than " +
-                        std::to_string(tensor.ne.size()));
+        in.fail(at, "n_dims is " + std::to_string(tensor.n_dims) + ", more than " + std::to_string(tensor.ne.size()));
     }
     tensor.ne.fill(1);
     uint64_t n_elements = 1;
@@ -277,9 +257,7 @@ TensorInfo read_tensor_info(Cursor& in) {
     return tensor;
 }
 
-constexpr uint64_t align_up(uint64_t value, uint64_t alignment) {
-    return (value + alignment - 1) & ~(alignment - 1);
-}
+constexpr uint64_t align_up(uint64_t value, uint64_t alignment) { return (value + alignment - 1) & ~(alignment - 1); }
 
 /// Sets `offset` and `data` of every tensor.  Like ggml this accepts one layout only: tensors in the order of
 /// their entries, each starting at the first aligned byte after the one before.  So they cannot overlap.
@@ -289,24 +267,22 @@ void place_tensors(std::span<const std::byte> file, uint64_t infos_end, uint64_t
     uint64_t expected = 0;                                       // relative to data_begin
     for (TensorInfo& tensor : tensors) {
         const auto fail = [&](const std::string& why) {
-            throw GgufError("GGUF tensor " + quoted(tensor.name) + " with data at byte " +
-                            std::to_string(data_begin) + " + " + std::to_string(tensor.offset) + ": " + why);
+            throw GgufError("GGUF tensor " + quoted(tensor.name) + " with data at byte " + std::to_string(data_begin) +
+                            " + " + std::to_string(tensor.offset) + ": " + why);
         };
-        if (tensor.offset % alignment != 0)
-            fail("not a multiple of the alignment " + std::to_string(alignment));
+        if (tensor.offset % alignment != 0) fail("not a multiple of the alignment " + std::to_string(alignment));
         if (tensor.offset < expected) fail("overlaps another tensor: expected + " + std::to_string(expected));
         if (tensor.offset > expected) fail("leaves a gap: expected + " + std::to_string(expected));
 
         const TypeTraits& traits = type_traits(tensor.type);
         uint64_t n_bytes = 0;
-        if (__builtin_mul_overflow(tensor.n_elements() / traits.block_size, uint64_t{traits.block_bytes},
-                                   &n_bytes)) {
+        if (__builtin_mul_overflow(tensor.n_elements() / traits.block_size, uint64_t{traits.block_bytes}, &n_bytes)) {
             fail("the size in bytes overflows");
         }
         const uint64_t section = file.size() < data_begin ? 0 : file.size() - data_begin;
         if (tensor.offset > section || n_bytes > section - tensor.offset) {
-            fail("its " + std::to_string(n_bytes) + " bytes end beyond the file's " +
-                 std::to_string(file.size()) + " bytes");
+            fail("its " + std::to_string(n_bytes) + " bytes end beyond the file's " + std::to_string(file.size()) +
+                 " bytes");
         }
         tensor.data = file.subspan(data_begin + tensor.offset, n_bytes);
         tensor.offset += data_begin;
@@ -325,13 +301,12 @@ std::vector<uint32_t> build_index(const std::vector<Entry>& entries, NameOf name
         const int order = name_of(entries[a]).compare(name_of(entries[b]));
         return order != 0 ? order < 0 : a < b;
     });
-    const auto same = std::adjacent_find(index.begin(), index.end(), [&](uint32_t a, uint32_t b) {
-        return name_of(entries[a]) == name_of(entries[b]);
-    });
+    const auto same = std::adjacent_find(
+        index.begin(), index.end(), [&](uint32_t a, uint32_t b) { return name_of(entries[a]) == name_of(entries[b]); });
     if (same != index.end()) {
         throw GgufError(std::string("GGUF ") + kind + " " + quoted(name_of(entries[same[0]])) +
-                        " appears twice: at byte " + std::to_string(entries[same[0]].offset) +
-                        " and at byte " + std::to_string(entries[same[1]].offset));
+                        " appears twice: at byte " + std::to_string(entries[same[0]].offset) + " and at byte " +
+                        std::to_string(entries[same[1]].offset));
     }
     return index;
 }
@@ -339,9 +314,8 @@ std::vector<uint32_t> build_index(const std::vector<Entry>& entries, NameOf name
 template <class Entry, class NameOf>
 const Entry* find_entry(const std::vector<Entry>& entries, const std::vector<uint32_t>& index, NameOf name_of,
                         std::string_view name) noexcept {
-    const auto at =
-        std::lower_bound(index.begin(), index.end(), name,
-                         [&](uint32_t i, std::string_view wanted) { return name_of(entries[i]) < wanted; });
+    const auto at = std::lower_bound(index.begin(), index.end(), name,
+                                     [&](uint32_t i, std::string_view wanted) { return name_of(entries[i]) < wanted; });
     return at != index.end() && name_of(entries[*at]) == name ? &entries[*at] : nullptr;
 }
 
@@ -404,8 +378,8 @@ std::vector<float> as_f32_array(const KeyValue& entry) {
     if (array.type != ValueType::f32 && array.type != ValueType::f64) fail_type(entry, "array of f32");
     std::vector<float> values(array.count);
     for (uint64_t i = 0; i < array.count; ++i) {
-        values[i] = to_finite_f32(
-            entry, array.type == ValueType::f32 ? array.number<float>(i) : array.number<double>(i));
+        values[i] =
+            to_finite_f32(entry, array.type == ValueType::f32 ? array.number<float>(i) : array.number<double>(i));
     }
     return values;
 }
@@ -430,9 +404,7 @@ T required(std::optional<T> found, std::string_view key, const char* expected) {
 
 }  // namespace
 
-const char* value_type_name(ValueType type) noexcept {
-    return kValueTypeNames[static_cast<uint32_t>(type)];
-}
+const char* value_type_name(ValueType type) noexcept { return kValueTypeNames[static_cast<uint32_t>(type)]; }
 
 std::vector<std::string_view> ArrayView::strings() const {
     std::vector<std::string_view> result;
@@ -488,8 +460,8 @@ GgufFile GgufFile::open(const std::string& path) {
     result.bytes_ = result.mapping_.bytes();
     result.parse_all();
     if (const uint64_t now = file_size(file.fd); now != size) {
-        throw GgufError("the file's size changed from " + std::to_string(size) + " to " +
-                        std::to_string(now) + " bytes while it was being read");
+        throw GgufError("the file's size changed from " + std::to_string(size) + " to " + std::to_string(now) +
+                        " bytes while it was being read");
     }
     return result;
 }
@@ -508,16 +480,13 @@ void GgufFile::parse_all() {
     }
     version_ = in.number<uint32_t>("version");
     if (version_ != 0 && (version_ & 0xffff) == 0) {
-        in.fail(4,
-                "version " + std::to_string(version_) + ": the file is big-endian, which is not supported");
+        in.fail(4, "version " + std::to_string(version_) + ": the file is big-endian, which is not supported");
     }
     if (version_ != 2 && version_ != 3) {
         in.fail(4, "version " + std::to_string(version_) + " is not supported; 2 and 3 are");
     }
-    const uint64_t n_tensors =
-        in.count("tensor count", kMinTensorBytes, std::numeric_limits<uint32_t>::max());
-    const uint64_t n_key_values =
-        in.count("key count", kMinKeyValueBytes, std::numeric_limits<uint32_t>::max());
+    const uint64_t n_tensors = in.count("tensor count", kMinTensorBytes, std::numeric_limits<uint32_t>::max());
+    const uint64_t n_key_values = in.count("key count", kMinKeyValueBytes, std::numeric_limits<uint32_t>::max());
 
     // Both vectors grow with what has been read, not with what the header promises.
     for (uint64_t i = 0; i < n_key_values; ++i) {
@@ -555,27 +524,22 @@ const KeyValue* GgufFile::find(std::string_view key) const noexcept {
 }
 
 std::optional<uint32_t> GgufFile::find_u32(std::string_view key) const {
-    return optional_value(find(key),
-                          [](const KeyValue& entry) { return as_integer<uint32_t>(entry, "u32"); });
+    return optional_value(find(key), [](const KeyValue& entry) { return as_integer<uint32_t>(entry, "u32"); });
 }
 
 std::optional<uint64_t> GgufFile::find_u64(std::string_view key) const {
-    return optional_value(find(key),
-                          [](const KeyValue& entry) { return as_integer<uint64_t>(entry, "u64"); });
+    return optional_value(find(key), [](const KeyValue& entry) { return as_integer<uint64_t>(entry, "u64"); });
 }
 
-std::optional<float> GgufFile::find_f32(std::string_view key) const {
-    return optional_value(find(key), as_f32);
-}
+std::optional<float> GgufFile::find_f32(std::string_view key) const { return optional_value(find(key), as_f32); }
 
 std::optional<bool> GgufFile::find_bool(std::string_view key) const {
     return optional_value(find(key), [](const KeyValue& entry) -> bool { return as<bool>(entry, "bool"); });
 }
 
 std::optional<std::string_view> GgufFile::find_string(std::string_view key) const {
-    return optional_value(find(key), [](const KeyValue& entry) -> std::string_view {
-        return as<std::string_view>(entry, "string");
-    });
+    return optional_value(
+        find(key), [](const KeyValue& entry) -> std::string_view { return as<std::string_view>(entry, "string"); });
 }
 
 std::optional<std::span<const uint8_t>> GgufFile::find_u8_array(std::string_view key) const {
@@ -590,25 +554,15 @@ std::optional<std::vector<std::string_view>> GgufFile::find_string_array(std::st
     return optional_value(find(key), as_string_array);
 }
 
-uint32_t GgufFile::get_u32(std::string_view key) const {
-    return required(find_u32(key), key, "u32");
-}
+uint32_t GgufFile::get_u32(std::string_view key) const { return required(find_u32(key), key, "u32"); }
 
-uint64_t GgufFile::get_u64(std::string_view key) const {
-    return required(find_u64(key), key, "u64");
-}
+uint64_t GgufFile::get_u64(std::string_view key) const { return required(find_u64(key), key, "u64"); }
 
-float GgufFile::get_f32(std::string_view key) const {
-    return required(find_f32(key), key, "f32");
-}
+float GgufFile::get_f32(std::string_view key) const { return required(find_f32(key), key, "f32"); }
 
-bool GgufFile::get_bool(std::string_view key) const {
-    return required(find_bool(key), key, "bool");
-}
+bool GgufFile::get_bool(std::string_view key) const { return required(find_bool(key), key, "bool"); }
 
-std::string_view GgufFile::get_string(std::string_view key) const {
-    return required(find_string(key), key, "string");
-}
+std::string_view GgufFile::get_string(std::string_view key) const { return required(find_string(key), key, "string"); }
 
 std::span<const uint8_t> GgufFile::get_u8_array(std::string_view key) const {
     return required(find_u8_array(key), key, "array of u8");
@@ -628,8 +582,7 @@ std::vector<std::string_view> GgufFile::get_string_array(std::string_view key) c
 namespace {
 
 /// The overlap of `range` and `mapping` as addresses [begin, end); empty if there is none.
-std::pair<uintptr_t, uintptr_t> overlap(std::span<const std::byte> range,
-                                        std::span<const std::byte> mapping) noexcept {
+std::pair<uintptr_t, uintptr_t> overlap(std::span<const std::byte> range, std::span<const std::byte> mapping) noexcept {
     const auto begin = reinterpret_cast<uintptr_t>(range.data());
     const auto map_begin = reinterpret_cast<uintptr_t>(mapping.data());
     return {std::max(begin, map_begin), std::min(begin + range.size(), map_begin + mapping.size())};

@@ -64,8 +64,8 @@ struct ArrayView {
 };
 
 /// A metadata value.  The alternative's index is its ValueType.
-using Value = std::variant<uint8_t, int8_t, uint16_t, int16_t, uint32_t, int32_t, float, bool,
-                           std::string_view, ArrayView, uint64_t, int64_t, double>;
+using Value = std::variant<uint8_t, int8_t, uint16_t, int16_t, uint32_t, int32_t, float, bool, std::string_view,
+                           ArrayView, uint64_t, int64_t, double>;
 
 /// One metadata entry.  Views are into the file's bytes and live as long as the GgufFile.
 struct KeyValue {
@@ -81,7 +81,7 @@ struct TensorInfo {
     uint32_t n_dims;             // 0 (a scalar) to 4
     std::array<uint64_t, 4> ne;  // elements per dimension, row length first; 1 beyond n_dims; never 0
     GgmlType type;
-    uint64_t offset;  // of the data, from the start of the file; a multiple of GgufFile::alignment
+    uint64_t offset;                  // of the data, from the start of the file; a multiple of GgufFile::alignment
     std::span<const std::byte> data;  // all blocks, inside the file's bytes
 
     uint64_t n_elements() const noexcept { return ne[0] * ne[1] * ne[2] * ne[3]; }

@@ -9,8 +9,8 @@
 namespace fixmin::kernels {
 
 struct Isa {
-    const char* name;           // "scalar", "avx2", "avxvnni", "avx512", "avx512vnni"
-    bool supported;             // by this CPU and operating system
+    const char* name;  // "scalar", "avx2", "avxvnni", "avx512", "avx512vnni"
+    bool supported;    // by this CPU and operating system
     const Kernels* kernels;
 };
 

@@ -1,4 +1,5 @@
-// The compute kernels: one table of functions per instruction set, all compiled from kernels.inl and giving the same bits.
+// The compute kernels: one table of functions per instruction set, all compiled from kernels.inl and giving the same
+// bits.
 //
 // Contract (docs/numerics.md): a vector has 16 lanes on every ISA; in a matrix product a lane is an output row, so each
 // output is one chain over the inner dimension; a reduction along a row keeps 16 partial sums and adds them 8-4-2-1.
@@ -23,18 +24,18 @@ struct ActivationBlock {
 /// out[t][r] (+)= W[r] . activation[t] + bias[r] for every token t and every row r of the panels given.
 struct MatmulArgs {
     quant::WeightType type;
-    const std::byte* panels;                 // 64-byte aligned
-    size_t panel_stride;                     // quant::panel_bytes(type, inner)
-    uint32_t n_rows;                         // the last panel may be partial
-    uint32_t inner;                          // length of a row
-    const float* activations;                // [n_tokens][activation_stride]; float weight types
-    size_t activation_stride;                // floats
-    const ActivationBlock* quantized;        // [n_tokens][inner / 32]; quantised weight types
+    const std::byte* panels;           // 64-byte aligned
+    size_t panel_stride;               // quant::panel_bytes(type, inner)
+    uint32_t n_rows;                   // the last panel may be partial
+    uint32_t inner;                    // length of a row
+    const float* activations;          // [n_tokens][activation_stride]; float weight types
+    size_t activation_stride;          // floats
+    const ActivationBlock* quantized;  // [n_tokens][inner / 32]; quantised weight types
     uint32_t n_tokens;
-    const float* bias;                       // [n_rows rounded up to 16], or null
-    float* out;                              // [n_tokens][out_stride]
-    size_t out_stride;                       // floats
-    bool accumulate;                         // add to what `out` holds
+    const float* bias;  // [n_rows rounded up to 16], or null
+    float* out;         // [n_tokens][out_stride]
+    size_t out_stride;  // floats
+    bool accumulate;    // add to what `out` holds
 };
 
 enum class KvType : uint8_t { f32, f16 };
@@ -42,12 +43,13 @@ enum class KvType : uint8_t { f32, f16 };
 constexpr size_t kv_element_bytes(KvType type) { return type == KvType::f16 ? 2 : 4; }
 
 /// One key/value head in the blocks of one sequence and one layer. Inside a block, per head:
-/// keys [kv_block_tokens/16][head_dim][16], then values [kv_block_tokens][value_dim], value_dim = head_dim rounded up to 16.
+/// keys [kv_block_tokens/16][head_dim][16], then values [kv_block_tokens][value_dim], value_dim = head_dim rounded up
+/// to 16.
 struct KvHead {
     KvType type;
     uint32_t head_dim;
-    std::byte* const* blocks;                // one pointer per kv_block_tokens tokens
-    size_t offset;                           // bytes from the start of a block to this head
+    std::byte* const* blocks;  // one pointer per kv_block_tokens tokens
+    size_t offset;             // bytes from the start of a block to this head
 };
 
 constexpr uint32_t kv_value_dim(uint32_t head_dim) { return (head_dim + lanes - 1) / lanes * lanes; }
@@ -59,13 +61,13 @@ constexpr size_t kv_head_bytes(KvType type, uint32_t head_dim) {
 /// Causal attention of n_queries consecutive tokens of one head; the token at `position` sees keys 0..position.
 struct AttentionArgs {
     KvHead kv;
-    const float* queries;                    // [n_queries][query_stride], rotated and multiplied by the attention scale
+    const float* queries;  // [n_queries][query_stride], rotated and multiplied by the attention scale
     size_t query_stride;
     uint32_t n_queries;
-    uint32_t position;                       // of the first query
-    float* out;                              // [n_queries][out_stride]
+    uint32_t position;  // of the first query
+    float* out;         // [n_queries][out_stride]
     size_t out_stride;
-    float* scratch;                          // attention_scratch_floats(position + n_queries)
+    float* scratch;  // attention_scratch_floats(position + n_queries)
 };
 
 inline constexpr uint32_t attention_tile = 8;  // queries that share a read of the keys and values

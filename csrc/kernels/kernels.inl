@@ -1,6 +1,6 @@
 // The one body of kernels. Included by one translation unit per ISA after a header that defines the 16-lane classes
-// VecF, VecI, Bytes, Q8Bytes and their operations. Everything here has internal linkage and uses no inline function from
-// elsewhere (no std::): code compiled for one ISA must never be what the linker picks for another.
+// VecF, VecI, Bytes, Q8Bytes and their operations. Everything here has internal linkage and uses no inline function
+// from elsewhere (no std::): code compiled for one ISA must never be what the linker picks for another.
 //
 // The order of every floating-point operation is part of the contract (docs/numerics.md); change it here only.
 
@@ -397,7 +397,8 @@ float softmax_weights(float* scores, uint32_t n_keys) {
     return reduce_add(acc);
 }
 
-// Weighted values of keys [begin, end) for N queries and 16 value dimensions. Even and odd keys have chains of their own.
+// Weighted values of keys [begin, end) for N queries and 16 value dimensions. Even and odd keys have chains of their
+// own.
 template <typename Kv, uint32_t N>
 void add_values(const KvHead& kv, uint32_t dim, uint32_t begin, uint32_t end, const float* weights, size_t stride,
                 VecF (*acc)[2]) {
@@ -410,7 +411,8 @@ void add_values(const KvHead& kv, uint32_t dim, uint32_t begin, uint32_t end, co
 
 // Whole pairs of keys with the accumulators in registers; the same operations as add_values.
 template <typename Kv, uint32_t N>
-void add_value_pairs(const KvHead& kv, uint32_t dim, uint32_t end, const float* weights, size_t stride, VecF (*acc)[2]) {
+void add_value_pairs(const KvHead& kv, uint32_t dim, uint32_t end, const float* weights, size_t stride,
+                     VecF (*acc)[2]) {
     VecF even[N], odd[N];
     for (uint32_t c = 0; c < N; ++c) even[c] = acc[c][0], odd[c] = acc[c][1];
     const size_t row = kv_value_dim(kv.head_dim);
@@ -505,8 +507,12 @@ void exp_minus(const float* x, uint32_t n, float highest, float* y) {
     }
 }
 
-constexpr Kernels table = {FIXMIN_ISA_NAME, quantize_activations, matmul,   layer_norm, rms_norm,      rope,     scale,
-                           gelu_erf,        gelu_tanh,            silu_mul, kv_store,   attention,     softmax_stats,
-                           exp_minus};
+constexpr Kernels table = {FIXMIN_ISA_NAME, quantize_activations,
+                           matmul,          layer_norm,
+                           rms_norm,        rope,
+                           scale,           gelu_erf,
+                           gelu_tanh,       silu_mul,
+                           kv_store,        attention,
+                           softmax_stats,   exp_minus};
 
 }  // namespace

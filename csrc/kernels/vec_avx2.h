@@ -42,7 +42,8 @@ VecF keep_first(VecF x, uint32_t n) {
 }
 
 VecF load_f16(const uint16_t* p) {
-    return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
+    return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)),
+            _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
 }
 void store_f16(uint16_t* p, VecF x) {
     _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x.lo, _MM_FROUND_TO_NEAREST_INT));
@@ -57,9 +58,7 @@ VecF add(VecF a, VecF b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi
 VecF sub(VecF a, VecF b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
 VecF mul(VecF a, VecF b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
 VecF div(VecF a, VecF b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
-VecF fma(VecF a, VecF b, VecF c) {
-    return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
-}
+VecF fma(VecF a, VecF b, VecF c) { return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)}; }
 VecF max(VecF a, VecF b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
 VecF min(VecF a, VecF b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
 VecF abs(VecF a) {
@@ -68,7 +67,8 @@ VecF abs(VecF a) {
 }
 VecF with_sign_of(VecF magnitude, VecF s) {
     const __m256 sign = _mm256_set1_ps(-0.0f);
-    return {_mm256_or_ps(magnitude.lo, _mm256_and_ps(s.lo, sign)), _mm256_or_ps(magnitude.hi, _mm256_and_ps(s.hi, sign))};
+    return {_mm256_or_ps(magnitude.lo, _mm256_and_ps(s.lo, sign)),
+            _mm256_or_ps(magnitude.hi, _mm256_and_ps(s.hi, sign))};
 }
 /// a where x < bound, else b.
 VecF select_less(VecF x, VecF bound, VecF a, VecF b) {

@@ -55,7 +55,8 @@ bool Decoder::forward(const Pass& pass, Team& team) {
         team.barrier();
         attend(l, pass, team);  // softmax(q.k * scale) v
         team.barrier();
-        const Rows rows = as_rows(attended_.data(), hp_.q_length(), n_tokens, is_quantized(layer.attn_output.type), team);
+        const Rows rows =
+            as_rows(attended_.data(), hp_.q_length(), n_tokens, is_quantized(layer.attn_output.type), team);
         multiply(layer.attn_output, rows, n_tokens, x_.data(), hp_.embedding_length, true, team);  // x += Wo (...)
         team.barrier();
         feed_forward(layer, n_tokens, team);  // x += W2 act(W1 norm2(x))

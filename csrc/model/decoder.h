@@ -38,11 +38,11 @@ struct KvView {
 
 /// One chunk of one sequence.
 struct Pass {
-    std::span<const uint32_t> ids;             // [T], T <= max_tokens, each < V
-    uint32_t position = 0;                     // of ids[0]; earlier positions are in the cache
+    std::span<const uint32_t> ids;  // [T], T <= max_tokens, each < V
+    uint32_t position = 0;          // of ids[0]; earlier positions are in the cache
     KvView kv{};
-    uint32_t hidden_layer = 0;                 // with hidden: 0 the lifted codes, l the output of block l
-    float* hidden = nullptr;                   // [T][D], or null
+    uint32_t hidden_layer = 0;                           // with hidden: 0 the lifted codes, l the output of block l
+    float* hidden = nullptr;                             // [T][D], or null
     const std::function<bool()>* should_stop = nullptr;  // asked between layers by thread 0; must not throw
 };
 
@@ -67,8 +67,8 @@ class Decoder {
   private:
     // What a matrix product reads: rows as float32, in 8 bits, or both.
     struct Rows {
-        const float* values;                           // [T][length]
-        const kernels::ActivationBlock* quantized;     // [T][length/32]
+        const float* values;                        // [T][length]
+        const kernels::ActivationBlock* quantized;  // [T][length/32]
         uint32_t length;
     };
 

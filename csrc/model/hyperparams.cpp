@@ -13,7 +13,8 @@ constexpr uint32_t max_length = 1u << 20;
 uint32_t read_count(const gguf::GgufFile& file, const char* key, uint32_t max = max_length) {
     const uint32_t value = file.get_u32(key);
     if (value < 1 || value > max) {
-        throw GgufError(std::string(key) + " is " + std::to_string(value) + "; it must lie in 1.." + std::to_string(max));
+        throw GgufError(std::string(key) + " is " + std::to_string(value) + "; it must lie in 1.." +
+                        std::to_string(max));
     }
     return value;
 }

@@ -15,24 +15,24 @@ enum class Activation { gelu, gelu_tanh, swiglu };
 enum class CodeKind { affine, table, learned };
 
 struct Hyperparams {
-    uint32_t vocab_size = 0;           // V
-    uint32_t context_length = 0;       // tokens
-    uint32_t embedding_length = 0;     // D
+    uint32_t vocab_size = 0;        // V
+    uint32_t context_length = 0;    // tokens
+    uint32_t embedding_length = 0;  // D
     uint32_t block_count = 0;
     uint32_t feed_forward_length = 0;  // F
     uint32_t head_count = 0;           // H
     uint32_t head_count_kv = 0;
-    uint32_t head_dim = 0;             // d = D / H
-    float attention_scale = 0;         // multiplies q.k
+    uint32_t head_dim = 0;      // d = D / H
+    float attention_scale = 0;  // multiplies q.k
     bool rms_norm = false;
     float norm_eps = 0;
-    uint32_t rope_dim = 0;             // rotated elements at the start of each head, even
+    uint32_t rope_dim = 0;  // rotated elements at the start of each head, even
     float rope_base = 0;
     kernels::RopeStyle rope_style = kernels::RopeStyle::half;
     Activation activation = Activation::gelu;
     CodeKind code_kind = CodeKind::affine;
-    uint32_t code_width = 0;           // K; 0 for CodeKind::learned
-    codes::Lift lift;                  // unless CodeKind::learned
+    uint32_t code_width = 0;  // K; 0 for CodeKind::learned
+    codes::Lift lift;         // unless CodeKind::learned
 
     uint32_t q_length() const { return head_count * head_dim; }
     uint32_t kv_length() const { return head_count_kv * head_dim; }

@@ -36,7 +36,8 @@ void Weights::embed(uint32_t id, float* x) const {
 size_t Weights::bytes_per_token() const {
     size_t total = output.bytes();
     for (const Layer& layer : layers) {
-        for (const Linear* w : {&layer.q, &layer.k, &layer.v, &layer.attn_output, &layer.gate, &layer.up, &layer.down}) {
+        for (const Linear* w :
+             {&layer.q, &layer.k, &layer.v, &layer.attn_output, &layer.gate, &layer.up, &layer.down}) {
             total += w->bytes();
         }
     }
@@ -165,7 +166,8 @@ class Loader {
                         " holds a value or scale that is NaN or infinite");
     }
 
-    void pack_matrix(const gguf::TensorInfo& tensor, const Linear& w, std::byte* panels, const ParallelFor& parallel_for) {
+    void pack_matrix(const gguf::TensorInfo& tensor, const Linear& w, std::byte* panels,
+                     const ParallelFor& parallel_for) {
         const size_t row = quant::row_bytes(w.type, w.inner);
         std::atomic<bool> finite = true;
         parallel_for(w.n_panels(), [&](uint32_t begin, uint32_t end) {
@@ -242,7 +244,8 @@ void read_layer(Loader& loader, const Hyperparams& hp, uint32_t index, Layer& la
 
 }  // namespace
 
-Weights load_weights(gguf::GgufFile file, const ParallelFor& parallel_for, const std::function<void(double)>& progress) {
+Weights load_weights(gguf::GgufFile file, const ParallelFor& parallel_for,
+                     const std::function<void(double)>& progress) {
     Weights weights;
     const Hyperparams hp = weights.hyperparams = read_hyperparams(file);
     Loader loader(file);

@@ -34,33 +34,33 @@ class Pages {
 /// y = W x + bias.
 struct Linear {
     quant::WeightType type = quant::WeightType::f32;
-    uint32_t rows = 0;                    // outputs
-    uint32_t inner = 0;                   // inputs
-    const std::byte* panels = nullptr;    // ceil(rows/16) panels, inside Weights::panels
-    size_t panel_stride = 0;              // bytes
-    std::vector<float> bias;              // [rows rounded up to 16], or empty
+    uint32_t rows = 0;                  // outputs
+    uint32_t inner = 0;                 // inputs
+    const std::byte* panels = nullptr;  // ceil(rows/16) panels, inside Weights::panels
+    size_t panel_stride = 0;            // bytes
+    std::vector<float> bias;            // [rows rounded up to 16], or empty
 
     uint32_t n_panels() const { return (rows + quant::panel_rows - 1) / quant::panel_rows; }
     size_t bytes() const { return n_panels() * panel_stride + bias.size() * sizeof(float); }
 };
 
 struct Norm {
-    std::vector<float> weight;            // [D]
-    std::vector<float> bias;              // [D], or empty
+    std::vector<float> weight;  // [D]
+    std::vector<float> bias;    // [D], or empty
     const float* bias_or_null() const { return bias.empty() ? nullptr : bias.data(); }
 };
 
 struct Layer {
-    Norm attn_norm;                       // empty in a folded layer 0, like q, k, v
+    Norm attn_norm;  // empty in a folded layer 0, like q, k, v
     Linear q, k, v, attn_output;
     Norm ffn_norm;
-    Linear gate, up, down;                // gate only for swiglu
+    Linear gate, up, down;  // gate only for swiglu
 };
 
 struct Weights {
     Hyperparams hyperparams;
-    codes::CodeMap code_map;              // unless CodeKind::learned
-    codes::FoldedProjection fold;         // norm1 and q, k, v of layer 0, rows stacked [qkv_length]
+    codes::CodeMap code_map;       // unless CodeKind::learned
+    codes::FoldedProjection fold;  // norm1 and q, k, v of layer 0, rows stacked [qkv_length]
     std::vector<Layer> layers;
     Norm output_norm;
     Linear output;
@@ -82,8 +82,8 @@ struct Weights {
 using ParallelFor = std::function<void(uint32_t n, const std::function<void(uint32_t, uint32_t)>& body)>;
 
 /// Reads, checks and repacks everything; the file's pages are released behind.
-/// Throws GgufError for a tensor that is missing, unknown, of a wrong shape or not finite; UnsupportedError for its type.
-/// `progress` gets the fraction done, 0 to 1.
+/// Throws GgufError for a tensor that is missing, unknown, of a wrong shape or not finite; UnsupportedError for its
+/// type. `progress` gets the fraction done, 0 to 1.
 Weights load_weights(gguf::GgufFile file, const ParallelFor& parallel_for, const std::function<void(double)>& progress);
 
 }  // namespace fixmin::model

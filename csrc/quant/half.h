@@ -37,7 +37,7 @@ static inline uint16_t f32_to_f16(float x) {
     const uint32_t magnitude = bits & 0x7fffffffu;
     if (magnitude > 0x7f800000u) return uint16_t(sign | 0x7e00u | ((magnitude >> 13) & 0x3ffu));
     if (magnitude >= 0x47800000u) return uint16_t(sign | 0x7c00u);  // >= 2^16
-    if (magnitude < 0x38800000u) {                                    // < 2^-14: subnormal or zero
+    if (magnitude < 0x38800000u) {                                  // < 2^-14: subnormal or zero
         // Adding 0.5 puts the rounding position of 2^-24 at the last bit of the float32 mantissa.
         const float shifted = float_from_bits(magnitude) + 0.5f;
         return uint16_t(sign | (float_bits(shifted) - 0x3f000000u));

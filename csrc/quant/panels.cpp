@@ -90,9 +90,7 @@ size_t row_bytes(WeightType type, uint32_t inner) {
     return 0;
 }
 
-size_t panel_bytes(WeightType type, uint32_t inner) {
-    return (row_bytes(type, inner) * panel_rows + 63) / 64 * 64;
-}
+size_t panel_bytes(WeightType type, uint32_t inner) { return (row_bytes(type, inner) * panel_rows + 63) / 64 * 64; }
 
 bool pack_panel(WeightType type, const std::byte* rows, uint32_t n_rows, uint32_t inner, std::byte* panel) {
     switch (type) {
@@ -121,7 +119,8 @@ bool dequantize_row(WeightType type, const std::byte* row, uint32_t inner, float
             for (uint32_t b = 0; b < inner / block_size; ++b) {
                 const std::byte* block = row + b * q8_0_block_bytes;
                 const float scale = f16_to_f32(read<uint16_t>(block));
-                for (uint32_t i = 0; i < block_size; ++i) out[b * block_size + i] = scale * float(read<int8_t>(block + 2 + i));
+                for (uint32_t i = 0; i < block_size; ++i)
+                    out[b * block_size + i] = scale * float(read<int8_t>(block + 2 + i));
             }
             break;
         case WeightType::q4_0:

@@ -1,12 +1,14 @@
 // Weights as the kernels read them: panels of 16 output rows.
 //
-// A matrix W [rows, inner] is cut into ceil(rows / 16) panels. Inside a panel lane r is output row r, so that one vector
-// holds the same inner position of 16 rows and no product needs a horizontal sum (docs/kernels.md).
+// A matrix W [rows, inner] is cut into ceil(rows / 16) panels. Inside a panel lane r is output row r, so that one
+// vector holds the same inner position of 16 rows and no product needs a horizontal sum (docs/kernels.md).
 //
 //   f32, f16, bf16   [inner][16] elements
-//   q8_0             [inner/32] blocks of 512 bytes: 8 vectors of 64 bytes, vector j holding q + 128 of k = 4j..4j+3 of each
+//   q8_0             [inner/32] blocks of 512 bytes: 8 vectors of 64 bytes, vector j holding q + 128 of k = 4j..4j+3 of
+//   each
 //                    row; after all blocks [inner/32][16] binary16 scales
-//   q4_0             [inner/32] blocks of 256 bytes: 4 vectors of 64 bytes, low nibbles of vector j holding q + 8 of k = 4j..4j+3,
+//   q4_0             [inner/32] blocks of 256 bytes: 4 vectors of 64 bytes, low nibbles of vector j holding q + 8 of k
+//   = 4j..4j+3,
 //                    high nibbles of k = 16+4j..16+4j+3; after all blocks [inner/32][16] binary16 scales
 //
 // Scales stand behind the blocks, not between them, so that every 64-byte load of weights is aligned.

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -58,19 +58,30 @@ def _root(
 @app.command(**_FORWARD)
 def convert(context: typer.Context) -> None:
     """Convert a Hugging Face checkpoint to GGUF and certify the result (needs fixmin-cpp[convert])."""
-    _forward(context, lambda: _import("convert.convert").main)
+    _forward(context, "main")
 
 
 @app.command(**_FORWARD)
 def verify(context: typer.Context) -> None:
     """Certify a GGUF file against its checkpoint again (needs fixmin-cpp[convert])."""
-    _forward(context, lambda: _import("convert.certify").main)
+    _forward(context, "verify_main")
 
 
-@app.command(**_FORWARD)
-def inspect(context: typer.Context) -> None:
-    """Show a GGUF file: hyper-parameters, the code's matrix, the code of a token, tensors."""
-    _forward(context, lambda: _import("inspect").main)
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="GGUF file, of any architecture.")],
+    tokens: Annotated[
+        list[str] | None,
+        typer.Option("-t", "--token", help="Show the code of these ids or of the tokens of this text; repeatable."),
+    ] = None,
+    as_json: _Json = False,
+    debug: _Debug = False,
+) -> None:
+    """Show a GGUF file: hyper-parameters, the code and its matrix, certificate, tensors."""
+    from .inspect import render
+
+    with _errors(debug):
+        render(file, tokens or [], as_json=as_json)
 
 
 @app.command()
@@ -169,28 +180,23 @@ def _errors(debug: bool) -> Iterator[None]:
         raise typer.Exit(1) from None
 
 
-def _forward(context: typer.Context, find: Callable[[], Callable[[list[str]], int | None]]) -> None:
+def _forward(context: typer.Context, name: str) -> None:
+    """Runs a command of fixmin_cpp.convert.convert, which parses its own arguments."""
     arguments = list(context.args)
     debug = "--debug" in arguments
     if debug:
         arguments.remove("--debug")
     with _errors(debug):
-        code = find()(arguments)
+        try:
+            from .convert import convert as commands
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.startswith(str(__package__)):
+                raise
+            raise ImportError(
+                f"this command needs the Python package {error.name!r}: pip install 'fixmin-cpp[convert]'"
+            ) from error
+        code = getattr(commands, name)(arguments)
     raise typer.Exit(code or 0)
-
-
-def _import(name: str) -> Any:
-    """A module of this package that may need libraries outside the base installation."""
-    import importlib
-
-    try:
-        return importlib.import_module(f".{name}", __package__)
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith(str(__package__)):
-            raise
-        raise ImportError(
-            f"this command needs the Python package {error.name!r}: pip install 'fixmin-cpp[convert]'"
-        ) from error
 
 
 def _read_prompt(prompt: str | None, file: Path | None, escape: bool) -> str:

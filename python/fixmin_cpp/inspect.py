@@ -6,6 +6,7 @@ rich markup, so that a model's name cannot move the cursor, colour the screen or
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import math
@@ -26,7 +27,7 @@ from . import _core
 from .errors import ArgumentError, GGUFError
 from .tokenizer import TextTokenizer
 
-__all__ = ["describe", "printable", "render"]
+__all__ = ["describe", "main", "printable", "render"]
 
 CERTIFICATE_PREFIX = "fixmin.convert.certificate."
 _PROVENANCE_PREFIX = "fixmin.convert."
@@ -389,3 +390,23 @@ class _Screen:
         # In a pipe nothing may be cut to the 80 columns that rich assumes there.
         width = self._console.width if self._fancy else 10_000
         self._console.print(table, width=width, crop=False)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`fixmin inspect`. Returns 0; errors are raised."""
+    parser = argparse.ArgumentParser(
+        prog="fixmin inspect",
+        description="Show what is in a GGUF file: hyper-parameters, the code and its matrix, certificate, tensors.",
+    )
+    parser.add_argument("file", type=Path)
+    parser.add_argument(
+        "--tokens",
+        action="append",
+        default=[],
+        metavar="LIST",
+        help='ids or texts whose codes to show, separated by commas, e.g. 0,1,"hello"; may be given several times',
+    )
+    parser.add_argument("--json", action="store_true", dest="as_json", help="print one JSON object")
+    args = parser.parse_args(argv)
+    render(args.file, args.tokens, as_json=args.as_json)
+    return 0

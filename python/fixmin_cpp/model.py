@@ -84,6 +84,8 @@ class Score:
 class Model:
     """A model in memory, ready to run. Safe to use from several threads; requests are served one after the other.
 
+    A process that forks may use it in the child too, unless the fork fell into a call of another thread.
+
     Args:
         path: a GGUF file of architecture "fixmin", as `fixmin convert` writes it.
         n_threads: worker threads; None: the smallest of CPU affinity, cgroup quota and physical cores.

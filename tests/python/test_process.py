@@ -46,9 +46,9 @@ def test_threads_get_what_they_would_get_alone(model):
         if i % 3 == 0:
             stream = model.stream(prompts[i], **arguments)
             text = "".join(piece.text for piece in stream)
-            return stream.completion.token_ids, text, model.score(prompts[i] + "b").nll
+            return stream.completion.token_ids, text, model.score(prompts[i] + " b b").nll
         completion = model.generate(prompts[i], **arguments)
-        return completion.token_ids, completion.text, model.score(prompts[i] + "b").nll
+        return completion.token_ids, completion.text, model.score(prompts[i] + " b b").nll
 
     alone = [answer(i) for i in range(len(prompts))]
     with ThreadPoolExecutor(8) as pool:
@@ -87,8 +87,8 @@ def test_ctrl_c(call, long_model_path):
     code = f"""
 import sys, threading, fixmin_cpp
 model = fixmin_cpp.Model(sys.argv[1], n_threads=1)
-print("ready", flush=True)
 try:
+    print("ready", flush=True)
     {INTERRUPTED[call]}
 except KeyboardInterrupt:
     pass
@@ -102,7 +102,7 @@ print(threading.active_count(), len(model.generate("a", max_new_tokens=2, ignore
     command = [sys.executable, "-c", code, str(long_model_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "ready\n"
-        threading.Event().wait(0.3)  # into the call; an interrupt that comes too early fails the test below
+        threading.Event().wait(0.3)  # so that the signal finds the call at work; too early would only test less
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=TIMEOUT)
     assert (process.returncode, output, errors) == (0, "1 2\n", "")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from toy_tokenizers import byte_fallback, byte_level, concatenating
+from toy_models import byte_fallback, byte_level, concatenating
 
 from fixmin_cpp.text import IncrementalDecoder, StopStrings, TextAssembler
 from fixmin_cpp.tokenizer import TextTokenizer

@@ -132,11 +132,10 @@ def test_logits_follow_the_equations(make_model, options, attention):
         assert_allclose(logits[row].numpy(), equations(model, ids[row].numpy()), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_every_option_changes_the_logits(make_model, options):
+@pytest.mark.parametrize("name", [name for name, options in OPTIONS.items() if options])
+def test_every_option_changes_the_logits(make_model, name):
     """Otherwise the comparison above would say nothing about the option."""
-    if not options:
-        pytest.skip("this is the base that the others are compared with")
+    options = OPTIONS[name]
     base, model = make_model(), make_model(**options)
     fill_code(model)
     shared = {name: tensor for name, tensor in base.state_dict().items() if name in model.state_dict()}

@@ -1,5 +1,10 @@
-"""Small tokenizers of the kinds that checkpoints carry, made here so that no test depends on a file."""
+"""Small tokenizers of the kinds that checkpoints carry, made here so that no test depends on a file, and models with them."""
 
+from pathlib import Path
+from typing import Any
+
+from gguf import GGUFWriter
+from gguf_factory import make_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 SPECIALS = ["<pad>", "<s>", "</s>", "<unk>"]
@@ -52,6 +57,18 @@ def byte_fallback() -> Tokenizer:
     )
     tokenizer.add_special_tokens(SPECIALS[:3])
     return tokenizer
+
+
+def write_model(path: Path, tokenizer: Tokenizer, eos_id: int | None = None, **arguments: Any) -> Path:
+    """A small random model with this tokenizer; eos_id None: the id of "</s>"."""
+    end = tokenizer.token_to_id("</s>") if eos_id is None else eos_id
+
+    def add_eos(writer: GGUFWriter) -> None:
+        writer.add_uint32("tokenizer.ggml.eos_token_id", end)
+
+    return make_model(
+        path, vocab_size=tokenizer.get_vocab_size(), tokenizer_json=tokenizer.to_str(), edit=add_eos, **arguments
+    )
 
 
 def _byte_of_letter() -> dict[str, int]:

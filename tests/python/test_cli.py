@@ -1,0 +1,205 @@
+"""The command `fixmin` in processes of its own: through pipes, on a terminal, with everything that goes wrong."""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+
+import pytest
+
+import fixmin_cpp
+
+FIXMIN = [sys.executable, "-m", "fixmin_cpp.cli"]
+TIMEOUT = 300  # seconds: the end of a test that would hang
+
+
+def fixmin(*arguments: object, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    command = [*FIXMIN, *map(str, arguments)]
+    return subprocess.run(command, input=stdin, capture_output=True, timeout=TIMEOUT, check=False)
+
+
+def test_version_and_help():
+    assert fixmin("--version").stdout.decode() == f"fixmin {fixmin_cpp.__version__}\n"
+    assert b"generate" in fixmin("--help").stdout
+    assert b"--max-new-tokens" in fixmin("generate", "--help").stdout
+
+
+def test_generate_writes_the_text_and_nothing_else_to_stdout(letters_model):
+    expected = letters_model.generate("the cat\nis", max_new_tokens=12)
+    result = fixmin("generate", "-m", letters_model.path, "-p", r"the cat\nis", "-n", 12)
+    assert result.returncode == 0
+    assert result.stdout.decode() == expected.text + "\n"
+    assert "12 new" in result.stderr.decode()
+    assert fixmin("generate", "-m", letters_model.path, "-p", r"the cat\nis", "-n", 12, "-q", "--no-stream").stderr == b""
+
+
+def test_prompt_from_stdin_and_file(letters_model, tmp_path):
+    expected = letters_model.generate("the 日本 cat", max_new_tokens=8).text + "\n"
+    prompt = "the 日本 cat\n".encode()
+    (tmp_path / "prompt.txt").write_bytes(prompt)
+    assert fixmin("generate", "-m", letters_model.path, "-n", 8, stdin=prompt).stdout.decode() == expected
+    by_file = fixmin("generate", "-m", letters_model.path, "-n", 8, "-f", tmp_path / "prompt.txt")
+    assert by_file.stdout.decode() == expected
+
+
+def test_json(letters_model):
+    arguments = {"max_new_tokens": 9, "temperature": 0.7, "top_k": 20, "top_p": 0.9, "seed": 11, "ignore_eos": True}
+    expected = letters_model.generate("the cat", **arguments)
+    options = "-n 9 --temperature 0.7 --top-k 20 --top-p 0.9 --seed 11 --ignore-eos --threads 1 --ctx 60".split()
+    result = fixmin("generate", "-m", letters_model.path, "-p", "the cat", *options, "--json")
+    answer = json.loads(result.stdout)
+    assert answer["text"] == expected.text
+    assert answer["token_ids"] == expected.token_ids
+    assert answer["finish_reason"] == expected.finish_reason
+    assert answer["seed"] == 11
+    assert answer["timings"]["n_generated"] == len(expected.token_ids)
+    assert result.stderr == b""
+
+
+def test_stop_may_be_given_several_times(letters_model):
+    text = letters_model.generate("the cat", max_new_tokens=20, ignore_eos=True).text
+    escaped = text[6:8].replace("\\", "\\\\").replace("\n", "\\n")
+    options = ["-p", "the cat", "-n", 20, "--ignore-eos", "--stop", "no such text", "--stop", escaped]
+    result = fixmin("generate", "-m", letters_model.path, *options)
+    assert result.stdout.decode() == text[: text.index(text[6:8])] + "\n"
+
+
+def test_escapes_can_be_switched_off(letters_model):
+    result = fixmin("generate", "-m", letters_model.path, "-p", r"a\nb", "--no-escape", "-n", 1, "--json")
+    assert json.loads(result.stdout)["prompt"] == r"a\nb"
+    result = fixmin("generate", "-m", letters_model.path, "-p", r"\q\\n\t", "-n", 1, "--json")
+    assert json.loads(result.stdout)["prompt"] == "\\q\\n\t"
+
+
+# arguments, exit code, part of stderr
+WRONG = [
+    ([], 2, "--model"),
+    (["-m", "{model}", "-p", "a", "-f", "b"], 2, "not both"),
+    (["-m", "{model}", "-p", "a", "-n", "many"], 2, "--max-new-tokens"),
+    (["-m", "{model}", "-p", "a", "--unknown"], 2, "--unknown"),
+    (["-m", "missing.gguf", "-p", "a"], 1, "missing.gguf"),
+    (["-m", "{model}", "-p", ""], 1, "prompt is empty"),
+    (["-m", "{model}"], 1, "prompt is empty"),
+    (["-m", "{model}", "-f", "missing.txt"], 1, "missing.txt"),
+    (["-m", "{model}", "-p", "a", "-n", "-5"], 1, "max_new_tokens must be at least 1, got -5"),
+    (["-m", "{model}", "-p", "a", "--temperature", "nan"], 1, "temperature"),
+    (["-m", "{model}", "-p", "a", "--stop", ""], 1, "stop[0] must not be empty"),
+    (["-m", "{model}", "-p", "a", "--kv-type", "q1"], 1, "kv_type"),
+    (["-m", "{model}", "-p", "a " * 500], 1, "the context holds"),
+    (["-m", "{script}", "-p", "a"], 1, "error:"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "code", "message"), WRONG, ids=lambda value: str(value)[:40])
+def test_errors_are_one_line(model_path, arguments, code, message):
+    filled = [str(a).format(model=model_path, script=__file__) for a in arguments]
+    result = fixmin("generate", *filled)
+    errors = result.stderr.decode()
+    assert result.returncode == code
+    assert result.stdout == b""
+    assert message in errors
+    assert "Traceback" not in errors
+    if code == 1:
+        assert errors.startswith("error: ")
+        assert errors.count("\n") == 1
+
+
+def test_debug_shows_the_traceback(model_path):
+    result = fixmin("generate", "-m", model_path, "-p", "", "--debug")
+    assert result.returncode == 1
+    assert b"Traceback" in result.stderr
+
+
+def test_input_that_is_not_utf8(model_path):
+    result = fixmin("generate", "-m", model_path, stdin=b"abc\xff")
+    assert (result.returncode, result.stderr) == (1, b"error: stdin is not UTF-8: byte 0xff at offset 3\n")
+
+
+def test_reader_that_goes_away(long_model_path):
+    command = [*FIXMIN, "generate", "-m", str(long_model_path), "-p", "a", "-n", "1000000", "--ignore-eos"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.read(1)
+        process.stdout.close()
+        errors = process.stderr.read()
+        assert process.wait(TIMEOUT) == 141
+    assert errors == b""
+
+
+def test_ctrl_c_keeps_what_was_written(long_model_path):
+    command = [*FIXMIN, "generate", "-m", str(long_model_path), "-p", "a", "-n", "1000000", "--ignore-eos"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        start = process.stdout.read(1)
+        process.send_signal(2)
+        rest, errors = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 130
+    assert start + rest
+    assert errors == b"interrupted\n"
+
+
+def test_on_a_terminal(letters_model):
+    """Text and a note arrive on the terminal, and colours only there."""
+    expected = letters_model.generate("the cat", max_new_tokens=5).text
+    command = [*FIXMIN, "generate", "-m", letters_model.path, "-p", "the cat", "-n", "5"]
+    parent, child = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "200"}
+    with subprocess.Popen(command, stdin=child, stdout=child, stderr=child, env=environment) as process:
+        os.close(child)
+        output = b""
+        while True:
+            try:
+                block = os.read(parent, 4096)
+            except OSError:  # Linux: the other end is closed
+                break
+            if not block:
+                break
+            output += block
+    os.close(parent)
+    assert process.returncode == 0
+    text = output.decode().replace("\r\n", "\n")
+    assert expected in text
+    assert "5 new" in text
+    assert "\x1b[" in text
+
+
+def test_terminal_without_a_prompt_is_asked_for_one(model_path):
+    parent, child = pty.openpty()
+    result = subprocess.run(
+        [*FIXMIN, "generate", "-m", str(model_path)], stdin=child, capture_output=True, timeout=TIMEOUT, check=False
+    )
+    os.close(child)
+    os.close(parent)
+    assert result.returncode == 2
+    assert b"no prompt" in result.stderr
+
+
+def test_info():
+    plain = dict(line.split(": ", 1) for line in fixmin("info").stdout.decode().splitlines())
+    report = json.loads(fixmin("info", "--json").stdout)
+    assert report.keys() == fixmin_cpp.system_info().keys() == plain.keys()
+    assert plain["isa"] == report["isa"]
+
+
+def test_inspect(letters_model):
+    result = fixmin("inspect", letters_model.path, "--token", "0,3", "--json")
+    description = json.loads(result.stdout)
+    codes = letters_model.codes([0, 3])
+    assert description["code"]["width"] == codes.shape[1]
+    assert [token["id"] for token in description["tokens"]] == [0, 3]
+    plain = fixmin("inspect", letters_model.path)
+    assert plain.returncode == 0
+    assert b"blk.0.attn_q.weight" in plain.stdout
+    assert b"\x1b[" not in plain.stdout
+    failed = fixmin("inspect", __file__)
+    assert failed.returncode == 1
+    assert failed.stderr.decode().startswith("error: ")
+
+
+@pytest.mark.parametrize("command", ["convert", "verify"])
+def test_converter_is_reached(command):
+    helped = fixmin(command, "--help")
+    assert helped.returncode == 0
+    assert b"trust-remote-code" in helped.stdout
+    failed = fixmin(command, "no/such/checkpoint.gguf", "no/such/folder")
+    assert failed.returncode != 0
+    assert b"Traceback" not in failed.stderr
