@@ -3,6 +3,8 @@
 //
 // Contract (docs/numerics.md): a vector has 16 lanes on every ISA; in a matrix product a lane is an output row, so each
 // output is one chain over the inner dimension; a reduction along a row keeps 16 partial sums and adds them 8-4-2-1.
+//
+// Functions in this header are static: it is compiled with the flags of every ISA (tests/kernels/test_isolation.py).
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -40,7 +42,7 @@ struct MatmulArgs {
 
 enum class KvType : uint8_t { f32, f16 };
 
-constexpr size_t kv_element_bytes(KvType type) { return type == KvType::f16 ? 2 : 4; }
+static constexpr size_t kv_element_bytes(KvType type) { return type == KvType::f16 ? 2 : 4; }
 
 /// One key/value head in the blocks of one sequence and one layer. Inside a block, per head:
 /// keys [kv_block_tokens/16][head_dim][16], then values [kv_block_tokens][value_dim], value_dim = head_dim rounded up
@@ -52,9 +54,9 @@ struct KvHead {
     size_t offset;             // bytes from the start of a block to this head
 };
 
-constexpr uint32_t kv_value_dim(uint32_t head_dim) { return (head_dim + lanes - 1) / lanes * lanes; }
+static constexpr uint32_t kv_value_dim(uint32_t head_dim) { return (head_dim + lanes - 1) / lanes * lanes; }
 
-constexpr size_t kv_head_bytes(KvType type, uint32_t head_dim) {
+static constexpr size_t kv_head_bytes(KvType type, uint32_t head_dim) {
     return size_t(kv_block_tokens) * (head_dim + kv_value_dim(head_dim)) * kv_element_bytes(type);
 }
 
@@ -72,7 +74,7 @@ struct AttentionArgs {
 
 inline constexpr uint32_t attention_tile = 8;  // queries that share a read of the keys and values
 
-constexpr size_t attention_scratch_floats(size_t n_keys) {
+static constexpr size_t attention_scratch_floats(size_t n_keys) {
     return attention_tile * ((n_keys + lanes - 1) / lanes * lanes);
 }
 

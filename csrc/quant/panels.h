@@ -26,7 +26,7 @@ inline constexpr uint32_t block_size = 32;  // values that share a scale, in wei
 enum class WeightType : uint8_t { f32, f16, bf16, q8_0, q4_0 };
 
 /// Types whose products run on 8-bit activations.
-constexpr bool is_quantized(WeightType type) { return type == WeightType::q8_0 || type == WeightType::q4_0; }
+static constexpr bool is_quantized(WeightType type) { return type == WeightType::q8_0 || type == WeightType::q4_0; }
 
 std::string_view name(WeightType type);
 

@@ -97,7 +97,13 @@ def test_quantised_logits_against_float64(model_file, name, kind):
 
 
 def test_mixed_weight_types(model_file):
-    types = {"blk.0.ffn_up": "F16", "blk.1.attn_q": "Q8_0", "blk.1.attn_k": "F32", "blk.1.attn_v": "BF16", "output": "Q4_0"}
+    types = {
+        "blk.0.ffn_up": "F16",
+        "blk.1.attn_q": "Q8_0",
+        "blk.1.attn_k": "F32",
+        "blk.1.attn_v": "BF16",
+        "output": "Q4_0",
+    }
     path = model_file(weight_types=types, weight_type="F32")
     ids = ids_for(20)
     assert relative(_core.Engine(path).logits(ids), forward(path, ids)) <= 0.03
@@ -305,7 +311,7 @@ def test_bad_ids(model_file):
     engine = _core.Engine(model_file())
     with pytest.raises(ValueError, match="no token ids"):
         engine.logits(np.array([], np.uint32))
-    with pytest.raises(ValueError, match="token id 100 at position 1 .*100"):
+    with pytest.raises(ValueError, match=r"token id 100 at position 1 .*100"):
         engine.logits(np.array([3, 100], np.uint32))
     with pytest.raises(_core.ContextLengthError, match="65 tokens do not fit the context of 64"):
         engine.logits(ids_for(65))

@@ -50,7 +50,7 @@ def test_all_isas_of_this_cpu_are_tested():
 
 
 def test_isa_that_does_not_exist():
-    with pytest.raises(ValueError, match="unknown instruction set 'mmx'.*scalar"):
+    with pytest.raises(ValueError, match=r"unknown instruction set 'mmx'.*scalar"):
         _core.Kernels("mmx")
 
 

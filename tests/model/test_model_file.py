@@ -187,7 +187,7 @@ def test_table_with_bits_beyond_the_width(tmp_path):
     def edit(writer):
         writer.tensors[0]["token_code.weight"].tensor[5, 0] = -1  # all eight bits of a 7-bit code
 
-    with pytest.raises(_core.GGUFError, match="row 5|5"):
+    with pytest.raises(_core.GGUFError, match="row 5"):
         load(make_model(tmp_path / "m.gguf", code_kind="table", edit=edit))
 
 
