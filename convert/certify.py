@@ -15,7 +15,6 @@ the links that need it fall away and `against` says so: the certificate then cov
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -462,26 +461,3 @@ def _same_float32(a: Any, b: Any) -> bool:
     if isinstance(a, (float, tuple)) and isinstance(b, (int, float, tuple)):
         return np.array_equal(np.asarray(a, dtype=np.float32), np.asarray(b, dtype=np.float32))
     return False
-
-
-# --- command line -----------------------------------------------------------------------------------------------
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """`fixmin verify`: certify a file again. Returns 0 if it passes, 1 if it does not; other errors are raised."""
-    from rich.console import Console
-
-    from .convert import ConsoleReporter, add_resolve_options, resolve_options
-
-    parser = argparse.ArgumentParser(
-        prog="fixmin verify", description="Prove again that a GGUF file computes the function of its checkpoint."
-    )
-    parser.add_argument("gguf", type=Path, help="the file to verify")
-    add_resolve_options(parser)
-    args = parser.parse_args(argv)
-    reporter = ConsoleReporter(Console(highlight=False))
-    certificate = verify(args.gguf, args.checkpoint_dir, progress=reporter.line, **resolve_options(args))
-    for line in certificate.lines():
-        reporter.line(line)
-    reporter.line(f"{args.gguf}: {'certified' if certificate.passed else 'NOT certified'}")
-    return 0 if certificate.passed else 1

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from .roles import is_no_weight
 from .trace import Elementwise, Product, Tape, Weight, model_tensors
 
 # Largest difference, relative to the largest element, that counts as the same function. Float32 rounding leaves 1e-7 to
@@ -49,6 +49,22 @@ class Norm:
     bias: Weight | None
 
 
+# For every norm of the model, in order: the first product it feeds, its weights, and the product whose result is added
+# to the residual stream after it (None for the final norm).
+Layers = list[tuple[Product, Norm, Product | None]]
+
+
+@dataclass
+class Step:
+    """One norm on the way along the residual stream."""
+
+    where: str
+    error: float  # of its result, relative
+    stream: Tensor  # what it is applied to, float64 [P, T, D]
+    norm: Norm
+    branch: Branch | None  # what was added since the norm before
+
+
 @dataclass
 class Block:
     """The products of one block in the first recording, and what was found out about them."""
@@ -73,6 +89,10 @@ class Heads:
     k: NDArray[np.int64]
     v: NDArray[np.int64]
     columns: NDArray[np.int64] | None
+
+
+# Relative difference of attention's result, heads, rope style, dimension, base, scale.
+Fit = tuple[float, Heads, str, int, float, float]
 
 
 @dataclass
@@ -127,23 +147,24 @@ def apply_norm(x: Tensor, kind: str, eps: float, weight: Tensor | None, bias: Te
     return y if bias is None else y + bias
 
 
-def rotate(x: Tensor, style: str, dim: int, base: float) -> Tensor:
-    """x [..., T, heads, d] -> the same, the first `dim` elements of every head rotated by position."""
-    theta = base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / max(dim, 1))
-    angle = torch.arange(x.shape[-3], dtype=torch.float64)[:, None, None] * theta  # [T, 1, dim/2]
+def rotate(x: Tensor, style: str, dim: int, bases: Tensor) -> Tensor:
+    """x [P, T, heads, d] -> [bases, P, T, heads, d], the first `dim` elements of every head rotated by position."""
+    theta = bases[:, None] ** (-torch.arange(0, dim, 2, dtype=torch.float64) / max(dim, 1))  # [bases, dim/2]
+    positions = torch.arange(x.shape[-3], dtype=torch.float64)
+    angle = positions[:, None, None] * theta[:, None, None, None]  # [bases, 1, T, 1, dim/2]
     a, b = (x[..., : dim // 2], x[..., dim // 2 : dim]) if style == "half" else (x[..., :dim:2], x[..., 1:dim:2])
     a, b = a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()
     turned = torch.cat((a, b), -1) if style == "half" else torch.stack((a, b), -1).flatten(-2)
-    return torch.cat((turned, x[..., dim:]), -1)
+    return torch.cat((turned, x[..., dim:].expand(*turned.shape[:-1], -1)), -1)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal attention: q [P, T, H, d], k and v [P, T, G, d] -> [P, T, H, d]."""
-    group = q.shape[2] // k.shape[2]
-    k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
-    scores = torch.einsum("pihd,pjhd->phij", q, k) * scale
-    later = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).triu(1)
-    return torch.einsum("phij,pjhd->pihd", scores.masked_fill(later, -math.inf).softmax(-1), v)
+    """Causal attention: q [..., T, H, d], k and v [..., T, G, d] -> [..., T, H, d]."""
+    group = q.shape[-2] // k.shape[-2]
+    k, v = k.repeat_interleave(group, -2), v.repeat_interleave(group, -2)
+    scores = torch.einsum("...ihd,...jhd->...hij", q, k) * scale
+    later = torch.ones(q.shape[-3], q.shape[-3], dtype=torch.bool).triu(1)
+    return torch.einsum("...hij,...jhd->...ihd", scores.masked_fill(later, -math.inf).softmax(-1), v)
 
 
 PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
@@ -234,17 +255,24 @@ class Reader:
         groups = self.groups()
         head = groups[-1][-1]
         head_factor = self.check_head(head)
-        width = head.x.shape[1]
-        quads = self.quads(groups[:-1], width)
-        norms = [self.norm_weights(q[0][0]) for q in quads], [self.norm_weights(q[2][0]) for q in quads]
-        final = self.norm_weights(head)
-        order, stream, kind, eps = self.find_input(quads, norms, final, head)
+        quads = self.quads(groups[:-1], head.x.shape[1])
+        read = [self.norm_weights(group[0]) for quad in quads for group in (quad[0], quad[2])]
+        final, whole = self.norm_weights(head)
+        norms = [norm for norm, _ in read]
+        starts = [group[0] for quad in quads for group in (quad[0], quad[2])]
+        ends = [group[0] for quad in quads for group in (quad[1], quad[3])]
+        layers: Layers = [*zip(starts, norms, ends, strict=True), (head, final, None)]
+        order, stream, kind, eps = self.find_input(layers, [w for _, w in (*read, (final, whole)) if w is not None])
         on_input(order, stream[0].float())
-        blocks = self.follow_stream(quads, norms, final, head, stream, kind, eps)
+        branches = self.follow_stream(layers, stream, kind, eps)
+        blocks = [
+            Block(quad[0], quad[2], *branches[2 * i : 2 * i + 2], *norms[2 * i : 2 * i + 2])
+            for i, quad in enumerate(quads)
+        ]
         heads, style, dim, base, scale = self.find_attention(blocks)
         gate, up, activation = self.find_mlp(blocks)
         return Interpretation(
-            blocks, head, head_factor, final[0], heads, gate, up, kind, eps, activation,
+            blocks, head, head_factor, final, heads, gate, up, kind, eps, activation,
             scale, style, dim, base, {id(p): i for i, p in enumerate(self.tape.products)}, self.errors, self.sources,
         )  # fmt: skip
 
@@ -325,70 +353,92 @@ class Reader:
         weight = _flat(norm.weight, x.shape[-1])
         return difference(apply_norm(stream[:, -x.shape[1] :], kind, eps, weight, _flat(norm.bias, x.shape[-1])), x)
 
-    def find_input(
-        self, quads: Any, norms: Any, final: tuple[Norm, Elementwise | None], head: Product
-    ) -> tuple[int, Tensor, str, float]:
+    def find_input(self, layers: Layers, whole_norms: list[Elementwise]) -> tuple[int, Tensor, str, float]:
         """(operation, its result [P, T, D], norm kind, eps): the activation that is the residual stream of block 0."""
-        first, second = norms[0][0], norms[1][0]
-        width = head.x.shape[1]
-        every = [n for _, n in (*norms[0], *norms[1], final) if n is not None]
-        declared = [n.eps if n.eps is not None else torch.finfo(torch.float32).eps for n in every]
-        kinds = ["rmsnorm" if n.op == "rms_norm" else "layernorm" for n in every[:1]] or ["layernorm", "rmsnorm"]
+        (first, _, _), width = layers[0], layers[0][0].x.shape[1]
+        declared = [n.eps if n.eps is not None else torch.finfo(torch.float32).eps for n in whole_norms]
+        kinds = ["rmsnorm" if n.op == "rms_norm" else "layernorm" for n in whole_norms[:1]] or ["layernorm", "rmsnorm"]
         in_code = [v for _, op, v in self.tape.scalars if op in ("add", "clamp_min", "clamp") and 0 < v < 0.1]
         candidates = list(dict.fromkeys([*declared, *in_code, *self.declared.eps, *USUAL_EPS]))
-        best: tuple[float, int, Tensor, str, float] | None = None
+        best: tuple[bool, float, int, Tensor, str, float] | None = None
         closest = math.inf
         for order, outputs in reversed(list(zip(self.early_orders, self.early, strict=True))):
-            if order >= quads[0][0][0].order or outputs.shape[1] != self.tokens * width:
+            if order >= first.order or outputs.shape[1] != self.tokens * width:
                 continue
             stream = outputs.reshape(len(outputs), self.tokens, width)
             for kind, eps in itertools.product(kinds, candidates):
-                error = self.norm_error(stream, quads[0][0][0], first[0], kind, eps)
-                closest = min(closest, error)
-                if error > 100 * NORM_TOLERANCE:
+                # The second norm tells the stream from its normed self and from multiples, which the first cannot.
+                steps = list(itertools.islice(self.walk(layers, stream, kind, eps), 1))
+                closest = min(closest, steps[0].error)
+                if steps[0].error > 100 * NORM_TOLERANCE:
                     continue
-                after, _ = self.add_branch(stream, quads[0][1][0], quads[0][2][0], second[0], kind, eps)
-                error = max(error, self.norm_error(after, quads[0][2][0], second[0], kind, eps))
-                if best is None or error < best[0]:
-                    best = (error, order, stream, kind, eps)
+                steps = list(itertools.islice(self.walk(layers, stream, kind, eps), 2))
+                error = max(step.error for step in steps)
+                # A layer norm does not see a shift of all elements: only the real stream is what the code adds to.
+                fits = error > NORM_TOLERANCE or not self.was_computed(steps[1].stream), error
+                if best is None or fits < best[:2]:
+                    best = (*fits, order, stream, kind, eps)
         if best is None:
             raise CheckpointError(
                 "block 0: the input of its attention is no layer norm or RMS norm of what enters the block (post-norm, "
-                f"an extra or unusual norm?); smallest relative difference {closest:.2g}"
+                f"an extra or unusual norm?); smallest relative difference {closest:.2g}{self._strays()}"
             )
-        _, order, stream, kind, eps = best
-        eps, source = self.fit_eps(quads, norms, final, head, stream, kind, candidates, set(declared))
-        self.sources["norm"] = f"inputs of the products, e.g. {'+'.join(quads[0][0][0].weight.names)}"
-        self.sources["norm_eps"] = source
+        *_, order, stream, kind, eps = best
+        eps, self.sources["norm_eps"] = self.fit_eps(layers, stream, kind, candidates, set(declared))
+        self.sources["norm"] = f"inputs of the products, e.g. {'+'.join(first.weight.names)}"
         return order, stream, kind, eps
 
+    def was_computed(self, stream: Tensor) -> bool:
+        """Whether an early operation had this result."""
+        flat = stream.reshape(len(stream), -1)
+        return any(out.shape == flat.shape and difference(out, flat) < 1e-6 for out in self.early)
+
     def fit_eps(
-        self, quads: Any, norms: Any, final: Any, head: Product, stream: Tensor, kind: str,
-        candidates: list[float], declared: set[float],
-    ) -> tuple[float, str]:  # fmt: skip
+        self, layers: Layers, stream: Tensor, kind: str, candidates: list[float], declared: set[float]
+    ) -> tuple[float, str]:
         """The eps that reproduces all norms best; among equally good ones the first candidate, declared ones first."""
 
-        def error(eps: float) -> float:
-            x, worst = stream, 0.0
-            for quad, one, two in zip(quads, *norms, strict=True):
-                worst = max(worst, self.norm_error(x, quad[0][0], one[0], kind, eps))
-                x, _ = self.add_branch(x, quad[1][0], quad[2][0], two[0], kind, eps)
-                worst = max(worst, self.norm_error(x, quad[2][0], two[0], kind, eps))
-                # a wrong eps is told by the norms with the smallest inputs, nearly always the first
-                if worst > NORM_TOLERANCE:
-                    return worst
-                x = x + self.y(quad[3][0])
-            return worst
+        norms = len(layers)
+
+        def error(eps: float) -> tuple[int, float]:
+            """(norms that are no such norm whatever eps is, largest difference of the ones before)."""
+            worst = 0.0
+            for i, step in enumerate(self.walk(layers, stream, kind, eps)):
+                if step.error > 100 * NORM_TOLERANCE:
+                    return norms - i, worst
+                worst = max(worst, step.error)
+            return 0, worst
 
         errors = [error(e) for e in candidates]
-        chosen = next(e for e, value in zip(candidates, errors, strict=True) if value <= 1.2 * min(errors) + 2e-7)
-        if min(errors) <= NORM_TOLERANCE or min(errors) > 100 * NORM_TOLERANCE:
-            where = "declared by the norm modules" if chosen in declared else "the only usual value that fits"
-            return chosen, f"{where}; reproduces every norm"
+        failing, least = min(errors)
+        good = [e for e, (f, v) in zip(candidates, errors, strict=True) if f == failing and v <= 1.2 * least + 2e-7]
+        if failing < norms and least <= NORM_TOLERANCE:
+            where = "declared by the norm modules" if good[0] in declared else "the only usual value that fits"
+            return good[0], f"{where}; reproduces every norm"
+
         # Between the candidates: the error of one norm has a single minimum in log eps.
-        fitted = math.exp(_minimum(lambda v: error(math.exp(v)), math.log(1e-13), math.log(0.1)))
-        fitted = _rounded(fitted, error)
-        return (fitted, "fitted to the norms") if error(fitted) < min(errors) else (chosen, "closest usual value")
+        def total(eps: float) -> float:
+            return sum(error(eps))
+
+        fitted = math.exp(_minimum(lambda v: total(math.exp(v)), math.log(1e-13), math.log(0.1)))
+        fitted = _rounded(fitted, total)
+        return (fitted, "fitted to the norms") if error(fitted) < min(errors) else (good[0], "closest usual value")
+
+    def walk(self, layers: Layers, stream: Tensor, kind: str, eps: float) -> Iterator[Step]:
+        """Follow the residual stream from norm to norm."""
+        branch = None
+        for i, (product, norm, out) in enumerate(layers):
+            if i % 2:
+                where = f"block {i // 2}: what attention adds, or the feed-forward norm"
+            elif i == 0:
+                where = "block 0: attention norm"
+            else:
+                norm_name = "the final norm" if out is None else f"the attention norm of block {i // 2}"
+                where = f"block {i // 2 - 1}: what its feed-forward adds, or {norm_name}"
+            yield Step(where, self.norm_error(stream, product, norm, kind, eps), stream, norm, branch)
+            if out is not None:
+                following, next_norm, _ = layers[i + 1]
+                stream, branch = self.add_branch(stream, out, following, next_norm, kind, eps)
 
     def add_branch(
         self, stream: Tensor, out: Product, following: Product, norm: Norm, kind: str, eps: float
@@ -418,35 +468,23 @@ class Reader:
                 best = Branch(out, factor, bias or out.bias)
         return after, best
 
-    def follow_stream(
-        self, quads: Any, norms: Any, final: tuple[Norm, Any], head: Product, stream: Tensor, kind: str, eps: float
-    ) -> list[Block]:
-        """Check every norm of every block and the final one against the residual stream."""
-        blocks = []
+    def follow_stream(self, layers: Layers, stream: Tensor, kind: str, eps: float) -> list[Branch]:
+        """Check every norm against the residual stream; returns the branches, two per block."""
+        branches = []
         self.errors["norm"] = 0.0
-        for i, (quad, one, two) in enumerate(zip(quads, *norms, strict=True)):
-            qkv, (out,), up, (down,) = quad
-            self._check_norm(f"block {i}: attention norm", stream, qkv[0], one[0], kind, eps)
-            stream, attention = self.add_branch(stream, out, up[0], two[0], kind, eps)
-            self._check_norm(f"block {i}: feed-forward norm (or what attention adds)", stream, up[0], two[0], kind, eps)
-            last = i + 1 == len(quads)
-            following, norm = (head, final[0]) if last else (quads[i + 1][0][0], norms[0][i + 1][0])
-            stream, mlp = self.add_branch(stream, down, following, norm, kind, eps)
-            blocks.append(Block(qkv, up, attention, mlp, one[0], two[0]))
-        self._check_norm("final norm (or what the last block adds)", stream, head, final[0], kind, eps)
-        return blocks
-
-    def _check_norm(self, where: str, stream: Tensor, product: Product, norm: Norm, kind: str, eps: float) -> None:
-        error = self.norm_error(stream, product, norm, kind, eps)
-        if error > NORM_TOLERANCE:
-            raise CheckpointError(
-                f"{where}: its result is no {kind} with eps {eps:.3g} of the residual stream (another norm, residual "
-                f"connection or order of the branches?); smallest relative difference {error:.2g}"
-                f"{self._strays()}"
-            )
-        if kind == "rmsnorm" and norm.bias is not None:
-            raise CheckpointError(f"{where}: an RMS norm with a bias, which the file format does not have")
-        self.errors["norm"] = max(self.errors["norm"], error)
+        for step in self.walk(layers, stream, kind, eps):
+            if step.error > NORM_TOLERANCE:
+                raise CheckpointError(
+                    f"{step.where}: its result is no {kind} with eps {eps:.3g} of the residual stream (another norm, "
+                    "residual connection or order of the branches?); smallest relative difference "
+                    f"{step.error:.2g}{self._strays()}"
+                )
+            if kind == "rmsnorm" and step.norm.bias is not None:
+                raise CheckpointError(f"{step.where}: an RMS norm with a bias, which the file format does not have")
+            self.errors["norm"] = max(self.errors["norm"], step.error)
+            if step.branch is not None:
+                branches.append(step.branch)
+        return branches
 
     def _strays(self) -> str:
         """Vectors of weights that multiply something which is no input of a matrix product."""
@@ -457,6 +495,7 @@ class Reader:
             if r.op != "add" and r.weight is not None and r.weight.value.numel() > 1
             and not any(r.y.numel() == x.numel() and torch.equal(r.y, x) for x in inputs)
             for n in r.weight.names
+            if not is_no_weight(n)
         }  # fmt: skip
         return f". Weights used elsewhere: {', '.join(list(names)[:8])}" if names else ""
 
@@ -470,16 +509,18 @@ class Reader:
         first = blocks[0]
         y, target = self.side_by_side(first.qkv), self.x(first.attention.out)
         values = self.value_outputs(y, target)
-        closest = math.inf
-        for count in self.head_counts(y, target, values):
-            d = target.shape[-1] // count
-            if count * d != first.qkv[0].x.shape[1]:
+        layouts: list[Heads] = []
+        for elements in self.head_elements(y, target, values):
+            if elements.size != first.qkv[0].x.shape[1]:
                 raise CheckpointError(
-                    f"block 0: {count} heads of size {d} make {count * d}, not the embedding length "
-                    f"{first.qkv[0].x.shape[1]}; the file format has no head size of its own"
+                    f"block 0: {elements.shape[0]} heads of size {elements.shape[1]} make {elements.size}, not the "
+                    f"embedding length {first.qkv[0].x.shape[1]}; the file format has no head size of its own"
                 )
-            for heads in self.head_layouts(values.reshape(count, d), y.shape[-1]):
-                error, *found = self.fit_attention(heads, y, target)
+            layouts += self.head_layouts(elements, values, y.shape[-1])
+        closest = math.inf
+        for stage in (self.fit_likely, self.fit_rearranged, self.fit_any_base):
+            for layout in layouts:
+                error, heads, *found = stage(layout, y, target)
                 closest = min(closest, error)
                 if error <= ATTENTION_TOLERANCE:
                     self.check_attention(blocks, heads, *found)
@@ -505,22 +546,30 @@ class Reader:
             )
         return nearest.indices.numpy()
 
-    def head_counts(self, y: Tensor, target: Tensor, values: NDArray[np.int64]) -> list[int]:
-        """Numbers of heads for which the second token weighs all values of a head alike, the declared one first."""
-        v = y[..., values]
+    def head_elements(self, y: Tensor, target: Tensor, values: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """Ways to cut attention's result into heads so that the second token weighs all values of a head alike: numbers
+        of elements [H, d], with the declared number of heads first, then the fewest heads."""
         size = target.shape[-1]
-        fitting = []
-        for count in (n for n in range(1, size // 2 + 1) if size % n == 0 and size // n % 2 == 0):
-            step = (v[:, 1] - v[:, 0]).reshape(len(v), count, -1)
-            moved = (target[:, 1] - v[:, 0]).reshape(len(v), count, -1)
-            weight = (step * moved).sum(-1, keepdim=True) / step.square().sum(-1, keepdim=True).clamp_min(1e-30)
-            if float((moved - weight * step).abs().max() / target.abs().max()) <= ATTENTION_TOLERANCE:
-                fitting.append(count)
-        return sorted(fitting, key=lambda n: (n != self.declared.head_count, n))
+        step, moved = y[:, 1, values] - y[:, 0, values], target[:, 1] - y[:, 0, values]
+        limit = ATTENTION_TOLERANCE * float(target.abs().max())
+        counts = [n for n in range(1, size // 2 + 1) if size % n == 0 and size // n % 2 == 0]
+        counts.sort(key=lambda n: (n != self.declared.head_count, n))
+        found = []
+        for strided, count in itertools.product((False, True), counts):
+            elements = np.arange(size).reshape(-1, count).T if strided else np.arange(size).reshape(count, -1)
+            a, b = step[:, elements], moved[:, elements]
+            weight = (a * b).sum(-1, keepdim=True) / a.square().sum(-1, keepdim=True).clamp_min(1e-30)
+            if float((b - weight * a).abs().max()) <= limit:
+                found.append(elements)
+            if len(found) == 2:  # finer cuts of the same heads fit too
+                break
+        return found
 
-    def head_layouts(self, values: NDArray[np.int64], outputs: int) -> Iterable[Heads]:
-        """Ways to find q and k among the outputs that are not v. values [H, d]."""
-        count, d = values.shape
+    def head_layouts(self, elements: NDArray[np.int64], values: NDArray[np.int64], outputs: int) -> Iterable[Heads]:
+        """Ways to find q and k among the outputs that are not v. elements [H, d] of attention's result; values [H·d]
+        the output that each of them is the value of."""
+        count, d = elements.shape
+        values = values[elements]
         group_of: dict[tuple[int, ...], int] = {}
         groups = np.array([group_of.setdefault(tuple(row), len(group_of)) for row in values])
         order = np.argsort(groups, kind="stable")
@@ -532,12 +581,13 @@ class Reader:
                 f"block 0: attention: {outputs} outputs of the input projections are not {count} query heads and "
                 f"2 x {len(kv)} key and value heads of size {d}"
             )
+        columns = elements[order].reshape(-1)
+        columns = None if (columns == np.arange(count * d)).all() else columns
         free = np.ones(outputs, dtype=bool)
         free[kv] = False
-        columns = (order[:, None] * d + np.arange(d)).reshape(-1)
-        columns = None if (columns == np.arange(count * d)).all() else columns
         seen: set[bytes] = set()
-        for first in np.flatnonzero(free):
+        # k beyond q, the usual order, first
+        for first in np.flatnonzero(free)[::-1]:
             k = kv + (first - kv[0, 0])
             if k.min() < 0 or k.max() >= outputs or not free[k].all():
                 continue
@@ -549,78 +599,99 @@ class Reader:
                 options.insert(0, values + (ascending.min() - values.min()))
             for q in options:
                 fits = q.min() >= 0 and q.max() < outputs and rest[q].all() and len(np.unique(q)) == q.size
+                # Nobody cuts q into more pieces than v.
+                fits = fits and _runs(q) <= _runs(kv)
                 key = q.tobytes() + k.tobytes()
                 if fits and key not in seen:
                     seen.add(key)
                     yield Heads(q[order], k, kv, columns)
 
-    def fit_attention(self, heads: Heads, y: Tensor, target: Tensor) -> tuple[float, str, int, float, float]:
-        """(error, rope style, dimension, base, scale) of the best combination, likely ones first."""
+    def fit_likely(self, heads: Heads, y: Tensor, target: Tensor) -> Fit:
+        """The best combination of declared and usual values."""
         d = heads.q.shape[1]
-        tried: dict[tuple[str, int, float, float], float] = {}
-
-        def error(style: str, dim: int, base: float, scale: float) -> float:
-            key = (style, dim, base, scale)
-            if key not in tried:
-                tried[key] = self.attention_error(heads, y, target, *key, few=True)
-            return tried[key]
-
-        dims = [r for r in dict.fromkeys([*self.rope_dims(d), d, d // 2, d // 4]) if 0 < r <= d and r % 2 == 0]
-        scales = self.scales(d)
-        for dim, base, scale in itertools.product(dims, self.bases(), scales):
-            if min(error("half", dim, base, scale), error("interleaved", dim, base, scale)) <= ATTENTION_TOLERANCE / 20:
+        bases = torch.tensor(self.bases(), dtype=torch.float64)
+        best = (math.inf, "half", d, 10000.0, d**-0.5)
+        for dim, scale, style in itertools.product(self.likely_dims(d), self.scales(d), ("half", "interleaved")):
+            errors = self.attention_errors(heads, y, target, style, dim, bases, scale, few=True)
+            least = int(errors.argmin())
+            best = min(best, (float(errors[least]), style, dim, float(bases[least]), scale))
+            if best[0] <= ATTENTION_TOLERANCE / 20:
                 break
-        if min(tried.values()) > ATTENTION_TOLERANCE:
-            self.search_base(error, d, dims, scales)
-        key = min(tried, key=lambda k: tried[k])
-        if tried[key] <= ATTENTION_TOLERANCE:
-            _, _, base, scale = key
-            given = base in self.bases()
-            self.sources["rope_base"] = "declared or usual" if given else "fitted to the attention of block 0"
-            self.sources["attention_scale"] = "usual 1/sqrt(head size)" if scale == d**-0.5 else "a number in the code"
-            self.sources["rope_style"] = self.sources["rope_dim"] = "attention of block 0"
-        return (self.attention_error(heads, y, target, *key, few=False), *key)
+        self.sources["rope_base"] = "declared or usual; reproduces attention"
+        return self._fitted(heads, y, target, *best[1:])
 
-    @staticmethod
-    def search_base(
-        error: Callable[[str, int, float, float], float], d: int, dims: list[int], scales: list[float]
-    ) -> None:
-        """Look for any rotary base; `error` keeps what it is asked. A grid of 0.25 in log base meets every basin:
-        the largest angle in 16 positions, 16·b^-x·x, then moves by less than 1.5 rad."""
-        every = [*dims, *(r for r in range(2, d + 1, 2) if r not in dims)]
-        grid = np.linspace(math.log(4), math.log(1e9), 78)
-        for dim, style, scale in itertools.product(every, ("half", "interleaved"), scales[:4]):
-            values = [error(style, dim, math.exp(v), scale) for v in grid]
-            if min(values) > 0.5 * float(np.median(values)) and min(values) > 0.05:
-                continue
-            middle = int(np.argmin(values))
-            low, high = grid[max(middle - 1, 0)], grid[min(middle + 1, len(grid) - 1)]
-            best = math.exp(
-                _minimum(lambda v, s=style, r=dim, c=scale: error(s, r, math.exp(v), c), float(low), float(high))
-            )
-            if error(style, dim, best, scale) <= ATTENTION_TOLERANCE:
-                _rounded(best, lambda b, s=style, r=dim, c=scale: error(s, r, b, c))
-                return
+    def fit_rearranged(self, heads: Heads, y: Tensor, target: Tensor) -> Fit:
+        """The same with the elements of every head in another order: the last ones rotated instead of the first, or
+        all rotated the other way round, which is the same as exchanging the two elements of a pair. Scores do not
+        change if q and k are reordered alike."""
+        d = heads.q.shape[1]
+        n = np.arange(d)
+        orders = [np.roll(n, dim) for dim in self.likely_dims(d) if dim < d]
+        for dim in self.likely_dims(d):
+            orders.append(np.concatenate([np.roll(n[:dim], dim // 2), n[dim:]]))
+            orders.append(np.concatenate([n[:dim] ^ 1, n[dim:]]))
+        fits = (self.fit_likely(replace(heads, q=heads.q[:, o], k=heads.k[:, o]), y, target) for o in orders)
+        best = min(fits, key=lambda fit: fit[0])
+        self.sources["rope_dim"] = "attention of block 0, rows of q and k reordered within each head"
+        return best
 
-    def attention_error(
-        self,
-        heads: Heads,
-        y: Tensor,
-        target: Tensor,
-        style: str,
-        dim: int,
-        base: float,
-        scale: float,
+    def fit_any_base(self, heads: Heads, y: Tensor, target: Tensor) -> Fit:
+        """Any rotary base and dimension. A grid of 0.5 in log base meets every basin: the largest angle in 8
+        positions, 8·b^-x·x, then moves by less than 1 rad."""
+        d = heads.q.shape[1]
+        step = 2 if d <= 64 else 8
+        dims = list(dict.fromkeys([*self.likely_dims(d), *range(step, d + 1, step)]))
+        grid = torch.linspace(math.log(4), math.log(1e9), 40, dtype=torch.float64)
+        best = (math.inf, "half", d, 10000.0, d**-0.5)
+        for dim, scale, style in itertools.product(dims, self.scales(d)[:4], ("half", "interleaved")):
+
+            def error(base: float, style: str = style, dim: int = dim, scale: float = scale) -> float:
+                bases = torch.tensor([base], dtype=torch.float64)
+                return float(self.attention_errors(heads, y, target, style, dim, bases, scale, few=True))
+
+            values = self.attention_errors(heads, y[:, :8], target[:, :8], style, dim, grid.exp(), scale, few=True)
+            middle = int(values.argmin())
+            # Without the right dimension, style and scale the error does not fall towards any base.
+            if float(values[middle]) < 0.7 * float(values.median()) or float(values[middle]) < 0.05:
+                low, high = float(grid[max(middle - 1, 0)]), float(grid[min(middle + 1, len(grid) - 1)])
+                base = math.exp(_minimum(lambda v: error(math.exp(v)), low, high))
+                best = min(best, (error(base), style, dim, base, scale))
+                if best[0] <= ATTENTION_TOLERANCE / 20:
+                    best = (best[0], style, dim, _rounded(base, error), scale)
+                    break
+        self.sources["rope_base"] = "fitted to the attention of block 0"
+        return self._fitted(heads, y, target, *best[1:])
+
+    def _fitted(
+        self, heads: Heads, y: Tensor, target: Tensor, style: str, dim: int, base: float, scale: float
+    ) -> Fit:  # fmt: skip
+        usual = abs(scale * heads.q.shape[1] ** 0.5 - 1) < 1e-6
+        self.sources["attention_scale"] = "1/sqrt(head size)" if usual else "a number in the code"
+        self.sources["rope_style"] = self.sources["rope_dim"] = "attention of block 0"
+        bases = torch.tensor([base], dtype=torch.float64)
+        error = float(self.attention_errors(heads, y, target, style, dim, bases, scale))
+        return error, heads, style, dim, base, scale
+
+    def likely_dims(self, d: int) -> list[int]:
+        """Numbers of rotated elements: of stored frequencies, declared, and the usual fractions of a head."""
+        dims = [*(r for _, r in self.frequencies()), *self.declared.rope_dims, d, d // 2, d // 4]
+        return [r for r in dict.fromkeys(dims) if 0 < r <= d and r % 2 == 0]
+
+    def attention_errors(
+        self, heads: Heads, y: Tensor, target: Tensor, style: str, dim: int, bases: Tensor, scale: float,
         few: bool = False,
-    ) -> float:
-        """Relative difference of attention's result; `few`: of the first key/value heads only."""
+    ) -> Tensor:  # fmt: skip
+        """Relative difference of attention's result for each base; `few`: two prompts, the first heads only."""
         target = target if heads.columns is None else target[..., torch.from_numpy(heads.columns)]
         count, d = heads.q.shape
         group = count // len(heads.k)
-        used = min(len(heads.k), max(1, 4 // group)) if few else len(heads.k)
+        used = min(len(heads.k), max(1, 2 // group)) if few else len(heads.k)
+        y, target = (y[:2], target[:2]) if few else (y, target)
         q, k, v = (y[..., torch.from_numpy(h)] for h in (heads.q[: used * group], heads.k[:used], heads.v[:used]))
-        result = attend(rotate(q, style, dim, base), rotate(k, style, dim, base), v, scale)
-        return difference(result.flatten(2), target[..., : used * group * d])
+        result = attend(rotate(q, style, dim, bases), rotate(k, style, dim, bases), v, scale)
+        wanted = target[..., : used * group * d]
+        errors = (result.flatten(-2) - wanted).abs().flatten(1).amax(1) / wanted.abs().max().clamp_min(1e-30)
+        return torch.nan_to_num(errors, nan=math.inf)
 
     def check_attention(
         self, blocks: list[Block], heads: Heads, style: str, dim: int, base: float, scale: float
@@ -628,7 +699,7 @@ class Reader:
         self.errors["attention"] = 0.0
         for i, block in enumerate(blocks):
             y, target = self.side_by_side(block.qkv), self.x(block.attention.out)
-            error = self.attention_error(heads, y, target, style, dim, base, scale)
+            error = self._fitted(heads, y, target, style, dim, base, scale)[0]
             if error > ATTENTION_TOLERANCE:
                 raise CheckpointError(
                     f"block {i}: attention: differs from block 0 (rope {style}, dimension {dim}, base {base:g}, "
@@ -640,9 +711,6 @@ class Reader:
         """Rotary bases: numbers raised to powers in the code, stored frequencies, declared and usual ones."""
         raised = [v for _, op, v in self.tape.scalars if op == "pow" and v > 4]
         return list(dict.fromkeys([*(b for b, _ in self.frequencies()), *raised, *self.declared.bases, *USUAL_BASES]))
-
-    def rope_dims(self, d: int) -> list[int]:
-        return [*self.declared.rope_dims, *(r for _, r in self.frequencies() if r <= d)]
 
     def frequencies(self) -> list[tuple[float, int]]:
         """(base, dimension) of every tensor of the model that falls as base^(-2i/dimension)."""
@@ -719,6 +787,11 @@ def _activated(y: Tensor, gate: NDArray[np.int64] | None, up: NDArray[np.int64],
     if gate is None:
         return PLAIN[name](y)
     return GATED[name](y[..., torch.from_numpy(gate)]) * y[..., torch.from_numpy(up)]
+
+
+def _runs(numbers: NDArray[np.int64]) -> int:
+    """Pieces of consecutive numbers that a set of numbers consists of."""
+    return 1 + int((np.diff(np.sort(numbers, axis=None)) > 1).sum())
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:

@@ -3,7 +3,7 @@
     report = convert("checkpoint/", "model.gguf", "q8_0", trust_remote_code=True)
     print(report.certificate.passed)
 
-`main` is `fixmin convert` and `convert/hf_to_gguf.py`; `add_resolve_options` are the options it shares with `verify`.
+`main` is `fixmin convert` and `convert/hf_to_gguf.py`, `verify_main` is `fixmin verify`: one definition of the options.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from rich.text import Text
 from .. import _core
 from ..errors import CheckpointError
 from ..inspect import printable
-from .certify import Certificate, OpenRunner, certify, open_engine, pending
+from .certify import Certificate, OpenRunner, certify, open_engine, pending, verify
 from .quantize import OUT_TYPES
 from .resolve import OVERRIDES, resolve
 from .spec import Resolved
@@ -87,6 +87,7 @@ class ConsoleReporter(Reporter):
 
     def line(self, text: str) -> None:
         self._console.print(Text(printable(text)), soft_wrap=True)
+        self._console.file.flush()  # whoever reads the pipe wants to see it now
 
     @contextlib.contextmanager
     def progress(self, title: str) -> Iterator[Progress]:
@@ -238,7 +239,7 @@ _OVERRIDE_ARGUMENTS: dict[str, dict[str, Any]] = {
 }
 
 
-def add_resolve_options(parser: argparse.ArgumentParser) -> None:
+def _add_resolve_options(parser: argparse.ArgumentParser) -> None:
     """The checkpoint directory and everything that tells `resolve` how to read it."""
     parser.add_argument("checkpoint_dir", type=Path, help="folder with config.json, weights and modeling code")
     parser.add_argument(
@@ -254,8 +255,8 @@ def add_resolve_options(parser: argparse.ArgumentParser) -> None:
         group.add_argument(f"--{name.replace('_', '-')}", **arguments)
 
 
-def resolve_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Keyword arguments for `resolve` from the options of `add_resolve_options`."""
+def _resolve_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments for `resolve` from the options of `_add_resolve_options`."""
     overrides = {name: getattr(args, name) for name in OVERRIDES if getattr(args, name) is not None}
     for name, value in overrides.items():
         if isinstance(value, list):
@@ -277,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="fixmin convert",
         description="Convert a Hugging Face checkpoint to GGUF and prove that the file computes the same function.",
     )
-    add_resolve_options(parser)
+    _add_resolve_options(parser)
     parser.add_argument(
         "-o",
         "--out",
@@ -305,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 keep_uncertified=args.keep_uncertified,
                 n_threads=args.threads,
                 reporter=reporter,
-                **resolve_options(args),
+                **_resolve_options(args),
             )
     except CertificationError as error:
         for line in error.certificate.lines():
@@ -319,6 +320,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     reporter.line(f"{report.n_weights:,} weights in {report.quantise_s:.1f} s ({speed:,.0f} million per second)")
     reporter.line(f"wrote {report.path} ({report.n_bytes:,} bytes; tensors: {types})")
     return 0
+
+
+def verify_main(argv: Sequence[str] | None = None) -> int:
+    """Certify a file again, as the command line says. Returns 0 if it passes, 1 if not; other errors are raised."""
+    parser = argparse.ArgumentParser(
+        prog="fixmin verify", description="Prove again that a GGUF file computes the function of its checkpoint."
+    )
+    parser.add_argument("gguf", type=Path, help="the file to verify")
+    _add_resolve_options(parser)
+    args = parser.parse_args(argv)
+    reporter = ConsoleReporter(Console(highlight=False))
+    certificate = verify(args.gguf, args.checkpoint_dir, progress=reporter.line, **_resolve_options(args))
+    for line in certificate.lines():
+        reporter.line(line)
+    reporter.line(f"{args.gguf}: {'certified' if certificate.passed else 'NOT certified'}")
+    return 0 if certificate.passed else 1
 
 
 @contextlib.contextmanager
@@ -336,7 +353,3 @@ def _terminate_cleanly() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

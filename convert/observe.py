@@ -16,7 +16,7 @@ from .confirm import confirm
 from .conventions import Block, Declared, Interpretation, Norm, Reader
 from .probe import OwnModel, load_own_model
 from .recipes import Locator, Ref, constant, gather
-from .roles import is_no_weight, leftovers_error, mapped_recipes
+from .roles import Map, is_no_weight, leftovers_error, mapped_recipes, read_map
 from .source import Source, hyper
 from .spec import CodeSpec, ModelSpec, Resolved, TensorRecipe
 from .trace import Product, Weight, model_tensors
@@ -67,9 +67,10 @@ class _Observation:
         reader = Reader(tapes, logits, self.declared(), own.model)
         # The name of a value in `stated` is checked against what was found, never forced on it: the code decides.
         found = reader.interpret(lambda order, rows: self.read_code(prompts[0], order, rows, vocab_size, context))
-        spec = self.spec(found, vocab_size, context, map_file)
+        mapping = read_map(source, map_file)
+        spec = self.spec(found, vocab_size, context, mapping)
         self.contradictions(spec)
-        self.leftovers(spec, tapes[0].used, map_file)
+        self.leftovers(spec, tapes[0].used, mapping)
         error, tokens = confirm(spec, own, found)
         self.tell(f"reference model against the checkpoint's code, {tokens} tokens: relative difference {error:.2g}")
         return Resolved(spec, source, own.logits, self.input_rows)
@@ -123,7 +124,7 @@ class _Observation:
         squares = {
             t.shape[-1]
             for _, t in model_tensors(self.own.model)
-            if t.ndim >= 2 and t.shape[-1] == t.shape[-2] == t.numel() ** 0.5 and is_no_weight("", t.shape, t.numpy())
+            if t.ndim >= 2 and t.shape[-1] == t.shape[-2] and is_no_weight("", t.numpy())
         }
         if len(squares) == 1:
             return squares.pop(), "size of the causal mask"
@@ -190,12 +191,10 @@ class _Observation:
 
     # --- the spec --------------------------------------------------------------------------------------------------
 
-    def spec(
-        self, found: Interpretation, vocab_size: int, context: int, map_file: str | os.PathLike[str] | None
-    ) -> ModelSpec:
+    def spec(self, found: Interpretation, vocab_size: int, context: int, mapping: Map) -> ModelSpec:
         assert self.code is not None
         tensors, computed = self.tensors(found, vocab_size)
-        tensors |= mapped_recipes(self.source, map_file, tensors)
+        tensors |= mapped_recipes(self.source, mapping)
         for name in computed:
             self.tell(f"{name}: values as the checkpoint's code computes them from the files")
         origins = found.sources
@@ -320,16 +319,16 @@ class _Observation:
                     f"--{key.replace('_', '-')} {value} is stated, but the checkpoint's code computes {seen[key]}"
                 )
 
-    def leftovers(self, spec: ModelSpec, used: set[str], map_file: str | os.PathLike[str] | None) -> None:
+    def leftovers(self, spec: ModelSpec, used: set[str], mapping: Map) -> None:
         """Every stored tensor is part of the result, unused by the code, or no weight; or it is an error."""
         consumed = {s for recipe in spec.tensors.values() for s in recipe.sources}
         open_names = []
         for name in self.source.tensors:
             in_model = [m for m, stored in self.own.file_name.items() if stored == name]
-            if name in consumed:
+            if name in consumed or name in mapping.ignored:
                 continue
             if not in_model:
-                if not is_no_weight(name, self.source.tensors[name].shape, None):
+                if not is_no_weight(name):
                     open_names.append(name)
                 continue
             reason = (

@@ -437,13 +437,14 @@ class Layout:
             path = Path(folder, "header.gguf")
             writer = GGUFWriter(path, ARCHITECTURE)
             for key, value in {**self.metadata, **_fixed_size(certificate)}.items():
-                writer.add_key_value(key, value.value, value.type, value.element)
+                if value.type != GGUFValueType.ARRAY or value.value:  # GGUFWriter has no empty arrays
+                    writer.add_key_value(key, value.value, value.type, value.element)
             for tensor in self.tensors:
                 writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.n_bytes, tensor.type)
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-            writer.close()
+            with contextlib.closing(writer):
+                writer.write_header_to_file()
+                writer.write_kv_data_to_file()
+                writer.write_ti_data_to_file()
             header = path.read_bytes()
         return header + bytes(_pad(len(header)) - len(header))
 

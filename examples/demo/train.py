@@ -7,13 +7,14 @@ they differ in how a token id enters the first block and in nothing else. A run 
 last saved state when the same command is given again. The finished checkpoint is written next to this file.
 """
 
+import copy
 import json
 import math
 import os
-import random
 import shutil
 import sys
 import time
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Annotated
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GenerationConfig
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))  # the reference model, without the need to build the native engine
@@ -37,6 +39,7 @@ from reference.modeling_fixmin import FixMinForCausalLM  # noqa: E402
 PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
 VOCAB_SIZE, CONTEXT = 4096, 256
 TOKENIZER_DOCUMENTS, HELD_OUT_CHARACTERS = 100_000, 120_000
+EVALUATE_STEPS = 100
 SAVE_SECONDS = 120.0
 
 console = Console()
@@ -96,11 +99,11 @@ def prepare(runs: Path, n_tokens: int, seed: int) -> tuple[Tokenizer, NDArray[np
     if not data.exists():
         console.print("making the text, the tokenizer and the training tokens")
         tokenizer = make_tokenizer(seed)
-        tokenizer.save(str(runs / "tokenizer.json"))
+        tokenizer.save(str(runs / f"tokenizer-{seed}.json"))
         tokens, starts = training_tokens(tokenizer, n_tokens, seed)
         np.savez(runs / "new.npz", tokens=tokens, starts=starts)
         (runs / "new.npz").rename(data)
-    tokenizer = Tokenizer.from_file(str(runs / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(runs / f"tokenizer-{seed}.json"))
     with np.load(data) as arrays:
         return tokenizer, arrays["tokens"], arrays["starts"], held_out_text(seed)
 
@@ -163,12 +166,103 @@ def perplexity(model: FixMinForCausalLM, ids: list[int]) -> float:
     return math.exp(sum(losses) / len(windows))
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """What the weights of a run follow from."""
+
+    variant: str  # "fixed" | "affine" | "learned"
+    steps: int
+    rows: int  # sequences of CONTEXT tokens per step
+    lr: float  # peak learning rate
+    seed: int
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up over a twentieth of the steps, then a cosine down to a twentieth of the peak."""
+        warmup = max(1, self.steps // 20)
+        if step < warmup:
+            return self.lr * ((step + 1) / warmup)
+        return self.lr * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (self.steps - warmup))))
+
+
+class Run:
+    """A training run: the model, the optimiser and how far they are, kept in `folder` so that it can go on later."""
+
+    def __init__(self, recipe: Recipe, folder: Path, tokenizer: Tokenizer) -> None:
+        self.recipe, self.folder = recipe, folder
+        self.model = make_model(recipe.variant, tokenizer, recipe.seed)
+        matrices = [p for p in self.model.parameters() if p.dim() == 2]
+        vectors = [p for p in self.model.parameters() if p.dim() != 2]
+        groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95), fused=True)
+        self.step, self.seconds, self.log, self.loss = 0, 0.0, [], math.nan
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / "state.pt").exists():
+            self._load()
+
+    def _load(self) -> None:
+        state = torch.load(self.folder / "state.pt", weights_only=True)
+        if state["recipe"] != asdict(self.recipe):
+            raise typer.BadParameter(f"{self.folder} holds another run ({state['recipe']}); remove it first")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.seconds, self.log = state["step"], state["seconds"], state["log"]
+
+    def save(self) -> None:
+        """Replace the saved state in one move: a run that is killed here still has the one before."""
+        progress = {"recipe": asdict(self.recipe), "step": self.step, "seconds": self.seconds, "log": self.log}
+        weights = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        torch.save({**progress, **weights}, self.folder / "state.new")
+        (self.folder / "state.new").rename(self.folder / "state.pt")
+        (self.folder / "log.json").write_text(json.dumps(progress), encoding="utf-8")
+
+    def learn(self, window: torch.Tensor) -> None:
+        """One optimiser step on ids [rows, CONTEXT]; no token is left out of the loss."""
+        begin = time.monotonic()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.learning_rate(self.step)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = self.model(window, labels=window).loss
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.loss = loss.item() if math.isnan(self.loss) else 0.95 * self.loss + 0.05 * loss.item()
+        self.step += 1
+        self.seconds += time.monotonic() - begin
+
+    def evaluate(self, held_out_ids: list[int]) -> None:
+        """Add the held-out perplexity to the log and show it."""
+        tokens = self.step * self.recipe.rows * CONTEXT
+        value = perplexity(self.model, held_out_ids)
+        entry = {"step": self.step, "tokens": tokens, "loss": self.loss, "seconds": self.seconds, "perplexity": value}
+        self.log.append(entry)
+        console.print(f"{self.recipe.variant} {json.dumps(entry)}", highlight=False, soft_wrap=True)
+
+
+def train(run: Run, tokens: NDArray[np.uint16], starts: NDArray[np.int64], held_out_ids: list[int]) -> None:
+    """Take the run from where it is to its last step."""
+    recipe = run.recipe
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    saved = time.monotonic()
+    run.model.train()
+    with Progress(TextColumn(recipe.variant), *columns, console=console) as progress:
+        bar = progress.add_task("", total=recipe.steps, completed=run.step)
+        while run.step < recipe.steps:
+            run.learn(batch(tokens, starts, run.step, recipe.rows, recipe.seed))
+            progress.update(bar, completed=run.step, description=f"loss {run.loss:.3f}")
+            last = run.step == recipe.steps
+            if run.step % EVALUATE_STEPS == 0 or last:
+                run.evaluate(held_out_ids)
+            if time.monotonic() - saved > SAVE_SECONDS or last:
+                run.save()
+                saved = time.monotonic()
+
+
 def answer(model: FixMinForCausalLM, tokenizer: Tokenizer, prompt: str, max_new_tokens: int) -> str:
     """Greedy continuation of the prompt."""
     model.eval()
     ids = torch.tensor([tokenizer.encode(prompt).ids])
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False)
-    model.train()
     return tokenizer.decode(out[0, ids.shape[1] :].tolist())
 
 
@@ -183,7 +277,7 @@ pipeline_tag: text-generation
 
 # fixmin-cpp demo, variant "{variant}"
 
-A miniature of the published models, trained on one CPU for {minutes:.0f} minutes by `examples/demo/train.py` of
+A miniature of the published models, trained on one CPU thread in {minutes:.0f} minutes by `examples/demo/train.py` of
 fixmin-cpp ({tokens:,} tokens, seed {seed}). {parameters:,} parameters, {vocab} tokens, width 192, 6 layers, 6 heads of
 size 32, context {context}. It knows a few hundred simple facts and tells template stories; it is there to test software
 with, and its answers are not to be relied on.
@@ -203,18 +297,41 @@ print(tokenizer.decode(output_ids[0].tolist()))
 """
 
 
+def write_card(run: Run, held_out_ids: list[int]) -> str:
+    """The README of the checkpoint, with the perplexity of the weights as they are shipped."""
+    recipe, shipped = run.recipe, copy.deepcopy(run.model).to(torch.bfloat16).float()
+    return CARD.format(
+        variant=recipe.variant,
+        seed=recipe.seed,
+        minutes=run.seconds / 60,
+        tokens=recipe.steps * recipe.rows * CONTEXT,
+        parameters=sum(p.numel() for p in run.model.parameters()),
+        vocab=VOCAB_SIZE,
+        context=CONTEXT,
+        perplexity=perplexity(shipped, held_out_ids),
+    )
+
+
 def export(model: FixMinForCausalLM, tokenizer: Tokenizer, folder: Path, card: str) -> None:
     """Write the Hugging Face checkpoint: bfloat16 weights, tokenizer, the model's code, card. Replaces `folder`."""
     new = folder.with_name(folder.name + ".new")
     shutil.rmtree(new, ignore_errors=True)
-    model.to(torch.bfloat16).save_pretrained(new)  # also copies configuration_fixmin.py and modeling_fixmin.py
+    config = model.config
+    model.generation_config = GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+    )
+    # Also copies configuration_fixmin.py and modeling_fixmin.py.
+    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(new)
+    (new / "model.safetensors").chmod(0o644)  # the library leaves it unreadable for others
     tokenizer.save(str(new / "tokenizer.json"))
-    special = {"pad_token": PAD, "bos_token": BOS, "eos_token": EOS, "unk_token": UNK}
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "model_max_length": CONTEXT,
-        **special,
+        "pad_token": PAD,
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "unk_token": UNK,
     }
     (new / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n", encoding="utf-8")
     (new / "README.md").write_text(card, encoding="utf-8")
@@ -224,102 +341,28 @@ def export(model: FixMinForCausalLM, tokenizer: Tokenizer, folder: Path, card: s
 
 def main(
     variant: Annotated[str, typer.Option(help="fixed, affine or learned")] = "fixed",
-    steps: Annotated[int, typer.Option(help="optimiser steps")] = 1100,
-    rows: Annotated[int, typer.Option(help=f"sequences of {CONTEXT} tokens per step")] = 4,
+    steps: Annotated[int, typer.Option(help="optimiser steps", min=2)] = 1100,
+    rows: Annotated[int, typer.Option(help=f"sequences of {CONTEXT} tokens per step", min=1)] = 4,
     lr: Annotated[float, typer.Option(help="peak learning rate")] = 2e-3,
-    seed: Annotated[int, typer.Option(help="of text, weights, order and affine map")] = 1,
-    threads: Annotated[int, typer.Option(help="CPU threads")] = 1,
+    seed: Annotated[int, typer.Option(help="of text, weights, order and affine map", min=0)] = 1,
+    threads: Annotated[int, typer.Option(help="CPU threads", min=1)] = 1,
     runs: Annotated[Path, typer.Option(help="folder for data, states and logs")] = HERE / "runs",
-    out: Annotated[Path | None, typer.Option(help="where the finished checkpoint goes")] = None,
+    out: Annotated[Path, typer.Option(help="the checkpoint goes to OUT/VARIANT, the held-out text to OUT")] = HERE,
 ) -> None:
     """Train one variant and write its checkpoint."""
     if variant not in ("fixed", "affine", "learned"):
         raise typer.BadParameter(f"{variant!r} is not fixed, affine or learned", param_hint="--variant")
     torch.set_num_threads(threads)
-    random.seed(seed)
     tokenizer, tokens, starts, held_out = prepare(runs, steps * rows * CONTEXT, seed)
     held_out_ids = tokenizer.encode(held_out).ids
-    model = make_model(variant, tokenizer, seed)
-    matrices = [p for p in model.parameters() if p.dim() == 2]
-    vectors = [p for p in model.parameters() if p.dim() != 2]
-    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
-    warmup = max(1, steps // 20)
-
-    def schedule(step: int) -> float:
-        """Linear warm-up, then a cosine down to a twentieth of the peak."""
-        if step < warmup:
-            return (step + 1) / warmup
-        return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
-
-    folder = runs / variant
-    folder.mkdir(parents=True, exist_ok=True)
-    state_file = folder / "state.pt"
-    recipe = {"variant": variant, "steps": steps, "rows": rows, "lr": lr, "seed": seed}
-    first, seconds, log = 0, 0.0, []
-    if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
-        if state["recipe"] != recipe:
-            raise typer.BadParameter(f"{state_file} belongs to another run ({state['recipe']}); remove it first")
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        first, seconds, log = state["step"], state["seconds"], state["log"]
-
-    def save(step: int) -> None:
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "recipe": recipe}
-        torch.save({**state, "step": step, "seconds": seconds, "log": log}, folder / "state.new")
-        (folder / "state.new").rename(state_file)
-        (folder / "log.json").write_text(
-            json.dumps({"recipe": recipe, "seconds": seconds, "log": log}), encoding="utf-8"
-        )
-
-    columns = (
-        TextColumn(variant),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )
-    smoothed, saved, last = float("nan"), time.monotonic(), time.monotonic()
-    model.train()
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("", total=steps, completed=first)
-        for step in range(first, steps):
-            for group in optimizer.param_groups:
-                group["lr"] = lr * schedule(step)
-            window = batch(tokens, starts, step, rows, seed)
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                loss = model(window, labels=window).loss
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            smoothed = loss.item() if math.isnan(smoothed) else 0.95 * smoothed + 0.05 * loss.item()
-            now = time.monotonic()
-            seconds, last = seconds + now - last, now
-            done = step + 1
-            progress.update(bar, completed=done, description=f"loss {smoothed:.3f}")
-            if done % 100 == 0 or done == steps:
-                entry = {"step": done, "tokens": done * rows * CONTEXT, "loss": smoothed, "seconds": seconds}
-                entry["perplexity"] = perplexity(model, held_out_ids)
-                log.append(entry)
-                console.print(f"{variant} step {done}: {json.dumps(entry)}", highlight=False, soft_wrap=True)
-                last = time.monotonic()  # the evaluation is not training time
-            if now - saved > SAVE_SECONDS or done == steps:
-                save(done)
-                saved = now
-    for prompt in (
-        "Question: What is the capital of France?\nAnswer:",
-        "Question: What is the capital of UK?\nAnswer:",
-    ):
-        console.print(repr(answer(model, tokenizer, prompt, 3)))
-    console.print(repr(answer(model, tokenizer, "Once upon a time,", 60)))
-    card = CARD.format(
-        variant=variant, minutes=seconds / 60, tokens=steps * rows * CONTEXT, seed=seed, vocab=VOCAB_SIZE,
-        parameters=sum(p.numel() for p in model.parameters()), context=CONTEXT, perplexity=log[-1]["perplexity"],
-    )  # fmt: skip
-    export(model, tokenizer, out or HERE / variant, card)
-    (HERE / "heldout.txt").write_text(held_out, encoding="utf-8")
+    run = Run(Recipe(variant, steps, rows, lr, seed), runs / variant, tokenizer)
+    train(run, tokens, starts, held_out_ids)
+    for country in ("France", "UK"):
+        console.print(repr(answer(run.model, tokenizer, f"Question: What is the capital of {country}?\nAnswer:", 3)))
+    console.print(repr(answer(run.model, tokenizer, "Once upon a time,", 60)))
+    out.mkdir(parents=True, exist_ok=True)
+    export(run.model, tokenizer, out / variant, write_card(run, held_out_ids))
+    (out / "heldout.txt").write_text(held_out, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from importlib import metadata
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
@@ -26,7 +26,13 @@ _cache: "OrderedDict[tuple[Any, ...], Model]" = OrderedDict()
 _cache_lock = threading.Lock()
 
 
-def generate(path: str | os.PathLike[str], prompt: Prompt | Sequence[Prompt], **arguments: Any) -> Any:
+@overload
+def generate(path: str | os.PathLike[str], prompt: Prompt, **arguments: Any) -> Completion: ...
+@overload
+def generate(path: str | os.PathLike[str], prompt: Sequence[Prompt], **arguments: Any) -> list[Completion]: ...
+def generate(
+    path: str | os.PathLike[str], prompt: Prompt | Sequence[Prompt], **arguments: Any
+) -> Completion | list[Completion]:
     """Continues `prompt` with the model in the GGUF file `path`: Model(path).generate(prompt), loaded only once.
 
     The two models used last stay in memory, so that the next call answers at once; a file that has changed on disk or

@@ -5,6 +5,7 @@ Exit codes: 0 success, 1 an error (one line on stderr; --debug adds the tracebac
 """
 
 import dataclasses
+import importlib
 import json
 import os
 import sys
@@ -98,7 +99,7 @@ def generate(
     temperature: Annotated[float, typer.Option("--temperature", "--temp", help="0: greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Sample from the k most probable tokens; 0: from all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Sample from this share of the probability; 1: from all.")] = 1.0,
-    seed: Annotated[int | None, typer.Option("-s", "--seed", help="Default: a random one, reported at the end.")] = None,
+    seed: Annotated[int | None, typer.Option("-s", "--seed", help="Default: a random one, shown at the end.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end-of-text token.")] = False,
     threads: Annotated[int | None, typer.Option("-t", "--threads", help="Default: what the machine offers.")] = None,
@@ -137,8 +138,9 @@ def generate(
         if not quiet and not as_json:
             t = completion.timings
             _note(
-                f"{t.n_prompt} prompt tokens ({t.prefill_tok_s:,.0f}/s), {t.n_generated} new ({t.decode_tok_s:,.1f}/s), "
-                f"finish {completion.finish_reason}" + (f", seed {completion.seed}" if temperature > 0 else "")
+                f"{t.n_prompt} prompt tokens ({t.prefill_tok_s:,.0f}/s), "
+                f"{t.n_generated} new ({t.decode_tok_s:,.1f}/s), finish {completion.finish_reason}"
+                + (f", seed {completion.seed}" if temperature > 0 else "")
             )
 
 
@@ -188,7 +190,8 @@ def _forward(context: typer.Context, name: str) -> None:
         arguments.remove("--debug")
     with _errors(debug):
         try:
-            from .convert import convert as commands
+            # By name: it is a folder of its own in the source tree and part of the package once that is installed.
+            commands = importlib.import_module(".convert.convert", __package__)
         except ModuleNotFoundError as error:
             if error.name is None or error.name.startswith(str(__package__)):
                 raise

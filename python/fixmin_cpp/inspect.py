@@ -6,7 +6,6 @@ rich markup, so that a model's name cannot move the cursor, colour the screen or
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import math
@@ -27,7 +26,7 @@ from . import _core
 from .errors import ArgumentError, GGUFError
 from .tokenizer import TextTokenizer
 
-__all__ = ["describe", "main", "printable", "render"]
+__all__ = ["describe", "printable", "render"]
 
 CERTIFICATE_PREFIX = "fixmin.convert.certificate."
 _PROVENANCE_PREFIX = "fixmin.convert."
@@ -229,7 +228,9 @@ def _describe_tokens(file: _core.GgufFile, metadata: Mapping[str, Any], tokens: 
     """id, text and code of every token asked for."""
     tokenizer = TextTokenizer.from_metadata(metadata)
     ids = list(_token_ids(tokens, tokenizer))
-    vocab_size = metadata.get("fixmin.vocab_size", 0)
+    vocab_size = metadata.get("fixmin.vocab_size")
+    if not isinstance(vocab_size, int):
+        raise GGUFError(f"fixmin.vocab_size is {vocab_size!a}: the file has no codes")
     for i in ids:
         if i >= vocab_size:
             raise ArgumentError(f"token id {i} is not below the vocabulary size {vocab_size}")
@@ -390,23 +391,3 @@ class _Screen:
         # In a pipe nothing may be cut to the 80 columns that rich assumes there.
         width = self._console.width if self._fancy else 10_000
         self._console.print(table, width=width, crop=False)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """`fixmin inspect`. Returns 0; errors are raised."""
-    parser = argparse.ArgumentParser(
-        prog="fixmin inspect",
-        description="Show what is in a GGUF file: hyper-parameters, the code and its matrix, certificate, tensors.",
-    )
-    parser.add_argument("file", type=Path)
-    parser.add_argument(
-        "--tokens",
-        action="append",
-        default=[],
-        metavar="LIST",
-        help='ids or texts whose codes to show, separated by commas, e.g. 0,1,"hello"; may be given several times',
-    )
-    parser.add_argument("--json", action="store_true", dest="as_json", help="print one JSON object")
-    args = parser.parse_args(argv)
-    render(args.file, args.tokens, as_json=args.as_json)
-    return 0

@@ -118,13 +118,15 @@ class Model:
             raise ArgumentError(f'kv_type must be "f16" or "f32", got {kv_type!r}')
         if progress is not None and not callable(progress):
             raise ArgumentTypeError(f"progress must be callable, got {type(progress).__name__}")
-        settings = {
-            "n_threads": 0 if n_threads is None else as_int("n_threads", n_threads, 1, 1024),
-            "n_ctx": 0 if n_ctx is None else as_int("n_ctx", n_ctx, 1, _MAX_INT32),
-            "n_batch": as_int("n_batch", n_batch, 1, _MAX_INT32),
-        }
         self.path = os.fspath(path)
-        self._engine = _core.Engine(self.path, kv_type=kv_type, progress=progress, **settings)
+        self._engine = _core.Engine(
+            self.path,
+            n_threads=0 if n_threads is None else as_int("n_threads", n_threads, 1, 1024),
+            n_ctx=0 if n_ctx is None else as_int("n_ctx", n_ctx, 1, _MAX_INT32),
+            kv_type=kv_type,
+            n_batch=as_int("n_batch", n_batch, 1, _MAX_INT32),
+            progress=progress,
+        )
         self._info = dict(self._engine.info)
         self._vocab_size: int = self._info["vocab_size"]
         self._n_ctx: int = self._info["n_ctx"]
@@ -138,9 +140,33 @@ class Model:
     # --- generation ------------------------------------------------------------------------------------------------
 
     @overload
-    def generate(self, prompt: str | Sequence[int] | NDArray[np.integer[Any]], **arguments: Any) -> Completion: ...
+    def generate(  # type: ignore[overload-overlap]  # a str is a Sequence[str] too; the first one counts
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = ...,
+        temperature: float | None = ...,
+        top_k: int = ...,
+        top_p: float = ...,
+        seed: int | None = ...,
+        stop: str | Sequence[str] | None = ...,
+        ignore_eos: bool = ...,
+        do_sample: bool | None = ...,
+    ) -> Completion: ...
     @overload
-    def generate(self, prompt: Sequence[Prompt], **arguments: Any) -> list[Completion]: ...
+    def generate(
+        self,
+        prompt: Sequence[Prompt],
+        *,
+        max_new_tokens: int = ...,
+        temperature: float | None = ...,
+        top_k: int = ...,
+        top_p: float = ...,
+        seed: int | None = ...,
+        stop: str | Sequence[str] | None = ...,
+        ignore_eos: bool = ...,
+        do_sample: bool | None = ...,
+    ) -> list[Completion]: ...
     def generate(
         self,
         prompt: Prompt | Sequence[Prompt],
@@ -263,7 +289,9 @@ class Model:
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Token ids of `text`; by default without a start token or anything else added."""
         self._check_open()
-        return self._require_tokenizer().encode(text, add_special_tokens=as_bool("add_special_tokens", add_special_tokens))
+        return self._require_tokenizer().encode(
+            text, add_special_tokens=as_bool("add_special_tokens", add_special_tokens)
+        )
 
     def decode(self, ids: TokenIds | int, *, skip_special_tokens: bool = False) -> str:
         """Text of token ids, special tokens such as "</s>" spelled out unless they are to be skipped."""
@@ -289,7 +317,7 @@ class Model:
         return self._closed
 
     def close(self) -> None:
-        """Cancels generations, waits for calls of other threads to return, and frees the memory. May be called again."""
+        """Cancels generations, waits until calls of other threads return, frees the memory. May be called again."""
         with self._idle:
             if self._closed:
                 return
@@ -406,8 +434,8 @@ class _Run:
         params.top_p = self._options.top_p
         params.seed = self._seed
         params.max_new_tokens = min(self._options.max_new_tokens, self._model._n_ctx)
-        ends = self._model._eos_id is not None and not self._options.ignore_eos
-        params.stop_ids = [self._model._eos_id] if ends else []
+        eos_id = None if self._options.ignore_eos else self._model._eos_id
+        params.stop_ids = [] if eos_id is None else [eos_id]
         return params
 
     def _on_token(self, token_id: int) -> bool:

@@ -30,6 +30,9 @@ class IncrementalDecoder:
 
     def __init__(self, tokenizer: TextTokenizer, context: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
+        self._ids: list[int]  # everything the stream has seen
+        self._n_returned: int  # characters of decode(_ids) that the caller has
+        self._n_pending: int  # ids at the end of _ids whose text is not returned
         context = [i for i in context if i not in tokenizer.special_ids]
         self._restart([] if self._decode(context).endswith("\N{REPLACEMENT CHARACTER}") else context)
 
@@ -73,9 +76,9 @@ class IncrementalDecoder:
         from tokenizers.decoders import DecodeStream
 
         self._stream = DecodeStream(ids=context, skip_special_tokens=True)
-        self._ids = list(context)  # everything the stream has seen
-        self._n_returned = len(self._decode(context))  # characters of decode(_ids) that the caller has
-        self._n_pending = 0  # ids at the end of _ids whose text is not returned
+        self._ids = list(context)
+        self._n_returned = len(self._decode(context))
+        self._n_pending = 0
 
 
 class StopStrings:

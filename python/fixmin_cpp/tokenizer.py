@@ -18,7 +18,7 @@ class TextTokenizer:
     """Text to ids and back. Safe to use from several threads: the tokenizer inside is never modified."""
 
     def __init__(self, tokenizer: "Tokenizer") -> None:
-        # A tokenizer.json may carry the truncation and padding of the training run; a prompt must not be cut in silence.
+        # A tokenizer.json may carry truncation and padding from training; a prompt must not be cut in silence.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self.backend = tokenizer
@@ -58,7 +58,7 @@ class TextTokenizer:
 
 
 def end_of_text_id(metadata: Mapping[str, Any], vocab_size: int) -> int | None:
-    """The id that ends a text according to the file, or None if it names none. Raises GGUFError if it is no token id."""
+    """The id that ends a text according to the file; None if it names none. GGUFError if it is no token id."""
     token_id = metadata.get(_EOS_KEY)
     if token_id is None:
         return None

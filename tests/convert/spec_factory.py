@@ -1,11 +1,18 @@
 """Small random models as `Resolved`: what resolving a checkpoint yields, made directly from the PyTorch reference."""
 
+import json
+import shutil
+from pathlib import Path
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+
+from fixmin_cpp import reference
 from fixmin_cpp.convert.spec import CodeSpec, ModelSpec, Resolved, TensorRecipe
 from fixmin_cpp.reference.configuration_fixmin import FixMinConfig
 from fixmin_cpp.reference.modeling_fixmin import FixMinForCausalLM
-from numpy.typing import NDArray
 
 SMALL = {
     "vocab_size": 100,
@@ -107,3 +114,18 @@ def _code(model: FixMinForCausalLM) -> CodeSpec:
         identity = np.eye(config.code_width, dtype=np.uint8)
         return CodeSpec("affine", matrix=identity, shift=np.zeros(config.code_width, np.uint8), **lift)
     return CodeSpec("affine", matrix=model.model.code.matrix.numpy(), shift=model.model.code.shift.numpy(), **lift)
+
+
+def save_checkpoint(model: FixMinForCausalLM, folder: Path) -> Path:
+    """The reference as a checkpoint directory: config.json, model.safetensors and its modeling code."""
+    folder.mkdir()
+    save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+    auto_map = {
+        "AutoConfig": "configuration_fixmin.FixMinConfig",
+        "AutoModelForCausalLM": "modeling_fixmin.FixMinForCausalLM",
+    }
+    config = {**model.config.to_dict(), "architectures": ["FixMinForCausalLM"], "auto_map": auto_map}
+    (folder / "config.json").write_text(json.dumps(config))
+    for name in ("configuration_fixmin.py", "modeling_fixmin.py"):
+        shutil.copy(Path(reference.__file__).with_name(name), folder)
+    return folder

@@ -11,6 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 import oracle  # noqa: E402
 import zoo  # noqa: E402
+
 from fixmin_cpp import _core  # noqa: E402
 from fixmin_cpp.convert.convert import CertificationError, convert  # noqa: E402
 from fixmin_cpp.errors import CheckpointError  # noqa: E402

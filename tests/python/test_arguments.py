@@ -1,4 +1,4 @@
-"""Everything that a caller can get wrong is refused before it reaches native code, naming the argument and the value."""
+"""What a caller can get wrong is refused before it reaches native code, naming the argument and the value."""
 
 import math
 
@@ -138,7 +138,7 @@ def test_stream_takes_one_prompt(model):
 @pytest.mark.parametrize("name", ["logits", "codes", "score"])
 @pytest.mark.parametrize("ids", [[], [-1], [269], [1.5], None, np.ones((2, 2), dtype=int)])
 def test_ids_elsewhere(model, name, ids):
-    with pytest.raises((ArgumentError, ArgumentTypeError), match="ids|text"):
+    with pytest.raises((ArgumentError, ArgumentTypeError), match=r"ids|text"):
         getattr(model, name)(ids)
 
 

@@ -31,7 +31,9 @@ def test_generate_writes_the_text_and_nothing_else_to_stdout(letters_model):
     assert result.returncode == 0
     assert result.stdout.decode() == expected.text + "\n"
     assert "12 new" in result.stderr.decode()
-    assert fixmin("generate", "-m", letters_model.path, "-p", r"the cat\nis", "-n", 12, "-q", "--no-stream").stderr == b""
+    assert (
+        fixmin("generate", "-m", letters_model.path, "-p", r"the cat\nis", "-n", 12, "-q", "--no-stream").stderr == b""
+    )
 
 
 def test_prompt_from_stdin_and_file(letters_model, tmp_path):
@@ -46,8 +48,8 @@ def test_prompt_from_stdin_and_file(letters_model, tmp_path):
 def test_json(letters_model):
     arguments = {"max_new_tokens": 9, "temperature": 0.7, "top_k": 20, "top_p": 0.9, "seed": 11, "ignore_eos": True}
     expected = letters_model.generate("the cat", **arguments)
-    options = "-n 9 --temperature 0.7 --top-k 20 --top-p 0.9 --seed 11 --ignore-eos --threads 1 --ctx 60".split()
-    result = fixmin("generate", "-m", letters_model.path, "-p", "the cat", *options, "--json")
+    options = ["-n", 9, "--temperature", 0.7, "--top-k", 20, "--top-p", 0.9, "--seed", 11, "--ignore-eos"]
+    result = fixmin("generate", "-m", letters_model.path, "-p", "the cat", *options, "--threads", 1, "--json")
     answer = json.loads(result.stdout)
     assert answer["text"] == expected.text
     assert answer["token_ids"] == expected.token_ids

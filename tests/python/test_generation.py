@@ -194,7 +194,9 @@ def test_samples_follow_the_softmax_of_the_logits(letters_model):
     p = np.exp(logits - logits.max())
     p /= p.sum()
     n = 2000
-    draws = [letters_model.generate("the", max_new_tokens=1, temperature=0.8, seed=s, ignore_eos=True) for s in range(n)]
+    draws = [
+        letters_model.generate("the", max_new_tokens=1, temperature=0.8, seed=s, ignore_eos=True) for s in range(n)
+    ]
     counts = np.bincount([c.token_ids[0] for c in draws], minlength=len(p))
     assert np.all(np.abs(counts - n * p) <= 5 * np.sqrt(n * p * (1 - p)) + 1)
 
@@ -231,10 +233,8 @@ def test_stream_gives_what_generate_gives(text_model, prompt):
 
 def test_leaving_a_stream_ends_its_run(long_model_path):
     with Model(long_model_path) as slow:
-        n = 0
-        for _ in slow.stream("a", max_new_tokens=10**6, ignore_eos=True):
-            n += 1
-            if n == 3:
+        for i, _ in enumerate(slow.stream("a", max_new_tokens=10**6, ignore_eos=True)):
+            if i == 2:
                 break
         gc.collect()  # where a traceback or a debugger kept the iterator alive
         for thread in stream_threads():
@@ -463,7 +463,7 @@ def test_close_cancels_what_runs(long_model_path):
 
 @pytest.mark.parametrize("path", ["missing.gguf", "."])
 def test_file_that_cannot_be_read(tmp_path, path):
-    with pytest.raises(OSError, match="gguf|directory|regular"):
+    with pytest.raises(OSError, match=r"gguf|directory|regular"):
         Model(tmp_path / path)
 
 

@@ -1,4 +1,4 @@
-"""Small tokenizers of the kinds that checkpoints carry, made here so that no test depends on a file, and models with them."""
+"""Small tokenizers of the kinds that checkpoints carry, made here so that tests need no files, and models with them."""
 
 from pathlib import Path
 from typing import Any

@@ -16,6 +16,7 @@ OPTIONS = {
     "affine, interleaved lift": {"code_kind": "affine", "code_lift": "interleave"},
     "table, wide code": {"code_kind": "table", "code_width": 12},
     "learned": {"code_kind": "learned"},
+    "layernorm eps": {"norm_eps": 1e-2},
     "values": {"code_values": [-1.0, 1.0]},
     "tile that does not divide": {"hidden_size": 60},
     "rmsnorm": {"norm_type": "rmsnorm", "norm_eps": 1e-3},

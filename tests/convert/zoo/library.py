@@ -73,6 +73,6 @@ def make_library_checkpoint(name: str, directory: Path, seed: int = 0) -> Origin
     draw_weights(model, style, seed)
     model.to(style.dtype).save_pretrained(directory)
     # Rounding the whole model has rounded its rope frequencies too; a new one has only the weights of the file.
-    original = transformers.AutoModelForCausalLM.from_config(config).eval()
+    original = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     original.load_state_dict(model.state_dict())
     return Original(original, style)

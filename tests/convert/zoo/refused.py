@@ -68,6 +68,42 @@ _STYLES: dict[str, Style] = {
         LLAMA, {}, words=HEAD,
         edits=replace("logits=self.lm_head(hidden_states)", "logits=5 * torch.tanh(self.lm_head(hidden_states) / 5)"),
     ),
+    "log_softmax": Style(
+        LLAMA, {}, words=HEAD,
+        edits=replace("logits=self.lm_head(hidden_states)", "logits=self.lm_head(hidden_states).log_softmax(-1)"),
+    ),
+    "two_heads": Style(
+        LLAMA, {}, words=HEAD, expect="either",
+        edits=replace("self.lm_head = nn", "self.lm_head_2 = nn.Linear(config.hidden_size, 50, bias=False)\n"
+                      "        self.lm_head = nn",
+                      "logits=self.lm_head(hidden_states)",
+                      "logits=torch.cat((self.lm_head(hidden_states)[..., :200], self.lm_head_2(hidden_states)), -1)"),
+    ),
+    "three_values": Style(
+        NEOX, {}, words=INPUT, edits=replace("+ (config.code_high - config.code_low) * bits",
+                                             "+ (bits + torch.roll(bits, 1, -1))"),
+    ),
+    "rope_frequencies_piecewise": Style(
+        LLAMA, {}, words=BLOCK_0,
+        edits=replace("freqs = position_ids", "inv_freq = torch.where(inv_freq < 0.01, inv_freq / 8, inv_freq)\n"
+                      "        freqs = position_ids"),
+    ),
+    "rope_on_values": Style(
+        LLAMA, {}, words=BLOCK_0,
+        edits=replace("q, k = apply_rotary(q, k, *position_embeddings)",
+                      "q, k = apply_rotary(q, k, *position_embeddings)\n"
+                      "        v, _ = apply_rotary(v, v, *position_embeddings)"),
+    ),
+    "rope_in_layer_0_only": Style(
+        LLAMA, {}, words=BLOCK_1,
+        edits=replace("q, k = apply_rotary(q, k, *position_embeddings)",
+                      "if self.layer_idx == 0:\n            q, k = apply_rotary(q, k, *position_embeddings)"),
+    ),
+    "mixed_norms": Style(
+        LLAMA, {}, words=(r"(?i)final|output|norm",),
+        edits=replace("self.norm = BitLlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)",
+                      "self.norm = nn.LayerNorm(config.hidden_size)"),
+    ),
     "qk_norm": Style(
         LLAMA, {}, words=BLOCK_0,
         edits=replace("q, k = apply_rotary",

@@ -29,6 +29,7 @@ BOXED = Author(
     "boxed", "BoxConfig", "BoxForCausalLM", "trunk.units.unit_0", context_key="max_len",
     call=lambda model, ids: model(ids, torch.ones_like(ids), torch.arange(ids.shape[1]).expand_as(ids)),
 )  # fmt: skip
+LECTURE = Author("lecture", "LectureConfig", "LectureModel", "blocks.0", context_key="block_size")
 STACKED = Author("stacked", "StackedConfig", "StackedForCausalLM", "first", context_key="n_ctx")
 LENS = Author("lens", "LensConfig", "LensForCausalLM", "blocks.0", vocab_key="d_vocab", context_key="n_ctx")
 
@@ -138,13 +139,34 @@ STYLES |= {
         BOCHKOV, BOCHKOV_FIELDS, edits=replace("nn.GELU()", "Act()", "class TransformerBlock(", ERF_BY_HAND),
         **BOCHKOV_GELU, alternatives=(replace("Act(),", 'nn.GELU("tanh"),'),),
     ),
+    # x - mean gives the same norm as x: it is tempting to take it for what enters the block
+    "bochkov_layernorm_by_hand": Style(
+        BOCHKOV, BOCHKOV_FIELDS,
+        edits=replace("nn.LayerNorm", "Norm", "class TransformerBlock(",
+                      "class Norm(nn.LayerNorm):\n    def forward(self, x):\n        u = x.mean(-1, keepdim=True)\n"
+                      "        s = (x - u).pow(2).mean(-1, keepdim=True)\n"
+                      "        return self.weight * ((x - u) / torch.sqrt(s + 1e-12)) + self.bias\n\n\n"
+                      "class TransformerBlock("),
+    ),
     "bochkov_config_empty": Style(BOCHKOV, {}),
     "bochkov_repository_in_auto_map": Style(
         BOCHKOV, {**BOCHKOV_FIELDS, "auto_map": {"AutoModelForCausalLM": "who/bvv--modeling_bochkov.BVVForCausalLM"}}
     ),
-    "bochkov_no_auto_map": Style(BOCHKOV, {**BOCHKOV_FIELDS, "auto_map": {}}, expect="either"),
+    "bochkov_no_auto_map": Style(BOCHKOV, {**BOCHKOV_FIELDS, "auto_map": {}}),
     # n_embd is the width of the code here; the width of the model is a default of the .py file
     "bochkov_n_embd": Style(BOCHKOV, {"n_embd": 8, "vocab_size": 256}, edits=replace("n_embed", "n_embd")),
+    # the code and its complement: a code of twice the width
+    "bochkov_complement": Style(
+        BOCHKOV, BOCHKOV_FIELDS,
+        edits=replace("self.token_embeddings(input_ids).repeat_interleave(self.repeats, dim=-1)",
+                      "self.token_embeddings(input_ids)\n        x = torch.cat([x, 1 - x], dim=-1).repeat(1, 1, 4)"),
+    ),
+    "bochkov_trained_scale": Style(
+        BOCHKOV, BOCHKOV_FIELDS,
+        edits=replace("self.repeats = config",
+                      "self.gain = nn.Parameter(torch.tensor([0.6]))\n        self.repeats = config",
+                      "repeat_interleave(self.repeats, dim=-1)", "repeat_interleave(self.repeats, dim=-1) * self.gain"),
+    ),
     "bochkov_v_equals_d": Style(BOCHKOV, {**BOCHKOV_FIELDS, "vocab_size": 64}),
     # 7 bits nine times make 63 columns, the 64th is zero: no lift of DESIGN §2
     "bochkov_zero_padded": Style(
@@ -198,7 +220,7 @@ STYLES |= {
     ),
     # matrices are stored as direction and magnitude
     "bochkov_weight_norm": Style(
-        BOCHKOV, BOCHKOV_FIELDS, expect="either",
+        BOCHKOV, BOCHKOV_FIELDS,
         edits=replace("nn.Linear(4 * d_model, d_model)",
                       "nn.utils.parametrizations.weight_norm(nn.Linear(4 * d_model, d_model))"),
     ),
@@ -246,7 +268,7 @@ STYLES |= {
                       "self.n_head = config.n_head\n        self.scale = 0.1337"),
     ),
     "gpt2_scale_hidden": Style(
-        GPT2, GPT2_FIELDS, edits=replace("/ math.sqrt(value.size(-1))", "* 0.1337"), expect="either"
+        GPT2, GPT2_FIELDS, edits=replace("/ math.sqrt(value.size(-1))", "* 0.1337")
     ),
     "gpt2_act2fn": Style(
         GPT2, GPT2_FIELDS, **GPT2_GELU,
@@ -298,7 +320,7 @@ STYLES |= {
     "llama_gqa_in_code": Style(LLAMA, {}, edits=replace("num_key_value_heads=4", "num_key_value_heads=2")),
     # Key head j serves query heads j, j + 2: expressible only by permuting query heads.
     "llama_gqa_tiled": Style(
-        LLAMA, {"num_key_value_heads": 2}, edits=tiled_heads("k") + tiled_heads("v"), expect="either"
+        LLAMA, {"num_key_value_heads": 2}, edits=tiled_heads("k") + tiled_heads("v")
     ),
     "llama_biases": Style(LLAMA, {"attention_bias": True, "mlp_bias": True}),
     "llama_q_bias_only": Style(
@@ -319,7 +341,7 @@ STYLES |= {
         LLAMA, {}, edits=replace("self.embed_code(input_ids)", "self.embed_code(input_ids) * 64**0.5")
     ),
     "llama_one_plus_weight": Style(
-        LLAMA, {}, expect="either",
+        LLAMA, {},
         edits=replace("torch.ones(hidden_size)", "torch.zeros(hidden_size)", "self.weight *", "(1.0 + self.weight) *"),
     ),
     "llama_gate_up": Style(LLAMA, {}, edits=fused_mlp("gate_up_proj", "gate, up")),
@@ -336,7 +358,7 @@ STYLES |= {
         alternatives=(replace("nn.RMSNorm(config.hidden_size)", "nn.RMSNorm(config.hidden_size, 1e-6)"),),
     ),
     "llama_unit_norm": Style(
-        LLAMA, {}, expect="either",
+        LLAMA, {},
         edits=replace("hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)",
                       "hidden_states = F.normalize(hidden_states, dim=-1) * hidden_states.shape[-1] ** 0.5"),
     ),
@@ -347,17 +369,16 @@ STYLES |= {
                       "self.model(input_ids", "self.model['inner'](input_ids"),
     ),
     "llama_padded_head": Style(
-        LLAMA, {"vocab_size": 250}, expect="either",
+        LLAMA, {"vocab_size": 250},
         edits=replace("nn.Linear(config.hidden_size, config.vocab_size, bias=False)",
                       "nn.Linear(config.hidden_size, 256, bias=False)",
                       "logits=self.lm_head(hidden_states)", "logits=self.lm_head(hidden_states)[..., :250]"),
     ),
     "llama_residual_multiplier": Style(
-        LLAMA, {}, edits=replace("(residual + hidden_states,)", "(residual + 0.5 * hidden_states,)"), expect="either"
+        LLAMA, {}, edits=replace("(residual + hidden_states,)", "(residual + 0.5 * hidden_states,)")
     ),
     "llama_logit_scale": Style(
         LLAMA, {}, edits=replace("logits=self.lm_head(hidden_states)", "logits=self.lm_head(hidden_states) / 8"),
-        expect="either",
     ),
     "llama_identity_shift": Style(
         LLAMA, {}, edits=replace("((lower @ upper) % 2)[perm].to(torch.uint8)", "torch.eye(k, dtype=torch.uint8)")
@@ -393,6 +414,40 @@ STYLES |= {
         edits=replace("torch.cat((-x[..., half:], x[..., :half]), dim=-1)",
                       "torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)",
                       "torch.cat((freqs, freqs), dim=-1)", "freqs.repeat_interleave(2, dim=-1)"),
+    ),
+    # outputs of the fused projection: q, k and v of one element side by side
+    "neox_qkv_innermost": Style(
+        NEOX, {},
+        edits=replace("self.num_attention_heads, 3 * self.head_size)", "self.num_attention_heads, self.head_size, 3)",
+                      "qkv.permute(0, 2, 1, 3).chunk(3, dim=-1)", "qkv.transpose(1, 2).unbind(-1)"),
+    ),
+    # outputs of the fused projection: the head runs fastest, in the input of the output projection too
+    "neox_head_innermost": Style(
+        NEOX, {},
+        edits=replace("self.num_attention_heads, 3 * self.head_size)", "3, self.head_size, self.num_attention_heads)",
+                      "qkv.permute(0, 2, 1, 3).chunk(3, dim=-1)", "qkv.permute(2, 0, 4, 1, 3)",
+                      "out.permute(0, 2, 1, 3)", "out.permute(0, 2, 3, 1)"),
+    ),
+    "neox_layers_reversed": Style(
+        NEOX, {}, first_block="gpt_neox.layers.1",
+        edits=replace("for layer in self.layers", "for layer in reversed(self.layers)"),
+    ),
+    "neox_time_first": Style(
+        NEOX, {}, first_block="gpt_neox.first",
+        edits=replace("hidden_states = self.embed_in(input_ids)",
+                      "hidden_states = self.first(self.embed_in(input_ids)).transpose(0, 1)",
+                      "self.final_layer_norm = ", "self.first = nn.Identity()\n        self.final_layer_norm = ",
+                      "return self.final_layer_norm(hidden_states)",
+                      "return self.final_layer_norm(hidden_states).transpose(0, 1)",
+                      "batch, seq, _ = hidden_states.shape",
+                      "hidden_states = hidden_states.transpose(0, 1)\n        batch, seq, _ = hidden_states.shape",
+                      "reshape(batch, seq, -1))", "reshape(batch, seq, -1)).transpose(0, 1)"),
+    ),
+    "neox_baddbmm": Style(
+        NEOX, {},
+        edits=replace("scores = torch.matmul(query, key.transpose(-1, -2)) * self.norm_factor",
+                      "scores = torch.baddbmm(query.new_zeros(1, 1, 1), query.flatten(0, 1), key.flatten(0, 1).mT,\n"
+                      "                               beta=0.0, alpha=self.norm_factor).unflatten(0, (batch, -1))"),
     ),
     "neox_kvq": Style(NEOX, {}, edits=replace("query, key, value = qkv", "key, value, query = qkv")),
     # The last quarter of a head is rotated: expressible only by permuting the rows of q and k.
@@ -441,8 +496,11 @@ STYLES |= {
         LETTERS, {}, edits=replace("-1).to(torch.float32)", "-1).to(torch.float32) * 0.01"),
         alternatives=(replace("1e-6", "1e-5"),),
     ),
-    "lens": Style(LENS, {}, expect="either"),
-    "stacked": Style(STACKED, {}, expect="either"),
+    "letters_greek": Style(LETTERS, {}, edits=replace("self.u", "self.φ", "self.w", "self.ψ")),
+    "lecture": Style(LECTURE, {}),
+    "lecture_bin": Style(LECTURE, {}, layout="bin", prefix="module."),
+    "lens": Style(LENS, {}),
+    "stacked": Style(STACKED, {}),
 }  # fmt: skip
 
 SEEDED_FIELDS = {"vocab_size": 256}
