@@ -1,7 +1,6 @@
 # For a machine with python3, a C++20 compiler and make:   make demo   make test
 #
-# Everything is installed into .venv; the native module is built there in an isolated build. Steps that are done leave a
-# stamp, so that a second `make` only does what has changed.
+# Everything is installed into .venv. Steps that are done leave a stamp, so that a second `make` only does what has changed.
 
 PYTHON ?= python3
 # The tests compare with PyTorch in this version. Where pip would take a build for CUDA, name another one:
@@ -19,7 +18,6 @@ SOURCES := CMakeLists.txt pyproject.toml $(NATIVE) \
 TYPED   := $(filter-out %/inspect.py, $(wildcard python/fixmin_cpp/*.py))
 CXX_ALL := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl')
 
-# Makes the steps print what they do; with `make V=` everything else stays silent.
 .DELETE_ON_ERROR:
 .SUFFIXES:
 .PHONY: help setup demo test lint format bench clean distclean
@@ -30,7 +28,7 @@ help:
 	@echo 'make setup      install only (into $(VENV))'
 	@echo 'make lint       formatting, static checks and types'
 	@echo 'make format     apply the formatting'
-	@echo 'make bench      side-by-side speed on this machine (takes minutes; needs 4 GB of memory)'
+	@echo 'make bench      speed beside PyTorch at the published size (random weights; 5 GB of disk and of memory)'
 	@echo 'make clean      remove what was built and generated; distclean: $(VENV) too'
 
 # --- installation ----------------------------------------------------------------------------------------------------
@@ -60,12 +58,18 @@ $(STAMP)/torch: $(STAMP)/venv
 	$(PIP) install $(TORCH)
 	@touch $@
 
-$(STAMP)/package: $(STAMP)/torch $(SOURCES)
-	$(PIP) install --upgrade --upgrade-strategy only-if-needed '.[test]'
+# What pyproject.toml asks for to build. A plain `pip install .` brings these by itself into a folder that it deletes
+# afterwards, and so compiles everything again each time; from here the build folder stays valid.
+$(STAMP)/build-tools: $(STAMP)/venv
+	$(PIP) install scikit-build-core pybind11 cmake ninja
+	@touch $@
+
+$(STAMP)/package: $(STAMP)/torch $(STAMP)/build-tools $(SOURCES)
+	$(PIP) install --no-build-isolation --check-build-dependencies '.[test]'
 	@touch $@
 
 $(STAMP)/dev: $(STAMP)/package
-	$(PIP) install '.[dev]'
+	$(PIP) install --no-build-isolation --check-build-dependencies '.[dev]'
 	@touch $@
 
 # --- demo ------------------------------------------------------------------------------------------------------------
@@ -94,8 +98,17 @@ format: $(STAMP)/dev
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_ALL)
 
-bench: $(STAMP)/dev
-	$(BIN)/python bench/make_checkpoint.py --help
+# The full size with random weights: what a speed depends on is the shape.
+BENCH := out/bench
+bench: $(BENCH)/full-q8_0.gguf $(BENCH)/full-q4_0.gguf
+	$(BIN)/python bench/speed.py --checkpoint $(BENCH)/full --torch float32 --torch bfloat16 \
+	    $(addprefix --fixmin ,$^) --json $(BENCH)/speed.json $(ARGS)
+
+$(BENCH)/full/config.json: | $(STAMP)/package
+	$(BIN)/python bench/make_checkpoint.py $(@D) --variant affine
+
+$(BENCH)/full-%.gguf: $(BENCH)/full/config.json
+	$(BIN)/fixmin convert $(<D) -o $@ --outtype $* --trust-remote-code
 
 clean:
 	rm -rf build dist out .pytest_cache .hypothesis .ruff_cache .mypy_cache

@@ -12,7 +12,8 @@ import json
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM
 
 from fixmin_cpp import Model
 
@@ -22,9 +23,9 @@ def prompts_of(arguments: argparse.Namespace, vocab_size: int) -> list[np.ndarra
     rng = np.random.default_rng(0)
     if not arguments.text:
         return list(rng.integers(0, vocab_size, (arguments.prompts, arguments.length)))
-    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
+    tokenizer = Tokenizer.from_file(f"{arguments.checkpoint}/tokenizer.json")
     with open(arguments.text, encoding="utf-8") as file:
-        ids = np.array(tokenizer.encode(file.read(), add_special_tokens=False))
+        ids = np.array(tokenizer.encode(file.read(), add_special_tokens=False).ids)
     starts = rng.integers(0, len(ids) - arguments.length, arguments.prompts)
     return [ids[s : s + arguments.length] for s in starts]
 

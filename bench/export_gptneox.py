@@ -4,8 +4,8 @@
 
 llama.cpp has no computed codes, so the V x D table of lifted codes is materialised (read one row per token: it costs
 memory, not time). It computes GELU by the tanh formula from a float16 table, and gptneox has no bias on the output
-projection: both are dropped differences, so the logits are close to fixmin's, not equal. For checkpoints with LayerNorm,
-GELU, half-split rope over whole heads and no grouped queries.
+projection, so the logits are not those of fixmin. For LayerNorm, GELU, half-split rope over whole heads
+and as many key as query heads only.
 """
 
 import argparse

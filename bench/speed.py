@@ -153,11 +153,11 @@ def table(results: dict[str, list[dict[str, float]]]) -> str:
     ]
     for name, runs in results.items():
         decodes = [run["decode"] for run in runs]
-        roofline = median(name, "roofline")
+        roofline = f"{median(name, 'roofline'):.2f}" if "roofline" in runs[0] else ""
         lines.append(
             f"| {name} | {median(name, 'prefill'):.0f} | {median(name, 'prefill') / median(first, 'prefill'):.2f} "
             f"| {median(name, 'decode'):.1f} | {min(decodes):.1f} - {max(decodes):.1f} "
-            f"| {median(name, 'decode') / median(first, 'decode'):.2f} | {'' if np.isnan(roofline) else f'{roofline:.2f}'} |"
+            f"| {median(name, 'decode') / median(first, 'decode'):.2f} | {roofline} |"
         )
     return "\n".join(lines)
 

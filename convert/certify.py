@@ -38,9 +38,6 @@ from .spec import ModelSpec, Resolved, TensorRecipe
 OWN_CODE = "the checkpoint's own code"
 REFERENCE = "the reference implementation (the checkpoint's code was not run)"
 
-# End to end, relative to the norm of the logits. The float types are bounded by their rounding. For the quantised
-# ones this is the loss of the format, not a proof (see above): the limits only stop a file that is of no use.
-LOGIT_TOLERANCE = {"f32": 1e-4, "f16": 2e-3, "bf16": 2e-2, "q8_0": 5e-2, "q4_0": 0.5}
 CONVENTIONS_TOLERANCE = 1e-4
 # Same weights, same rounding of activations, same start: at most positions nothing is left but float32 sums in another
 # order (measured: 5e-7). At the others such a difference turned the rounding of an activation over; the positions that
@@ -235,7 +232,7 @@ def certify(
         engine_worst_tolerance=ENGINE_WORST_TOLERANCE_8BIT if rounded else ENGINE_TOLERANCE,
         tokens=sum(len(p) for p in prompts),
         logit_error=_worst_error(engine, truth),
-        logit_tolerance=LOGIT_TOLERANCE[outtype],
+        logit_tolerance=OUT_TYPES[outtype].logit_tolerance,
         max_logit_difference=difference,
         kl_divergence=kl,
         top1_agreement=top1,

@@ -206,7 +206,8 @@ class Reader:
         self.number = {id(p): i for i, p in enumerate(self.products)}
         self._x = [_stack([k[i].x for k in kept]) for i in range(len(kept[0]))]
         self._y = [_stack([k[i].y for k in kept]) for i in range(len(kept[0]))]
-        self.early = [torch.stack([o.reshape(-1) for o in outs]) for outs in self._early(tapes)]
+        size = self.tokens * kept[0][-1].x.shape[1]  # candidates for the residual stream have T·D elements
+        self.early = [torch.stack([o.reshape(-1) for o in outs]) for outs in self._early(tapes, size)]
         self.logits = _stack(logits)
         self.errors: dict[str, float] = {}
         self.sources: dict[str, str] = {}
@@ -221,11 +222,11 @@ class Reader:
         found = [p for p in tape.products if p.x.is_floating_point() and min(p.weight.value.shape) > 1]
         return [p for p in found if p.x.shape[0] == self.tokens or p is found[-1]]
 
-    def _early(self, tapes: Sequence[Tape]) -> Iterable[list[Tensor]]:
-        """Early activations with the same number and size in every recording."""
+    def _early(self, tapes: Sequence[Tape], size: int) -> Iterable[list[Tensor]]:
+        """Early activations of `size` elements in every recording."""
         self.early_orders = []
         for same in zip(*(t.outputs for t in tapes), strict=False):
-            if len({(order, out.numel()) for order, out in same}) == 1:
+            if {(order, out.numel()) for order, out in same} == {(same[0][0], size)}:
                 self.early_orders.append(same[0][0])
                 yield [out.double() for _, out in same]
 
@@ -528,7 +529,7 @@ class Reader:
         raise CheckpointError(
             "block 0: attention: no combination of heads, order of q, k, v, rotary style, dimension, base and scale "
             "reproduces it (no rotary positions, ALiBi, scaled positions, normed or capped scores, a window?); "
-            f"smallest relative difference {closest:.2g}{self._strays()}"
+            f"smallest relative difference {closest:.2g}{self._strays()}{self.rounded_frequencies()}"
         )
 
     def value_outputs(self, y: Tensor, target: Tensor) -> NDArray[np.int64]:
@@ -716,14 +717,18 @@ class Reader:
         """(base, dimension) of every tensor of the model that falls as base^(-2i/dimension)."""
         found = {}
         for _, tensor in model_tensors(self.model):
-            if tensor.ndim == 1 and tensor.is_floating_point() and 2 <= tensor.numel() <= 512:
-                t = tensor.double()
-                ratio = float(t[1])
-                powers = ratio ** torch.arange(len(t), dtype=torch.float64)
-                if float(t[0]) == 1.0 and 0 < ratio < 1 and difference(t, powers) < 1e-5:
-                    exact = float(t[-1]) ** (-len(t) / (len(t) - 1))
-                    found[_nice(exact), 2 * len(t)] = None
+            ratio = _geometric(tensor, 1e-5)
+            if ratio:
+                exact = float(tensor[-1].double()) ** (-tensor.numel() / (tensor.numel() - 1))
+                found[_nice(exact), 2 * tensor.numel()] = None
         return list(found)
+
+    def rounded_frequencies(self) -> str:
+        """A remark on tensors that are nearly such frequencies: no base gives them exactly."""
+        names = [n for n, t in model_tensors(self.model) if _geometric(t, 2e-2) and not _geometric(t, 1e-5)]
+        return (
+            f". Stored rotary frequencies are rounded and follow no base exactly: {', '.join(names)}" if names else ""
+        )
 
     def scales(self, d: int) -> list[float]:
         """Attention scales: 1/sqrt(d), what the code multiplies or divides by, declared and usual ones."""
@@ -787,6 +792,18 @@ def _activated(y: Tensor, gate: NDArray[np.int64] | None, up: NDArray[np.int64],
     if gate is None:
         return PLAIN[name](y)
     return GATED[name](y[..., torch.from_numpy(gate)]) * y[..., torch.from_numpy(up)]
+
+
+def _geometric(tensor: Tensor, tolerance: float) -> float | None:
+    """The ratio of a falling sequence 1, r, r², ... that a tensor is within a tolerance relative to each element."""
+    if tensor.ndim != 1 or not tensor.is_floating_point() or not 2 <= tensor.numel() <= 512:
+        return None
+    t = tensor.double()
+    if float(t[0]) != 1.0 or not 0 < float(t[-1]) < 1:
+        return None
+    ratio = float(t[-1]) ** (1 / (len(t) - 1))
+    powers = ratio ** torch.arange(len(t), dtype=torch.float64)
+    return ratio if float((t / powers - 1).abs().max()) < tolerance else None
 
 
 def _runs(numbers: NDArray[np.int64]) -> int:

@@ -247,7 +247,9 @@ def _add_resolve_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="run the Python code that comes with the checkpoint, to see what it computes (off: it could do anything)",
     )
-    parser.add_argument("--map", dest="map_file", type=Path, metavar="FILE", help="which tensor is which: a JSON file")
+    parser.add_argument(
+        "--map", dest="map_file", type=Path, metavar="FILE", help="which tensor is which: lines GGUF = CHECKPOINT"
+    )
     parser.add_argument("--calibrate", type=Path, metavar="FILE", help="text that decides what the files leave open")
     group = parser.add_argument_group("what the checkpoint does not say")
     for name, what in OVERRIDES.items():

@@ -17,7 +17,7 @@ from .conventions import Block, Declared, Interpretation, Norm, Reader
 from .probe import OwnModel, load_own_model
 from .recipes import Locator, Ref, constant, gather
 from .roles import Map, is_no_weight, leftovers_error, mapped_recipes, read_map
-from .source import Source, hyper
+from .source import Source, context_length, hyper
 from .spec import CodeSpec, ModelSpec, Resolved, TensorRecipe
 from .trace import Product, Weight, model_tensors
 
@@ -64,13 +64,15 @@ class _Observation:
         for i, prompt in enumerate(prompts):
             prompt[0] = i * max(vocab_size - 1, 1) // (_PROMPTS - 1)  # the first and the last id, two between
         tapes, logits = zip(*(own.trace(p) for p in prompts), strict=True)
+        used = tapes[0].used
         reader = Reader(tapes, logits, self.declared(), own.model)
+        del tapes  # the reader keeps what it needs, a quarter
         # The name of a value in `stated` is checked against what was found, never forced on it: the code decides.
         found = reader.interpret(lambda order, rows: self.read_code(prompts[0], order, rows, vocab_size, context))
         mapping = read_map(source, map_file)
         spec = self.spec(found, vocab_size, context, mapping)
         self.contradictions(spec)
-        self.leftovers(spec, tapes[0].used, mapping)
+        self.leftovers(spec, used, mapping)
         error, tokens = confirm(spec, own, found)
         self.tell(f"reference model against the checkpoint's code, {tokens} tokens: relative difference {error:.2g}")
         return Resolved(spec, source, own.logits, self.input_rows)
@@ -114,13 +116,9 @@ class _Observation:
         stated = self.stated.get("context_length")
         if stated is not None:
             return int(stated), "given"
-        value = hyper(self.facts, "context_length")
-        if value is not None and value >= 1:
-            return int(value), "configuration"
-        for key, value in self.facts.items():
-            plain = isinstance(value, int) and not isinstance(value, bool) and value > 1
-            if plain and (re.search(r"ctx|context|seq|pos|block_?size|window", key, re.I) or key == "T"):
-                return value, f"configuration, {key}"
+        found = context_length(self.facts)
+        if found is not None:
+            return found[0], f"configuration, {found[1]}"
         squares = {
             t.shape[-1]
             for _, t in model_tensors(self.own.model)

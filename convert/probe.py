@@ -280,10 +280,17 @@ def _load_by_constructor(source: Source, log: Log) -> OwnModel:
 
 def _load_by_from_pretrained(source: Source, log: Log) -> OwnModel:
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
 
-    model = AutoModelForCausalLM.from_pretrained(
-        source.directory, trust_remote_code=needs_trust(source), dtype=torch.float32, local_files_only=True
-    )
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source.directory, trust_remote_code=needs_trust(source), dtype=torch.float32, local_files_only=True
+        )
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
     return _filled(model, source, {}, log)
 
 
@@ -292,6 +299,14 @@ def _filled(model: nn.Module, source: Source, first_draw: dict[str, Tensor], log
     model.eval().requires_grad_(False).float()
     file_name, missing, unknown = _match_names(model, source)
     state = model.state_dict(keep_vars=True)
+    if not first_draw:  # loaded by transformers, which may have renamed tensors
+        for name in list(missing):
+            same = [u for u in unknown if source.tensors[u].shape == tuple(state[name].shape)]
+            same = [u for u in same if torch.equal(torch.from_numpy(source.read_raw(u)).float(), state[name].float())]
+            if same:
+                file_name[name] = same[0]
+                missing.remove(name)
+                unknown.remove(same[0])
     for name, stored in file_name.items():
         shape = source.tensors[stored].shape
         if tuple(state[name].shape) != shape:

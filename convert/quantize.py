@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 
 F32 = GGMLQuantizationType.F32
 F16 = GGMLQuantizationType.F16
+BF16 = GGMLQuantizationType.BF16
 Q8_0 = GGMLQuantizationType.Q8_0
+Q4_0 = GGMLQuantizationType.Q4_0
 
 # A float16 from here up rounds to infinity: half a unit above the largest finite one, 65504.
 _F16_OVERFLOW = 65520.0
@@ -32,6 +34,8 @@ class OutType:
     `block_error`: largest |stored - true| that correct rounding allows, as a fraction of the largest magnitude of the
     block (of the element itself when a block is one element). `floor`: the same, absolute, for blocks whose scale
     is a subnormal float16 (spacing 2^-24, so half a step is 2^-25, times the largest code).
+    `logit_tolerance`: what the certificate allows end to end, ‖Δlogits‖ / ‖logits‖. For the float types rounding bounds
+    it. For the quantised ones it is the loss of the format, no proof (see certify.py): it stops files of no use.
     """
 
     ggml: GGMLQuantizationType
@@ -39,18 +43,17 @@ class OutType:
     limit: float
     block_error: float
     floor: float
+    logit_tolerance: float
 
 
 # Q8_0: half a step of amax/127, plus the float16 rounding of the scale (2^-11) times at most 127 steps.
 # Q4_0: codes -8..7 with scale -extreme/8: the far end misses one whole step, again plus the rounding of the scale.
 OUT_TYPES: dict[str, OutType] = {
-    "f32": OutType(F32, LlamaFileType.ALL_F32, np.inf, 0.0, 0.0),
-    "f16": OutType(F16, LlamaFileType.MOSTLY_F16, _F16_OVERFLOW, 2.0**-11, 2.0**-25),
-    "bf16": OutType(GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16, 2.0**128 * (1 - 2.0**-9), 2.0**-8, 0.0),
-    "q8_0": OutType(Q8_0, LlamaFileType.MOSTLY_Q8_0, 127 * _F16_OVERFLOW, 0.5 / 127 + 2.0**-11, 127 * 2.0**-25),
-    "q4_0": OutType(
-        GGMLQuantizationType.Q4_0, LlamaFileType.MOSTLY_Q4_0, 8 * _F16_OVERFLOW, 1 / 8 + 2.0**-11, 8 * 2.0**-25
-    ),
+    "f32": OutType(F32, LlamaFileType.ALL_F32, np.inf, 0.0, 0.0, 1e-4),
+    "f16": OutType(F16, LlamaFileType.MOSTLY_F16, _F16_OVERFLOW, 2.0**-11, 2.0**-25, 2e-3),
+    "bf16": OutType(BF16, LlamaFileType.MOSTLY_BF16, 2.0**128 * (1 - 2.0**-9), 2.0**-8, 0.0, 2e-2),
+    "q8_0": OutType(Q8_0, LlamaFileType.MOSTLY_Q8_0, 127 * _F16_OVERFLOW, 0.5 / 127 + 2.0**-11, 127 * 2.0**-25, 5e-2),
+    "q4_0": OutType(Q4_0, LlamaFileType.MOSTLY_Q4_0, 8 * _F16_OVERFLOW, 1 / 8 + 2.0**-11, 8 * 2.0**-25, 0.5),
 }
 BY_GGML_TYPE: dict[GGMLQuantizationType, OutType] = {t.ggml: t for t in OUT_TYPES.values()}
 

@@ -129,20 +129,20 @@ def mapped_recipes(source: Source, mapping: Map) -> dict[str, TensorRecipe]:
 
 # --- roles by name and shape ---------------------------------------------------------------------------------------
 
-# The end of a tensor's path in its block, in lower case with the parts joined by dots; the first pattern that fits counts.
-# Words of a second pattern must occur before it.
+# The end of a tensor's path in its block, in lower case; the first pattern that fits counts. Words of a second pattern
+# must occur before it.
 _MATRIX_NAMES: tuple[tuple[str, str, str], ...] = (
     ("attn_qkv", r"(c_attn|qkv(_proj)?|w_?qkv|query_key_value|in_proj|w_?pack|to_qkv|attn_qkv|qkv_linear)", ""),
-    ("attn_kv", r"(kv(_proj)?|w_?kv|to_kv|key_value)", ""),
     ("attn_q", r"(q|q_?proj|query(_proj|_net|_layer)?|w_?q|to_q|q_?lin(ear)?|queries|wq)", ""),
     ("attn_k", r"(k|k_?proj|key(_proj|_net|_layer)?|w_?k|to_k|k_?lin(ear)?|keys|wk)", ""),
     ("attn_v", r"(v|v_?proj|value(_proj|_net|_layer)?|w_?v|to_v|v_?lin(ear)?|values|wv)", ""),
     ("ffn_gate_up", r"(gate_up(_proj)?|w12|gate_and_up|up_gate(_proj)?)", ""),
     ("ffn_gate", r"(gate(_proj)?|w_?gate|ffn_gate|gate_?lin(ear)?)", ""),
-    ("ffn_up", r"(up(_proj)?|w_?up|ffn_up|c_fc|fc_?1|fc_?in|dense_h_to_4h|lin(ear)?_?1|expand|w_?in|intermediate\.dense)", ""),
+    ("ffn_up", r"(up(_proj)?|w_?up|ffn_up|c_fc|fc_?1|fc_?in|dense_h_to_4h|lin(ear)?_?1|expand|w_?in)", ""),
+    ("ffn_up", r"intermediate\.dense", ""),
     ("ffn_down", r"(down(_proj)?|w_?down|ffn_down|fc_?2|fc_?out|dense_4h_to_h|lin(ear)?_?2|shrink|contract)", ""),
     ("ffn_down", r"(c_proj|w_?out|out(_proj)?|proj|dense|output\.dense)", r"(mlp|ffn?|feed_?forward)"),
-    ("attn_output", r"(o|o_?proj|out(_proj|_lin|put)?|w_?o|to_out(\.0)?|c_proj|proj(ection)?|dense|out_?linear|wo)", ""),
+    ("attn_output", r"(o|o_?proj|out(_proj|_lin|put|_linear)?|w_?o|to_out(\.0)?|c_proj|proj(ection)?|dense|wo)", ""),
 )  # fmt: skip
 _ATTN_NORM = re.compile(
     r"((^|[._])(ln|norm|layer_?norm|rms|rms_?norm)_?(1|attn|attention)|input_?(layer_?)?norm|(pre_?)?attn_?(layer_?)?norm|"
@@ -178,8 +178,11 @@ class Roles:
     ignored: dict[str, str]  # tensors that are no part of the model, and why
 
 
-def assign_roles(source: Source, mapping: Map, vocab_size: int | None) -> Roles:
-    """Give every tensor of a checkpoint a role. CheckpointError for what has none, with names and shapes."""
+def assign_roles(source: Source, mapping: Map, vocab_size: int | None, transposed: bool | None = None) -> Roles:
+    """Give every tensor of a checkpoint a role. CheckpointError for what has none, with names and shapes.
+
+    transposed: whether matrices are stored [in, out], if the user says so.
+    """
     ignored = dict.fromkeys(mapping.ignored, "--map")
     mapped = {name for name, *_ in mapping.places.values()}
     names = []
@@ -190,9 +193,15 @@ def assign_roles(source: Source, mapping: Map, vocab_size: int | None) -> Roles:
             ignored[name] = "a mask or a table of positions"
         elif name not in ignored and name not in mapped:
             names.append(name)
-    blocks_at, rest = split_blocks(source, names)
-    width = model_width(source, blocks_at)
-    transposed = orientation(source, blocks_at, rest, width)
+    placed = {int(m[1]) for gguf in mapping.places if (m := re.match(r"blk\.(\d+)\.", gguf))}
+    try:
+        blocks_at, rest = split_blocks(source, names)
+    except CheckpointError:
+        if not placed:
+            raise
+        blocks_at, rest = [{} for _ in range(max(placed) + 1)], names  # the map says it all
+    width = model_width(source, blocks_at[0], mapping)
+    transposed = orientation(source, blocks_at[0], width) if transposed is None else transposed
     blocks, alternatives, left = [], [], []
     for block in blocks_at:
         parts, options, unknown = block_roles(source, block, width, transposed)
@@ -201,7 +210,17 @@ def assign_roles(source: Source, mapping: Map, vocab_size: int | None) -> Roles:
         left += unknown
     top, unknown = top_roles(source, rest, width, vocab_size)
     if left or unknown:
-        raise leftovers_error(source, [*left, *unknown], "their names and shapes do not say what they are")
+        why = "their names and shapes do not say what they are"
+        if transposed is None:
+            why += ", nor whether matrices are stored [out, in] or [in, out], which --transposed settles"
+        raise leftovers_error(source, [*left, *unknown], why)
+    norms = [[r for r in ("attn_norm", "ffn_norm") if r in b or f"blk.{i}.{r}.weight" in mapping.places]
+             for i, b in enumerate(blocks)]  # fmt: skip
+    if len({tuple(n) for n in norms}) > 1 or len(norms[0]) == 1:
+        raise CheckpointError(
+            "only one of the two norms of a block is stored, or not in every block (shared between them?): name the "
+            "other in a --map FILE (blk.{i}.ffn_norm.weight = ...)"
+        )
     options = []
     for what in alternatives[0] if alternatives else {}:
         labels = [label for label, _ in alternatives[0][what]]
@@ -246,33 +265,34 @@ def split_blocks(source: Source, names: list[str]) -> tuple[list[dict[str, str]]
     return best[1], [n for n in names if n not in taken]
 
 
-def model_width(source: Source, blocks: list[dict[str, str]]) -> int:
+def model_width(source: Source, block: dict[str, str], mapping: Map) -> int:
     """D: the size that every matrix of a block has on one side."""
-    shapes = [source.tensors[n].shape for n in blocks[0].values() if len(source.tensors[n].shape) == 2]
-    common = set.intersection(*(set(s) for s in shapes))
+    names = [*block.values(), *(name for g, (name, *_) in mapping.places.items() if g.startswith("blk.0."))]
+    shapes = [source.tensors[n].shape for n in names if len(source.tensors[n].shape) == 2]
+    common = set.intersection(*(set(s) for s in shapes)) if shapes else set()
     declared = hyper(source.config, "embedding_length")
     if declared in common:
         return int(declared)
-    vectors = Counter(source.tensors[n].shape[0] for n in blocks[0].values() if len(source.tensors[n].shape) == 1)
+    vectors = Counter(source.tensors[n].shape[0] for n in names if len(source.tensors[n].shape) == 1)
     ranked = sorted(common, key=lambda n: -vectors[n])
     if not ranked:
         raise CheckpointError("the matrices of a block have no side in common: the embedding length cannot be read")
     return ranked[0]
 
 
-def orientation(source: Source, blocks: list[dict[str, str]], rest: list[str], width: int) -> bool | None:
+def orientation(source: Source, block: dict[str, str], width: int) -> bool | None:
     """Whether matrices are stored [in, out], from biases and from roles whose names and shapes are clear."""
     votes = set()
-    for path, name in blocks[0].items():
+    for path, name in block.items():
         shape = source.tensors[name].shape
         if len(shape) != 2 or shape[0] == shape[1]:
             continue
         stem = _stem(path)
-        for other, bias in blocks[0].items():
+        for other, bias in block.items():
             if other != path and _stem(other) == stem and len(source.tensors[bias].shape) == 1:
                 votes.add(source.tensors[bias].shape[0] == shape[1])
         role = role_by_name(stem)
-        if role in ("attn_qkv", "attn_kv", "attn_k", "attn_v", "ffn_up", "ffn_gate", "ffn_gate_up"):
+        if role in ("attn_qkv", "attn_k", "attn_v", "ffn_up", "ffn_gate", "ffn_gate_up"):
             votes.add(shape[0] == width)
         elif role in ("ffn_down", "attn_output"):
             votes.add(shape[1] == width)
@@ -350,7 +370,8 @@ def _by_shape(
         return (shape[1], shape[0]) if transposed else (shape[0], shape[1])
 
     left, squares, ups = [], [], []
-    for stem, part in sorted(unnamed):
+    square = sum(side(part) == (width, width) for _, part in unnamed)
+    for stem, part in sorted(unnamed, key=lambda entry: entry[0]):
         shape = side(part)
         if shape is None or width not in shape:
             left.append(part.weight)
@@ -358,7 +379,7 @@ def _by_shape(
             squares.append((stem, part))
         elif shape[0] == width and "ffn_down" not in roles:
             roles["ffn_down"] = part
-        elif shape == (3 * width, width) and not {"attn_qkv", "attn_q", "attn_k"} & roles.keys():
+        elif shape == (3 * width, width) and not {"attn_qkv", "attn_q", "attn_k"} & roles.keys() and square <= 1:
             roles["attn_qkv"] = part
         elif shape[1] == width:
             ups.append((stem, part))
@@ -406,7 +427,7 @@ def _norm_roles(
         path_of[p.weight].split(".")[0]: r.split("_")[0] for r, p in roles.items() if r.startswith(("attn_", "ffn_"))
     }
     left, unnamed = [], []
-    for stem, part in sorted(vectors.items()):
+    for stem, part in sorted(vectors.items(), key=lambda entry: entry[0]):
         low = stem.lower()
         if source.tensors[part.weight].shape != (width,):
             left.append(part.weight)
@@ -432,7 +453,8 @@ def top_roles(
     top: dict[str, Part] = {}
     left: list[str] = []
     tables = [n for n in names if len(source.tensors[n].shape) == 2]
-    wide = [n for n in tables if width in source.tensors[n].shape and max(source.tensors[n].shape) > 2]
+    codes = [n for n in tables if source.tensors[n].shape[1] < min(width, 65) and _two_values(source, n)]
+    wide = [n for n in tables if width in source.tensors[n].shape and n not in codes]
     outputs = [n for n in wide if _OUTPUT.search(n.lower()) and not _EMBEDDING.search(n.lower())] or [
         n for n in wide if _OUTPUT.search(n.lower())
     ]
@@ -452,14 +474,11 @@ def top_roles(
         left += embeddings
     for name in tables:
         rows, columns = source.tensors[name].shape
-        if name in wide:
-            continue
-        binary = columns <= 64 and _two_values(source, name)
-        if binary and rows == columns and "matrix" not in top:
+        if name in codes and rows == columns and "matrix" not in top:
             top["matrix"] = Part(name)
-        elif binary and (vocab_size is None or rows >= vocab_size) and "code_table" not in top:
+        elif name in codes and (vocab_size is None or rows >= vocab_size) and "code_table" not in top:
             top["code_table"] = Part(name)
-        else:
+        elif name not in wide:
             left.append(name)
     for name in names:
         shape = source.tensors[name].shape

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,18 @@ def spelling(config: Mapping[str, Any], key: str) -> str:
     return next((s for s in _HYPER[key] if s in config and config[s] is value), _HYPER[key][0])
 
 
+def context_length(config: Mapping[str, Any]) -> tuple[int, str] | None:
+    """(longest prompt in tokens, the key that says so) of a configuration, or None."""
+    value = hyper(config, "context_length")
+    if value is not None and value >= 1:
+        return int(value), spelling(config, "context_length")
+    for key, value in config.items():
+        plain = isinstance(value, int) and not isinstance(value, bool) and value > 1
+        if plain and (re.search(r"ctx|context|seq|pos|block_?size|window", key, re.IGNORECASE) or key == "T"):
+            return value, key
+    return None
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """Where one tensor lies. `offset` is from the start of the file; -1 for tensors of a .bin file."""
@@ -132,7 +145,9 @@ class Source:
         """
         tensor = self.tensors[name]
         part = np.array(view(self._mapped(tensor)), order="C")
-        return (part.astype("<u4") << np.uint32(16)).view("<f4") if tensor.dtype == "BF16" else part
+        if tensor.dtype != "BF16":
+            return part
+        return np.left_shift(part.astype("<u4"), np.uint32(16), out=np.empty(part.shape, "<u4")).view("<f4")
 
     def read(self, name: str, view: Callable[[NDArray[Any]], NDArray[Any]] = lambda a: a) -> F32:
         """The same as float32. CheckpointError if a weight is NaN or infinite."""

@@ -73,6 +73,7 @@ class Tape(TorchDispatchMode):
         super().__init__()
         self.inputs_of = inputs_of
         self.inputs: dict[int, Tensor] = {}  # product number -> x [T, in]; only if inputs_of was given
+        self._nested = 0
         self._count = 0  # products seen; only if inputs_of was given
         self.products: list[Product] = []
         self.elementwise: list[Elementwise] = []
@@ -90,6 +91,13 @@ class Tape(TorchDispatchMode):
             if tensor.numel() and tensor.untyped_storage().data_ptr():
                 self._owners.setdefault(tensor.untyped_storage().data_ptr(), []).append((name, tensor))
 
+    def __exit__(self, *exc: object) -> None:
+        super().__exit__(*exc)
+        if not self._nested:  # nothing is looked up by address any more
+            self._alive.clear()
+            for product in self.products:
+                product.positions = torch.empty(0)
+
     def names_of(self, tensor: Tensor) -> tuple[str, ...] | None:
         """Names of the stored tensors that this one depends on, or None if it is an activation."""
         address = tensor.untyped_storage().data_ptr() if tensor.numel() else 0
@@ -102,8 +110,10 @@ class Tape(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+            self._nested += 1
             with self:  # code under inference_mode gets here undecomposed
                 result = func.decompose(*args, **kwargs)
+            self._nested -= 1
             if result is not NotImplemented:
                 return result
         tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]

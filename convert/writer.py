@@ -30,6 +30,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from gguf import GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType, GGUFWriter, TokenType
+from gguf.utility import size_label
 from numpy.typing import NDArray
 
 from ..errors import CheckpointError
@@ -94,6 +95,13 @@ class AtomicFile:
         if self._file is None:
             raise ValueError("the file is closed")
         return self._file
+
+    def write(self, data: bytes | NDArray[np.uint8]) -> None:
+        """Append bytes. A full disk gives an OSError that names the file that was to be."""
+        try:
+            self.file.write(memoryview(data).cast("B"))
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.target)) from error
 
     def commit(self, target: Path | None = None) -> None:
         """Put everything on the disk and give it its name (or `target`, in the same folder), replacing what had it."""
@@ -358,8 +366,11 @@ class Layout:
         """Decide types and metadata. Reads the tokenizer and a code table, no weights."""
         if outtype not in OUT_TYPES:
             raise CheckpointError(f"outtype {outtype!r} is not one of {', '.join(OUT_TYPES)}")
-        metadata = {**model_metadata(spec, outtype), **provenance_metadata(provenance), **tokenizer_metadata(spec)}
-        return cls(plan_tensors(spec, outtype), metadata)
+        tensors = plan_tensors(spec, outtype)
+        n_weights = sum(tensor.n_weights for tensor in tensors)
+        metadata = model_metadata(spec, outtype)
+        metadata["general.size_label"] = _text(size_label(n_weights, n_weights, 0, 0))
+        return cls(tensors, {**metadata, **provenance_metadata(provenance), **tokenizer_metadata(spec)})
 
     @property
     def data_bytes(self) -> int:
@@ -387,15 +398,15 @@ class Layout:
         if free < needed:
             text = f"{needed / 1e6:,.0f} MB are needed and {free / 1e6:,.0f} MB free"
             raise OSError(errno.ENOSPC, text, str(file.target))
-        file.file.write(header)
         n_threads = n_threads or len(os.sched_getaffinity(0))
         with ThreadPoolExecutor(n_threads, "quantize") as pool:
+            file.write(header)
             done = 0
             for tensor, part, is_last in self._quantised(pool, window=n_threads + 1):
-                file.file.write(memoryview(part).cast("B"))
+                file.write(part)
                 done += part.shape[0] * tensor.shape[-1]
                 if is_last:
-                    file.file.write(bytes(_pad(tensor.n_bytes) - tensor.n_bytes))
+                    file.write(bytes(_pad(tensor.n_bytes) - tensor.n_bytes))
                 progress(done, self.n_weights, tensor.name)
         file.file.flush()
 

@@ -6,7 +6,6 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from importlib import metadata
 from typing import Any, overload
 
 import numpy as np
@@ -60,6 +59,8 @@ def clear_cache() -> None:
 
 def system_info() -> dict[str, Any]:
     """What runs where: CPU, instruction sets, usable CPUs and threads (from the native module), and versions."""
+    from importlib import metadata  # 30 ms that most programs need not spend
+
     return {
         **_core.system_info(),
         "fixmin_cpp": _core.__version__,

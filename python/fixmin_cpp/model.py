@@ -3,7 +3,6 @@
 import math
 import os
 import queue
-import secrets
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -399,7 +398,7 @@ class _Run:
         self._model = model
         self._ids = ids
         self._options = options
-        self._seed = secrets.randbits(32) if options.seed is None else options.seed
+        self._seed = int.from_bytes(os.urandom(4), "little") if options.seed is None else options.seed
         tokenizer = model._require_tokenizer() if options.stop else model._tokenizer
         decoder = IncrementalDecoder(tokenizer, ids.tolist()) if tokenizer is not None else None
         self._assembler = TextAssembler(decoder, StopStrings(options.stop))

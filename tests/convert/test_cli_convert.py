@@ -26,7 +26,7 @@ SCRIPT = Path(module.__file__).with_name("hf_to_gguf.py")
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """Never written to: made read-only, so that a conversion that tries fails."""
+    """A checkpoint that no test may change."""
     folder = save_checkpoint(make_reference(code_kind="affine"), tmp_path_factory.mktemp("cli") / "tiny")
     before = {path: path.read_bytes() for path in folder.iterdir()}
     yield folder

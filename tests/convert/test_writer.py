@@ -17,14 +17,15 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Type
+from gguf import GGUFReader, GGUFValueType, TokenType
+from spec_factory import array_recipe, make_reference, make_resolved
+
 from fixmin_cpp.convert import writer
 from fixmin_cpp.convert.quantize import OUT_TYPES, choose_type, quantize_rows
 from fixmin_cpp.convert.spec import TensorRecipe
 from fixmin_cpp.convert.writer import AtomicFile, Layout, Provenance, tokenizer_metadata
 from fixmin_cpp.errors import CheckpointError
-from gguf import GGMLQuantizationType as Type
-from gguf import GGUFReader, GGUFValueType, TokenType
-from spec_factory import array_recipe, make_reference, make_resolved
 
 PROVENANCE = Provenance("tool 1", "folder", "ab" * 32, ("rope_style = half: test",), "{}", "nothing")
 FIGURES = {"passed": False, "tokens": 0, "logit_error": 0.0}
@@ -149,6 +150,7 @@ def test_metadata_follows_the_design(tmp_path):
     expected = {
         "general.architecture": ("fixmin", ["STRING"]),
         "general.file_type": (7, ["UINT32"]),
+        "general.size_label": ("65K", ["STRING"]),
         "general.quantization_version": (2, ["UINT32"]),
         "fixmin.vocab_size": (100, ["UINT32"]),
         "fixmin.context_length": (40, ["UINT32"]),
@@ -434,7 +436,7 @@ def test_failing_write_leaves_nothing(tmp_path):
     process = child(tmp_path / "m.gguf", 0.0, preexec_fn=limit, stderr=subprocess.PIPE)
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert "File too large" in errors
+    assert f"File too large: '{tmp_path / 'm.gguf'}'" in errors
     assert list(tmp_path.iterdir()) == []
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 from toy_models import byte_fallback, byte_level, concatenating
 
@@ -16,9 +16,15 @@ KINDS = {
     "byte_fallback": TextTokenizer(byte_fallback()),
 }
 
-# Few letters, so that stop strings overlap each other and themselves.
-texts = st.text(alphabet="ab\n", max_size=12)
-stop_lists = st.lists(st.text(alphabet="ab\n", min_size=1, max_size=4), max_size=3)
+# Two letters, so that stop strings overlap and contain each other; texts are made of them and of their beginnings.
+stop_lists = st.lists(st.text(alphabet="ab", min_size=1, max_size=4), max_size=3)
+
+
+@st.composite
+def texts_and_stops(draw: st.DrawFn) -> tuple[str, list[str]]:
+    stops = draw(stop_lists)
+    parts = ["a", "b", "\n", *stops, *(stop[:-1] for stop in stops)]
+    return "".join(draw(st.lists(st.sampled_from(parts), max_size=8))), stops
 
 
 def cut(text: str, stops: Sequence[str]) -> str:
@@ -43,24 +49,33 @@ def run(assembler: TextAssembler, ids: Sequence[int]) -> list[tuple[int, str]]:
 # --- stop strings ------------------------------------------------------------------------------------------------
 
 
-@given(text=texts, stops=stop_lists, data=st.data())
-@example(text="abab\n", stops=["abab\na", "ba"], data=None)  # a match behind a start that comes to nothing
-def test_stop_strings_equal_the_oracle_at_every_split(text, stops, data):
-    if data is None:
-        splits = [[i] for i in range(len(text) + 1)] + [list(range(len(text)))]
-    else:
-        splits = [sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))]
-    for borders in splits:
-        finder, released = StopStrings(stops), ""
-        for start, end in zip([0, *borders], [*borders, len(text)], strict=True):
-            released += finder.feed(text[start:end])
-            assert cut(text, stops).startswith(released), "text that belongs to a stop string leaked"
-        assert released + finder.finish() == cut(text, stops)
-        assert finder.matched == any(s in text for s in stops)
+@given(case=texts_and_stops(), data=st.data())
+def test_stop_strings_equal_the_oracle_at_every_split(case, data):
+    text, stops = case
+    borders = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
+    check_split(text, stops, borders)
+    check_split(text, stops, range(len(text)))
 
 
-@given(text=texts, stops=stop_lists)
-def test_only_what_may_become_a_stop_string_is_held_back(text, stops):
+def check_split(text: str, stops: Sequence[str], borders: Sequence[int]) -> None:
+    finder, released = StopStrings(stops), ""
+    for start, end in zip([0, *borders], [*borders, len(text)], strict=True):
+        released += finder.feed(text[start:end])
+        assert cut(text, stops).startswith(released), "text that belongs to a stop string leaked"
+    assert released + finder.finish() == cut(text, stops)
+    assert finder.matched == any(s in text for s in stops)
+
+
+@pytest.mark.parametrize("text", ["abb", "xabbx", "abx", "xab", "aabb", "ab"])
+def test_the_leftmost_stop_string_counts_even_if_another_is_complete_first(text):
+    for i in range(len(text) + 1):
+        check_split(text, ["abb", "b"], [i])
+    check_split(text, ["abb", "b"], range(len(text)))
+
+
+@given(case=texts_and_stops())
+def test_only_what_may_become_a_stop_string_is_held_back(case):
+    text, stops = case
     finder, released = StopStrings(stops), ""
     for i, letter in enumerate(text):
         released += finder.feed(letter)

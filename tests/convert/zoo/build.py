@@ -31,6 +31,7 @@ class Author:
     config_class: str
     model_class: str
     first_block: str  # module whose first argument is the input of block 0
+    head: str = "lm_head"  # pattern of the names of the output projection
     config_file: str | None = None  # stem in authors/, if the configuration has a file of its own
     vocab_key: str = "vocab_size"
     context_key: str = "max_position_embeddings"
@@ -185,11 +186,15 @@ def write_tokenizer(directory: Path, vocab_size: int) -> None:
     tokenizer.save(str(directory / "tokenizer.json"))
 
 
-def make_checkpoint(style: Style, directory: Path, seed: int = 0) -> None:
-    """Writes the checkpoint directory of a style."""
+def make_checkpoint(style: Style, directory: Path, seed: int = 0, full_config: bool = False) -> None:
+    """Writes the checkpoint directory of a style; `full_config` as `save_pretrained` does, with every default."""
     directory.mkdir(parents=True, exist_ok=True)
     write_code(directory, style)
     model = build_model(directory, style)
+    if full_config:
+        fields = {key: value for key, value in vars(model.config).items() if not key.startswith("_")}
+        path = directory / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **fields}, indent=2, default=str))
     draw_weights(model, style, seed)
     state = {
         style.prefix + name: tensor.to(style.dtype) if tensor.is_floating_point() else tensor
@@ -228,12 +233,16 @@ class Original:
         return cls(model, style)
 
     @torch.no_grad()
-    def logits(self, ids: NDArray[Any]) -> NDArray[np.float64]:
-        """ids [T] -> logits [T, V]."""
-        output = self.call(self.model, torch.as_tensor(np.asarray(ids, dtype=np.int64))[None])
+    def batch_logits(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids int64 [B, T] -> logits [B, T, V], whatever the author's code returns them in."""
+        output = self.call(self.model, ids)
         parts = output if isinstance(output, tuple) else output.values() if isinstance(output, dict) else [output]
         (logits,) = (part for part in parts if isinstance(part, torch.Tensor) and part.ndim == 3)
-        return logits[0].double().numpy()
+        return logits
+
+    def logits(self, ids: NDArray[Any]) -> NDArray[np.float64]:
+        """ids [T] -> logits [T, V]."""
+        return self.batch_logits(torch.as_tensor(np.asarray(ids, dtype=np.int64))[None])[0].double().numpy()
 
     @torch.no_grad()
     def input_rows(self, ids: NDArray[Any]) -> NDArray[np.float64]:
@@ -262,21 +271,16 @@ def prompt(original: Original, seed: int = 0) -> NDArray[np.int64]:
     return ids
 
 
-def sampled_text(original: Original, tokens: int, seed: int = 0) -> str:
+def sampled_text(original: Original, rows: int = 4, seed: int = 0) -> str:
     """A text that the model itself wrote at temperature 1, so no other model explains it better on average.
 
     What a wrong convention costs in nats per token is then the divergence between the two models: certain to show in
-    enough text, without training anything. Only for styles with a tokenizer.
+    enough text, without training anything. Only for styles with a tokenizer. Each row starts afresh and fills the
+    context: unlike a trained model, one with random weights needs all of it to recognise its own text.
     """
     generator = torch.Generator().manual_seed(seed)
-    length = original.context_length
-    rows = -(-tokens // length)
     ids = torch.randint(original.vocab_size, (rows, 1), generator=generator)
-    with torch.no_grad():
-        while ids.shape[1] < length:
-            output = original.call(original.model, ids)
-            logits = getattr(output, "logits", None)
-            logits = next(part for part in output if part is not None) if logits is None else logits
-            chosen = torch.multinomial(logits[:, -1].softmax(-1), 1, generator=generator)
-            ids = torch.cat((ids, chosen), dim=1)
-    return "".join(character_of(token) for token in ids.flatten()[:tokens].tolist())
+    while ids.shape[1] < original.context_length:
+        likely = original.batch_logits(ids)[:, -1].softmax(-1)
+        ids = torch.cat((ids, torch.multinomial(likely, 1, generator=generator)), dim=1)
+    return "".join(character_of(token) for token in ids.flatten().tolist())

@@ -17,16 +17,16 @@ GPT2 = Author(
 LLAMA = Author(
     "llamaish", "BitLlamaConfig", "BitLlamaForCausalLM", "model.layers.0", config_file="configuration_llamaish"
 )
-NEOX = Author("neoxish", "NeoBitConfig", "NeoBitForCausalLM", "gpt_neox.layers.0")
+NEOX = Author("neoxish", "NeoBitConfig", "NeoBitForCausalLM", "gpt_neox.layers.0", head="embed_out")
 NUMBERED = Author("numbered", "SeqConfig", "SeqForCausalLM", "net.1.0", vocab_key="vocab", context_key="context")
 LETTERS = Author("letters", "FormulaConfig", "Formula", "l.0", vocab_key="V", context_key="T")
 SEEDED = Author(
-    "seeded", "AffineCodeConfig", "AffineCodeForCausalLM", "blocks.0",
+    "seeded", "AffineCodeConfig", "AffineCodeForCausalLM", "blocks.0", head=r"^head",
     config_file="configuration_seeded", context_key="max_len",
 )  # fmt: skip
 NANO = Author("nano", "GPTConfig", "GPT", "transformer.h.0", context_key="block_size")
 BOXED = Author(
-    "boxed", "BoxConfig", "BoxForCausalLM", "trunk.units.unit_0", context_key="max_len",
+    "boxed", "BoxConfig", "BoxForCausalLM", "trunk.units.unit_0", head="to_logits", context_key="max_len",
     call=lambda model, ids: model(ids, torch.ones_like(ids), torch.arange(ids.shape[1]).expand_as(ids)),
 )  # fmt: skip
 LECTURE = Author("lecture", "LectureConfig", "LectureModel", "blocks.0", context_key="block_size")
@@ -253,6 +253,7 @@ STYLES |= {
     "gpt2_truncated_tile": Style(GPT2, {**GPT2_FIELDS, "code_bits": 11}),
     "gpt2_sharded": Style(GPT2, {"vocab_size": 200, "n_layer": 3}, layout="sharded"),
     "gpt2_f64_sharded_bin": Style(GPT2, GPT2_FIELDS, layout="sharded_bin", dtype=torch.float64),
+    "gpt2_bf16": Style(GPT2, GPT2_FIELDS, dtype=torch.bfloat16),  # rounds masked_bias too, which has no dimension
     "gpt2_kqv": Style(GPT2, GPT2_FIELDS, edits=replace(QKV, "key, query, value = self.c_attn")),
     "gpt2_vkq": Style(GPT2, GPT2_FIELDS, edits=replace(QKV, "value, key, query = self.c_attn")),
     "gpt2_scale_1_over_d": Style(
@@ -547,6 +548,8 @@ STYLES |= {
     "boxed": Style(
         BOXED, {}, **gelu_matters("expand", "shrink"), alternatives=(replace('"tanh"', '"none"'),)
     ),
+    # The file holds the rotary frequencies, rounded: what the code computes has no base.
+    "boxed_bf16": Style(BOXED, {}, dtype=torch.bfloat16, expect="either", words=(r"freqs",)),
     "boxed_partial": Style(
         BOXED, {"base": 500000.0}, edits=replace("Rotary(cfg.dim // cfg.heads,", "Rotary(cfg.dim // cfg.heads // 2,")
     ),
