@@ -32,11 +32,8 @@ def resolve_by_code(
 ) -> Resolved:
     """See `resolve.resolve`. Every convention comes from what the code was seen to compute."""
     own = load_own_model(source, tell)
-    try:
-        return _Observation(own, source, stated, tell).resolve(map_file)
-    except BaseException:
-        own.close()
-        raise
+    source.on_close.append(own.close)
+    return _Observation(own, source, stated, tell).resolve(map_file)
 
 
 class _Observation:

@@ -173,7 +173,7 @@ class OwnModel:
     def close(self) -> None:
         """Forget the model and the modules of its code."""
         self.model = nn.Module()
-        self._call_style = self._tap = None
+        self._call_style = self._tap = None  # they hold the model too
         _forget_modules(self.source.directory)
 
 
@@ -299,14 +299,8 @@ def _filled(model: nn.Module, source: Source, first_draw: dict[str, Tensor], log
     model.eval().requires_grad_(False).float()
     file_name, missing, unknown = _match_names(model, source)
     state = model.state_dict(keep_vars=True)
-    if not first_draw:  # loaded by transformers, which may have renamed tensors
-        for name in list(missing):
-            same = [u for u in unknown if source.tensors[u].shape == tuple(state[name].shape)]
-            same = [u for u in same if torch.equal(torch.from_numpy(source.read_raw(u)).float(), state[name].float())]
-            if same:
-                file_name[name] = same[0]
-                missing.remove(name)
-                unknown.remove(same[0])
+    if not first_draw:
+        _match_values(state, source, file_name, missing, unknown)
     for name, stored in file_name.items():
         shape = source.tensors[stored].shape
         if tuple(state[name].shape) != shape:
@@ -329,6 +323,19 @@ def _filled(model: nn.Module, source: Source, first_draw: dict[str, Tensor], log
                 "what the model computes differs from run to run"
             )
     return OwnModel(model, source, file_name, unknown)
+
+
+def _match_values(
+    state: dict[str, Tensor], source: Source, file_name: dict[str, str], missing: list[str], unknown: list[str]
+) -> None:
+    """Find tensors that transformers renamed while it loaded them, by their values; updates the last three."""
+    for name in list(missing):
+        for stored in [u for u in unknown if source.tensors[u].shape == tuple(state[name].shape)]:
+            if torch.equal(torch.from_numpy(source.read_raw(stored)).float(), state[name].float()):
+                file_name[name] = stored
+                missing.remove(name)
+                unknown.remove(stored)
+                break
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

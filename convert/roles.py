@@ -243,18 +243,18 @@ def split_blocks(source: Source, names: list[str]) -> tuple[list[dict[str, str]]
             families.setdefault(name[: match.start()], {}).setdefault(int(match[0]), {})[suffix] = name
     best: tuple[int, list[dict[str, str]]] = (0, [])
     for members in families.values():
-        shape_of = {
-            i: tuple(sorted((s, source.tensors[n].shape) for s, n in paths.items())) for i, paths in members.items()
-        }
+        shape_of = {i: {(s, source.tensors[n].shape) for s, n in paths.items()} for i, paths in members.items()}
         for period in (1, 2):
             for start in members:
-                run = []
+                run: list[dict[str, str]] = []
                 while all(start + len(run) * period + j in members for j in range(period)):
                     at = start + len(run) * period
-                    if any(shape_of[at + j] != shape_of[start + j] for j in range(period)):
+                    # What a block has beyond the first one stays over and is reported.
+                    if any(not shape_of[start + j] <= shape_of[at + j] for j in range(period)):
                         break
                     prefix = (lambda j: f"{j}.") if period == 2 else (lambda j: "")
-                    run.append({prefix(j) + s: n for j in range(period) for s, n in members[at + j].items()})
+                    first = [members[start + j] for j in range(period)]
+                    run.append({prefix(j) + s: members[at + j][s] for j in range(period) for s in first[j]})
                 two_d = [sum(len(source.tensors[n].shape) == 2 for n in b.values()) for b in run[:1]]
                 size = sum(source.tensors[n].size for b in run for n in b.values())
                 if run and two_d[0] >= 3 and size > best[0]:

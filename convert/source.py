@@ -123,6 +123,7 @@ class Source:
             raise CheckpointError(f"{self.directory}: not a directory with a checkpoint")
         self.config: dict[str, Any] = self._json("config.json", {})
         self.tensors: dict[str, StoredTensor] = {}
+        self.on_close: list[Callable[[], None]] = []
         self._bin: dict[str, Any] = {}  # tensors of .bin files, torch tensors over a mapping
         self.files = self._find_files()
         for path, expected in self.files.items():
@@ -135,6 +136,9 @@ class Source:
         self.close()
 
     def close(self) -> None:
+        """Release the files, and what was registered in `on_close`."""
+        while self.on_close:
+            self.on_close.pop()()
         self._bin.clear()
 
     def read_raw(self, name: str, view: Callable[[NDArray[Any]], NDArray[Any]] = lambda a: a) -> NDArray[Any]:

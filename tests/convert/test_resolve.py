@@ -1,0 +1,195 @@
+"""Resolving with the checkpoint's own code: what is reported, what is refused, and that nothing is left behind."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+import zoo  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+from fixmin_cpp.convert.resolve import OVERRIDES, resolve  # noqa: E402
+from fixmin_cpp.convert.streaming import reference_logits  # noqa: E402
+from fixmin_cpp.errors import CheckpointError  # noqa: E402
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    zoo.make_checkpoint(zoo.STYLES["bochkov"], tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+def change_weights(directory: Path, change) -> None:
+    state = load_file(directory / "model.safetensors")
+    change(state)
+    save_file(state, directory / "model.safetensors")
+
+
+def test_every_convention_is_reported_with_its_origin(checkpoint: Path) -> None:
+    lines: list[str] = []
+    with resolve(checkpoint, trust_remote_code=True, log=lines.append) as resolved:
+        spec = resolved.spec
+        assert resolved.report == lines
+        for name in (
+            "lift",
+            "norm",
+            "norm_eps",
+            "rope_style",
+            "rope_base",
+            "rope_dim",
+            "attention_scale",
+            "activation",
+        ):
+            value, origin = spec.conventions[name]
+            assert value == (spec.code.lift if name == "lift" else getattr(spec, name))
+            assert origin
+            assert any(line.startswith(f"{name} = ") and line.endswith(f"({origin})") for line in lines)
+        assert spec.conventions["attn_q"][0] == "transformer_layers.0.self_attn.q_proj.weight"
+        assert spec.code.kind == "affine"
+        assert spec.weights_sha256() == resolved.source.sha256()
+
+
+def test_recipes_read_what_the_model_computes_with(checkpoint: Path) -> None:
+    state = load_file(checkpoint / "model.safetensors")
+    with resolve(checkpoint, trust_remote_code=True) as resolved:
+        recipe = resolved.spec.tensors["blk.1.ffn_up.weight"]
+        assert recipe.sources == ("transformer_layers.1.mlp.0.weight",)
+        np.testing.assert_array_equal(recipe.load(), state["transformer_layers.1.mlp.0.weight"])
+        np.testing.assert_array_equal(recipe.load_rows(3, 9), state["transformer_layers.1.mlp.0.weight"][3:9])
+        with pytest.raises(IndexError):
+            recipe.load_rows(0, recipe.shape[0] + 1)
+
+
+def test_own_code_stays_available(checkpoint: Path) -> None:
+    original = zoo.Original.load(checkpoint, zoo.STYLES["bochkov"])
+    with resolve(checkpoint, trust_remote_code=True) as resolved:
+        ids = zoo.prompt(original)
+        np.testing.assert_allclose(resolved.reference_logits(ids), original.logits(ids), atol=1e-5)
+        many = np.arange(3 * original.context_length) % original.vocab_size  # more than one sequence
+        np.testing.assert_array_equal(resolved.reference_input(many), original.input_rows(many))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("lift", "tile"), ("rope_base", 20000.0), ("n_head", 4), ("activation", "gelu_tanh")]
+)
+def test_stating_what_the_code_does_not_do(checkpoint: Path, key: str, value: object) -> None:
+    with pytest.raises(CheckpointError, match=f"--{key.replace('_', '-')} {value}"):
+        resolve(checkpoint, trust_remote_code=True, overrides={key: value})
+
+
+def test_stating_what_the_code_does(checkpoint: Path) -> None:
+    stated = {"lift": "interleave", "rope_base": 10000.0, "norm_eps": 1e-5, "activation": "gelu", "n_head": 2}
+    with resolve(checkpoint, trust_remote_code=True, overrides=stated) as resolved:
+        assert resolved.spec.rope_base == 10000.0
+
+
+def test_unknown_override(checkpoint: Path) -> None:
+    with pytest.raises(CheckpointError, match=f"temperature.*{next(iter(OVERRIDES))}"):
+        resolve(checkpoint, overrides={"temperature": 1})
+
+
+def test_tensor_the_code_does_not_know(checkpoint: Path, tmp_path: Path) -> None:
+    change_weights(checkpoint, lambda state: state.update({"value_head.weight": torch.zeros(3, 64)}))
+    with pytest.raises(CheckpointError, match=r"value_head\.weight \(3, 64\).*--map"):
+        resolve(checkpoint, trust_remote_code=True)
+    (tmp_path / "map.txt").write_text("value_head.weight = ignore\n")
+    with resolve(checkpoint, trust_remote_code=True, map_file=tmp_path / "map.txt"):
+        pass
+
+
+def test_missing_weights(checkpoint: Path) -> None:
+    change_weights(checkpoint, lambda state: state.pop("transformer_layers.1.mlp.2.weight"))
+    with pytest.raises(CheckpointError, match=r"transformer_layers\.1\.mlp\.2\.weight"):
+        resolve(checkpoint, trust_remote_code=True)
+
+
+def test_weights_of_another_shape(checkpoint: Path) -> None:
+    change_weights(checkpoint, lambda state: state.update({"final_layernorm.weight": torch.ones(63)}))
+    with pytest.raises(CheckpointError, match=r"final_layernorm\.weight: \(63,\) in the file, \(64,\) in the code"):
+        resolve(checkpoint, trust_remote_code=True)
+
+
+def test_weights_that_are_no_numbers(checkpoint: Path) -> None:
+    change_weights(checkpoint, lambda state: state["lm_head.bias"].fill_(torch.nan))
+    with pytest.raises(CheckpointError):
+        resolve(checkpoint, trust_remote_code=True)
+
+
+def test_codes_drawn_without_a_seed(checkpoint: Path) -> None:
+    """Each construction of such a model is another function, and no file says which one was trained."""
+    change_weights(checkpoint, lambda state: state.pop("token_embeddings.weight"))
+    path = next(checkpoint.glob("model_*.py"))
+    text = path.read_text()
+    edits = {
+        "nn.Embedding(config.vocab_size, config.n_embed)": "nn.Module()",
+        "self.token_embeddings.weight.copy_(((ids >> torch.arange(config.n_embed)) & 1).float())": "pass",
+        "self.token_embeddings.weight.requires_grad = False": "self.codes = torch.rand(config.vocab_size, 8).round()",
+        "self.token_embeddings(input_ids)": "self.codes[input_ids]",
+    }
+    for old, new in edits.items():
+        assert old in text
+        text = text.replace(old, new)
+    path.write_text(text)
+    with pytest.raises(CheckpointError, match=r"codes.* at random"):
+        resolve(checkpoint, trust_remote_code=True)
+
+
+def test_two_checkpoints_with_the_same_names(tmp_path: Path) -> None:
+    """One directory name, one module name, one registered model type, two functions."""
+    styles = [zoo.STYLES["bochkov"], zoo.STYLES["bochkov_tile"]]
+    lifts = []
+    for number, style in enumerate(styles):
+        directory = tmp_path / str(number) / "checkpoint"
+        zoo.make_checkpoint(style, directory)
+        config = json.loads((directory / "config.json").read_text())
+        stem = config["auto_map"]["AutoConfig"].split(".")[0]
+        (directory / f"{stem}.py").rename(directory / "modeling.py")
+        config["auto_map"] = {k: "modeling." + v.split(".")[1] for k, v in config["auto_map"].items()}
+        (directory / "config.json").write_text(json.dumps(config))
+        with (directory / "modeling.py").open("a") as file:
+            file.write("\nfrom transformers import AutoConfig, AutoModelForCausalLM\n")
+            file.write('AutoConfig.register("model_n_embed_binary", BVVConfig)\n')
+            file.write("AutoModelForCausalLM.register(BVVConfig, BVVForCausalLM)\n")
+        with resolve(directory, trust_remote_code=True) as resolved:
+            lifts.append(resolved.spec.code.lift)
+        assert not (directory / "__pycache__").exists()
+    assert lifts == ["interleave", "tile"]
+
+
+def test_nothing_stays_imported_or_seeded(checkpoint: Path) -> None:
+    before = set(sys.modules)
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    with resolve(checkpoint, trust_remote_code=True):
+        pass
+    left = [sys.modules[m] for m in set(sys.modules) - before]
+    assert not [m for m in left if str(checkpoint) in str(getattr(m, "__file__", ""))]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_norm_gains_and_tied_heads_without_code(tmp_path: Path) -> None:
+    """A map can say everything: here for code that is not there and names that mean nothing."""
+    style = zoo.STYLES["letters"]
+    zoo.make_checkpoint(style, tmp_path / "checkpoint", full_config=True)
+    original = zoo.Original.load(tmp_path / "checkpoint", style)
+    with resolve(tmp_path / "checkpoint", trust_remote_code=True) as resolved:
+        code = resolved.spec.code
+    for path in (tmp_path / "checkpoint").glob("*.py"):
+        path.unlink()
+    letters = {"attn_norm": "g", "attn_q": "q", "attn_k": "k", "attn_v": "v", "attn_output": "o", "ffn_norm": "s",
+               "ffn_gate": "u", "ffn_up": "w", "ffn_down": "z"}  # fmt: skip
+    lines = [f"blk.{{i}}.{role}.weight = l.{{i}}.{letter}" for role, letter in letters.items()]
+    (tmp_path / "map.txt").write_text("\n".join([*lines, "output_norm.weight = f", "output.weight = y"]))
+    stated = {
+        "affine": (code.matrix, code.shift), "bit_order": "lsb", "affine_orientation": "Ac", "lift": "tile",
+        "norm": "rmsnorm", "norm_eps": 1e-6, "activation": "swiglu", "rope_style": "interleaved", "rope_base": 10000.0,
+        "n_head": 4, "context_length": 64, "transposed": False,
+    }  # fmt: skip
+    with resolve(tmp_path / "checkpoint", map_file=tmp_path / "map.txt", overrides=stated) as resolved:
+        ids = zoo.prompt(original)
+        (logits,) = reference_logits(resolved.spec, [ids])
+        np.testing.assert_allclose(logits, original.logits(ids), rtol=1e-3, atol=1e-4)
