@@ -452,6 +452,9 @@ class _Files:
         tensors |= self.mapped
         self._complete(tensors, len(blocks))
         head_count = int(state["n_head"])
+        kv = tensors["blk.0.attn_k.weight"].shape[0] * head_count / self.width
+        if kv != int(self.stated.get("n_head_kv", kv)):
+            raise CheckpointError(f"--n-head-kv {self.stated['n_head_kv']}: the shapes say {kv:g}")
         source = self.source
         return ModelSpec(
             vocab_size=self.vocab_size,

@@ -11,27 +11,27 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import CheckpointError
+from .attention import Attention, AttentionReader, Hints
+from .fitting import difference, minimum, rounded
 from .roles import is_no_weight
-from .trace import Elementwise, Product, Tape, Weight, model_tensors
+from .trace import Elementwise, Product, Tape, Weight
 
 # Largest difference, relative to the largest element, that counts as the same function. Float32 rounding leaves 1e-7 to
 # 1e-5; the nearest wrong conventions (tanh for erf, 1e-6 for 1e-5) are told apart by which fits better, not by these.
 NORM_TOLERANCE = 3e-5
-ATTENTION_TOLERANCE = 2e-4
 MLP_TOLERANCE = 3e-5
 LOGITS_TOLERANCE = 3e-5
 
 USUAL_EPS = (1e-5, 1e-6, 1e-12, 1e-8, 1e-7, 1e-3, 1e-4, torch.finfo(torch.float32).eps)
-USUAL_BASES = (10000.0, 500000.0, 1000000.0, 100000.0, 1000.0, 500.0, 100.0, 5000000.0, 10000000.0)
 
 
 @dataclass
@@ -78,35 +78,6 @@ class Block:
 
 
 @dataclass
-class Heads:
-    """Where q, k and v lie among the outputs of a block's input projections, laid side by side.
-
-    q [H, d], k and v [G, d] are output numbers; query head h reads key/value head h // (H/G). `columns` reorders the
-    input of the output projection accordingly (None: as it is).
-    """
-
-    q: NDArray[np.int64]
-    k: NDArray[np.int64]
-    v: NDArray[np.int64]
-    columns: NDArray[np.int64] | None
-
-
-# Relative difference of attention's result, heads, rope style, dimension, base, scale.
-Fit = tuple[float, Heads, str, int, float, float]
-
-
-@dataclass
-class Declared:
-    """What config.json, the command line and the modules say; each is tried first and believed only if it fits."""
-
-    head_count: int | None = None
-    eps: list[float] = field(default_factory=list)
-    bases: list[float] = field(default_factory=list)
-    rope_dims: list[int] = field(default_factory=list)
-    scales: list[float] = field(default_factory=list)
-
-
-@dataclass
 class Interpretation:
     """What the recordings show. Products and weights are those of the first recording."""
 
@@ -114,25 +85,15 @@ class Interpretation:
     head: Product
     head_factor: float
     final_norm: Norm
-    heads: Heads
+    attention: Attention
     gate: NDArray[np.int64] | None  # outputs of the up projections that are the gate, [F]
     up: NDArray[np.int64]  # and the others, [F]
     norm: str
     eps: float
     activation: str
-    scale: float
-    rope_style: str
-    rope_dim: int
-    rope_base: float
     number: dict[int, int]  # id of a product -> its number in the recording
     errors: dict[str, float]  # convention -> largest relative difference over all blocks
     sources: dict[str, str]  # convention -> where its value came from
-
-
-def difference(a: Tensor, b: Tensor) -> float:
-    """max |a - b| / max |b|; infinite if either is not finite."""
-    value = float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))
-    return value if math.isfinite(value) else math.inf
 
 
 # --- the steps of DESIGN §2, in float64 ------------------------------------------------------------------------------
@@ -145,26 +106,6 @@ def apply_norm(x: Tensor, kind: str, eps: float, weight: Tensor | None, bias: Te
     y = x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
     y = y if weight is None else y * weight
     return y if bias is None else y + bias
-
-
-def rotate(x: Tensor, style: str, dim: int, bases: Tensor) -> Tensor:
-    """x [P, T, heads, d] -> [bases, P, T, heads, d], the first `dim` elements of every head rotated by position."""
-    theta = bases[:, None] ** (-torch.arange(0, dim, 2, dtype=torch.float64) / max(dim, 1))  # [bases, dim/2]
-    positions = torch.arange(x.shape[-3], dtype=torch.float64)
-    angle = positions[:, None, None] * theta[:, None, None, None]  # [bases, 1, T, 1, dim/2]
-    a, b = (x[..., : dim // 2], x[..., dim // 2 : dim]) if style == "half" else (x[..., :dim:2], x[..., 1:dim:2])
-    a, b = a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()
-    turned = torch.cat((a, b), -1) if style == "half" else torch.stack((a, b), -1).flatten(-2)
-    return torch.cat((turned, x[..., dim:].expand(*turned.shape[:-1], -1)), -1)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal attention: q [..., T, H, d], k and v [..., T, G, d] -> [..., T, H, d]."""
-    group = q.shape[-2] // k.shape[-2]
-    k, v = k.repeat_interleave(group, -2), v.repeat_interleave(group, -2)
-    scores = torch.einsum("...ihd,...jhd->...hij", q, k) * scale
-    later = torch.ones(q.shape[-3], q.shape[-3], dtype=torch.bool).triu(1)
-    return torch.einsum("...hij,...jhd->...ihd", scores.masked_fill(later, -math.inf).softmax(-1), v)
 
 
 PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
@@ -192,8 +133,9 @@ SUPPORTED = ("gelu", "gelu_tanh", "swiglu")
 class Reader:
     """Interprets recordings of several prompts of equal length by one model."""
 
-    def __init__(self, tapes: Sequence[Tape], logits: Sequence[Tensor], declared: Declared, model: nn.Module) -> None:
-        self.tape, self.declared, self.model = tapes[0], declared, model
+    def __init__(self, tapes: Sequence[Tape], logits: Sequence[Tensor], eps: Sequence[float], hints: Hints) -> None:
+        """eps and hints: what is declared; tried first."""
+        self.tape, self.declared_eps, self.hints = tapes[0], eps, hints
         self.tokens = self.tape_length(tapes)
         kept = [self._float_products(t) for t in tapes]
         if len({len(k) for k in kept}) != 1 or not kept[0]:
@@ -219,6 +161,12 @@ class Reader:
         return max(set(rows), key=rows.count) if rows else 0
 
     def _float_products(self, tape: Tape) -> list[Product]:
+        types = {p.x.dtype for p in tape.products if p.x.is_floating_point()} - {torch.float32, torch.float64}
+        if types:
+            raise CheckpointError(
+                f"the checkpoint's code computes matrix products in {types.pop()} (autocast?), too coarse to read "
+                "conventions from; have it compute in float32"
+            )
         found = [p for p in tape.products if p.x.is_floating_point() and min(p.weight.value.shape) > 1]
         return [p for p in found if p.x.shape[0] == self.tokens or p is found[-1]]
 
@@ -270,11 +218,12 @@ class Reader:
             Block(quad[0], quad[2], *branches[2 * i : 2 * i + 2], *norms[2 * i : 2 * i + 2])
             for i, quad in enumerate(quads)
         ]
-        heads, style, dim, base, scale = self.find_attention(blocks)
+        attention = self.find_attention(blocks)
         gate, up, activation = self.find_mlp(blocks)
+        number = {id(p): i for i, p in enumerate(self.tape.products)}
         return Interpretation(
-            blocks, head, head_factor, final, heads, gate, up, kind, eps, activation,
-            scale, style, dim, base, {id(p): i for i, p in enumerate(self.tape.products)}, self.errors, self.sources,
+            blocks, head, head_factor, final, attention, gate, up, kind, eps, activation, number, self.errors,
+            self.sources | attention.sources,
         )  # fmt: skip
 
     def check_head(self, head: Product) -> float:
@@ -360,7 +309,7 @@ class Reader:
         declared = [n.eps if n.eps is not None else torch.finfo(torch.float32).eps for n in whole_norms]
         kinds = ["rmsnorm" if n.op == "rms_norm" else "layernorm" for n in whole_norms[:1]] or ["layernorm", "rmsnorm"]
         in_code = [v for _, op, v in self.tape.scalars if op in ("add", "clamp_min", "clamp") and 0 < v < 0.1]
-        candidates = list(dict.fromkeys([*declared, *in_code, *self.declared.eps, *USUAL_EPS]))
+        candidates = list(dict.fromkeys([*declared, *in_code, *self.declared_eps, *USUAL_EPS]))
         best: tuple[bool, float, int, Tensor, str, float] | None = None
         closest = math.inf
         for order, outputs in reversed(list(zip(self.early_orders, self.early, strict=True))):
@@ -421,8 +370,8 @@ class Reader:
         def total(eps: float) -> float:
             return sum(error(eps))
 
-        fitted = math.exp(_minimum(lambda v: total(math.exp(v)), math.log(1e-13), math.log(0.1)))
-        fitted = _rounded(fitted, total)
+        fitted = math.exp(minimum(lambda v: total(math.exp(v)), math.log(1e-13), math.log(0.1)))
+        fitted = rounded(fitted, total)
         return (fitted, "fitted to the norms") if error(fitted) < min(errors) else (good[0], "closest usual value")
 
     def walk(self, layers: Layers, stream: Tensor, kind: str, eps: float) -> Iterator[Step]:
@@ -500,245 +449,27 @@ class Reader:
         }  # fmt: skip
         return f". Weights used elsewhere: {', '.join(list(names)[:8])}" if names else ""
 
-    # --- attention -----------------------------------------------------------------------------------------------
+    # --- attention and MLP -------------------------------------------------------------------------------------
 
     def side_by_side(self, products: Sequence[Product]) -> Tensor:
         """Outputs of products with a common input, [P, T, sum of out]."""
         return torch.cat([self.y(p) for p in products], -1)
 
-    def find_attention(self, blocks: list[Block]) -> tuple[Heads, str, int, float, float]:
-        first = blocks[0]
-        y, target = self.side_by_side(first.qkv), self.x(first.attention.out)
-        values = self.value_outputs(y, target)
-        layouts: list[Heads] = []
-        for elements in self.head_elements(y, target, values):
-            if elements.size != first.qkv[0].x.shape[1]:
-                raise CheckpointError(
-                    f"block 0: {elements.shape[0]} heads of size {elements.shape[1]} make {elements.size}, not the "
-                    f"embedding length {first.qkv[0].x.shape[1]}; the file format has no head size of its own"
-                )
-            layouts += self.head_layouts(elements, values, y.shape[-1])
-        closest = math.inf
-        for stage in (self.fit_likely, self.fit_rearranged, self.fit_any_base):
-            for layout in layouts:
-                error, heads, *found = stage(layout, y, target)
-                closest = min(closest, error)
-                if error <= ATTENTION_TOLERANCE:
-                    self.check_attention(blocks, heads, *found)
-                    return (heads, *found)
-        raise CheckpointError(
-            "block 0: attention: no combination of heads, order of q, k, v, rotary style, dimension, base and scale "
-            "reproduces it (no rotary positions, ALiBi, scaled positions, normed or capped scores, a window?); "
-            f"smallest relative difference {closest:.2g}{self._strays()}{self.rounded_frequencies()}"
+    def find_attention(self, blocks: list[Block]) -> Attention:
+        scalars = self.tape.scalars
+        numbers = [v for _, op, v in scalars if op in ("mul", "div") or "scaled_dot" in op]
+        # A trained scale is a weight with one element.
+        trained = [r.weight.value for r in self.tape.elementwise if r.op == "mul" and r.weight is not None]
+        numbers += [float(w) for w in trained if w.numel() == 1]
+        hints = replace(
+            self.hints,
+            bases=[*(v for _, op, v in scalars if op == "pow" and v > 4), *self.hints.bases],
+            numbers=sorted(set(numbers)) + self.hints.numbers,
         )
-
-    def value_outputs(self, y: Tensor, target: Tensor) -> NDArray[np.int64]:
-        """For every element of attention's result the output that is its value: the first token sees only itself."""
-        got, wanted = y[:, 0], target[:, 0]  # [P, N], [P, M]
-        distance = torch.zeros(wanted.shape[1], got.shape[1], dtype=torch.float64)
-        for a, b in zip(wanted, got, strict=True):
-            torch.maximum(distance, (a[:, None] - b[None, :]).abs(), out=distance)
-        nearest = distance.min(1)
-        error = float(nearest.values.max() / wanted.abs().max().clamp_min(1e-30))
-        if error > ATTENTION_TOLERANCE:
-            raise CheckpointError(
-                "block 0: attention: the first token's result is not its own value (no causal mask, or values are "
-                f"changed on the way); relative difference {error:.2g}{self._strays()}"
-            )
-        return nearest.indices.numpy()
-
-    def head_elements(self, y: Tensor, target: Tensor, values: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-        """Ways to cut attention's result into heads so that the second token weighs all values of a head alike: numbers
-        of elements [H, d], with the declared number of heads first, then the fewest heads."""
-        size = target.shape[-1]
-        step, moved = y[:, 1, values] - y[:, 0, values], target[:, 1] - y[:, 0, values]
-        limit = ATTENTION_TOLERANCE * float(target.abs().max())
-        counts = [n for n in range(1, size // 2 + 1) if size % n == 0 and size // n % 2 == 0]
-        counts.sort(key=lambda n: (n != self.declared.head_count, n))
-        found = []
-        for strided, count in itertools.product((False, True), counts):
-            elements = np.arange(size).reshape(-1, count).T if strided else np.arange(size).reshape(count, -1)
-            a, b = step[:, elements], moved[:, elements]
-            weight = (a * b).sum(-1, keepdim=True) / a.square().sum(-1, keepdim=True).clamp_min(1e-30)
-            if float((b - weight * a).abs().max()) <= limit:
-                found.append(elements)
-            if len(found) == 2:  # finer cuts of the same heads fit too
-                break
+        y, z = [self.side_by_side(b.qkv) for b in blocks], [self.x(b.attention.out) for b in blocks]
+        found = AttentionReader(y, z, blocks[0].qkv[0].x.shape[1], hints, self._strays).find()
+        self.errors["attention"] = found.error
         return found
-
-    def head_layouts(self, elements: NDArray[np.int64], values: NDArray[np.int64], outputs: int) -> Iterable[Heads]:
-        """Ways to find q and k among the outputs that are not v. elements [H, d] of attention's result; values [H·d]
-        the output that each of them is the value of."""
-        count, d = elements.shape
-        values = values[elements]
-        group_of: dict[tuple[int, ...], int] = {}
-        groups = np.array([group_of.setdefault(tuple(row), len(group_of)) for row in values])
-        order = np.argsort(groups, kind="stable")
-        kv = np.array(list(group_of), dtype=np.int64)  # [G, d]
-        if len(np.unique(kv)) != kv.size or count % len(kv) or (np.bincount(groups) != count // len(kv)).any():
-            return
-        if outputs != count * d + 2 * kv.size:
-            raise CheckpointError(
-                f"block 0: attention: {outputs} outputs of the input projections are not {count} query heads and "
-                f"2 x {len(kv)} key and value heads of size {d}"
-            )
-        columns = elements[order].reshape(-1)
-        columns = None if (columns == np.arange(count * d)).all() else columns
-        free = np.ones(outputs, dtype=bool)
-        free[kv] = False
-        seen: set[bytes] = set()
-        # k beyond q, the usual order, first
-        for first in np.flatnonzero(free)[::-1]:
-            k = kv + (first - kv[0, 0])
-            if k.min() < 0 or k.max() >= outputs or not free[k].all():
-                continue
-            rest = free.copy()
-            rest[k] = False
-            ascending = np.flatnonzero(rest).reshape(count, d)
-            options = [ascending]
-            if len(kv) == count:  # q laid out like v
-                options.insert(0, values + (ascending.min() - values.min()))
-            for q in options:
-                fits = q.min() >= 0 and q.max() < outputs and rest[q].all() and len(np.unique(q)) == q.size
-                # Nobody cuts q into more pieces than v.
-                fits = fits and _runs(q) <= _runs(kv)
-                key = q.tobytes() + k.tobytes()
-                if fits and key not in seen:
-                    seen.add(key)
-                    yield Heads(q[order], k, kv, columns)
-
-    def fit_likely(self, heads: Heads, y: Tensor, target: Tensor) -> Fit:
-        """The best combination of declared and usual values."""
-        d = heads.q.shape[1]
-        bases = torch.tensor(self.bases(), dtype=torch.float64)
-        best = (math.inf, "half", d, 10000.0, d**-0.5)
-        for dim, scale, style in itertools.product(self.likely_dims(d), self.scales(d), ("half", "interleaved")):
-            errors = self.attention_errors(heads, y, target, style, dim, bases, scale, few=True)
-            least = int(errors.argmin())
-            best = min(best, (float(errors[least]), style, dim, float(bases[least]), scale))
-            if best[0] <= ATTENTION_TOLERANCE / 20:
-                break
-        self.sources["rope_base"] = "declared or usual; reproduces attention"
-        return self._fitted(heads, y, target, *best[1:])
-
-    def fit_rearranged(self, heads: Heads, y: Tensor, target: Tensor) -> Fit:
-        """The same with the elements of every head in another order: the last ones rotated instead of the first, or
-        all rotated the other way round, which is the same as exchanging the two elements of a pair. Scores do not
-        change if q and k are reordered alike."""
-        d = heads.q.shape[1]
-        n = np.arange(d)
-        orders = [np.roll(n, dim) for dim in self.likely_dims(d) if dim < d]
-        for dim in self.likely_dims(d):
-            orders.append(np.concatenate([np.roll(n[:dim], dim // 2), n[dim:]]))
-            orders.append(np.concatenate([n[:dim] ^ 1, n[dim:]]))
-        fits = (self.fit_likely(replace(heads, q=heads.q[:, o], k=heads.k[:, o]), y, target) for o in orders)
-        best = min(fits, key=lambda fit: fit[0])
-        self.sources["rope_dim"] = "attention of block 0, rows of q and k reordered within each head"
-        return best
-
-    def fit_any_base(self, heads: Heads, y: Tensor, target: Tensor) -> Fit:
-        """Any rotary base and dimension. A grid of 0.5 in log base meets every basin: the largest angle in 8
-        positions, 8·b^-x·x, then moves by less than 1 rad."""
-        d = heads.q.shape[1]
-        step = 2 if d <= 64 else 8
-        dims = list(dict.fromkeys([*self.likely_dims(d), *range(step, d + 1, step)]))
-        grid = torch.linspace(math.log(4), math.log(1e9), 40, dtype=torch.float64)
-        best = (math.inf, "half", d, 10000.0, d**-0.5)
-        for dim, scale, style in itertools.product(dims, self.scales(d)[:4], ("half", "interleaved")):
-
-            def error(base: float, style: str = style, dim: int = dim, scale: float = scale) -> float:
-                bases = torch.tensor([base], dtype=torch.float64)
-                return float(self.attention_errors(heads, y, target, style, dim, bases, scale, few=True))
-
-            values = self.attention_errors(heads, y[:, :8], target[:, :8], style, dim, grid.exp(), scale, few=True)
-            middle = int(values.argmin())
-            # Without the right dimension, style and scale the error does not fall towards any base.
-            if float(values[middle]) < 0.7 * float(values.median()) or float(values[middle]) < 0.05:
-                low, high = float(grid[max(middle - 1, 0)]), float(grid[min(middle + 1, len(grid) - 1)])
-                base = math.exp(_minimum(lambda v: error(math.exp(v)), low, high))
-                best = min(best, (error(base), style, dim, base, scale))
-                if best[0] <= ATTENTION_TOLERANCE / 20:
-                    best = (best[0], style, dim, _rounded(base, error), scale)
-                    break
-        self.sources["rope_base"] = "fitted to the attention of block 0"
-        return self._fitted(heads, y, target, *best[1:])
-
-    def _fitted(
-        self, heads: Heads, y: Tensor, target: Tensor, style: str, dim: int, base: float, scale: float
-    ) -> Fit:  # fmt: skip
-        usual = abs(scale * heads.q.shape[1] ** 0.5 - 1) < 1e-6
-        self.sources["attention_scale"] = "1/sqrt(head size)" if usual else "a number in the code"
-        self.sources["rope_style"] = self.sources["rope_dim"] = "attention of block 0"
-        bases = torch.tensor([base], dtype=torch.float64)
-        error = float(self.attention_errors(heads, y, target, style, dim, bases, scale))
-        return error, heads, style, dim, base, scale
-
-    def likely_dims(self, d: int) -> list[int]:
-        """Numbers of rotated elements: of stored frequencies, declared, and the usual fractions of a head."""
-        dims = [*(r for _, r in self.frequencies()), *self.declared.rope_dims, d, d // 2, d // 4]
-        return [r for r in dict.fromkeys(dims) if 0 < r <= d and r % 2 == 0]
-
-    def attention_errors(
-        self, heads: Heads, y: Tensor, target: Tensor, style: str, dim: int, bases: Tensor, scale: float,
-        few: bool = False,
-    ) -> Tensor:  # fmt: skip
-        """Relative difference of attention's result for each base; `few`: two prompts, the first heads only."""
-        target = target if heads.columns is None else target[..., torch.from_numpy(heads.columns)]
-        count, d = heads.q.shape
-        group = count // len(heads.k)
-        used = min(len(heads.k), max(1, 2 // group)) if few else len(heads.k)
-        y, target = (y[:2], target[:2]) if few else (y, target)
-        q, k, v = (y[..., torch.from_numpy(h)] for h in (heads.q[: used * group], heads.k[:used], heads.v[:used]))
-        result = attend(rotate(q, style, dim, bases), rotate(k, style, dim, bases), v, scale)
-        wanted = target[..., : used * group * d]
-        errors = (result.flatten(-2) - wanted).abs().flatten(1).amax(1) / wanted.abs().max().clamp_min(1e-30)
-        return torch.nan_to_num(errors, nan=math.inf)
-
-    def check_attention(
-        self, blocks: list[Block], heads: Heads, style: str, dim: int, base: float, scale: float
-    ) -> None:
-        self.errors["attention"] = 0.0
-        for i, block in enumerate(blocks):
-            y, target = self.side_by_side(block.qkv), self.x(block.attention.out)
-            error = self._fitted(heads, y, target, style, dim, base, scale)[0]
-            if error > ATTENTION_TOLERANCE:
-                raise CheckpointError(
-                    f"block {i}: attention: differs from block 0 (rope {style}, dimension {dim}, base {base:g}, "
-                    f"scale {scale:g}); relative difference {error:.2g}"
-                )
-            self.errors["attention"] = max(self.errors["attention"], error)
-
-    def bases(self) -> list[float]:
-        """Rotary bases: numbers raised to powers in the code, stored frequencies, declared and usual ones."""
-        raised = [v for _, op, v in self.tape.scalars if op == "pow" and v > 4]
-        return list(dict.fromkeys([*(b for b, _ in self.frequencies()), *raised, *self.declared.bases, *USUAL_BASES]))
-
-    def frequencies(self) -> list[tuple[float, int]]:
-        """(base, dimension) of every tensor of the model that falls as base^(-2i/dimension)."""
-        found = {}
-        for _, tensor in model_tensors(self.model):
-            ratio = _geometric(tensor, 1e-5)
-            if ratio:
-                exact = float(tensor[-1].double()) ** (-tensor.numel() / (tensor.numel() - 1))
-                found[_nice(exact), 2 * tensor.numel()] = None
-        return list(found)
-
-    def rounded_frequencies(self) -> str:
-        """A remark on tensors that are nearly such frequencies: no base gives them exactly."""
-        names = [n for n, t in model_tensors(self.model) if _geometric(t, 2e-2) and not _geometric(t, 1e-5)]
-        return (
-            f". Stored rotary frequencies are rounded and follow no base exactly: {', '.join(names)}" if names else ""
-        )
-
-    def scales(self, d: int) -> list[float]:
-        """Attention scales: 1/sqrt(d), what the code multiplies or divides by, declared and usual ones."""
-        numbers = {v for _, op, v in self.tape.scalars if op in ("mul", "div") or "scaled_dot" in op}
-        numbers = [v for v in numbers if 1e-4 < abs(v) < 1e4]
-        spelled = [s for v in numbers for s in (v, 1 / v, v * v, 1 / (v * v)) if s > 0]
-        exact = [s for s in spelled if abs(s * d**0.5 - 1) > 1e-6]
-        return list(dict.fromkeys([d**-0.5, *self.declared.scales, 1 / d, 1.0, *exact]))
-
-    # --- MLP -----------------------------------------------------------------------------------------------------
 
     def find_mlp(self, blocks: list[Block]) -> tuple[NDArray[np.int64] | None, NDArray[np.int64], str]:
         size = blocks[0].mlp.out.x.shape[1]
@@ -794,23 +525,6 @@ def _activated(y: Tensor, gate: NDArray[np.int64] | None, up: NDArray[np.int64],
     return GATED[name](y[..., torch.from_numpy(gate)]) * y[..., torch.from_numpy(up)]
 
 
-def _geometric(tensor: Tensor, tolerance: float) -> float | None:
-    """The ratio of a falling sequence 1, r, r², ... that a tensor is within a tolerance relative to each element."""
-    if tensor.ndim != 1 or not tensor.is_floating_point() or not 2 <= tensor.numel() <= 512:
-        return None
-    t = tensor.double()
-    if float(t[0]) != 1.0 or not 0 < float(t[-1]) < 1:
-        return None
-    ratio = float(t[-1]) ** (1 / (len(t) - 1))
-    powers = ratio ** torch.arange(len(t), dtype=torch.float64)
-    return ratio if float((t / powers - 1).abs().max()) < tolerance else None
-
-
-def _runs(numbers: NDArray[np.int64]) -> int:
-    """Pieces of consecutive numbers that a set of numbers consists of."""
-    return 1 + int((np.diff(np.sort(numbers, axis=None)) > 1).sum())
-
-
 def _stack(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([t.double() for t in tensors])
 
@@ -818,39 +532,3 @@ def _stack(tensors: Sequence[Tensor]) -> Tensor:
 def _flat(weight: Weight | None, size: int) -> Tensor | None:
     """A weight as a float64 vector [size]."""
     return None if weight is None else weight.value.double().flatten().expand(size)
-
-
-def _minimum(function: Callable[[float], float], low: float, high: float, steps: int = 48) -> float:
-    """Golden-section search for the minimum of a function with one minimum in low..high."""
-    ratio = (math.sqrt(5) - 1) / 2
-    a, b = high - ratio * (high - low), low + ratio * (high - low)
-    fa, fb = function(a), function(b)
-    for _ in range(steps):
-        if fa < fb:
-            high, b, fb = b, a, fa
-            a = high - ratio * (high - low)
-            fa = function(a)
-        else:
-            low, a, fa = a, b, fb
-            b = low + ratio * (high - low)
-            fb = function(b)
-    return a if fa < fb else b
-
-
-def _rounded(value: float, error: Callable[[float], float]) -> float:
-    """The roundest number that fits as well as a fitted one."""
-    limit = 1.5 * error(value) + 5e-7
-    for digits in range(1, 8):
-        short = float(f"{value:.{digits - 1}e}")
-        if error(short) <= limit:
-            return short
-    return value
-
-
-def _nice(value: float) -> float:
-    """A base computed from float32 frequencies, rounded if it is within their rounding of a short number."""
-    for digits in range(1, 6):
-        short = float(f"{value:.{digits - 1}e}")
-        if abs(short / value - 1) < 2e-6:
-            return short
-    return value

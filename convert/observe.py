@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CheckpointError
+from .attention import Hints
 from .codes import check_tokenwise, recover_code
 from .confirm import confirm
-from .conventions import Block, Declared, Interpretation, Norm, Reader
+from .conventions import Block, Interpretation, Norm, Reader
 from .probe import OwnModel, load_own_model
 from .recipes import Locator, Ref, constant, gather
 from .roles import Map, is_no_weight, leftovers_error, mapped_recipes, read_map
@@ -62,7 +63,7 @@ class _Observation:
             prompt[0] = i * max(vocab_size - 1, 1) // (_PROMPTS - 1)  # the first and the last id, two between
         tapes, logits = zip(*(own.trace(p) for p in prompts), strict=True)
         used = tapes[0].used
-        reader = Reader(tapes, logits, self.declared(), own.model)
+        reader = Reader(tapes, logits, *self.declared())
         del tapes  # the reader keeps what it needs, a quarter
         # The name of a value in `stated` is checked against what was found, never forced on it: the code decides.
         found = reader.interpret(lambda order, rows: self.read_code(prompts[0], order, rows, vocab_size, context))
@@ -76,7 +77,8 @@ class _Observation:
 
     # --- what is declared ----------------------------------------------------------------------------------------
 
-    def declared(self) -> Declared:
+    def declared(self) -> tuple[list[float], Hints]:
+        """(eps of norms, hints for attention) from the configuration, the user and the modules."""
         facts, stated = self.facts, self.stated
 
         def numbers(key: str, override: str) -> list[float]:
@@ -101,13 +103,14 @@ class _Observation:
             if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
             and re.search(r"scale|factor|multiplier|base|theta", key)
         }  # fmt: skip
-        return Declared(
+        hints = Hints(
             head_count=int(heads) if heads else None,
-            eps=[*numbers("norm_eps", "norm_eps"), *dict.fromkeys(eps)],
             bases=[*numbers("rope_base", "rope_base"), *(v for v in sorted(numeric) if v > 4)],
             rope_dims=dims,
-            scales=[*numbers("attention_scale", "attention_scale"), *(s for v in sorted(numeric) for s in (v, 1 / v))],
+            numbers=[*numbers("attention_scale", "attention_scale"), *sorted(numeric)],
+            frequencies={n: t for n, t in model_tensors(self.own.model) if t.ndim == 1 and t.is_floating_point()},
         )
+        return [*numbers("norm_eps", "norm_eps"), *dict.fromkeys(eps)], hints
 
     def context_length(self) -> tuple[int, str]:
         stated = self.stated.get("context_length")
@@ -194,19 +197,19 @@ class _Observation:
             self.tell(f"{name}: values as the checkpoint's code computes them from the files")
         origins = found.sources
         width = found.head.x.shape[1]
-        count = len(found.heads.q)
+        count = len(found.attention.heads.q)
         self.conventions |= {
             "embedding_length": (width, "shapes"),
             "block_count": (len(found.blocks), "blocks seen"),
             "feed_forward_length": (len(found.up), "shapes"),
             "head_count": (count, "attention of block 0"),
-            "head_count_kv": (len(found.heads.k), "attention of block 0"),
+            "head_count_kv": (len(found.attention.heads.k), "attention of block 0"),
             "norm": (found.norm, _reproduced(origins["norm"], found.errors["norm"])),
             "norm_eps": (found.eps, origins["norm_eps"]),
-            "rope_style": (found.rope_style, _reproduced(origins["rope_style"], found.errors["attention"])),
-            "rope_dim": (found.rope_dim, origins["rope_dim"]),
-            "rope_base": (found.rope_base, origins["rope_base"]),
-            "attention_scale": (found.scale, origins["attention_scale"]),
+            "rope_style": (found.attention.style, _reproduced(origins["rope_style"], found.errors["attention"])),
+            "rope_dim": (found.attention.dim, origins["rope_dim"]),
+            "rope_base": (found.attention.base, origins["rope_base"]),
+            "attention_scale": (found.attention.scale, origins["attention_scale"]),
             "activation": (found.activation, _reproduced(origins["activation"], found.errors["activation"])),
         }
         if "output factor" in origins:
@@ -222,13 +225,13 @@ class _Observation:
             block_count=len(found.blocks),
             feed_forward_length=len(found.up),
             head_count=count,
-            head_count_kv=len(found.heads.k),
-            attention_scale=found.scale,
+            head_count_kv=len(found.attention.heads.k),
+            attention_scale=found.attention.scale,
             norm="layernorm" if found.norm == "layernorm" else "rmsnorm",
             norm_eps=found.eps,
-            rope_dim=found.rope_dim,
-            rope_base=found.rope_base,
-            rope_style="half" if found.rope_style == "half" else "interleaved",
+            rope_dim=found.attention.dim,
+            rope_base=found.attention.base,
+            rope_style="half" if found.attention.style == "half" else "interleaved",
             activation=found.activation,
             code=self.code,
             tensors=tensors,
@@ -249,18 +252,20 @@ class _Observation:
         if self.embedding is not None:
             out["token_embd.weight"] = gather([self.embedding], np.arange(vocab_size), factor=self.embedding_factor)
         for i, block in enumerate(found.blocks):
-            self._block(out, f"blk.{i}.", block, found, locator)
+            self._block(out, f"blk.{i}.", block, found, found.attention.factors[i], locator)
         self._norm(out, "output_norm", found.final_norm, width, locator)
         self._rows(out, "output", [found.head], np.arange(vocab_size), locator, factor=found.head_factor)
         return out, locator.computed
 
     def _block(
-        self, out: dict[str, TensorRecipe], prefix: str, block: Block, found: Interpretation, locator: Locator
-    ) -> None:
-        width, heads = found.head.x.shape[1], found.heads
+        self, out: dict[str, TensorRecipe], prefix: str, block: Block, found: Interpretation, q_factor: float,
+        locator: Locator,
+    ) -> None:  # fmt: skip
+        width, heads = found.head.x.shape[1], found.attention.heads
         self._norm(out, prefix + "attn_norm", block.attn_norm, width, locator)
         for role, rows in (("attn_q", heads.q), ("attn_k", heads.k), ("attn_v", heads.v)):
-            self._rows(out, prefix + role, block.qkv, rows.reshape(-1), locator)
+            factor = q_factor if role == "attn_q" else 1.0
+            self._rows(out, prefix + role, block.qkv, rows.reshape(-1), locator, factor)
         for role, branch, columns in (("attn_output", block.attention, heads.columns), ("ffn_down", block.mlp, None)):
             if role == "ffn_down":
                 self._norm(out, prefix + "ffn_norm", block.ffn_norm, width, locator)

@@ -13,6 +13,7 @@ import importlib
 import inspect
 import itertools
 import random
+import re
 import sys
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -184,6 +185,9 @@ def _call_styles(model: nn.Module) -> Iterator[Callable[[Tensor], Any]]:
     first = named[0].name if named else None
 
     def value_of(name: str, tokens: Tensor) -> Any:
+        counts = parameters[name].annotation in (int, "int") or re.search(r"start|offset|past_len", name)
+        if counts and "mask" not in name:
+            return 0
         if "mask" in name:
             return torch.ones_like(tokens)
         if "pos" in name:
@@ -255,8 +259,8 @@ def load_own_model(source: Source, log: Log) -> OwnModel:
                     raise first from None
                 raise CheckpointError(
                     f"the checkpoint's own code could not be loaded: {_line(first)} "
-                    f"(and from_pretrained: {_line(error)}). Without it, convert with --no-trust-remote-code and "
-                    "state what stays ambiguous on the command line"
+                    f"(and from_pretrained: {_line(error)}). Without --trust-remote-code it is not run, and what "
+                    "the files leave open can be stated on the command line"
                 ) from first
     except BaseException:
         _forget_modules(source.directory)
@@ -483,6 +487,8 @@ def _import_package(directory: Path) -> str:
     package.__path__ = [str(directory.resolve())]
     package.__file__ = str(directory.resolve() / "__init__.py")
     sys.modules[package.__name__] = package
+    # Files that name each other without a dot. Taken off the path again by `_unregistered`.
+    sys.path.append(str(directory.resolve()))
     return package.__name__
 
 
@@ -507,11 +513,13 @@ def _unregistered() -> Iterator[None]:
         if isinstance(getattr(value, "_extra_content", None), dict)
     ]
     before = [dict(m) for m in mappings]
+    path = list(sys.path)
     write_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # leave no __pycache__ in the checkpoint
     try:
         yield
     finally:
         sys.dont_write_bytecode = write_bytecode
+        sys.path[:] = path
         for mapping, content in zip(mappings, before, strict=True):
             mapping.clear()
             mapping.update(content)

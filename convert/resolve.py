@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -67,6 +69,7 @@ def resolve(
     unknown = sorted(set(stated) - set(OVERRIDES))
     if unknown:
         raise CheckpointError(f"unknown override: {', '.join(unknown)}; known: {', '.join(OVERRIDES)}")
+    _check_overrides(stated)
     report: list[str] = []
 
     def tell(line: str) -> None:
@@ -93,6 +96,42 @@ def resolve(
         tell(f"{name} = {_short(value)} ({origin})")
     resolved.report = report
     return resolved
+
+
+_CHOICES = {
+    "lift": ("tile", "interleave"),
+    "bit_order": ("lsb", "msb"),
+    "affine_orientation": ("Ac", "cA"),
+    "norm": ("layernorm", "rmsnorm"),
+    "activation": ("gelu", "gelu_tanh", "swiglu"),
+    "rope_style": ("half", "interleaved"),
+    "qkv_order": tuple("".join(o) + end for o in itertools.permutations("qkv") for end in ("", "/head")),
+    "gate_up_order": ("gate_up", "up_gate"),
+    "transposed": (True, False),
+}
+_COUNTS = ("rope_dim", "n_head", "n_head_kv", "context_length")
+
+
+def _check_overrides(stated: Mapping[str, Any]) -> None:
+    """CheckpointError for a value that no checkpoint could have."""
+    for key, value in stated.items():
+        wanted = None
+        if key in _CHOICES:
+            wanted = None if value in _CHOICES[key] else f"one of {', '.join(map(str, _CHOICES[key]))}"
+        elif key in ("affine", "values"):
+            wanted = None if isinstance(value, (tuple, list)) and len(value) == 2 else "two values"
+            if key == "values" and wanted is None and not all(_is_finite(v) for v in value):
+                wanted = "two finite numbers"
+        elif key in _COUNTS:
+            wanted = None if _is_finite(value) and value >= 1 and value == int(value) else "a positive whole number"
+        elif not (_is_finite(value) and value > 0):
+            wanted = "a positive number"
+        if wanted is not None:
+            raise CheckpointError(f"--{key.replace('_', '-')} {value}: must be {wanted}")
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _short(value: Any) -> str:

@@ -303,8 +303,12 @@ def role_by_name(stem: str) -> str | None:
     """Role of a matrix by the end of its path in the block."""
     low = re.sub(r"([a-z])([A-Z])", r"\1_\2", stem).lower()
     for role, ending, context in _MATRIX_NAMES:
-        match = re.search(rf"(^|\.){ending}$", low)
-        if match and (not context or re.search(context, low[: match.start()])):
+        match = re.search(rf"(^|\.)(?P<place>(self_)?att(entio)?n_|(mlp|ffn?|feed_?forward)_)?{ending}$", low)
+        if not match:
+            continue
+        place = match["place"] or ""  # "attn_" of "attn_q", "ffn_" of "ffn_out"
+        fits = not place or role.startswith("attn") == ("att" in place)
+        if fits and (not context or re.search(context, low[: match.start()] + place)):
             return role
     return None
 

@@ -132,6 +132,8 @@ class Tape(TorchDispatchMode):
             self.scalars.append((self.order, op, kwargs["scale"]))
         if op == "gelu":
             self.operations.add(f"gelu_{kwargs.get('approximate', 'none')}")
+        if func._schema.is_mutable and not all(names):
+            self._overwritten(func, args)
         for out in tree_flatten(result)[0]:
             if isinstance(out, Tensor):
                 self._after(op, out, tensors, names, sources)
@@ -139,6 +141,14 @@ class Tape(TorchDispatchMode):
             pending(result)
             self.used.update(n for group in names if group for n in group)
         return result
+
+    def _overwritten(self, func: Any, args: Any) -> None:
+        """Tensors of the model that an activation is written into, such as a key/value cache, are no weights."""
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Tensor):
+                address = value.untyped_storage().data_ptr()
+                self._owners.pop(address, None)
+                self._derived.pop(address, None)
 
     def _after(
         self,

@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
-from fixmin_cpp._core import CodeMap
 from gguf_factory import code_width, random_invertible
 from hypothesis import given
 from hypothesis import strategies as st
+
+from fixmin_cpp._core import CodeMap
 
 seeds = st.integers(0, 2**32 - 1)
 

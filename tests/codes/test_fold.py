@@ -4,9 +4,10 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from fixmin_cpp._core import FoldBuilder, FoldedProjection, lift_codes
 from hypothesis import given
 from hypothesis import strategies as st
+
+from fixmin_cpp._core import FoldBuilder, FoldedProjection, lift_codes
 
 # K + 2 float32 terms per output, each rounded once, and as many roundings in their sum.
 TOLERANCE = 2e-6

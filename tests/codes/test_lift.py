@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
-from fixmin_cpp._core import lift_codes
 from hypothesis import given
 from hypothesis import strategies as st
+
+from fixmin_cpp._core import lift_codes
 
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
@@ -44,7 +45,7 @@ BITS = np.zeros((1, 4), dtype=np.uint8)
         (BITS, 6, "interleave", (0.0, 1.0), "multiple of the code width, got 6 and 4"),
         (BITS, 3, "tile", (0.0, 1.0), "embedding_length 3 is smaller than the code width 4"),
         (BITS, -4, "tile", (0.0, 1.0), "embedding_length must be 0..4294967295, got -4"),
-        (BITS, 4, "tiles", (0.0, 1.0), "lift must be \"tile\" or \"interleave\", got 'tiles'"),
+        (BITS, 4, "tiles", (0.0, 1.0), 'lift must be "tile" or "interleave", got \'tiles\''),
         (BITS, 4, "tile", (0.0, np.nan), "values must be finite"),
         (BITS, 4, "tile", (-np.inf, 1.0), "values must be finite"),
         (BITS + 2, 4, "tile", (0.0, 1.0), "row 0: code bits must be 0 or 1, got 2"),

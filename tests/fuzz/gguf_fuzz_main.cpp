@@ -69,12 +69,8 @@ Bytes mutate(Bytes input, Random& random) {
     const auto position = [&](size_t span) { return input.size() < span ? 0 : random() % (input.size() - span + 1); };
     for (uint64_t changes = 1 + random() % 8; changes-- > 0 && input.size() >= 16;) {
         switch (random() % 6) {
-            case 0:
-                input[position(1)] ^= static_cast<uint8_t>(1u << random() % 8);
-                break;
-            case 1:
-                input[position(1)] = static_cast<uint8_t>(random());
-                break;
+            case 0: input[position(1)] ^= static_cast<uint8_t>(1u << random() % 8); break;
+            case 1: input[position(1)] = static_cast<uint8_t>(random()); break;
             case 2:
             case 3: {
                 const size_t width = random() % 2 ? 8 : 4;
