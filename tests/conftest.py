@@ -1,9 +1,14 @@
 """Shared by all tests: the import path of helper modules, and hypothesis without its clock."""
 
+import signal
 import sys
 from pathlib import Path
 
 from hypothesis import settings
+
+# A shell that starts this in the background makes it ignore Ctrl-C, and Python keeps it so; tests send that signal, to
+# this process and to others that inherit the setting.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tests in subfolders can `import oracle` and `import gguf_factory`.
 sys.path.insert(0, str(Path(__file__).parent))
