@@ -86,7 +86,7 @@ def resolve(
 
             resolved = resolve_by_code(source, stated, map_file, tell)
         else:
-            from .calibrate import resolve_without_code
+            from .without_code import resolve_without_code
 
             resolved = resolve_without_code(source, stated, map_file, calibrate, tell)
     except BaseException:

@@ -171,8 +171,8 @@ def test_nothing_stays_imported_or_seeded(checkpoint: Path) -> None:
     assert torch.get_default_dtype() == torch.float32
 
 
-def test_norm_gains_and_tied_heads_without_code(tmp_path: Path) -> None:
-    """A map can say everything: here for code that is not there and names that mean nothing."""
+def test_a_map_can_say_everything(tmp_path: Path) -> None:
+    """For code that is not there and names that mean nothing."""
     style = zoo.STYLES["letters"]
     zoo.make_checkpoint(style, tmp_path / "checkpoint", full_config=True)
     original = zoo.Original.load(tmp_path / "checkpoint", style)
@@ -193,3 +193,63 @@ def test_norm_gains_and_tied_heads_without_code(tmp_path: Path) -> None:
         ids = zoo.prompt(original)
         (logits,) = reference_logits(resolved.spec, [ids])
         np.testing.assert_allclose(logits, original.logits(ids), rtol=1e-3, atol=1e-4)
+
+
+# --- habits of other authors ---------------------------------------------------------------------------------------
+
+SDPA = "F.scaled_dot_product_attention(q, k, v, is_causal=q_len > 1)"
+SCORES = "({0} + torch.full((q_len, q_len), -torch.inf).triu(1)).softmax(-1) @ v"
+HALF = "torch.cat((-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]), dim=-1)"
+FORWARD = "    def forward(self, input_ids=None"
+HABITS = {
+    "key and value cache in the modules": (
+        "self.o_proj = nn.Linear(",
+        "self.cache = torch.zeros(2, 1, self.num_kv_heads, 512, self.head_dim)\n        self.o_proj = nn.Linear(",
+        "q, k = apply_rotary(q, k, *position_embeddings)\n",
+        "q, k = apply_rotary(q, k, *position_embeddings)\n        self.cache[0, :, :, :q_len] = k\n"
+        "        self.cache[1, :, :, :q_len] = v\n        k, v = self.cache[:, :, :, :q_len]\n",
+    ),
+    "trained scale in every block": (
+        "self.o_proj = nn.Linear(",
+        "self.temperature = nn.Parameter(torch.tensor([0.31]))\n        self.o_proj = nn.Linear(",
+        SDPA, SCORES.format("(q * self.temperature) @ k.mT"),
+    ),
+    "root of the scale on q and on k": (SDPA, SCORES.format("(q / 16**0.25) @ (k / 16**0.25).mT")),
+    "scale given to the fused attention": (SDPA, SDPA.replace("is_causal", "scale=0.2, is_causal")),
+    "scripted rotation": ("def rotate_half(x):", "@torch.jit.script\ndef rotate_half(x):"),
+    "rotation the other way round": (HALF, HALF.replace("(-x", "(x").replace(", x[", ", -x[")),
+    "positions from seven": ("position_ids[:, :, None].float()", "(position_ids[:, :, None].float() + 7)"),
+    "inference mode": (FORWARD, "    @torch.inference_mode()\n" + FORWARD),
+    "the same blocks twice": ("for layer in self.layers:", "for layer in [*self.layers, *self.layers]:"),
+    "values that are the keys": ("v = self.v_proj(", "v = self.k_proj("),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("habit", HABITS)
+def test_habits(habit: str, tmp_path: Path) -> None:
+    edits = tuple(zip(HABITS[habit][::2], HABITS[habit][1::2], strict=True))
+    style = zoo.Style(zoo.STYLES["llama"].author, {}, edits=edits)
+    zoo.make_checkpoint(style, tmp_path)
+    original = zoo.Original.load(tmp_path, style)
+    ids = zoo.prompt(original)
+    with resolve(tmp_path, trust_remote_code=True) as resolved:
+        (logits,) = reference_logits(resolved.spec, [ids])
+    expected = original.logits(ids)
+    assert np.linalg.norm(logits - expected) <= 1e-5 * np.linalg.norm(expected)
+
+
+def test_half_precision_is_too_coarse(tmp_path: Path) -> None:
+    edit = (FORWARD, "    @torch.autocast('cpu', torch.bfloat16)\n" + FORWARD)
+    zoo.make_checkpoint(zoo.Style(zoo.STYLES["llama"].author, {}, edits=(edit,)), tmp_path)
+    with pytest.raises(CheckpointError, match="bfloat16"):
+        resolve(tmp_path, trust_remote_code=True)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("lift", "tiled"), ("norm_eps", float("nan")), ("rope_base", -1.0), ("n_head", 2.5), ("values", (1.0,)),
+     ("qkv_order", "qqk"), ("rope_dim", 0), ("transposed", "yes")],
+)  # fmt: skip
+def test_values_that_make_no_sense(checkpoint: Path, key: str, value: object) -> None:
+    with pytest.raises(CheckpointError, match=f"--{key.replace('_', '-')} .*must be"):
+        resolve(checkpoint, overrides={key: value})

@@ -1,0 +1,492 @@
+"""What the files of a checkpoint say about the model, without running any code, and what they leave open."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import CheckpointError
+from .codes import MAX_WIDTH, recover_code
+from .recipes import Ref, constant, gather, stored_ref
+from .roles import Part, Roles, assign_roles, mapped_recipes, read_map
+from .source import Source, context_length, hyper, spelling
+from .spec import Bits, CodeSpec, ModelSpec, TensorRecipe
+
+
+@dataclass
+class Item:
+    """One convention: its value and origin, or its alternatives if it is open.
+
+    `assumed`: the first alternative is what DESIGN §2 and every known checkpoint use; it stands, and says so, unless a
+    calibration is decisively for another.
+    """
+
+    name: str
+    options: list[tuple[str, Any]]  # (label, value), the likely one first
+    origin: str | None = None  # set: settled, options has one entry
+    settle: str = ""  # command line option
+    assumed: bool = False
+
+    @property
+    def open(self) -> bool:
+        return self.origin is None and not self.assumed
+
+
+State = dict[str, Any]  # item name -> value
+
+
+class Files:
+    """The roles, the items, and the spec for each choice of values."""
+
+    def __init__(self, source: Source, stated: Mapping[str, Any], map_file: str | os.PathLike[str] | None) -> None:
+        self.source, self.stated, self.config = source, stated, source.config
+        self.mapping = read_map(source, map_file)
+        declared = hyper(self.config, "vocab_size")
+        self.roles: Roles = assign_roles(
+            source, self.mapping, int(declared) if declared else None, stated.get("transposed")
+        )
+        self.mapped = mapped_recipes(source, self.mapping)
+        self.width = self.roles.width
+        self.vocab_size = self._vocab_size()
+        # Checkpoints of our own reference model document their conventions in config.json.
+        self.ours = self.config.get("model_type") == "fixmin"
+
+    def _vocab_size(self) -> int:
+        if "output.weight" in self.mapped:
+            return self.mapped["output.weight"].shape[0]
+        if "output" not in self.roles.top:
+            raise CheckpointError(
+                "no output projection among the tensors; name it in a --map FILE (output.weight = ...)"
+            )
+        shape = self.source.tensors[self.roles.top["output"].weight].shape
+        rows = shape[1] if shape[0] == self.width else shape[0]
+        declared = hyper(self.config, "vocab_size")
+        return min(rows, int(declared)) if declared else rows
+
+    # Items ------------------------------------------------------------------------------------------------------
+
+    def items(self) -> list[Item]:
+        self._refuse_hints()
+        heads = self._count_item("n_head", "head_count")
+        context = self._count_item("context_length", None, context_length(self.config))
+        items = [heads, context, *self._code_items()]
+        items += [self._norm_item(), self._item("norm_eps", "norm_eps", [1e-5, 1e-6, 1e-12, 1e-8])]
+        items += [self._activation_item(), self._style_item(), self._base_item()]
+        if heads.options:
+            count = heads.options[0][1]
+            if self.width % count:
+                raise CheckpointError(f"{count} heads do not divide the embedding length {self.width}")
+            items += [self._dim_item(self.width // count), self._scale_item(self.width // count)]
+        first = self.roles.blocks[0]
+        if "attn_qkv" in first:
+            orders = ["".join(o) for o in itertools.permutations("qkv")]  # "qkv" comes first
+            items.append(self._item("qkv_order", None, [o + end for o in orders for end in ("", "/head")]))
+        if "ffn_gate_up" in first:
+            items.append(self._item("gate_up_order", None, ["gate_up", "up_gate"]))
+        if self.roles.transposed is None:
+            items.append(self._item("transposed", None, [False, True]))
+        for what, choices in self.roles.options:
+            items.append(Item(what, [(label, blocks) for label, blocks in choices], settle="--map"))
+        return items
+
+    def _refuse_hints(self) -> None:
+        """Refuse what config.json says about functions the file format does not have."""
+        for key, value in self.config.items():
+            strange = ("multiplier", "softcap", "soft_cap", "sliding_window", "alibi", "parallel_residual", "qk_norm",
+                       "logit_scale", "logits_scaling", "rope_scaling")  # fmt: skip
+            if any(word in key.lower() for word in strange) and value not in (None, False, 1, 0, "none"):
+                raise CheckpointError(
+                    f"config.json: {key} = {value!r} is something the file format does not have, or has under another "
+                    "name; only the checkpoint's code (--trust-remote-code) can tell"
+                )
+
+    def calibratable(self) -> bool:
+        return self.source.tokenizer_json() is not None and "calibrate" not in self.stated
+
+    def _count_item(self, name: str, key: str | None, found: tuple[int, str] | None = None) -> Item:
+        """A number that no calibration can find."""
+        option = "--" + name.replace("_", "-")
+        if name in self.stated:
+            found = int(self.stated[name]), f"given with {option}"
+        elif key is not None and (value := hyper(self.config, key)):
+            found = int(value), f"config.json, {spelling(self.config, key)}"
+        elif found is not None:
+            found = found[0], f"config.json, {found[1]}"
+        if found is None or found[0] < 1:
+            return Item(name, [], settle=option)
+        return Item(name, [(str(found[0]), found[0])], found[1])
+
+    def _item(
+        self, name: str, key: str | None, options: Sequence[Any], settled: tuple[Any, str] | None = None,
+        assumed: bool = False,
+    ) -> Item:  # fmt: skip
+        """Stated by the user, else in config.json under `key`, else `settled`, else open."""
+        option = "--" + name.replace("_", "-")
+        if name in self.stated:
+            value = self.stated[name]
+            return Item(name, [(_text(value), value)], f"given with {option}")
+        found = hyper(self.config, key) if key else None
+        if found is not None:
+            return Item(name, [(_text(found), found)], f"config.json, {spelling(self.config, key)}")
+        if settled is not None:
+            return Item(name, [(_text(settled[0]), settled[0])], settled[1])
+        return Item(name, [(_text(v), v) for v in options], settle=option, assumed=assumed)
+
+    def _norm_item(self) -> Item:
+        parts = [p for b in self.roles.blocks for r, p in b.items() if r.endswith("_norm")]
+        settled = None
+        if any(p.bias for p in parts):
+            settled = ("layernorm", "norms have biases")
+        elif self.config.get("norm_type") in ("layernorm", "rmsnorm"):
+            settled = (self.config["norm_type"], "config.json, norm_type")
+        elif any("rms" in k.lower() for k in self.config) or any("rms" in p.weight.lower() for p in parts):
+            settled = ("rmsnorm", "named so")
+        return self._item("norm", None, ["layernorm", "rmsnorm"], settled)
+
+    def _activation_item(self) -> Item:
+        gated = "ffn_gate" in self.roles.blocks[0] or "ffn_gate_up" in self.roles.blocks[0]
+        gated = gated or any(".ffn_gate." in name for name in self.mapped)
+        named = hyper(self.config, "activation")
+        settled = None
+        if named is not None:
+            low = str(named).lower()
+            known = {"silu": "swiglu", "swish": "swiglu", "swiglu": "swiglu"} if gated else {
+                "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_tanh": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
+            }  # fmt: skip
+            if low not in known:
+                raise CheckpointError(f"config.json: activation {named!r}, which the file format does not have")
+            settled = (known[low], f"config.json, {spelling(self.config, 'activation')}")
+        return self._item("activation", None, ["swiglu"] if gated else ["gelu", "gelu_tanh"], settled)
+
+    def _style_item(self) -> Item:
+        settled = None
+        if self.config.get("rope_style") in ("half", "interleaved"):
+            settled = (self.config["rope_style"], "config.json, rope_style")
+        for key in ("rope_interleaved", "rotary_interleaved", "interleaved_rope"):
+            if isinstance(self.config.get(key), bool):
+                settled = ("interleaved" if self.config[key] else "half", f"config.json, {key}")
+        return self._item("rope_style", None, ["half", "interleaved"], settled)
+
+    def _frequencies(self) -> tuple[float, int, str] | None:
+        """(base, dimension, name) of stored rotary frequencies."""
+        for name in self.roles.ignored:
+            tensor = self.source.tensors[name]
+            if len(tensor.shape) == 1 and tensor.is_float and tensor.size >= 2:
+                f = self.source.read(name).astype(np.float64)
+                if f[0] == 1.0 and 0 < f[-1] < 1:
+                    base = f[-1] ** (-len(f) / (len(f) - 1))
+                    base = float(f"{base:.5g}") if abs(float(f"{base:.5g}") / base - 1) < 1e-5 else float(base)
+                    if np.allclose(
+                        f, base ** (-np.arange(len(f)) / len(f)), rtol=1e-3 if tensor.dtype != "F32" else 1e-5
+                    ):
+                        return base, 2 * len(f), name
+        return None
+
+    def _base_item(self) -> Item:
+        found = self._frequencies()
+        settled = None if found is None else (found[0], f"tensor {found[2]}")
+        return self._item("rope_base", "rope_base", [10000.0, 500000.0, 1000000.0], settled)
+
+    def _dim_item(self, head_dim: int) -> Item:
+        fraction, found = hyper(self.config, "rope_fraction"), self._frequencies()
+        settled = None
+        if fraction is not None:
+            settled = (int(head_dim * fraction), f"config.json, {spelling(self.config, 'rope_fraction')}")
+        elif found is not None:
+            settled = (found[1], f"tensor {found[2]}")
+        elif self.ours:
+            settled = (head_dim, "config.json, rope_dim")
+        usual = [r for r in (head_dim, head_dim // 2, head_dim // 4) if r >= 2 and r % 2 == 0]
+        return self._item("rope_dim", "rope_dim", usual, settled, assumed=True)
+
+    def _scale_item(self, head_dim: int) -> Item:
+        settled = (head_dim**-0.5, "config.json, attn_scale") if self.ours else None
+        return self._item("attention_scale", "attention_scale", [head_dim**-0.5], settled, assumed=True)
+
+    # Codes ------------------------------------------------------------------------------------------------------
+
+    def _code_items(self) -> list[Item]:
+        """Items of the code; sets `self.code` to a function of a state."""
+        top = self.roles.top
+        if "token_embd" in top:
+            return self._embedding_items(top["token_embd"].weight)
+        if "code_table" in top and "affine" not in self.stated:
+            return self._table_items(top["code_table"].weight)
+        return self._affine_items()
+
+    def _embedding_items(self, name: str) -> list[Item]:
+        ref = self._matrix(Part(name), self._out_first(name))
+
+        def rows(ids: NDArray[np.int64]) -> Any:
+            return ref.rows(slice(int(ids[0]), int(ids[-1]) + 1))
+
+        code = recover_code(rows, self.vocab_size, 4096)
+        self.code: Callable[[State], CodeSpec] = lambda state: code or CodeSpec("learned")
+        kind = "learned" if code is None else code.kind
+        return [Item("code", [(kind, kind)], f"rows of tensor {name}")]
+
+    def _out_first(self, name: str) -> bool:
+        """Whether a top-level matrix is stored [width, V] and has to be transposed to have a row per token."""
+        shape = self.source.tensors[name].shape
+        return shape[1] != self.width
+
+    def _table_items(self, name: str) -> list[Item]:
+        table = self.source.read_raw(name).astype(np.float64)[: self.vocab_size]
+        low, high = sorted(np.unique(table).tolist())
+        codes = (table == high).astype(np.uint8)
+        if codes.shape[1] > MAX_WIDTH:
+            raise CheckpointError(f"tensor {name}: codes of {codes.shape[1]} bits; the file format has {MAX_WIDTH}")
+
+        def rows(lift: str) -> Callable[[NDArray[np.int64]], Any]:
+            values = (0.0, 1.0)
+            plain = CodeSpec("table", codes.shape[1], table=codes, lift=lift, values=values)
+            return lambda ids: plain.lift_codes(codes[ids], self.width)
+
+        def code(state: State) -> CodeSpec:
+            found = recover_code(rows(state["lift"]), self.vocab_size, 4096)
+            assert found is not None
+            values = tuple(float(v) for v in state["values"])
+            swapped = found.values == (1.0, 0.0)
+            values = values[::-1] if swapped else values
+            return CodeSpec(found.kind, found.width, found.matrix, found.shift, found.table, found.lift, values)
+
+        self.code = code
+        values = Item("values", [(f"{low:g}, {high:g}", (low, high)), ("-1, 1", (-1.0, 1.0))], assumed=True)
+        if "values" in self.stated:
+            values = Item("values", [(_text(self.stated["values"]), self.stated["values"])], "given with --values")
+        return [Item("code", [("table", "table")], f"tensor {name}"), self._lift_item(codes.shape[1]), values]
+
+    def _lift_item(self, width: int) -> Item:
+        settled = None
+        for key in ("code_lift", "lift"):
+            if self.config.get(key) in ("tile", "interleave"):
+                settled = (self.config[key], f"config.json, {key}")
+        if width == self.width or self.width % width:
+            settled = ("tile", f"{width} bits do not divide the width {self.width}, or are as many")
+        return self._item("lift", None, ["tile", "interleave"], settled)
+
+    def _affine_items(self) -> list[Item]:
+        matrix, shift, origin = self._affine()
+        natural = matrix is None
+        bits = hyper(self.config, "code_width")
+        least = max(self.vocab_size - 1, 1).bit_length()
+        width = len(matrix) if matrix is not None else int(bits) if bits and least <= bits <= MAX_WIDTH else least
+        order = ("lsb", "config.json: the format of the reference model") if self.ours else None
+        for key in ("bit_order", "bit_endianness"):
+            text = str(self.config.get(key, "")).lower()
+            if text in ("lsb", "msb", "little", "big"):
+                order = ("lsb" if text in ("lsb", "little") else "msb", f"config.json, {key}")
+        items = [self._item("bit_order", None, ["lsb", "msb"], order), self._lift_item(width)]
+        matrix = np.eye(width, dtype=np.uint8) if matrix is None else matrix
+        if not natural and (matrix != matrix.T).any():
+            known = ("Ac", "config.json: the format of the reference model") if self.ours else None
+            items.append(self._item("affine_orientation", None, ["Ac", "cA"], known))
+        values = self.config.get("code_values")
+        settled = (tuple(values), "config.json, code_values") if isinstance(values, list) and len(values) == 2 else None
+        items.append(self._item("values", None, [(0.0, 1.0), (-1.0, 1.0)], settled, assumed=True))
+
+        def code(state: State) -> CodeSpec:
+            a = matrix.T if state.get("affine_orientation") == "cA" else matrix
+            a = a[:, ::-1] if state["bit_order"] == "msb" else a
+            values = tuple(float(v) for v in state["values"])
+            return CodeSpec("affine", width, np.ascontiguousarray(a), shift, lift=state["lift"], values=values)
+
+        shift = np.zeros(width, np.uint8) if shift is None else shift
+        self.code = code
+        kind = "bits of the token id" if natural else "affine"
+        return [Item("code", [(kind, kind)], origin), *items]
+
+    def _affine(self) -> tuple[Bits | None, Bits | None, str]:
+        """(A, b, where from): stated, stored, or in config.json; None if there is none."""
+        stated = self.stated.get("affine")
+        if stated is not None:
+            a, b = (np.load(x) if isinstance(x, (str, os.PathLike)) else np.asarray(x) for x in stated)
+            return _checked(a, b, "given with --affine")
+        top = self.roles.top
+        if "matrix" in top:
+            a = self.source.read_raw(top["matrix"].weight)
+            b = self.source.read_raw(top["shift"].weight) if "shift" in top else np.zeros(len(a))
+            names = top["matrix"].weight + (f", {top['shift'].weight}" if "shift" in top else "; no shift is stored")
+            return _checked(a, b, f"tensors {names}")
+        lists = {k: np.asarray(v) for k, v in self.config.items() if _is_bits(v)}
+        matrices = {k: v for k, v in lists.items() if v.ndim == 2 and v.shape[0] == v.shape[1]}
+        if len(matrices) == 1:
+            key, a = next(iter(matrices.items()))
+            shifts = {k: v for k, v in lists.items() if v.shape == a.shape[:1]}
+            name, b = next(iter(shifts.items())) if len(shifts) == 1 else ("no shift", np.zeros(len(a)))
+            return _checked(a, b, f"config.json, {key}, {name}")
+        hints = [k for k in self.config if any(w in k.lower() for w in ("affine", "recod", "seed", "permut"))]
+        if hints and not self.ours:
+            raise CheckpointError(
+                f"config.json ({', '.join(hints)}) points to recoded ids, but neither the files nor config.json hold "
+                "the matrix and the shift: give --affine A.npy b.npy"
+            )
+        return None, None, "no table, matrix or shift is stored"
+
+    # Tensors ----------------------------------------------------------------------------------------------------
+
+    def _matrix(self, part: Part, transpose: bool) -> Ref:
+        shape = self.source.tensors[part.weight].shape
+        if transpose:
+            return stored_ref(self.source, part.weight, shape[::-1], lambda a: a.T)
+        return stored_ref(self.source, part.weight, shape)
+
+    def _vector(self, name: str) -> Ref:
+        return stored_ref(self.source, name, self.source.tensors[name].shape)
+
+    def spec(self, state: State) -> ModelSpec:
+        """The model for one choice of all items."""
+        transposed = state.get("transposed", self.roles.transposed)
+        blocks = self.roles.blocks
+        for what, choices in self.roles.options:
+            # several options may be open: each replaces only its own roles
+            chosen = next((b for _, b in choices if b is state[what]), choices[0][1])
+            default = choices[0][1]
+            blocks = [
+                {**old, **{r: p for r, p in new.items() if any(c[1][i].get(r) is not d.get(r) for c in choices)}}
+                for i, (old, new, d) in enumerate(zip(blocks, chosen, default, strict=True))
+            ]
+        tensors: dict[str, TensorRecipe] = {}
+        if "token_embd" in self.roles.top and state["code"] == "learned":
+            part = self.roles.top["token_embd"]
+            rows = np.arange(self.vocab_size)  # a padded table may have more
+            tensors["token_embd.weight"] = gather([self._matrix(part, self._out_first(part.weight))], rows)
+        for i, block in enumerate(blocks):
+            self._block(tensors, f"blk.{i}.", block, bool(transposed), state)
+        for name in ("output_norm", "output"):
+            part = self.roles.top.get(name)
+            if part is not None:
+                flip = self._out_first(part.weight) if name == "output" else False
+                ref = self._matrix(part, flip) if name == "output" else self._vector(part.weight)
+                kept = np.arange(self.vocab_size) if name == "output" else None
+                tensors[f"{name}.weight"] = gather([ref], kept)
+                if part.bias:
+                    tensors[f"{name}.bias"] = gather([self._vector(part.bias)], kept)
+        tensors |= self.mapped
+        self._complete(tensors, len(blocks))
+        head_count = int(state["n_head"])
+        kv = tensors["blk.0.attn_k.weight"].shape[0] * head_count / self.width
+        if kv != int(self.stated.get("n_head_kv", kv)):
+            raise CheckpointError(f"--n-head-kv {self.stated['n_head_kv']}: the shapes say {kv:g}")
+        source = self.source
+        return ModelSpec(
+            vocab_size=self.vocab_size,
+            context_length=int(state["context_length"]),
+            embedding_length=self.width,
+            block_count=len(blocks),
+            feed_forward_length=tensors["blk.0.ffn_down.weight"].shape[1],
+            head_count=head_count,
+            head_count_kv=tensors["blk.0.attn_k.weight"].shape[0] // (self.width // head_count),
+            attention_scale=float(state["attention_scale"]),
+            norm=state["norm"],
+            norm_eps=float(state["norm_eps"]),
+            rope_dim=int(state["rope_dim"]),
+            rope_base=float(state["rope_base"]),
+            rope_style=state["rope_style"],
+            activation=state["activation"],
+            code=self.code(state),
+            tensors=tensors,
+            conventions={
+                n: (" + ".join(t.sources), "name and shape") for n, t in tensors.items() if n.startswith("blk.0.")
+            },
+            name=source.directory.resolve().name,
+            bos_token_id=source.token_id("bos"),
+            eos_token_id=source.token_id("eos"),
+            pad_token_id=source.token_id("pad"),
+            tokenizer_json=source.tokenizer_json(),
+            weights_sha256=source.sha256,
+        )
+
+    def _block(
+        self, out: dict[str, TensorRecipe], prefix: str, block: dict[str, Part], transposed: bool, state: State
+    ) -> None:
+        def put(role: str, part: Part, rows: NDArray[np.int64] | None = None) -> None:
+            if role.endswith("_norm"):
+                out[f"{prefix}{role}.weight"] = gather([self._vector(part.weight)])
+            else:
+                out[f"{prefix}{role}.weight"] = gather([self._matrix(part, transposed)], rows)
+            if part.bias:
+                out[f"{prefix}{role}.bias"] = gather([self._vector(part.bias)], rows)
+
+        for role, part in block.items():
+            shape = self.source.tensors[part.weight].shape
+            outputs = shape[-1] if transposed else shape[0]
+            if role == "attn_qkv":
+                for letter, rows in self._fused(outputs, state["qkv_order"], int(state["n_head"])).items():
+                    put(f"attn_{letter}", part, rows)
+            elif role == "ffn_gate_up":
+                half = np.arange(outputs // 2)
+                first, second = state["gate_up_order"].split("_")
+                put(f"ffn_{first}", part, half)
+                put(f"ffn_{second}", part, half + outputs // 2)
+            else:
+                put(role, part)
+
+    def _fused(self, outputs: int, order: str, head_count: int) -> dict[str, NDArray[np.int64]]:
+        """Rows of q, k and v in a fused projection: "qkv" one after the other, "qkv/head" per key/value head."""
+        d = self.width // head_count
+        kv = (outputs - self.width) // 2
+        letters, _, per_head = order.partition("/")
+        groups = max(kv // d, 1) if per_head else 1
+        size = {"q": self.width // groups, "k": kv // groups, "v": kv // groups}
+        starts = dict(zip(letters, np.cumsum([0, *(size[c] for c in letters[:-1])]), strict=True))
+        step = sum(size.values())
+        return {
+            c: (np.arange(groups)[:, None] * step + starts[c] + np.arange(size[c])).reshape(-1) for c in letters
+        }  # fmt: skip
+
+    def _complete(self, tensors: dict[str, TensorRecipe], blocks: int) -> None:
+        """Check that every tensor of the format is there in the right shape; norms without a gain are ones."""
+        gated = any(".ffn_gate." in n for n in tensors)
+        roles = ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_up", "ffn_down", *(["ffn_gate"] if gated else [])]
+        wanted = [f"blk.{i}.{r}.weight" for i in range(blocks) for r in roles] + ["output.weight"]
+        missing = [n for n in wanted if n not in tensors]
+        if missing:
+            raise CheckpointError(
+                f"no tensor was found for {', '.join(missing[:8])}{' and more' if len(missing) > 8 else ''}: "
+                "name it in a --map FILE, or use --trust-remote-code"
+            )
+        norms = [f"blk.{i}.{r}" for i in range(blocks) for r in ("attn_norm", "ffn_norm")]
+        for name in [*norms, "output_norm"]:
+            tensors.setdefault(f"{name}.weight", constant((self.width,), 1.0))
+        gains = np.concatenate([tensors[f"{name}.weight"].load() for name in norms])
+        if (gains < 0).mean() > 0.1:
+            raise CheckpointError(
+                "the gains of the norms lie around zero: they seem to be stored as their distance from one, or for "
+                "another kind of norm; only the checkpoint's code (--trust-remote-code) can tell"
+            )
+        for name in wanted:
+            out, inner = tensors[name].shape
+            if (out if name.endswith(("ffn_down.weight", "attn_output.weight")) else inner) != self.width:
+                raise CheckpointError(f"{name}: {tensors[name].sources} has shape {tensors[name].shape} (out, in)")
+
+
+def _checked(a: Any, b: Any, origin: str) -> tuple[Bits, Bits, str]:
+    a, b = np.asarray(a), np.asarray(b)
+    good = a.ndim == 2 and a.shape[0] == a.shape[1] <= MAX_WIDTH and b.shape == a.shape[:1]
+    if not good or not set(np.unique(a)) | set(np.unique(b)) <= {0, 1}:
+        raise CheckpointError(
+            f"{origin}: A {a.shape} and b {b.shape} are no square 0/1 matrix and 0/1 vector of its size"
+        )
+    return a.astype(np.uint8), b.astype(np.uint8), origin
+
+
+def _is_bits(value: Any) -> bool:
+    if not isinstance(value, list) or not value:
+        return False
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        return False
+    return array.dtype.kind in "iuf" and array.ndim in (1, 2) and array.shape[0] > 1 and set(np.unique(array)) <= {0, 1}
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else json.dumps(value) if isinstance(value, bool) else str(value)
