@@ -96,7 +96,10 @@ def worker_llama(path: str, threads: int, n_prompt: int, n_decode: int) -> None:
     silent = llama.llama_log_callback(lambda *_: None)
     llama.llama_log_set(silent, None)
     llama.llama_backend_init()
-    model = llama.llama_model_load_from_file(path.encode(), llama.llama_model_default_params())
+    options = llama.llama_model_default_params()
+    # Repacked and AMX weight buffers: on virtual machines that show AMX without enabling it they end in SIGILL.
+    options.use_extra_bufts = os.environ.get("LLAMA_EXTRA_BUFTS", "1") == "1"
+    model = llama.llama_model_load_from_file(path.encode(), options)
     settings = llama.llama_context_default_params()
     settings.n_ctx, settings.n_batch, settings.n_ubatch = 1024, n_prompt, n_prompt
     settings.n_threads = settings.n_threads_batch = threads
