@@ -5,8 +5,7 @@
 
 Every engine is a process of its own that loads once and then waits for its turn, so that slow phases of a noisy
 machine hit all of them. A turn reads a prompt of --prompt tokens (time to its last logits) and then decodes --decode
-tokens after a prompt of 16. Reported: medians, their ratio to the first engine, and for fixmin the share of the memory
-bandwidth that a plain read loop reaches in the same process just before and after (`decode_roofline`).
+tokens after a prompt of 16. Reported: medians and their ratio to the first engine.
 """
 
 import argparse
@@ -28,21 +27,6 @@ def serve(run) -> None:
         print(json.dumps(run()), flush=True)
 
 
-def read_ceiling(threads: int) -> float:
-    """GB/s of XOR over 512 MiB by `threads` threads: what streaming weights could reach."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    data = read_ceiling.__dict__.setdefault("data", np.arange(1 << 26, dtype=np.uint64))
-    parts = np.array_split(data, threads)
-    with ThreadPoolExecutor(threads) as pool:
-        best = 0.0
-        for _ in range(4):
-            start = time.perf_counter()
-            list(pool.map(np.bitwise_xor.reduce, parts))
-            best = max(best, data.nbytes / (time.perf_counter() - start) / 1e9)
-    return best
-
-
 def worker_fixmin(path: str, threads: int, n_prompt: int, n_decode: int) -> None:
     from fixmin_cpp import _core
 
@@ -55,14 +39,7 @@ def worker_fixmin(path: str, threads: int, n_prompt: int, n_decode: int) -> None
         start = time.perf_counter()
         engine.logits(ids, last=True)
         prefill = n_prompt / (time.perf_counter() - start)
-        before = read_ceiling(threads)
-        decode = n_decode / engine.generate(ids[:16], params).decode_s
-        ceiling = max(before, read_ceiling(threads))
-        return {
-            "prefill": prefill,
-            "decode": decode,
-            "roofline": decode * engine.info["bytes_per_token"] / 1e9 / ceiling,
-        }
+        return {"prefill": prefill, "decode": n_decode / engine.generate(ids[:16], params).decode_s}
 
     serve(run)
 
@@ -147,20 +124,19 @@ def start(python: str, kind: str, threads: int, *arguments: object) -> subproces
 
 def table(results: dict[str, list[dict[str, float]]]) -> str:
     def median(name: str, key: str) -> float:
-        return float(np.median([run[key] for run in results[name] if key in run] or [np.nan]))
+        return float(np.median([run[key] for run in results[name]]))
 
     first = next(iter(results))
     lines = [
-        "| engine | prefill tok/s | ratio | decode tok/s | min - max | ratio | roofline |",
-        "|---|---|---|---|---|---|---|",
+        "| engine | prefill tok/s | ratio | decode tok/s | min - max | ratio |",
+        "|---|---|---|---|---|---|",
     ]
     for name, runs in results.items():
         decodes = [run["decode"] for run in runs]
-        roofline = f"{median(name, 'roofline'):.2f}" if "roofline" in runs[0] else ""
         lines.append(
             f"| {name} | {median(name, 'prefill'):.0f} | {median(name, 'prefill') / median(first, 'prefill'):.2f} "
             f"| {median(name, 'decode'):.1f} | {min(decodes):.1f} - {max(decodes):.1f} "
-            f"| {median(name, 'decode') / median(first, 'decode'):.2f} | {roofline} |"
+            f"| {median(name, 'decode') / median(first, 'decode'):.2f} |"
         )
     return "\n".join(lines)
 
