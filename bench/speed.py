@@ -74,7 +74,7 @@ def worker_llama(path: str, threads: int, n_prompt: int, n_decode: int) -> None:
     llama.llama_log_set(silent, None)
     llama.llama_backend_init()
     options = llama.llama_model_default_params()
-    # Repacked and AMX weight buffers: on virtual machines that show AMX without enabling it they end in SIGILL.
+    # LLAMA_EXTRA_BUFTS=0 leaves out repacked and AMX weight buffers; a native build crashed in them (docs/speed.md).
     options.use_extra_bufts = os.environ.get("LLAMA_EXTRA_BUFTS", "1") == "1"
     model = llama.llama_model_load_from_file(path.encode(), options)
     settings = llama.llama_context_default_params()
