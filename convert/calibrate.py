@@ -21,6 +21,7 @@ _MARGIN, _SIGMAS = 0.01, 4.0
 # Random logits cost log V. A file with right conventions and trained weights is far below.
 _SENSIBLE = 0.8
 _WINDOW, _WINDOWS = 128, 8  # tokens, windows of the final comparison
+_ROUNDS = 8  # over all items, one at a time; it ends when nothing changes
 # Combinations that are tried: at most this many, and at most so many weights are read for them. 470 million weights
 # take four seconds, so the published checkpoints get a quarter of an hour.
 _JOINT, _JOINT_WEIGHTS = 1024, 10**11
@@ -47,7 +48,8 @@ class Losses:
             raise CheckpointError(f"tokenizer.json gives id {ids.max()}, the model has {files.vocab_size}")
         count = min(_WINDOWS, len(ids) // size)
         starts = np.linspace(0, len(ids) - size, count).astype(int)
-        self.windows = [ids[s : s + size] for s in starts]
+        # The most varied one first: repetitions are predicted well by wrong models too.
+        self.windows = sorted((ids[s : s + size] for s in starts), key=lambda window: -len(np.unique(window)))
         self.files = files
         self._known: dict[tuple[Any, ...], NDArray[np.float64]] = {}
 
@@ -71,25 +73,31 @@ class Losses:
 def choose(
     items: list[Item], state: State, origins: dict[str, str], losses: Losses, tell: Callable[[str], None]
 ) -> dict[str, str]:
-    """Choose the values of open and assumed items by loss; fills state and origins. Returns item -> why undecided.
+    """Choose the values of open items by loss; fills state and origins. Returns item -> why undecided.
 
-    All combinations on one window if there are few, since one wrong convention hides the others; then, on all windows,
-    one item at a time.
+    All combinations of as many items as is affordable on one window, since one wrong convention hides the others; then,
+    on all windows, one item at a time until none gets better.
     """
     movable = [i for i in items if i.origin is None]
-    soft = ("norm_eps", "rope_base", "rope_dim", "activation")  # wrong ones cost little and hide nothing
-    hard = [i for i in movable if i.name not in soft and len(i.options) > 1]
+    # Wrong ones of these cost little and hide nothing.
+    soft = ("norm_eps", "rope_base", "rope_dim", "activation", "attention_scale")
     spec = losses.files.spec(state)
     affordable = min(_JOINT, _JOINT_WEIGHTS // sum(math.prod(t.shape) for t in spec.tensors.values()))
     tell(f"calibrating {', '.join(i.name for i in movable)} on {sum(map(len, losses.windows))} tokens")
-    if math.prod(len(i.options) for i in hard) <= affordable:
-        combos = itertools.product(*(range(len(i.options)) for i in hard))
-        states = [state | {i.name: i.options[n][1] for i, n in zip(hard, combo, strict=True)} for combo in combos]
-        state.update(min(states, key=lambda s: losses.of(s, 1).mean()))
-    for windows in (1, len(losses.windows), len(losses.windows)):
+    joint: list[Item] = []
+    for item in movable:
+        if item.name not in soft and math.prod(len(i.options) for i in [*joint, item]) <= affordable:
+            joint.append(item)
+    combos = itertools.product(*(range(len(i.options)) for i in joint))
+    states = [state | {i.name: i.options[n][1] for i, n in zip(joint, combo, strict=True)} for combo in combos]
+    state.update(min(states, key=lambda s: losses.of(s, 1).mean()))
+    for windows in (1, *[len(losses.windows)] * _ROUNDS):
+        before = dict(state)
         for item in movable:
             tries = [state | {item.name: value} for _, value in item.options]
             state.update(min(tries, key=lambda s: losses.of(s, windows).mean()))
+        if windows == len(losses.windows) and all(state[i.name] is before[i.name] for i in movable):
+            break
     windows = len(losses.windows)
     best = losses.of(state, windows)
     uniform = math.log(losses.files.vocab_size)
@@ -115,9 +123,5 @@ def choose(
         text = f"calibration: {best.mean():.4g} nats per token, {label} {margin:+.3g} ({sigmas:.1f} standard errors)"
         origins[item.name] = text
         if margin < _MARGIN or sigmas < _SIGMAS:
-            if item.assumed:  # nothing speaks decisively against the assumption
-                state[item.name] = item.options[0][1]
-                origins[item.name] = f"assumed; {text}"
-            else:
-                undecided[item.name] = text
+            undecided[item.name] = text
     return undecided

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,16 +11,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..reference.modeling_fixmin import FixMinBlock, causal_mask, make_norm, rope_tables
-from .conventions import Interpretation
+from ..reference.modeling_fixmin import causal_mask, rope_tables
+from .memory import give_back
 from .probe import OwnModel
 from .spec import ModelSpec
-from .streaming import embed, reference_config
+from .streaming import embed, load_block, load_output_norm, reference_config
 
 # Relative to the largest element. Checkpoints compute rotary angles in float32, which at position 1000 are off by 3e-5
 # and grow by the attention scores; a wrong convention is off by more than one percent at such lengths.
 TOLERANCE = 2e-3
 _OUTPUT_ROWS = 8192  # of the output projection at a time: 32 MB at width 1024
+_LOGIT_ROWS = 64
 _LONGEST = 1024  # tokens; what only longer prompts would show is not seen
 
 
@@ -31,22 +32,11 @@ def normed_inputs(spec: ModelSpec, ids: NDArray[Any]) -> Iterator[Tensor]:
     tables = rope_tables(torch.arange(len(ids))[None], config)
     mask = causal_mask(len(ids), 0, None, x)
     for layer in range(spec.block_count):
-        block = _filled(lambda i=layer: FixMinBlock(config, i), spec, f"blk.{layer}.")
+        block = load_block(spec, config, layer)
         yield block.attn_norm(x)[0]
         x = block(x, *tables, mask, None)
-    yield _filled(lambda: make_norm(config), spec, "output_norm.")(x)[0]
-
-
-def _filled(make: Callable[[], nn.Module], spec: ModelSpec, prefix: str) -> nn.Module:
-    """A module of reference/ with the tensors `prefix`* of the spec; biases it lacks are zero."""
-    with torch.device("meta"):
-        module = make()
-    state = {}
-    for name, parameter in module.named_parameters():
-        recipe = spec.tensors.get(prefix + name)
-        state[name] = torch.zeros(parameter.shape) if recipe is None else torch.from_numpy(recipe.load())
-    module.load_state_dict(state, assign=True)
-    return module
+        give_back(cycles=False)
+    yield load_output_norm(spec, config)(x)[0]
 
 
 def output_error(spec: ModelSpec, hidden: Tensor, logits: Tensor) -> float:
@@ -61,16 +51,21 @@ def output_error(spec: ModelSpec, hidden: Tensor, logits: Tensor) -> float:
 
 
 @torch.no_grad()
-def confirm(spec: ModelSpec, own: OwnModel, found: Interpretation) -> tuple[float, int]:
+def confirm(spec: ModelSpec, own: OwnModel, numbers: Sequence[int]) -> tuple[float, int]:
     """(largest relative difference, tokens) on a prompt as long as the context, at most 1024 tokens.
+
+    numbers: `Interpretation.input_numbers()`.
 
     Raises CheckpointError naming the first block whose result differs: windows shorter than the context and positions
     that are treated differently far out do not show in the short prompts that conventions are read from.
     """
     length = min(spec.context_length, _LONGEST)
     ids = np.random.default_rng(1).integers(0, spec.vocab_size, length)
-    numbers = [found.number[id(b.qkv[0])] for b in found.blocks] + [found.number[id(found.head)]]
     tape, logits = own.trace(ids, inputs_of=numbers)
+    # The inputs of the output projection are compared at every position, its results at some.
+    kept = np.unique(np.linspace(0, len(logits) - 1, _LOGIT_ROWS).astype(int)) - len(logits)
+    logits = logits[kept]
+    give_back()
     worst, last = 0.0, torch.empty(0)
     for i, x in enumerate(normed_inputs(spec, ids)):
         seen = tape.inputs.pop(numbers[i])
@@ -84,7 +79,7 @@ def confirm(spec: ModelSpec, own: OwnModel, found: Interpretation) -> tuple[floa
                 f"(an attention window shorter than the context, positions scaled with the length?); relative "
                 f"difference {error:.2g}"
             )
-    error = output_error(spec, last[-len(logits) :], logits)
+    error = output_error(spec, last[kept], logits)
     if not error <= TOLERANCE:
         raise CheckpointError(
             f"output: the logits differ on a prompt of {length} tokens; relative difference {error:.2g}"

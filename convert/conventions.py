@@ -95,6 +95,10 @@ class Interpretation:
     errors: dict[str, float]  # convention -> largest relative difference over all blocks
     sources: dict[str, str]  # convention -> where its value came from
 
+    def input_numbers(self) -> list[int]:
+        """Numbers in the recording of the first product of every block, then of the output projection."""
+        return [self.number[id(b.qkv[0])] for b in self.blocks] + [self.number[id(self.head)]]
+
 
 # --- the steps of DESIGN §2, in float64 ------------------------------------------------------------------------------
 
@@ -134,7 +138,7 @@ class Reader:
     """Interprets recordings of several prompts of equal length by one model."""
 
     def __init__(self, tapes: Sequence[Tape], logits: Sequence[Tensor], eps: Sequence[float], hints: Hints) -> None:
-        """eps and hints: what is declared; tried first."""
+        """eps and hints: what is declared; tried first. Empties the products of all recordings but the first."""
         self.tape, self.declared_eps, self.hints = tapes[0], eps, hints
         self.tokens = self.tape_length(tapes)
         kept = [self._float_products(t) for t in tapes]
@@ -143,14 +147,18 @@ class Reader:
                 "the checkpoint's code runs other operations for other prompts, or multiplies by no stored matrix: "
                 "its structure cannot be read"
             )
-        # The same product in every prompt: x [P, T, in], y [P, T, out], float64.
+        # The same product in every prompt: x [P, T, in], y [P, T, out], as they were recorded.
         self.products = kept[0]
         self.number = {id(p): i for i, p in enumerate(self.products)}
-        self._x = [_stack([k[i].x for k in kept]) for i in range(len(kept[0]))]
-        self._y = [_stack([k[i].y for k in kept]) for i in range(len(kept[0]))]
+        self._x, self._y = [], []
+        for same in zip(*kept, strict=True):
+            self._x.append(torch.stack([p.x for p in same]))
+            self._y.append(torch.stack([p.y for p in same]))
+            for other in same[1:]:  # only the stacks are used from here on
+                other.x = other.y = torch.empty(0)
         size = self.tokens * kept[0][-1].x.shape[1]  # candidates for the residual stream have T·D elements
         self.early = [torch.stack([o.reshape(-1) for o in outs]) for outs in self._early(tapes, size)]
-        self.logits = _stack(logits)
+        self.logits = torch.stack([t.double() for t in logits])
         self.errors: dict[str, float] = {}
         self.sources: dict[str, str] = {}
 
@@ -180,11 +188,11 @@ class Reader:
 
     def x(self, product: Product) -> Tensor:
         """Input in all prompts, float64 [P, T, in]."""
-        return self._x[self.number[id(product)]]
+        return self._x[self.number[id(product)]].double()
 
     def y(self, product: Product) -> Tensor:
         """Output in all prompts, bias included, float64 [P, T, out]."""
-        return self._y[self.number[id(product)]]
+        return self._y[self.number[id(product)]].double()
 
     # --- structure -----------------------------------------------------------------------------------------------
 
@@ -523,10 +531,6 @@ def _activated(y: Tensor, gate: NDArray[np.int64] | None, up: NDArray[np.int64],
     if gate is None:
         return PLAIN[name](y)
     return GATED[name](y[..., torch.from_numpy(gate)]) * y[..., torch.from_numpy(up)]
-
-
-def _stack(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.stack([t.double() for t in tensors])
 
 
 def _flat(weight: Weight | None, size: int) -> Tensor | None:

@@ -22,21 +22,16 @@ from .spec import Bits, CodeSpec, ModelSpec, TensorRecipe
 
 @dataclass
 class Item:
-    """One convention: its value and origin, or its alternatives if it is open.
-
-    `assumed`: the first alternative is what DESIGN §2 and every known checkpoint use; it stands, and says so, unless a
-    calibration is decisively for another.
-    """
+    """One convention: its value and origin, or its alternatives if it is open."""
 
     name: str
     options: list[tuple[str, Any]]  # (label, value), the likely one first
     origin: str | None = None  # set: settled, options has one entry
     settle: str = ""  # command line option
-    assumed: bool = False
 
     @property
     def open(self) -> bool:
-        return self.origin is None and not self.assumed
+        return self.origin is None
 
 
 State = dict[str, Any]  # item name -> value
@@ -123,10 +118,7 @@ class Files:
             return Item(name, [], settle=option)
         return Item(name, [(str(found[0]), found[0])], found[1])
 
-    def _item(
-        self, name: str, key: str | None, options: Sequence[Any], settled: tuple[Any, str] | None = None,
-        assumed: bool = False,
-    ) -> Item:  # fmt: skip
+    def _item(self, name: str, key: str | None, options: Sequence[Any], settled: tuple[Any, str] | None = None) -> Item:
         """Stated by the user, else in config.json under `key`, else `settled`, else open."""
         option = "--" + name.replace("_", "-")
         if name in self.stated:
@@ -137,7 +129,7 @@ class Files:
             return Item(name, [(_text(found), found)], f"config.json, {spelling(self.config, key)}")
         if settled is not None:
             return Item(name, [(_text(settled[0]), settled[0])], settled[1])
-        return Item(name, [(_text(v), v) for v in options], settle=option, assumed=assumed)
+        return Item(name, [(_text(v), v) for v in options], settle=option)
 
     def _norm_item(self) -> Item:
         parts = [p for b in self.roles.blocks for r, p in b.items() if r.endswith("_norm")]
@@ -204,11 +196,12 @@ class Files:
         elif self.ours:
             settled = (head_dim, "config.json, rope_dim")
         usual = [r for r in (head_dim, head_dim // 2, head_dim // 4) if r >= 2 and r % 2 == 0]
-        return self._item("rope_dim", "rope_dim", usual, settled, assumed=True)
+        return self._item("rope_dim", "rope_dim", usual, settled)
 
     def _scale_item(self, head_dim: int) -> Item:
         settled = (head_dim**-0.5, "config.json, attn_scale") if self.ours else None
-        return self._item("attention_scale", "attention_scale", [head_dim**-0.5], settled, assumed=True)
+        usual = [head_dim**-0.5, 1 / head_dim, 1.0, self.width**-0.5]
+        return self._item("attention_scale", "attention_scale", usual, settled)
 
     # Codes ------------------------------------------------------------------------------------------------------
 
@@ -258,10 +251,19 @@ class Files:
             return CodeSpec(found.kind, found.width, found.matrix, found.shift, found.table, found.lift, values)
 
         self.code = code
-        values = Item("values", [(f"{low:g}, {high:g}", (low, high)), ("-1, 1", (-1.0, 1.0))], assumed=True)
-        if "values" in self.stated:
-            values = Item("values", [(_text(self.stated["values"]), self.stated["values"])], "given with --values")
+        values = self._values_item((float(low), float(high)))
         return [Item("code", [("table", "table")], f"tensor {name}"), self._lift_item(codes.shape[1]), values]
+
+    def _values_item(self, stored: tuple[float, float] = (0.0, 1.0)) -> Item:
+        """Values of a 0 bit and a 1 bit. `stored`: those of a table; the code may change them on the way."""
+        declared = self.config.get("code_values")
+        settled = None
+        if isinstance(declared, list) and len(declared) == 2:
+            settled = (tuple(declared), "config.json, code_values")
+        elif self.ours:
+            settled = (stored, "config.json: the format of the reference model")
+        usual = list(dict.fromkeys([stored, (0.0, 1.0), (-1.0, 1.0)]))
+        return self._item("values", None, usual, settled)
 
     def _lift_item(self, width: int) -> Item:
         settled = None
@@ -288,9 +290,7 @@ class Files:
         if not natural and (matrix != matrix.T).any():
             known = ("Ac", "config.json: the format of the reference model") if self.ours else None
             items.append(self._item("affine_orientation", None, ["Ac", "cA"], known))
-        values = self.config.get("code_values")
-        settled = (tuple(values), "config.json, code_values") if isinstance(values, list) and len(values) == 2 else None
-        items.append(self._item("values", None, [(0.0, 1.0), (-1.0, 1.0)], settled, assumed=True))
+        items.append(self._values_item())
 
         def code(state: State) -> CodeSpec:
             a = matrix.T if state.get("affine_orientation") == "cA" else matrix
@@ -489,4 +489,6 @@ def _is_bits(value: Any) -> bool:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(map(_text, value))
     return f"{value:g}" if isinstance(value, float) else json.dumps(value) if isinstance(value, bool) else str(value)

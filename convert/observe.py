@@ -15,6 +15,7 @@ from .attention import Hints
 from .codes import check_tokenwise, recover_code
 from .confirm import confirm
 from .conventions import Block, Interpretation, Norm, Reader
+from .memory import give_back
 from .probe import OwnModel, load_own_model
 from .recipes import Locator, Ref, constant, gather
 from .roles import Map, is_no_weight, leftovers_error, mapped_recipes, read_map
@@ -64,14 +65,19 @@ class _Observation:
         tapes, logits = zip(*(own.trace(p) for p in prompts), strict=True)
         used = tapes[0].used
         reader = Reader(tapes, logits, *self.declared())
-        del tapes  # the reader keeps what it needs, a quarter
+        del tapes
+        give_back()
         # The name of a value in `stated` is checked against what was found, never forced on it: the code decides.
         found = reader.interpret(lambda order, rows: self.read_code(prompts[0], order, rows, vocab_size, context))
         mapping = read_map(source, map_file)
         spec = self.spec(found, vocab_size, context, mapping)
         self.contradictions(spec)
         self.leftovers(spec, used, mapping)
-        error, tokens = confirm(spec, own, found)
+        numbers = found.input_numbers()
+        del reader, found
+        give_back()  # the recordings, some hundred MB
+        error, tokens = confirm(spec, own, numbers)
+        give_back()
         self.tell(f"reference model against the checkpoint's code, {tokens} tokens: relative difference {error:.2g}")
         return Resolved(spec, source, own.logits, self.input_rows)
 

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from .memory import InitialValuesUsed, Unwritten, give_back, map_weights
 from .source import Source
 from .trace import Tape, model_tensors
 
@@ -70,6 +71,7 @@ class OwnModel:
             tape = Tape(self.model, inputs_of)
             with tape:
                 logits = self._forward(ids)
+        give_back(cycles=False)
         return tape, logits
 
     def _forward(self, ids: NDArray[Any]) -> Tensor:
@@ -269,6 +271,13 @@ def load_own_model(source: Source, log: Log) -> OwnModel:
 
 def _load_by_constructor(source: Source, log: Log) -> OwnModel:
     make = _constructor(source)
+    try:
+        return _load_made(lambda: _make_unwritten(make, source), source, log)
+    except InitialValuesUsed:
+        return _load_made(make, source, log)
+
+
+def _load_made(make: Callable[[], nn.Module], source: Source, log: Log) -> OwnModel:
     torch.manual_seed(1)
     first_draw = {}
     model = make()
@@ -276,10 +285,21 @@ def _load_by_constructor(source: Source, log: Log) -> OwnModel:
     for name, tensor in model_tensors(model):
         if name not in file_name:
             first_draw[name] = tensor.detach().clone()
-    del model
+    del model, tensor
+    give_back()
     torch.manual_seed(2)
-    model = make()
-    return _filled(model, source, first_draw, log)
+    return _filled(make(), source, first_draw, log)
+
+
+def _make_unwritten(make: Callable[[], nn.Module], source: Source) -> nn.Module:
+    """`make()` without writing the large parameters that the files hold; InitialValuesUsed if others depend on them."""
+    with Unwritten() as mode:
+        model = make()
+    file_name, _, _ = _match_names(model, source)
+    in_file = {t.untyped_storage().data_ptr() for name, t in model_tensors(model) if name in file_name}
+    if not mode.alive() <= in_file:
+        raise InitialValuesUsed("an unwritten tensor that no file holds")
+    return model
 
 
 def _load_by_from_pretrained(source: Source, log: Log) -> OwnModel:
@@ -309,7 +329,10 @@ def _filled(model: nn.Module, source: Source, first_draw: dict[str, Tensor], log
         shape = source.tensors[stored].shape
         if tuple(state[name].shape) != shape:
             raise CheckpointError(f"tensor {stored}: {shape} in the file, {tuple(state[name].shape)} in the code")
-        state[name].copy_(torch.from_numpy(source.read_raw(stored)))
+    mapped = map_weights(model, source, file_name)
+    for name, stored in file_name.items():
+        if name not in mapped:
+            state[name].copy_(torch.from_numpy(source.read_raw(stored)))
     loaded = {state[name].data_ptr() for name in file_name}
     if missing and getattr(getattr(model, "config", None), "tie_word_embeddings", False):
         missing = _tie_output(model, missing, file_name)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -314,10 +314,19 @@ class Source:
         dtype = np.dtype(_DTYPES[tensor.dtype])
         if tensor.size == 0:
             return np.empty(tensor.shape, dtype)
+        return self._map(tensor, "r")
+
+    def map_private(self, name: str) -> NDArray[Any]:
+        """A tensor of a safetensors file (not BF16), mapped; what is written to it stays in this process."""
+        return self._map(self.tensors[name], "c")
+
+    @staticmethod
+    def _map(tensor: StoredTensor, mode: Literal["r", "c"]) -> NDArray[Any]:
+        dtype = np.dtype(_DTYPES[tensor.dtype])
         end = tensor.offset + tensor.size * dtype.itemsize
         if tensor.file.stat().st_size < end:  # it shrank since the header was read; touching the map would be SIGBUS
             raise CheckpointError(f"{tensor.file.name}: ends inside tensor {tensor.name}")
-        return np.memmap(tensor.file, dtype, "r", tensor.offset, tensor.shape)
+        return np.memmap(tensor.file, dtype, mode, tensor.offset, tensor.shape)
 
 
 def _no_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:

@@ -64,9 +64,9 @@ def reference_logits(spec: ModelSpec, prompts: Sequence[NDArray[Any]]) -> list[N
     config = reference_config(spec)
     states = [embed(spec, prompt)[None] for prompt in prompts]  # [1, T, D] each
     for layer in range(spec.block_count):
-        block = _block(spec, config, layer)
+        block = load_block(spec, config, layer)
         states = [_run(block, x, config) for x in states]
-    norm = _output_norm(spec, config)
+    norm = load_output_norm(spec, config)
     return _project(spec, [norm(x)[0] for x in states])
 
 
@@ -87,10 +87,10 @@ def step_errors(
     errors = []
     for layer in range(spec.block_count):
         before, after = torch.from_numpy(states[layer]), torch.from_numpy(states[layer + 1])
-        expected = _run(_block(spec, config, layer, rounded), before[None], config)[0]
+        expected = _run(load_block(spec, config, layer, rounded), before[None], config)[0]
         added, least = (expected - before).norm(dim=-1), _LEAST_ADDED * after.norm(dim=-1)
         errors.append(_ratio((after - expected).norm(dim=-1), torch.maximum(added, least)))
-    hidden = _output_norm(spec, config)(torch.from_numpy(states[-1]))
+    hidden = load_output_norm(spec, config)(torch.from_numpy(states[-1]))
     hidden = round_activations(hidden) if "output.weight" in rounded else hidden
     expected = torch.from_numpy(_project(spec, [hidden])[0])
     return [*errors, _ratio((torch.from_numpy(logits) - expected).norm(dim=-1), expected.norm(dim=-1))]
@@ -124,7 +124,7 @@ def _tensor(values: NDArray[np.float32]) -> Tensor:
     return torch.from_numpy(np.require(values, requirements=["C", "W"]))
 
 
-def _block(spec: ModelSpec, config: FixMinConfig, layer: int, rounded: Collection[str] = ()) -> FixMinBlock:
+def load_block(spec: ModelSpec, config: FixMinConfig, layer: int, rounded: Collection[str] = ()) -> FixMinBlock:
     with torch.device("meta"):
         block = FixMinBlock(config, layer)
     prefix = f"blk.{layer}."
@@ -135,7 +135,7 @@ def _block(spec: ModelSpec, config: FixMinConfig, layer: int, rounded: Collectio
     return block
 
 
-def _output_norm(spec: ModelSpec, config: FixMinConfig) -> nn.Module:
+def load_output_norm(spec: ModelSpec, config: FixMinConfig) -> nn.Module:
     with torch.device("meta"):
         norm = make_norm(config)
     _load(norm, spec, "output_norm.")

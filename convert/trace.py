@@ -20,6 +20,8 @@ from torch.utils._pytree import tree_flatten
 # products have been seen.
 _MAX_KEPT = 1 << 22
 _KEEP_UNTIL_PRODUCT = 12
+# Results of so many products, the latest, are recognised when a bias is added to them.
+_FOLLOWED = 8
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,12 @@ class Product:
     y: Tensor
     storage: int = 0  # address of y's storage while it lived
     positions: Tensor = field(default_factory=lambda: torch.empty(0))  # of y's elements in that storage, [T, out]
+    # Addresses identify tensors only as long as nothing else is given the memory: results at `storage`, old and new.
+    alive: list[Tensor] = field(default_factory=list)
+
+    def forget_place(self) -> None:
+        """Nothing is looked up by the address of y any more."""
+        self.storage, self.positions, self.alive = 0, torch.empty(0), []
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,6 @@ class Tape(TorchDispatchMode):
         self.order = 0
         self._owners: dict[int, list[tuple[str, Tensor]]] = {}
         # Addresses identify tensors only as long as nothing else is given the memory.
-        self._alive: list[Tensor] = []
         self._derived: dict[int, tuple[tuple[str, ...], Tensor]] = {}
         for name, tensor in model_tensors(model):
             if tensor.numel() and tensor.untyped_storage().data_ptr():
@@ -94,9 +101,8 @@ class Tape(TorchDispatchMode):
     def __exit__(self, *exc: object) -> None:
         super().__exit__(*exc)
         if not self._nested:  # nothing is looked up by address any more
-            self._alive.clear()
-            for product in self.products:
-                product.positions = torch.empty(0)
+            for product in self.products[-_FOLLOWED:]:
+                product.forget_place()
 
     def names_of(self, tensor: Tensor) -> tuple[str, ...] | None:
         """Names of the stored tensors that this one depends on, or None if it is an activation."""
@@ -123,7 +129,8 @@ class Tape(TorchDispatchMode):
         pending = self._before(op, args, kwargs) if any(names) and not all(names) else None
         sources = [self._product_of(t) for t in tensors] if op in _COPIES else []
         result = func(*args, **kwargs)
-        self.order += 1
+        # A sampling profiler makes detach calls come and go from run to run.
+        self.order += op not in _UNCOUNTED
         self.operations.add(op)
         for value in args:
             if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -165,7 +172,7 @@ class Tape(TorchDispatchMode):
         elif sources and sources[0] is not None and out.shape == tensors[0].shape:
             self._follow_copy(*sources[0], out)
         early = self.inputs_of is None and len(self.products) < _KEEP_UNTIL_PRODUCT
-        if early and out.is_floating_point() and 0 < out.numel() <= _MAX_KEPT:
+        if early and op not in _UNCOUNTED and out.is_floating_point() and 0 < out.numel() <= _MAX_KEPT:
             self.outputs.append((self.order, out.detach().clone()))
 
     def _before(self, op: str, args: Any, kwargs: Any) -> Callable[[Any], None] | None:
@@ -248,7 +255,9 @@ class Tape(TorchDispatchMode):
             y = by_token(out.detach()).clone()
             product = Product(self.order, Weight(b.mT.detach(), names), None, x, y)
             product.storage, product.positions = out.untyped_storage().data_ptr(), by_token(_index_like(out))
-            self._alive.append(out)
+            product.alive.append(out)
+            for old in self.products[-_FOLLOWED : 1 - _FOLLOWED]:
+                old.forget_place()
             if isinstance(bias, Tensor):
                 laid_out = bias.expand_as(y) if op == "convolution" else by_token(bias.expand_as(out))
                 product.bias = self._as_bias(bias, laid_out)
@@ -268,7 +277,7 @@ class Tape(TorchDispatchMode):
     def _product_of(self, tensor: Tensor) -> tuple[Product, Tensor] | None:
         """The recent product whose result this tensor is a view of, and the storage positions of the view."""
         address = tensor.untyped_storage().data_ptr() if tensor.numel() else 0
-        for product in reversed(self.products[-8:]):
+        for product in reversed(self.products[-_FOLLOWED:]):
             if product.storage == address and tensor.numel() == product.y.numel():
                 return product, _index_like(tensor)
         return None
@@ -278,7 +287,7 @@ class Tape(TorchDispatchMode):
         place[index.flatten()] = _index_like(out).flatten()
         product.positions = place[product.positions]
         product.storage = out.untyped_storage().data_ptr()
-        self._alive.append(out)
+        product.alive.append(out)
 
     def _add_bias(self, product: Product, index: Tensor, weight: Weight, out: Tensor, x: Tensor) -> None:
         """A vector of weights added to a product: its bias, unless it varies from token to token."""
@@ -297,6 +306,8 @@ class Tape(TorchDispatchMode):
 
 # Operations that move an activation without changing it.
 _COPIES = ("clone", "copy", "to_copy", "contiguous")
+# Operations that only give a tensor another handle.
+_UNCOUNTED = ("detach", "alias", "lift_fresh")
 
 
 def model_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -38,7 +38,7 @@ def resolve_without_code(
     if any(not item.options for item in items) or (undecided and calibrate is None):
         raise _ambiguous(source, items, undecided, files.calibratable())
     state = {item.name: item.options[0][1] for item in items}
-    origins = {item.name: item.origin or "assumed, as in every known checkpoint" for item in items}
+    origins = {item.name: item.origin or "" for item in items}
     if calibrate is not None:
         undecided = choose(items, state, origins, Losses(source, files, calibrate, state["context_length"]), tell)
         if undecided:

@@ -13,7 +13,7 @@ import os
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -258,16 +258,19 @@ def _token_ids(tokens: Iterable[str], tokenizer: TextTokenizer | None) -> Iterab
 def _codes(file: _core.GgufFile, metadata: Mapping[str, Any], ids: NDArray[np.uint32]) -> NDArray[np.uint8] | None:
     """Codes [T, K], or None for a learned embedding."""
     kind, width, vocab_size = (metadata.get(f"fixmin.{key}") for key in ("code.kind", "code.width", "vocab_size"))
+    if kind == "learned":
+        return None
+    if not isinstance(width, int) or not isinstance(vocab_size, int):
+        raise GGUFError("fixmin.vocab_size or fixmin.code.width is missing or no number")
     if kind == "affine":
         a, b = _affine(metadata.get("fixmin.code.affine_matrix"), metadata.get("fixmin.code.affine_shift"), width)
         return _core.CodeMap.affine(vocab_size, a, b).codes(ids)
     if kind == "table":
         packed = file.tensor_data("token_code.weight")
-        if not isinstance(width, int) or packed.size != vocab_size * ((width + 7) // 8):
+        if packed.size != vocab_size * ((width + 7) // 8):
             raise GGUFError("token_code.weight does not hold one row of fixmin.code.width bits for each token")
-        return np.unpackbits(packed.reshape(vocab_size, -1)[ids], axis=1, bitorder="little")[:, :width]
-    if kind == "learned":
-        return None
+        rows: NDArray[np.uint8] = packed.reshape(vocab_size, -1)[ids]
+        return np.unpackbits(rows, axis=1, bitorder="little")[:, :width]
     raise GGUFError(f"fixmin.code.kind is {kind!a}: the file has no codes")
 
 
@@ -380,7 +383,7 @@ class _Screen:
             table.add_row(name, str(entry["tensors"]), f"{entry['weights']:,}", f"{entry['bytes']:,}")
         self._print(table)
 
-    def _table(self, title: str, *columns: tuple[str, str]) -> Table:
+    def _table(self, title: str, *columns: tuple[str, Literal["left", "right"]]) -> Table:
         self._title(title)
         table = Table(box=self._box, show_edge=False, pad_edge=True)
         for name, justify in columns:

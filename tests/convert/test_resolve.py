@@ -188,6 +188,7 @@ def test_a_map_can_say_everything(tmp_path: Path) -> None:
         "affine": (code.matrix, code.shift), "bit_order": "lsb", "affine_orientation": "Ac", "lift": "tile",
         "norm": "rmsnorm", "norm_eps": 1e-6, "activation": "swiglu", "rope_style": "interleaved", "rope_base": 10000.0,
         "n_head": 4, "context_length": 64, "transposed": False,
+        "values": (0.0, 1.0), "rope_dim": 16, "attention_scale": 0.25,
     }  # fmt: skip
     with resolve(tmp_path / "checkpoint", map_file=tmp_path / "map.txt", overrides=stated) as resolved:
         ids = zoo.prompt(original)

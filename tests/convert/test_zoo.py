@@ -96,22 +96,56 @@ def test_architectures_of_transformers(name: str, tmp_path: Path) -> None:
 GELU = {"activation": "gelu", "norm_eps": 1e-5}
 # style -> (options that a refusal must name, what is stated on top of a calibration). What is stated there is what no
 # text of a few hundred tokens can tell: the logits of the two GELUs differ by 1e-3 at most, those of two eps by less.
+# The text of "boxed" nearly repeats itself.
 WITHOUT_CODE: dict[str, tuple[str, dict[str, Any]]] = {
-    "bochkov": ("--lift --rope-style --rope-base --activation --norm-eps", GELU),
-    "bochkov_tile": ("--lift --rope-style --rope-base --activation --norm-eps", GELU),
-    "bochkov_scrambled": ("--lift --rope-style --rope-base --activation --norm-eps", GELU),
-    "bochkov_learned": ("--rope-style --rope-base --activation --norm-eps", GELU),
-    "gpt2": ("--rope-style --activation --qkv-order", {"activation": "gelu_tanh"}),
-    "gpt2_vkq": ("--lift --rope-style --activation --qkv-order", {"activation": "gelu_tanh"}),
-    "llama": ("--lift --bit-order --affine-orientation --rope-style", {}),
-    "llama_gqa": ("--lift --bit-order --affine-orientation --rope-style", {}),
-    "llama_w12": ("--lift --bit-order --affine-orientation --rope-style --gate-up-order", {}),
-    "neox": ("--lift --bit-order --rope-style --activation --qkv-order", {"activation": "gelu"}),
-    "neox_kvq": ("--lift --bit-order --rope-style --activation --qkv-order", {"activation": "gelu"}),
-    "seeded_stored": ("--lift --affine-orientation --rope-style --activation", {"activation": "gelu"}),
-    "seeded_stored_left_bf16": ("--lift --affine-orientation --rope-style --activation", {"activation": "gelu"}),
-    "nano_stored": ("--norm --norm-eps --rope-style --rope-base --activation", GELU),
-    "boxed": ("--norm-eps --rope-style --activation", {"activation": "gelu_tanh", "norm_eps": 1e-5}),
+    "bochkov": ("--lift --rope-style --rope-base --activation --norm-eps --attention-scale --rope-dim --values", GELU),
+    "bochkov_tile": (
+        "--lift --rope-style --rope-base --activation --norm-eps --attention-scale --rope-dim --values",
+        GELU,
+    ),
+    "bochkov_scrambled": (
+        "--lift --rope-style --rope-base --activation --norm-eps --attention-scale --rope-dim --values",
+        GELU,
+    ),
+    "bochkov_learned": ("--rope-style --rope-base --activation --norm-eps --attention-scale --rope-dim", GELU),
+    "gpt2": (
+        "--rope-style --activation --qkv-order --attention-scale --rope-dim --values",
+        {"activation": "gelu_tanh"},
+    ),
+    "gpt2_vkq": (
+        "--lift --rope-style --activation --qkv-order --attention-scale --rope-dim --values",
+        {"activation": "gelu_tanh"},
+    ),
+    "llama": ("--lift --bit-order --affine-orientation --rope-style --attention-scale --rope-dim --values", {}),
+    "llama_gqa": ("--lift --bit-order --affine-orientation --rope-style --attention-scale --rope-dim --values", {}),
+    "llama_w12": (
+        "--lift --bit-order --affine-orientation --rope-style --gate-up-order --attention-scale --rope-dim --values",
+        {},
+    ),
+    "neox": (
+        "--lift --bit-order --rope-style --activation --qkv-order --attention-scale --values",
+        {"activation": "gelu"},
+    ),
+    "neox_kvq": (
+        "--lift --bit-order --rope-style --activation --qkv-order --attention-scale --values",
+        {"activation": "gelu"},
+    ),
+    "seeded_stored": (
+        "--lift --affine-orientation --rope-style --activation --attention-scale --rope-dim --values",
+        {"activation": "gelu"},
+    ),
+    "seeded_stored_left_bf16": (
+        "--lift --affine-orientation --rope-style --activation --attention-scale --rope-dim --values",
+        {"activation": "gelu"},
+    ),
+    "nano_stored": (
+        "--norm --norm-eps --rope-style --rope-base --activation --attention-scale --rope-dim --values",
+        GELU,
+    ),
+    "boxed": (
+        "--norm-eps --rope-style --activation --attention-scale --values",
+        {"activation": "gelu_tanh", "norm_eps": 1e-5, "attention_scale": 32**-0.5},
+    ),
 }
 
 
@@ -158,6 +192,7 @@ def test_without_permission_the_code_is_not_run(tmp_path: Path) -> None:
 def test_everything_stated(tmp_path: Path) -> None:
     style, original = without_code("bochkov_tile", tmp_path / "checkpoint")
     stated = {"lift": "tile", "rope_style": "half", "rope_base": 10000.0, **GELU}
+    stated |= {"values": (0.0, 1.0), "attention_scale": 32**-0.5, "rope_dim": 32}
     convert_or_refuse(tmp_path / "checkpoint", style, original, overrides=stated)
 
 
@@ -169,6 +204,7 @@ def test_recoding_in_the_code_only(tmp_path: Path) -> None:
     embed = original.model.embed
     stated = {"affine": (embed.A.numpy(), embed.b.numpy()), "bit_order": "lsb", "lift": "tile"}
     stated |= {"affine_orientation": "Ac", "rope_style": "half", "qkv_order": "qkv", "activation": "gelu"}
+    stated |= {"values": (0.0, 1.0), "attention_scale": 32**-0.5, "rope_dim": 32}
     convert_or_refuse(tmp_path / "checkpoint", style, original, overrides=stated)
 
 

@@ -271,7 +271,7 @@ def prompt(original: Original, seed: int = 0) -> NDArray[np.int64]:
     return ids
 
 
-def sampled_text(original: Original, rows: int = 4, seed: int = 0) -> str:
+def sampled_text(original: Original, rows: int = 8, seed: int = 0) -> str:
     """A text that the model itself wrote at temperature 1, so no other model explains it better on average.
 
     What a wrong convention costs in nats per token is then the divergence between the two models: certain to show in
