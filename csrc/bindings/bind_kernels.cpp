@@ -106,8 +106,10 @@ class KernelTable {
         if (const float* r = data_or_null(residual, out.size(), "residual must be [tokens, rows]")) {
             std::copy_n(r, out.size(), out.mutable_data());
         }
+        std::vector<std::byte> scratch(kernels::matmul_scratch_bytes(inner, tokens));
         k_.matmul({type, panels.data(), stride, rows, inner, x.data(), inner, blocks.data(), tokens,
-                   padded_bias.empty() ? nullptr : padded_bias.data(), out.mutable_data(), rows, residual.has_value()});
+                   padded_bias.empty() ? nullptr : padded_bias.data(), out.mutable_data(), rows, residual.has_value(),
+                   scratch.data()});
         return out;
     }
 

@@ -7,6 +7,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 namespace fixmin::kernels {
@@ -18,11 +22,12 @@ extern const Kernels kernels_avx2;
 extern const Kernels kernels_avxvnni;
 extern const Kernels kernels_avx512;
 extern const Kernels kernels_avx512vnni;
+extern const Kernels kernels_amx;
 
 namespace {
 
 struct CpuFeatures {
-    bool avx2 = false, avxvnni = false, avx512 = false, avx512vnni = false;
+    bool avx2 = false, avxvnni = false, avx512 = false, avx512vnni = false, amx = false;
 };
 
 // Register state that the operating system saves on a context switch; an instruction set without it cannot be used.
@@ -30,6 +35,16 @@ uint64_t enabled_state() {
     uint32_t low, high;
     __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     return (uint64_t(high) << 32) | low;
+}
+
+// Linux gives a process the 8 KB of tile registers on request only; threads that start later inherit the permission.
+bool tiles_permitted() {
+#if defined(__linux__)
+    constexpr int request_permission = 0x1023, tile_data = 18;
+    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+    return false;
+#endif
 }
 
 CpuFeatures detect() {
@@ -45,6 +60,10 @@ CpuFeatures detect() {
     const uint32_t avx512_all = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
     features.avx512 = features.avx2 && zmm && (b & avx512_all) == avx512_all;
     features.avx512vnni = features.avx512 && (c & bit_AVX512VNNI);
+    constexpr uint32_t amx_tile_bit = 1u << 24, amx_int8_bit = 1u << 25;
+    constexpr uint64_t tile_state = 0x60000;
+    features.amx = features.avx512vnni && (d & amx_tile_bit) && (d & amx_int8_bit) &&
+                   (state & tile_state) == tile_state && tiles_permitted();
     uint32_t a1, b1, c1, d1;
     constexpr uint32_t avx_vnni_bit = 1u << 4;
     if (a >= 1 && __get_cpuid_count(7, 1, &a1, &b1, &c1, &d1)) features.avxvnni = features.avx2 && (a1 & avx_vnni_bit);
@@ -60,7 +79,8 @@ const std::vector<Isa>& isas() {
                                 {"avx2", cpu.avx2, &kernels_avx2},
                                 {"avxvnni", cpu.avxvnni, &kernels_avxvnni},
                                 {"avx512", cpu.avx512, &kernels_avx512},
-                                {"avx512vnni", cpu.avx512vnni, &kernels_avx512vnni}};
+                                {"avx512vnni", cpu.avx512vnni, &kernels_avx512vnni},
+                                {"amx", cpu.amx, &kernels_amx}};
     }();
     return list;
 }

@@ -34,11 +34,19 @@ struct MatmulArgs {
     size_t activation_stride;          // floats
     const ActivationBlock* quantized;  // [n_tokens][inner / 32]; quantised weight types
     uint32_t n_tokens;
-    const float* bias;  // [n_rows rounded up to 16], or null
-    float* out;         // [n_tokens][out_stride]
-    size_t out_stride;  // floats
-    bool accumulate;    // add to what `out` holds
+    const float* bias;   // [n_rows rounded up to 16], or null
+    float* out;          // [n_tokens][out_stride]
+    size_t out_stride;   // floats
+    bool accumulate;     // add to what `out` holds
+    std::byte* scratch;  // matmul_scratch_bytes(inner, n_tokens); quantised weight types
 };
+
+inline constexpr uint32_t matmul_tile_tokens = 16;  // of ISAs that multiply tiles
+
+/// A panel as bytes with float32 scales, and all activations in the order of tiles.
+static constexpr size_t matmul_scratch_bytes(size_t inner, size_t n_tokens) {
+    return (lanes + n_tokens) * (inner + inner / quant::block_size * sizeof(float));
+}
 
 enum class KvType : uint8_t { f32, f16 };
 

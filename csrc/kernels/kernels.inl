@@ -291,9 +291,19 @@ void for_each_tile(const MatmulArgs& args, Wide wide, Narrow narrow) {
     }
 }
 
+#ifdef FIXMIN_AMX
+#include "kernels/amx.inl"
+#endif
+
 template <typename Block>
-void quantized_matmul(const MatmulArgs& args) {
+void quantized_matmul(MatmulArgs args) {
     const uint32_t n_blocks = args.inner / block;
+#ifdef FIXMIN_AMX
+    const uint32_t done = tile_matmul<Block>(args);
+    args.quantized += size_t(done) * n_blocks;
+    args.out += done * args.out_stride;
+    args.n_tokens -= done;
+#endif
     for_each_tile<matmul_columns>(
         args,
         [&](const uint8_t* panel, uint32_t token, VecF* result) {
@@ -471,8 +481,7 @@ void attention_tile_of(const AttentionArgs& args, uint32_t first_query) {
 
 template <typename Kv>
 void attention_as(const AttentionArgs& args) {
-    constexpr uint32_t tile = 8;
-    static_assert(tile <= attention_tile);
+    constexpr uint32_t tile = attention_tile;
     uint32_t query = 0;
     for (; query + tile <= args.n_queries; query += tile) attention_tile_of<Kv, tile>(args, query);
     for (; query < args.n_queries; ++query) attention_tile_of<Kv, 1>(args, query);

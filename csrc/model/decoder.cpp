@@ -11,6 +11,23 @@ namespace fixmin::model {
 using kernels::ActivationBlock;
 using quant::block_size;
 
+namespace {
+
+// Tokens per pass over the panels of a matrix: as many as keep their activations in the second-level cache, in whole
+// tiles of every ISA (12, 4, 6 and 16 tokens).
+uint32_t tokens_per_pass(size_t row_bytes) {
+    constexpr size_t cache_bytes = size_t(1) << 20, whole = 48;
+    return uint32_t(std::max(cache_bytes / row_bytes / whole * whole, whole));
+}
+
+size_t quantized_bytes(size_t length) { return length / block_size * sizeof(ActivationBlock); }
+
+size_t matmul_scratch(size_t inner, size_t max_tokens) {
+    return kernels::matmul_scratch_bytes(inner, std::min<size_t>(max_tokens, tokens_per_pass(quantized_bytes(inner))));
+}
+
+}  // namespace
+
 Decoder::Decoder(const Weights& weights, const kernels::Kernels& kernels, uint32_t max_tokens, uint32_t n_ctx,
                  uint32_t n_threads)
     : weights_(weights), hp_(weights.hyperparams), kernels_(kernels) {
@@ -27,7 +44,8 @@ Decoder::Decoder(const Weights& weights, const kernels::Kernels& kernels, uint32
     for (Private& p : private_) {
         p.row.resize(widest);
         p.blocks.resize(widest / block_size);
-        p.attention.resize(kernels::attention_scratch_floats(n_ctx));
+        p.scratch.resize(std::max(kernels::attention_scratch_floats(n_ctx) * sizeof(float),
+                                  std::max(matmul_scratch(d, t), matmul_scratch(f, t))));
     }
 }
 
@@ -123,7 +141,7 @@ void Decoder::attend(uint32_t l, const Pass& pass, Team& team) {
                 kernels_.scale(queries + t * stride, d, hp_.attention_scale);
             }
             kernels_.attention({kv, queries, stride, n_tokens, pass.position, attended_.data() + head * d,
-                                hp_.q_length(), private_[team.index].attention.data()});
+                                hp_.q_length(), reinterpret_cast<float*>(private_[team.index].scratch.data())});
         }
     }
 }
@@ -197,12 +215,9 @@ Decoder::Rows Decoder::as_rows(const float* values, uint32_t length, uint32_t n_
 }
 
 void Decoder::multiply(const Linear& w, const Rows& rows, uint32_t n_tokens, float* out, size_t out_stride,
-                       bool accumulate, Team& team) const {
-    // Tokens per pass over the panels: as many as keep their activations in the second-level cache.
-    constexpr size_t cache_bytes = size_t(1) << 20;
-    const size_t row_bytes =
-        is_quantized(w.type) ? rows.length / block_size * sizeof(ActivationBlock) : rows.length * sizeof(float);
-    const uint32_t tile = uint32_t(std::max<size_t>(cache_bytes / row_bytes / 24 * 24, 24));
+                       bool accumulate, Team& team) {
+    const size_t row_bytes = is_quantized(w.type) ? quantized_bytes(rows.length) : rows.length * sizeof(float);
+    const uint32_t tile = tokens_per_pass(row_bytes);
     const auto [begin, end] = team.share(w.n_panels());
     if (begin == end) return;
     const uint32_t first = begin * quant::panel_rows, last = std::min(end * quant::panel_rows, w.rows);
@@ -211,7 +226,7 @@ void Decoder::multiply(const Linear& w, const Rows& rows, uint32_t n_tokens, flo
                          rows.values + size_t(t) * rows.length, rows.length,
                          rows.quantized ? rows.quantized + size_t(t) * (rows.length / block_size) : nullptr,
                          std::min(tile, n_tokens - t), w.bias.empty() ? nullptr : w.bias.data() + first,
-                         out + t * out_stride + first, out_stride, accumulate});
+                         out + t * out_stride + first, out_stride, accumulate, private_[team.index].scratch.data()});
     }
 }
 

@@ -76,13 +76,13 @@ class Decoder {
     struct Private {
         std::vector<float> row;                        // [max(D, F)]
         std::vector<kernels::ActivationBlock> blocks;  // the same in 8 bits
-        std::vector<float> attention;                  // scores
+        std::vector<std::byte> scratch;                // of kernels
     };
 
     Rows normalized(const Norm& norm, const float* x, uint32_t n_tokens, bool quantize, Team& team);
     Rows as_rows(const float* values, uint32_t length, uint32_t n_tokens, bool quantize, Team& team);
     void multiply(const Linear& w, const Rows& rows, uint32_t n_tokens, float* out, size_t out_stride, bool accumulate,
-                  Team& team) const;
+                  Team& team);
     void normalize_row(const Norm& norm, const float* x, float* y) const;
     void lift(const Pass& pass, Team& team);
     void project_qkv(uint32_t layer, const Pass& pass, Team& team);

@@ -19,6 +19,7 @@ FLAGS = {
     "avxvnni": [*AVX2, "-mavxvnni"],
     "avx512": AVX512,
     "avx512vnni": [*AVX512, "-mavx512vnni"],
+    "amx": [*AVX512, "-mavx512vnni", "-mamx-tile", "-mamx-int8"],
 }
 
 
