@@ -109,7 +109,7 @@ class KernelTable {
         std::vector<std::byte> scratch(kernels::matmul_scratch_bytes(inner, tokens));
         k_.matmul({type, panels.data(), stride, rows, inner, x.data(), inner, blocks.data(), tokens,
                    padded_bias.empty() ? nullptr : padded_bias.data(), out.mutable_data(), rows, residual.has_value(),
-                   scratch.data()});
+                   scratch.data(), false});
         return out;
     }
 

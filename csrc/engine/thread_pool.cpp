@@ -67,6 +67,7 @@ struct ThreadPool::Shared {
 
     const uint32_t spins;
     Barrier barrier;
+    model::Team::Counters counters;
     std::atomic<uint32_t> epoch = 0;    // counts jobs
     std::atomic<uint32_t> running = 0;  // workers still in the job
     std::atomic<bool> quit = false;
@@ -77,7 +78,8 @@ struct ThreadPool::Shared {
     void call(uint32_t index, uint32_t size) {
         class PoolTeam final : public model::Team {
           public:
-            PoolTeam(uint32_t index, uint32_t size, Barrier& barrier) : Team(index, size), barrier_(barrier) {}
+            PoolTeam(uint32_t index, uint32_t size, Shared& shared)
+                : Team(index, size, shared.counters), barrier_(shared.barrier) {}
             void barrier() override {
                 if (size > 1) barrier_.wait();
             }
@@ -86,7 +88,7 @@ struct ThreadPool::Shared {
             Barrier& barrier_;
         };
         const DefaultFloatingPoint environment;
-        PoolTeam team(index, size, barrier);
+        PoolTeam team(index, size, *this);
         try {
             (*job)(team);
         } catch (...) {
@@ -140,6 +142,7 @@ void ThreadPool::run(const std::function<void(model::Team&)>& job) {
     Shared& shared = *shared_;
     shared.job = &job;
     shared.error = nullptr;
+    for (auto& slot : shared.counters.slot) slot.next.store(0, std::memory_order_relaxed);
     shared.running.store(size_ - 1, std::memory_order_relaxed);
     shared.epoch.fetch_add(1, std::memory_order_release);
     shared.epoch.notify_all();

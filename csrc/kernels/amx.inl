@@ -102,7 +102,7 @@ uint32_t tile_matmul(const MatmulArgs& args) {
     float* activation_scales = scales + size_t(n_blocks) * lanes;
     int8_t* weights = (int8_t*)(activation_scales + size_t(n_tokens) * n_blocks);  // [n_blocks][8][16][4]
     int8_t* activations = weights + size_t(n_blocks) * 8 * 64;                     // [n_tokens / 16][n_blocks][16][32]
-    for (uint32_t t = 0; t < n_tokens; t += tile_tokens) {
+    for (uint32_t t = 0; t < n_tokens && !args.same_tokens; t += tile_tokens) {
         const size_t at = size_t(t) * n_blocks;
         pack_activations(args.quantized + at, n_blocks, activations + at * block, activation_scales + at);
     }

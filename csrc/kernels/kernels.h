@@ -39,6 +39,7 @@ struct MatmulArgs {
     size_t out_stride;   // floats
     bool accumulate;     // add to what `out` holds
     std::byte* scratch;  // matmul_scratch_bytes(inner, n_tokens); quantised weight types
+    bool same_tokens;    // as in the call before with this scratch, which nothing has written to since
 };
 
 inline constexpr uint32_t matmul_tile_tokens = 16;  // of ISAs that multiply tiles

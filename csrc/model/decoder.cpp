@@ -116,7 +116,7 @@ void Decoder::project_qkv(uint32_t l, const Pass& pass, Team& team) {
     multiply(layer.v, rows, n_tokens, qkv_.data() + hp_.q_length() + hp_.kv_length(), stride, false, team);
 }
 
-// Rotates and stores keys, then attends; a thread owns whole key/value heads, so nothing waits in between.
+// Rotates and stores keys, then attends; a thread takes whole key/value heads, so nothing waits in between.
 void Decoder::attend(uint32_t l, const Pass& pass, Team& team) {
     const uint32_t n_tokens = uint32_t(pass.ids.size()), d = hp_.head_dim, pairs = hp_.rope_dim / 2;
     const uint32_t group = hp_.head_count / hp_.head_count_kv;
@@ -125,8 +125,7 @@ void Decoder::attend(uint32_t l, const Pass& pass, Team& team) {
         const size_t row = size_t(pass.position + t) * pairs;
         if (pairs) kernels_.rope(head, hp_.rope_dim, hp_.rope_style, cos_.data() + row, sin_.data() + row);
     };
-    const auto [begin, end] = team.share(hp_.head_count_kv);
-    for (uint32_t kv_head = begin; kv_head < end; ++kv_head) {
+    const auto attend_head = [&](uint32_t kv_head) {
         const kernels::KvHead kv{pass.kv.type, d, pass.kv.blocks[l], kv_head * kernels::kv_head_bytes(pass.kv.type, d)};
         float* keys = qkv_.data() + hp_.q_length() + kv_head * d;
         const float* values = keys + hp_.kv_length();
@@ -143,7 +142,10 @@ void Decoder::attend(uint32_t l, const Pass& pass, Team& team) {
             kernels_.attention({kv, queries, stride, n_tokens, pass.position, attended_.data() + head * d,
                                 hp_.q_length(), reinterpret_cast<float*>(private_[team.index].scratch.data())});
         }
-    }
+    };
+    team.for_pieces(hp_.head_count_kv, [&](uint32_t begin, uint32_t end) {
+        for (uint32_t kv_head = begin; kv_head < end; ++kv_head) attend_head(kv_head);
+    });
 }
 
 void Decoder::feed_forward(const Layer& layer, uint32_t n_tokens, Team& team) {
@@ -151,25 +153,28 @@ void Decoder::feed_forward(const Layer& layer, uint32_t n_tokens, Team& team) {
     const uint32_t f = hp_.feed_forward_length;
     const bool quantize = is_quantized(layer.up.type) || (swiglu && is_quantized(layer.gate.type));
     const Rows rows = normalized(layer.ffn_norm, x_.data(), n_tokens, quantize, team);
-    if (swiglu) multiply(layer.gate, rows, n_tokens, gate_.data(), f, false, team);
-    multiply(layer.up, rows, n_tokens, up_.data(), f, false, team);
-    activate(n_tokens, team);
+    for_parts(layer.up, n_tokens, team, [&](Part part) {
+        if (swiglu) {
+            multiply_part(layer.gate, rows, part, gate_.data(), f, false, team);
+            part.same_tokens |= layer.gate.type == layer.up.type;
+        }
+        multiply_part(layer.up, rows, part, up_.data(), f, false, team);
+        activate(part.first_token, part.n_tokens, part.first_row, part.end_row);
+    });
     team.barrier();
     const Rows hidden = as_rows(up_.data(), f, n_tokens, is_quantized(layer.down.type), team);
     multiply(layer.down, hidden, n_tokens, x_.data(), hp_.embedding_length, true, team);
 }
 
-// On the rows of W1 that this thread has just computed: the share of panels, in elements.
-void Decoder::activate(uint32_t n_tokens, Team& team) {
-    const uint32_t f = hp_.feed_forward_length;
-    const auto [begin, end] = team.share((f + quant::panel_rows - 1) / quant::panel_rows);
-    const uint32_t first = begin * quant::panel_rows, last = std::min(end * quant::panel_rows, f);
-    for (uint32_t t = 0; t < n_tokens && first < last; ++t) {
-        float* up = up_.data() + size_t(t) * f + first;
+// On a part of W1's results.
+void Decoder::activate(uint32_t first_token, uint32_t n_tokens, uint32_t first_row, uint32_t end_row) {
+    const uint32_t f = hp_.feed_forward_length, n = end_row - first_row;
+    for (uint32_t t = first_token; t < first_token + n_tokens; ++t) {
+        float* up = up_.data() + size_t(t) * f + first_row;
         switch (hp_.activation) {
-            case Activation::gelu: kernels_.gelu_erf(up, last - first); break;
-            case Activation::gelu_tanh: kernels_.gelu_tanh(up, last - first); break;
-            case Activation::swiglu: kernels_.silu_mul(gate_.data() + size_t(t) * f + first, up, last - first); break;
+            case Activation::gelu: kernels_.gelu_erf(up, n); break;
+            case Activation::gelu_tanh: kernels_.gelu_tanh(up, n); break;
+            case Activation::swiglu: kernels_.silu_mul(gate_.data() + size_t(t) * f + first_row, up, n); break;
         }
     }
 }
@@ -214,20 +219,40 @@ Decoder::Rows Decoder::as_rows(const float* values, uint32_t length, uint32_t n_
     return {values, quantized_.data(), length};
 }
 
+// Tokens in passes that keep their activations in the second-level cache, panels inside; a piece of that is one or more
+// parts. The same matrix, number of tokens and team must be given by all threads.
+template <typename Body>
+void Decoder::for_parts(const Linear& w, uint32_t n_tokens, Team& team, Body body) {
+    const size_t row_bytes = is_quantized(w.type) ? quantized_bytes(w.inner) : w.inner * sizeof(float);
+    const uint32_t tile = tokens_per_pass(row_bytes), n_panels = w.n_panels();
+    const uint32_t n_passes = (n_tokens + tile - 1) / tile;
+    uint32_t last_pass = n_passes;
+    team.for_pieces(n_passes * n_panels, [&](uint32_t begin, uint32_t end) {
+        while (begin < end) {
+            const uint32_t pass = begin / n_panels, panel = begin % n_panels;
+            const uint32_t end_panel = std::min(n_panels, panel + (end - begin));
+            body(Part{panel * quant::panel_rows, std::min(end_panel * quant::panel_rows, w.rows), pass * tile,
+                      std::min(tile, n_tokens - pass * tile), pass == last_pass});
+            last_pass = pass;
+            begin += end_panel - panel;
+        }
+    });
+}
+
 void Decoder::multiply(const Linear& w, const Rows& rows, uint32_t n_tokens, float* out, size_t out_stride,
                        bool accumulate, Team& team) {
-    const size_t row_bytes = is_quantized(w.type) ? quantized_bytes(rows.length) : rows.length * sizeof(float);
-    const uint32_t tile = tokens_per_pass(row_bytes);
-    const auto [begin, end] = team.share(w.n_panels());
-    if (begin == end) return;
-    const uint32_t first = begin * quant::panel_rows, last = std::min(end * quant::panel_rows, w.rows);
-    for (uint32_t t = 0; t < n_tokens; t += tile) {
-        kernels_.matmul({w.type, w.panels + begin * w.panel_stride, w.panel_stride, last - first, w.inner,
-                         rows.values + size_t(t) * rows.length, rows.length,
-                         rows.quantized ? rows.quantized + size_t(t) * (rows.length / block_size) : nullptr,
-                         std::min(tile, n_tokens - t), w.bias.empty() ? nullptr : w.bias.data() + first,
-                         out + t * out_stride + first, out_stride, accumulate, private_[team.index].scratch.data()});
-    }
+    for_parts(w, n_tokens, team,
+              [&](const Part& part) { multiply_part(w, rows, part, out, out_stride, accumulate, team); });
+}
+
+void Decoder::multiply_part(const Linear& w, const Rows& rows, const Part& part, float* out, size_t out_stride,
+                            bool accumulate, Team& team) {
+    const size_t t = part.first_token;
+    kernels_.matmul({w.type, w.panels + part.first_row / quant::panel_rows * w.panel_stride, w.panel_stride,
+                     part.end_row - part.first_row, w.inner, rows.values + t * rows.length, rows.length,
+                     rows.quantized ? rows.quantized + t * (rows.length / block_size) : nullptr, part.n_tokens,
+                     w.bias.empty() ? nullptr : w.bias.data() + part.first_row, out + t * out_stride + part.first_row,
+                     out_stride, accumulate, private_[team.index].scratch.data(), part.same_tokens});
 }
 
 void Decoder::capture_hidden(uint32_t layer, const Pass& pass, Team& team) const {
