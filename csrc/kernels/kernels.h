@@ -16,11 +16,13 @@ namespace fixmin::kernels {
 inline constexpr uint32_t lanes = 16;
 inline constexpr uint32_t kv_block_tokens = 32;  // tokens per block of the KV cache, a multiple of `lanes`
 
-/// 32 activations in 8 bits: x ~ scale * q, q in [-127, 127]; sum = q[0] + ... + q[31].
+/// 32 activations in 8 bits: x ~ scale * q, q in [-127, 127].
 struct ActivationBlock {
     int8_t q[quant::block_size];
     float scale;
-    int32_t sum;
+    int32_t sum;       // q[0] + ... + q[31]
+    int32_t half_sum;  // q[0] + ... + q[15]
+    float scaled_sum;  // scale * float(sum)
 };
 
 /// out[t][r] (+)= W[r] . activation[t] + bias[r] for every token t and every row r of the panels given.
