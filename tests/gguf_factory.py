@@ -10,8 +10,7 @@ from pathlib import Path
 
 import ggml
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, GGUFWriter
-from gguf import quants
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, GGUFWriter, quants
 from numpy.typing import ArrayLike, NDArray
 
 #: Projections that may have a bias; "output" is the logits'.
@@ -51,9 +50,7 @@ def quantize(weight: NDArray[np.float32], kind: str) -> NDArray:
     block, size = block_sizes(kind)
     out = np.empty((rows, columns // block * size), np.uint8)
     source = weight.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-    written = ggml.ggml_quantize_chunk(
-        int(GGMLQuantizationType[kind]), source, out.ctypes.data, 0, rows, columns, None
-    )
+    written = ggml.ggml_quantize_chunk(int(GGMLQuantizationType[kind]), source, out.ctypes.data, 0, rows, columns, None)
     assert written == out.nbytes
     return out
 

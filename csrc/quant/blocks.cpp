@@ -32,9 +32,16 @@ void unpack_high(const uint8_t* packed, uint32_t n, uint32_t group, uint32_t bit
     for (uint32_t i = 0; i < n; ++i) codes[i] = uint8_t(codes[i] | high[i] << shift);
 }
 
-// Q5_0 and Q5_1: bit i of a little-endian 32-bit word belongs to value i.
-void add_fifth_bits(const uint8_t* word, uint8_t* codes) {
-    for (uint32_t i = 0; i < 32; ++i) codes[i] = uint8_t(codes[i] | (word[i / 8] >> (i % 8) & 1) << 4);
+// Q5_0 and Q5_1: bit i of a little-endian 32-bit word belongs to value i. Four bits at a time: the product puts bit i
+// of a nibble to bit 8i.
+void add_fifth_bits(const uint8_t* packed, uint8_t* codes) {
+    for (uint32_t i = 0; i < 32; i += 4) {
+        const uint32_t nibble = packed[i / 8] >> (i % 8) & 15u;
+        uint32_t four;
+        std::memcpy(&four, codes + i, 4);
+        four |= (nibble * 0x00204081u & 0x01010101u) << 4;
+        std::memcpy(codes + i, &four, 4);
+    }
 }
 
 // Q4_K and Q5_K: eight 6-bit scales and eight 6-bit minima in 12 bytes.
@@ -107,6 +114,7 @@ void read_iq4_xs(const uint8_t* p, Block& out) {
 void read_block(WeightType type, const std::byte* bytes, Block& out) {
     const uint8_t* p = reinterpret_cast<const uint8_t*>(bytes);
     const BlockFormat format = block_format(type);
+    out.m = 0;
     if (format.values == 32) {
         out.d = read_u16(p);
         if (format.has_min) out.m = read_u16(p + 2);

@@ -80,7 +80,7 @@ inline constexpr uint32_t max_block_values = 256;
 struct Block {
     uint8_t codes[max_block_values];
     uint16_t d;         // binary16
-    uint16_t m;         // binary16; the K types subtract their minimum: its sign is turned here
+    uint16_t m;         // binary16, 0 without has_min; the K types subtract their minimum: its sign is turned here
     int8_t scales[16];  // s, one per scale_values; 1 without integer scales
     int8_t mins[16];    // n
 };

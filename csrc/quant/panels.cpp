@@ -94,28 +94,66 @@ void store_scales(WeightType type, const Block& block, uint32_t row, std::byte* 
     for (uint32_t i = 0; format.has_min && i < n; ++i) put_byte(block.mins[i]);
 }
 
-bool pack_quantized(WeightType type, const std::byte* rows, uint32_t n_rows, uint32_t inner, std::byte* panel) {
-    const BlockFormat format = block_format(type);
-    const uint32_t n_blocks = inner / format.values;
-    const size_t codes = code_bytes(type);
-    std::byte* records = panel + inner / block_size * codes;
+// A panel of a type that stores 32 codes of 4 or 8 bits behind d and m as the planes do: words are copied, which is
+// three times as fast as taking codes apart and joining them again.
+template <uint32_t Bits, bool HasMin>
+bool copy_planes(const std::byte* rows, uint32_t n_rows, uint32_t n_blocks, std::byte* panel) {
+    constexpr uint32_t halves = HasMin ? 2 : 1;
+    constexpr uint32_t flip = Bits == 8 ? 0x80808080u : 0u;  // signed bytes -> offset 128
+    std::byte* scales = panel + size_t(n_blocks) * Bits * 64;
     bool finite = true;
-    for (uint32_t b = 0; b < n_blocks; ++b) {
-        for (uint32_t r = 0; r < panel_rows; ++r) {
-            Block block{};  // a missing row has scales of zero
-            if (r < n_rows) read_block(type, rows + (size_t(r) * n_blocks + b) * format.bytes, block);
-            finite &= f16_is_finite(block.d) && f16_is_finite(block.m);
-            store_scales(type, block, r, records + b * scale_record_bytes(type));
-            for (uint32_t k = 0; k < format.values; k += block_size)
-                store_codes(format.bits, block.codes + k, panel + (b * format.values + k) / block_size * codes + r * 4);
+    for (uint32_t b = 0; b < n_blocks; ++b, panel += Bits * 64, scales += halves * panel_rows * 2) {
+        for (uint32_t r = 0; r < n_rows; ++r) {
+            const std::byte* block = rows + (size_t(r) * n_blocks + b) * (2 * halves + 4 * Bits);
+            for (uint32_t h = 0; h < halves; ++h) {
+                const uint16_t half = read<uint16_t>(block + 2 * h);
+                finite &= f16_is_finite(half);
+                std::memcpy(scales + (h * panel_rows + r) * 2, &half, 2);
+            }
+            for (uint32_t j = 0; j < Bits; ++j) {
+                const uint32_t word = read<uint32_t>(block + 2 * halves + 4 * j) ^ flip;
+                std::memcpy(panel + (j * panel_rows + r) * 4, &word, 4);
+            }
         }
     }
     return finite;
 }
 
+bool pack_blocks(WeightType type, const std::byte* rows, uint32_t n_rows, uint32_t n_blocks, std::byte* panel) {
+    const BlockFormat format = block_format(type);
+    const size_t codes = code_bytes(type), record = scale_record_bytes(type);
+    const uint32_t parts = format.values / block_size;
+    std::byte* scales = panel + size_t(n_blocks) * parts * codes;
+    bool finite = true;
+    Block block;
+    for (uint32_t b = 0; b < n_blocks; ++b, panel += parts * codes, scales += record) {
+        for (uint32_t r = 0; r < n_rows; ++r) {
+            read_block(type, rows + (size_t(r) * n_blocks + b) * format.bytes, block);
+            finite &= f16_is_finite(block.d) && f16_is_finite(block.m);
+            store_scales(type, block, r, scales);
+            for (uint32_t i = 0; i < parts; ++i)
+                store_codes(format.bits, block.codes + i * block_size, panel + i * codes + r * 4);
+        }
+    }
+    return finite;
+}
+
+bool pack_quantized(WeightType type, const std::byte* rows, uint32_t n_rows, uint32_t inner, std::byte* panel) {
+    const uint32_t n_blocks = inner / block_format(type).values;
+    // A missing row has scales of zero.
+    if (n_rows < panel_rows) std::memset(panel, 0, panel_bytes(type, inner));
+    switch (type) {
+        case WeightType::q8_0: return copy_planes<8, false>(rows, n_rows, n_blocks, panel);
+        case WeightType::q4_0:
+        case WeightType::iq4_nl: return copy_planes<4, false>(rows, n_rows, n_blocks, panel);
+        case WeightType::q4_1: return copy_planes<4, true>(rows, n_rows, n_blocks, panel);
+        default: return pack_blocks(type, rows, n_rows, n_blocks, panel);
+    }
+}
+
 void dequantize_blocks(WeightType type, const std::byte* row, uint32_t inner, float* out) {
     const BlockFormat format = block_format(type);
-    Block block{};
+    Block block;
     for (uint32_t first = 0; first < inner; first += format.values, row += format.bytes) {
         read_block(type, row, block);
         const float d = f16_to_f32(block.d), m = f16_to_f32(block.m);
