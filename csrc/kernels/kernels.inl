@@ -253,6 +253,8 @@ struct WeightBlock {
     static constexpr uint32_t per_record = format.values / block;  // blocks of 32
     static constexpr uint32_t scales_per_record = format.values / format.scale_values;
     static constexpr bool halves = format.scale_values == 16;
+    static constexpr size_t code_bytes = fixmin::quant::code_bytes(Type);
+    static constexpr size_t record_bytes = fixmin::quant::scale_record_bytes(Type);
 
     decltype(codes_at<Type>(nullptr)) codes;
     VecF scale;          // d, or d * s where 32 weights share s
@@ -260,10 +262,8 @@ struct WeightBlock {
     VecF half_scale[2];  // s where 16 weights share it
     VecF half_min[2];    // n
 
-    WeightBlock(const uint8_t* panel, uint32_t n_blocks, uint32_t b)
-        : codes(codes_at<Type>(panel + b * fixmin::quant::code_bytes(Type))) {
-        constexpr size_t record_bytes = fixmin::quant::scale_record_bytes(Type);
-        const uint8_t* p = panel + n_blocks * fixmin::quant::code_bytes(Type) + b / per_record * record_bytes;
+    WeightBlock(const uint8_t* panel, uint32_t n_blocks, uint32_t b) : codes(codes_at<Type>(panel + b * code_bytes)) {
+        const uint8_t* p = panel + n_blocks * code_bytes + b / per_record * record_bytes;
         scale = load_f16((const uint16_t*)p);
         p += 2 * lanes;
         if constexpr (format.has_min) {
@@ -318,13 +318,15 @@ struct WeightBlock {
 // One panel times N tokens, block after block.
 template <WeightType Type, uint32_t N>
 void quantized_tile(const uint8_t* panel, uint32_t n_blocks, const ActivationBlock* rows, VecF* result) {
-    constexpr size_t code_bytes = fixmin::quant::code_bytes(Type);
+    // What a block takes with its part of the scales: one pass over a panel prefetches as many bytes as a panel has.
+    constexpr size_t bytes =
+        WeightBlock<Type>::code_bytes + WeightBlock<Type>::record_bytes / WeightBlock<Type>::per_record;
     VecF acc[N];
     for (uint32_t c = 0; c < N; ++c) acc[c] = zero();
     for (uint32_t b = 0; b < n_blocks; ++b) {
         if constexpr (N == 1) {
-            const uint8_t* ahead = panel + b * code_bytes + 4096;
-            for (uint32_t j = 0; j < code_bytes; j += 64) prefetch(ahead + j);
+            const uint8_t* ahead = panel + b * bytes + 4096;
+            for (uint32_t j = 0; j < bytes; j += 64) prefetch(ahead + j);
         }
         const WeightBlock<Type> weights(panel, n_blocks, b);
 #pragma GCC unroll 16
