@@ -4,16 +4,63 @@ Weights are drawn so that every part of the model shows in the logits: norms dif
 attention is far from uniform.
 """
 
+import ctypes
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
+import ggml
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
-from gguf.quants import quantize
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, GGUFWriter, quants
 from numpy.typing import ArrayLike, NDArray
 
 #: Projections that may have a bias; "output" is the logits'.
 ALL_BIASES = frozenset({"attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down", "output"})
+
+FLOAT_TYPES = ("F32", "F16", "BF16")
+#: Where the binary16 scales and minima of a block stand, in bytes.
+HALVES = {
+    "Q8_0": (0,),
+    "Q4_0": (0,),
+    "Q4_1": (0, 2),
+    "Q5_0": (0,),
+    "Q5_1": (0, 2),
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "Q4_K": (0, 2),
+    "Q5_K": (0, 2),
+    "Q6_K": (208,),
+    "IQ4_NL": (0,),
+    "IQ4_XS": (0,),
+}
+QUANTIZED_TYPES = tuple(HALVES)
+WEIGHT_TYPES = FLOAT_TYPES + QUANTIZED_TYPES
+
+
+def block_sizes(kind: str) -> tuple[int, int]:
+    """Elements and bytes per block of a type."""
+    return GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+
+
+def quantize(weight: NDArray[np.float32], kind: str) -> NDArray:
+    """[rows, columns] -> the rows as they stand in a file: by the gguf package, or by ggml what that only reads."""
+    if kind in FLOAT_TYPES or kind in ("Q8_0", "Q4_0"):
+        return quants.quantize(weight, GGMLQuantizationType[kind])
+    weight = np.ascontiguousarray(weight, np.float32)
+    rows, columns = weight.shape
+    block, size = block_sizes(kind)
+    out = np.empty((rows, columns // block * size), np.uint8)
+    source = weight.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    written = ggml.ggml_quantize_chunk(int(GGMLQuantizationType[kind]), source, out.ctypes.data, 0, rows, columns, None)
+    assert written == out.nbytes
+    return out
+
+
+def random_blocks(kind: str, n: int, rng: np.random.Generator, spread: float = 100.0) -> NDArray[np.uint8]:
+    """[n, bytes per block]: any bytes, also such that no quantiser writes, but finite scales."""
+    blocks = rng.integers(0, 256, (n, block_sizes(kind)[1]), dtype=np.uint8)
+    for at in HALVES[kind]:
+        blocks[:, at : at + 2] = rng.uniform(-spread, spread, (n, 1)).astype(np.float16).view(np.uint8)
+    return blocks
 
 
 def code_width(vocab_size: int) -> int:
@@ -74,11 +121,12 @@ def make_model(
         code_kind: "affine" (matrix [K, K], shift [K]; random where None), "table" (table [V, K]; random distinct rows
             where None) or "learned".
         weight_type: ggml type of all 2-D weights. As the converter does, layer 0's q, k and v are kept at Q8_0 for
-            types below it. weight_types: the same for single tensors, by name without ".weight".
+            types below it. weight_types: the type of single tensors, by name without ".weight".
         tokenizer_json: text for tokenizer.huggingface.json.
         edit: called with the writer before the file is written, to add keys or tensors or to spoil some.
 
-    Quantised types need embedding_length and feed_forward_length to be multiples of their block (32 for Q8_0, Q4_0).
+    Quantised types need embedding_length and feed_forward_length to be multiples of their block (32, or 256 for the
+    K types and IQ4_XS).
     """
     rng = np.random.default_rng(seed)
     path = Path(path)
@@ -116,10 +164,11 @@ def make_model(
     def add_matrix(name: str, rows: int, columns: int, spread: float) -> None:
         weight = (rng.standard_normal((rows, columns)) * spread).astype(np.float32)
         type_name = (weight_types or {}).get(name, weight_type)
-        if name in ("blk.0.attn_q", "blk.0.attn_k", "blk.0.attn_v") and type_name not in ("F32", "F16", "BF16"):
+        layer_0 = name in ("blk.0.attn_q", "blk.0.attn_k", "blk.0.attn_v")
+        if layer_0 and type_name not in FLOAT_TYPES and name not in (weight_types or {}):
             type_name = "Q8_0"
         kind = GGMLQuantizationType[type_name]
-        writer.add_tensor(name + ".weight", quantize(weight, kind), raw_dtype=kind)
+        writer.add_tensor(name + ".weight", quantize(weight, type_name), raw_dtype=kind)
 
     def add_vector(name: str, length: int, mean: float) -> None:
         writer.add_tensor(name, (mean + 0.3 * rng.standard_normal(length)).astype(np.float32))

@@ -26,8 +26,7 @@ using Floats = py::array_t<float, py::array::c_style>;
 using Bytes = py::array_t<uint8_t, py::array::c_style>;
 
 WeightType parse_type(const std::string& text) {
-    for (const WeightType type :
-         {WeightType::f32, WeightType::f16, WeightType::bf16, WeightType::q8_0, WeightType::q4_0}) {
+    for (const WeightType type : quant::all_weight_types) {
         if (quant::name(type) == text) return type;
     }
     throw UnsupportedError("weight type '" + text + "' is not known here");
@@ -44,9 +43,15 @@ const float* data_or_null(const std::optional<Floats>& array, py::ssize_t size, 
 }
 
 const std::byte* checked_rows(const Bytes& data, WeightType type, uint32_t rows, uint32_t inner) {
-    if (quant::is_quantized(type)) expect(inner % quant::block_size == 0, "inner must be a multiple of 32");
+    expect(inner % quant::block_format(type).values == 0, "inner must be a multiple of the block of the type");
     expect(size_t(data.size()) == rows * quant::row_bytes(type, inner), "data does not have rows * row_bytes bytes");
     return reinterpret_cast<const std::byte*>(data.data());
+}
+
+/// Bytes that the weights of rows x inner take in memory.
+size_t packed_bytes(const std::string& type_name, uint32_t rows, uint32_t inner) {
+    const size_t n_panels = (rows + quant::panel_rows - 1) / quant::panel_rows;
+    return n_panels * quant::panel_bytes(parse_type(type_name), inner);
 }
 
 py::array_t<float> dequantize(const std::string& type_name, const Bytes& data, uint32_t rows, uint32_t inner) {
@@ -194,6 +199,8 @@ class KernelTable {
 void bind_kernels(py::module_& m) {
     m.def("dequantize", &dequantize, py::arg("type"), py::arg("data"), py::arg("rows"), py::arg("inner"),
           "uint8 bytes in the file's layout -> float32 [rows, inner]");
+    m.def("packed_bytes", &packed_bytes, py::arg("type"), py::arg("rows"), py::arg("inner"),
+          "Bytes of rows x inner weights in memory");
     py::class_<KernelTable>(m, "Kernels",
                             "Single kernels of one instruction set, for tests; see csrc/kernels/kernels.h.")
         .def(py::init<const std::string&>(), py::arg("isa"))

@@ -17,32 +17,29 @@ static_assert(sizeof(TileConfig) == 64);
 
 constexpr uint32_t tile_tokens = matmul_tile_tokens;
 
-// What is taken off the unsigned bytes of a block to get the signed weights.
-template <typename Block>
-constexpr int8_t offset_of = int8_t(0x80);
-template <>
-constexpr int8_t offset_of<Q4Block> = 8;
-
-// A panel as signed bytes in the order of the tiles, and its scales as floats.
-template <typename Block>
-void expand_panel(const uint8_t* panel, uint32_t n_blocks, int8_t* weights, float* scales) {
-    const uint16_t* half = (const uint16_t*)(panel + size_t(n_blocks) * Block::bytes);
-    const __m512i offset = _mm512_set1_epi8(offset_of<Block>);
+// A panel as signed bytes in the order of the tiles; its scales and, with mins, its offsets as floats.
+template <WeightType Type>
+void expand_panel(const uint8_t* panel, uint32_t n_blocks, int8_t* weights, float* scales, float* offsets) {
+    constexpr auto format = fixmin::quant::block_format(Type);
+    constexpr int zero = format.bits == 8 || format.table ? 128 : format.zero;
+    const __m512i taken_off = _mm512_set1_epi8(char(zero));
     for (uint32_t b = 0; b < n_blocks; ++b) {
-        const Block values(panel + b * Block::bytes);
+        const WeightBlock<Type> from(panel, n_blocks, b);
         for (uint32_t j = 0; j < 8; ++j)
-            _mm512_storeu_si512(weights + (size_t(b) * 8 + j) * 64, _mm512_sub_epi8(values.w[j].v, offset));
-        store(scales + b * lanes, load_f16(half + b * lanes));
+            _mm512_storeu_si512(weights + (size_t(b) * 8 + j) * 64, _mm512_sub_epi8(from.codes.w[j].v, taken_off));
+        store(scales + b * lanes, from.scale);
+        if constexpr (format.has_min) store(offsets + b * lanes, from.offset);
     }
 }
 
-// Activations of 16 tokens as tiles [n_blocks][16][32] and their scales [n_blocks][16].
-void pack_activations(const ActivationBlock* rows, uint32_t n_blocks, int8_t* values, float* scales) {
+// Activations of 16 tokens as tiles [n_blocks][16][32], their scales and scaled sums [n_blocks][16].
+void pack_activations(const ActivationBlock* rows, uint32_t n_blocks, int8_t* values, float* scales, float* sums) {
     for (uint32_t c = 0; c < tile_tokens; ++c) {
         for (uint32_t b = 0; b < n_blocks; ++b) {
             const ActivationBlock& from = rows[size_t(c) * n_blocks + b];
             __builtin_memcpy(values + (size_t(b) * tile_tokens + c) * block, from.q, block);
             scales[b * tile_tokens + c] = from.scale;
+            sums[b * tile_tokens + c] = from.scaled_sum;
         }
     }
 }
@@ -66,27 +63,37 @@ void tile_dot(const int8_t* activations, const int8_t* weights, int32_t* dots) {
     }
 }
 
-// One panel times 16 tokens: acc[c] = fma(float(dot), w_scale * a_scale, acc[c]), block after block.
-void tile_columns(const int8_t* weights, const float* scales, uint32_t n_blocks, const int8_t* activations,
-                  const float* activation_scales, VecF* result) {
+// A panel or 16 tokens, laid out for tiles.
+struct TileSide {
+    int8_t* values;  // panel [n_blocks][8][16][4], tokens [n_blocks][16][32]
+    float* scales;   // [n_blocks][16]
+    float* offsets;  // [n_blocks][16]: offsets of a panel, scaled sums of tokens
+};
+
+// One panel times 16 tokens, block after block: WeightBlock::add_to for every token.
+template <bool has_min>
+void tile_columns(const TileSide& panel, const TileSide& tokens, uint32_t n_blocks, VecF* result) {
     alignas(64) int32_t dots[2][tile_tokens * lanes];
     VecF acc[tile_tokens];
 #pragma GCC unroll 16
     for (uint32_t c = 0; c < tile_tokens; ++c) acc[c] = zero();
-    tile_dot<0>(activations, weights, dots[0]);
+    tile_dot<0>(tokens.values, panel.values, dots[0]);
     for (uint32_t b = 0; b < n_blocks; ++b) {
         if (b + 1 < n_blocks) {
             if (b % 2)
-                tile_dot<0>(activations + (b + 1) * 512, weights + (b + 1) * 512, dots[0]);
+                tile_dot<0>(tokens.values + (b + 1) * 512, panel.values + (b + 1) * 512, dots[0]);
             else
-                tile_dot<1>(activations + (b + 1) * 512, weights + (b + 1) * 512, dots[1]);
+                tile_dot<1>(tokens.values + (b + 1) * 512, panel.values + (b + 1) * 512, dots[1]);
         }
         const int32_t* dot = dots[b % 2];
-        const VecF d = load(scales + b * lanes);
+        const VecF scale = load(panel.scales + b * lanes);
+        VecF offset;
+        if constexpr (has_min) offset = load(panel.offsets + b * lanes);
 #pragma GCC unroll 16
         for (uint32_t c = 0; c < tile_tokens; ++c) {
             const VecI exact = {_mm512_load_si512(dot + c * lanes)};
-            acc[c] = fma(to_float(exact), mul(d, set1(activation_scales[b * tile_tokens + c])), acc[c]);
+            acc[c] = fma(to_float(exact), mul(scale, set1(tokens.scales[b * tile_tokens + c])), acc[c]);
+            if constexpr (has_min) acc[c] = fma(offset, set1(tokens.offsets[b * tile_tokens + c]), acc[c]);
         }
     }
 #pragma GCC unroll 16
@@ -94,27 +101,33 @@ void tile_columns(const int8_t* weights, const float* scales, uint32_t n_blocks,
 }
 
 // The first tokens of `args`, as many as fill tiles of 16; returns how many. Panels outside, tokens inside.
-template <typename Block>
+template <WeightType Type>
 uint32_t tile_matmul(const MatmulArgs& args) {
+    constexpr auto format = fixmin::quant::block_format(Type);
+    if constexpr (format.scale_values == 16) return 0;  // two results for a block, half a tile deep: not done yet
     const uint32_t n_blocks = args.inner / block, n_tokens = args.n_tokens / tile_tokens * tile_tokens;
     if (n_tokens == 0) return 0;
-    float* scales = (float*)args.scratch;  // [n_blocks][16], of the panel; then [n_tokens / 16][n_blocks][16]
-    float* activation_scales = scales + size_t(n_blocks) * lanes;
-    int8_t* weights = (int8_t*)(activation_scales + size_t(n_tokens) * n_blocks);  // [n_blocks][8][16][4]
-    int8_t* activations = weights + size_t(n_blocks) * 8 * 64;                     // [n_tokens / 16][n_blocks][16][32]
+    // Scratch: scales and offsets of the panel and of all tokens, then the bytes of the panel and of all tokens.
+    const size_t side = size_t(n_blocks) * lanes;
+    float* floats = (float*)args.scratch;
+    int8_t* bytes = (int8_t*)(floats + 2 * (side + size_t(n_tokens) * n_blocks));
+    const TileSide panel = {bytes, floats, floats + side};
+    const auto tokens_at = [=](uint32_t t) {
+        const size_t place = side + size_t(t) * n_blocks;
+        return TileSide{bytes + place * block, floats + 2 * place, floats + 2 * place + side};
+    };
     for (uint32_t t = 0; t < n_tokens && !args.same_tokens; t += tile_tokens) {
-        const size_t at = size_t(t) * n_blocks;
-        pack_activations(args.quantized + at, n_blocks, activations + at * block, activation_scales + at);
+        const TileSide to = tokens_at(t);
+        pack_activations(args.quantized + size_t(t) * n_blocks, n_blocks, to.values, to.scales, to.offsets);
     }
     const TileConfig config;
     _tile_loadconfig(&config);
-    const uint8_t* panel = (const uint8_t*)args.panels;
-    for (uint32_t row = 0; row < args.n_rows; row += lanes, panel += args.panel_stride) {
-        expand_panel<Block>(panel, n_blocks, weights, scales);
+    const uint8_t* from = (const uint8_t*)args.panels;
+    for (uint32_t row = 0; row < args.n_rows; row += lanes, from += args.panel_stride) {
+        expand_panel<Type>(from, n_blocks, panel.values, panel.scales, panel.offsets);
         for (uint32_t t = 0; t < n_tokens; t += tile_tokens) {
-            const size_t at = size_t(t) * n_blocks;
             VecF result[tile_tokens];
-            tile_columns(weights, scales, n_blocks, activations + at * block, activation_scales + at, result);
+            tile_columns<format.has_min>(panel, tokens_at(t), n_blocks, result);
             for (uint32_t c = 0; c < tile_tokens; ++c) finish(args, t + c, row, result[c]);
         }
     }

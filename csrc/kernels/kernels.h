@@ -16,11 +16,13 @@ namespace fixmin::kernels {
 inline constexpr uint32_t lanes = 16;
 inline constexpr uint32_t kv_block_tokens = 32;  // tokens per block of the KV cache, a multiple of `lanes`
 
-/// 32 activations in 8 bits: x ~ scale * q, q in [-127, 127]; sum = q[0] + ... + q[31].
+/// 32 activations in 8 bits: x ~ scale * q, q in [-127, 127].
 struct ActivationBlock {
     int8_t q[quant::block_size];
     float scale;
-    int32_t sum;
+    int32_t sum;       // q[0] + ... + q[31]
+    int32_t half_sum;  // q[0] + ... + q[15]
+    float scaled_sum;  // scale * float(sum)
 };
 
 /// out[t][r] (+)= W[r] . activation[t] + bias[r] for every token t and every row r of the panels given.
@@ -44,9 +46,9 @@ struct MatmulArgs {
 
 inline constexpr uint32_t matmul_tile_tokens = 16;  // of ISAs that multiply tiles
 
-/// A panel as bytes with float32 scales, and all activations in the order of tiles.
+/// A panel and all activations as bytes in the order of tiles, with two floats for every 32.
 static constexpr size_t matmul_scratch_bytes(size_t inner, size_t n_tokens) {
-    return (lanes + n_tokens) * (inner + inner / quant::block_size * sizeof(float));
+    return (lanes + n_tokens) * (inner + inner / quant::block_size * 2 * sizeof(float));
 }
 
 enum class KvType : uint8_t { f32, f16 };

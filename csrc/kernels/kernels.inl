@@ -172,62 +172,165 @@ void quantize_activations(const float* x, uint32_t n, ActivationBlock* out) {
         store_int8(out[b].q, q_lo);
         store_int8(out[b].q + lanes, q_hi);
         out[b].scale = empty ? 0.0f : amax / 127.0f;
+        out[b].half_sum = reduce_add_int(q_lo);
         out[b].sum = reduce_add_int(add_int(q_lo, q_hi));
+        out[b].scaled_sum = out[b].scale * float(out[b].sum);
     }
 }
 
-struct Q8Block {
-    static constexpr size_t bytes = 512;
-    static constexpr uint32_t vectors = 8;
+template <int... J>
+struct Indices {};
+using EachVector = Indices<0, 1, 2, 3, 4, 5, 6, 7>;
+
+// 32 codes of 16 rows, one byte each: vector j holds k = 4j..4j+3. Read from the planes of quant/panels.h.
+template <uint32_t Bits>
+struct Codes {
+    Bytes w[8];
+
+    explicit Codes(const uint8_t* p) { unpack(p, EachVector{}); }
+    static VecI start(int32_t zero, int32_t activation_sum) { return set1_int(-zero * activation_sum); }
+    VecI dot(VecI acc, uint32_t j, int32_t a) const { return dot_q4(acc, w[j], a); }
+
+    template <int... J>
+    void unpack(const uint8_t* p, Indices<J...>) {
+        ((w[J] = code<J>(p)), ...);
+    }
+    template <int J>
+    static Bytes code(const uint8_t* p) {
+        static_assert(Bits >= 2 && Bits <= 6);
+        constexpr int pair = 2 * (J / 2);  // place of vector J in a plane of 2 bits
+        if constexpr (Bits <= 3) {
+            const Bytes low = bits<pair, 3>(load_bytes(p + 64 * (J % 2)));
+            if constexpr (Bits == 2) return low;
+            return or_bits<J - 2, 4>(low, load_bytes(p + 128));
+        } else {
+            const Bytes low = bits<J / 4 * 4, 15>(load_bytes(p + 64 * (J % 4)));
+            if constexpr (Bits == 4) return low;
+            if constexpr (Bits == 5) return or_bits<J - 4, 16>(low, load_bytes(p + 256));
+            return or_bits<pair - 4, 48>(low, load_bytes(p + 256 + 64 * (J % 2)));
+        }
+    }
+};
+
+// Codes or values with offset 128: too large for dot_q4.
+struct WideCodes {
     Q8Bytes w[8];
 
-    explicit Q8Block(const uint8_t* p) {
-        for (uint32_t j = 0; j < 8; ++j) w[j] = prepare_q8(load_bytes(p + 64 * j));
-    }
-    static VecI start(int32_t activation_sum) { return q8_start(activation_sum); }
+    static VecI start(int32_t, int32_t activation_sum) { return q8_start(activation_sum); }
     VecI dot(VecI acc, uint32_t j, int32_t a) const { return dot_q8(acc, w[j], a); }
 };
 
-struct Q4Block {
-    static constexpr size_t bytes = 256;
-    static constexpr uint32_t vectors = 8;
-    Bytes w[8];
-
-    explicit Q4Block(const uint8_t* p) {
-        for (uint32_t j = 0; j < 4; ++j) {
-            const Bytes both = load_bytes(p + 64 * j);
-            w[j] = low_nibbles(both);
-            w[j + 4] = high_nibbles(both);
-        }
+template <>
+struct Codes<8> : WideCodes {
+    explicit Codes(const uint8_t* p) {
+        for (uint32_t j = 0; j < 8; ++j) w[j] = prepare_q8(load_bytes(p + 64 * j));
     }
-    static VecI start(int32_t activation_sum) { return set1_int(-8 * activation_sum); }
-    VecI dot(VecI acc, uint32_t j, int32_t a) const { return dot_q4(acc, w[j], a); }
 };
 
-// One panel times N tokens: acc[c] = fma(float(dot), w_scale * a_scale, acc[c]), block after block.
-template <typename Block, uint32_t N>
+struct TableCodes : WideCodes {
+    explicit TableCodes(const uint8_t* p) {
+        const Codes<4> index(p);
+        for (uint32_t j = 0; j < 8; ++j) w[j] = prepare_q8(lookup(iq4_values_offset, index.w[j]));
+    }
+    // quant::iq4_values + 128
+    static constexpr uint8_t iq4_values_offset[16] = {1,   24,  45,  63,  79,  93,  106, 118,
+                                                      129, 141, 153, 166, 181, 197, 217, 241};
+};
+
+template <WeightType Type>
+auto codes_at(const uint8_t* p) {
+    constexpr auto format = fixmin::quant::block_format(Type);
+    if constexpr (format.table)
+        return TableCodes(p);
+    else
+        return Codes<format.bits>(p);
+}
+
+// The codes and scales of 32 weights of 16 rows.
+template <WeightType Type>
+struct WeightBlock {
+    static constexpr auto format = fixmin::quant::block_format(Type);
+    static constexpr uint32_t per_record = format.values / block;  // blocks of 32
+    static constexpr uint32_t scales_per_record = format.values / format.scale_values;
+    static constexpr bool halves = format.scale_values == 16;
+    static constexpr size_t code_bytes = fixmin::quant::code_bytes(Type);
+    static constexpr size_t record_bytes = fixmin::quant::scale_record_bytes(Type);
+
+    decltype(codes_at<Type>(nullptr)) codes;
+    VecF scale;          // d, or d * s where 32 weights share s
+    VecF offset;         // m, or m * n likewise
+    VecF half_scale[2];  // s where 16 weights share it
+    VecF half_min[2];    // n
+
+    WeightBlock(const uint8_t* panel, uint32_t n_blocks, uint32_t b) : codes(codes_at<Type>(panel + b * code_bytes)) {
+        const uint8_t* p = panel + n_blocks * code_bytes + b / per_record * record_bytes;
+        scale = load_f16((const uint16_t*)p);
+        p += 2 * lanes;
+        if constexpr (format.has_min) {
+            offset = load_f16((const uint16_t*)p);
+            p += 2 * lanes;
+        }
+        if constexpr (Type == WeightType::q2_k) {
+            for (uint32_t h = 0; h < 2; ++h) {
+                const uint8_t* both = p + (b % per_record * 2 + h) * lanes;
+                half_scale[h] = load_uint8<0, 15>(both);
+                half_min[h] = load_uint8<4, 15>(both);
+            }
+        } else if constexpr (halves) {
+            for (uint32_t h = 0; h < 2; ++h)
+                half_scale[h] = load_int8((const int8_t*)p + (b % per_record * 2 + h) * lanes);
+        } else if constexpr (per_record > 1) {
+            const int8_t* s = (const int8_t*)p + b % per_record * lanes;
+            scale = mul(scale, load_int8(s));  // exact
+            if constexpr (format.has_min) offset = mul(offset, load_int8(s + scales_per_record * lanes));
+        }
+    }
+
+    // acc + weights . activations. Every value but those of the last fma of a term is exact.
+    VecF add_to(VecF acc, const ActivationBlock& a) const {
+        if constexpr (!halves) {
+            // Two chains: the latency of one dot product is 4-5.
+            VecI even = codes.start(format.zero, a.sum), odd = set1_int(0);
+#pragma GCC unroll 8
+            for (uint32_t j = 0; j < 8; j += 2) {
+                even = codes.dot(even, j, read_int32(a.q + 4 * j));
+                odd = codes.dot(odd, j + 1, read_int32(a.q + 4 * j + 4));
+            }
+            acc = fma(to_float(add_int(even, odd)), mul(scale, set1(a.scale)), acc);
+            if constexpr (format.has_min) acc = fma(offset, set1(a.scaled_sum), acc);
+        } else {
+            const int32_t sums[2] = {a.half_sum, a.sum - a.half_sum};
+            VecI dots[2] = {codes.start(format.zero, sums[0]), codes.start(format.zero, sums[1])};
+#pragma GCC unroll 8
+            for (uint32_t j = 0; j < 8; ++j) dots[j / 4] = codes.dot(dots[j / 4], j, read_int32(a.q + 4 * j));
+            // |s * dot| <= 128 * 32 * 127 * 16 = 2^23 - 2^16, so that even the sum of two is exact in float32.
+            const VecF total = fma(half_scale[1], to_float(dots[1]), mul(half_scale[0], to_float(dots[0])));
+            acc = fma(total, mul(scale, set1(a.scale)), acc);
+            if constexpr (format.has_min) {
+                const VecF low = mul(half_min[0], set1(float(sums[0])));
+                acc = fma(fma(half_min[1], set1(float(sums[1])), low), mul(offset, set1(a.scale)), acc);
+            }
+        }
+        return acc;
+    }
+};
+
+// One panel times N tokens, block after block.
+template <WeightType Type, uint32_t N>
 void quantized_tile(const uint8_t* panel, uint32_t n_blocks, const ActivationBlock* rows, VecF* result) {
-    const uint16_t* scales = (const uint16_t*)(panel + size_t(n_blocks) * Block::bytes);
+    // What a block takes with its part of the scales: one pass over a panel prefetches as many bytes as a panel has.
+    constexpr size_t bytes =
+        WeightBlock<Type>::code_bytes + WeightBlock<Type>::record_bytes / WeightBlock<Type>::per_record;
     VecF acc[N];
     for (uint32_t c = 0; c < N; ++c) acc[c] = zero();
     for (uint32_t b = 0; b < n_blocks; ++b) {
-        const uint8_t* values = panel + b * Block::bytes;
         if constexpr (N == 1) {
-            for (uint32_t j = 0; j < Block::bytes / 64; ++j) prefetch(values + 4096 + 64 * j);
+            const uint8_t* ahead = panel + b * bytes + 4096;
+            for (uint32_t j = 0; j < bytes; j += 64) prefetch(ahead + j);
         }
-        const Block weights(values);
-        const VecF d = load_f16(scales + b * lanes);
+        const WeightBlock<Type> weights(panel, n_blocks, b);
 #pragma GCC unroll 16
-        for (uint32_t c = 0; c < N; ++c) {
-            const ActivationBlock& a = rows[size_t(c) * n_blocks + b];
-            VecI even = Block::start(a.sum), odd = set1_int(0);  // two chains: the latency of one dot product is 4-5
-#pragma GCC unroll 8
-            for (uint32_t j = 0; j < Block::vectors; j += 2) {
-                even = weights.dot(even, j, read_int32(a.q + 4 * j));
-                odd = weights.dot(odd, j + 1, read_int32(a.q + 4 * j + 4));
-            }
-            acc[c] = fma(to_float(add_int(even, odd)), mul(d, set1(a.scale)), acc[c]);
-        }
+        for (uint32_t c = 0; c < N; ++c) acc[c] = weights.add_to(acc[c], rows[size_t(c) * n_blocks + b]);
     }
     for (uint32_t c = 0; c < N; ++c) result[c] = acc[c];
 }
@@ -295,11 +398,11 @@ void for_each_tile(const MatmulArgs& args, Wide wide, Narrow narrow) {
 #include "kernels/amx.inl"
 #endif
 
-template <typename Block>
+template <WeightType Type>
 void quantized_matmul(MatmulArgs args) {
     const uint32_t n_blocks = args.inner / block;
 #ifdef FIXMIN_AMX
-    const uint32_t done = tile_matmul<Block>(args);
+    const uint32_t done = tile_matmul<Type>(args);
     args.quantized += size_t(done) * n_blocks;
     args.out += done * args.out_stride;
     args.n_tokens -= done;
@@ -307,10 +410,10 @@ void quantized_matmul(MatmulArgs args) {
     for_each_tile<matmul_columns>(
         args,
         [&](const uint8_t* panel, uint32_t token, VecF* result) {
-            quantized_tile<Block, matmul_columns>(panel, n_blocks, args.quantized + size_t(token) * n_blocks, result);
+            quantized_tile<Type, matmul_columns>(panel, n_blocks, args.quantized + size_t(token) * n_blocks, result);
         },
         [&](const uint8_t* panel, uint32_t token, VecF* result) {
-            quantized_tile<Block, 1>(panel, n_blocks, args.quantized + size_t(token) * n_blocks, result);
+            quantized_tile<Type, 1>(panel, n_blocks, args.quantized + size_t(token) * n_blocks, result);
         });
 }
 
@@ -332,8 +435,18 @@ void matmul(const MatmulArgs& args) {
         case WeightType::f32: return float_matmul<F32Row>(args);
         case WeightType::f16: return float_matmul<F16Row>(args);
         case WeightType::bf16: return float_matmul<Bf16Row>(args);
-        case WeightType::q8_0: return quantized_matmul<Q8Block>(args);
-        case WeightType::q4_0: return quantized_matmul<Q4Block>(args);
+        case WeightType::q8_0: return quantized_matmul<WeightType::q8_0>(args);
+        case WeightType::q4_0: return quantized_matmul<WeightType::q4_0>(args);
+        case WeightType::q4_1: return quantized_matmul<WeightType::q4_1>(args);
+        case WeightType::q5_0: return quantized_matmul<WeightType::q5_0>(args);
+        case WeightType::q5_1: return quantized_matmul<WeightType::q5_1>(args);
+        case WeightType::q2_k: return quantized_matmul<WeightType::q2_k>(args);
+        case WeightType::q3_k: return quantized_matmul<WeightType::q3_k>(args);
+        case WeightType::q4_k: return quantized_matmul<WeightType::q4_k>(args);
+        case WeightType::q5_k: return quantized_matmul<WeightType::q5_k>(args);
+        case WeightType::q6_k: return quantized_matmul<WeightType::q6_k>(args);
+        case WeightType::iq4_nl: return quantized_matmul<WeightType::iq4_nl>(args);
+        case WeightType::iq4_xs: return quantized_matmul<WeightType::iq4_xs>(args);
     }
 }
 

@@ -78,6 +78,19 @@ VecF select_less(VecF x, VecF bound, VecF a, VecF b) {
 
 VecI round_to_int(VecF x) { return {_mm256_cvtps_epi32(x.lo), _mm256_cvtps_epi32(x.hi)}; }  // nearest even
 VecF to_float(VecI x) { return {_mm256_cvtepi32_ps(x.lo), _mm256_cvtepi32_ps(x.hi)}; }
+/// 16 bytes, each (p[i] >> Shift) & Mask.
+template <int Shift, int Mask>
+VecF load_uint8(const uint8_t* p) {
+    const __m256i mask = _mm256_set1_epi32(Mask);
+    const __m256i lo = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+    const __m256i hi = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8)));
+    return to_float(
+        {_mm256_and_si256(_mm256_srli_epi32(lo, Shift), mask), _mm256_and_si256(_mm256_srli_epi32(hi, Shift), mask)});
+}
+VecF load_int8(const int8_t* p) {
+    return to_float({_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)),
+                     _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8)))});
+}
 VecI set1_int(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
 VecI add_int(VecI a, VecI b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
 /// 2^n for n in [-126, 127].
@@ -118,13 +131,27 @@ float fma1(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 Bytes load_bytes(const uint8_t* p) {
     return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))};
 }
-Bytes low_nibbles(Bytes x) {
-    const __m256i mask = _mm256_set1_epi8(15);
-    return {_mm256_and_si256(x.lo, mask), _mm256_and_si256(x.hi, mask)};
+/// Of each byte: x shifted right by Shift (left by -Shift where that is negative), and Mask. Mask removes what a shift
+/// of 16 bits brings in from the neighbour.
+template <int Shift, int Mask>
+__m256i bits_of(__m256i x) {
+    if constexpr (Shift > 0) x = _mm256_srli_epi16(x, Shift);
+    if constexpr (Shift < 0) x = _mm256_slli_epi16(x, -Shift);
+    return _mm256_and_si256(x, _mm256_set1_epi8(char(Mask)));
 }
-Bytes high_nibbles(Bytes x) {
-    const __m256i mask = _mm256_set1_epi8(15);
-    return {_mm256_and_si256(_mm256_srli_epi16(x.lo, 4), mask), _mm256_and_si256(_mm256_srli_epi16(x.hi, 4), mask)};
+template <int Shift, int Mask>
+Bytes bits(Bytes x) {
+    return {bits_of<Shift, Mask>(x.lo), bits_of<Shift, Mask>(x.hi)};
+}
+/// base | bits<Shift, Mask>(x)
+template <int Shift, int Mask>
+Bytes or_bits(Bytes base, Bytes x) {
+    return {_mm256_or_si256(base.lo, bits_of<Shift, Mask>(x.lo)), _mm256_or_si256(base.hi, bits_of<Shift, Mask>(x.hi))};
+}
+/// table[index] of each byte; indices are below 16.
+Bytes lookup(const uint8_t* table, Bytes index) {
+    const __m256i values = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)table));
+    return {_mm256_shuffle_epi8(values, index.lo), _mm256_shuffle_epi8(values, index.hi)};
 }
 void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 
@@ -140,7 +167,7 @@ VecI dot_q4(VecI acc, Bytes w, int32_t a) {
 VecI dot_q8(VecI acc, Q8Bytes w, int32_t a) { return dot_q4(acc, w, a); }
 #else
 // vpmaddubsw saturates at 16 bits, so 8-bit weights go in as |w| <= 128 with their sign moved to the activation:
-// 2 * 128 * 127 = 32512 fits. 4-bit weights (<= 15) fit as they are.
+// 2 * 128 * 127 = 32512 fits. Codes of up to 6 bits fit as they are.
 struct Q8Bytes {
     __m256i magnitude_lo, magnitude_hi, value_lo, value_hi;
 };

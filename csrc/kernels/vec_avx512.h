@@ -53,6 +53,13 @@ VecF select_less(VecF x, VecF bound, VecF a, VecF b) {
 
 VecI round_to_int(VecF x) { return {_mm512_cvtps_epi32(x.v)}; }  // nearest even
 VecF to_float(VecI x) { return {_mm512_cvtepi32_ps(x.v)}; }
+/// 16 bytes, each (p[i] >> Shift) & Mask.
+template <int Shift, int Mask>
+VecF load_uint8(const uint8_t* p) {
+    const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+    return to_float({_mm512_and_si512(_mm512_srli_epi32(wide, Shift), _mm512_set1_epi32(Mask))});
+}
+VecF load_int8(const int8_t* p) { return to_float({_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))}); }
 VecI set1_int(int32_t x) { return {_mm512_set1_epi32(x)}; }
 VecI add_int(VecI a, VecI b) { return {_mm512_add_epi32(a.v, b.v)}; }
 /// 2^n for n in [-126, 127].
@@ -75,8 +82,28 @@ float sqrt1(float x) { return _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(x))); }
 float fma1(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 
 Bytes load_bytes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
-Bytes low_nibbles(Bytes x) { return {_mm512_and_si512(x.v, _mm512_set1_epi8(15))}; }
-Bytes high_nibbles(Bytes x) { return {_mm512_and_si512(_mm512_srli_epi16(x.v, 4), _mm512_set1_epi8(15))}; }
+/// Of each byte: x shifted right by Shift (left by -Shift where that is negative), and Mask. Mask removes what a shift
+/// of 16 bits brings in from the neighbour.
+template <int Shift>
+__m512i shifted(__m512i x) {
+    if constexpr (Shift > 0) return _mm512_srli_epi16(x, Shift);
+    if constexpr (Shift < 0) return _mm512_slli_epi16(x, -Shift);
+    return x;
+}
+template <int Shift, int Mask>
+Bytes bits(Bytes x) {
+    return {_mm512_and_si512(shifted<Shift>(x.v), _mm512_set1_epi8(char(Mask)))};
+}
+/// base | bits<Shift, Mask>(x)
+template <int Shift, int Mask>
+Bytes or_bits(Bytes base, Bytes x) {
+    constexpr int a_or_b_and_c = 0xf8;
+    return {_mm512_ternarylogic_epi32(base.v, shifted<Shift>(x.v), _mm512_set1_epi8(char(Mask)), a_or_b_and_c)};
+}
+/// table[index] of each byte; indices are below 16.
+Bytes lookup(const uint8_t* table, Bytes index) {
+    return {_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)table)), index.v)};
+}
 void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 
 #ifdef FIXMIN_VNNI
@@ -88,7 +115,7 @@ VecI dot_q8(VecI acc, Q8Bytes w, int32_t a) { return {_mm512_dpbusd_epi32(acc.v,
 VecI dot_q4(VecI acc, Bytes w, int32_t a) { return {_mm512_dpbusd_epi32(acc.v, w.v, _mm512_set1_epi32(a))}; }
 #else
 // vpmaddubsw saturates at 16 bits, so 8-bit weights go in as |w| <= 128 with their sign moved to the activation:
-// 2 * 128 * 127 = 32512 fits. 4-bit weights (<= 15) fit as they are.
+// 2 * 128 * 127 = 32512 fits. Codes of up to 6 bits fit as they are.
 struct Q8Bytes {
     __m512i magnitude;
     __mmask64 negative;

@@ -100,6 +100,14 @@ VecI round_to_int(VecF x) {
 VecF to_float(VecI x) {
     return lanewise([&](int i) { return float(x.v[i]); });
 }
+/// 16 bytes, each (p[i] >> Shift) & Mask.
+template <int Shift, int Mask>
+VecF load_uint8(const uint8_t* p) {
+    return lanewise([&](int i) { return float(p[i] >> Shift & Mask); });
+}
+VecF load_int8(const int8_t* p) {
+    return lanewise([&](int i) { return float(p[i]); });
+}
 VecI set1_int(int32_t x) {
     VecI out;
     for (int i = 0; i < 16; ++i) out.v[i] = x;
@@ -138,19 +146,31 @@ Bytes load_bytes(const uint8_t* p) {
     for (int i = 0; i < 64; ++i) out.v[i] = p[i];
     return out;
 }
-Bytes low_nibbles(Bytes x) {
-    for (int i = 0; i < 64; ++i) x.v[i] &= 15;
+/// Of each byte: x shifted right by Shift (left by -Shift where that is negative), and Mask.
+template <int Shift, int Mask>
+Bytes bits(Bytes x) {
+    static_assert((Shift >= 0 ? 0xff >> Shift & Mask : 0xff << -Shift & Mask) == Mask);
+    for (int i = 0; i < 64; ++i) x.v[i] = uint8_t((Shift >= 0 ? x.v[i] >> Shift : x.v[i] << -Shift) & Mask);
     return x;
 }
-Bytes high_nibbles(Bytes x) {
-    for (int i = 0; i < 64; ++i) x.v[i] >>= 4;
-    return x;
+/// base | bits<Shift, Mask>(x)
+template <int Shift, int Mask>
+Bytes or_bits(Bytes base, Bytes x) {
+    x = bits<Shift, Mask>(x);
+    for (int i = 0; i < 64; ++i) base.v[i] |= x.v[i];
+    return base;
+}
+/// table[index] of each byte; indices are below 16.
+Bytes lookup(const uint8_t* table, Bytes index) {
+    for (int i = 0; i < 64; ++i) index.v[i] = table[index.v[i]];
+    return index;
 }
 void prefetch(const void*) {}
 
 using Q8Bytes = Bytes;
 Q8Bytes prepare_q8(Bytes w) { return w; }
 VecI q8_start(int32_t activation_sum) { return set1_int(-128 * activation_sum); }
+/// Lane i: acc + sum over b of w[4i + b] * (signed byte b of a). Weights are unsigned, at most 63 here.
 VecI dot_q4(VecI acc, Bytes w, int32_t a) {
     for (int i = 0; i < 16; ++i)
         for (int b = 0; b < 4; ++b) acc.v[i] += int32_t(w.v[4 * i + b]) * int8_t(uint32_t(a) >> (8 * b));

@@ -46,19 +46,16 @@ size_t Weights::bytes_per_token() const {
 
 namespace {
 
+// A type that the kernels know; GgufFile has checked that a row is a whole number of its blocks.
 WeightType weight_type(const gguf::TensorInfo& tensor) {
-    switch (tensor.type) {
-        case gguf::GgmlType::F32: return WeightType::f32;
-        case gguf::GgmlType::F16: return WeightType::f16;
-        case gguf::GgmlType::BF16: return WeightType::bf16;
-        case gguf::GgmlType::Q8_0: return WeightType::q8_0;
-        case gguf::GgmlType::Q4_0: return WeightType::q4_0;
-        default: {
-            const gguf::TypeTraits* traits = gguf::type_traits(static_cast<uint32_t>(tensor.type));
-            throw UnsupportedError("tensor '" + tensor.name + "' has type " + (traits ? traits->name : "?") +
-                                   "; this version runs F32, F16, BF16, Q8_0 and Q4_0");
-        }
+    const std::string_view type_name = gguf::type_traits(tensor.type).name;
+    std::string known;
+    for (const WeightType type : quant::all_weight_types) {
+        if (quant::name(type) == type_name) return type;
+        known += (known.empty() ? "" : ", ") + std::string(quant::name(type));
     }
+    throw UnsupportedError("tensor '" + tensor.name + "' has type " + std::string(type_name) + "; this version runs " +
+                           known);
 }
 
 std::string shape_text(std::span<const uint64_t> ne) {

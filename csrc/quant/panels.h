@@ -3,35 +3,56 @@
 // A matrix W [rows, inner] is cut into ceil(rows / 16) panels. Inside a panel lane r is output row r, so that one
 // vector holds the same inner position of 16 rows and no product needs a horizontal sum (docs/kernels.md).
 //
-//   f32, f16, bf16   [inner][16] elements
-//   q8_0             [inner/32] blocks of 512 bytes: 8 vectors of 64 bytes, vector j holding q + 128 of k = 4j..4j+3 of
-//   each
-//                    row; after all blocks [inner/32][16] binary16 scales
-//   q4_0             [inner/32] blocks of 256 bytes: 4 vectors of 64 bytes, low nibbles of vector j holding q + 8 of k
-//   = 4j..4j+3,
-//                    high nibbles of k = 16+4j..16+4j+3; after all blocks [inner/32][16] binary16 scales
+//   float types      [inner][16] elements
+//   quantised types  [inner/32] blocks of 64 * bits bytes of codes, then [inner/values] records of scales
 //
-// Scales stand behind the blocks, not between them, so that every 64-byte load of weights is aligned.
+// Codes of a block of 32 are 8 vectors of 64 bytes, vector j holding k = 4j..4j+3 of each row. They are stored as
+// planes of 8, 4, 2 or 1 bits, in this order (5 bits are a plane of 4 and one of 1):
+//
+//   8 bits  8 vectors: vector j as it is
+//   4 bits  4 vectors: vector j in the low nibbles, vector j + 4 in the high nibbles
+//   2 bits  2 vectors: byte i of vector p holds vectors p, p + 2, p + 4, p + 6, from the lowest bits up
+//   1 bit   1 vector: bit j of a byte belongs to vector j
+//
+// A record of scales holds d [16] binary16, m [16] binary16 (has_min), and for blocks of 256 values
+// scales [256/scale_values][16] and mins [256/scale_values][16] of one byte each (Q2_K: nibbles of the same byte, the
+// scale below).
+//
+// Scales stand behind the codes, not between them, so that every 64-byte load of codes is aligned.
 #pragma once
 #include <cstddef>
 #include <cstdint>
-#include <span>
 #include <string_view>
+
+#include "quant/blocks.h"
 
 namespace fixmin::quant {
 
 inline constexpr uint32_t panel_rows = 16;
-inline constexpr uint32_t block_size = 32;  // values that share a scale, in weights and in activations
-
-enum class WeightType : uint8_t { f32, f16, bf16, q8_0, q4_0 };
+inline constexpr uint32_t block_size = 32;  // values that share a scale of activations
 
 /// Types whose products run on 8-bit activations.
-static constexpr bool is_quantized(WeightType type) { return type == WeightType::q8_0 || type == WeightType::q4_0; }
+static constexpr bool is_quantized(WeightType type) { return block_format(type).bits != 0; }
 
-std::string_view name(WeightType type);
+/// Bytes of the codes of 32 values of 16 rows.
+static constexpr size_t code_bytes(WeightType type) { return size_t(block_format(type).bits) * 64; }
+
+/// Bytes of the scales of one block of 16 rows.
+static constexpr size_t scale_record_bytes(WeightType type) {
+    const BlockFormat format = block_format(type);
+    const bool bytes_of_their_own = format.has_min && type != WeightType::q2_k;
+    const size_t halves = format.has_min ? 2 : 1;
+    const size_t bytes = format.values == 256 ? 256 / format.scale_values * (bytes_of_their_own ? 2 : 1) : 0;
+    return (2 * halves + bytes) * panel_rows;
+}
+
+static constexpr std::string_view name(WeightType type) { return block_format(type).name; }
 
 /// Bytes of one row of `inner` values in the file's layout.
-size_t row_bytes(WeightType type, uint32_t inner);
+static constexpr size_t row_bytes(WeightType type, uint32_t inner) {
+    const BlockFormat format = block_format(type);
+    return size_t(inner / format.values) * format.bytes;
+}
 
 /// Bytes of one panel, a multiple of 64.
 size_t panel_bytes(WeightType type, uint32_t inner);

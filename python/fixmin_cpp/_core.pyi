@@ -161,6 +161,7 @@ def system_info() -> dict[str, Any]: ...
 # --- bind_kernels.cpp: for tests -------------------------------------------------------------------------------
 
 def dequantize(type: str, data: NDArray[np.uint8], rows: int, inner: int) -> NDArray[np.float32]: ...  # [rows, inner]
+def packed_bytes(type: str, rows: int, inner: int) -> int: ...
 
 class Kernels:
     """Single kernels of one instruction set; all arrays float32 and C-contiguous; see csrc/kernels/kernels.h."""

@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 import pytest
-from gguf_factory import ALL_BIASES, make_model
+from gguf_factory import ALL_BIASES, FLOAT_TYPES, QUANTIZED_TYPES, WEIGHT_TYPES, block_sizes, make_model
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import forward, hidden_states
@@ -19,7 +19,6 @@ from oracle import forward, hidden_states
 from fixmin_cpp import _core
 
 ISAS = _core.system_info()["isas_supported"]
-TYPES = ["F32", "F16", "BF16", "Q8_0", "Q4_0"]
 
 OPTIONS = {
     "plain": {},
@@ -40,8 +39,17 @@ OPTIONS = {
     "head size 128": dict(embedding_length=256, head_count=2),
     "five layers": dict(block_count=5, norm_eps=1e-12),
 }
+# Those that every type is tried with: each of a type's code paths is in them.
+ALL_TYPES = ["rmsnorm swiglu interleaved rope", "learned"]
 # Sizes that are no multiple of anything: only types without blocks can hold them.
 ODD = dict(embedding_length=60, head_count=3, feed_forward_length=50, vocab_size=77)
+
+
+def options_for(kind, name):
+    """OPTIONS[name], with rows of whole blocks for the types of 256 values."""
+    if kind in QUANTIZED_TYPES and block_sizes(kind)[0] == 256:
+        return OPTIONS[name] | dict(embedding_length=256, feed_forward_length=512)
+    return OPTIONS[name]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +81,7 @@ def digest(array):
 # --- right -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
+@pytest.mark.parametrize("kind", FLOAT_TYPES)
 @pytest.mark.parametrize("name", [*OPTIONS, "odd sizes"])
 def test_logits_and_hidden_states_against_float64(model_file, name, kind):
     path = model_file(weight_type=kind, seed=3, **OPTIONS.get(name, ODD))
@@ -87,24 +95,46 @@ def test_logits_and_hidden_states_against_float64(model_file, name, kind):
             assert np.array_equal(got, expected.astype(np.float32))
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(kind, name) for name in OPTIONS for kind in (QUANTIZED_TYPES if name in ALL_TYPES else ("Q8_0", "Q4_0"))],
+)
 def test_quantised_logits_against_float64(model_file, name, kind):
     """The oracle has the file's weights but exact activations: what is left is their rounding to 8 bits."""
-    path = model_file(weight_type=kind, seed=3, **OPTIONS[name])
+    path = model_file(weight_type=kind, seed=3, **options_for(kind, name))
     ids = ids_for(40)
     assert relative(_core.Engine(path, kv_type="f32").logits(ids), forward(path, ids)) <= 0.03
 
 
-def test_mixed_weight_types(model_file):
-    types = {
+# Every type, also in the matrices that the fold of layer 0 takes.
+MIXED = dict(
+    embedding_length=256,
+    feed_forward_length=512,
+    activation="swiglu",
+    weight_type="F32",
+    weight_types={
+        "blk.0.attn_q": "Q6_K",
+        "blk.0.attn_k": "Q5_1",
+        "blk.0.attn_v": "IQ4_XS",
+        "blk.0.attn_output": "Q4_1",
+        "blk.0.ffn_gate": "Q5_K",
         "blk.0.ffn_up": "F16",
+        "blk.0.ffn_down": "Q3_K",
         "blk.1.attn_q": "Q8_0",
         "blk.1.attn_k": "F32",
         "blk.1.attn_v": "BF16",
+        "blk.1.attn_output": "IQ4_NL",
+        "blk.1.ffn_gate": "Q4_K",
+        "blk.1.ffn_up": "Q2_K",
+        "blk.1.ffn_down": "Q5_0",
         "output": "Q4_0",
-    }
-    path = model_file(weight_types=types, weight_type="F32")
+    },
+)
+
+
+def test_mixed_weight_types(model_file):
+    assert set(WEIGHT_TYPES) == set(MIXED["weight_types"].values())
+    path = model_file(**MIXED)
     ids = ids_for(20)
     assert relative(_core.Engine(path).logits(ids), forward(path, ids)) <= 0.03
 
@@ -150,10 +180,16 @@ def test_unwritten_cache_never_shows(model_file):
 # --- the same bits -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", TYPES)
-@pytest.mark.parametrize("name", ["plain", "rmsnorm swiglu interleaved rope", "learned", "grouped queries"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *((name, kind) for name in ALL_TYPES for kind in WEIGHT_TYPES),
+        *((name, kind) for name in ("plain", "grouped queries") for kind in ("F32", "F16", "BF16", "Q8_0", "Q4_0")),
+        ("mixed", None),
+    ],
+)
 def test_bits_do_not_depend_on_isa_threads_or_chunks(model_file, name, kind):
-    path = model_file(weight_type=kind, seed=4, **OPTIONS[name])
+    path = model_file(seed=4, **(MIXED if name == "mixed" else options_for(kind, name) | dict(weight_type=kind)))
     ids = ids_for(50)
     digests = {}
     for isa in ISAS:

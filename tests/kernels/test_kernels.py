@@ -6,6 +6,7 @@ from fractions import Fraction
 import gguf
 import numpy as np
 import pytest
+from gguf_factory import HALVES, QUANTIZED_TYPES, WEIGHT_TYPES, block_sizes, quantize, random_blocks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,7 +14,6 @@ from fixmin_cpp import _core
 
 ISAS = _core.system_info()["isas_supported"]
 TABLES = [_core.Kernels(isa) for isa in ISAS]
-TYPES = ["F32", "F16", "BF16", "Q8_0", "Q4_0"]
 LENGTHS = [1, 5, 15, 16, 17, 31, 33, 64, 192, 1000]
 
 
@@ -35,9 +35,13 @@ def normal(rng, *shape):
 
 
 def quantized_rows(rng, kind, rows, inner):
-    """Random weights in the file's layout, uint8 [rows * row_bytes], by the gguf package."""
-    raw = gguf.quants.quantize(normal(rng, rows, inner), gguf.GGMLQuantizationType[kind])
-    return np.ascontiguousarray(raw).view(np.uint8).reshape(-1)
+    """Random weights in the file's layout, uint8 [rows * row_bytes]."""
+    return np.ascontiguousarray(quantize(normal(rng, rows, inner), kind)).view(np.uint8).reshape(-1)
+
+
+def inner_for(kind, n_small):
+    """A row length for a type: n_small, or three blocks of 256."""
+    return 768 if block_sizes(kind)[0] == 256 else n_small
 
 
 def dequantized(kind, data, rows, inner):
@@ -57,15 +61,39 @@ def test_isa_that_does_not_exist():
 # --- formats -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", WEIGHT_TYPES)
 def test_dequantize_equals_gguf_bit_for_bit(kind):
     rng = np.random.default_rng(1)
-    data = quantized_rows(rng, kind, 7, 96)
-    if kind in ("Q8_0", "Q4_0"):  # any block, also ones that no quantiser writes
-        data = rng.integers(0, 256, data.size, dtype=np.uint8)
-        blocks = data.reshape(-1, 34 if kind == "Q8_0" else 18)
-        blocks[:, :2] = rng.uniform(-100, 100, len(blocks)).astype(np.float16)[:, None].view(np.uint8)
-    assert _core.dequantize(kind, data, 7, 96).tobytes() == dequantized(kind, data, 7, 96).tobytes()
+    inner = inner_for(kind, 96)
+    inputs = [quantized_rows(rng, kind, 7, inner)]
+    if kind in QUANTIZED_TYPES:
+        n_blocks = 7 * inner // block_sizes(kind)[0]
+        inputs += [random_blocks(kind, n_blocks, rng, spread).reshape(-1) for spread in (100.0, 60000.0, 1e-6)]
+    for data in inputs:
+        assert _core.dequantize(kind, data, 7, inner).tobytes() == dequantized(kind, data, 7, inner).tobytes()
+
+
+@pytest.mark.parametrize("kind", QUANTIZED_TYPES)
+def test_weights_in_memory_are_hardly_larger_than_in_the_file(kind):
+    block, size = block_sizes(kind)
+    assert 1024 * 2048 // block * size <= _core.packed_bytes(kind, 1024, 2048) <= 1.04 * 1024 * 2048 // block * size
+
+
+@pytest.mark.parametrize("kind", QUANTIZED_TYPES)
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+def test_scales_that_are_not_finite_are_refused(kind, bad):
+    for at in HALVES[kind]:
+        blocks = random_blocks(kind, 5, np.random.default_rng(0))
+        blocks[3, at : at + 2] = np.array([bad], np.float16).view(np.uint8)
+        with pytest.raises(ValueError, match="not finite"):
+            TABLES[0].matmul(kind, blocks.reshape(-1), 5, np.ones((1, block_sizes(kind)[0]), np.float32))
+
+
+@pytest.mark.parametrize("kind", QUANTIZED_TYPES)
+def test_rows_must_be_whole_blocks(kind):
+    block, size = block_sizes(kind)
+    with pytest.raises(ValueError, match="multiple of the block"):
+        _core.dequantize(kind, np.zeros(size, np.uint8), 1, block - 16)
 
 
 def test_every_half_converts_exactly():
@@ -100,45 +128,84 @@ def test_quantize_activations_of_nothing():
 # --- matrix products ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", TYPES)
+def rounded_activations(kind, x):
+    """float64 [tokens, inner]: the activations as the products of a type see them."""
+    if kind not in QUANTIZED_TYPES:
+        return x.astype(np.float64)
+    q, scale, _ = TABLES[0].quantize_activations(x.reshape(-1))
+    return (q.reshape(-1, 32) * scale.astype(np.float64)[:, None]).reshape(x.shape)
+
+
+@pytest.mark.parametrize("kind", WEIGHT_TYPES)
 @pytest.mark.parametrize(("rows", "tokens"), [(1, 1), (16, 3), (40, 13), (33, 27), (64, 1)])
 def test_matmul(kind, rows, tokens):
     rng = np.random.default_rng(rows * 100 + tokens)
-    inner = 160
+    inner = inner_for(kind, 160)
     data = quantized_rows(rng, kind, rows, inner)
     x, bias, residual = normal(rng, tokens, inner), normal(rng, rows), normal(rng, tokens, rows)
     got = on_every_isa(lambda k: k.matmul(kind, data, rows, x, bias, residual))
-
     w = dequantized(kind, data, rows, inner).astype(np.float64)
-    a = x.astype(np.float64)
-    if kind in ("Q8_0", "Q4_0"):
-        q, scale, _ = TABLES[0].quantize_activations(x.reshape(-1))
-        a = (q.reshape(-1, 32) * scale.astype(np.float64)[:, None]).reshape(tokens, inner)
-    expected = a @ w.T + bias + residual
+    expected = rounded_activations(kind, x) @ w.T + bias + residual
     assert np.abs(got - expected).max() <= 3e-6 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", QUANTIZED_TYPES)
+@pytest.mark.parametrize(("rows", "tokens"), [(16, 1), (37, 14)])
+def test_matmul_of_any_bytes(kind, rows, tokens):
+    rng = np.random.default_rng(rows)
+    inner = inner_for(kind, 320)
+    data = random_blocks(kind, rows * inner // block_sizes(kind)[0], rng).reshape(-1)
+    x = normal(rng, tokens, inner)
+    got = on_every_isa(lambda k: k.matmul(kind, data, rows, x))
+    w, a = dequantized(kind, data, rows, inner).astype(np.float64), rounded_activations(kind, x)
+    # Terms cancel, those of the scales and of the minima too: the bound is relative to what is added up.
+    terms = np.abs(a) @ np.abs(w).T + np.abs(w).max() * np.abs(a).sum(1, keepdims=True)
+    assert np.all(np.abs(got - a @ w.T) <= 3e-6 * terms)
+
+
+@pytest.mark.parametrize("kind", QUANTIZED_TYPES)
+def test_a_term_is_rounded_only_by_its_fma(kind):
+    """With powers of two as scales the contract of docs/numerics.md leaves no rounding at all."""
+    rng = np.random.default_rng(7)
+    block = block_sizes(kind)[0]
+    blocks = random_blocks(kind, 16, rng)
+    for at in HALVES[kind]:
+        blocks[:, at : at + 2] = np.array([0.5], np.float16).view(np.uint8)
+    x = rng.integers(-127, 128, (1, block)).astype(np.float32)
+    x[0, ::32] = 127  # scale 1
+    x[0, 32:] = 0  # one block of activations: one term, or two
+    got = on_every_isa(lambda k: k.matmul(kind, blocks.reshape(-1), 16, x))
+    w = dequantized(kind, blocks.reshape(-1), 16, block).astype(np.float64)
+    assert np.array_equal(got, x.astype(np.float64) @ w.T)
+
+
+@pytest.mark.parametrize("kind", WEIGHT_TYPES)
 def test_matmul_does_not_depend_on_the_batch(kind):
     rng = np.random.default_rng(5)
-    data = quantized_rows(rng, kind, 48, 64)
-    x = normal(rng, 29, 64)
+    inner = inner_for(kind, 64)
+    data = quantized_rows(rng, kind, 48, inner)
+    x = normal(rng, 29, inner)
     together = on_every_isa(lambda k: k.matmul(kind, data, 48, x))
     alone = np.concatenate([TABLES[-1].matmul(kind, data, 48, x[t : t + 1]) for t in range(29)])
     assert together.tobytes() == alone.tobytes()
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
-def test_extreme_quantised_values_do_not_saturate(kind):
-    block = np.zeros(34 if kind == "Q8_0" else 18, np.uint8)
-    block[:2] = np.array([1.0], np.float16).view(np.uint8)
-    block[2:] = 0x80 if kind == "Q8_0" else 0x00  # the most negative weight: -128, -8
-    data = np.tile(block, 16 * 2)
-    x = np.ones((1, 64), np.float32)
-    weight = -128 if kind == "Q8_0" else -8
-    for sign in (1, -1):
-        got = on_every_isa(lambda k, s=sign: k.matmul(kind, data, 16, x * np.float32(s)))
-        np.testing.assert_allclose(got, sign * weight * 64, rtol=1e-6)
+@pytest.mark.parametrize("kind", QUANTIZED_TYPES)
+@pytest.mark.parametrize("byte", [0x00, 0x0F, 0x1F, 0x7F, 0x80, 0xF0, 0xFF])
+def test_extreme_quantised_values_do_not_saturate(kind, byte):
+    """Codes, integer scales and minima all at an end; activations at theirs, with scale 1: sums are integers."""
+    block, size = block_sizes(kind)
+    data = np.full((16, size), byte, np.uint8)
+    if kind == "Q6_K":
+        data[8:, 192:208] = 0x80  # the most negative integer scale, -128
+    for at in HALVES[kind]:
+        data[:, at : at + 2] = np.array([1.0], np.float16).view(np.uint8)
+    w = dequantized(kind, data.reshape(-1), 16, block).astype(np.float64)
+    for signs in ([1], [-1], [1, -1], [1, 1, -1, -1, -1]):
+        x = (127 * np.resize(signs, (1, block))).astype(np.float32)
+        x[:, 32:] = 0
+        got = on_every_isa(lambda k, x=x: k.matmul(kind, data.reshape(-1), 16, x))
+        assert np.array_equal(got, x.astype(np.float64) @ w.T)
 
 
 def test_matmul_of_the_float_types_is_a_chain_of_fma():

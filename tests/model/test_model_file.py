@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType
-from gguf_factory import make_model
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf_factory import HALVES, WEIGHT_TYPES, make_model
 
 from fixmin_cpp import _core
 
@@ -197,7 +197,7 @@ def test_extra_tensor(tmp_path):
         load(make_model(tmp_path / "m.gguf", edit=edit))
 
 
-@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0"])
+@pytest.mark.parametrize("kind", WEIGHT_TYPES)
 @pytest.mark.parametrize("name", ["output.weight", "blk.0.attn_v.weight", "blk.1.attn_v.weight"])
 @pytest.mark.parametrize("bad", [np.inf, np.nan])
 def test_weights_that_are_not_finite(tmp_path, kind, name, bad):
@@ -210,13 +210,29 @@ def test_weights_that_are_not_finite(tmp_path, kind, name, bad):
             row[:4] = np.array([bad], np.float32).view(np.uint8)
         elif stored == GGMLQuantizationType.BF16:
             row[:2] = (np.array([bad], np.float32).view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
-        else:  # the element, or the scale of the first block
-            row[:2] = np.array([bad], np.float16).view(np.uint8)
+        else:  # the element, or the last scale or minimum of the first block
+            at = HALVES[stored.name][-1] if stored.name in HALVES else 0
+            row[at : at + 2] = np.array([bad], np.float16).view(np.uint8)
         writer.tensors[0][name].tensor = raw.view(data.dtype)
 
-    path = make_model(tmp_path / "m.gguf", weight_type=kind, edit=edit)
+    path = make_model(tmp_path / "m.gguf", weight_type=kind, edit=edit, embedding_length=256, feed_forward_length=256)
     with pytest.raises(_core.GGUFError, match=f"{name}.*NaN or infinite"):
         load(path)
+
+
+@pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"])
+def test_rows_that_are_not_whole_blocks(tmp_path, kind):
+    """Rows of 96 where the type needs 256, in a file whose sizes fit otherwise."""
+    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+
+    def edit(writer):
+        info = writer.tensors[0]["blk.1.ffn_down.weight"]
+        info.dtype = GGMLQuantizationType[kind]
+        info.tensor = np.zeros((64 * 96 // block, size), np.uint8)
+        info.nbytes = info.tensor.nbytes
+
+    with pytest.raises(_core.GGUFError, match=rf"blk.1.ffn_down.weight.*96 is not a multiple.*256 of {kind}"):
+        load(make_model(tmp_path / "m.gguf", edit=edit))
 
 
 def test_type_that_is_not_supported(tmp_path):
@@ -226,7 +242,7 @@ def test_type_that_is_not_supported(tmp_path):
         info.dtype = GGMLQuantizationType.F64
         info.nbytes = info.tensor.nbytes
 
-    with pytest.raises(_core.UnsupportedError, match=r"blk.1.ffn_down.weight.*F64"):
+    with pytest.raises(_core.UnsupportedError, match=r"blk.1.ffn_down.weight.*F64.*Q4_0.*IQ4_XS"):
         load(make_model(tmp_path / "m.gguf", edit=edit))
 
 
