@@ -182,21 +182,17 @@ template <int... J>
 struct Indices {};
 using EachVector = Indices<0, 1, 2, 3, 4, 5, 6, 7>;
 
-// 32 codes of 16 rows, one byte each: vector j holds k = 4j..4j+3. Read from the planes of quant/panels.h.
+// Readers give vector J, k = 4J..4J+3 of 16 rows, of a block of 32 codes that is stored in the planes of
+// quant/panels.h.
+
+// 2 to 6 bits: unsigned bytes.
 template <uint32_t Bits>
-struct Codes {
-    Bytes w[8];
-
-    explicit Codes(const uint8_t* p) { unpack(p, EachVector{}); }
+struct CodeReader {
     static VecI start(int32_t zero, int32_t activation_sum) { return set1_int(-zero * activation_sum); }
-    VecI dot(VecI acc, uint32_t j, int32_t a) const { return dot_q4(acc, w[j], a); }
+    static VecI dot(VecI acc, Bytes w, int32_t a) { return dot_q4(acc, w, a); }
 
-    template <int... J>
-    void unpack(const uint8_t* p, Indices<J...>) {
-        ((w[J] = code<J>(p)), ...);
-    }
     template <int J>
-    static Bytes code(const uint8_t* p) {
+    static Bytes read(const uint8_t* p) {
         static_assert(Bits >= 2 && Bits <= 6);
         constexpr int pair = 2 * (J / 2);  // place of vector J in a plane of 2 bits
         if constexpr (Bits <= 3) {
@@ -212,42 +208,40 @@ struct Codes {
     }
 };
 
-// Codes or values with offset 128: too large for dot_q4.
-struct WideCodes {
-    Q8Bytes w[8];
-
-    static VecI start(int32_t, int32_t activation_sum) { return q8_start(activation_sum); }
-    VecI dot(VecI acc, uint32_t j, int32_t a) const { return dot_q8(acc, w[j], a); }
-};
-
+// Bytes with offset 128: too large for dot_q4.
 template <>
-struct Codes<8> : WideCodes {
-    explicit Codes(const uint8_t* p) {
-        for (uint32_t j = 0; j < 8; ++j) w[j] = prepare_q8(load_bytes(p + 64 * j));
+struct CodeReader<8> {
+    static VecI start(int32_t, int32_t activation_sum) { return q8_start(activation_sum); }
+    static VecI dot(VecI acc, Q8Bytes w, int32_t a) { return dot_q8(acc, w, a); }
+
+    template <int J>
+    static Q8Bytes read(const uint8_t* p) {
+        return prepare_q8(load_bytes(p + 64 * J));
     }
 };
 
-struct TableCodes : WideCodes {
-    explicit TableCodes(const uint8_t* p) {
-        const Codes<4> index(p);
-        for (uint32_t j = 0; j < 8; ++j) w[j] = prepare_q8(lookup(iq4_values_offset, index.w[j]));
+// quant::iq4_values + 128
+constexpr uint8_t iq4_offset_values[16] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241};
+
+struct TableReader : CodeReader<8> {
+    template <int J>
+    static Q8Bytes read(const uint8_t* p) {
+        return prepare_q8(lookup(iq4_offset_values, CodeReader<4>::read<J>(p)));
     }
-    // quant::iq4_values + 128
-    static constexpr uint8_t iq4_values_offset[16] = {1,   24,  45,  63,  79,  93,  106, 118,
-                                                      129, 141, 153, 166, 181, 197, 217, 241};
 };
 
-template <WeightType Type>
-auto codes_at(const uint8_t* p) {
-    constexpr auto format = fixmin::quant::block_format(Type);
-    if constexpr (format.table)
-        return TableCodes(p);
-    else
-        return Codes<format.bits>(p);
-}
+template <uint32_t Bits, bool Table>
+struct ReaderOf {
+    using Type = CodeReader<Bits>;
+};
+template <uint32_t Bits>
+struct ReaderOf<Bits, true> {
+    using Type = TableReader;
+};
 
-// The codes and scales of 32 weights of 16 rows.
-template <WeightType Type>
+// The codes and scales of 32 weights of 16 rows. Kept: the codes are unpacked once and used for several tokens; for a
+// single one they are unpacked where they are used, which 16 registers can hold.
+template <WeightType Type, bool Kept>
 struct WeightBlock {
     static constexpr auto format = fixmin::quant::block_format(Type);
     static constexpr uint32_t per_record = format.values / block;  // blocks of 32
@@ -255,14 +249,17 @@ struct WeightBlock {
     static constexpr bool halves = format.scale_values == 16;
     static constexpr size_t code_bytes = fixmin::quant::code_bytes(Type);
     static constexpr size_t record_bytes = fixmin::quant::scale_record_bytes(Type);
+    using Reader = typename ReaderOf<format.bits, format.table>::Type;
 
-    decltype(codes_at<Type>(nullptr)) codes;
+    const uint8_t* planes;
+    decltype(Reader::template read<0>(nullptr)) kept[Kept ? 8 : 1];
     VecF scale;          // d, or d * s where 32 weights share s
     VecF offset;         // m, or m * n likewise
     VecF half_scale[2];  // s where 16 weights share it
     VecF half_min[2];    // n
 
-    WeightBlock(const uint8_t* panel, uint32_t n_blocks, uint32_t b) : codes(codes_at<Type>(panel + b * code_bytes)) {
+    WeightBlock(const uint8_t* panel, uint32_t n_blocks, uint32_t b) : planes(panel + b * code_bytes) {
+        if constexpr (Kept) keep(EachVector{});
         const uint8_t* p = panel + n_blocks * code_bytes + b / per_record * record_bytes;
         scale = load_f16((const uint16_t*)p);
         p += 2 * lanes;
@@ -286,25 +283,39 @@ struct WeightBlock {
         }
     }
 
-    // acc + weights . activations. Every value but those of the last fma of a term is exact.
+    template <int... J>
+    void keep(Indices<J...>) {
+        ((kept[J] = Reader::template read<J>(planes)), ...);
+    }
+    template <int J>
+    auto codes() const {
+        if constexpr (Kept)
+            return kept[J];
+        else
+            return Reader::template read<J>(planes);
+    }
+
+    // Adds to two chains: the first and the second 16 weights where these have scales of their own, else even and odd
+    // vectors, because one chain alone would be bound by the latency of a dot product, 4-5.
+    template <int... J>
+    void dot(VecI* chains, const int8_t* q, Indices<J...>) const {
+        constexpr auto chain = [](int j) { return halves ? j / 4 : j % 2; };
+        ((chains[chain(J)] = Reader::dot(chains[chain(J)], codes<J>(), read_int32(q + 4 * J))), ...);
+    }
+
+    // acc + weights . activations. Every value but a_scale * scale and the results of the last fma of a term is exact.
     VecF add_to(VecF acc, const ActivationBlock& a) const {
         if constexpr (!halves) {
-            // Two chains: the latency of one dot product is 4-5.
-            VecI even = codes.start(format.zero, a.sum), odd = set1_int(0);
-#pragma GCC unroll 8
-            for (uint32_t j = 0; j < 8; j += 2) {
-                even = codes.dot(even, j, read_int32(a.q + 4 * j));
-                odd = codes.dot(odd, j + 1, read_int32(a.q + 4 * j + 4));
-            }
-            acc = fma(to_float(add_int(even, odd)), mul(scale, set1(a.scale)), acc);
+            VecI chains[2] = {Reader::start(format.zero, a.sum), set1_int(0)};
+            dot(chains, a.q, EachVector{});
+            acc = fma(to_float(add_int(chains[0], chains[1])), mul(scale, set1(a.scale)), acc);
             if constexpr (format.has_min) acc = fma(offset, set1(a.scaled_sum), acc);
         } else {
             const int32_t sums[2] = {a.half_sum, a.sum - a.half_sum};
-            VecI dots[2] = {codes.start(format.zero, sums[0]), codes.start(format.zero, sums[1])};
-#pragma GCC unroll 8
-            for (uint32_t j = 0; j < 8; ++j) dots[j / 4] = codes.dot(dots[j / 4], j, read_int32(a.q + 4 * j));
+            VecI chains[2] = {Reader::start(format.zero, sums[0]), Reader::start(format.zero, sums[1])};
+            dot(chains, a.q, EachVector{});
             // |s * dot| <= 128 * 32 * 127 * 16 = 2^23 - 2^16, so that even the sum of two is exact in float32.
-            const VecF total = fma(half_scale[1], to_float(dots[1]), mul(half_scale[0], to_float(dots[0])));
+            const VecF total = fma(half_scale[1], to_float(chains[1]), mul(half_scale[0], to_float(chains[0])));
             acc = fma(total, mul(scale, set1(a.scale)), acc);
             if constexpr (format.has_min) {
                 const VecF low = mul(half_min[0], set1(float(sums[0])));
@@ -318,9 +329,9 @@ struct WeightBlock {
 // One panel times N tokens, block after block.
 template <WeightType Type, uint32_t N>
 void quantized_tile(const uint8_t* panel, uint32_t n_blocks, const ActivationBlock* rows, VecF* result) {
+    using Block = WeightBlock<Type, (N > 1)>;
     // What a block takes with its part of the scales: one pass over a panel prefetches as many bytes as a panel has.
-    constexpr size_t bytes =
-        WeightBlock<Type>::code_bytes + WeightBlock<Type>::record_bytes / WeightBlock<Type>::per_record;
+    constexpr size_t bytes = Block::code_bytes + Block::record_bytes / Block::per_record;
     VecF acc[N];
     for (uint32_t c = 0; c < N; ++c) acc[c] = zero();
     for (uint32_t b = 0; b < n_blocks; ++b) {
@@ -328,7 +339,7 @@ void quantized_tile(const uint8_t* panel, uint32_t n_blocks, const ActivationBlo
             const uint8_t* ahead = panel + b * bytes + 4096;
             for (uint32_t j = 0; j < bytes; j += 64) prefetch(ahead + j);
         }
-        const WeightBlock<Type> weights(panel, n_blocks, b);
+        const Block weights(panel, n_blocks, b);
 #pragma GCC unroll 16
         for (uint32_t c = 0; c < N; ++c) acc[c] = weights.add_to(acc[c], rows[size_t(c) * n_blocks + b]);
     }
