@@ -78,6 +78,14 @@ Bytes load_bytes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
 Bytes low_nibbles(Bytes x) { return {_mm512_and_si512(x.v, _mm512_set1_epi8(15))}; }
 Bytes high_nibbles(Bytes x) { return {_mm512_and_si512(_mm512_srli_epi16(x.v, 4), _mm512_set1_epi8(15))}; }
 void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+Bytes exclusive_or(Bytes a, Bytes b) { return {_mm512_xor_si512(a.v, b.v)}; }
+
+constexpr uint32_t ceiling_chains = 12;
+/// The compiler must have x in a register here and knows nothing about it afterwards. Costs no instruction.
+template <typename V>
+void keep(V& x) {
+    __asm__ volatile("" : "+v"(x.v));
+}
 
 #ifdef FIXMIN_VNNI
 // vpdpbusd takes unsigned weights; the offset 128 is taken off through the sum of the activations.
