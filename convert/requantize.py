@@ -165,7 +165,7 @@ def quantize(
     importance = {} if imatrix is None else read_imatrix(_as_path("imatrix", imatrix))
 
     stored = read_gguf(source_path)
-    chooser = _Chooser(name, rules, output_type, stored.spec.block_count)
+    chooser = _Chooser(name, rules, output_type, stored.spec.block_count, stored.spec.code.kind != "learned")
     plans = [chooser.plan(key, recipe) for key, recipe in stored.spec.tensors.items()]
     if unused := [pattern.pattern for pattern, _ in rules if pattern not in chooser.used]:
         raise ArgumentError(f"tensor_types: no matrix of this model has a name that matches {unused[0]!r}")
@@ -211,9 +211,10 @@ class _Chooser:
     """The type of each tensor, in the order: stated by name, output, recipe, floor of the folded layer, fallback."""
 
     def __init__(
-        self, name: str, rules: list[tuple[re.Pattern[str], str]], output_type: str | None, n_layers: int
+        self, name: str, rules: list[tuple[re.Pattern[str], str]], output_type: str | None, n_layers: int, folds: bool
     ) -> None:
-        self._name, self._rules, self._output_type, self._n_layers = name, rules, output_type, n_layers
+        self._name, self._rules, self._output_type = name, rules, output_type
+        self._n_layers, self._folds = n_layers, folds
         self.used: set[re.Pattern[str]] = set()
 
     def plan(self, name: str, recipe: TensorRecipe) -> TensorPlan:
@@ -237,7 +238,7 @@ class _Chooser:
         else:
             wanted = _recipe_type(self._name, name, self._n_layers)
             note = None if wanted == MIXED[self._name][0] else f"recipe {self._name}"
-        if name in _FOLDED and bits_per_weight(wanted) < bits_per_weight(Q8_0):
+        if self._folds and name in _FOLDED and bits_per_weight(wanted) < bits_per_weight(Q8_0):
             return Q8_0, "layer 0 is folded at load"
         return wanted, note
 
