@@ -224,11 +224,11 @@ py::array_t<double> doubles(const std::vector<double>& values) {
 class InputSquares {
   public:
     explicit InputSquares(const EngineHandle& handle)
-        : engine_(handle.get().get()), hp_(handle.get()->hyperparams()), squares_(hp_) {}
+        : engine_(handle.get()), hp_(handle.get()->hyperparams()), squares_(hp_) {}
 
     py::array_t<float> add(const EngineHandle& handle, const Ids& ids) {
         const auto engine = handle.get();
-        if (engine.get() != engine_) throw ArgumentError("these sums belong to another engine");
+        if (engine_.lock() != engine) throw ArgumentError("these sums belong to another engine");
         const auto span = id_span(ids);
         py::array_t<float> out(py::ssize_t(span.empty() ? 0 : span.size() - 1));
         float* data = out.mutable_data();
@@ -257,7 +257,7 @@ class InputSquares {
   private:
     uint64_t tokens() const { return squares_.block_tokens; }
 
-    const Engine* engine_;  // compared only
+    const std::weak_ptr<Engine> engine_;
     const model::Hyperparams hp_;
     model::InputSquares squares_;
 };

@@ -58,6 +58,7 @@ class Engine {
 
     /// out: [T-1], natural logarithm of the probability of ids[t+1] after ids[0..t].
     /// `squares`, if given, gets the inputs of every product added: T tokens for the blocks, T-1 for the output.
+    /// An exception leaves a part of them there.
     void score(std::span<const uint32_t> ids, float* out, const Stop& stop, model::InputSquares* squares = nullptr);
 
     /// on_token may be empty; false from it ends the generation after that token.

@@ -67,7 +67,7 @@ class AtomicFile:
     def write(self, data: bytes | NDArray[np.uint8]) -> None:
         """Append bytes. A full disk gives an OSError that names the file that was to be."""
         try:
-            self.file.write(memoryview(data).cast("B"))
+            self.file.write(data if isinstance(data, bytes) else data.data.cast("B"))
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.target)) from error
 

@@ -1,6 +1,8 @@
 """What `fixmin bench` measures: speed of prefill and decode, and how much of the machine that is."""
 
+import contextlib
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -80,7 +82,7 @@ def bench(
         depth: tokens in the context before the first decoded one (at least one is always there).
         repeat: how often both are measured, after a run that warms up and does not count.
         read_buffer_bytes: memory that the read ceiling goes over; None: four times the last-level cache, between
-            256 MiB and 1 GiB.
+            256 MiB and 1 GiB, but no more than a quarter of the memory that is free.
         progress: called with what is being done.
 
     Returns:
@@ -92,7 +94,7 @@ def bench(
     repeat = as_int("repeat", repeat, 1, 10_000)
     depth = as_int("depth", depth, 0, _MAX)
     cache = last_level_cache_bytes()
-    buffer = min(max(4 * cache, 256 * _MIB), 1024 * _MIB)
+    buffer = min(max(4 * cache, 256 * _MIB), 1024 * _MIB, max(spare_memory() // 4, 16 * _MIB))
     if read_buffer_bytes is not None:
         buffer = as_int("read_buffer_bytes", read_buffer_bytes, _MIB, 1 << 40)
     tell = progress or (lambda text: None)
@@ -206,6 +208,16 @@ def last_level_cache_bytes() -> int:
         except (OSError, ValueError):
             continue
     return largest
+
+
+def spare_memory() -> int:
+    """Bytes that this process could still take: what the system calls available, less if its cgroup allows less."""
+    available = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    spare = int(available[1]) * 1024 if available else 1024 * _MIB
+    group = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+        spare = min(spare, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return spare
 
 
 def resident_bytes() -> int:

@@ -425,7 +425,7 @@ def _decode(data: bytes, source: str) -> str:
 
 def _tensor_types(options: list[str]) -> dict[str, str]:
     """REGEX=TYPE, split at the last "="."""
-    rules = {}
+    rules: dict[str, str] = {}
     for option in options:
         expression, separator, wanted = option.rpartition("=")
         if not (expression and separator):

@@ -153,19 +153,23 @@ def perplexity(
             raise ArgumentError("text must have at least 2 tokens, got 1: the first one is not predicted")
         parts = windows(len(ids), ctx, stride)[:limit]
         about = _describe(ids, ctx, stride, vocab_size, parts)
-        saved = None if base_logits is None else _open_logits(Path(base_logits), about)
+        theirs: Iterator[NDArray[np.float32]] | None = None  # the base's logits of each window's scored tokens
+        if base_model is not None:
+            theirs = (base_model.logits(ids[part.begin : part.end])[part.rows] for part in parts)
+        elif base_logits is not None:
+            theirs = _split(_open_logits(Path(base_logits), about), parts)
         file = None if save_logits is None else stack.enter_context(AtomicFile(save_logits))
         if file is not None:
             file.write(_header(about))
 
         losses: list[NDArray[np.float64]] = []
         comparisons: list[_Comparison] = []
-        n_read, seconds, row = 0, 0.0, 0
+        n_read, seconds = 0, 0.0
         for done, part in enumerate(parts):
             window = ids[part.begin : part.end]
             targets = ids[part.scored : part.end]
             start = time.perf_counter()
-            if base_model is None and saved is None and file is None:
+            if theirs is None and file is None:
                 # No logits are needed whole: the engine gives log-probabilities alone.
                 losses.append(-model.score(window).logprobs[part.rows].astype(np.float64))
                 seconds += time.perf_counter() - start
@@ -174,17 +178,11 @@ def perplexity(
                 seconds += time.perf_counter() - start
                 if file is not None:
                     file.write(np.ascontiguousarray(logits).view(np.uint8))
-                if base_model is not None or saved is not None:
-                    theirs = (
-                        base_model.logits(window)[part.rows]
-                        if base_model is not None
-                        else saved[row : row + len(targets)]
-                    )
-                    comparisons.append(compare(theirs, logits, targets))
+                if theirs is not None:
+                    comparisons.append(compare(next(theirs), logits, targets))
                     losses.append(comparisons[-1].losses)
                 else:
                     losses.append(negative_log_probabilities(logits, targets))
-            row += len(targets)
             n_read += len(window)
             if progress is not None:
                 progress(done + 1, len(parts))
@@ -275,6 +273,15 @@ def _divergence(comparisons: list[_Comparison], nll: float) -> Divergence:
         delta_p_rms=float(np.sqrt((delta**2).mean())),
         delta_p_quantiles=_quantiles(delta, _DELTA_QUANTILES),
     )
+
+
+def _split(rows: NDArray[np.float32], parts: list[Window]) -> Iterator[NDArray[np.float32]]:
+    """Rows [n_scored, V] of all windows, window by window."""
+    begin = 0
+    for part in parts:
+        end = begin + part.end - part.scored
+        yield rows[begin:end]
+        begin = end
 
 
 def _slices(n: int) -> Iterator[slice]:
