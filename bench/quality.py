@@ -2,42 +2,17 @@
 
     python bench/quality.py BASE_F32.gguf OTHER.gguf [OTHER.gguf ...] --text FILE [--window 256] [--json]
 
-The text is cut into windows of that many tokens, each scored from its beginning. Per file: size, perplexity,
-mean KL(base || file) per token in nats with its 99th percentile, and the share of tokens whose most probable successor
-is the same.
+The text is cut into windows of that many tokens, each scored from its beginning as by `fixmin perplexity`, with the
+base in memory for all files. Per file: size, perplexity, mean KL(base || file) per token in nats with its 99th
+percentile, and the share of tokens whose most probable successor is the same.
 """
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 
-import numpy as np
-
-from fixmin_cpp import Model
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """[T, V] float32 -> float64."""
-    x = logits.astype(np.float64)
-    x -= x.max(1, keepdims=True)
-    return x - np.log(np.exp(x).sum(1, keepdims=True))
-
-
-def measure(base: Model, other: Model, windows: list[np.ndarray]) -> dict[str, float]:
-    divergences, agreements, losses = [], [], []
-    for ids in windows:
-        p, q = log_softmax(base.logits(ids)), log_softmax(other.logits(ids))
-        divergences.append((np.exp(p) * (p - q)).sum(1))
-        agreements.append(p.argmax(1) == q.argmax(1))
-        losses.append(-q[np.arange(len(ids) - 1), ids[1:]])
-    divergence = np.concatenate(divergences)
-    return {
-        "tokens": int(divergence.size),
-        "perplexity": float(np.exp(np.concatenate(losses).mean())),
-        "kl_mean": float(divergence.mean()),
-        "kl_p99": float(np.quantile(divergence, 0.99)),
-        "top1": float(np.concatenate(agreements).mean()),
-    }
+from fixmin_cpp import Model, perplexity
 
 
 def main() -> None:
@@ -50,22 +25,21 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
 
+    text = Path(arguments.text).read_text(encoding="utf-8")
     rows = {}
     with Model(arguments.base, kv_type="f32") as base:
-        ids = np.array(base.encode(Path(arguments.text).read_text(encoding="utf-8")), dtype=np.uint32)
-        cuts = range(0, len(ids) - arguments.window + 1, arguments.window)
-        windows = [ids[i : i + arguments.window] for i in cuts][: arguments.max_windows]
         for path in [arguments.base, *arguments.others]:
-            with Model(path) as other:
-                rows[Path(path).name] = {"bytes": Path(path).stat().st_size, **measure(base, other, windows)}
+            found = perplexity(path, text, ctx=arguments.window, max_windows=arguments.max_windows, base=base)
+            rows[Path(path).name] = {"bytes": Path(path).stat().st_size, **dataclasses.asdict(found)}
     if arguments.json:
         print(json.dumps(rows, indent=1))
         return
     print("| file | bytes | perplexity | mean KL | 99 % KL | same top-1 |\n|---|---|---|---|---|---|")
     for name, row in rows.items():
+        far = row["divergence"]
         print(
-            f"| {name} | {row['bytes']:,} | {row['perplexity']:.4f} | {row['kl_mean']:.6f} | {row['kl_p99']:.5f} "
-            f"| {100 * row['top1']:.2f} % |"
+            f"| {name} | {row['bytes']:,} | {row['perplexity']:.4f} | {far['kl_mean']:.6f} "
+            f"| {far['kl_quantiles']['99']:.5f} | {100 * far['top1']:.2f} % |"
         )
 
 

@@ -93,8 +93,19 @@ def choose_type(name: str, shape: tuple[int, ...], outtype: str) -> tuple[GGMLQu
     return wanted, reason
 
 
-def quantize_rows(rows: NDArray[np.float32], ggml_type: GGMLQuantizationType) -> NDArray[np.uint8]:
+def value_limit(ggml_type: GGMLQuantizationType) -> float:
+    """Magnitudes from here up cannot be stored. Where no exact bound is known: what a float16 minimum can hold."""
+    known = BY_GGML_TYPE.get(ggml_type)
+    return known.limit if known else _F16_OVERFLOW
+
+
+def quantize_rows(
+    rows: NDArray[np.float32], ggml_type: GGMLQuantizationType, importance: NDArray[np.float32] | None = None
+) -> NDArray[np.uint8]:
     """float32 [m, n] -> bytes [m, row_bytes(n)]. Releases the GIL, so chunks run in threads.
+
+    importance [n]: mean squares of the inputs that each column meets; the error is weighed with them, in the formats
+    that can use it.
 
     Raises OverflowError if a value is not finite or too large for the type; the caller names the tensor.
     """
@@ -105,10 +116,16 @@ def quantize_rows(rows: NDArray[np.float32], ggml_type: GGMLQuantizationType) ->
         extreme = max(-low, high)
         if not np.isfinite(low) or not np.isfinite(high):
             raise OverflowError("holds NaN or infinity")
-        if extreme >= BY_GGML_TYPE[ggml_type].limit:
+        if extreme >= value_limit(ggml_type):
             raise OverflowError(f"holds the value {extreme:.6g}, which overflows {ggml_type.name}")
     if ggml_type == F32:
         return rows.view(np.uint8)
+    weights = None
+    if importance is not None:
+        if importance.shape != rows.shape[1:]:
+            raise ValueError(f"importance {importance.shape} for rows of {rows.shape[1]}")
+        importance = np.ascontiguousarray(importance, dtype=np.float32)
+        weights = importance.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
     out = np.empty((rows.shape[0], row_bytes(rows.shape[1], ggml_type)), dtype=np.uint8)
     written = ggml.ggml_quantize_chunk(
         int(ggml_type),
@@ -117,7 +134,7 @@ def quantize_rows(rows: NDArray[np.float32], ggml_type: GGMLQuantizationType) ->
         0,
         rows.shape[0],
         rows.shape[1],
-        None,
+        weights,
     )
     if written != out.nbytes:
         raise RuntimeError(f"ggml_quantize_chunk wrote {written} bytes for {ggml_type.name}, expected {out.nbytes}")

@@ -15,24 +15,23 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import shutil
-import stat
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from gguf import GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType, GGUFWriter, TokenType
 from gguf.utility import size_label
 from numpy.typing import NDArray
 
+from ..atomic_file import AtomicFile
 from ..errors import CheckpointError
 from .quantize import OUT_TYPES, choose_type, quantize_rows, row_bytes
 from .spec import ModelSpec, TensorRecipe
@@ -44,88 +43,6 @@ CERTIFICATE_PREFIX = "fixmin.convert.certificate."
 _CHUNK = 1 << 20
 
 Progress = Callable[[int, int, str], None]  # weights done, weights in all, tensor being written
-
-
-# --- the file that appears whole or not at all ------------------------------------------------------------------
-
-
-class AtomicFile:
-    """A file that is written beside its final place and takes its name only in `commit`.
-
-    The temporary `.NAME.partial` is locked while it is written, so a second conversion to the same output is refused,
-    and one that a killed process left behind (which holds no lock any more) is simply overwritten by the next run.
-    Leaving the `with` block without `commit`, by an exception or Ctrl-C, removes it.
-    """
-
-    def __init__(self, target: str | os.PathLike[str]) -> None:
-        # Through a symbolic link the file it names is replaced, not the link.
-        self.target = Path(os.path.realpath(target))
-        self.path = self.target.with_name(f".{self.target.name}.partial")
-        self._file: BinaryIO | None = None
-
-    def __enter__(self) -> AtomicFile:
-        if self.target.exists() and not self.target.is_file():
-            kind = "directory" if self.target.is_dir() else "device or pipe"
-            raise CheckpointError(f"{self.target}: is a {kind}; give the name of the GGUF file to write")
-        while self._file is None:
-            file = open(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666), "r+b")
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.close()
-                raise CheckpointError(f"{self.target}: another conversion is writing this file at the moment") from None
-            # Between open and flock its owner may have renamed or removed it: then this is not the file of that name.
-            if _is_same_file(file.fileno(), self.path):
-                file.truncate(0)
-                self._file = file
-            else:
-                file.close()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self._file is not None:
-            # Removed while still locked, so that this cannot remove the file of a run that starts now.
-            with contextlib.suppress(FileNotFoundError):
-                self.path.unlink()
-            self._close()
-
-    @property
-    def file(self) -> BinaryIO:
-        """The open temporary file, binary, readable and writable."""
-        if self._file is None:
-            raise ValueError("the file is closed")
-        return self._file
-
-    def write(self, data: bytes | NDArray[np.uint8]) -> None:
-        """Append bytes. A full disk gives an OSError that names the file that was to be."""
-        try:
-            self.file.write(memoryview(data).cast("B"))
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.target)) from error
-
-    def commit(self, target: Path | None = None) -> None:
-        """Put everything on the disk and give it its name (or `target`, in the same folder), replacing what had it."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        os.replace(self.path, target or self.target)
-        folder = os.open(self.target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-        self._close()
-
-    def _close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-
-def _is_same_file(fd: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(fd), os.lstat(path)) and stat.S_ISREG(os.fstat(fd).st_mode)
-    except FileNotFoundError:
-        return False
 
 
 # --- metadata ---------------------------------------------------------------------------------------------------
@@ -324,6 +241,8 @@ class TensorPlan:
     type: GGMLQuantizationType
     recipe: TensorRecipe
     note: str | None = None  # why the type is not the one asked for
+    is_stored: bool = False  # the recipe gives rows as they are stored, not float32
+    importance: NDArray[np.float32] | None = field(default=None, repr=False, compare=False)  # [shape[-1]], see imatrix
 
     @property
     def n_bytes(self) -> int:
@@ -349,7 +268,7 @@ def plan_tensors(spec: ModelSpec, outtype: str) -> list[TensorPlan]:
         # Bit i of a row is bit i % 8, least significant first, of byte i / 8.
         packed = np.packbits(spec.code.table, axis=1, bitorder="little").view(np.int8)
         recipe = TensorRecipe(packed.shape, (), lambda start, stop: packed[start:stop])
-        plans.append(TensorPlan("token_code.weight", packed.shape, GGMLQuantizationType.I8, recipe))
+        plans.append(TensorPlan("token_code.weight", packed.shape, GGMLQuantizationType.I8, recipe, is_stored=True))
     return plans
 
 
@@ -468,16 +387,16 @@ def _read(tensor: TensorPlan, start: int, stop: int) -> NDArray[Any]:
     """Rows start..stop [stop - start, row length]; a vector is one row."""
     if len(tensor.shape) == 1:
         return tensor.recipe.load()[None]
-    if tensor.type == GGMLQuantizationType.I8:
+    if tensor.is_stored:
         return tensor.recipe.read_rows(start, stop)
     return tensor.recipe.load_rows(start, stop)
 
 
 def _store(tensor: TensorPlan, rows: NDArray[Any]) -> NDArray[np.uint8]:
-    if tensor.type == GGMLQuantizationType.I8:
+    if tensor.is_stored:
         return np.ascontiguousarray(rows).view(np.uint8)
     try:
-        return quantize_rows(rows, tensor.type)
+        return quantize_rows(rows, tensor.type, tensor.importance)
     except OverflowError as error:
         raise CheckpointError(
             f"tensor {tensor.name} (checkpoint: {', '.join(tensor.recipe.sources) or 'computed'}) {error}; "

@@ -169,6 +169,8 @@ py::dict info(const EngineHandle& handle) {
     d["weight_bytes"] = weights.panels.size();
     d["kv_bytes"] = engine->kv_bytes();
     d["bytes_per_token"] = weights.bytes_per_token();
+    d["kv_bytes_per_position"] = engine->kv_bytes_per_position();
+    d["block_product_weights"] = weights.block_product_weights();
     return d;
 }
 
@@ -212,6 +214,66 @@ py::array_t<float> score(const EngineHandle& handle, const Ids& ids) {
     float* data = out.mutable_data();
     compute(nullptr, [&](const Engine::Stop& stop) { engine->score(span, data, stop); });
     return out;
+}
+
+py::array_t<double> doubles(const std::vector<double>& values) {
+    return py::array_t<double>(py::ssize_t(values.size()), values.data());
+}
+
+/// Adds the squared inputs of every product to what the object holds; one entry per weight tensor of the file.
+class InputSquares {
+  public:
+    explicit InputSquares(const EngineHandle& handle)
+        : engine_(handle.get()), hp_(handle.get()->hyperparams()), squares_(hp_) {}
+
+    py::array_t<float> add(const EngineHandle& handle, const Ids& ids) {
+        const auto engine = handle.get();
+        if (engine_.lock() != engine) throw ArgumentError("these sums belong to another engine");
+        const auto span = id_span(ids);
+        py::array_t<float> out(py::ssize_t(span.empty() ? 0 : span.size() - 1));
+        float* data = out.mutable_data();
+        compute(nullptr, [&](const Engine::Stop& stop) { engine->score(span, data, stop, &squares_); });
+        return out;
+    }
+
+    py::dict sums() const {
+        py::dict d;
+        const auto put = [&](const std::string& name, const std::vector<double>& values, uint64_t tokens) {
+            if (!values.empty()) d[py::str(name + ".weight")] = py::make_tuple(doubles(values), tokens);
+        };
+        for (size_t l = 0; l < squares_.blocks.size(); ++l) {
+            const model::InputSquares::Block& block = squares_.blocks[l];
+            const std::string prefix = "blk." + std::to_string(l) + ".";
+            for (const char* name : {"attn_q", "attn_k", "attn_v"}) put(prefix + name, block.qkv, tokens());
+            put(prefix + "attn_output", block.attn_output, tokens());
+            if (hp_.activation == model::Activation::swiglu) put(prefix + "ffn_gate", block.gate_up, tokens());
+            put(prefix + "ffn_up", block.gate_up, tokens());
+            put(prefix + "ffn_down", block.down, tokens());
+        }
+        put("output", squares_.output, squares_.output_tokens);
+        return d;
+    }
+
+  private:
+    uint64_t tokens() const { return squares_.block_tokens; }
+
+    const std::weak_ptr<Engine> engine_;
+    const model::Hyperparams hp_;
+    model::InputSquares squares_;
+};
+
+double read_ceiling(const EngineHandle& handle, size_t n_bytes, uint32_t passes) {
+    const auto engine = handle.get();
+    double result = 0;
+    compute(nullptr, [&](const Engine::Stop& stop) { result = engine->read_ceiling(n_bytes, passes, stop); });
+    return result;
+}
+
+double int8_ceiling(const EngineHandle& handle, uint32_t passes) {
+    const auto engine = handle.get();
+    double result = 0;
+    compute(nullptr, [&](const Engine::Stop& stop) { result = engine->int8_ceiling(passes, stop); });
+    return result;
 }
 
 GenerationResult generate(const EngineHandle& handle, const Ids& ids, const engine::SamplingParams& params,
@@ -301,7 +363,17 @@ void bind_engine(py::module_& m) {
         .def("score", &score, py::arg("ids"), "float32 [T-1], natural log-probabilities of ids[1:]")
         .def("generate", &generate, py::arg("ids"), py::arg("params"), py::arg("on_token") = py::none(),
              py::arg("cancel") = py::none())
+        .def("read_ceiling", &read_ceiling, py::arg("n_bytes"), py::arg("passes") = 3,
+             "Bytes per second that the threads can read of n_bytes of memory; the best pass.")
+        .def("int8_ceiling", &int8_ceiling, py::arg("passes") = 3,
+             "8-bit multiplications and additions per second of the threads; the best pass.")
         .def("close", &EngineHandle::close, "Frees the model once running calls have ended.");
+
+    py::class_<InputSquares>(m, "InputSquares", "Sums of squared inputs of every matrix product: an importance matrix.")
+        .def(py::init<const EngineHandle&>(), py::arg("engine"))
+        .def("add", &InputSquares::add, py::arg("engine"), py::arg("ids"),
+             "Runs ids [T] from an empty context; returns float32 [T-1], log-probabilities of ids[1:]")
+        .def_property_readonly("sums", &InputSquares::sums, "tensor name -> (float64 [inputs], tokens)");
 
     m.def("system_info", &system_info, "What this machine offers and what was chosen.");
 }

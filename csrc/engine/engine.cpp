@@ -63,19 +63,19 @@ bool Engine::run_chunk(const model::Pass& pass) {
 // The whole sequence from position 0 in chunks; after_chunk(first, n) sees each chunk while its rows are in the
 // decoder.
 bool Engine::run_all(std::span<const uint32_t> ids, uint32_t hidden_layer, float* hidden, const Stop& stop,
-                     const AfterChunk& after_chunk) {
+                     const AfterChunk& after_chunk, model::InputSquares* squares) {
     for (uint32_t first = 0; first < ids.size(); first += n_batch_) {
         const uint32_t n = std::min(n_batch_, uint32_t(ids.size()) - first);
         float* rows = hidden ? hidden + size_t(first) * hyperparams().embedding_length : nullptr;
-        if (!run_chunk({ids.subspan(first, n), first, kv_.view(), hidden_layer, rows, stop ? &stop : nullptr}))
+        if (!run_chunk({ids.subspan(first, n), first, kv_.view(), hidden_layer, rows, stop ? &stop : nullptr, squares}))
             return false;
         if (after_chunk) after_chunk(first, n);
     }
     return true;
 }
 
-void Engine::project(uint32_t first, uint32_t n, float* logits) {
-    pool_.run([&](model::Team& team) { decoder_.project(first, n, logits, team); });
+void Engine::project(uint32_t first, uint32_t n, float* logits, model::InputSquares* squares) {
+    pool_.run([&](model::Team& team) { decoder_.project(first, n, logits, team, squares); });
 }
 
 void Engine::logits(std::span<const uint32_t> ids, bool last_only, float* out, const Stop& stop) {
@@ -101,27 +101,35 @@ void Engine::hidden_states(std::span<const uint32_t> ids, uint32_t layer, float*
     if (!run_all(ids, layer, out, stop, {})) throw Cancelled();
 }
 
-void Engine::score(std::span<const uint32_t> ids, float* out, const Stop& stop) {
+void Engine::score(std::span<const uint32_t> ids, float* out, const Stop& stop, model::InputSquares* squares) {
     check_ids(ids);
     const std::lock_guard lock(mutex_);
     const size_t v = hyperparams().vocab_size;
     std::vector<float> logits(std::min<size_t>(score_rows, n_batch_) * v);
-    const bool done = run_all(ids, 0, nullptr, stop, [&](uint32_t first, uint32_t n) {
-        const uint32_t wanted = std::min(n, uint32_t(ids.size()) - 1 - first);  // the last token predicts nothing known
-        for (uint32_t row = 0; row < wanted; row += score_rows) {
-            const uint32_t rows = std::min(score_rows, wanted - row);
-            project(row, rows, logits.data());
-            pool_.parallel_for(rows, [&](uint32_t begin, uint32_t end) {
-                for (uint32_t r = begin; r < end; ++r) {
-                    float highest, sum;
-                    kernels_.softmax_stats(logits.data() + r * v, uint32_t(v), &highest, &sum);
-                    const float target = logits[r * v + ids[first + row + r + 1]];
-                    out[first + row + r] = float(double(target) - highest - std::log(double(sum)));
-                }
-            });
-        }
-    });
+    const bool done = run_all(
+        ids, 0, nullptr, stop,
+        [&](uint32_t first, uint32_t n) {
+            const uint32_t wanted =
+                std::min(n, uint32_t(ids.size()) - 1 - first);  // the last token predicts nothing known
+            for (uint32_t row = 0; row < wanted; row += score_rows) {
+                const uint32_t rows = std::min(score_rows, wanted - row);
+                project(row, rows, logits.data(), squares);
+                pool_.parallel_for(rows, [&](uint32_t begin, uint32_t end) {
+                    for (uint32_t r = begin; r < end; ++r) {
+                        float highest, sum;
+                        kernels_.softmax_stats(logits.data() + r * v, uint32_t(v), &highest, &sum);
+                        const float target = logits[r * v + ids[first + row + r + 1]];
+                        out[first + row + r] = float(double(target) - highest - std::log(double(sum)));
+                    }
+                });
+            }
+        },
+        squares);
     if (!done) throw Cancelled();
+    if (squares) {
+        squares->block_tokens += ids.size();
+        squares->output_tokens += ids.size() - 1;
+    }
 }
 
 Generation Engine::generate(std::span<const uint32_t> prompt, const SamplingParams& params,
@@ -163,7 +171,7 @@ Generation Engine::generate(std::span<const uint32_t> prompt, const SamplingPara
         if (on_token && !on_token(id)) return finish(FinishReason::stop);
         if (step + 1 == room) break;
         const uint32_t position = uint32_t(prompt.size()) + step;
-        const model::Pass pass{{&id, 1}, position, kv_.view(), 0, nullptr, stop ? &stop : nullptr};
+        const model::Pass pass{{&id, 1}, position, kv_.view(), 0, nullptr, stop ? &stop : nullptr, nullptr};
         decoder_.prepare_positions(position + 1);
         std::atomic<bool> done = true;
         pool_.run([&](model::Team& team) {

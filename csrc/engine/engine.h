@@ -48,6 +48,7 @@ class Engine {
     uint32_t n_ctx() const { return n_ctx_; }
     uint32_t n_threads() const { return pool_.size(); }
     size_t kv_bytes() const { return kv_.reserved_bytes(); }
+    size_t kv_bytes_per_position() const { return kv_.bytes_per_position(); }
 
     /// out: [T][V], or [V] with last_only.
     void logits(std::span<const uint32_t> ids, bool last_only, float* out, const Stop& stop);
@@ -56,11 +57,19 @@ class Engine {
     void hidden_states(std::span<const uint32_t> ids, uint32_t layer, float* out, const Stop& stop);
 
     /// out: [T-1], natural logarithm of the probability of ids[t+1] after ids[0..t].
-    void score(std::span<const uint32_t> ids, float* out, const Stop& stop);
+    /// `squares`, if given, gets the inputs of every product added: T tokens for the blocks, T-1 for the output.
+    /// An exception leaves a part of them there.
+    void score(std::span<const uint32_t> ids, float* out, const Stop& stop, model::InputSquares* squares = nullptr);
 
     /// on_token may be empty; false from it ends the generation after that token.
     Generation generate(std::span<const uint32_t> prompt, const SamplingParams& params,
                         const std::function<bool(uint32_t)>& on_token, const Stop& stop);
+
+    /// Bytes per second that the threads read from n_bytes of memory, the best of `passes` over it.
+    double read_ceiling(size_t n_bytes, uint32_t passes, const Stop& stop);
+
+    /// 8-bit multiplications and additions per second of the threads, the best of `passes` of about 50 ms.
+    double int8_ceiling(uint32_t passes, const Stop& stop);
 
   private:
     using AfterChunk = std::function<void(uint32_t first, uint32_t n)>;
@@ -68,8 +77,8 @@ class Engine {
     void check_ids(std::span<const uint32_t> ids) const;
     bool run_chunk(const model::Pass& pass);
     bool run_all(std::span<const uint32_t> ids, uint32_t hidden_layer, float* hidden, const Stop& stop,
-                 const AfterChunk& after_chunk);
-    void project(uint32_t first, uint32_t n, float* logits);
+                 const AfterChunk& after_chunk, model::InputSquares* squares = nullptr);
+    void project(uint32_t first, uint32_t n, float* logits, model::InputSquares* squares = nullptr);
 
     const kernels::Kernels& kernels_;
     ThreadPool pool_;

@@ -24,9 +24,9 @@ void expand_panel(const uint8_t* panel, uint32_t n_blocks, int8_t* weights, floa
     constexpr int zero = format.bits == 8 || format.table ? 128 : format.zero;
     const __m512i taken_off = _mm512_set1_epi8(char(zero));
     for (uint32_t b = 0; b < n_blocks; ++b) {
-        const WeightBlock<Type> from(panel, n_blocks, b);
+        const WeightBlock<Type, true> from(panel, n_blocks, b);
         for (uint32_t j = 0; j < 8; ++j)
-            _mm512_storeu_si512(weights + (size_t(b) * 8 + j) * 64, _mm512_sub_epi8(from.codes.w[j].v, taken_off));
+            _mm512_storeu_si512(weights + (size_t(b) * 8 + j) * 64, _mm512_sub_epi8(from.kept[j].v, taken_off));
         store(scales + b * lanes, from.scale);
         if constexpr (format.has_min) store(offsets + b * lanes, from.offset);
     }

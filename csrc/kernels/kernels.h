@@ -91,6 +91,18 @@ static constexpr size_t attention_scratch_floats(size_t n_keys) {
 
 enum class RopeStyle : uint8_t { half, interleaved };
 
+/// Loops without any other work in them.
+struct Ceilings {
+    /// Reads every byte with the loads of the matrix products. p is 64-byte aligned; bytes is a multiple of 256 and
+    /// 4096 more may be prefetched.
+    void (*read)(const std::byte* p, size_t bytes);
+
+    /// The integer multiply-adds of the matrix products on registers only, `rounds` times int8_operations of them.
+    void (*multiply)(uint64_t rounds);
+
+    uint32_t int8_operations;  // multiplications and additions of 8-bit integers in a round
+};
+
 struct Kernels {
     const char* name;
 
@@ -127,6 +139,9 @@ struct Kernels {
 
     /// y[i] = exp(x[i] - max).
     void (*exp_minus)(const float* x, uint32_t n, float max, float* y);
+
+    /// What this instruction set can do at best; measured by `fixmin bench` (ceilings.inl).
+    Ceilings ceilings;
 };
 
 }  // namespace fixmin::kernels

@@ -640,12 +640,19 @@ void exp_minus(const float* x, uint32_t n, float highest, float* y) {
     }
 }
 
+}  // namespace
+
+#include "kernels/ceilings.inl"
+
+namespace {
+
 constexpr Kernels table = {FIXMIN_ISA_NAME, quantize_activations,
                            matmul,          layer_norm,
                            rms_norm,        rope,
                            scale,           gelu_erf,
                            gelu_tanh,       silu_mul,
                            kv_store,        attention,
-                           softmax_stats,   exp_minus};
+                           softmax_stats,   exp_minus,
+                           ceilings};
 
 }  // namespace

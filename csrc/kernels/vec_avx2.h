@@ -154,8 +154,16 @@ Bytes lookup(const uint8_t* table, Bytes index) {
     return {_mm256_shuffle_epi8(values, index.lo), _mm256_shuffle_epi8(values, index.hi)};
 }
 void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+Bytes exclusive_or(Bytes a, Bytes b) { return {_mm256_xor_si256(a.lo, b.lo), _mm256_xor_si256(a.hi, b.hi)}; }
+
+/// The compiler must have x in registers here and knows nothing about it afterwards. Costs no instruction.
+template <typename V>
+void keep(V& x) {
+    __asm__ volatile("" : "+x"(x.lo), "+x"(x.hi));
+}
 
 #ifdef FIXMIN_VNNI
+constexpr uint32_t ceiling_chains = 6;  // of 2 registers
 // vpdpbusd takes unsigned weights; the offset 128 is taken off through the sum of the activations.
 using Q8Bytes = Bytes;
 Q8Bytes prepare_q8(Bytes w) { return w; }
@@ -166,6 +174,7 @@ VecI dot_q4(VecI acc, Bytes w, int32_t a) {
 }
 VecI dot_q8(VecI acc, Q8Bytes w, int32_t a) { return dot_q4(acc, w, a); }
 #else
+constexpr uint32_t ceiling_chains = 4;  // of 2 registers; more would not stay in them
 // vpmaddubsw saturates at 16 bits, so 8-bit weights go in as |w| <= 128 with their sign moved to the activation:
 // 2 * 128 * 127 = 32512 fits. Codes of up to 6 bits fit as they are.
 struct Q8Bytes {

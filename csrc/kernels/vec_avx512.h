@@ -105,6 +105,14 @@ Bytes lookup(const uint8_t* table, Bytes index) {
     return {_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)table)), index.v)};
 }
 void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+Bytes exclusive_or(Bytes a, Bytes b) { return {_mm512_xor_si512(a.v, b.v)}; }
+
+constexpr uint32_t ceiling_chains = 12;
+/// The compiler must have x in a register here and knows nothing about it afterwards. Costs no instruction.
+template <typename V>
+void keep(V& x) {
+    __asm__ volatile("" : "+v"(x.v));
+}
 
 #ifdef FIXMIN_VNNI
 // vpdpbusd takes unsigned weights; the offset 128 is taken off through the sum of the activations.

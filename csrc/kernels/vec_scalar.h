@@ -166,6 +166,17 @@ Bytes lookup(const uint8_t* table, Bytes index) {
     return index;
 }
 void prefetch(const void*) {}
+Bytes exclusive_or(Bytes a, Bytes b) {
+    for (int i = 0; i < 64; ++i) a.v[i] ^= b.v[i];
+    return a;
+}
+
+constexpr uint32_t ceiling_chains = 2;
+/// The compiler must have x in memory here and knows nothing about it afterwards.
+template <typename V>
+void keep(V& x) {
+    __asm__ volatile("" : "+m"(x));
+}
 
 using Q8Bytes = Bytes;
 Q8Bytes prepare_q8(Bytes w) { return w; }

@@ -49,6 +49,29 @@ Decoder::Decoder(const Weights& weights, const kernels::Kernels& kernels, uint32
     }
 }
 
+InputSquares::InputSquares(const Hyperparams& hp) : blocks(hp.block_count), output(hp.embedding_length) {
+    for (Block& block : blocks) {
+        if (&block != &blocks.front() || !hp.folds_layer_0()) block.qkv.resize(hp.embedding_length);
+        block.attn_output.resize(hp.q_length());
+        block.gate_up.resize(hp.embedding_length);
+        block.down.resize(hp.feed_forward_length);
+    }
+}
+
+namespace {
+
+// This thread's share of the channels.
+void add_squares(std::vector<double>& sums, const float* rows, uint32_t n_tokens, const Team& team) {
+    const size_t length = sums.size();
+    const auto [begin, end] = team.share(uint32_t(length));
+    for (uint32_t t = 0; t < n_tokens; ++t) {
+        const float* row = rows + t * length;
+        for (uint32_t i = begin; i < end; ++i) sums[i] += double(row[i]) * double(row[i]);
+    }
+}
+
+}  // namespace
+
 void Decoder::prepare_positions(uint32_t end) {
     const uint32_t pairs = hp_.rope_dim / 2;
     if (pairs == 0) return;
@@ -73,11 +96,13 @@ bool Decoder::forward(const Pass& pass, Team& team) {
         team.barrier();
         attend(l, pass, team);  // softmax(q.k * scale) v
         team.barrier();
+        InputSquares::Block* squares = pass.squares ? &pass.squares->blocks[l] : nullptr;
         const Rows rows =
             as_rows(attended_.data(), hp_.q_length(), n_tokens, is_quantized(layer.attn_output.type), team);
+        if (squares) add_squares(squares->attn_output, rows.values, n_tokens, team);
         multiply(layer.attn_output, rows, n_tokens, x_.data(), hp_.embedding_length, true, team);  // x += Wo (...)
         team.barrier();
-        feed_forward(layer, n_tokens, team);  // x += W2 act(W1 norm2(x))
+        feed_forward(layer, n_tokens, squares, team);  // x += W2 act(W1 norm2(x))
         if (team.index == 0 && pass.should_stop && (*pass.should_stop)()) stopped_ = true;
         team.barrier();
         if (stopped_) return false;
@@ -86,9 +111,10 @@ bool Decoder::forward(const Pass& pass, Team& team) {
     return true;
 }
 
-void Decoder::project(uint32_t first, uint32_t n, float* logits, Team& team) {
+void Decoder::project(uint32_t first, uint32_t n, float* logits, Team& team, InputSquares* squares) {
     const float* x = x_.data() + size_t(first) * hp_.embedding_length;
     const Rows rows = normalized(weights_.output_norm, x, n, is_quantized(weights_.output.type), team);
+    if (squares) add_squares(squares->output, rows.values, n, team);
     multiply(weights_.output, rows, n, logits, hp_.vocab_size, false, team);
 }
 
@@ -111,6 +137,7 @@ void Decoder::project_qkv(uint32_t l, const Pass& pass, Team& team) {
     const Layer& layer = weights_.layers[l];
     const bool quantize = is_quantized(layer.q.type) || is_quantized(layer.k.type) || is_quantized(layer.v.type);
     const Rows rows = normalized(layer.attn_norm, x_.data(), n_tokens, quantize, team);
+    if (pass.squares) add_squares(pass.squares->blocks[l].qkv, rows.values, n_tokens, team);
     multiply(layer.q, rows, n_tokens, qkv_.data(), stride, false, team);
     multiply(layer.k, rows, n_tokens, qkv_.data() + hp_.q_length(), stride, false, team);
     multiply(layer.v, rows, n_tokens, qkv_.data() + hp_.q_length() + hp_.kv_length(), stride, false, team);
@@ -148,11 +175,12 @@ void Decoder::attend(uint32_t l, const Pass& pass, Team& team) {
     });
 }
 
-void Decoder::feed_forward(const Layer& layer, uint32_t n_tokens, Team& team) {
+void Decoder::feed_forward(const Layer& layer, uint32_t n_tokens, InputSquares::Block* squares, Team& team) {
     const bool swiglu = hp_.activation == Activation::swiglu;
     const uint32_t f = hp_.feed_forward_length;
     const bool quantize = is_quantized(layer.up.type) || (swiglu && is_quantized(layer.gate.type));
     const Rows rows = normalized(layer.ffn_norm, x_.data(), n_tokens, quantize, team);
+    if (squares) add_squares(squares->gate_up, rows.values, n_tokens, team);
     for_parts(layer.up, n_tokens, team, [&](Part part) {
         if (swiglu) {
             multiply_part(layer.gate, rows, part, gate_.data(), f, false, team);
@@ -163,6 +191,7 @@ void Decoder::feed_forward(const Layer& layer, uint32_t n_tokens, Team& team) {
     });
     team.barrier();
     const Rows hidden = as_rows(up_.data(), f, n_tokens, is_quantized(layer.down.type), team);
+    if (squares) add_squares(squares->down, hidden.values, n_tokens, team);
     multiply(layer.down, hidden, n_tokens, x_.data(), hp_.embedding_length, true, team);
 }
 

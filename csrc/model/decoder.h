@@ -68,6 +68,23 @@ struct KvView {
     std::byte* const* const* blocks;
 };
 
+/// Sums over tokens of the squared inputs of every matrix product, per input channel: an importance matrix.
+/// Each sum is one chain over the tokens in their order, whatever the number of threads.
+struct InputSquares {
+    struct Block {
+        std::vector<double> qkv;          // [D] of q, k and v; stays empty in a folded layer 0, which has no product
+        std::vector<double> attn_output;  // [q_length]
+        std::vector<double> gate_up;      // [D] of gate and up
+        std::vector<double> down;         // [F]
+    };
+    std::vector<Block> blocks;
+    std::vector<double> output;  // [D]
+    uint64_t block_tokens = 0;   // tokens in the sums of the blocks
+    uint64_t output_tokens = 0;
+
+    explicit InputSquares(const Hyperparams& hp);
+};
+
 /// One chunk of one sequence.
 struct Pass {
     std::span<const uint32_t> ids;  // [T], T <= max_tokens, each < V
@@ -76,6 +93,7 @@ struct Pass {
     uint32_t hidden_layer = 0;                           // with hidden: 0 the lifted codes, l the output of block l
     float* hidden = nullptr;                             // [T][D], or null
     const std::function<bool()>* should_stop = nullptr;  // asked between layers by thread 0; must not throw
+    InputSquares* squares = nullptr;                     // added to, or null
 };
 
 class Decoder {
@@ -94,7 +112,7 @@ class Decoder {
     bool forward(const Pass& pass, Team& team);
 
     /// Final norm and output projection of rows first..first+n-1 of the last chunk: logits [n][V] float32.
-    void project(uint32_t first, uint32_t n, float* logits, Team& team);
+    void project(uint32_t first, uint32_t n, float* logits, Team& team, InputSquares* squares = nullptr);
 
   private:
     // What a matrix product reads: rows as float32, in 8 bits, or both.
@@ -130,7 +148,7 @@ class Decoder {
     void lift(const Pass& pass, Team& team);
     void project_qkv(uint32_t layer, const Pass& pass, Team& team);
     void attend(uint32_t layer, const Pass& pass, Team& team);
-    void feed_forward(const Layer& layer, uint32_t n_tokens, Team& team);
+    void feed_forward(const Layer& layer, uint32_t n_tokens, InputSquares::Block* squares, Team& team);
     void activate(uint32_t first_token, uint32_t n_tokens, uint32_t first_row, uint32_t end_row);
     void capture_hidden(uint32_t layer, const Pass& pass, Team& team) const;
 

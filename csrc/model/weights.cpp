@@ -34,12 +34,24 @@ void Weights::embed(uint32_t id, float* x) const {
 }
 
 size_t Weights::bytes_per_token() const {
-    size_t total = output.bytes();
+    const auto bytes = [](const Norm& norm) { return (norm.weight.size() + norm.bias.size()) * sizeof(float); };
+    size_t total = output.bytes() + bytes(output_norm);
+    if (hyperparams.folds_layer_0()) {
+        total += size_t(hyperparams.code_width + 2) * hyperparams.qkv_length() * sizeof(float);
+    } else {
+        total += quant::row_bytes(embedding_type, hyperparams.embedding_length);
+    }
     for (const Layer& layer : layers) {
-        for (const Linear* w :
-             {&layer.q, &layer.k, &layer.v, &layer.attn_output, &layer.gate, &layer.up, &layer.down}) {
-            total += w->bytes();
-        }
+        total += bytes(layer.attn_norm) + bytes(layer.ffn_norm);
+        for (const Linear* w : layer.products()) total += w->bytes();
+    }
+    return total;
+}
+
+uint64_t Weights::block_product_weights() const {
+    uint64_t total = 0;
+    for (const Layer& layer : layers) {
+        for (const Linear* w : layer.products()) total += uint64_t(w->rows) * w->inner;
     }
     return total;
 }

@@ -1,5 +1,6 @@
 // The weights of one model in memory, in the layout that the kernels read.
 #pragma once
+#include <array>
 #include <cstddef>
 #include <functional>
 #include <memory>
@@ -55,6 +56,8 @@ struct Layer {
     Linear q, k, v, attn_output;
     Norm ffn_norm;
     Linear gate, up, down;  // gate only for swiglu
+
+    std::array<const Linear*, 7> products() const { return {&q, &k, &v, &attn_output, &gate, &up, &down}; }
 };
 
 struct Weights {
@@ -74,8 +77,12 @@ struct Weights {
     /// x [D] of one token: the lifted code, or the row of the embedding.
     void embed(uint32_t id, float* x) const;
 
-    /// Bytes that every decoded token reads.
+    /// Bytes of weights that every decoded token reads: matrices with their biases, norms, the columns of the folded
+    /// layer 0, one row of a learned embedding.
     size_t bytes_per_token() const;
+
+    /// Weights in the matrix products of all blocks, which every token of a prompt passes; `output` is not among them.
+    uint64_t block_product_weights() const;
 };
 
 /// Calls body(begin, end) for parts of 0..n on several threads.

@@ -9,7 +9,7 @@ PyTorch never (only `fixmin_cpp.convert` and `fixmin_cpp.reference` use it).
 """
 
 from ._core import __version__
-from .api import clear_cache, generate, system_info
+from .api import clear_cache, generate, quantize, system_info
 from .errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -19,6 +19,7 @@ from .errors import (
     GGUFError,
     UnsupportedError,
 )
+from .evaluate import Divergence, Perplexity, perplexity
 from .model import Completion, Model, Piece, Score, TextStream, Timings
 
 __all__ = [
@@ -27,9 +28,11 @@ __all__ = [
     "CheckpointError",
     "Completion",
     "ContextLengthError",
+    "Divergence",
     "FixminError",
     "GGUFError",
     "Model",
+    "Perplexity",
     "Piece",
     "Score",
     "TextStream",
@@ -38,5 +41,7 @@ __all__ = [
     "__version__",
     "clear_cache",
     "generate",
+    "perplexity",
+    "quantize",
     "system_info",
 ]

@@ -154,7 +154,17 @@ class Engine:
         on_token: Callable[[int], bool] | None = None,  # False stops after this token
         cancel: CancelToken | None = None,
     ) -> GenerationResult: ...
+    def read_ceiling(self, n_bytes: int, passes: int = 3) -> float: ...  # bytes per second of all threads together
+    def int8_ceiling(self, passes: int = 3) -> float: ...  # 8-bit multiplications and additions per second
     def close(self) -> None: ...
+
+class InputSquares:
+    """Sums over tokens of the squared inputs of every matrix product, per input channel: an importance matrix."""
+
+    def __init__(self, engine: Engine) -> None: ...
+    def add(self, engine: Engine, ids: NDArray[np.uint32]) -> NDArray[np.float32]: ...  # as Engine.score
+    @property
+    def sums(self) -> dict[str, tuple[NDArray[np.float64], int]]: ...  # tensor -> (sums [inputs], tokens)
 
 def system_info() -> dict[str, Any]: ...
 

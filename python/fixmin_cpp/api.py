@@ -6,6 +6,7 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any, overload
 
 import numpy as np
@@ -15,7 +16,7 @@ from .arguments import Prompt
 from .errors import ArgumentTypeError
 from .model import Completion, Model
 
-__all__ = ["clear_cache", "generate", "system_info"]
+__all__ = ["clear_cache", "generate", "quantize", "system_info"]
 
 # Two, so that a script which compares two files does not load one of them for every prompt.
 _MAX_MODELS = 2
@@ -49,6 +50,27 @@ def generate(
         raise ArgumentTypeError(f"path must be a str or a path, got {type(path).__name__}")
     settings = {name: arguments.pop(name) for name in _LOAD_ARGUMENTS if name in arguments}
     return _load(os.fspath(path), settings).generate(prompt, **arguments)
+
+
+def quantize(source: str | os.PathLike[str], target: str | os.PathLike[str], type: str, **arguments: Any) -> Any:
+    """Writes the GGUF file `source` as `target` in another number format (needs fixmin-cpp[quantize]).
+
+    Args:
+        source: a GGUF file, in F32, F16 or BF16.
+        target: the file to write; it appears when it is complete.
+        type: a type for every matrix, such as "q8_0" or "q4_k", or a mixed recipe such as "q4_k_m".
+        **arguments: imatrix, tensor_types, output_tensor_type, allow_requantize, n_threads, progress: see
+            fixmin_cpp.convert.requantize.quantize.
+
+    Returns:
+        A QuantizeReport: path, sizes, and the type of every tensor with the reason where it is not the one asked for.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: before anything is written. GGUFError: a malformed file. CheckpointError: a
+            weight that the type cannot hold. OSError. ImportError: gguf or ggml-python is not installed.
+    """
+    # By name: a folder of its own in the source tree, part of the package once installed.
+    return import_module(".convert.requantize", __package__).quantize(source, target, type, **arguments)
 
 
 def clear_cache() -> None:

@@ -10,14 +10,14 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from . import __version__
@@ -145,21 +145,213 @@ def generate(
 
 
 @app.command()
+def bench(
+    model: Annotated[Path, typer.Option("-m", "--model", help="GGUF file.")],
+    threads: Annotated[int | None, typer.Option("-t", "--threads", help="Default: what the machine offers.")] = None,
+    prompt: Annotated[
+        int | None, typer.Option("-p", "--prompt", help="Tokens of a prefill. Default: 512, or what fits the context.")
+    ] = None,
+    generate: Annotated[
+        int | None, typer.Option("-n", "--generate", help="Tokens decoded one by one. Default: 64, or what fits.")
+    ] = None,
+    depth: Annotated[int, typer.Option("-d", "--depth", help="Tokens in the context before decoding begins.")] = 0,
+    repeat: Annotated[int, typer.Option("-r", "--repeat", help="How often prefill and decode take turns.")] = 5,
+    kv_type: Annotated[str, typer.Option(help="Type of the KV cache: f16 or f32.")] = "f16",
+    as_json: _Json = False,
+    debug: _Debug = False,
+) -> None:
+    """Measure prefill and decode, and how much of the machine that is.
+
+    prefill_tok_s: tokens of a prompt read per second, from an empty context to the last token's logits.
+
+    decode_tok_s: tokens generated one after the other per second, greedy. Both are medians of runs that take turns;
+    *_runs are the single ones.
+
+    decode_bytes_per_token: what one decoded token has to read: weights as they lie in memory (of a learned embedding
+    one row; queries, keys and values of layer 0 are folded into the code) and the cached keys and values.
+
+    read_ceiling_gb_s: what the same threads can read of memory at best, with the widest loads of the instruction set,
+    from a buffer larger than the last-level cache; measured before and after the runs, the larger one counts.
+
+    decode_roofline: decode_tok_s * decode_bytes_per_token / read_ceiling_gb_s. Above 1 the weights came from the cache:
+    cached_read_gb_s is the same loop over a buffer of decode_bytes_per_token.
+
+    int8_peak_tops: 8-bit multiplications and additions per second (10^12) of the same threads on registers alone, with
+    the instructions of the matrix products; measured before and after.
+
+    prefill_peak_fraction: prefill_tok_s * operations per token / int8_peak_tops, attention included (which runs in
+    float32, as do the products of F32, F16 and BF16 files: those cannot come near 1).
+
+    load_s: from opening the file until the model is ready. rss_bytes: resident memory after the runs.
+    """
+    from .benchmark import bench as measure
+
+    with _errors(debug), _status(as_json) as tell:
+        report = measure(
+            model,
+            n_threads=threads,
+            kv_type=kv_type,
+            n_prompt=prompt,
+            n_generate=generate,
+            depth=depth,
+            repeat=repeat,
+            progress=tell,
+        )
+        _report(dataclasses.asdict(report), as_json)
+
+
+@app.command()
+def quantize(
+    source: Annotated[Path, typer.Argument(metavar="IN.gguf", help="F32, F16 or BF16 file of the model.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="File to write; appears when it is complete.")],
+    type: Annotated[
+        str,
+        typer.Argument(
+            metavar="TYPE",
+            help="For every matrix: f32 f16 bf16 q8_0 q4_0 q4_1 q5_0 q5_1 q2_k q3_k q4_k q5_k q6_k iq4_nl iq4_xs. "
+            "Mixed as llama.cpp does: q3_k_s q3_k_m q3_k_l q4_k_s q4_k_m q5_k_s q5_k_m.",
+        ),
+    ],
+    imatrix: Annotated[Path | None, typer.Option(help="Importance matrix (GGUF), see `fixmin imatrix`.")] = None,
+    tensor_type: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="REGEX=TYPE", help="Type of the matrices whose names match; repeatable, the first counts."
+        ),
+    ] = None,
+    output_tensor_type: Annotated[str | None, typer.Option(help="Type of output.weight.")] = None,
+    allow_requantize: Annotated[
+        bool, typer.Option("--allow-requantize", help="Take a quantised source too; its errors add to the new ones.")
+    ] = False,
+    threads: Annotated[int | None, typer.Option("-t", "--threads", help="Default: the CPUs of this process.")] = None,
+    as_json: _Json = False,
+    debug: _Debug = False,
+) -> None:
+    """Write a model in another number format (needs fixmin-cpp[quantize]).
+
+    Metadata is kept; the certificate in it remains that of the source file. Norms and biases are F32.
+    """
+    with _errors(debug):
+        with _bar("quantizing", as_json) as update:
+            report = _extra("requantize", "quantize").quantize(
+                source,
+                target,
+                type,
+                imatrix=imatrix,
+                tensor_types=_tensor_types(tensor_type or []),
+                output_tensor_type=output_tensor_type,
+                allow_requantize=allow_requantize,
+                n_threads=threads,
+                progress=update,
+            )
+        facts = dataclasses.asdict(report)
+        facts["path"] = str(report.path)
+        if as_json:
+            _write(json.dumps(facts, indent=2) + "\n")
+            return
+        for tensor in report.tensors:
+            note = f"  ({tensor.note})" if tensor.note else ""
+            change = tensor.type if tensor.type == tensor.source_type else f"{tensor.source_type} -> {tensor.type}"
+            _write(f"{tensor.name}: {change}{note}\n")
+        _write(
+            f"{report.path}: {report.source_bytes / 1e6:,.1f} -> {report.n_bytes / 1e6:,.1f} MB, "
+            f"{report.bits_per_weight:.2f} bits per weight, {report.seconds:.1f} s. "
+            "The certificate in it is that of the source file.\n"
+        )
+
+
+@app.command()
+def imatrix(
+    model: Annotated[Path, typer.Option("-m", "--model", help="GGUF file, best in F32 or F16.")],
+    file: Annotated[Path, typer.Option("-f", "--file", help="Text, UTF-8.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="GGUF file to write, for `fixmin quantize --imatrix`.")],
+    ctx: Annotated[int | None, typer.Option("-c", "--ctx", help="Tokens of a chunk. Default: 512 at most.")] = None,
+    threads: Annotated[int | None, typer.Option("-t", "--threads", help="Default: what the machine offers.")] = None,
+    as_json: _Json = False,
+    debug: _Debug = False,
+) -> None:
+    """Collect how large the inputs of every matrix are over a text (needs fixmin-cpp[quantize]).
+
+    The file is in llama.cpp's form: sums of squares per input channel, and how many tokens they are from.
+    """
+    with _errors(debug):
+        collector = _extra("imatrix", "quantize")
+        text = _read_text(file)
+        with _load(model, n_threads=threads) as loaded, _bar("reading", as_json) as update:
+            report = collector.collect(loaded, text, out, ctx=ctx, dataset=file.name, progress=update)
+        _report({**dataclasses.asdict(report), "path": str(report.path)}, as_json)
+
+
+@app.command()
+def perplexity(
+    model: Annotated[Path, typer.Option("-m", "--model", help="GGUF file.")],
+    file: Annotated[Path, typer.Option("-f", "--file", help="Text, UTF-8.")],
+    ctx: Annotated[int | None, typer.Option("-c", "--ctx", help="Tokens of a window. Default: the model's.")] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Tokens from one window to the next. Default: ctx, without overlap.")
+    ] = None,
+    max_windows: Annotated[int | None, typer.Option(help="Stop after so many. Default: the whole text.")] = None,
+    base_model: Annotated[Path | None, typer.Option(help="GGUF file to compare with, run side by side.")] = None,
+    save_logits: Annotated[
+        Path | None, typer.Option(help="Write the logits: 4 bytes per token and vocabulary.")
+    ] = None,
+    kl: Annotated[Path | None, typer.Option(help="Compare with logits saved before, of another model.")] = None,
+    kv_type: Annotated[str, typer.Option(help="Type of the KV cache, of both models: f16 or f32.")] = "f16",
+    threads: Annotated[int | None, typer.Option("-t", "--threads", help="Default: what the machine offers.")] = None,
+    as_json: _Json = False,
+    debug: _Debug = False,
+) -> None:
+    """Perplexity of a text, and the divergence from another model's predictions.
+
+    Every window is read from an empty context; its tokens are scored but for the first, or with a stride below ctx,
+    those that no earlier window has scored. With --base-model (or --kl): KL(base || model) in nats per token, the
+    change of the probability of the right token, and how often the most probable token is the same.
+    """
+    from .evaluate import perplexity as measure
+
+    with _errors(debug), ExitStack() as stack:
+        text = _read_text(file)
+        settings: dict[str, Any] = {"n_threads": threads, "kv_type": kv_type}
+        loaded = stack.enter_context(_load(model, **settings))
+        base = None if base_model is None else stack.enter_context(_load(base_model, **settings))
+        with _bar("reading", as_json) as update:
+            report = measure(
+                loaded,
+                text,
+                ctx=ctx,
+                stride=stride,
+                max_windows=max_windows,
+                base=base,
+                save_logits=save_logits,
+                base_logits=kl,
+                progress=update,
+            )
+        facts = dataclasses.asdict(report)
+        if not as_json:
+            facts.update(facts.pop("divergence") or {})
+        _report(facts, as_json)
+
+
+@app.command()
 def info(as_json: _Json = False, debug: _Debug = False) -> None:
     """Show the CPU, the instruction sets and the versions that this installation uses."""
     from .api import system_info
 
     with _errors(debug):
-        report = system_info()
-        if as_json:
-            _write(json.dumps(report, indent=2) + "\n")
-        elif sys.stdout.isatty():
-            table = Table(show_header=False)
-            for key, value in report.items():
-                table.add_row(key, _plain(value))
-            Console().print(table)
-        else:
-            _write("".join(f"{key}: {_plain(value)}\n" for key, value in report.items()))
+        _report(system_info(), as_json)
+
+
+def _report(facts: dict[str, Any], as_json: bool) -> None:
+    """To stdout: one JSON object, a table on a terminal, lines in a pipe."""
+    if as_json:
+        _write(json.dumps(facts, indent=2) + "\n")
+    elif sys.stdout.isatty():
+        table = Table(show_header=False)
+        for key, value in facts.items():
+            table.add_row(key, _plain(value))
+        Console().print(table)
+    else:
+        _write("".join(f"{key}: {_plain(value)}\n" for key, value in facts.items()))
 
 
 @contextmanager
@@ -189,17 +381,21 @@ def _forward(context: typer.Context, name: str) -> None:
     if debug:
         arguments.remove("--debug")
     with _errors(debug):
-        try:
-            # By name: it is a folder of its own in the source tree and part of the package once that is installed.
-            commands = importlib.import_module(".convert.convert", __package__)
-        except ModuleNotFoundError as error:
-            if error.name is None or error.name.startswith(str(__package__)):
-                raise
-            raise ImportError(
-                f"this command needs the Python package {error.name!r}: pip install 'fixmin-cpp[convert]'"
-            ) from error
-        code = getattr(commands, name)(arguments)
+        code = getattr(_extra("convert", "convert"), name)(arguments)
     raise typer.Exit(code or 0)
+
+
+def _extra(module: str, extra: str) -> Any:
+    """A module of fixmin_cpp.convert, or an error that names the extra to install."""
+    try:
+        # By name: it is a folder of its own in the source tree and part of the package once that is installed.
+        return importlib.import_module(f".convert.{module}", __package__)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith(str(__package__)):
+            raise
+        raise ImportError(
+            f"this command needs the Python package {error.name!r}: pip install 'fixmin-cpp[{extra}]'"
+        ) from error
 
 
 def _read_prompt(prompt: str | None, file: Path | None, escape: bool) -> str:
@@ -208,16 +404,34 @@ def _read_prompt(prompt: str | None, file: Path | None, escape: bool) -> str:
     if prompt is not None:
         return _unescape(prompt) if escape else prompt
     if file is not None:
-        data, source = file.read_bytes(), str(file)
+        text = _read_text(file)
     else:
         if sys.stdin.isatty():
             raise typer.BadParameter("no prompt: give --prompt TEXT or --file FILE, or pipe text into stdin")
-        data, source = sys.stdin.buffer.read(), "stdin"
+        text = _decode(sys.stdin.buffer.read(), "stdin")
+    return text.removesuffix("\n").removesuffix("\r")  # the newline that editors and echo put at the end
+
+
+def _read_text(file: Path) -> str:
+    return _decode(file.read_bytes(), str(file))
+
+
+def _decode(data: bytes, source: str) -> str:
     try:
-        text = data.decode("utf-8")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{source} is not UTF-8: byte {data[error.start]:#04x} at offset {error.start}") from None
-    return text.removesuffix("\n").removesuffix("\r")  # the newline that editors and echo put at the end
+
+
+def _tensor_types(options: list[str]) -> dict[str, str]:
+    """REGEX=TYPE, split at the last "="."""
+    rules: dict[str, str] = {}
+    for option in options:
+        expression, separator, wanted = option.rpartition("=")
+        if not (expression and separator):
+            raise typer.BadParameter(f"--tensor-type must be REGEX=TYPE, got {option!r}")
+        rules.setdefault(expression, wanted)
+    return rules
 
 
 def _unescape(text: str) -> str:
@@ -243,6 +457,34 @@ def _load(path: Path, **settings: Any) -> Any:
         return Model(path, progress=lambda done: progress.update(task, completed=done), **settings)
 
 
+@contextmanager
+def _bar(title: str, silent: bool) -> Iterator[Callable[..., None]]:
+    """A progress bar on stderr if someone is watching; its value is called with done, total and perhaps a name."""
+    if silent or not sys.stderr.isatty():
+        yield lambda done, total, name="": None
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[item]}", markup=False),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(title, total=None, item="")
+        yield lambda done, total, name="": progress.update(task, completed=done, total=total, item=name)
+
+
+@contextmanager
+def _status(silent: bool) -> Iterator[Callable[[str], None]]:
+    """A line on stderr that says what is going on, if someone is watching."""
+    if silent or not sys.stderr.isatty():
+        yield lambda text: None
+        return
+    with Console(stderr=True).status("") as status:
+        yield status.update
+
+
 def _write(text: str) -> None:
     """To stdout at once, as UTF-8 whatever the locale says."""
     sys.stdout.buffer.write(text.encode("utf-8"))
@@ -262,7 +504,11 @@ def _one_line(error: BaseException) -> str:
 
 
 def _plain(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_plain(item)}" for key, item in value.items())
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return ", ".join(map(_plain, value)) if isinstance(value, list | tuple) else str(value)
 
 
 if __name__ == "__main__":

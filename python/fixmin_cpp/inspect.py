@@ -30,6 +30,7 @@ __all__ = ["describe", "printable", "render"]
 
 CERTIFICATE_PREFIX = "fixmin.convert.certificate."
 _PROVENANCE_PREFIX = "fixmin.convert."
+_QUANTIZE_PREFIX = "fixmin.quantize."
 _MAX_DRAWN_BITS = 64  # a wider matrix does not fit a terminal at two columns a bit
 _MAX_TEXT = 200  # characters shown of a string
 _MAX_ITEMS = 8  # elements shown of an array
@@ -62,9 +63,12 @@ def describe(path: str | os.PathLike[str], tokens: Sequence[str] = ()) -> dict[s
             "alignment": file.alignment,
             **_totals(tensors),
         },
-        "metadata": _plain_metadata(metadata, excluded=(_PROVENANCE_PREFIX, "fixmin.code.", "tokenizer.")),
+        "metadata": _plain_metadata(
+            metadata, excluded=(_PROVENANCE_PREFIX, _QUANTIZE_PREFIX, "fixmin.code.", "tokenizer.")
+        ),
         "provenance": _plain_metadata(metadata, only=_PROVENANCE_PREFIX, excluded=(CERTIFICATE_PREFIX,)),
         "certificate": _plain_metadata(metadata, only=CERTIFICATE_PREFIX),
+        "quantized": _plain_metadata(metadata, only=_QUANTIZE_PREFIX),
         "tokenizer": _describe_tokenizer(metadata),
         "code": _describe_code(metadata),
         "tensors": tensors,
@@ -100,6 +104,7 @@ def render(
     screen.facts("Tokenizer", description["tokenizer"])
     screen.facts("Converted from", description["provenance"])
     screen.certificate(description["certificate"])
+    screen.facts("Quantised from", description["quantized"])
     screen.tensors(description["tensors"])
     screen.totals(description["file"])
 

@@ -4,19 +4,11 @@ import json
 import os
 import pty
 import subprocess
-import sys
 
 import pytest
+from fixmin_cli import FIXMIN, TIMEOUT, fixmin
 
 import fixmin_cpp
-
-FIXMIN = [sys.executable, "-m", "fixmin_cpp.cli"]
-TIMEOUT = 300  # seconds: the end of a test that would hang
-
-
-def fixmin(*arguments: object, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-    command = [*FIXMIN, *map(str, arguments)]
-    return subprocess.run(command, input=stdin, capture_output=True, timeout=TIMEOUT, check=False)
 
 
 def test_version_and_help():
@@ -195,6 +187,14 @@ def test_inspect(letters_model):
     failed = fixmin("inspect", __file__)
     assert failed.returncode == 1
     assert failed.stderr.decode().startswith("error: ")
+
+
+@pytest.mark.parametrize("command", ["bench", "quantize", "imatrix", "perplexity"])
+def test_tools_have_help(command):
+    helped = fixmin(command, "--help")
+    assert helped.returncode == 0
+    assert b"--json" in helped.stdout
+    assert fixmin(command).returncode == 2
 
 
 @pytest.mark.parametrize("command", ["convert", "verify"])

@@ -1,0 +1,409 @@
+"""Another GGUF file of the same model in other number formats (`fixmin quantize`).
+
+Tensors stream from file to file; the bytes come from `ggml_quantize_chunk`. All metadata is kept. The mixed recipes
+(q4_k_m, ...) give the tensors that suffer most a larger format, by the rules that llama.cpp documents in
+src/llama-quant.cpp (function llama_tensor_get_type, as of 2025); written here anew, only for what these models have.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFValueType, LlamaFileType
+from numpy.typing import NDArray
+
+from .. import _core
+from ..arguments import as_bool, as_int
+from ..atomic_file import AtomicFile
+from ..errors import ArgumentError, ArgumentTypeError
+from .imatrix import read_imatrix
+from .quantize import BF16, F16, F32, Q8_0, bits_per_weight
+from .readback import read_gguf
+from .spec import TensorRecipe
+from .writer import Layout, Progress, TensorPlan, Value
+
+_T = GGMLQuantizationType
+
+#: Plain types: every matrix gets them. Name -> (ggml type, general.file_type).
+PLAIN: dict[str, tuple[GGMLQuantizationType, LlamaFileType]] = {
+    "f32": (F32, LlamaFileType.ALL_F32),
+    "f16": (F16, LlamaFileType.MOSTLY_F16),
+    "bf16": (BF16, LlamaFileType.MOSTLY_BF16),
+    "q8_0": (Q8_0, LlamaFileType.MOSTLY_Q8_0),
+    "q4_0": (_T.Q4_0, LlamaFileType.MOSTLY_Q4_0),
+    "q4_1": (_T.Q4_1, LlamaFileType.MOSTLY_Q4_1),
+    "q5_0": (_T.Q5_0, LlamaFileType.MOSTLY_Q5_0),
+    "q5_1": (_T.Q5_1, LlamaFileType.MOSTLY_Q5_1),
+    "q2_k": (_T.Q2_K, LlamaFileType.MOSTLY_Q2_K),
+    "q3_k": (_T.Q3_K, LlamaFileType.MOSTLY_Q3_K_S),
+    "q4_k": (_T.Q4_K, LlamaFileType.MOSTLY_Q4_K_S),
+    "q5_k": (_T.Q5_K, LlamaFileType.MOSTLY_Q5_K_S),
+    "q6_k": (_T.Q6_K, LlamaFileType.MOSTLY_Q6_K),
+    "iq4_nl": (_T.IQ4_NL, LlamaFileType.MOSTLY_IQ4_NL),
+    "iq4_xs": (_T.IQ4_XS, LlamaFileType.MOSTLY_IQ4_XS),
+}
+
+#: Mixed recipes: most matrices get this type, see `_recipe_type` for the others.
+MIXED: dict[str, tuple[GGMLQuantizationType, LlamaFileType]] = {
+    "q3_k_s": (_T.Q3_K, LlamaFileType.MOSTLY_Q3_K_S),
+    "q3_k_m": (_T.Q3_K, LlamaFileType.MOSTLY_Q3_K_M),
+    "q3_k_l": (_T.Q3_K, LlamaFileType.MOSTLY_Q3_K_L),
+    "q4_k_s": (_T.Q4_K, LlamaFileType.MOSTLY_Q4_K_S),
+    "q4_k_m": (_T.Q4_K, LlamaFileType.MOSTLY_Q4_K_M),
+    "q5_k_s": (_T.Q5_K, LlamaFileType.MOSTLY_Q5_K_S),
+    "q5_k_m": (_T.Q5_K, LlamaFileType.MOSTLY_Q5_K_M),
+}
+
+TYPES = (*PLAIN, *MIXED)
+
+# What llama.cpp takes where a row does not divide into super-blocks of 256; F16 where it does not into 32 either.
+_FALLBACK = {
+    _T.Q2_K: _T.IQ4_NL,
+    _T.Q3_K: _T.IQ4_NL,
+    _T.IQ4_XS: _T.IQ4_NL,
+    _T.Q4_K: _T.Q5_0,
+    _T.Q5_K: _T.Q5_1,
+    _T.Q6_K: _T.Q8_0,
+}
+
+_FLOATS = (F32, F16, BF16)
+_FOLDED = ("blk.0.attn_q.weight", "blk.0.attn_k.weight", "blk.0.attn_v.weight")
+_PREFIX = "fixmin.quantize."
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """One tensor of the new file."""
+
+    name: str
+    shape: tuple[int, ...]  # NumPy order
+    source_type: str
+    type: str
+    has_importance: bool
+    note: str | None  # why the type is not the one asked for
+
+
+@dataclass(frozen=True)
+class QuantizeReport:
+    """What a quantisation did. `path` is where the complete file is."""
+
+    path: Path
+    type: str
+    source_bytes: int
+    n_bytes: int
+    n_weights: int
+    bits_per_weight: float  # of the whole tensor data
+    types: dict[str, int]  # ggml type -> number of tensors
+    tensors: tuple[QuantizedTensor, ...]
+    seconds: float
+
+
+def quantize(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    type: str,
+    *,
+    imatrix: str | os.PathLike[str] | None = None,
+    tensor_types: Mapping[str, str] | None = None,
+    output_tensor_type: str | None = None,
+    allow_requantize: bool = False,
+    n_threads: int | None = None,
+    progress: Progress | None = None,
+) -> QuantizeReport:
+    """Writes a GGUF file's model in another number format.
+
+    Streams tensor by tensor: a few chunks of 4 MB are in memory for each thread. The target appears under its name
+    only when it is complete. Norms and biases are stored in F32, codes as they are. Layer 0's queries, keys and
+    values, which are folded at load and never read again, get Q8_0 or better unless tensor_types says otherwise.
+    Rows that do not divide into the blocks of a type get the one that llama.cpp falls back to. A tensor that has its
+    type already is copied byte for byte. The certificate in the metadata remains that of the source file;
+    fixmin.quantize.* says so and how this file was made.
+
+    Args:
+        source: a GGUF file of architecture "fixmin", in F32, F16 or BF16 (see allow_requantize).
+        target: the file to write, not the source.
+        type: a plain type for every matrix (f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, q2_k, q3_k, q4_k, q5_k, q6_k,
+            iq4_nl, iq4_xs), or a mixed recipe of llama.cpp (q3_k_s, q3_k_m, q3_k_l, q4_k_s, q4_k_m, q5_k_s, q5_k_m;
+            q6_k is both). Upper case is the same.
+        imatrix: an importance matrix (GGUF) of `fixmin imatrix` or llama-imatrix: columns that meet larger inputs
+            are stored more exactly.
+        tensor_types: regular expression -> plain type for the matrices whose names contain a match; the first that
+            matches counts.
+        output_tensor_type: plain type of output.weight.
+        allow_requantize: also from a quantised source, whose errors then add to the new ones.
+        n_threads: threads that quantise; None: the CPUs of this process.
+        progress: called with weights done, weights in all, and the tensor being written.
+
+    Returns:
+        A QuantizeReport.
+
+    Raises:
+        ArgumentError: an unknown type, a bad expression or one that matches nothing, a quantised source, an importance
+            matrix of another model. ArgumentTypeError: a wrong type of argument.
+        CheckpointError: a weight is not finite or too large for the type, or the target is being written by another
+            process. GGUFError: the source or the imatrix is malformed. OSError: a file cannot be read or written.
+    """
+    started = time.perf_counter()
+    source_path, target_path = _as_path("source", source), _as_path("target", target)
+    name = _as_type("type", type, TYPES)
+    rules = _as_rules(tensor_types)
+    output_type = None if output_tensor_type is None else _as_type("output_tensor_type", output_tensor_type, PLAIN)
+    allow_requantize = as_bool("allow_requantize", allow_requantize)
+    threads = 0 if n_threads is None else as_int("n_threads", n_threads, 1, 1024)
+    if os.path.realpath(source_path) == os.path.realpath(target_path):
+        raise ArgumentError(f"the target {target_path} is the source")
+    importance = {} if imatrix is None else read_imatrix(_as_path("imatrix", imatrix))
+
+    stored = read_gguf(source_path)
+    chooser = _Chooser(name, rules, output_type, stored.spec.block_count, stored.spec.code.kind != "learned")
+    plans = [chooser.plan(key, recipe) for key, recipe in stored.spec.tensors.items()]
+    if unused := [pattern.pattern for pattern, _ in rules if pattern not in chooser.used]:
+        raise ArgumentError(f"tensor_types: no matrix of this model has a name that matches {unused[0]!r}")
+    _check_requantizing(plans, stored.types, allow_requantize)
+    plans = [_finish(plan, stored.types[plan.name], importance, source_path) for plan in plans]
+    if importance and not any(plan.importance is not None for plan in plans):
+        raise ArgumentError(f"{imatrix}: names no tensor of this model that is quantised")
+    codes = _code_plans(source_path)
+    metadata = _metadata(source_path, name, imatrix, tensor_types, output_type)
+    layout = Layout([*plans, *codes], metadata)
+    with AtomicFile(target_path) as file:
+        layout.write(file, {}, threads, progress or (lambda done, total, tensor: None))
+        file.commit()
+
+    tensors = tuple(
+        QuantizedTensor(
+            name=plan.name,
+            shape=tuple(plan.shape),
+            source_type=stored.types[plan.name].name,
+            type=plan.type.name,
+            has_importance=plan.importance is not None,
+            note=plan.note,
+        )
+        for plan in layout.tensors
+    )
+    return QuantizeReport(
+        path=target_path,
+        type=name,
+        source_bytes=source_path.stat().st_size,
+        n_bytes=target_path.stat().st_size,
+        n_weights=layout.n_weights,
+        bits_per_weight=8 * sum(plan.n_bytes for plan in layout.tensors) / layout.n_weights,
+        types=dict(Counter(tensor.type for tensor in tensors)),
+        tensors=tensors,
+        seconds=time.perf_counter() - started,
+    )
+
+
+# --- which type --------------------------------------------------------------------------------------------------
+
+
+class _Chooser:
+    """The type of each tensor, in the order: stated by name, output, recipe, floor of the folded layer, fallback."""
+
+    def __init__(
+        self, name: str, rules: list[tuple[re.Pattern[str], str]], output_type: str | None, n_layers: int, folds: bool
+    ) -> None:
+        self._name, self._rules, self._output_type = name, rules, output_type
+        self._n_layers, self._folds = n_layers, folds
+        self.used: set[re.Pattern[str]] = set()
+
+    def plan(self, name: str, recipe: TensorRecipe) -> TensorPlan:
+        if len(recipe.shape) == 1:
+            return TensorPlan(name, recipe.shape, F32, recipe)
+        wanted, note = self._wanted(name)
+        fitting = _fitting(wanted, recipe.shape[-1])
+        if fitting != wanted:
+            note = f"rows of {recipe.shape[-1]} do not divide into the {wanted.name} blocks of {_block(wanted)}"
+        return TensorPlan(name, recipe.shape, fitting, recipe, note)
+
+    def _wanted(self, name: str) -> tuple[GGMLQuantizationType, str | None]:
+        for pattern, stated in self._rules:
+            if pattern.search(name):
+                self.used.add(pattern)
+                return PLAIN[stated][0], f"stated for {pattern.pattern!r}"
+        if name == "output.weight" and self._output_type is not None:
+            return PLAIN[self._output_type][0], "stated for the output"
+        if self._name in PLAIN:
+            wanted, note = PLAIN[self._name][0], None
+        else:
+            wanted = _recipe_type(self._name, name, self._n_layers)
+            note = None if wanted == MIXED[self._name][0] else f"recipe {self._name}"
+        if self._folds and name in _FOLDED and bits_per_weight(wanted) < bits_per_weight(Q8_0):
+            return Q8_0, "layer 0 is folded at load"
+        return wanted, note
+
+
+def _recipe_type(recipe: str, name: str, n_layers: int) -> GGMLQuantizationType:
+    """What a mixed recipe gives the matrix `name` of a model with so many layers."""
+    default = MIXED[recipe][0]
+    if name == "output.weight":
+        return _T.Q6_K
+    found = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
+    if not found:
+        return default
+    layer, part = int(found[1]), found[2]
+    eighth = n_layers // 8
+    # The first and the last eighth of the layers and every third one between them.
+    more = layer < eighth or layer >= 7 * n_layers // 8 or (layer - eighth) % 3 == 2
+    rules: dict[tuple[str, str], GGMLQuantizationType] = {
+        ("q3_k_m", "attn_v"): _T.Q5_K if layer < 2 else _T.Q4_K,
+        ("q3_k_m", "ffn_down"): _T.Q5_K if layer < n_layers // 16 else _T.Q4_K,
+        ("q3_k_m", "attn_output"): _T.Q4_K,
+        ("q3_k_l", "attn_v"): _T.Q5_K,
+        ("q3_k_l", "ffn_down"): _T.Q5_K,
+        ("q3_k_l", "attn_output"): _T.Q5_K,
+        ("q4_k_s", "attn_v"): _T.Q5_K if layer < 4 else _T.Q4_K,
+        ("q4_k_s", "ffn_down"): _T.Q5_K if layer < eighth else _T.Q4_K,
+        ("q4_k_m", "attn_v"): _T.Q6_K if more else _T.Q4_K,
+        ("q4_k_m", "ffn_down"): _T.Q6_K if more else _T.Q4_K,
+        ("q5_k_m", "attn_v"): _T.Q6_K if more else _T.Q5_K,
+        ("q5_k_m", "ffn_down"): _T.Q6_K if more else _T.Q5_K,
+    }
+    return rules.get((recipe, part), default)
+
+
+def _fitting(wanted: GGMLQuantizationType, row: int) -> GGMLQuantizationType:
+    """The type itself, or what replaces it for rows that do not divide into its blocks."""
+    if row % _block(wanted):
+        wanted = _FALLBACK.get(wanted, F16)
+    return F16 if row % _block(wanted) else wanted
+
+
+def _block(ggml_type: GGMLQuantizationType) -> int:
+    return GGML_QUANT_SIZES[ggml_type][0]
+
+
+def _check_requantizing(plans: list[TensorPlan], types: Mapping[str, GGMLQuantizationType], allowed: bool) -> None:
+    for plan in plans:
+        have = types[plan.name]
+        if len(plan.shape) > 1 and have not in _FLOATS and have != plan.type and not allowed:
+            raise ArgumentError(
+                f"{plan.name} is already quantised ({have.name}): its errors would add to those of {plan.type.name}. "
+                "Start from an F32, F16 or BF16 file, or allow it (--allow-requantize)"
+            )
+
+
+# --- what is written ---------------------------------------------------------------------------------------------
+
+
+def _finish(
+    plan: TensorPlan, have: GGMLQuantizationType, importance: Mapping[str, NDArray[np.float32]], source: Path
+) -> TensorPlan:
+    """The plan with how to read its rows, and with its importance."""
+    if len(plan.shape) == 1:
+        return plan
+    if plan.type == have:
+        return TensorPlan(plan.name, plan.shape, have, _stored_rows(source, plan.name), plan.note, is_stored=True)
+    values = None if plan.type in _FLOATS else importance.get(plan.name)
+    if values is not None and values.shape != (plan.shape[-1],):
+        raise ArgumentError(
+            f"the importance matrix has {values.size} columns for {plan.name}, whose rows have {plan.shape[-1]}: "
+            "it was made for another model"
+        )
+    return TensorPlan(plan.name, plan.shape, plan.type, plan.recipe, plan.note, importance=values)
+
+
+def _stored_rows(path: Path, name: str) -> TensorRecipe:
+    """The rows of a tensor as bytes, read with plain reads: mapped pages would count as resident memory."""
+    tensor = next(t for t in _core.GgufFile(str(path)).tensors if t.name == name)
+    shape, offset = tuple(tensor.shape), tensor.offset
+    row = tensor.n_bytes // shape[0]
+
+    def read_rows(start: int, stop: int) -> NDArray[Any]:
+        with open(path, "rb") as data:
+            raw = os.pread(data.fileno(), (stop - start) * row, offset + start * row)
+        if len(raw) != (stop - start) * row:
+            raise OSError(f"{path}: the file ends within the tensor {name}")
+        return np.frombuffer(raw, dtype=np.uint8).reshape(stop - start, row)
+
+    return TensorRecipe(shape, (name,), read_rows)
+
+
+def _code_plans(path: Path) -> list[TensorPlan]:
+    """The table of codes, if there is one: not a matrix of weights."""
+    names = [t.name for t in _core.GgufFile(str(path)).tensors if t.name == "token_code.weight"]
+    recipes = [_stored_rows(path, name) for name in names]
+    return [TensorPlan(r.sources[0], r.shape, GGMLQuantizationType.I8, r, is_stored=True) for r in recipes]
+
+
+def _metadata(
+    path: Path,
+    name: str,
+    imatrix: str | os.PathLike[str] | None,
+    tensor_types: Mapping[str, str] | None,
+    output_type: str | None,
+) -> dict[str, Value]:
+    """All keys of the source with their types, and what has changed."""
+    kept = {}
+    for key, field in GGUFReader(path).fields.items():
+        if key.startswith(("GGUF.", _PREFIX)) or key in ("general.architecture", "general.alignment"):
+            continue
+        kinds = field.types
+        is_array = kinds[0] == GGUFValueType.ARRAY
+        kept[key] = Value(field.contents(), kinds[0], kinds[1] if is_array else None)
+    file_type = (PLAIN | MIXED)[name][1]
+    kept["general.file_type"] = Value(int(file_type), GGUFValueType.UINT32)
+    kept["general.quantization_version"] = Value(2, GGUFValueType.UINT32)
+    texts = {
+        "tool": f"fixmin-cpp {_core.__version__}",
+        "source": path.name,
+        "source_sha256": _sha256(path),
+        "type": name,
+        "tensor_types": json.dumps(dict(tensor_types or {})),
+        "output_tensor_type": output_type or "",
+        "imatrix": Path(imatrix).name if imatrix is not None else "",
+        "certificate": "fixmin.convert.certificate is that of the source; nobody has made one for this file",
+    }
+    for key, text in texts.items():
+        kept[_PREFIX + key] = Value(text.encode("utf-8", "backslashreplace"), GGUFValueType.STRING)
+    return kept
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# --- arguments ---------------------------------------------------------------------------------------------------
+
+
+def _as_path(name: str, value: Any) -> Path:
+    if not isinstance(value, str | os.PathLike):
+        raise ArgumentTypeError(f"{name} must be a str or a path, got {value!r}")
+    return Path(value)
+
+
+def _as_type(name: str, value: Any, known: Any) -> str:
+    if not isinstance(value, str):
+        raise ArgumentTypeError(f"{name} must be a str, got {value!r}")
+    if value.lower() not in known:
+        raise ArgumentError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    return value.lower()
+
+
+def _as_rules(tensor_types: Any) -> list[tuple[re.Pattern[str], str]]:
+    if tensor_types is None:
+        return []
+    if not isinstance(tensor_types, Mapping):
+        raise ArgumentTypeError(f"tensor_types must be a dict of expression -> type, got {tensor_types!r}")
+    rules = []
+    for expression, wanted in tensor_types.items():
+        try:
+            pattern = re.compile(expression)
+        except (re.error, TypeError) as error:
+            raise ArgumentError(f"tensor_types: {expression!r} is not a regular expression: {error}") from None
+        rules.append((pattern, _as_type(f"tensor_types[{expression!r}]", wanted, PLAIN)))
+    return rules

@@ -1,0 +1,63 @@
+// What the threads of an engine could do at best: the denominators of `fixmin bench`.
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+
+#include "engine/engine.h"
+#include "error.h"
+
+namespace fixmin::engine {
+namespace {
+
+double seconds(const auto& f) {
+    const auto start = std::chrono::steady_clock::now();
+    f();
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+}  // namespace
+
+double Engine::read_ceiling(size_t n_bytes, uint32_t passes, const Stop& stop) {
+    constexpr size_t unit = 4096, prefetched = 4096;
+    const size_t n_units = n_bytes / unit;
+    if (n_units < n_threads()) throw ArgumentError("a read of fewer than 4096 bytes for each thread says nothing");
+    if (n_units > UINT32_MAX) throw ArgumentError("the read is larger than 16 TiB");
+    const std::lock_guard lock(mutex_);
+    const model::Pages buffer(n_units * unit + prefetched);
+    // Every thread touches the part that it will read.
+    pool_.parallel_for(uint32_t(n_units), [&](uint32_t begin, uint32_t end) {
+        std::memset(buffer.data() + begin * unit, 1, (end - begin) * unit);
+    });
+    double best = 0;
+    for (uint32_t pass = 0; pass < passes; ++pass) {
+        if (stop && stop()) throw Cancelled();
+        // A small buffer is read again and again: one wake of the threads must not be what is measured.
+        const uint64_t rounds = std::max<uint64_t>(1, (size_t(256) << 20) / (n_units * unit));
+        const double time = seconds([&] {
+            pool_.parallel_for(uint32_t(n_units), [&](uint32_t begin, uint32_t end) {
+                for (uint64_t r = 0; r < rounds; ++r) {
+                    kernels_.ceilings.read(buffer.data() + begin * unit, (end - begin) * unit);
+                }
+            });
+        });
+        best = std::max(best, double(rounds) * double(n_units * unit) / time);
+    }
+    return best;
+}
+
+double Engine::int8_ceiling(uint32_t passes, const Stop& stop) {
+    const std::lock_guard lock(mutex_);
+    const auto run = [&](uint64_t rounds) {
+        return seconds([&] { pool_.run([&](model::Team&) { kernels_.ceilings.multiply(rounds); }); });
+    };
+    uint64_t rounds = 1000;
+    while (run(rounds) < 0.025) rounds *= 2;
+    double best = 0;
+    for (uint32_t pass = 0; pass < passes; ++pass) {
+        if (stop && stop()) throw Cancelled();
+        best = std::max(best, double(rounds) * kernels_.ceilings.int8_operations * n_threads() / run(rounds));
+    }
+    return best;
+}
+
+}  // namespace fixmin::engine

@@ -1,0 +1,96 @@
+"""A file that appears whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import CheckpointError
+
+__all__ = ["AtomicFile"]
+
+
+class AtomicFile:
+    """A file that is written beside its final place and takes its name only in `commit`.
+
+    The temporary `.NAME.partial` is locked while it is written, so a second conversion to the same output is refused,
+    and one that a killed process left behind (which holds no lock any more) is simply overwritten by the next run.
+    Leaving the `with` block without `commit`, by an exception or Ctrl-C, removes it.
+    """
+
+    def __init__(self, target: str | os.PathLike[str]) -> None:
+        # Through a symbolic link the file it names is replaced, not the link.
+        self.target = Path(os.path.realpath(target))
+        self.path = self.target.with_name(f".{self.target.name}.partial")
+        self._file: BinaryIO | None = None
+
+    def __enter__(self) -> AtomicFile:
+        if self.target.exists() and not self.target.is_file():
+            kind = "directory" if self.target.is_dir() else "device or pipe"
+            raise CheckpointError(f"{self.target}: is a {kind}; give the name of the GGUF file to write")
+        while self._file is None:
+            file = open(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666), "r+b")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.close()
+                raise CheckpointError(f"{self.target}: another conversion is writing this file at the moment") from None
+            # Between open and flock its owner may have renamed or removed it: then this is not the file of that name.
+            if _is_same_file(file.fileno(), self.path):
+                file.truncate(0)
+                self._file = file
+            else:
+                file.close()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._file is not None:
+            # Removed while still locked, so that this cannot remove the file of a run that starts now.
+            with contextlib.suppress(FileNotFoundError):
+                self.path.unlink()
+            self._close()
+
+    @property
+    def file(self) -> BinaryIO:
+        """The open temporary file, binary, readable and writable."""
+        if self._file is None:
+            raise ValueError("the file is closed")
+        return self._file
+
+    def write(self, data: bytes | NDArray[np.uint8]) -> None:
+        """Append bytes. A full disk gives an OSError that names the file that was to be."""
+        try:
+            self.file.write(data if isinstance(data, bytes) else data.data.cast("B"))
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.target)) from error
+
+    def commit(self, target: Path | None = None) -> None:
+        """Put everything on the disk and give it its name (or `target`, in the same folder), replacing what had it."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        os.replace(self.path, target or self.target)
+        folder = os.open(self.target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+        self._close()
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _is_same_file(fd: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), os.lstat(path)) and stat.S_ISREG(os.fstat(fd).st_mode)
+    except FileNotFoundError:
+        return False

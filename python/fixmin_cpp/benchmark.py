@@ -1,0 +1,230 @@
+"""What `fixmin bench` measures: speed of prefill and decode, and how much of the machine that is."""
+
+import contextlib
+import os
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import _core
+from .arguments import as_int
+from .errors import ArgumentError
+from .model import Model
+
+__all__ = ["BenchReport", "bench"]
+
+_MAX = 2**31 - 1
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """Speeds are medians of `*_runs`; GB are 10^9 bytes; a multiply-add of 8-bit integers is two operations."""
+
+    file: str
+    isa: str
+    threads: int
+    kv_type: str
+    n_prompt: int  # tokens of a prefill
+    n_generate: int  # tokens of a decode
+    depth: int  # tokens in the context when a decode begins
+    repeat: int
+    load_s: float  # opening the file until the model is ready
+    rss_bytes: int  # resident memory of the process after the runs
+    prefill_tok_s: float
+    prefill_tok_s_runs: list[float]
+    decode_tok_s: float
+    decode_tok_s_runs: list[float]
+    decode_bytes_per_token: int  # weights and, at the mean depth of the runs, cached keys and values
+    decode_gb_s: float  # decode_tok_s * decode_bytes_per_token
+    read_ceiling_gb_s: float  # the larger one of before and after
+    read_ceiling_gb_s_before_after: list[float]
+    read_buffer_bytes: int  # what those reads go over: more than the last-level cache
+    last_level_cache_bytes: int  # 0: unknown
+    decode_roofline: float  # decode_gb_s / read_ceiling_gb_s
+    cached_read_gb_s: float  # the same loop over only as many bytes as a decoded token reads
+    cached_read_gb_s_before_after: list[float]
+    decode_cached_roofline: float  # decode_gb_s / cached_read_gb_s
+    int8_peak_tops: float  # 10^12 operations per second; the larger one of before and after
+    int8_peak_tops_before_after: list[float]
+    prefill_operations_per_token: float  # products and attention
+    prefill_peak_fraction: float  # prefill_tok_s * prefill_operations_per_token / int8 peak
+
+
+def bench(
+    path: str | os.PathLike[str],
+    *,
+    n_threads: int | None = None,
+    kv_type: str = "f16",
+    n_prompt: int | None = None,
+    n_generate: int | None = None,
+    depth: int = 0,
+    repeat: int = 5,
+    read_buffer_bytes: int | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> BenchReport:
+    """Measures a model: prefill and decode take turns `repeat` times, between two measurements of the ceilings.
+
+    Token ids are random (always the same ones); tokenisation is not part of any figure, greedy sampling is part of
+    decode.
+
+    Args:
+        path: a GGUF file.
+        n_threads: worker threads, for the model and for the ceilings; None: Model's default.
+        kv_type: type of the KV cache, "f16" or "f32".
+        n_prompt: tokens of a prefill, from an empty context to the last token's logits; None: 512 or what fits.
+        n_generate: tokens decoded one by one; None: 64 or what fits.
+        depth: tokens in the context before the first decoded one (at least one is always there).
+        repeat: how often both are measured, after a run that warms up and does not count.
+        read_buffer_bytes: memory that the read ceiling goes over; None: four times the last-level cache, between
+            256 MiB and 1 GiB, but no more than a quarter of the memory that is free.
+        progress: called with what is being done.
+
+    Returns:
+        A BenchReport.
+
+    Raises:
+        ArgumentError: a number is out of range or does not fit the model's context. What Model raises.
+    """
+    repeat = as_int("repeat", repeat, 1, 10_000)
+    depth = as_int("depth", depth, 0, _MAX)
+    cache = last_level_cache_bytes()
+    buffer = min(max(4 * cache, 256 * _MIB), 1024 * _MIB, max(spare_memory() // 4, 16 * _MIB))
+    if read_buffer_bytes is not None:
+        buffer = as_int("read_buffer_bytes", read_buffer_bytes, _MIB, 1 << 40)
+    tell = progress or (lambda text: None)
+
+    tell("loading")
+    start = time.perf_counter()
+    with Model(path, n_threads=n_threads, kv_type=kv_type) as model, model._running() as engine:
+        load_s = time.perf_counter() - start
+        info = model.info
+        context = info["n_ctx"]
+        first = max(depth, 1)
+        n_prompt = min(512, context) if n_prompt is None else as_int("n_prompt", n_prompt, 1, context)
+        room = context - first - 1  # the last token generated is never fed back
+        if room < 1:
+            raise ArgumentError(f"depth {depth} leaves no room to decode in the context of {context} tokens")
+        n_generate = min(64, room) if n_generate is None else as_int("n_generate", n_generate, 1, _MAX)
+        if n_generate > room:
+            raise ArgumentError(
+                f"depth {depth} and {n_generate} tokens to generate do not fit the context of {context}: "
+                f"at most {room} can be generated"
+            )
+        bytes_per_token = decode_bytes(info, first, n_generate)
+        ids = np.random.default_rng(0).integers(0, info["vocab_size"], max(n_prompt, first)).astype(np.uint32)
+        params = _core.SamplingParams()
+        params.max_new_tokens = n_generate + 1
+
+        def ceilings() -> tuple[float, float, float]:
+            cached = max(bytes_per_token, 4096 * info["n_threads"])
+            return engine.read_ceiling(buffer), engine.read_ceiling(cached), engine.int8_ceiling()
+
+        tell("ceilings")
+        before = ceilings()
+        prefills: list[float] = []
+        decodes: list[float] = []
+        for turn in range(repeat + 1):
+            tell(f"run {turn} of {repeat}" if turn else "warm-up")
+            start = time.perf_counter()
+            engine.logits(ids[:n_prompt], last=True)
+            prefill = n_prompt / (time.perf_counter() - start)
+            decode = n_generate / engine.generate(ids[:first], params).decode_s
+            if turn:
+                prefills.append(prefill)
+                decodes.append(decode)
+        rss = resident_bytes()
+        tell("ceilings")
+        after = ceilings()
+
+    reads, cached_reads, peaks = zip(before, after, strict=True)
+    operations = prefill_operations(info, n_prompt) / n_prompt
+    prefill_tok_s, decode_tok_s = float(np.median(prefills)), float(np.median(decodes))
+    return BenchReport(
+        file=Path(path).name,
+        isa=info["isa"],
+        threads=info["n_threads"],
+        kv_type=kv_type,
+        n_prompt=n_prompt,
+        n_generate=n_generate,
+        depth=depth,
+        repeat=repeat,
+        load_s=load_s,
+        rss_bytes=rss,
+        prefill_tok_s=prefill_tok_s,
+        prefill_tok_s_runs=prefills,
+        decode_tok_s=decode_tok_s,
+        decode_tok_s_runs=decodes,
+        decode_bytes_per_token=bytes_per_token,
+        decode_gb_s=decode_tok_s * bytes_per_token / 1e9,
+        read_ceiling_gb_s=max(reads) / 1e9,
+        read_ceiling_gb_s_before_after=_scaled(reads, 1e9),
+        read_buffer_bytes=buffer,
+        last_level_cache_bytes=cache,
+        decode_roofline=decode_tok_s * bytes_per_token / max(reads),
+        cached_read_gb_s=max(cached_reads) / 1e9,
+        cached_read_gb_s_before_after=_scaled(cached_reads, 1e9),
+        decode_cached_roofline=decode_tok_s * bytes_per_token / max(cached_reads),
+        int8_peak_tops=max(peaks) / 1e12,
+        int8_peak_tops_before_after=_scaled(peaks, 1e12),
+        prefill_operations_per_token=operations,
+        prefill_peak_fraction=prefill_tok_s * operations / max(peaks),
+    )
+
+
+def decode_bytes(info: dict[str, Any], depth: int, n_generate: int) -> int:
+    """Bytes read to decode one token: weights, and the cache at the mean depth of n_generate tokens from `depth` on.
+
+    Each token reads every cached position, its own included: depth + 1, depth + 2, ...
+    """
+    positions = depth + (n_generate + 1) / 2
+    return round(info["bytes_per_token"] + positions * info["kv_bytes_per_position"])
+
+
+def prefill_operations(info: dict[str, Any], n_tokens: int) -> int:
+    """Multiplications and additions to read a prompt from an empty context to the logits of its last token.
+
+    2 for each weight of the blocks' products and each token, those of the output once; for each head and layer,
+    q.k and the weighted values: 4 d for every pair of a query and a key that it sees.
+    """
+    products = info["block_product_weights"] * n_tokens + info["vocab_size"] * info["embedding_length"]
+    pairs = n_tokens * (n_tokens + 1) // 2
+    return 2 * products + 4 * info["head_dim"] * info["head_count"] * info["block_count"] * pairs
+
+
+def last_level_cache_bytes() -> int:
+    """Size of the largest cache that the first CPU has, 0 if the system does not tell."""
+    largest = 0
+    for size in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        try:
+            text = size.read_text().strip()
+            factor = {"K": 1 << 10, "M": _MIB, "G": 1 << 30}.get(text[-1:], 1)
+            largest = max(largest, int(text.rstrip("KMG")) * factor)
+        except (OSError, ValueError):
+            continue
+    return largest
+
+
+def spare_memory() -> int:
+    """Bytes that this process could still take: what the system calls available, less if its cgroup allows less."""
+    available = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    spare = int(available[1]) * 1024 if available else 1024 * _MIB
+    group = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+        spare = min(spare, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return spare
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _scaled(values: Sequence[float], unit: float) -> list[float]:
+    return [value / unit for value in values]
