@@ -24,7 +24,6 @@ double Engine::read_ceiling(size_t n_bytes, uint32_t passes, const Stop& stop) {
     if (n_units > UINT32_MAX) throw ArgumentError("the read is larger than 16 TiB");
     const std::lock_guard lock(mutex_);
     const model::Pages buffer(n_units * unit + prefetched);
-    // Every thread touches the part that it will read.
     pool_.parallel_for(uint32_t(n_units), [&](uint32_t begin, uint32_t end) {
         std::memset(buffer.data() + begin * unit, 1, (end - begin) * unit);
     });
@@ -34,9 +33,12 @@ double Engine::read_ceiling(size_t n_bytes, uint32_t passes, const Stop& stop) {
         // A small buffer is read again and again: one wake of the threads must not be what is measured.
         const uint64_t rounds = std::max<uint64_t>(1, (size_t(256) << 20) / (n_units * unit));
         const double time = seconds([&] {
-            pool_.parallel_for(uint32_t(n_units), [&](uint32_t begin, uint32_t end) {
+            pool_.run([&](model::Team& team) {
                 for (uint64_t r = 0; r < rounds; ++r) {
-                    kernels_.ceilings.read(buffer.data() + begin * unit, (end - begin) * unit);
+                    team.for_pieces(uint32_t(n_units), [&](uint32_t begin, uint32_t end) {
+                        kernels_.ceilings.read(buffer.data() + begin * unit, (end - begin) * unit);
+                    });
+                    team.barrier();
                 }
             });
         });
@@ -47,10 +49,18 @@ double Engine::read_ceiling(size_t n_bytes, uint32_t passes, const Stop& stop) {
 
 double Engine::int8_ceiling(uint32_t passes, const Stop& stop) {
     const std::lock_guard lock(mutex_);
+    // In pieces, as the model's work is shared: else a slow core would lower the ceiling of all.
+    constexpr uint32_t pieces = 256;
     const auto run = [&](uint64_t rounds) {
-        return seconds([&] { pool_.run([&](model::Team&) { kernels_.ceilings.multiply(rounds); }); });
+        return seconds([&] {
+            pool_.run([&](model::Team& team) {
+                team.for_pieces(pieces * n_threads(), [&](uint32_t begin, uint32_t end) {
+                    kernels_.ceilings.multiply(rounds / pieces * (end - begin));
+                });
+            });
+        });
     };
-    uint64_t rounds = 1000;
+    uint64_t rounds = pieces * 8;
     while (run(rounds) < 0.025) rounds *= 2;
     double best = 0;
     for (uint32_t pass = 0; pass < passes; ++pass) {

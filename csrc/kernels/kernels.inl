@@ -373,6 +373,24 @@ void float_tile(const uint8_t* panel, uint32_t inner, const float* activations, 
     for (uint32_t c = 0; c < N; ++c) result[c] = acc[c];
 }
 
+// P panels times one token, the same chains as float_tile: one chain alone would wait for its own latency, not for
+// memory.
+template <typename Row, uint32_t P>
+void float_column(const uint8_t* panels, size_t stride, uint32_t inner, const float* activations, VecF* result) {
+    VecF acc[P];
+    for (uint32_t p = 0; p < P; ++p) acc[p] = zero();
+    for (uint32_t k = 0; k < inner; ++k) {
+        const VecF a = set1(activations[k]);
+#pragma GCC unroll 4
+        for (uint32_t p = 0; p < P; ++p) {
+            const auto* w = (const typename Row::Element*)(panels + p * stride) + size_t(k) * lanes;
+            prefetch((const uint8_t*)w + 2048);
+            acc[p] = fma(Row::load_row(w), a, acc[p]);
+        }
+    }
+    for (uint32_t p = 0; p < P; ++p) result[p] = acc[p];
+}
+
 // Bias, residual, store.
 void finish(const MatmulArgs& args, uint32_t token, uint32_t row, VecF value) {
     const uint32_t valid = args.n_rows - row < lanes ? args.n_rows - row : lanes;
@@ -429,8 +447,19 @@ void quantized_matmul(MatmulArgs args) {
 }
 
 template <typename Row>
-void float_matmul(const MatmulArgs& args) {
+void float_matmul(MatmulArgs args) {
     const size_t stride = args.activation_stride;
+    constexpr uint32_t together = 4;
+    while (args.n_tokens == 1 && args.n_rows >= together * lanes) {
+        VecF result[together];
+        float_column<Row, together>((const uint8_t*)args.panels, args.panel_stride, args.inner, args.activations,
+                                    result);
+        for (uint32_t p = 0; p < together; ++p) finish(args, 0, p * lanes, result[p]);
+        args.panels += together * args.panel_stride;
+        args.n_rows -= together * lanes;
+        args.bias = args.bias ? args.bias + together * lanes : nullptr;
+        args.out += together * lanes;
+    }
     for_each_tile<matmul_columns_float>(
         args,
         [&](const uint8_t* panel, uint32_t token, VecF* result) {
