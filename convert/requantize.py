@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFValueType, LlamaFileType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, LlamaFileType
 from numpy.typing import NDArray
 
 from .. import _core
@@ -345,12 +345,14 @@ def _metadata(
 ) -> dict[str, Value]:
     """All keys of the source with their types, and what has changed."""
     kept = {}
-    for key, field in GGUFReader(path).fields.items():
-        if key.startswith(("GGUF.", _PREFIX)) or key in ("general.architecture", "general.alignment"):
+    file = _core.GgufFile(str(path))
+    types = file.metadata_types
+    for key, value in file.metadata.items():
+        if key.startswith(_PREFIX) or key in ("general.architecture", "general.alignment"):
             continue
-        kinds = field.types
-        is_array = kinds[0] == GGUFValueType.ARRAY
-        kept[key] = Value(field.contents(), kinds[0], kinds[1] if is_array else None)
+        kind, element = types[key]
+        plain = value.tolist() if isinstance(value, np.ndarray) else value
+        kept[key] = Value(plain, GGUFValueType(kind), None if element is None else GGUFValueType(element))
     file_type = (PLAIN | MIXED)[name][1]
     kept["general.file_type"] = Value(int(file_type), GGUFValueType.UINT32)
     kept["general.quantization_version"] = Value(2, GGUFValueType.UINT32)

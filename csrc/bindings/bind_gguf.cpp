@@ -103,6 +103,16 @@ py::dict metadata(const PyGgufFile& self) {
     return result;
 }
 
+py::dict metadata_types(const PyGgufFile& self) {
+    py::dict result;
+    for (const gguf::KeyValue& entry : self.file().key_values()) {
+        const auto* array = std::get_if<gguf::ArrayView>(&entry.value);
+        const py::object element = array ? py::cast(static_cast<uint32_t>(array->type)) : py::none();
+        result[decode(entry.key)] = py::make_tuple(static_cast<uint32_t>(entry.type()), element);
+    }
+    return result;
+}
+
 py::tuple shape(const gguf::TensorInfo& tensor) {
     py::tuple result(tensor.n_dims);
     for (uint32_t i = 0; i < tensor.n_dims; ++i) result[i] = tensor.ne[tensor.n_dims - 1 - i];
@@ -163,6 +173,8 @@ void bind_gguf(py::module_& m) {
         .def_property_readonly("metadata", &metadata,
                                "A new dict in file order. Arrays of numbers are ndarrays of the stored type, arrays of "
                                "strings lists; bytes that are not UTF-8 become U+FFFD.")
+        .def_property_readonly("metadata_types", &metadata_types,
+                               "Key -> (type, element type of an array or None), as the file numbers them.")
         .def_property_readonly(
             "tensors", [](const PyGgufFile& self) { return self.file().tensors(); }, py::return_value_policy::copy)
         .def("tensor_data", &tensor_data, py::arg("name"),

@@ -37,6 +37,8 @@ class GgufFile:
     @property
     def metadata(self) -> dict[str, Any]: ...  # arrays of numbers as ndarray, of strings as list[str]
     @property
+    def metadata_types(self) -> dict[str, tuple[int, int | None]]: ...  # type, element type; the file's numbers
+    @property
     def tensors(self) -> list[GgufTensor]: ...
     def tensor_data(self, name: str) -> NDArray[np.uint8]: ...  # raw bytes, a read-only view; KeyError
 

@@ -186,17 +186,18 @@ def bench(
     """
     from .benchmark import bench as measure
 
-    with _errors(debug), _status(as_json) as tell:
-        report = measure(
-            model,
-            n_threads=threads,
-            kv_type=kv_type,
-            n_prompt=prompt,
-            n_generate=generate,
-            depth=depth,
-            repeat=repeat,
-            progress=tell,
-        )
+    with _errors(debug):
+        with _status(as_json) as tell:
+            report = measure(
+                model,
+                n_threads=threads,
+                kv_type=kv_type,
+                n_prompt=prompt,
+                n_generate=generate,
+                depth=depth,
+                repeat=repeat,
+                progress=tell,
+            )
         _report(dataclasses.asdict(report), as_json)
 
 
