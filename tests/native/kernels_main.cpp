@@ -123,7 +123,17 @@ void quantize(const std::string& name, Floats x) {
 void quantizations() {
     for (const float factor : {0.0f, 1e-38f, 1e-31f, 1e-20f, 1.0f, 1e30f})
         quantize("quantize x " + std::to_string(std::log10(factor)), Random(1).values(320, factor));
-    quantize("quantize extremes", extremes());
+    Floats finite = extremes(), other;
+    std::erase_if(finite, [](float x) { return !std::isfinite(x); });
+    quantize("quantize extremes", finite);
+    for (const float x : {INFINITY, -INFINITY, NAN}) {
+        for (size_t at = 0; at < 32; ++at) {  // in every lane, one per block
+            Floats values = Random(2).values(32);
+            values[at] = x;
+            other.insert(other.end(), values.begin(), values.end());
+        }
+    }
+    quantize("quantize not finite", other);
 }
 
 // `n` elements in the file's layout, every value finite.
@@ -168,9 +178,10 @@ void matmul(WeightType type, uint32_t rows, uint32_t tokens) {
 }
 
 void matmuls() {
-    for (int i = 0; quant::name(WeightType(i)) != "?"; ++i) {
+    for (const WeightType type :
+         {WeightType::f32, WeightType::f16, WeightType::bf16, WeightType::q8_0, WeightType::q4_0}) {
         for (const uint32_t rows : {1u, 16u, 40u})
-            for (const uint32_t tokens : {1u, 2u, 13u}) matmul(WeightType(i), rows, tokens);
+            for (const uint32_t tokens : {1u, 2u, 13u}) matmul(type, rows, tokens);
     }
 }
 

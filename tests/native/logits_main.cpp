@@ -1,13 +1,13 @@
-// Runs models where there is no Python: under an emulator of another CPU. tests/native/test_isas_under_qemu.py drives
-// it.
+// Runs models where there is no Python: under an emulator. Driven by tests/native/test_isas_under_qemu.py.
 //
-//   logits_main isas     one line per instruction set of this build, "NAME usable" or "NAME missing"; then "default
-//   NAME" logits_main logits   reads one run per line from standard input and writes its logits:
+// logits_main isas: one line per instruction set of this build, "NAME usable" or "NAME missing"; then "isa NAME", the
+// one chosen.
 //
-//       ISA THREADS CHUNK KV MODEL OUT ID ID ...
+// logits_main logits: reads one run per line from standard input and writes its logits. A line is
+//
+//   ISA THREADS CHUNK KV MODEL OUT ID ID ...
 //
 // ISA "-" takes the default, KV is f16 or f32, OUT gets [T][V] float32 as they lie in memory.
-#include <cstdio>
 #include <exception>
 #include <fstream>
 #include <iostream>
@@ -27,7 +27,7 @@ void print_isas() {
     for (const kernels::Isa& isa : kernels::isas()) {
         std::cout << isa.name << (isa.supported ? " usable\n" : " missing\n");
     }
-    std::cout << "default " << kernels::default_kernels().name << "\n";
+    std::cout << "isa " << kernels::default_kernels().name << "\n";
 }
 
 void run_line(const std::string& line) {
