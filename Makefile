@@ -91,7 +91,7 @@ test: $(STAMP)/package
 # Where we may not install them the tests are skipped, so this is no error.
 EMULATORS := qemu-user g++-aarch64-linux-gnu
 emulators:
-	@if command -v qemu-aarch64 qemu-x86_64 aarch64-linux-gnu-g++ >/dev/null; then \
+	@if command -v qemu-aarch64 >/dev/null && command -v aarch64-linux-gnu-g++ >/dev/null; then \
 	    echo 'qemu-user and the cross compiler are installed'; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	    echo 'installing $(EMULATORS)'; \

@@ -55,7 +55,7 @@ ODD_MODEL = dict(
     code_kind="table",
 )
 IDS = np.random.default_rng(0).integers(0, 77, 36).astype(np.uint32)  # more than one block of the cache
-#: Not all pairs: an emulated run takes tenths of a second. tests/engine has them on the instruction sets of this machine.
+#: Not all pairs: an emulated run takes tenths of a second. tests/engine has them, on what this machine can run.
 THREADS_AND_CHUNKS = [(1, 512), (2, 7), (5, 1)]
 
 
