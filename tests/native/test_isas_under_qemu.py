@@ -55,8 +55,7 @@ ODD_MODEL = dict(
     code_kind="table",
 )
 IDS = np.random.default_rng(0).integers(0, 77, 36).astype(np.uint32)  # more than one block of the cache
-#: Not all pairs: an emulated run takes tenths of a second. tests/engine has them, on what this machine can run.
-THREADS_AND_CHUNKS = [(1, 512), (2, 7), (5, 1)]
+THREADS_AND_CHUNKS = [(threads, chunk) for threads in (1, 2, 5) for chunk in (1, 7, 512)]
 
 
 # --- programs ----------------------------------------------------------------------------------------------------
@@ -246,7 +245,7 @@ def test_kernels_on_older_x86(x86_64: Path, cpu: list[str], isa: str) -> None:
 
 @on_older_x86
 def test_logits_on_older_x86(x86_64: Path, cpu: list[str], isa: str, models, expected_logits, tmp_path: Path) -> None:
-    """Here what matters is that no instruction is one that the CPU lacks: one number of threads is enough."""
+    """What matters here is that no instruction is one that the CPU lacks; tests/engine has the threads and chunks."""
     command = [*cpu, x86_64 / "logits_main", "logits"]
     assert logits_that_differ(command, models, expected_logits, tmp_path, [(2, 7)]) == []
 
