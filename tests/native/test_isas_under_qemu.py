@@ -55,7 +55,8 @@ ODD_MODEL = dict(
     code_kind="table",
 )
 IDS = np.random.default_rng(0).integers(0, 77, 36).astype(np.uint32)  # more than one block of the cache
-THREADS_AND_CHUNKS = [(threads, chunk) for threads in (1, 2, 5) for chunk in (1, 7, 512)]
+#: Each value once: on a busy machine many barriers of many threads take minutes. tests/engine has all pairs, natively.
+THREADS_AND_CHUNKS = [(1, 1), (2, 7), (5, 512)]
 
 
 # --- programs ----------------------------------------------------------------------------------------------------
