@@ -20,11 +20,12 @@ CXX_ALL := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl'
 
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help setup demo test lint asan tsan format bench clean distclean
+.PHONY: help setup demo test emulators test-emulated lint asan tsan format bench clean distclean
 
 help:
 	@echo 'make demo       install, convert and certify the demo checkpoints, generate text'
 	@echo 'make test       install and run all tests'
+	@echo 'make emulators  install what tests of other CPUs need (qemu, a cross compiler; they are skipped without it)'
 	@echo 'make setup      install only (into $(VENV))'
 	@echo 'make lint       formatting, static checks and types'
 	@echo 'make asan       the native tests under AddressSanitizer and UBSan; make tsan: under ThreadSanitizer'
@@ -87,6 +88,25 @@ out/demo/%.gguf: examples/demo/%/model.safetensors examples/demo/%/config.json |
 
 test: $(STAMP)/package
 	$(BIN)/python -m pytest $(ARGS)
+
+# Where we may not install them the tests are skipped, so this is no error.
+EMULATORS := qemu-user g++-aarch64-linux-gnu
+emulators:
+	@if command -v qemu-aarch64 >/dev/null && command -v aarch64-linux-gnu-g++ >/dev/null; then \
+	    echo 'qemu-user and the cross compiler are installed'; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    echo 'installing $(EMULATORS)'; \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(EMULATORS); \
+	else \
+	    echo 'note: tests of other CPUs will be skipped; on Debian: sudo apt-get install $(EMULATORS)'; \
+	fi
+
+# The engine's whole test suite on older CPUs; about a quarter of an hour each. tests/native has the short form.
+test-emulated: $(STAMP)/package emulators
+	for cpu in Nehalem Haswell; do \
+	    qemu-x86_64 -cpu $$cpu $(BIN)/python -m pytest -p no:cacheprovider -m 'not slow' \
+	        tests/kernels tests/engine tests/model tests/codes $(ARGS) || exit 1; \
+	done
 
 lint: $(STAMP)/dev
 	$(BIN)/ruff check .

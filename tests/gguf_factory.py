@@ -218,3 +218,29 @@ def make_model(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+#: Arguments of `make_model`: every type, also in the matrices that the fold of layer 0 takes.
+EVERY_TYPE: dict = dict(
+    embedding_length=256,
+    feed_forward_length=512,
+    activation="swiglu",
+    weight_type="F32",
+    weight_types={
+        "blk.0.attn_q": "Q6_K",
+        "blk.0.attn_k": "Q5_1",
+        "blk.0.attn_v": "IQ4_XS",
+        "blk.0.attn_output": "Q4_1",
+        "blk.0.ffn_gate": "Q5_K",
+        "blk.0.ffn_up": "F16",
+        "blk.0.ffn_down": "Q3_K",
+        "blk.1.attn_q": "Q8_0",
+        "blk.1.attn_k": "F32",
+        "blk.1.attn_v": "BF16",
+        "blk.1.attn_output": "IQ4_NL",
+        "blk.1.ffn_gate": "Q4_K",
+        "blk.1.ffn_up": "Q2_K",
+        "blk.1.ffn_down": "Q5_0",
+        "output": "Q4_0",
+    },
+)

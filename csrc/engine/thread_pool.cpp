@@ -9,9 +9,11 @@
 #include <exception>
 #include <fstream>
 #include <mutex>
+#include <numeric>
 #include <set>
 #include <sstream>
 #include <string>
+#include <thread>
 
 namespace fixmin::engine {
 namespace {
@@ -162,6 +164,7 @@ void ThreadPool::parallel_for(uint32_t n, const std::function<void(uint32_t, uin
 
 namespace {
 
+#if defined(__linux__)
 std::vector<int> affinity_cpus() {
     std::vector<int> cpus;
     // The kernel refuses a mask smaller than its own: grow until it fits.
@@ -180,6 +183,14 @@ std::vector<int> affinity_cpus() {
     if (cpus.empty()) cpus.push_back(0);
     return cpus;
 }
+#else
+// There are no affinity masks: all CPUs.
+std::vector<int> affinity_cpus() {
+    std::vector<int> cpus(std::max(1u, std::thread::hardware_concurrency()));
+    std::iota(cpus.begin(), cpus.end(), 0);
+    return cpus;
+}
+#endif
 
 // CPUs that the cgroup's quota amounts to (version 2, then 1), or a large number.
 double cgroup_quota() {

@@ -11,6 +11,11 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#elif defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace fixmin::kernels {
@@ -96,6 +101,43 @@ std::string cpu_name() {
     const std::string text = name;
     const size_t begin = text.find_first_not_of(' ');
     return begin == std::string::npos ? "x86-64" : text.substr(begin, text.find_last_not_of(' ') - begin + 1);
+}
+
+#elif defined(__aarch64__)
+extern const Kernels kernels_neon;
+extern const Kernels kernels_neon_dotprod;
+
+namespace {
+
+bool has_dotprod() {
+#if defined(__linux__)
+    return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#elif defined(__APPLE__)
+    int value = 0;
+    size_t size = sizeof value;
+    return sysctlbyname("hw.optional.arm.FEAT_DotProd", &value, &size, nullptr, 0) == 0 && value != 0;
+#else
+    return false;
+#endif
+}
+
+}  // namespace
+
+const std::vector<Isa>& isas() {
+    // NEON is part of the base that every function of an aarch64 program may use.
+    static const std::vector<Isa> list = {{"scalar", true, &kernels_scalar},
+                                          {"neon", true, &kernels_neon},
+                                          {"neon_dotprod", has_dotprod(), &kernels_neon_dotprod}};
+    return list;
+}
+
+std::string cpu_name() {
+#if defined(__APPLE__)
+    char name[128] = {};
+    size_t size = sizeof name - 1;
+    if (sysctlbyname("machdep.cpu.brand_string", name, &size, nullptr, 0) == 0) return name;
+#endif
+    return "aarch64";
 }
 
 #else

@@ -19,7 +19,9 @@ Pages::Pages(size_t bytes) {
     void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (p == MAP_FAILED) throw std::bad_alloc();
     // Fewer translation misses while weights stream past; a refusal does not matter.
+#ifdef MADV_HUGEPAGE  // Linux
     madvise(p, bytes, MADV_HUGEPAGE);
+#endif
     data_ = {static_cast<std::byte*>(p), Unmap{bytes}};
 }
 

@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 import pytest
-from gguf_factory import ALL_BIASES, FLOAT_TYPES, QUANTIZED_TYPES, WEIGHT_TYPES, block_sizes, make_model
+from gguf_factory import ALL_BIASES, EVERY_TYPE, FLOAT_TYPES, QUANTIZED_TYPES, WEIGHT_TYPES, block_sizes, make_model
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import forward, hidden_states
@@ -106,35 +106,9 @@ def test_quantised_logits_against_float64(model_file, name, kind):
     assert relative(_core.Engine(path, kv_type="f32").logits(ids), forward(path, ids)) <= 0.03
 
 
-# Every type, also in the matrices that the fold of layer 0 takes.
-MIXED = dict(
-    embedding_length=256,
-    feed_forward_length=512,
-    activation="swiglu",
-    weight_type="F32",
-    weight_types={
-        "blk.0.attn_q": "Q6_K",
-        "blk.0.attn_k": "Q5_1",
-        "blk.0.attn_v": "IQ4_XS",
-        "blk.0.attn_output": "Q4_1",
-        "blk.0.ffn_gate": "Q5_K",
-        "blk.0.ffn_up": "F16",
-        "blk.0.ffn_down": "Q3_K",
-        "blk.1.attn_q": "Q8_0",
-        "blk.1.attn_k": "F32",
-        "blk.1.attn_v": "BF16",
-        "blk.1.attn_output": "IQ4_NL",
-        "blk.1.ffn_gate": "Q4_K",
-        "blk.1.ffn_up": "Q2_K",
-        "blk.1.ffn_down": "Q5_0",
-        "output": "Q4_0",
-    },
-)
-
-
 def test_mixed_weight_types(model_file):
-    assert set(WEIGHT_TYPES) == set(MIXED["weight_types"].values())
-    path = model_file(**MIXED)
+    assert set(WEIGHT_TYPES) == set(EVERY_TYPE["weight_types"].values())
+    path = model_file(**EVERY_TYPE)
     ids = ids_for(20)
     assert relative(_core.Engine(path).logits(ids), forward(path, ids)) <= 0.03
 
@@ -189,7 +163,7 @@ def test_unwritten_cache_never_shows(model_file):
     ],
 )
 def test_bits_do_not_depend_on_isa_threads_or_chunks(model_file, name, kind):
-    path = model_file(seed=4, **(MIXED if name == "mixed" else options_for(kind, name) | dict(weight_type=kind)))
+    path = model_file(seed=4, **(EVERY_TYPE if name == "mixed" else options_for(kind, name) | dict(weight_type=kind)))
     ids = ids_for(50)
     digests = {}
     for isa in ISAS:

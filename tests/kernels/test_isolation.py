@@ -4,6 +4,7 @@ Kernel translation units are compiled without optimisation, so that every inline
 may define their table of kernels and nothing else that is visible outside.
 """
 
+import platform
 import shutil
 import subprocess
 from pathlib import Path
@@ -20,21 +21,34 @@ FLAGS = {
     "avx512": AVX512,
     "avx512vnni": [*AVX512, "-mavx512vnni"],
     "amx": [*AVX512, "-mavx512vnni", "-mamx-tile", "-mamx-int8"],
+    "neon": [],
+    "neon_dotprod": ["-march=armv8.2-a+dotprod"],
 }
+MACHINES = {"x86_64": ("avx", "amx"), "aarch64": ("neon",)}  # how the names of their own instruction sets begin
+
+
+def tools_for(isa):
+    """A compiler and nm for the machine of an instruction set: this machine's own, or Debian's cross tools."""
+    machine = next((m for m, names in MACHINES.items() if isa.startswith(names)), platform.machine())
+    prefix = "" if machine == platform.machine() else f"{machine}-linux-gnu-"
+    tools = [prefix + "g++", prefix + "nm"]
+    for tool in tools:
+        if not shutil.which(tool):
+            package = "g++-" + machine.replace("_", "-") + "-linux-gnu" if prefix else "g++"
+            pytest.skip(f"{tool} is not installed; on Debian: apt-get install {package}")
+    return tools
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", FLAGS)
 def test_kernel_unit_defines_only_its_table(isa, tmp_path):
-    for tool in ("g++", "nm"):
-        if not shutil.which(tool):
-            pytest.skip(f"{tool} is not installed")
+    compiler, nm = tools_for(isa)
     target = tmp_path / "unit.o"
     source = SOURCES / "kernels" / f"kernels_{isa}.cpp"
     subprocess.run(
-        ["g++", "-std=c++20", "-O0", "-w", "-I", SOURCES, *FLAGS[isa], "-c", source, "-o", target], check=True
+        [compiler, "-std=c++20", "-O0", "-w", "-I", SOURCES, *FLAGS[isa], "-c", source, "-o", target], check=True
     )
-    listing = subprocess.check_output(["nm", "-C", "--defined-only", "--extern-only", target], text=True)
+    listing = subprocess.check_output([nm, "-C", "--defined-only", "--extern-only", target], text=True)
     symbols = [line.split(maxsplit=2)[1:] for line in listing.splitlines()]
     assert [name for _, name in symbols] == [f"fixmin::kernels::kernels_{isa}"]
     assert symbols[0][0] in "DR"

@@ -137,7 +137,7 @@ def rounded_activations(kind, x):
 
 
 @pytest.mark.parametrize("kind", WEIGHT_TYPES)
-@pytest.mark.parametrize(("rows", "tokens"), [(1, 1), (16, 3), (40, 13), (33, 27), (64, 1)])
+@pytest.mark.parametrize(("rows", "tokens"), [(1, 1), (16, 3), (40, 13), (33, 27), (100, 1), (33, 70)])
 def test_matmul(kind, rows, tokens):
     rng = np.random.default_rng(rows * 100 + tokens)
     inner = inner_for(kind, 160)
