@@ -101,7 +101,7 @@ emulators:
 	    echo 'note: tests of other CPUs will be skipped; on Debian: sudo apt-get install $(EMULATORS)'; \
 	fi
 
-# The engine's whole test suite on older CPUs; about a quarter of an hour each. tests/native has the short form.
+# The engine's whole test suite on older CPUs: many minutes each. tests/native has the short form.
 test-emulated: $(STAMP)/package emulators
 	for cpu in Nehalem Haswell; do \
 	    qemu-x86_64 -cpu $$cpu $(BIN)/python -m pytest -p no:cacheprovider -m 'not slow' \

@@ -11,6 +11,7 @@ import functools
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -269,3 +270,35 @@ def test_python_on_older_x86(x86_64: Path, cpu: list[str], isa: str, models: dic
     assert here.returncode == 0, here.stderr
     assert there.returncode == 0, there.stderr
     assert there.stdout.splitlines() == [isa, *here.stdout.splitlines()[1:]]
+
+
+# --- the emulator itself -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("compiler", "package", "instruction", "cpu"),
+    [
+        ("c++", "g++", "vpaddd %ymm0, %ymm0, %ymm0", NEHALEM),
+        ("c++", "g++", "vpaddd %zmm0, %zmm0, %zmm0", HASWELL),
+        (
+            "aarch64-linux-gnu-g++",
+            "g++-aarch64-linux-gnu",
+            ".arch armv8.2-a+dotprod; sdot v0.4s, v0.16b, v0.16b",
+            CORTEX_A53,
+        ),
+    ],
+    ids=["avx2", "avx512", "dotprod"],
+)
+def test_the_emulator_stops_on_what_a_cpu_lacks(
+    compiler: str, package: str, instruction: str, cpu: list[str], tmp_path: Path
+) -> None:
+    """Otherwise the tests above could not fail."""
+    if compiler == "c++" and platform.machine() != "x86_64":
+        pytest.skip("this machine is not an x86-64 one")
+    need(compiler, package)
+    need(cpu[0], "qemu-user")
+    source, program = tmp_path / "main.cpp", tmp_path / "main"
+    source.write_text(f'int main() {{ __asm__ volatile("{instruction}"); }}\n')
+    built = run([compiler, source, "-o", program])
+    assert built.returncode == 0, built.stderr
+    assert run([*cpu, program]).returncode == -signal.SIGILL
