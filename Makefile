@@ -20,7 +20,7 @@ CXX_ALL := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl'
 
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help setup demo test emulators test-emulated lint asan tsan format bench clean distclean
+.PHONY: help setup demo test emulators test-emulated lint format bench clean distclean
 
 help:
 	@echo 'make demo       install, convert and certify the demo checkpoints, generate text'
@@ -28,7 +28,6 @@ help:
 	@echo 'make emulators  install what tests of other CPUs need (qemu, a cross compiler; they are skipped without it)'
 	@echo 'make setup      install only (into $(VENV))'
 	@echo 'make lint       formatting, static checks and types'
-	@echo 'make asan       the native tests under AddressSanitizer and UBSan; make tsan: under ThreadSanitizer'
 	@echo 'make format     apply the formatting'
 	@echo 'make bench      speed beside PyTorch at the published size (random weights; 5 GB of disk and of memory)'
 	@echo 'make clean      remove what was built and generated; distclean: $(VENV) too'
@@ -114,16 +113,6 @@ lint: $(STAMP)/dev
 	$(BIN)/clang-format --dry-run -Werror $(CXX_ALL)
 	$(BIN)/mypy --follow-imports=silent $(TYPED)
 	$(BIN)/python -m pytest -q tests/python/test_stub.py
-
-# The native tests once more on a module compiled with sanitizers, which lies in a folder of its own.
-asan: SANITIZERS := address,undefined
-tsan: SANITIZERS := thread
-asan tsan: $(STAMP)/package
-	$(PIP) install -q --no-build-isolation --no-deps --upgrade --target build/$@/site . \
-	    -Cbuild-dir=build/$@ -Ccmake.define.FIXMIN_SANITIZE=$(SANITIZERS)
-	LD_PRELOAD="$$($(CXX) -print-file-name=lib$@.so)" PYTHONPATH=build/$@/site PYTHONMALLOC=malloc \
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 TSAN_OPTIONS=halt_on_error=1 \
-	    $(BIN)/python -m pytest -q tests/codes tests/gguf tests/kernels tests/model tests/engine $(ARGS)
 
 format: $(STAMP)/dev
 	$(BIN)/ruff format .
