@@ -18,12 +18,12 @@ double seconds(const auto& f) {
 }  // namespace
 
 double Engine::read_ceiling(size_t n_bytes, uint32_t passes, const Stop& stop) {
-    constexpr size_t unit = 4096, prefetched = 4096;
+    constexpr size_t unit = 4096;
     const size_t n_units = n_bytes / unit;
     if (n_units < n_threads()) throw ArgumentError("a read of fewer than 4096 bytes for each thread says nothing");
     if (n_units > UINT32_MAX) throw ArgumentError("the read is larger than 16 TiB");
     const std::lock_guard lock(mutex_);
-    const model::Pages buffer(n_units * unit + prefetched);
+    const model::Pages buffer(n_units * unit);
     pool_.parallel_for(uint32_t(n_units), [&](uint32_t begin, uint32_t end) {
         std::memset(buffer.data() + begin * unit, 1, (end - begin) * unit);
     });

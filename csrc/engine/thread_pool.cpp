@@ -65,7 +65,7 @@ void Barrier::wait() {
 }
 
 struct ThreadPool::Shared {
-    Shared(uint32_t size, uint32_t spins) : spins(spins), barrier(size, spins) {}
+    Shared(uint32_t size, uint32_t spins) : spins(spins), barrier(size, spins), counters(size) {}
 
     const uint32_t spins;
     Barrier barrier;
@@ -144,7 +144,7 @@ void ThreadPool::run(const std::function<void(model::Team&)>& job) {
     Shared& shared = *shared_;
     shared.job = &job;
     shared.error = nullptr;
-    for (auto& slot : shared.counters.slot) slot.next.store(0, std::memory_order_relaxed);
+    shared.counters.clear();
     shared.running.store(size_ - 1, std::memory_order_relaxed);
     shared.epoch.fetch_add(1, std::memory_order_release);
     shared.epoch.notify_all();

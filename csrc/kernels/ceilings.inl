@@ -9,7 +9,10 @@ void ceiling_read(const std::byte* p, size_t bytes) {
     Bytes acc[4];
     for (uint32_t i = 0; i < 4; ++i) acc[i] = load_bytes(begin + 64 * i);
     for (const uint8_t* q = begin + 256; q < begin + bytes; q += 256) {
-        for (uint32_t i = 0; i < 4; ++i) prefetch(q + 4096 + 64 * i);  // as the product with one token does
+        for (uint32_t i = 0; i < 4; ++i) {  // as the product with one token does
+            prefetch_far(q + stream_far + 64 * i);
+            prefetch(q + stream_near + 64 * i);
+        }
 #pragma GCC unroll 4
         for (uint32_t i = 0; i < 4; ++i) acc[i] = exclusive_or(acc[i], load_bytes(q + 64 * i));
     }

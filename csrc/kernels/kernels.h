@@ -42,6 +42,7 @@ struct MatmulArgs {
     bool accumulate;     // add to what `out` holds
     std::byte* scratch;  // matmul_scratch_bytes(inner, n_tokens); quantised weight types
     bool same_tokens;    // as in the call before with this scratch, which nothing has written to since
+    const std::byte* next;  // what this thread reads after these panels, or null; prefetched for a single token
 };
 
 inline constexpr uint32_t matmul_tile_tokens = 16;  // of ISAs that multiply tiles
@@ -93,8 +94,7 @@ enum class RopeStyle : uint8_t { half, interleaved };
 
 /// Loops without any other work in them.
 struct Ceilings {
-    /// Reads every byte with the loads of the matrix products. p is 64-byte aligned; bytes is a multiple of 256 and
-    /// 4096 more may be prefetched.
+    /// Reads every byte with the loads of the matrix products. p is 64-byte aligned; bytes is a multiple of 256.
     void (*read)(const std::byte* p, size_t bytes);
 
     /// The integer multiply-adds of the matrix products on registers only, `rounds` times int8_operations of them.

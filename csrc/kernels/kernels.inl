@@ -11,6 +11,9 @@ using fixmin::quant::WeightType;
 
 constexpr uint32_t block = fixmin::quant::block_size;
 
+// Bytes that a single token's weights are prefetched ahead (docs/kernels.md).
+constexpr size_t stream_far = 16384, stream_near = 2048;
+
 int32_t read_int32(const int8_t* p) {
     int32_t x;
     __builtin_memcpy(&x, p, sizeof x);
@@ -326,19 +329,44 @@ struct WeightBlock {
     }
 };
 
+// Panels as a single token reads them: once, one after the other, and then what the thread reads next, so that memory
+// is never idle between two products. Far ahead into the second-level cache, shortly ahead into the first.
+class Stream {
+  public:
+    explicit Stream(const MatmulArgs& args) {
+        const uint32_t n_panels = (args.n_rows + lanes - 1) / lanes;
+        end_ = (const uint8_t*)args.panels + n_panels * args.panel_stride;
+        next_ = args.next ? (const uint8_t*)args.next : end_;
+    }
+
+    // `bytes` bytes at p are read now. Inlined, because GCC takes a call that does nothing but prefetch for one that does
+    // nothing.
+    [[gnu::always_inline]] void reads(const uint8_t* p, size_t bytes) const {
+        const uint8_t* to_second = after(p + stream_far);
+        const uint8_t* to_first = after(p + stream_near);
+        for (size_t j = 0; j < bytes; j += 64) {
+            prefetch_far(to_second + j);
+            prefetch(to_first + j);
+        }
+    }
+
+    const uint8_t* after(const uint8_t* p) const { return p < end_ ? p : next_ + (p - end_); }
+
+  private:
+    const uint8_t *end_, *next_;
+};
+
 // One panel times N tokens, block after block.
 template <WeightType Type, uint32_t N>
-void quantized_tile(const uint8_t* panel, uint32_t n_blocks, const ActivationBlock* rows, VecF* result) {
+void quantized_tile(const uint8_t* panel, uint32_t n_blocks, const ActivationBlock* rows, const Stream& stream,
+                    VecF* result) {
     using Block = WeightBlock<Type, (N > 1)>;
     // What a block takes with its part of the scales: one pass over a panel prefetches as many bytes as a panel has.
     constexpr size_t bytes = Block::code_bytes + Block::record_bytes / Block::per_record;
     VecF acc[N];
     for (uint32_t c = 0; c < N; ++c) acc[c] = zero();
     for (uint32_t b = 0; b < n_blocks; ++b) {
-        if constexpr (N == 1) {
-            const uint8_t* ahead = panel + b * bytes + 4096;
-            for (uint32_t j = 0; j < bytes; j += 64) prefetch(ahead + j);
-        }
+        if constexpr (N == 1) stream.reads(panel + b * bytes, bytes);
         const Block weights(panel, n_blocks, b);
 #pragma GCC unroll 16
         for (uint32_t c = 0; c < N; ++c) acc[c] = weights.add_to(acc[c], rows[size_t(c) * n_blocks + b]);
@@ -374,18 +402,24 @@ void float_tile(const uint8_t* panel, uint32_t inner, const float* activations, 
 }
 
 // P panels times one token, the same chains as float_tile: one chain alone would wait for its own latency, not for
-// memory.
+// memory. Prefetched front to back while the P panels before are read: P streams at a time were slower.
 template <typename Row, uint32_t P>
-void float_column(const uint8_t* panels, size_t stride, uint32_t inner, const float* activations, VecF* result) {
+void float_column(const uint8_t* panels, size_t stride, uint32_t inner, const float* activations, const Stream& stream,
+                  VecF* result) {
+    using Element = typename Row::Element;
+    constexpr size_t row_bytes = lanes * sizeof(Element);
     VecF acc[P];
     for (uint32_t p = 0; p < P; ++p) acc[p] = zero();
     for (uint32_t k = 0; k < inner; ++k) {
         const VecF a = set1(activations[k]);
+        const uint8_t* row = panels + k * row_bytes;
+        const uint8_t* far = stream.after(panels + P * (stride + k * row_bytes));
 #pragma GCC unroll 4
         for (uint32_t p = 0; p < P; ++p) {
-            const auto* w = (const typename Row::Element*)(panels + p * stride) + size_t(k) * lanes;
-            prefetch((const uint8_t*)w + 2048);
-            acc[p] = fma(Row::load_row(w), a, acc[p]);
+            const uint8_t* w = row + p * stride;
+            if (p * row_bytes % 64 == 0) prefetch_far(far + p * row_bytes);
+            prefetch(w + stream_near / P);
+            acc[p] = fma(Row::load_row((const Element*)w), a, acc[p]);
         }
     }
     for (uint32_t p = 0; p < P; ++p) result[p] = acc[p];
@@ -430,6 +464,7 @@ void for_each_tile(const MatmulArgs& args, Wide wide, Narrow narrow) {
 template <WeightType Type>
 void quantized_matmul(MatmulArgs args) {
     const uint32_t n_blocks = args.inner / block;
+    const Stream stream(args);
 #ifdef FIXMIN_AMX
     const uint32_t done = tile_matmul<Type>(args);
     args.quantized += size_t(done) * n_blocks;
@@ -439,27 +474,39 @@ void quantized_matmul(MatmulArgs args) {
     for_each_tile<matmul_columns>(
         args,
         [&](const uint8_t* panel, uint32_t token, VecF* result) {
-            quantized_tile<Type, matmul_columns>(panel, n_blocks, args.quantized + size_t(token) * n_blocks, result);
+            quantized_tile<Type, matmul_columns>(panel, n_blocks, args.quantized + size_t(token) * n_blocks, stream,
+                                                 result);
         },
         [&](const uint8_t* panel, uint32_t token, VecF* result) {
-            quantized_tile<Type, 1>(panel, n_blocks, args.quantized + size_t(token) * n_blocks, result);
+            quantized_tile<Type, 1>(panel, n_blocks, args.quantized + size_t(token) * n_blocks, stream,
+                                    result);
         });
+}
+
+// One token: as many panels of `args` as fill groups of P; they are taken off.
+template <typename Row, uint32_t P>
+void float_columns(MatmulArgs& args, const Stream& stream) {
+    while (args.n_rows > (P - 1) * lanes) {
+        VecF result[P];
+        float_column<Row, P>((const uint8_t*)args.panels, args.panel_stride, args.inner, args.activations, stream,
+                             result);
+        for (uint32_t p = 0; p < P; ++p) finish(args, 0, p * lanes, result[p]);
+        args.panels += P * args.panel_stride;
+        args.n_rows -= P * lanes < args.n_rows ? P * lanes : args.n_rows;
+        args.bias = args.bias ? args.bias + P * lanes : nullptr;
+        args.out += P * lanes;
+    }
 }
 
 template <typename Row>
 void float_matmul(MatmulArgs args) {
-    const size_t stride = args.activation_stride;
-    constexpr uint32_t together = 4;
-    while (args.n_tokens == 1 && args.n_rows >= together * lanes) {
-        VecF result[together];
-        float_column<Row, together>((const uint8_t*)args.panels, args.panel_stride, args.inner, args.activations,
-                                    result);
-        for (uint32_t p = 0; p < together; ++p) finish(args, 0, p * lanes, result[p]);
-        args.panels += together * args.panel_stride;
-        args.n_rows -= together * lanes;
-        args.bias = args.bias ? args.bias + together * lanes : nullptr;
-        args.out += together * lanes;
+    if (args.n_tokens == 1) {
+        const Stream stream(args);
+        if (sizeof(typename Row::Element) == 2) float_columns<Row, 4>(args, stream);
+        float_columns<Row, 2>(args, stream);
+        return float_columns<Row, 1>(args, stream);
     }
+    const size_t stride = args.activation_stride;
     for_each_tile<matmul_columns_float>(
         args,
         [&](const uint8_t* panel, uint32_t token, VecF* result) {

@@ -153,7 +153,8 @@ Bytes lookup(const uint8_t* table, Bytes index) {
     const __m256i values = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)table));
     return {_mm256_shuffle_epi8(values, index.lo), _mm256_shuffle_epi8(values, index.hi)};
 }
-void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+[[gnu::always_inline]] inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+[[gnu::always_inline]] inline void prefetch_far(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
 Bytes exclusive_or(Bytes a, Bytes b) { return {_mm256_xor_si256(a.lo, b.lo), _mm256_xor_si256(a.hi, b.hi)}; }
 
 /// The compiler must have x in registers here and knows nothing about it afterwards. Costs no instruction.

@@ -104,7 +104,8 @@ Bytes or_bits(Bytes base, Bytes x) {
 Bytes lookup(const uint8_t* table, Bytes index) {
     return {_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)table)), index.v)};
 }
-void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+[[gnu::always_inline]] inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+[[gnu::always_inline]] inline void prefetch_far(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
 Bytes exclusive_or(Bytes a, Bytes b) { return {_mm512_xor_si512(a.v, b.v)}; }
 
 constexpr uint32_t ceiling_chains = 12;

@@ -208,7 +208,8 @@ void keep(V& x) {
     __asm__ volatile("" : "+w"(x.v[0]), "+w"(x.v[1]), "+w"(x.v[2]), "+w"(x.v[3]));
 }
 
-void prefetch(const void* p) { __builtin_prefetch(p); }
+[[gnu::always_inline]] inline void prefetch(const void* p) { __builtin_prefetch(p); }
+[[gnu::always_inline]] inline void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // Adds the products of 4 x 4 signed bytes, each four to its lane.
 #ifdef FIXMIN_DOTPROD

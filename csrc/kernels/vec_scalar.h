@@ -165,7 +165,8 @@ Bytes lookup(const uint8_t* table, Bytes index) {
     for (int i = 0; i < 64; ++i) index.v[i] = table[index.v[i]];
     return index;
 }
-void prefetch(const void*) {}
+[[gnu::always_inline]] inline void prefetch(const void*) {}
+[[gnu::always_inline]] inline void prefetch_far(const void*) {}
 Bytes exclusive_or(Bytes a, Bytes b) {
     for (int i = 0; i < 64; ++i) a.v[i] ^= b.v[i];
     return a;

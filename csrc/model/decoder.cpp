@@ -41,6 +41,16 @@ Decoder::Decoder(const Weights& weights, const kernels::Kernels& kernels, uint32
     up_.resize(t * f);
     if (hp_.activation == Activation::swiglu) gate_.resize(t * f);
     private_.resize(n_threads);
+    const Linear* last = &weights.output;
+    const auto read = [&](const Linear& w) {
+        if (w.rows == 0) return;
+        following_[last] = &w;
+        last = &w;
+    };
+    for (const Layer& layer : weights.layers) {
+        for (const Linear* w : layer.products()) read(*w);
+    }
+    read(weights.output);
     for (Private& p : private_) {
         p.row.resize(widest);
         p.blocks.resize(widest / block_size);
@@ -281,7 +291,15 @@ void Decoder::multiply_part(const Linear& w, const Rows& rows, const Part& part,
                      part.end_row - part.first_row, w.inner, rows.values + t * rows.length, rows.length,
                      rows.quantized ? rows.quantized + t * (rows.length / block_size) : nullptr, part.n_tokens,
                      w.bias.empty() ? nullptr : w.bias.data() + part.first_row, out + t * out_stride + part.first_row,
-                     out_stride, accumulate, private_[team.index].scratch.data(), part.same_tokens});
+                     out_stride, accumulate, private_[team.index].scratch.data(), part.same_tokens,
+                     part.n_tokens == 1 ? next_read(w, part, team) : nullptr});
+}
+
+// Where this thread reads on after its share of w; null inside of it.
+const std::byte* Decoder::next_read(const Linear& w, const Part& part, const Team& team) const {
+    if (part.end_row < std::min(team.share(w.n_panels()).end * quant::panel_rows, w.rows)) return nullptr;
+    const Linear& next = *following_.at(&w);
+    return next.panels + team.share(next.n_panels()).begin * next.panel_stride;
 }
 
 void Decoder::capture_hidden(uint32_t layer, const Pass& pass, Team& team) const {

@@ -1,66 +1,17 @@
 // The forward pass.
 #pragma once
-#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <functional>
 #include <span>
+#include <unordered_map>
 #include <vector>
 
 #include "kernels/kernels.h"
+#include "model/team.h"
 #include "model/weights.h"
 
 namespace fixmin::model {
-
-/// The threads that run one forward pass together; each calls the same functions with its own Team.
-class Team {
-  public:
-    /// Positions in up to `slots` shared loops; zero when the team is made.
-    struct Counters {
-        static constexpr uint32_t slots = 16;
-        struct alignas(64) Counter {
-            std::atomic<uint32_t> next = 0;
-        };
-        Counter slot[slots];
-    };
-
-    Team(uint32_t index, uint32_t size, Counters& counters) : index(index), size(size), counters_(counters) {}
-    virtual ~Team() = default;
-    /// Returns once every thread of the team has called it.
-    virtual void barrier() = 0;
-
-    struct Range {
-        uint32_t begin, end;
-    };
-    /// This thread's contiguous share of 0..n.
-    Range share(uint32_t n) const {
-        return {uint32_t(uint64_t(n) * index / size), uint32_t(uint64_t(n) * (index + 1) / size)};
-    }
-
-    /// body(begin, end) on pieces of 0..n until the team has taken all of them: large ones first, then smaller ones, so
-    /// that a thread whose core is slower or shared does less. Every thread calls it, with at most four calls between
-    /// two barriers.
-    template <typename Body>
-    void for_pieces(uint32_t n, Body body) {
-        std::atomic<uint32_t>& next = counters_.slot[loop_ % Counters::slots].next;
-        // Nobody is eight loops away: a slot is cleared long after its last use and long before its next.
-        if (index == 0) counters_.slot[(loop_ + Counters::slots / 2) % Counters::slots].next = 0;
-        ++loop_;
-        for (uint32_t begin = next.load(std::memory_order_relaxed); begin < n;) {
-            const uint32_t end = size == 1 ? n : begin + std::max((n - begin) / (2 * size), 1u);
-            if (next.compare_exchange_weak(begin, end, std::memory_order_relaxed)) {
-                body(begin, end);
-                begin = next.load(std::memory_order_relaxed);
-            }
-        }
-    }
-
-    const uint32_t index, size;
-
-  private:
-    Counters& counters_;
-    uint32_t loop_ = 0;
-};
 
 /// The cached keys and values of one sequence: blocks[layer][position / kv_block_tokens].
 struct KvView {
@@ -142,6 +93,7 @@ class Decoder {
                   Team& team);
     void multiply_part(const Linear& w, const Rows& rows, const Part& part, float* out, size_t out_stride,
                        bool accumulate, Team& team);
+    const std::byte* next_read(const Linear& w, const Part& part, const Team& team) const;
     template <typename Body>
     void for_parts(const Linear& w, uint32_t n_tokens, Team& team, Body body);
     void normalize_row(const Norm& norm, const float* x, float* y) const;
@@ -153,6 +105,7 @@ class Decoder {
     void capture_hidden(uint32_t layer, const Pass& pass, Team& team) const;
 
     const Weights& weights_;
+    std::unordered_map<const Linear*, const Linear*> following_;  // which matrix a decoded token reads after which
     const Hyperparams& hp_;
     const kernels::Kernels& kernels_;
     std::vector<float> x_;                             // [T][D] residual stream

@@ -129,7 +129,7 @@ class Loader {
     }
 
     Pages pack(const ParallelFor& parallel_for, const std::function<void(double)>& progress) {
-        Pages pages(total_bytes_ + readable_tail);
+        Pages pages(total_bytes_);
         for (const Job& job : jobs_) {
             job.weight->panels = pages.data() + job.offset;
             pack_matrix(*job.tensor, *job.weight, pages.data() + job.offset, parallel_for);
@@ -168,8 +168,6 @@ class Loader {
         size_t offset;
     };
 
-    // The kernels prefetch this far beyond the panel they read.
-    static constexpr size_t readable_tail = 8192;
     static constexpr size_t release_bytes = size_t(4) << 20;
 
     [[noreturn]] static void not_finite(const gguf::TensorInfo& tensor) {
