@@ -17,16 +17,21 @@ static_assert(sizeof(TileConfig) == 64);
 
 constexpr uint32_t tile_tokens = matmul_tile_tokens;
 
+template <WeightType Type, int... J>
+void store_codes(const WeightBlock<Type>& from, __m512i taken_off, int8_t* to, Indices<J...>) {
+    (_mm512_storeu_si512(to + 64 * J, _mm512_sub_epi8(from.template codes<J>().v, taken_off)), ...);
+}
+
 // A panel as signed bytes in the order of the tiles; its scales and, with mins, its offsets as floats.
 template <WeightType Type>
 void expand_panel(const uint8_t* panel, uint32_t n_blocks, int8_t* weights, float* scales, float* offsets) {
     constexpr auto format = fixmin::quant::block_format(Type);
     constexpr int zero = format.bits == 8 || format.table ? 128 : format.zero;
     const __m512i taken_off = _mm512_set1_epi8(char(zero));
-    for (uint32_t b = 0; b < n_blocks; ++b) {
-        const WeightBlock<Type, true> from(panel, n_blocks, b);
-        for (uint32_t j = 0; j < 8; ++j)
-            _mm512_storeu_si512(weights + (size_t(b) * 8 + j) * 64, _mm512_sub_epi8(from.kept[j].v, taken_off));
+    for (uint32_t b = 0; b < n_blocks; ++b, weights += 512) {
+        WeightBlock<Type> from;
+        from.load_from(panel, n_blocks, b);
+        store_codes<Type>(from, taken_off, weights, EachVector{});
         store(scales + b * lanes, from.scale);
         if constexpr (format.has_min) store(offsets + b * lanes, from.offset);
     }

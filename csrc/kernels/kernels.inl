@@ -242,9 +242,8 @@ struct ReaderOf<Bits, true> {
     using Type = TableReader;
 };
 
-// The codes and scales of 32 weights of 16 rows. Kept: the codes are unpacked once and used for several tokens; for a
-// single one they are unpacked where they are used, which 16 registers can hold.
-template <WeightType Type, bool Kept>
+// The codes and scales of 32 weights of 16 rows. Codes are unpacked where they are used.
+template <WeightType Type>
 struct WeightBlock {
     static constexpr auto format = fixmin::quant::block_format(Type);
     static constexpr uint32_t per_record = format.values / block;  // blocks of 32
@@ -255,14 +254,13 @@ struct WeightBlock {
     using Reader = typename ReaderOf<format.bits, format.table>::Type;
 
     const uint8_t* planes;
-    decltype(Reader::template read<0>(nullptr)) kept[Kept ? 8 : 1];
     VecF scale;          // d, or d * s where 32 weights share s
     VecF offset;         // m, or m * n likewise
     VecF half_scale[2];  // s where 16 weights share it
     VecF half_min[2];    // n
 
-    WeightBlock(const uint8_t* panel, uint32_t n_blocks, uint32_t b) : planes(panel + b * code_bytes) {
-        if constexpr (Kept) keep(EachVector{});
+    void load_from(const uint8_t* panel, uint32_t n_blocks, uint32_t b) {
+        planes = panel + b * code_bytes;
         const uint8_t* p = panel + n_blocks * code_bytes + b / per_record * record_bytes;
         scale = load_f16((const uint16_t*)p);
         p += 2 * lanes;
@@ -286,43 +284,27 @@ struct WeightBlock {
         }
     }
 
-    template <int... J>
-    void keep(Indices<J...>) {
-        ((kept[J] = Reader::template read<J>(planes)), ...);
-    }
     template <int J>
     auto codes() const {
-        if constexpr (Kept)
-            return kept[J];
-        else
-            return Reader::template read<J>(planes);
+        return Reader::template read<J>(planes);
     }
 
-    // Adds to two chains: the first and the second 16 weights where these have scales of their own, else even and odd
-    // vectors, because one chain alone would be bound by the latency of a dot product, 4-5.
-    template <int... J>
-    void dot(VecI* chains, const int8_t* q, Indices<J...>) const {
-        constexpr auto chain = [](int j) { return halves ? j / 4 : j % 2; };
-        ((chains[chain(J)] = Reader::dot(chains[chain(J)], codes<J>(), read_int32(q + 4 * J))), ...);
-    }
-
-    // acc + weights . activations. Every value but a_scale * scale and the results of the last fma of a term is exact.
-    VecF add_to(VecF acc, const ActivationBlock& a) const {
+    // acc + weights . activations, given the dot products of the block in `chains` parts. Every value but a_scale * scale
+    // and the results of the last fma of a term is exact.
+    template <uint32_t chains>
+    VecF add_dots(VecF acc, const VecI* dots, const ActivationBlock& a) const {
         if constexpr (!halves) {
-            VecI chains[2] = {Reader::start(format.zero, a.sum), set1_int(0)};
-            dot(chains, a.q, EachVector{});
-            acc = fma(to_float(add_int(chains[0], chains[1])), mul(scale, set1(a.scale)), acc);
+            const VecI dot = chains == 2 ? add_int(dots[0], dots[chains - 1]) : dots[0];
+            acc = fma(to_float(dot), mul(scale, set1(a.scale)), acc);
             if constexpr (format.has_min) acc = fma(offset, set1(a.scaled_sum), acc);
         } else {
-            const int32_t sums[2] = {a.half_sum, a.sum - a.half_sum};
-            VecI chains[2] = {Reader::start(format.zero, sums[0]), Reader::start(format.zero, sums[1])};
-            dot(chains, a.q, EachVector{});
             // |s * dot| <= 128 * 32 * 127 * 16 = 2^23 - 2^16, so that even the sum of two is exact in float32.
-            const VecF total = fma(half_scale[1], to_float(chains[1]), mul(half_scale[0], to_float(chains[0])));
+            const VecF total = fma(half_scale[1], to_float(dots[1]), mul(half_scale[0], to_float(dots[0])));
             acc = fma(total, mul(scale, set1(a.scale)), acc);
             if constexpr (format.has_min) {
-                const VecF low = mul(half_min[0], set1(float(sums[0])));
-                acc = fma(fma(half_min[1], set1(float(sums[1])), low), mul(offset, set1(a.scale)), acc);
+                const VecF low = mul(half_min[0], set1(float(a.half_sum)));
+                const VecF both = fma(half_min[1], set1(float(a.sum - a.half_sum)), low);
+                acc = fma(both, mul(offset, set1(a.scale)), acc);
             }
         }
         return acc;
@@ -356,23 +338,80 @@ class Stream {
     const uint8_t *end_, *next_;
 };
 
-// One panel times N tokens, block after block.
-template <WeightType Type, uint32_t N>
-void quantized_tile(const uint8_t* panel, uint32_t n_blocks, const ActivationBlock* rows, const Stream& stream,
-                    VecF* result) {
-    using Block = WeightBlock<Type, (N > 1)>;
+// P panels times N tokens, block after block. A vector of codes is unpacked once and meets all tokens, a word of
+// activations is loaded once and meets all panels; each pair has a chain of dot products of its own, so that none waits
+// for its own latency. The first and the second 16 weights have their own where they have scales of their own; so do
+// the even and the odd vectors of a lone pair.
+template <WeightType Type, uint32_t P, uint32_t N>
+struct QuantizedTile {
+    using Block = WeightBlock<Type>;
+    static constexpr uint32_t chains = Block::halves || P * N == 1 ? 2 : 1;
     // What a block takes with its part of the scales: one pass over a panel prefetches as many bytes as a panel has.
-    constexpr size_t bytes = Block::code_bytes + Block::record_bytes / Block::per_record;
-    VecF acc[N];
-    for (uint32_t c = 0; c < N; ++c) acc[c] = zero();
-    for (uint32_t b = 0; b < n_blocks; ++b) {
-        if constexpr (N == 1) stream.reads(panel + b * bytes, bytes);
-        const Block weights(panel, n_blocks, b);
+    static constexpr size_t bytes = Block::code_bytes + Block::record_bytes / Block::per_record;
+
+    // panels: P of them, panel_stride bytes apart. rows: [N][n_blocks]. result: [P][N].
+    static void multiply(const uint8_t* panels, size_t panel_stride, uint32_t n_blocks, const ActivationBlock* rows,
+                         const Stream& stream, VecF* result) {
+        VecF acc[P * N];
 #pragma GCC unroll 16
-        for (uint32_t c = 0; c < N; ++c) acc[c] = weights.add_to(acc[c], rows[size_t(c) * n_blocks + b]);
+        for (uint32_t i = 0; i < P * N; ++i) acc[i] = zero();
+        for (uint32_t b = 0; b < n_blocks; ++b) {
+            if constexpr (P * N == 1) stream.reads(panels + b * bytes, bytes);
+            Block weights[P];
+#pragma GCC unroll 4
+            for (uint32_t p = 0; p < P; ++p) weights[p].load_from(panels + p * panel_stride, n_blocks, b);
+            VecI dots[P * N * chains];
+            start(dots, rows + b, n_blocks);
+            add_products(dots, weights, rows + b, n_blocks, EachVector{});
+#pragma GCC unroll 4
+            for (uint32_t p = 0; p < P; ++p) {
+#pragma GCC unroll 16
+                for (uint32_t c = 0; c < N; ++c) {
+                    const uint32_t i = p * N + c;
+                    acc[i] = weights[p].template add_dots<chains>(acc[i], dots + i * chains, rows[size_t(c) * n_blocks + b]);
+                }
+            }
+        }
+#pragma GCC unroll 16
+        for (uint32_t i = 0; i < P * N; ++i) result[i] = acc[i];
     }
-    for (uint32_t c = 0; c < N; ++c) result[c] = acc[c];
-}
+
+  private:
+    [[gnu::always_inline]] static void start(VecI* dots, const ActivationBlock* rows, size_t stride) {
+        constexpr int32_t zero = Block::format.zero;
+#pragma GCC unroll 16
+        for (uint32_t c = 0; c < N; ++c) {
+            const ActivationBlock& a = rows[c * stride];
+            const VecI first = Block::Reader::start(zero, Block::halves ? a.half_sum : a.sum);
+            const VecI second = Block::halves ? Block::Reader::start(zero, a.sum - a.half_sum) : set1_int(0);
+#pragma GCC unroll 4
+            for (uint32_t p = 0; p < P; ++p) {
+                dots[(p * N + c) * chains] = first;
+                if constexpr (chains == 2) dots[(p * N + c) * chains + 1] = second;
+            }
+        }
+    }
+
+    template <int... J>
+    [[gnu::always_inline]] static void add_products(VecI* dots, const Block* weights, const ActivationBlock* rows,
+                                                    size_t stride, Indices<J...>) {
+        (add_product<J>(dots, weights, rows, stride), ...);
+    }
+    template <int J>
+    [[gnu::always_inline]] static void add_product(VecI* dots, const Block* weights, const ActivationBlock* rows,
+                                                   size_t stride) {
+        constexpr uint32_t chain = Block::halves ? J / 4 : J % chains;
+#pragma GCC unroll 4
+        for (uint32_t p = 0; p < P; ++p) {
+            const auto codes = weights[p].template codes<J>();
+#pragma GCC unroll 16
+            for (uint32_t c = 0; c < N; ++c) {
+                VecI& dot = dots[(p * N + c) * chains + chain];
+                dot = Block::Reader::dot(dot, codes, read_int32(rows[c * stride].q + 4 * J));
+            }
+        }
+    }
+};
 
 struct F32Row {
     using Element = float;
@@ -387,18 +426,28 @@ struct Bf16Row {
     static VecF load_row(const uint16_t* p) { return load_bf16(p); }
 };
 
-// One panel times N tokens: acc[c] = fma(w, a, acc[c]), k after k.
-template <typename Row, uint32_t N>
-void float_tile(const uint8_t* panel, uint32_t inner, const float* activations, size_t stride, VecF* result) {
-    const auto* w = (const typename Row::Element*)panel;
-    VecF acc[N];
-    for (uint32_t c = 0; c < N; ++c) acc[c] = zero();
-    for (uint32_t k = 0; k < inner; ++k) {
-        const VecF row = Row::load_row(w + size_t(k) * lanes);
+// P panels times N tokens: acc = fma(w, a, acc), k after k. result: [P][N].
+template <typename Row, uint32_t P, uint32_t N>
+void float_tile(const uint8_t* panels, size_t panel_stride, uint32_t inner, const float* activations, size_t stride,
+                VecF* result) {
+    using Element = typename Row::Element;
+    VecF acc[P * N];
 #pragma GCC unroll 16
-        for (uint32_t c = 0; c < N; ++c) acc[c] = fma(row, set1(activations[c * stride + k]), acc[c]);
+    for (uint32_t i = 0; i < P * N; ++i) acc[i] = zero();
+    for (uint32_t k = 0; k < inner; ++k) {
+        VecF row[P];
+#pragma GCC unroll 4
+        for (uint32_t p = 0; p < P; ++p)
+            row[p] = Row::load_row((const Element*)(panels + p * panel_stride) + size_t(k) * lanes);
+#pragma GCC unroll 16
+        for (uint32_t c = 0; c < N; ++c) {
+            const VecF a = set1(activations[c * stride + k]);
+#pragma GCC unroll 4
+            for (uint32_t p = 0; p < P; ++p) acc[p * N + c] = fma(row[p], a, acc[p * N + c]);
+        }
     }
-    for (uint32_t c = 0; c < N; ++c) result[c] = acc[c];
+#pragma GCC unroll 16
+    for (uint32_t i = 0; i < P * N; ++i) result[i] = acc[i];
 }
 
 // P panels times one token, the same chains as float_tile: one chain alone would wait for its own latency, not for
@@ -437,23 +486,36 @@ void finish(const MatmulArgs& args, uint32_t token, uint32_t row, VecF value) {
         store_first(out, value, valid);
 }
 
-// Panels outside, tokens inside: a panel stays in the first-level cache while all tokens pass it.
-// Tile: (panel, first token, result[N]) for N = Columns or 1.
-template <uint32_t Columns, typename Wide, typename Narrow>
+// Panels in groups that stay in the second-level cache; inside, tokens in tiles that stay in the first-level cache while
+// the panels of the group pass by, so that results are written to neighbouring places.
+// Tile: (panel, first token, result[P][N]) with P = Panels and N = Columns, or both 1.
+template <uint32_t Panels, uint32_t Columns, typename Wide, typename Narrow>
 void for_each_tile(const MatmulArgs& args, Wide wide, Narrow narrow) {
-    const uint8_t* panel = (const uint8_t*)args.panels;
-    for (uint32_t row = 0; row < args.n_rows; row += lanes, panel += args.panel_stride) {
+    constexpr size_t group_bytes = size_t(1) << 18;
+    const uint32_t n_panels = (args.n_rows + lanes - 1) / lanes;
+    const uint32_t group = uint32_t(group_bytes / (Panels * args.panel_stride) + 1) * Panels;
+    const auto at = [&](uint32_t panel) { return (const uint8_t*)args.panels + panel * args.panel_stride; };
+    const auto one_by_one = [&](uint32_t token, uint32_t panel, uint32_t end) {
+        for (; panel < end; ++panel) {
+            VecF result;
+            narrow(at(panel), token, &result);
+            finish(args, token, panel * lanes, result);
+        }
+    };
+    for (uint32_t first = 0, end; first < n_panels; first = end) {
+        end = n_panels - first < group ? n_panels : first + group;
         uint32_t token = 0;
         for (; token + Columns <= args.n_tokens; token += Columns) {
-            VecF result[Columns];
-            wide(panel, token, result);
-            for (uint32_t c = 0; c < Columns; ++c) finish(args, token + c, row, result[c]);
+            uint32_t panel = first;
+            for (; panel + Panels <= end; panel += Panels) {
+                VecF result[Panels * Columns];
+                wide(at(panel), token, result);
+                for (uint32_t i = 0; i < Panels * Columns; ++i)
+                    finish(args, token + i % Columns, (panel + i / Columns) * lanes, result[i]);
+            }
+            for (uint32_t c = 0; c < Columns; ++c) one_by_one(token + c, panel, end);
         }
-        for (; token < args.n_tokens; ++token) {
-            VecF result;
-            narrow(panel, token, &result);
-            finish(args, token, row, result);
-        }
+        for (; token < args.n_tokens; ++token) one_by_one(token, first, end);
     }
 }
 
@@ -471,15 +533,20 @@ void quantized_matmul(MatmulArgs args) {
     args.out += done * args.out_stride;
     args.n_tokens -= done;
 #endif
-    for_each_tile<matmul_columns>(
+    using One = QuantizedTile<Type, 1, 1>;
+    // A tile has as many chains of dot products for every type.
+    constexpr bool halves = WeightBlock<Type>::halves;
+    constexpr uint32_t panels = halves ? 1 : matmul_panels, columns = matmul_columns;
+    using Tile = QuantizedTile<Type, panels, columns>;
+    for_each_tile<panels, columns>(
         args,
         [&](const uint8_t* panel, uint32_t token, VecF* result) {
-            quantized_tile<Type, matmul_columns>(panel, n_blocks, args.quantized + size_t(token) * n_blocks, stream,
-                                                 result);
+            const ActivationBlock* rows = args.quantized + size_t(token) * n_blocks;
+            Tile::multiply(panel, args.panel_stride, n_blocks, rows, stream, result);
         },
         [&](const uint8_t* panel, uint32_t token, VecF* result) {
-            quantized_tile<Type, 1>(panel, n_blocks, args.quantized + size_t(token) * n_blocks, stream,
-                                    result);
+            const ActivationBlock* rows = args.quantized + size_t(token) * n_blocks;
+            One::multiply(panel, args.panel_stride, n_blocks, rows, stream, result);
         });
 }
 
@@ -507,13 +574,15 @@ void float_matmul(MatmulArgs args) {
         return float_columns<Row, 1>(args, stream);
     }
     const size_t stride = args.activation_stride;
-    for_each_tile<matmul_columns_float>(
+    for_each_tile<matmul_panels, matmul_columns_float>(
         args,
         [&](const uint8_t* panel, uint32_t token, VecF* result) {
-            float_tile<Row, matmul_columns_float>(panel, args.inner, args.activations + token * stride, stride, result);
+            float_tile<Row, matmul_panels, matmul_columns_float>(panel, args.panel_stride, args.inner,
+                                                                 args.activations + token * stride, stride, result);
         },
         [&](const uint8_t* panel, uint32_t token, VecF* result) {
-            float_tile<Row, 1>(panel, args.inner, args.activations + token * stride, stride, result);
+            float_tile<Row, 1, 1>(panel, args.panel_stride, args.inner, args.activations + token * stride, stride,
+                                  result);
         });
 }
 

@@ -14,6 +14,7 @@ struct Bytes {  // 64 bytes of quantised weights
     __m256i lo, hi;
 };
 
+constexpr uint32_t matmul_panels = 1;
 constexpr uint32_t matmul_columns = 4;  // 16 registers: 8 hold accumulators
 constexpr uint32_t matmul_columns_float = 6;
 

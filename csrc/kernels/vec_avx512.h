@@ -14,7 +14,10 @@ struct Bytes {  // 64 bytes of quantised weights
     __m512i v;
 };
 
-constexpr uint32_t matmul_columns = 12;  // 12 accumulators, 8 vectors of weights, temporaries: 32 registers
+// 12 accumulators, 12 dot products, 2 vectors of weights, temporaries: 32 registers. Two panels, because a load of
+// activations for each product would be more than the load ports give.
+constexpr uint32_t matmul_panels = 2;
+constexpr uint32_t matmul_columns = 6;
 constexpr uint32_t matmul_columns_float = 12;
 
 VecF zero() { return {_mm512_setzero_ps()}; }

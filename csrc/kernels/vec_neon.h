@@ -18,6 +18,7 @@ struct Bytes {  // 64 bytes of quantised weights
 
 // An accumulator takes four of the 32 registers: 4 of them leave 16 for a row of weights, its products and a broadcast.
 // The quantised tile holds 8 registers of integer sums besides, so 2 is what fits.
+constexpr uint32_t matmul_panels = 1;
 constexpr uint32_t matmul_columns = 2;
 constexpr uint32_t matmul_columns_float = 4;
 

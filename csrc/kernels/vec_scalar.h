@@ -14,6 +14,7 @@ struct Bytes {  // 64 bytes of quantised weights
     uint8_t v[64];
 };
 
+constexpr uint32_t matmul_panels = 1;
 constexpr uint32_t matmul_columns = 2;
 constexpr uint32_t matmul_columns_float = 2;
 
