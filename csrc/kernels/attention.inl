@@ -81,15 +81,16 @@ struct FloatKv {
               stride(stride) {}
         VecF value(uint32_t token, uint32_t v) const { return Row::load_row(rows + token * row_length + v * lanes); }
         VecF weight(uint32_t token, uint32_t, uint32_t c) const { return set1(weights[c * stride + token]); }
-        static constexpr uint32_t row_bytes = V * lanes * sizeof(Element);
     };
 };
 
 // ---- q8_0 -----------------------------------------------------------------------------------------------------------
 // 32 values of a key or a value in 8 bits: x ~ scale * q. In a block, with padded = value_dim and n = padded / 32
 // rounded up:
-//   codes of keys [kv_block_tokens/16][padded/4][16][4], q + 128, as weights have them; scales
-//   [kv_block_tokens/16][n][16] codes of values [kv_block_tokens][padded], q; scales [n][kv_block_tokens]
+// - codes of keys [kv_block_tokens/16][padded/4][16][4]: q + 128, as weights have them
+// - scales of keys [kv_block_tokens/16][n][16]
+// - codes of values [kv_block_tokens][padded]: q
+// - scales of values [n][kv_block_tokens]
 // Scales are bfloat16: binary16 would overflow or lose its precision where float32 does not. That it has 8 bits costs
 // nothing, because codes are made with the rounded scale: amax / scale <= 127 * (1 + 2^-8) < 127.5, so they fit.
 
@@ -237,7 +238,6 @@ struct Q8Kv {
         }
         VecF value(uint32_t token, uint32_t v) const { return load_int8(rows + token * row_length + v * lanes); }
         VecF weight(uint32_t token, uint32_t v, uint32_t c) const { return set1(scaled[c][v / 2][token]); }
-        static constexpr uint32_t row_bytes = V * lanes;
     };
 };
 
