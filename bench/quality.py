@@ -1,6 +1,6 @@
 """How far quantised files are from a float32 file of the same model, on a text.
 
-    python bench/quality.py BASE_F32.gguf OTHER.gguf [OTHER.gguf ...] --text FILE [--window 256] [--json]
+    python bench/quality.py BASE_F32.gguf OTHER.gguf [...] --text FILE [--window 256] [--kv-type q8_0] [--json]
 
 The text is cut into windows of that many tokens, each scored from its beginning as by `fixmin perplexity`, with the
 base in memory for all files. Per file: size, perplexity, mean KL(base || file) per token in nats with its 99th
@@ -22,6 +22,7 @@ def main() -> None:
     parser.add_argument("--text", required=True)
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--max-windows", type=int, default=60)
+    parser.add_argument("--kv-type", default="f16", help="of the others; the base has f32")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
 
@@ -29,7 +30,8 @@ def main() -> None:
     rows = {}
     with Model(arguments.base, kv_type="f32") as base:
         for path in [arguments.base, *arguments.others]:
-            found = perplexity(path, text, ctx=arguments.window, max_windows=arguments.max_windows, base=base)
+            with Model(path, kv_type=arguments.kv_type) as model:
+                found = perplexity(model, text, ctx=arguments.window, max_windows=arguments.max_windows, base=base)
             rows[Path(path).name] = {"bytes": Path(path).stat().st_size, **dataclasses.asdict(found)}
     if arguments.json:
         print(json.dumps(rows, indent=1))

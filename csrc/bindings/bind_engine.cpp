@@ -134,12 +134,6 @@ class EngineHandle {
     std::shared_ptr<Engine> engine_;
 };
 
-kernels::KvType parse_kv_type(const std::string& name) {
-    if (name == "f16") return kernels::KvType::f16;
-    if (name == "f32") return kernels::KvType::f32;
-    throw ArgumentError("kv_type is '" + name + "'; known: f16, f32");
-}
-
 py::dict info(const EngineHandle& handle) {
     const auto engine = handle.get();
     const model::Hyperparams& hp = engine->hyperparams();
@@ -167,6 +161,7 @@ py::dict info(const EngineHandle& handle) {
     d["n_threads"] = engine->n_threads();
     d["n_ctx"] = engine->n_ctx();
     d["weight_bytes"] = weights.panels.size();
+    d["kv_type"] = kernels::name(engine->kv_type());
     d["kv_bytes"] = engine->kv_bytes();
     d["bytes_per_token"] = weights.bytes_per_token();
     d["kv_bytes_per_position"] = engine->kv_bytes_per_position();
@@ -322,6 +317,15 @@ py::dict system_info() {
 }
 
 }  // namespace
+
+kernels::KvType parse_kv_type(const std::string& name) {
+    std::string known;
+    for (const kernels::KvType type : kernels::all_kv_types) {
+        if (name == kernels::name(type)) return type;
+        known += (known.empty() ? "" : ", ") + std::string(kernels::name(type));
+    }
+    throw ArgumentError("kv_type is '" + name + "'; known: " + known);
+}
 
 void bind_engine(py::module_& m) {
     py::class_<engine::SamplingParams>(m, "SamplingParams", "How the next token is chosen; see csrc/engine/sampler.h.")

@@ -168,7 +168,7 @@ class KernelTable {
         const uint32_t n = uint32_t(queries.shape(0)), tokens = uint32_t(keys.shape(0)), d = uint32_t(keys.shape(1));
         expect(queries.shape(1) == d && values.shape(1) == d && values.shape(0) == tokens && n >= 1 && n <= tokens,
                "shapes of queries, keys and values do not fit");
-        const auto type = kv_type == "f16" ? kernels::KvType::f16 : kernels::KvType::f32;
+        const kernels::KvType type = parse_kv_type(kv_type);
         const size_t block_bytes = kernels::kv_head_bytes(type, d);
         const uint32_t n_blocks = (tokens + kernels::kv_block_tokens - 1) / kernels::kv_block_tokens;
         const model::Pages cache(n_blocks * block_bytes);
@@ -177,7 +177,7 @@ class KernelTable {
         const kernels::KvHead kv{type, d, blocks.data(), 0};
         for (uint32_t t = 0; t < tokens; ++t)
             k_.kv_store(kv, t, keys.data(py::ssize_t(t)), values.data(py::ssize_t(t)));
-        std::vector<float> scratch(kernels::attention_scratch_floats(tokens));
+        std::vector<float> scratch(kernels::attention_scratch_floats(tokens, d));
         py::array_t<float> out({py::ssize_t(n), py::ssize_t(d)});
         k_.attention({kv, queries.data(), d, n, tokens - n, out.mutable_data(), d, scratch.data()});
         return out;

@@ -2,7 +2,14 @@
 #pragma once
 #include <pybind11/pybind11.h>
 
+#include <string>
+
+#include "kernels/kernels.h"
+
 namespace fixmin::bindings {
+
+/// "f32", "f16", "q8_0"; anything else throws ArgumentError.
+kernels::KvType parse_kv_type(const std::string& name);
 
 void bind_gguf(pybind11::module_& m);
 void bind_codes(pybind11::module_& m);

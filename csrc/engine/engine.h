@@ -47,6 +47,7 @@ class Engine {
     const kernels::Kernels& kernels() const { return kernels_; }
     uint32_t n_ctx() const { return n_ctx_; }
     uint32_t n_threads() const { return pool_.size(); }
+    kernels::KvType kv_type() const { return kv_.view().type; }
     size_t kv_bytes() const { return kv_.reserved_bytes(); }
     size_t kv_bytes_per_position() const { return kv_.bytes_per_position(); }
 

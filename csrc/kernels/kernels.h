@@ -14,7 +14,7 @@
 namespace fixmin::kernels {
 
 inline constexpr uint32_t lanes = 16;
-inline constexpr uint32_t kv_block_tokens = 32;  // tokens per block of the KV cache, a multiple of `lanes`
+inline constexpr uint32_t kv_block_tokens = 128;  // tokens per block of the KV cache, a multiple of `lanes`
 
 /// 32 activations in 8 bits: x ~ scale * q, q in [-127, 127].
 struct ActivationBlock {
@@ -52,13 +52,21 @@ static constexpr size_t matmul_scratch_bytes(size_t inner, size_t n_tokens) {
     return (lanes + n_tokens) * (inner + inner / quant::block_size * 2 * sizeof(float));
 }
 
-enum class KvType : uint8_t { f32, f16 };
+enum class KvType : uint8_t { f32, f16, q8_0 };
 
-static constexpr size_t kv_element_bytes(KvType type) { return type == KvType::f16 ? 2 : 4; }
+inline constexpr KvType all_kv_types[] = {KvType::f32, KvType::f16, KvType::q8_0};
 
-/// One key/value head in the blocks of one sequence and one layer. Inside a block, per head:
-/// keys [kv_block_tokens/16][head_dim][16], then values [kv_block_tokens][value_dim], value_dim = head_dim rounded up
-/// to 16.
+static constexpr const char* name(KvType type) {
+    switch (type) {
+        case KvType::f32: return "f32";
+        case KvType::f16: return "f16";
+        case KvType::q8_0: return "q8_0";
+    }
+    return "?";
+}
+
+/// One key/value head in the blocks of one sequence and one layer: first the keys of kv_block_tokens tokens, then their
+/// values, laid out as attention.inl says.
 struct KvHead {
     KvType type;
     uint32_t head_dim;
@@ -66,10 +74,22 @@ struct KvHead {
     size_t offset;             // bytes from the start of a block to this head
 };
 
+/// Length of a value in the cache: head_dim rounded up to 16.
 static constexpr uint32_t kv_value_dim(uint32_t head_dim) { return (head_dim + lanes - 1) / lanes * lanes; }
 
+/// Scales of a key or a value in 8 bits: one for 32 values.
+static constexpr uint32_t kv_scales(uint32_t head_dim) {
+    return (head_dim + quant::block_size - 1) / quant::block_size;
+}
+
 static constexpr size_t kv_head_bytes(KvType type, uint32_t head_dim) {
-    return size_t(kv_block_tokens) * (head_dim + kv_value_dim(head_dim)) * kv_element_bytes(type);
+    const size_t padded = kv_value_dim(head_dim);
+    switch (type) {
+        case KvType::f32: return kv_block_tokens * (head_dim + padded) * 4;
+        case KvType::f16: return kv_block_tokens * (head_dim + padded) * 2;
+        case KvType::q8_0: return kv_block_tokens * 2 * (padded + 2 * kv_scales(head_dim));
+    }
+    return 0;
 }
 
 /// Causal attention of n_queries consecutive tokens of one head; the token at `position` sees keys 0..position.
@@ -81,13 +101,15 @@ struct AttentionArgs {
     uint32_t position;  // of the first query
     float* out;         // [n_queries][out_stride]
     size_t out_stride;
-    float* scratch;  // attention_scratch_floats(position + n_queries)
+    float* scratch;  // attention_scratch_floats(position + n_queries, head_dim)
 };
 
-inline constexpr uint32_t attention_tile = 8;  // queries that share a read of the keys and values
+inline constexpr uint32_t attention_tile = 8;  // most queries that share a read of the keys and values
 
-static constexpr size_t attention_scratch_floats(size_t n_keys) {
-    return attention_tile * ((n_keys + lanes - 1) / lanes * lanes);
+/// Scores of a tile, and its queries in 8 bits.
+static constexpr size_t attention_scratch_floats(size_t n_keys, uint32_t head_dim) {
+    const size_t query_floats = kv_scales(head_dim) * sizeof(ActivationBlock) / sizeof(float);
+    return attention_tile * ((n_keys + lanes - 1) / lanes * lanes + query_floats);
 }
 
 enum class RopeStyle : uint8_t { half, interleaved };

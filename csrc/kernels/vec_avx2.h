@@ -17,6 +17,7 @@ struct Bytes {  // 64 bytes of quantised weights
 constexpr uint32_t matmul_panels = 1;
 constexpr uint32_t matmul_columns = 4;  // 16 registers: 8 hold accumulators
 constexpr uint32_t matmul_columns_float = 6;
+constexpr uint32_t attention_value_vectors = 2;  // for 16 dimensions each, two chains of two registers each
 
 VecF zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 VecF set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }

@@ -19,6 +19,8 @@ struct Bytes {  // 64 bytes of quantised weights
 constexpr uint32_t matmul_panels = 2;
 constexpr uint32_t matmul_columns = 6;
 constexpr uint32_t matmul_columns_float = 12;
+constexpr uint32_t attention_value_vectors =
+    4;  // for 16 dimensions each, two chains of each: 8 cover the latency of fma
 
 VecF zero() { return {_mm512_setzero_ps()}; }
 VecF set1(float x) { return {_mm512_set1_ps(x)}; }

@@ -21,6 +21,7 @@ struct Bytes {  // 64 bytes of quantised weights
 constexpr uint32_t matmul_panels = 1;
 constexpr uint32_t matmul_columns = 2;
 constexpr uint32_t matmul_columns_float = 4;
+constexpr uint32_t attention_value_vectors = 2;  // for 16 dimensions each, two chains of four registers each
 
 // The indices are written out, not looped over, so that a VecF is taken apart into registers before any unrolling.
 template <typename F>

@@ -17,6 +17,7 @@ struct Bytes {  // 64 bytes of quantised weights
 constexpr uint32_t matmul_panels = 1;
 constexpr uint32_t matmul_columns = 2;
 constexpr uint32_t matmul_columns_float = 2;
+constexpr uint32_t attention_value_vectors = 2;
 
 template <typename F>
 VecF lanewise(F f) {

@@ -54,7 +54,7 @@ Decoder::Decoder(const Weights& weights, const kernels::Kernels& kernels, uint32
     for (Private& p : private_) {
         p.row.resize(widest);
         p.blocks.resize(widest / block_size);
-        p.scratch.resize(std::max(kernels::attention_scratch_floats(n_ctx) * sizeof(float),
+        p.scratch.resize(std::max(kernels::attention_scratch_floats(n_ctx, hp_.head_dim) * sizeof(float),
                                   std::max(matmul_scratch(d, t), matmul_scratch(f, t))));
     }
 }

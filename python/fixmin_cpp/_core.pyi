@@ -138,7 +138,7 @@ class Engine:
         *,
         n_threads: int = 0,  # 0: default, min(affinity, cgroup quota, physical cores)
         n_ctx: int = 0,  # 0: the model's context_length
-        kv_type: str = "f16",  # "f16" | "f32"
+        kv_type: str = "f16",  # "f16" | "f32" | "q8_0"
         n_batch: int = 512,  # prompt chunk
         isa: str | None = None,  # None: best of this CPU, or FIXMIN_ISA
         progress: Callable[[float], None] | None = None,
@@ -206,7 +206,7 @@ class Kernels:
     ) -> NDArray[np.float32]: ...
     def attention(
         self,
-        kv_type: str,
+        kv_type: str,  # "f16" | "f32" | "q8_0"
         queries: NDArray[np.float32],  # [n, d], the last n tokens
         keys: NDArray[np.float32],  # [T, d]
         values: NDArray[np.float32],  # [T, d]

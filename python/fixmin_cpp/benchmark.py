@@ -76,7 +76,7 @@ def bench(
     Args:
         path: a GGUF file.
         n_threads: worker threads, for the model and for the ceilings; None: Model's default.
-        kv_type: type of the KV cache, "f16" or "f32".
+        kv_type: type of the KV cache, "f16", "f32" or "q8_0".
         n_prompt: tokens of a prefill, from an empty context to the last token's logits; None: 512 or what fits.
         n_generate: tokens decoded one by one; None: 64 or what fits.
         depth: tokens in the context before the first decoded one (at least one is always there).

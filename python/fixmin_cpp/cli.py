@@ -104,7 +104,7 @@ def generate(
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end-of-text token.")] = False,
     threads: Annotated[int | None, typer.Option("-t", "--threads", help="Default: what the machine offers.")] = None,
     ctx: Annotated[int | None, typer.Option("-c", "--ctx", help="Context positions. Default: the model's.")] = None,
-    kv_type: Annotated[str, typer.Option(help="Type of the KV cache: f16 or f32.")] = "f16",
+    kv_type: Annotated[str, typer.Option(help="Type of the KV cache: f16, f32 or q8_0.")] = "f16",
     stream: Annotated[bool, typer.Option(help="Print text as it is generated.")] = True,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No timings on stderr.")] = False,
     as_json: _Json = False,
@@ -156,7 +156,7 @@ def bench(
     ] = None,
     depth: Annotated[int, typer.Option("-d", "--depth", help="Tokens in the context before decoding begins.")] = 0,
     repeat: Annotated[int, typer.Option("-r", "--repeat", help="How often prefill and decode take turns.")] = 5,
-    kv_type: Annotated[str, typer.Option(help="Type of the KV cache: f16 or f32.")] = "f16",
+    kv_type: Annotated[str, typer.Option(help="Type of the KV cache: f16, f32 or q8_0.")] = "f16",
     as_json: _Json = False,
     debug: _Debug = False,
 ) -> None:
@@ -297,7 +297,8 @@ def perplexity(
         Path | None, typer.Option(help="Write the logits: 4 bytes per token and vocabulary.")
     ] = None,
     kl: Annotated[Path | None, typer.Option(help="Compare with logits saved before, of another model.")] = None,
-    kv_type: Annotated[str, typer.Option(help="Type of the KV cache, of both models: f16 or f32.")] = "f16",
+    kv_type: Annotated[str, typer.Option(help="Type of the KV cache: f16, f32 or q8_0.")] = "f16",
+    base_kv_type: Annotated[str | None, typer.Option(help="The base model's. Default: the same.")] = None,
     threads: Annotated[int | None, typer.Option("-t", "--threads", help="Default: what the machine offers.")] = None,
     as_json: _Json = False,
     debug: _Debug = False,
@@ -312,9 +313,10 @@ def perplexity(
 
     with _errors(debug), ExitStack() as stack:
         text = _read_text(file)
-        settings: dict[str, Any] = {"n_threads": threads, "kv_type": kv_type}
-        loaded = stack.enter_context(_load(model, **settings))
-        base = None if base_model is None else stack.enter_context(_load(base_model, **settings))
+        loaded = stack.enter_context(_load(model, n_threads=threads, kv_type=kv_type))
+        base = None
+        if base_model is not None:
+            base = stack.enter_context(_load(base_model, n_threads=threads, kv_type=base_kv_type or kv_type))
         with _bar("reading", as_json) as update:
             report = measure(
                 loaded,

@@ -90,7 +90,7 @@ class Model:
         n_threads: worker threads; None: the smallest of CPU affinity, cgroup quota and physical cores.
         n_ctx: positions of the context, prompt and answer together; None: what the model was trained with, which is
             also the most it can be.
-        kv_type: type of the KV cache, "f16" or "f32".
+        kv_type: type of the KV cache: "f16", "f32", or "q8_0", 8 bits and a scale for 32 values.
         n_batch: prompt tokens that are processed at a time. Results do not depend on it.
         progress: called with the loaded fraction, 0.0 to 1.0, while the weights are read.
 
@@ -113,8 +113,8 @@ class Model:
         self._closed = True  # until everything below has worked
         if not isinstance(path, str | os.PathLike):
             raise ArgumentTypeError(f"path must be a str or a path, got {type(path).__name__}")
-        if kv_type not in ("f16", "f32"):
-            raise ArgumentError(f'kv_type must be "f16" or "f32", got {kv_type!r}')
+        if kv_type not in ("f16", "f32", "q8_0"):
+            raise ArgumentError(f'kv_type must be "f16", "f32" or "q8_0", got {kv_type!r}')
         if progress is not None and not callable(progress):
             raise ArgumentTypeError(f"progress must be callable, got {type(progress).__name__}")
         self.path = os.fspath(path)

@@ -36,9 +36,15 @@ OPTIONS = {
     "biases everywhere": dict(biases=ALL_BIASES, activation="swiglu"),
     "no bias": dict(biases=frozenset(), norm_bias=False),
     "head size 32": dict(embedding_length=128, head_count=4, context_length=96),
+    "head size 48, grouped": dict(embedding_length=192, head_count=4, head_count_kv=2),
+    "head size 64, grouped": dict(embedding_length=256, head_count=4, head_count_kv=1),
+    "head size 80, grouped": dict(embedding_length=320, head_count=4, head_count_kv=2, rope_style="interleaved"),
+    "head size 96": dict(embedding_length=192, head_count=2, rope_dim=32),
     "head size 128": dict(embedding_length=256, head_count=2),
     "five layers": dict(block_count=5, norm_eps=1e-12),
 }
+HEAD_SIZES = ["plain", *(name for name in OPTIONS if name.startswith("head size"))]
+KV_TYPES = ("f32", "f16", "q8_0")
 # Those that every type is tried with: each of a type's code paths is in them.
 ALL_TYPES = ["rmsnorm swiglu interleaved rope", "learned"]
 # Sizes that are no multiple of anything: only types without blocks can hold them.
@@ -113,11 +119,25 @@ def test_mixed_weight_types(model_file):
     assert relative(_core.Engine(path).logits(ids), forward(path, ids)) <= 0.03
 
 
-def test_f16_cache_is_close(model_file):
+@pytest.mark.parametrize(("kv_type", "bound"), [("f16", 1e-3), ("q8_0", 0.03)])
+@pytest.mark.parametrize("name", [*HEAD_SIZES, "grouped queries", "odd sizes"])
+def test_rounded_cache_is_close(model_file, name, kv_type, bound):
+    path = model_file(weight_type="F32", seed=3, **OPTIONS.get(name, ODD))
     ids = ids_for(60)
-    exact = _core.Engine(model_file(), kv_type="f32").logits(ids)
-    halved = _core.Engine(model_file(), kv_type="f16").logits(ids)
-    assert 0 < relative(halved, exact) < 1e-3
+    exact = forward(path, ids)
+    with_f32 = relative(_core.Engine(path, kv_type="f32").logits(ids), exact)
+    assert with_f32 < relative(_core.Engine(path, kv_type=kv_type).logits(ids), exact) < bound
+
+
+def test_cache_size(model_file):
+    """2 layers, 1 head for keys and values; a q8_0 block of 32 values takes 34 bytes, a last one of 16 takes 18."""
+    path = model_file(embedding_length=160, head_count=2, head_count_kv=1)
+    expected = {"f32": 2 * 2 * 80 * 4, "f16": 2 * 2 * 80 * 2, "q8_0": 2 * 2 * (34 + 34 + 18)}
+    for kv_type in KV_TYPES:
+        info = _core.Engine(path, kv_type=kv_type).info
+        assert info["kv_type"] == kv_type
+        assert info["kv_bytes_per_position"] == expected[kv_type]
+        assert info["kv_bytes"] == 128 * expected[kv_type]  # n_ctx 64, in blocks of 128
 
 
 def test_score_is_the_log_softmax(model_file):
@@ -142,12 +162,13 @@ def test_codes(model_file):
         _core.Engine(model_file(code_kind="learned")).codes(ids_for(1))
 
 
-def test_unwritten_cache_never_shows(model_file):
+@pytest.mark.parametrize("kv_type", KV_TYPES)
+def test_unwritten_cache_never_shows(model_file, kv_type):
     """A long sequence leaves its keys and values behind; a shorter one afterwards must not see them."""
-    path = model_file()
-    used, fresh = _core.Engine(path), _core.Engine(path)
-    used.logits(ids_for(64, seed=1))
-    for n in (1, 15, 16, 17, 33):
+    path = model_file(context_length=300)
+    used, fresh = _core.Engine(path, kv_type=kv_type), _core.Engine(path, kv_type=kv_type)
+    used.logits(ids_for(300, seed=1))
+    for n in (1, 15, 16, 17, 33, 127, 128, 129, 200):
         assert digest(used.logits(ids_for(n))) == digest(fresh.logits(ids_for(n)))
 
 
@@ -171,6 +192,20 @@ def test_bits_do_not_depend_on_isa_threads_or_chunks(model_file, name, kind):
             for n_batch in (1, 7, 512):
                 engine = _core.Engine(path, isa=isa, n_threads=n_threads, n_batch=n_batch)
                 digests[isa, n_threads, n_batch] = digest(engine.logits(ids))
+    assert len(set(digests.values())) == 1, digests
+
+
+@pytest.mark.parametrize("kv_type", KV_TYPES)
+@pytest.mark.parametrize("name", [*HEAD_SIZES, "grouped queries"])
+def test_bits_with_every_cache_type_and_head_size(model_file, name, kv_type):
+    """More positions than a block of the cache has."""
+    path = model_file(seed=5, weight_type="Q8_0", **OPTIONS[name] | dict(context_length=160))
+    ids = ids_for(140)
+    digests = {}
+    for isa in ISAS:
+        for n_threads, n_batch in ((1, 7), (3, 512)) if isa in ("scalar", ISAS[-1]) else ((2, 50),):
+            engine = _core.Engine(path, isa=isa, n_threads=n_threads, n_batch=n_batch, kv_type=kv_type)
+            digests[isa, n_threads, n_batch] = digest(engine.logits(ids))
     assert len(set(digests.values())) == 1, digests
 
 

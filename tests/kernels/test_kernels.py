@@ -299,31 +299,139 @@ def test_rope(dim, interleaved):
 
 # --- attention and softmax ---------------------------------------------------------------------------------------
 
+KV_TYPES = ["f32", "f16", "q8_0"]
+#: Sizes of the project's models and of common ones, then some that fill no vector and no block of 32.
+HEAD_SIZES = [16, 32, 48, 64, 80, 96, 128, 7, 20, 100, 256]
 
-@pytest.mark.parametrize("d", [16, 20, 32, 64, 80, 128])
-@pytest.mark.parametrize("kv_type", ["f32", "f16"])
-@pytest.mark.parametrize(("tokens", "queries"), [(1, 1), (7, 7), (16, 1), (33, 20), (100, 1), (70, 70)])
-def test_attention(d, kv_type, tokens, queries):
-    rng = np.random.default_rng(d + tokens)
-    q, k, v = normal(rng, queries, d) * np.float32(d**-0.5), normal(rng, tokens, d), normal(rng, tokens, d)
-    got = on_every_isa(lambda table: table.attention(kv_type, q, k, v))
-    stored = np.float16 if kv_type == "f16" else np.float32
-    k64, v64 = k.astype(stored).astype(np.float64), v.astype(stored).astype(np.float64)
-    scores = q.astype(np.float64) @ k64.T
-    future = np.arange(tokens)[None, :] > (tokens - queries + np.arange(queries))[:, None]
+
+def in_blocks(x):
+    """[tokens, d] -> [tokens, blocks, 32], zeros behind d."""
+    tokens, d = x.shape
+    padded = np.zeros((tokens, -(-d // 32) * 32), np.float32)
+    padded[:, :d] = x
+    return padded.reshape(tokens, -1, 32)
+
+
+def to_bfloat16(x):
+    """Nearest, ties to even, as float32: by comparing with both neighbours."""
+    low = (x.view(np.uint32) & 0xFFFF0000).view(np.float32)
+    high = (low.view(np.uint32) + 0x10000).view(np.float32)
+    below, above = x.astype(np.float64) - low, high.astype(np.float64) - x
+    odd = (low.view(np.uint32) >> 16) % 2 == 1
+    return np.where((above < below) | ((above == below) & odd), high, low)
+
+
+def kv_steps(x):
+    """float32 [tokens, blocks, 1]: the distance of neighbouring values that a q8_0 cache has for [tokens, d]."""
+    amax = np.abs(in_blocks(x)).max(-1, keepdims=True)
+    return np.where(amax < 1e-30, np.float32(0), to_bfloat16(amax / np.float32(127)))
+
+
+def stored(kv_type, x):
+    """float64 [tokens, d]: keys or values as a cache of this type has them."""
+    if kv_type != "q8_0":
+        return x.astype(np.float16 if kv_type == "f16" else np.float32).astype(np.float64)
+    step = kv_steps(x)
+    inverse = np.divide(np.float32(1), step, out=np.zeros_like(step), where=step > 0)
+    codes = np.rint(in_blocks(x) * inverse)
+    assert np.abs(codes).max() <= 127
+    return (codes * step.astype(np.float64)).reshape(len(x), -1)[:, : x.shape[1]]
+
+
+def seen_by_kernel(kv_type, q):
+    """float64 [n, d]: a q8_0 cache is multiplied with queries of 8 bits."""
+    if kv_type != "q8_0":
+        return q.astype(np.float64)
+    return rounded_activations("Q8_0", in_blocks(q).reshape(-1)).reshape(len(q), -1)[:, : q.shape[1]]
+
+
+def attention_weights(q, k):
+    """Softmax of the causal scores, float64 [n, tokens]; the queries are those of the last tokens."""
+    scores = q @ k.T
+    future = np.arange(len(k))[None, :] > (len(k) - len(q) + np.arange(len(q)))[:, None]
     scores[future] = -np.inf
     weights = np.exp(scores - scores.max(1, keepdims=True))
-    expected = weights / weights.sum(1, keepdims=True) @ v64
+    return weights / weights.sum(1, keepdims=True)
+
+
+def attention_case(d, tokens, queries):
+    rng = np.random.default_rng(d + tokens)
+    return normal(rng, queries, d) * np.float32(d**-0.5), normal(rng, tokens, d), normal(rng, tokens, d)
+
+
+@pytest.mark.parametrize("d", HEAD_SIZES)
+@pytest.mark.parametrize("kv_type", KV_TYPES)
+@pytest.mark.parametrize(
+    ("tokens", "queries"), [(1, 1), (7, 7), (16, 1), (33, 20), (100, 1), (70, 70), (129, 2), (150, 140), (300, 1)]
+)
+def test_attention(d, kv_type, tokens, queries):
+    q, k, v = attention_case(d, tokens, queries)
+    got = on_every_isa(lambda table: table.attention(kv_type, q, k, v))
+    expected = attention_weights(seen_by_kernel(kv_type, q), stored(kv_type, k)) @ stored(kv_type, v)
     np.testing.assert_allclose(got, expected, atol=2e-6)
 
 
-def test_attention_does_not_depend_on_the_chunk():
-    rng = np.random.default_rng(3)
-    q, k, v = normal(rng, 50, 32), normal(rng, 50, 32), normal(rng, 50, 32)
-    together = on_every_isa(lambda table: table.attention("f16", q, k, v))
-    for t in range(50):
-        alone = TABLES[-1].attention("f16", q[t : t + 1], k[: t + 1], v[: t + 1])
+@pytest.mark.parametrize("kv_type", KV_TYPES)
+@pytest.mark.parametrize("d", [20, 32, 80, 128])
+def test_attention_does_not_depend_on_the_chunk(kv_type, d):
+    q, k, v = attention_case(d, 150, 150)
+    together = on_every_isa(lambda table: table.attention(kv_type, q, k, v))
+    for t in [*range(40), *range(120, 150)]:
+        alone = TABLES[-1].attention(kv_type, q[t : t + 1], k[: t + 1], v[: t + 1])
         assert alone[0].tobytes() == together[t].tobytes()
+
+
+@pytest.mark.parametrize("d", HEAD_SIZES)
+def test_q8_0_cache_is_as_close_as_its_rounding_allows(d):
+    """Scores move by at most δ, so weights by factors within exp(±2δ), and values by half a step."""
+    tokens = 90
+    q, k, v = attention_case(d, tokens, tokens)
+    got = TABLES[-1].attention("q8_0", q, k, v)
+    exact = attention_weights(q.astype(np.float64), k.astype(np.float64))
+    # |q.k - q'.k'| <= sum |q| |k - k'| + |q - q'| |k'|, differences at most half a step, block by block.
+    query_step = np.abs(in_blocks(q)).max(-1) / 127
+    key_step = kv_steps(k)[..., 0]
+    query_size, key_size = np.abs(in_blocks(q)).sum(-1), np.abs(in_blocks(stored("q8_0", k))).sum(-1)
+    delta = (query_size @ key_step.T + query_step @ key_size.T) / 2
+    delta = np.where(exact > 0, delta, 0).max(1, keepdims=True)
+    bound = np.expm1(2 * delta) * (exact @ np.abs(v)) + np.repeat(kv_steps(v)[..., 0].max(0) / 2, 32)[:d]
+    error = np.abs(got - exact @ v)
+    assert np.all(error <= bound + 2e-6)
+    assert error.max() > 1e-4  # it is 8 bits that were stored
+
+
+@pytest.mark.parametrize("size", [1e-37, 0.9e-30, 1.1e-30, 1e-20, 1e-6, 1.0, 7e4, 1e9, 1e38])
+def test_q8_0_cache_at_any_magnitude(size):
+    """With one key its weight is 1, and what comes back is what was stored, without rounding."""
+    rng = np.random.default_rng(11)
+    v = (rng.uniform(-1, 1, (200, 48)) * size).astype(np.float32)
+    v[0] = 0
+    v[1, 1:] = 0
+    v[2] = size  # all at the largest code
+    for row in v:
+        got = on_every_isa(lambda table, x=row[None]: table.attention("q8_0", np.ones_like(x), np.zeros_like(x), x))
+        assert np.array_equal(got, stored("q8_0", row[None]))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("at", range(48))
+def test_q8_0_cache_does_not_hide_what_is_not_finite(bad, at):
+    q, k, v = attention_case(48, 40, 40)
+    for table in TABLES:
+        for spoiled, lost in ((k, slice(0, 48)), (v, slice(0, 32) if at < 32 else slice(32, 48))):
+            before = spoiled[5, at]
+            spoiled[5, at] = bad
+            out = table.attention("q8_0", q, k, v)
+            spoiled[5, at] = before
+            assert np.isfinite(out[:5]).all()
+            assert np.isnan(out[5:, lost]).all()
+            assert np.isfinite(np.delete(out, np.arange(48)[lost], axis=1)).all()
+
+
+def test_attention_refuses_other_cache_types():
+    x = np.ones((1, 16), np.float32)
+    with pytest.raises(ValueError, match=r"kv_type is 'q4_0'; known: f32, f16, q8_0"):
+        TABLES[0].attention("q4_0", x, x, x)
 
 
 @pytest.mark.parametrize("n", LENGTHS)

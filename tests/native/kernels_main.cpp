@@ -243,18 +243,38 @@ void attention(const std::string& name, KvType type, uint32_t d, const Floats& k
     const kernels::KvHead kv{type, d, blocks.data(), 0};
     for (uint32_t t = 0; t < tokens; ++t) k->kv_store(kv, t, &keys[size_t(t) * d], &values[size_t(t) * d]);
     const Floats queries = Random(d).values(size_t(n) * d, 0.25f);
-    Floats scratch(kernels::attention_scratch_floats(tokens)), out(size_t(n) * d);
+    Floats scratch(kernels::attention_scratch_floats(tokens, d)), out(size_t(n) * d);
     k->attention({kv, queries.data(), d, n, tokens - n, out.data(), d, scratch.data()});
     Hash hash;
     hash.add(cache.data(), cache.size());
     hash.add(out);
-    hash.print("attention " + name + (type == KvType::f16 ? " f16" : " f32"));
+    hash.print("attention " + name + " " + kernels::name(type));
+}
+
+// Conversion to the type and back: what is stored is hashed, and a single key has the weight 1.
+void stored_extremes(KvType type) {
+    const uint32_t d = 32;
+    Floats all = extremes();
+    if (type == KvType::q8_0) std::erase_if(all, [](float x) { return !std::isfinite(x); });  // codes are not promised
+    const Floats zeros(d);
+    Hash hash;
+    std::vector<std::byte> cache(kernels::kv_head_bytes(type, d));
+    std::byte* block = cache.data();
+    const kernels::KvHead kv{type, d, &block, 0};
+    Floats scratch(kernels::attention_scratch_floats(1, d)), out(d);
+    for (size_t i = 0; i + d <= all.size(); i += d) {
+        k->kv_store(kv, 0, zeros.data(), &all[i]);
+        hash.add(cache.data(), cache.size());
+        k->attention({kv, zeros.data(), d, 1, 0, out.data(), d, scratch.data()});
+        hash.add(out);
+    }
+    hash.print(std::string(kernels::name(type)) + " extremes");
 }
 
 void attentions() {
-    for (const KvType type : {KvType::f32, KvType::f16}) {
-        for (const uint32_t d : {16u, 20u, 32u, 80u}) {
-            for (const uint32_t tokens : {1u, 7u, 33u, 70u}) {
+    for (const KvType type : kernels::all_kv_types) {
+        for (const uint32_t d : {7u, 16u, 20u, 32u, 48u, 64u, 80u, 96u, 128u}) {
+            for (const uint32_t tokens : {1u, 7u, 33u, 150u}) {  // 150: more than one block
                 Random random(d + tokens);
                 const Floats keys = random.values(size_t(tokens) * d), values = random.values(size_t(tokens) * d);
                 for (const uint32_t n : {1u, tokens}) {
@@ -265,21 +285,8 @@ void attentions() {
             }
         }
     }
-    // Conversion to 16 bits and back: what is stored is hashed, and a single key has the weight 1.
-    const Floats all = extremes();
-    const Floats zeros(16);
-    Hash hash;
-    std::vector<std::byte> cache(kernels::kv_head_bytes(KvType::f16, 16));
-    std::byte* block = cache.data();
-    const kernels::KvHead kv{KvType::f16, 16, &block, 0};
-    Floats scratch(kernels::attention_scratch_floats(1)), out(16);
-    for (size_t i = 0; i + 16 <= all.size(); i += 16) {
-        k->kv_store(kv, 0, zeros.data(), &all[i]);
-        hash.add(cache.data(), cache.size());
-        k->attention({kv, zeros.data(), 16, 1, 0, out.data(), 16, scratch.data()});
-        hash.add(out);
-    }
-    hash.print("f16 extremes");
+    stored_extremes(KvType::f16);
+    stored_extremes(KvType::q8_0);
 }
 
 }  // namespace

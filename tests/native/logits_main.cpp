@@ -7,10 +7,12 @@
 //
 //   ISA THREADS CHUNK KV MODEL OUT ID ID ...
 //
-// ISA "-" takes the default, KV is f16 or f32, OUT gets [T][V] float32 as they lie in memory.
+// ISA "-" takes the default, KV is f32, f16 or q8_0, OUT gets [T][V] float32 as they lie in memory.
+#include <algorithm>
 #include <exception>
 #include <fstream>
 #include <iostream>
+#include <iterator>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -35,9 +37,11 @@ void run_line(const std::string& line) {
     engine::EngineOptions options;
     std::string kv, model, out;
     in >> options.isa >> options.n_threads >> options.n_batch >> kv >> model >> out;
-    if (!in || (kv != "f16" && kv != "f32")) throw ArgumentError("this line is not a run: " + line);
+    const auto is_named = [&](kernels::KvType type) { return kv == kernels::name(type); };
+    const auto* type = std::find_if(std::begin(kernels::all_kv_types), std::end(kernels::all_kv_types), is_named);
+    if (!in || type == std::end(kernels::all_kv_types)) throw ArgumentError("this line is not a run: " + line);
     if (options.isa == "-") options.isa.clear();
-    options.kv_type = kv == "f16" ? kernels::KvType::f16 : kernels::KvType::f32;
+    options.kv_type = *type;
     std::vector<uint32_t> ids;
     for (uint32_t id; in >> id;) ids.push_back(id);
 

@@ -55,7 +55,7 @@ ODD_MODEL = dict(
     rope_dim=8,
     code_kind="table",
 )
-IDS = np.random.default_rng(0).integers(0, 77, 36).astype(np.uint32)  # more than one block of the cache
+IDS = np.random.default_rng(0).integers(0, 77, 36).astype(np.uint32)  # kernels_main has more than a block of the cache
 #: Each value once: on a busy machine many barriers of many threads take minutes. tests/engine has all pairs, natively.
 THREADS_AND_CHUNKS = [(1, 1), (2, 7), (5, 512)]
 
@@ -141,7 +141,7 @@ def expected_logits(models: dict[str, Path]) -> dict[tuple[str, str], bytes]:
     return {
         (name, kv): _core.Engine(str(path), isa="scalar", kv_type=kv, n_threads=1).logits(IDS).tobytes()
         for name, path in models.items()
-        for kv in ("f16", "f32")
+        for kv in ("f16", "f32", "q8_0")
     }
 
 

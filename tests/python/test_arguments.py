@@ -178,7 +178,7 @@ def test_encode(model, text):
         ({"n_ctx": 2**31}, "n_ctx"),
         ({"n_ctx": "64"}, "n_ctx"),
         ({"n_batch": 0}, "n_batch"),
-        ({"kv_type": "q3"}, "kv_type"),
+        ({"kv_type": "q3"}, 'kv_type must be "f16", "f32" or "q8_0", got \'q3\''),
         ({"kv_type": None}, "kv_type"),
         ({"progress": 5}, "progress"),
     ],

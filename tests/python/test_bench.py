@@ -16,9 +16,11 @@ SMALL = {"n_prompt": 7, "n_generate": 3, "repeat": 2, "read_buffer_bytes": 1 << 
 ISAS = _core.system_info()["isas_supported"]
 
 
-def test_figures_fit_each_other(bare_model_path):
+@pytest.mark.parametrize("kv_type", ["f32", "q8_0"])
+def test_figures_fit_each_other(bare_model_path, kv_type):
     said = []
-    report = bench(bare_model_path, depth=5, kv_type="f32", progress=said.append, **SMALL)
+    report = bench(bare_model_path, depth=5, kv_type=kv_type, progress=said.append, **SMALL)
+    assert report.kv_type == kv_type
     for name, value in dataclasses.asdict(report).items():
         if isinstance(value, float | list):
             assert np.all(np.array(value) > 0), name

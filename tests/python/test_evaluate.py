@@ -164,6 +164,10 @@ def test_command(letters_model, tmp_path):
     report = json.loads(result.stdout)
     assert report["perplexity"] == found.perplexity
     assert report["divergence"]["kl_mean"] == 0
+    caches = fixmin("perplexity", *options, "--base-model", letters_model.path, "--kv-type", "q8_0", "--json")
+    assert json.loads(caches.stdout)["divergence"]["kl_mean"] == 0  # both
+    caches = ["--base-model", letters_model.path, "--kv-type", "q8_0", "--base-kv-type", "f32", "--json"]
+    assert 0 < json.loads(fixmin("perplexity", *options, *caches).stdout)["divergence"]["kl_mean"] < 0.01
     plain = fixmin("perplexity", *options, "--save-logits", tmp_path / "logits")
     assert f"perplexity: {found.perplexity:.6g}\n" in plain.stdout.decode()
     assert b"top1: 1\n" in fixmin("perplexity", *options, "--kl", tmp_path / "logits").stdout

@@ -1,0 +1,372 @@
+// Attention over cached keys and values. Included by kernels.inl.
+//
+// A class per type of the cache stores a token and reads what it stored: Queries gives the scores of 16 keys, Values
+// the values of a block with their weights. The order of operations is written once, below them.
+
+// ---- float32 and binary16 -------------------------------------------------------------------------------------------
+// In a block: keys [kv_block_tokens/16][head_dim][16], values [kv_block_tokens][value_dim].
+
+struct KvF32 {
+    using Element = float;
+    static VecF load_row(const float* p) { return load(p); }
+    static void store_row(float* p, VecF x) { ::store(p, x); }
+};
+struct KvF16 {
+    using Element = uint16_t;
+    static VecF load_row(const uint16_t* p) { return load_f16(p); }
+    static void store_row(uint16_t* p, VecF x) { store_f16(p, x); }
+};
+
+template <typename Row>
+struct FloatKv {
+    using Element = typename Row::Element;
+
+    static Element* block_of(const KvHead& kv, uint32_t token) {
+        return (Element*)(kv.blocks[token / kv_block_tokens] + kv.offset);
+    }
+    static Element* keys(const KvHead& kv, uint32_t token) {  // of 16 tokens, the first of which is given
+        return block_of(kv, token) + size_t(token % kv_block_tokens) * kv.head_dim;
+    }
+    static Element* values(const KvHead& kv, uint32_t token) {
+        return block_of(kv, token) + size_t(kv_block_tokens) * kv.head_dim +
+               size_t(token % kv_block_tokens) * kv_value_dim(kv.head_dim);
+    }
+
+    static void store(const KvHead& kv, uint32_t position, const float* key, const float* value) {
+        Element row[lanes];
+        Element* to_keys = keys(kv, position / lanes * lanes) + position % lanes;
+        Element* to_values = values(kv, position);
+        for (uint32_t i = 0; i < kv.head_dim; i += lanes) {
+            const uint32_t left = kv.head_dim - i < lanes ? kv.head_dim - i : lanes;
+            Row::store_row(row, load_first(key + i, left));
+            for (uint32_t d = 0; d < left; ++d) to_keys[size_t(i + d) * lanes] = row[d];
+            Row::store_row(to_values + i, load_first(value + i, left));
+        }
+    }
+
+    template <uint32_t N>
+    struct Queries {
+        const float* q;
+        size_t stride;
+
+        Queries(const AttentionArgs& args, uint32_t first, float*)
+            : q(args.queries + first * args.query_stride), stride(args.query_stride) {}
+
+        // Of the 16 keys from `token` on.
+        void scores(const KvHead& kv, uint32_t token, VecF* result) const {
+            const Element* k = keys(kv, token);
+            VecF acc[N];
+            for (uint32_t c = 0; c < N; ++c) acc[c] = zero();
+            for (uint32_t d = 0; d < kv.head_dim; ++d) {
+                const VecF row = Row::load_row(k + size_t(d) * lanes);
+#pragma GCC unroll 8
+                for (uint32_t c = 0; c < N; ++c) acc[c] = fma(set1(q[c * stride + d]), row, acc[c]);
+            }
+            for (uint32_t c = 0; c < N; ++c) result[c] = acc[c];
+        }
+    };
+
+    // Tokens of one block, 16 * V dimensions from `dim` on, N queries.
+    template <uint32_t N, uint32_t V>
+    struct Values {
+        const Element* rows;
+        size_t row_length;
+        const float* weights;
+        size_t stride;
+
+        Values(const KvHead& kv, uint32_t dim, uint32_t first, uint32_t, const float* weights, size_t stride)
+            : rows(values(kv, first) + dim),
+              row_length(kv_value_dim(kv.head_dim)),
+              weights(weights + first),
+              stride(stride) {}
+        VecF value(uint32_t token, uint32_t v) const { return Row::load_row(rows + token * row_length + v * lanes); }
+        VecF weight(uint32_t token, uint32_t, uint32_t c) const { return set1(weights[c * stride + token]); }
+    };
+};
+
+// ---- q8_0 -----------------------------------------------------------------------------------------------------------
+// 32 values of a key or a value in 8 bits: x ~ scale * q. In a block, with padded = value_dim and n = padded / 32
+// rounded up:
+// - codes of keys [kv_block_tokens/16][padded/4][16][4]: q + 128, as weights have them
+// - scales of keys [kv_block_tokens/16][n][16]
+// - codes of values [kv_block_tokens][padded]: q
+// - scales of values [n][kv_block_tokens]
+// Scales are bfloat16: binary16 would overflow or lose its precision where float32 does not. That it has 8 bits costs
+// nothing, because codes are made with the rounded scale: amax / scale <= 127 * (1 + 2^-8) < 127.5, so they fit.
+
+float float_of(uint32_t bits) {
+    float x;
+    __builtin_memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+// Nearest, ties to even; a NaN stays one.
+uint16_t to_bf16(float x) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &x, sizeof bits);
+    return x == x ? uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16) : uint16_t(0x7fc0);
+}
+
+// The first n values of x, n <= 32, and zeros behind them. Returns the scale, NaN if a value is not finite.
+uint16_t quantize_kv(const float* x, uint32_t n, int8_t* codes) {
+    const VecF lo = load_first(x, n < lanes ? n : lanes);
+    const VecF hi = n > lanes ? load_first(x + lanes, n - lanes) : zero();
+    const float poison = reduce_add(add(sub(lo, lo), sub(hi, hi)));
+    const float amax = reduce_max(max(abs(lo), abs(hi)));
+    const bool empty = amax < 1e-30f;  // as for activations
+    const uint16_t scale = empty ? to_bf16(poison) : to_bf16(amax / 127.0f + poison);
+    const VecF inverse = set1(empty ? 0.0f : 1.0f / float_of(uint32_t(scale) << 16));
+    store_int8(codes, round_to_int(mul(lo, inverse)));
+    store_int8(codes + lanes, round_to_int(mul(hi, inverse)));
+    return scale;
+}
+
+struct Q8Kv {
+    static uint8_t* block_of(const KvHead& kv, uint32_t token) {
+        return (uint8_t*)(kv.blocks[token / kv_block_tokens] + kv.offset);
+    }
+    static uint8_t* keys(const KvHead& kv, uint32_t token) {  // of 16 tokens, the first of which is given
+        return block_of(kv, token) + size_t(token % kv_block_tokens) * kv_value_dim(kv.head_dim);
+    }
+    static uint16_t* key_scales(const KvHead& kv, uint32_t token) {
+        const uint32_t n = kv_scales(kv.head_dim);
+        return (uint16_t*)(block_of(kv, token) + size_t(kv_block_tokens) * kv_value_dim(kv.head_dim)) +
+               size_t(token % kv_block_tokens) * n;
+    }
+    static int8_t* values(const KvHead& kv, uint32_t token) {
+        const size_t padded = kv_value_dim(kv.head_dim);
+        return (int8_t*)block_of(kv, token) + kv_head_bytes(KvType::q8_0, kv.head_dim) / 2 +
+               token % kv_block_tokens * padded;
+    }
+    static uint16_t* value_scales(const KvHead& kv, uint32_t token) {
+        const size_t padded = kv_value_dim(kv.head_dim);
+        return (uint16_t*)(block_of(kv, token) + kv_head_bytes(KvType::q8_0, kv.head_dim) / 2 +
+                           kv_block_tokens * padded) +
+               token % kv_block_tokens;
+    }
+
+    static void store(const KvHead& kv, uint32_t position, const float* key, const float* value) {
+        const uint32_t padded = kv_value_dim(kv.head_dim), group = position / lanes * lanes, lane = position % lanes;
+        uint8_t* to_keys = keys(kv, group) + lane * 4;
+        int8_t* to_values = values(kv, position);
+        for (uint32_t b = 0; b * block < kv.head_dim; ++b) {
+            const uint32_t first = b * block, left = kv.head_dim - first < block ? kv.head_dim - first : block;
+            const uint32_t stored = padded - first < block ? padded - first : block;
+            int8_t codes[block];
+            key_scales(kv, group)[b * lanes + lane] = quantize_kv(key + first, left, codes);
+            for (uint32_t i = 0; i < stored; i += 4) {
+                const uint32_t four = uint32_t(read_int32(codes + i)) ^ 0x80808080u;  // q + 128
+                __builtin_memcpy(to_keys + (first + i) * lanes, &four, 4);
+            }
+            value_scales(kv, position)[b * kv_block_tokens] = quantize_kv(value + first, left, codes);
+            __builtin_memcpy(to_values + first, codes, stored);
+        }
+    }
+
+    template <uint32_t N>
+    struct Queries {
+        const ActivationBlock* q;  // [N][n]
+        uint32_t n;
+
+        Queries(const AttentionArgs& args, uint32_t first, float* space)
+            : q((const ActivationBlock*)space), n(kv_scales(args.kv.head_dim)) {
+            const uint32_t d = args.kv.head_dim, whole = d / block * block;
+            auto* to = (ActivationBlock*)space;
+            for (uint32_t c = 0; c < N; ++c, to += n) {
+                const float* from = args.queries + (first + c) * args.query_stride;
+                quantize_activations(from, whole, to);
+                if (whole == d) continue;
+                float rest[block] = {};
+                __builtin_memcpy(rest, from + whole, (d - whole) * sizeof(float));
+                quantize_activations(rest, block, to + whole / block);
+            }
+        }
+
+        // Vectors of four dimensions outside, queries inside: a vector is made ready for dot_q8 once.
+        template <uint32_t Vectors>
+        void dot(const uint8_t* k, uint32_t b, VecI* sums) const {
+#pragma GCC unroll 8
+            for (uint32_t j = 0; j < Vectors; ++j) {
+                const Q8Bytes key = prepare_q8(load_bytes(k + j * 64));
+#pragma GCC unroll 8
+                for (uint32_t c = 0; c < N; ++c) sums[c] = dot_q8(sums[c], key, read_int32(q[c * n + b].q + 4 * j));
+            }
+        }
+
+        // Of the 16 keys from `token` on.
+        void scores(const KvHead& kv, uint32_t token, VecF* result) const {
+            const uint32_t padded = kv_value_dim(kv.head_dim);
+            const uint8_t* k = keys(kv, token);
+            const uint16_t* scales = key_scales(kv, token);
+            VecF acc[N];
+            for (uint32_t c = 0; c < N; ++c) acc[c] = zero();
+            for (uint32_t b = 0; b < n; ++b, k += block * lanes, scales += lanes) {
+                VecI sums[N];
+                for (uint32_t c = 0; c < N; ++c) sums[c] = q8_start(q[c * n + b].sum);
+                if ((b + 1) * block <= padded)
+                    dot<8>(k, b, sums);
+                else
+                    dot<4>(k, b, sums);
+                const VecF scale = load_bf16(scales);
+#pragma GCC unroll 8
+                for (uint32_t c = 0; c < N; ++c)
+                    acc[c] = fma(to_float(sums[c]), mul(scale, set1(q[c * n + b].scale)), acc[c]);
+            }
+            for (uint32_t c = 0; c < N; ++c) result[c] = acc[c];
+        }
+    };
+
+    // Tokens of one block, 16 * V dimensions from `dim` on, N queries.
+    template <uint32_t N, uint32_t V>
+    struct Values {
+        static_assert(V == 1 || V % 2 == 0);
+        static constexpr uint32_t blocks = (V + 1) / 2;
+        const int8_t* rows;
+        size_t row_length;
+        float scaled[N][blocks][kv_block_tokens];  // weight * scale
+
+        Values(const KvHead& kv, uint32_t dim, uint32_t first, uint32_t n_tokens, const float* weights, size_t stride)
+            : rows(values(kv, first) + dim), row_length(kv_value_dim(kv.head_dim)) {
+            for (uint32_t b = 0; b < blocks; ++b) {
+                const uint16_t* scales = value_scales(kv, first) + (dim / block + b) * kv_block_tokens;
+                for (uint32_t t = 0; t < n_tokens; t += lanes) {
+                    const VecF scale = load_bf16(scales + t);
+                    for (uint32_t c = 0; c < N; ++c)
+                        ::store(scaled[c][b] + t, mul(load(weights + c * stride + first + t), scale));
+                }
+            }
+        }
+        VecF value(uint32_t token, uint32_t v) const { return load_int8(rows + token * row_length + v * lanes); }
+        VecF weight(uint32_t token, uint32_t v, uint32_t c) const { return set1(scaled[c][v / 2][token]); }
+    };
+};
+
+void kv_store(const KvHead& kv, uint32_t position, const float* key, const float* value) {
+    switch (kv.type) {
+        case KvType::f32: return FloatKv<KvF32>::store(kv, position, key, value);
+        case KvType::f16: return FloatKv<KvF16>::store(kv, position, key, value);
+        case KvType::q8_0: return Q8Kv::store(kv, position, key, value);
+    }
+}
+
+// ---- the computation ------------------------------------------------------------------------------------------------
+
+// In place: scores of one query -> exp(score - max); returns their sum.
+float softmax_weights(float* scores, uint32_t n_keys) {
+    const uint32_t tail = n_keys % lanes, full = n_keys - tail;
+    VecF top = set1(-3.402823466e+38f);
+    for (uint32_t i = 0; i < full; i += lanes) top = max(top, load(scores + i));
+    float highest = reduce_max(top);
+    for (uint32_t i = full; i < n_keys; ++i) highest = scores[i] > highest ? scores[i] : highest;
+    const VecF m = set1(highest);
+    VecF acc = zero();
+    for (uint32_t i = 0; i < full; i += lanes) {
+        const VecF p = exp(sub(load(scores + i), m));
+        acc = add(acc, p);
+        store(scores + i, p);
+    }
+    if (tail) {
+        const VecF p = keep_first(exp(sub(load(scores + full), m)), tail);
+        acc = add(acc, p);
+        store(scores + full, p);
+    }
+    return reduce_add(acc);
+}
+
+// Adds the weighted values of keys [begin, end), begin even, to the chains of N queries and 16 * V dimensions from
+// `dim` on: acc[query * V + vector][parity]. Even and odd keys have chains of their own.
+template <typename Kv, uint32_t N, uint32_t V>
+void add_values(const KvHead& kv, uint32_t dim, uint32_t begin, uint32_t end, const float* weights, size_t stride,
+                VecF (*acc)[2]) {
+    VecF even[N * V], odd[N * V];
+    for (uint32_t i = 0; i < N * V; ++i) even[i] = acc[i][0], odd[i] = acc[i][1];
+    while (begin < end) {
+        const uint32_t first = begin / kv_block_tokens * kv_block_tokens;
+        const uint32_t n = end - first < kv_block_tokens ? end - first : kv_block_tokens;
+        const typename Kv::template Values<N, V> block(kv, dim, first, n, weights, stride);
+        uint32_t t = begin - first;
+        for (; t + 2 <= n; t += 2) {
+#pragma GCC unroll 4
+            for (uint32_t v = 0; v < V; ++v) {
+                const VecF v0 = block.value(t, v), v1 = block.value(t + 1, v);
+#pragma GCC unroll 8
+                for (uint32_t c = 0; c < N; ++c) {
+                    even[c * V + v] = fma(block.weight(t, v, c), v0, even[c * V + v]);
+                    odd[c * V + v] = fma(block.weight(t + 1, v, c), v1, odd[c * V + v]);
+                }
+            }
+        }
+        if (t < n) {
+            for (uint32_t v = 0; v < V; ++v) {
+                const VecF last = block.value(t, v);
+                for (uint32_t c = 0; c < N; ++c) even[c * V + v] = fma(block.weight(t, v, c), last, even[c * V + v]);
+            }
+        }
+        begin = first + n;
+    }
+    for (uint32_t i = 0; i < N * V; ++i) acc[i][0] = even[i], acc[i][1] = odd[i];
+}
+
+// 16 * V dimensions from `dim` on of the results of N consecutive queries, of which the first sees `common` keys.
+template <typename Kv, uint32_t N, uint32_t V>
+void mix_values(const AttentionArgs& args, uint32_t first_query, uint32_t dim, uint32_t common, const float* weights,
+                size_t stride, const float* inverse) {
+    VecF acc[N * V][2];
+    for (uint32_t i = 0; i < N * V; ++i) acc[i][0] = acc[i][1] = zero();
+    const uint32_t paired = common / 2 * 2;
+    add_values<Kv, N, V>(args.kv, dim, 0, paired, weights, stride, acc);
+    for (uint32_t c = 0; c < N; ++c) {
+        add_values<Kv, 1, V>(args.kv, dim, paired, common + c, weights + c * stride, stride, acc + c * V);
+        float* out = args.out + (first_query + c) * args.out_stride + dim;
+        for (uint32_t v = 0; v < V; ++v) {
+            const uint32_t begin = dim + v * lanes, left = args.kv.head_dim - begin;
+            const VecF result = mul(add(acc[c * V + v][0], acc[c * V + v][1]), set1(inverse[c]));
+            store_first(out + v * lanes, result, left < lanes ? left : lanes);
+        }
+    }
+}
+
+// N consecutive queries of one head. Each query's operations do not depend on N.
+template <typename Kv, uint32_t N>
+void attention_tile_of(const AttentionArgs& args, uint32_t first_query) {
+    const KvHead& kv = args.kv;
+    const uint32_t common = args.position + first_query + 1;  // keys that every query of the tile sees
+    const uint32_t n_keys = common + N - 1;
+    const size_t stride = size_t(n_keys + lanes - 1) / lanes * lanes;
+    float* const weights = args.scratch;
+    const typename Kv::template Queries<N> queries(args, first_query, args.scratch + N * stride);
+    for (uint32_t token = 0; token < n_keys; token += lanes) {
+        VecF scores[N];
+        queries.scores(kv, token, scores);
+        for (uint32_t c = 0; c < N; ++c) store(weights + c * stride + token, scores[c]);
+    }
+    float inverse[N];
+    for (uint32_t c = 0; c < N; ++c) inverse[c] = 1.0f / softmax_weights(weights + c * stride, common + c);
+
+    const uint32_t end = kv_value_dim(kv.head_dim);
+    uint32_t dim = 0;
+    if constexpr (N == 1) {  // rows are read once, not once for every 16 dimensions, and there are more chains
+        constexpr uint32_t most = attention_value_vectors;
+        for (; dim + most * lanes <= end; dim += most * lanes)
+            mix_values<Kv, 1, most>(args, first_query, dim, common, weights, stride, inverse);
+        for (; dim + 2 * lanes <= end; dim += 2 * lanes)
+            mix_values<Kv, 1, 2>(args, first_query, dim, common, weights, stride, inverse);
+    }
+    for (; dim < end; dim += lanes) mix_values<Kv, N, 1>(args, first_query, dim, common, weights, stride, inverse);
+}
+
+template <typename Kv>
+void attention_as(const AttentionArgs& args) {
+    constexpr uint32_t tile = attention_tile;
+    uint32_t query = 0;
+    for (; query + tile <= args.n_queries; query += tile) attention_tile_of<Kv, tile>(args, query);
+    for (; query < args.n_queries; ++query) attention_tile_of<Kv, 1>(args, query);
+}
+
+void attention(const AttentionArgs& args) {
+    switch (args.kv.type) {
+        case KvType::f32: return attention_as<FloatKv<KvF32>>(args);
+        case KvType::f16: return attention_as<FloatKv<KvF16>>(args);
+        case KvType::q8_0: return attention_as<Q8Kv>(args);
+    }
+}
