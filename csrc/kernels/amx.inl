@@ -14,6 +14,8 @@ struct alignas(64) TileConfig {
     uint8_t rows[16] = {16, 16, 16, 16, 8, 8};
 };
 static_assert(sizeof(TileConfig) == 64);
+// In static memory: GCC 12 believes that _tile_loadconfig reads 8 bytes and drops stores to the others.
+constexpr TileConfig tile_config;
 
 constexpr uint32_t tile_tokens = matmul_tile_tokens;
 
@@ -105,35 +107,41 @@ void tile_columns(const TileSide& panel, const TileSide& tokens, uint32_t n_bloc
     for (uint32_t c = 0; c < tile_tokens; ++c) result[c] = acc[c];
 }
 
-// The first tokens of `args`, as many as fill tiles of 16; returns how many. Panels outside, tokens inside.
+// The first tokens of `args`, as many as fill tiles of 16; returns how many. Panels are expanded in groups that stay in
+// the second-level cache; inside, tokens outside, so that results are written to neighbouring places.
 template <WeightType Type>
 uint32_t tile_matmul(const MatmulArgs& args) {
     constexpr auto format = fixmin::quant::block_format(Type);
     if constexpr (format.scale_values == 16) return 0;  // two results for a block, half a tile deep: not done yet
     const uint32_t n_blocks = args.inner / block, n_tokens = args.n_tokens / tile_tokens * tile_tokens;
     if (n_tokens == 0) return 0;
-    // Scratch: scales and offsets of the panel and of all tokens, then the bytes of the panel and of all tokens.
-    const size_t side = size_t(n_blocks) * lanes;
-    float* floats = (float*)args.scratch;
-    int8_t* bytes = (int8_t*)(floats + 2 * (side + size_t(n_tokens) * n_blocks));
-    const TileSide panel = {bytes, floats, floats + side};
-    const auto tokens_at = [=](uint32_t t) {
-        const size_t place = side + size_t(t) * n_blocks;
-        return TileSide{bytes + place * block, floats + 2 * place, floats + 2 * place + side};
+    // Scratch: for each side, which is a panel or 16 tokens, its values, scales and offsets.
+    const size_t floats = size_t(n_blocks) * lanes;
+    const auto side_at = [&](size_t i) {
+        int8_t* values = (int8_t*)args.scratch + i * (floats * block + 2 * floats * sizeof(float));
+        float* scales = (float*)(values + floats * block);
+        return TileSide{values, scales, scales + floats};
     };
+    const auto tokens_at = [&](uint32_t t) { return side_at(matmul_tile_panels + t / tile_tokens); };
     for (uint32_t t = 0; t < n_tokens && !args.same_tokens; t += tile_tokens) {
         const TileSide to = tokens_at(t);
         pack_activations(args.quantized + size_t(t) * n_blocks, n_blocks, to.values, to.scales, to.offsets);
     }
-    const TileConfig config;
-    _tile_loadconfig(&config);
-    const uint8_t* from = (const uint8_t*)args.panels;
-    for (uint32_t row = 0; row < args.n_rows; row += lanes, from += args.panel_stride) {
-        expand_panel<Type>(from, n_blocks, panel.values, panel.scales, panel.offsets);
+    _tile_loadconfig(&tile_config);
+    const uint32_t n_panels = (args.n_rows + lanes - 1) / lanes;
+    for (uint32_t first = 0; first < n_panels; first += matmul_tile_panels) {
+        const uint32_t n = n_panels - first < matmul_tile_panels ? n_panels - first : matmul_tile_panels;
+        for (uint32_t p = 0; p < n; ++p) {
+            const TileSide to = side_at(p);
+            expand_panel<Type>((const uint8_t*)args.panels + (first + p) * args.panel_stride, n_blocks, to.values,
+                               to.scales, to.offsets);
+        }
         for (uint32_t t = 0; t < n_tokens; t += tile_tokens) {
-            VecF result[tile_tokens];
-            tile_columns<format.has_min>(panel, tokens_at(t), n_blocks, result);
-            for (uint32_t c = 0; c < tile_tokens; ++c) finish(args, t + c, row, result[c]);
+            for (uint32_t p = 0; p < n; ++p) {
+                VecF result[tile_tokens];
+                tile_columns<format.has_min>(side_at(p), tokens_at(t), n_blocks, result);
+                for (uint32_t c = 0; c < tile_tokens; ++c) finish(args, t + c, (first + p) * lanes, result[c]);
+            }
         }
     }
     _tile_release();

@@ -36,20 +36,21 @@ struct MatmulArgs {
     size_t activation_stride;          // floats
     const ActivationBlock* quantized;  // [n_tokens][inner / 32]; quantised weight types
     uint32_t n_tokens;
-    const float* bias;   // [n_rows rounded up to 16], or null
-    float* out;          // [n_tokens][out_stride]
-    size_t out_stride;   // floats
-    bool accumulate;     // add to what `out` holds
-    std::byte* scratch;  // matmul_scratch_bytes(inner, n_tokens); quantised weight types
-    bool same_tokens;    // as in the call before with this scratch, which nothing has written to since
+    const float* bias;      // [n_rows rounded up to 16], or null
+    float* out;             // [n_tokens][out_stride]
+    size_t out_stride;      // floats
+    bool accumulate;        // add to what `out` holds
+    std::byte* scratch;     // matmul_scratch_bytes(inner, n_tokens); quantised weight types
+    bool same_tokens;       // as in the call before with this scratch, which nothing has written to since
     const std::byte* next;  // what this thread reads after these panels, or null; prefetched for a single token
 };
 
-inline constexpr uint32_t matmul_tile_tokens = 16;  // of ISAs that multiply tiles
+// Of ISAs that multiply tiles: tokens of a tile, panels that are laid out for tiles at a time.
+inline constexpr uint32_t matmul_tile_tokens = 16, matmul_tile_panels = 8;
 
-/// A panel and all activations as bytes in the order of tiles, with two floats for every 32.
+/// Panels and all activations as bytes in the order of tiles, with two floats for every 32.
 static constexpr size_t matmul_scratch_bytes(size_t inner, size_t n_tokens) {
-    return (lanes + n_tokens) * (inner + inner / quant::block_size * 2 * sizeof(float));
+    return (matmul_tile_panels * lanes + n_tokens) * (inner + inner / quant::block_size * 2 * sizeof(float));
 }
 
 enum class KvType : uint8_t { f32, f16, q8_0 };

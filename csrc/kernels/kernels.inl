@@ -289,8 +289,8 @@ struct WeightBlock {
         return Reader::template read<J>(planes);
     }
 
-    // acc + weights . activations, given the dot products of the block in `chains` parts. Every value but a_scale * scale
-    // and the results of the last fma of a term is exact.
+    // acc + weights . activations, given the dot products of the block in `chains` parts. Every value but a_scale *
+    // scale and the results of the last fma of a term is exact.
     template <uint32_t chains>
     VecF add_dots(VecF acc, const VecI* dots, const ActivationBlock& a) const {
         if constexpr (!halves) {
@@ -321,8 +321,8 @@ class Stream {
         next_ = args.next ? (const uint8_t*)args.next : end_;
     }
 
-    // `bytes` bytes at p are read now. Inlined, because GCC takes a call that does nothing but prefetch for one that does
-    // nothing.
+    // `bytes` bytes at p are read now. Inlined, because GCC takes a call that does nothing but prefetch for one that
+    // does nothing.
     [[gnu::always_inline]] void reads(const uint8_t* p, size_t bytes) const {
         const uint8_t* to_second = after(p + stream_far);
         const uint8_t* to_first = after(p + stream_near);
@@ -368,7 +368,8 @@ struct QuantizedTile {
 #pragma GCC unroll 16
                 for (uint32_t c = 0; c < N; ++c) {
                     const uint32_t i = p * N + c;
-                    acc[i] = weights[p].template add_dots<chains>(acc[i], dots + i * chains, rows[size_t(c) * n_blocks + b]);
+                    acc[i] =
+                        weights[p].template add_dots<chains>(acc[i], dots + i * chains, rows[size_t(c) * n_blocks + b]);
                 }
             }
         }
@@ -486,9 +487,9 @@ void finish(const MatmulArgs& args, uint32_t token, uint32_t row, VecF value) {
         store_first(out, value, valid);
 }
 
-// Panels in groups that stay in the second-level cache; inside, tokens in tiles that stay in the first-level cache while
-// the panels of the group pass by, so that results are written to neighbouring places.
-// Tile: (panel, first token, result[P][N]) with P = Panels and N = Columns, or both 1.
+// Panels in groups that stay in the second-level cache; inside, tokens in tiles that stay in the first-level cache
+// while the panels of the group pass by, so that results are written to neighbouring places. Tile: (panel, first token,
+// result[P][N]) with P = Panels and N = Columns, or both 1.
 template <uint32_t Panels, uint32_t Columns, typename Wide, typename Narrow>
 void for_each_tile(const MatmulArgs& args, Wide wide, Narrow narrow) {
     constexpr size_t group_bytes = size_t(1) << 18;

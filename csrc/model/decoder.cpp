@@ -13,10 +13,10 @@ using quant::block_size;
 
 namespace {
 
-// Tokens per pass over the panels of a matrix: as many as keep their activations in the second-level cache, in whole
-// tiles of every ISA (12, 4, 6 and 16 tokens).
+// Tokens per pass over the panels of a matrix, in whole tiles of every ISA. The activations of a pass come from a
+// shared cache once for every group of panels, and each thread's tiles of them have to fit somewhere (docs/kernels.md).
 uint32_t tokens_per_pass(size_t row_bytes) {
-    constexpr size_t cache_bytes = size_t(1) << 20, whole = 48;
+    constexpr size_t cache_bytes = size_t(4) << 20, whole = 48;
     return uint32_t(std::max(cache_bytes / row_bytes / whole * whole, whole));
 }
 
@@ -258,22 +258,23 @@ Decoder::Rows Decoder::as_rows(const float* values, uint32_t length, uint32_t n_
     return {values, quantized_.data(), length};
 }
 
-// Tokens in passes that keep their activations in the second-level cache, panels inside; a piece of that is one or more
-// parts. The same matrix, number of tokens and team must be given by all threads.
+// Tokens in passes, panels inside; a piece of that is one or more parts. Several tokens take panels in pairs, as the
+// widest tiles do. The same matrix, number of tokens and team must be given by all threads.
 template <typename Body>
 void Decoder::for_parts(const Linear& w, uint32_t n_tokens, Team& team, Body body) {
     const size_t row_bytes = is_quantized(w.type) ? quantized_bytes(w.inner) : w.inner * sizeof(float);
-    const uint32_t tile = tokens_per_pass(row_bytes), n_panels = w.n_panels();
-    const uint32_t n_passes = (n_tokens + tile - 1) / tile;
+    const uint32_t tile = tokens_per_pass(row_bytes), n_passes = (n_tokens + tile - 1) / tile;
+    const uint32_t unit_rows = (n_tokens == 1 ? 1 : 2) * quant::panel_rows;
+    const uint32_t n_units = (w.rows + unit_rows - 1) / unit_rows;
     uint32_t last_pass = n_passes;
-    team.for_pieces(n_passes * n_panels, [&](uint32_t begin, uint32_t end) {
+    team.for_pieces(n_passes * n_units, [&](uint32_t begin, uint32_t end) {
         while (begin < end) {
-            const uint32_t pass = begin / n_panels, panel = begin % n_panels;
-            const uint32_t end_panel = std::min(n_panels, panel + (end - begin));
-            body(Part{panel * quant::panel_rows, std::min(end_panel * quant::panel_rows, w.rows), pass * tile,
+            const uint32_t pass = begin / n_units, unit = begin % n_units;
+            const uint32_t end_unit = std::min(n_units, unit + (end - begin));
+            body(Part{unit * unit_rows, std::min(end_unit * unit_rows, w.rows), pass * tile,
                       std::min(tile, n_tokens - pass * tile), pass == last_pass});
             last_pass = pass;
-            begin += end_panel - panel;
+            begin += end_unit - unit;
         }
     });
 }

@@ -41,8 +41,8 @@ class Team {
     /// This thread's contiguous share of 0..n.
     Range share(uint32_t n) const { return share_of(index, n); }
 
-    /// body(begin, end) on pieces of 0..n until the team has taken all of them. A thread goes through its own share from
-    /// the front, so that it reads one range of memory after the other, and then helps the others from the back of
+    /// body(begin, end) on pieces of 0..n until the team has taken all of them. A thread goes through its own share
+    /// from the front, so that it reads one range of memory after the other, and then helps the others from the back of
     /// theirs: a thread whose core is slower or shared does less. Every thread calls it, with at most four calls
     /// between two barriers.
     template <typename Body>
