@@ -102,7 +102,7 @@ def measure(engine: str, path: str, threads: int, *options: str) -> dict[str, fl
 
 def in_a_process(python: str, *worker: object) -> dict[str, float]:
     command = [python, __file__, "--worker", *map(str, worker)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise SystemExit(f"{worker} ended with {done.returncode}:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
