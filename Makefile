@@ -101,7 +101,7 @@ emulators:
 	    echo 'note: tests of other CPUs will be skipped; on Debian: sudo apt-get install $(EMULATORS)'; \
 	fi
 
-# The tests of what is native on older CPUs, many minutes each; tests/native has the short form. PyTorch stays out: it takes
+# The tests of what is native on older CPUs, a quarter of an hour each or more; tests/native has the short form. PyTorch stays out: it takes
 # minutes to import there, and what it is compared with (tests/oracle.py) is not native.
 EMULATED := tests/kernels tests/engine tests/model tests/codes --ignore=tests/codes/test_oracle.py \
             --deselect=tests/engine/test_engine.py::test_flush_to_zero_of_the_caller_changes_nothing
