@@ -103,11 +103,13 @@ class EngineHandle {
   public:
     EngineHandle(const std::string& path, const engine::EngineOptions& options, const py::object& progress) {
         Interruption interruption(nullptr);
+        bool refused = false;
         const auto report = [&](double fraction) {
             if (interruption()) throw engine::Cancelled();
             if (progress.is_none()) return;
             const py::gil_scoped_acquire gil;
-            progress(fraction);
+            refused = progress(fraction).is(py::bool_(false));
+            if (refused) throw engine::Cancelled();
         };
         {
             const py::gil_scoped_release release;
@@ -117,6 +119,7 @@ class EngineHandle {
             }
         }
         interruption.rethrow();
+        if (refused) throw Error("loading '" + path + "' was cancelled: progress returned False");
     }
 
     std::shared_ptr<Engine> get() const {
@@ -133,6 +136,28 @@ class EngineHandle {
   private:
     std::shared_ptr<Engine> engine_;
 };
+
+py::dict bytes_by_kind(const Engine& engine) {
+    const model::Weights& weights = engine.weights();
+    const model::WeightBytes bytes = weights.bytes();
+    const size_t total = bytes.attention + bytes.mlp + bytes.output + bytes.norms + bytes.codes;
+    py::dict roles, types, d;
+    roles["attention"] = bytes.attention;
+    roles["mlp"] = bytes.mlp;
+    roles["output"] = bytes.output;
+    roles["norms"] = bytes.norms;
+    roles["codes"] = bytes.codes;
+    for (const auto& [type, n] : bytes.types) types[py::str(std::string(type))] = n;
+    d["weights"] = total;
+    d["weights_by_role"] = roles;
+    d["weights_by_type"] = types;
+    d["kv_cache"] = engine.kv_bytes();
+    d["buffers"] = engine.buffer_bytes();
+    d["memory"] = total + engine.kv_bytes() + engine.buffer_bytes();
+    d["mapped"] = weights.embedding.size();
+    d["file"] = weights.file_bytes;
+    return d;
+}
 
 py::dict info(const EngineHandle& handle) {
     const auto engine = handle.get();
@@ -163,6 +188,7 @@ py::dict info(const EngineHandle& handle) {
     d["weight_bytes"] = weights.panels.size();
     d["kv_type"] = kernels::name(engine->kv_type());
     d["kv_bytes"] = engine->kv_bytes();
+    d["bytes"] = bytes_by_kind(*engine);
     d["bytes_per_token"] = weights.bytes_per_token();
     d["kv_bytes_per_position"] = engine->kv_bytes_per_position();
     d["block_product_weights"] = weights.block_product_weights();

@@ -45,6 +45,8 @@ class CodeMap {
 
     uint32_t vocab_size() const { return vocab_size_; }
     uint32_t width() const { return width_; }
+    /// In memory, of what the object points to.
+    size_t bytes() const { return (columns_.size() + inverse_columns_.size() + table_.size()) * sizeof(uint32_t); }
 
     /// Code of one id.  Throws ArgumentError for id >= V.
     uint32_t code(uint32_t id) const;

@@ -58,6 +58,7 @@ class FoldedProjection {
     const float* column(uint32_t j) const { return &columns_[size_t{j} * rows_]; }  // [M]; j < K
     const float* sum() const { return sum_.data(); }                                // [M], S
     const float* constant() const { return constant_.data(); }                      // [M], C
+    size_t bytes() const { return (columns_.size() + sum_.size() + constant_.size()) * sizeof(float); }
 
     /// Computed in double from the counts, rounded once.  Where the norm's centred input is identically zero
     /// (layernorm of a constant x; rmsnorm of zeros) rstd is 0 instead of 1/sqrt(eps): the result is C

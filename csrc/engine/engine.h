@@ -49,6 +49,7 @@ class Engine {
     uint32_t n_threads() const { return pool_.size(); }
     kernels::KvType kv_type() const { return kv_.view().type; }
     size_t kv_bytes() const { return kv_.reserved_bytes(); }
+    size_t buffer_bytes() const { return decoder_.buffer_bytes(); }
     size_t kv_bytes_per_position() const { return kv_.bytes_per_position(); }
 
     /// out: [T][V], or [V] with last_only.

@@ -593,9 +593,9 @@ uintptr_t page_size() noexcept {
     return size;
 }
 
-void advise(uintptr_t begin, uintptr_t end, int advice) noexcept {
-    // The result is ignored on purpose: advice that the kernel does not take changes no value that is read.
-    if (begin < end) (void)madvise(reinterpret_cast<void*>(begin), end - begin, advice);
+// False if the kernel does not take the advice, which changes no value that is read.
+bool advise(uintptr_t begin, uintptr_t end, int advice) noexcept {
+    return begin >= end || madvise(reinterpret_cast<void*>(begin), end - begin, advice) == 0;
 }
 
 }  // namespace
@@ -608,7 +608,12 @@ void GgufFile::release(std::span<const std::byte> range) const noexcept {
 
 void GgufFile::prefetch(std::span<const std::byte> range) const noexcept {
     const auto [begin, end] = overlap(range, mapping_.bytes());
-    if (begin < end) advise(begin & ~(page_size() - 1), end, MADV_WILLNEED);
+    const uintptr_t first = begin & ~(page_size() - 1);
+    if (begin >= end) return;
+#ifdef MADV_POPULATE_READ  // Linux
+    if (advise(first, end, MADV_POPULATE_READ)) return;
+#endif
+    advise(first, end, MADV_WILLNEED);
 }
 
 }  // namespace fixmin::gguf

@@ -158,7 +158,8 @@ class GgufFile {
     /// they leave this process's resident memory and are read from the file again if touched.  Does nothing
     /// after `parse`.
     void release(std::span<const std::byte> range) const noexcept;
-    /// Asks the kernel to start reading the pages that `range` touches.  Does nothing after `parse`.
+    /// Maps the pages that `range` touches in one go, which is cheaper than a fault for each few of them; where the
+    /// kernel cannot do that (before Linux 5.14) it starts reading them.  Does nothing after `parse`.
     void prefetch(std::span<const std::byte> range) const noexcept;
 
   private:

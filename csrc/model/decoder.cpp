@@ -59,6 +59,13 @@ Decoder::Decoder(const Weights& weights, const kernels::Kernels& kernels, uint32
     }
 }
 
+size_t Decoder::buffer_bytes() const {
+    const auto bytes = [](const auto&... v) { return (... + (v.size() * sizeof(v[0]))); };
+    size_t total = bytes(x_, normed_, quantized_, qkv_, attended_, gate_, up_, cos_, sin_);
+    for (const Private& own : private_) total += bytes(own.row, own.blocks, own.scratch);
+    return total;
+}
+
 InputSquares::InputSquares(const Hyperparams& hp) : blocks(hp.block_count), output(hp.embedding_length) {
     for (Block& block : blocks) {
         if (&block != &blocks.front() || !hp.folds_layer_0()) block.qkv.resize(hp.embedding_length);

@@ -65,6 +65,9 @@ class Decoder {
     /// Final norm and output projection of rows first..first+n-1 of the last chunk: logits [n][V] float32.
     void project(uint32_t first, uint32_t n, float* logits, Team& team, InputSquares* squares = nullptr);
 
+    /// Memory of the activations and of the rotation tables made so far.
+    size_t buffer_bytes() const;
+
   private:
     // What a matrix product reads: rows as float32, in 8 bits, or both.
     struct Rows {

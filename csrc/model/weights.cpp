@@ -35,16 +35,39 @@ void Weights::embed(uint32_t id, float* x) const {
         hyperparams.lift.apply(code_map.code(id), x);
 }
 
+WeightBytes Weights::bytes() const {
+    WeightBytes total;
+    const auto add_floats = [&](size_t& role, size_t bytes) {
+        role += bytes;
+        if (bytes) total.types["F32"] += bytes;
+    };
+    const auto add = [&](size_t& role, const Linear& w) {
+        role += w.matrix_bytes();
+        if (w.rows) total.types[quant::name(w.type)] += w.matrix_bytes();
+        add_floats(role, w.bias_bytes());
+    };
+    for (const Layer& layer : layers) {
+        for (const Linear* w : {&layer.q, &layer.k, &layer.v, &layer.attn_output}) add(total.attention, *w);
+        for (const Linear* w : {&layer.gate, &layer.up, &layer.down}) add(total.mlp, *w);
+        add_floats(total.norms, layer.attn_norm.bytes() + layer.ffn_norm.bytes());
+    }
+    add(total.output, output);
+    add_floats(total.norms, output_norm.bytes());
+    add_floats(total.codes, fold.bytes());
+    total.codes += code_map.bytes();
+    if (code_map.bytes()) total.types["I32"] += code_map.bytes();
+    return total;
+}
+
 size_t Weights::bytes_per_token() const {
-    const auto bytes = [](const Norm& norm) { return (norm.weight.size() + norm.bias.size()) * sizeof(float); };
-    size_t total = output.bytes() + bytes(output_norm);
+    size_t total = output.bytes() + output_norm.bytes();
     if (hyperparams.folds_layer_0()) {
         total += size_t(hyperparams.code_width + 2) * hyperparams.qkv_length() * sizeof(float);
     } else {
         total += quant::row_bytes(embedding_type, hyperparams.embedding_length);
     }
     for (const Layer& layer : layers) {
-        total += bytes(layer.attn_norm) + bytes(layer.ffn_norm);
+        total += layer.attn_norm.bytes() + layer.ffn_norm.bytes();
         for (const Linear* w : layer.products()) total += w->bytes();
     }
     return total;
@@ -168,7 +191,8 @@ class Loader {
         size_t offset;
     };
 
-    static constexpr size_t release_bytes = size_t(4) << 20;
+    // Of a file: what a thread has mapped at a time.
+    static constexpr size_t piece_bytes = size_t(2) << 20;
 
     [[noreturn]] static void not_finite(const gguf::TensorInfo& tensor) {
         throw GgufError("tensor '" + tensor.name + "' at offset " + std::to_string(tensor.offset) +
@@ -180,17 +204,18 @@ class Loader {
         const size_t row = quant::row_bytes(w.type, w.inner);
         std::atomic<bool> finite = true;
         parallel_for(w.n_panels(), [&](uint32_t begin, uint32_t end) {
-            const std::byte* released = tensor.data.data() + begin * quant::panel_rows * row;
-            for (uint32_t p = begin; p < end; ++p) {
+            const uint32_t piece = uint32_t(std::max<size_t>(1, piece_bytes / (quant::panel_rows * row)));
+            for (uint32_t p = begin; p < end; p += piece) {
                 const uint32_t first = p * quant::panel_rows;
-                const uint32_t n = std::min(quant::panel_rows, w.rows - first);
-                const std::byte* rows = tensor.data.data() + first * row;
-                if (!quant::pack_panel(w.type, rows, n, w.inner, panels + p * w.panel_stride)) finite = false;
-                const std::byte* done = rows + n * row;
-                if (size_t(done - released) >= release_bytes || p + 1 == end) {
-                    file_.release({released, done});
-                    released = done;
+                const uint32_t last = std::min(std::min(p + piece, end) * quant::panel_rows, w.rows);
+                const auto rows = tensor.data.subspan(first * row, (last - first) * row);
+                file_.prefetch(rows);
+                for (uint32_t r = first; r < last; r += quant::panel_rows) {
+                    const uint32_t n = std::min(quant::panel_rows, last - r);
+                    std::byte* panel = panels + r / quant::panel_rows * w.panel_stride;
+                    if (!quant::pack_panel(w.type, tensor.data.data() + r * row, n, w.inner, panel)) finite = false;
                 }
+                file_.release(rows);
             }
         });
         if (!finite) not_finite(tensor);
@@ -257,6 +282,7 @@ Weights load_weights(gguf::GgufFile file, const ParallelFor& parallel_for,
                      const std::function<void(double)>& progress) {
     Weights weights;
     const Hyperparams hp = weights.hyperparams = read_hyperparams(file);
+    weights.file_bytes = file.bytes().size();
     Loader loader(file);
 
     if (hp.code_kind == CodeKind::learned) {

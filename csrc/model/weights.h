@@ -3,9 +3,11 @@
 #include <array>
 #include <cstddef>
 #include <functional>
+#include <map>
 #include <memory>
 #include <optional>
 #include <span>
+#include <string_view>
 #include <vector>
 
 #include "codes/code_map.h"
@@ -42,13 +44,16 @@ struct Linear {
     std::vector<float> bias;            // [rows rounded up to 16], or empty
 
     uint32_t n_panels() const { return (rows + quant::panel_rows - 1) / quant::panel_rows; }
-    size_t bytes() const { return n_panels() * panel_stride + bias.size() * sizeof(float); }
+    size_t matrix_bytes() const { return n_panels() * panel_stride; }
+    size_t bias_bytes() const { return bias.size() * sizeof(float); }
+    size_t bytes() const { return matrix_bytes() + bias_bytes(); }
 };
 
 struct Norm {
     std::vector<float> weight;  // [D]
     std::vector<float> bias;    // [D], or empty
     const float* bias_or_null() const { return bias.empty() ? nullptr : bias.data(); }
+    size_t bytes() const { return (weight.size() + bias.size()) * sizeof(float); }
 };
 
 struct Layer {
@@ -58,6 +63,14 @@ struct Layer {
     Linear gate, up, down;  // gate only for swiglu
 
     std::array<const Linear*, 7> products() const { return {&q, &k, &v, &attn_output, &gate, &up, &down}; }
+};
+
+/// The same bytes twice, once by what they are for and once by the type of the numbers.
+struct WeightBytes {
+    size_t attention = 0, mlp = 0, output = 0;  // matrices with their biases
+    size_t norms = 0;
+    size_t codes = 0;  // code map and folded layer 0
+    std::map<std::string_view, size_t> types;
 };
 
 struct Weights {
@@ -73,6 +86,11 @@ struct Weights {
     std::optional<gguf::GgufFile> file;
     std::span<const std::byte> embedding;  // [V][row_bytes(embedding_type, D)]
     quant::WeightType embedding_type = quant::WeightType::f32;
+
+    size_t file_bytes = 0;  // of the whole file that this came from
+
+    /// Everything that stays in memory; a learned embedding stays in the file.
+    WeightBytes bytes() const;
 
     /// x [D] of one token: the lifted code, or the row of the embedding.
     void embed(uint32_t id, float* x) const;

@@ -16,27 +16,77 @@ T read(const std::byte* p) {
 }
 
 constexpr bool f16_is_finite(uint16_t h) { return (h & 0x7c00u) != 0x7c00u; }
-constexpr bool bf16_is_finite(uint16_t h) { return (h & 0x7f80u) != 0x7f80u; }
 
-// Elements wider than a byte: a transpose of [n_rows][inner] to [inner][16].
-template <typename T, typename IsFinite>
-bool transpose_rows(const std::byte* rows, uint32_t n_rows, uint32_t inner, std::byte* panel, IsFinite is_finite) {
-    T* out = reinterpret_cast<T*>(panel);
-    bool finite = true;
-    if (n_rows < panel_rows) std::memset(panel, 0, size_t(inner) * panel_rows * sizeof(T));
-    constexpr uint32_t step = 64 / sizeof(T);  // one cache line of each row at a time
-    for (uint32_t k0 = 0; k0 < inner; k0 += step) {
-        const uint32_t k1 = k0 + step < inner ? k0 + step : inner;
-        for (uint32_t r = 0; r < n_rows; ++r) {
-            const std::byte* row = rows + size_t(r) * inner * sizeof(T);
-            for (uint32_t k = k0; k < k1; ++k) {
-                const T value = read<T>(row + k * sizeof(T));
-                finite &= is_finite(value);
-                out[size_t(k) * panel_rows + r] = value;
-            }
+// Packing reads 16 rows at a time, more streams than the processor follows by itself, and writes lines that are in no
+// cache. Asking for both in time makes it 1.5 to 2 times as fast; an address that does not exist does no harm.
+// The next panel's rows follow this one's in the file: its part of `bytes` that lies where `offset` is in this panel.
+void prefetch_next(const std::byte* rows, size_t panel, size_t offset, size_t bytes) {
+    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(rows + panel + offset + i);
+}
+
+void prefetch_written(const std::byte* panel, size_t bytes) {
+    constexpr size_t ahead = 4096;
+    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(panel + ahead + i, 1);
+}
+
+// n rows of n elements of 64/n bits, a word per row with the first element in its lowest bits, become n columns.
+template <uint32_t n>
+void transpose(uint64_t (&w)[n]) {
+    for (uint32_t step = n / 2; step > 0; step /= 2) {
+        const uint32_t shift = 64 / n * step;
+        const uint64_t low = ~uint64_t(0) / ((uint64_t(1) << shift) + 1);  // alternately `shift` ones and zeros
+        for (uint32_t i = 0; i < n; ++i) {
+            if (i & step) continue;
+            const uint64_t moved = ((w[i] >> shift) ^ w[i + step]) & low;
+            w[i] ^= moved << shift;
+            w[i + step] ^= moved;
         }
     }
-    return finite;
+}
+
+// A whole panel of elements wider than a byte, [16][inner] to [inner][16], in squares of 8 bytes by 8 bytes.
+template <typename T>
+void transpose_panel(const std::byte* rows, uint32_t inner, std::byte* panel) {
+    constexpr uint32_t n = 8 / sizeof(T);
+    const size_t row = size_t(inner) * sizeof(T), line = panel_rows * sizeof(T);
+    for (uint32_t k = 0; k < inner; k += n, panel += n * line) {
+        prefetch_next(rows, panel_rows * row, k * line, n * line);
+        prefetch_written(panel, n * line);
+        for (uint32_t r = 0; r < panel_rows; r += n) {
+            uint64_t square[n];
+            for (uint32_t i = 0; i < n; ++i) square[i] = read<uint64_t>(rows + (r + i) * row + k * sizeof(T));
+            transpose(square);
+            for (uint32_t i = 0; i < n; ++i) std::memcpy(panel + i * line + r * sizeof(T), &square[i], 8);
+        }
+    }
+}
+
+// The same element by element, for a last panel of fewer rows or an inner length of any number.
+template <typename T>
+void transpose_part(const std::byte* rows, uint32_t n_rows, uint32_t inner, std::byte* panel) {
+    std::memset(panel, 0, size_t(inner) * panel_rows * sizeof(T));
+    for (uint32_t r = 0; r < n_rows; ++r) {
+        for (uint32_t k = 0; k < inner; ++k)
+            std::memcpy(panel + (size_t(k) * panel_rows + r) * sizeof(T), rows + (size_t(r) * inner + k) * sizeof(T),
+                        sizeof(T));
+    }
+}
+
+// Whether no element has all of its exponent bits set.
+template <typename T>
+bool all_finite(const std::byte* data, size_t n, T exponent) {
+    uint32_t bad = 0;
+    for (size_t i = 0; i < n; ++i) bad |= (read<T>(data + i * sizeof(T)) & exponent) == exponent;
+    return !bad;
+}
+
+template <typename T>
+bool pack_floats(const std::byte* rows, uint32_t n_rows, uint32_t inner, std::byte* panel, T exponent) {
+    if (n_rows == panel_rows && inner % (8 / sizeof(T)) == 0)
+        transpose_panel<T>(rows, inner, panel);
+    else
+        transpose_part<T>(rows, n_rows, inner, panel);
+    return all_finite(rows, size_t(n_rows) * inner, exponent);
 }
 
 // One row of a block of 32: its words of 4 codes go into the planes of panels.h. `out` is the row's place in vector 0.
@@ -102,9 +152,13 @@ bool copy_planes(const std::byte* rows, uint32_t n_rows, uint32_t n_blocks, std:
     constexpr uint32_t flip = Bits == 8 ? 0x80808080u : 0u;  // signed bytes -> offset 128
     std::byte* scales = panel + size_t(n_blocks) * Bits * 64;
     bool finite = true;
-    for (uint32_t b = 0; b < n_blocks; ++b, panel += Bits * 64, scales += halves * panel_rows * 2) {
+    constexpr size_t block_bytes = 2 * halves + 4 * Bits, codes = Bits * 64;
+    for (uint32_t b = 0; b < n_blocks; ++b, panel += codes, scales += halves * panel_rows * 2) {
+        prefetch_next(rows, size_t(n_blocks) * panel_rows * block_bytes, b * panel_rows * block_bytes,
+                      panel_rows * block_bytes);
+        prefetch_written(panel, codes);
         for (uint32_t r = 0; r < n_rows; ++r) {
-            const std::byte* block = rows + (size_t(r) * n_blocks + b) * (2 * halves + 4 * Bits);
+            const std::byte* block = rows + (size_t(r) * n_blocks + b) * block_bytes;
             for (uint32_t h = 0; h < halves; ++h) {
                 const uint16_t half = read<uint16_t>(block + 2 * h);
                 finite &= f16_is_finite(half);
@@ -176,10 +230,9 @@ size_t panel_bytes(WeightType type, uint32_t inner) {
 
 bool pack_panel(WeightType type, const std::byte* rows, uint32_t n_rows, uint32_t inner, std::byte* panel) {
     switch (type) {
-        case WeightType::f32:
-            return transpose_rows<float>(rows, n_rows, inner, panel, [](float x) { return std::isfinite(x); });
-        case WeightType::f16: return transpose_rows<uint16_t>(rows, n_rows, inner, panel, f16_is_finite);
-        case WeightType::bf16: return transpose_rows<uint16_t>(rows, n_rows, inner, panel, bf16_is_finite);
+        case WeightType::f32: return pack_floats<uint32_t>(rows, n_rows, inner, panel, 0x7f800000u);
+        case WeightType::f16: return pack_floats<uint16_t>(rows, n_rows, inner, panel, 0x7c00u);
+        case WeightType::bf16: return pack_floats<uint16_t>(rows, n_rows, inner, panel, 0x7f80u);
         default: return pack_quantized(type, rows, n_rows, inner, panel);
     }
 }

@@ -141,7 +141,7 @@ class Engine:
         kv_type: str = "f16",  # "f16" | "f32" | "q8_0"
         n_batch: int = 512,  # prompt chunk
         isa: str | None = None,  # None: best of this CPU, or FIXMIN_ISA
-        progress: Callable[[float], None] | None = None,
+        progress: Callable[[float], object] | None = None,
     ) -> None: ...
     @property
     def info(self) -> dict[str, Any]: ...

@@ -92,9 +92,11 @@ class Model:
             also the most it can be.
         kv_type: type of the KV cache: "f16", "f32", or "q8_0", 8 bits and a scale for 32 values.
         n_batch: prompt tokens that are processed at a time. Results do not depend on it.
-        progress: called with the loaded fraction, 0.0 to 1.0, while the weights are read.
+        progress: called with the loaded fraction, above 0.0 and rising to 1.0, after each matrix; by the thread that
+            constructs. False from it (no other value) ends the loading; an exception from it ends it too.
 
     Raises:
+        FixminError: `progress` returned False.
         OSError: the file cannot be opened.
         GGUFError: it is malformed or incomplete. UnsupportedError: it needs what this build lacks.
         ArgumentError: an argument is out of range (a ValueError; ArgumentTypeError, also a TypeError, for its type).
@@ -108,7 +110,7 @@ class Model:
         n_ctx: int | None = None,
         kv_type: str = "f16",
         n_batch: int = 512,
-        progress: Callable[[float], None] | None = None,
+        progress: Callable[[float], object] | None = None,
     ) -> None:
         self._closed = True  # until everything below has worked
         if not isinstance(path, str | os.PathLike):
@@ -307,7 +309,21 @@ class Model:
 
     @property
     def info(self) -> dict[str, Any]:
-        """What is loaded and how: hyper-parameters, sizes and settings; stays readable after close()."""
+        """What is loaded and how: hyper-parameters, sizes and settings; stays readable after close().
+
+        "bytes" holds what the model takes when loaded:
+
+            weights           in memory, in all
+            weights_by_role   the same: attention, mlp, output, norms, codes (code map and folded layer 0)
+            weights_by_type   the same: "Q8_0", "F32" (also biases, norms, the fold), "I32" (code map), ...
+            kv_cache          reserved for n_ctx positions; becomes resident as positions are used
+            buffers           of activations, for n_batch tokens
+            memory            sum of weights, kv_cache and buffers
+            mapped            of the file, left there: a learned embedding
+            file              size of the file
+
+        "bytes_per_token" and "kv_bytes_per_position" are what decoding reads: weights, and for each cached position.
+        """
         return {**self._info, "path": self.path, "eos_token_id": self._eos_id, "tokenizer": self._tokenizer is not None}
 
     @property

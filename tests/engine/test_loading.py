@@ -1,0 +1,160 @@
+"""Loading: what is told meanwhile, how it is cancelled, and how much memory the model takes."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+
+import gguf
+import pytest
+from gguf_factory import ALL_BIASES, EVERY_TYPE, make_model
+
+import fixmin_cpp
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("loading") / "model.gguf")
+
+
+# --- progress ----------------------------------------------------------------------------------------------------
+
+
+def test_progress_rises_to_one(path):
+    seen = []
+    fixmin_cpp.Model(path, progress=seen.append).close()
+    # One for each matrix that is packed: not layer 0's queries, keys and values.
+    assert len(seen) == 2 * 6 - 3 + 1
+    assert all(0 < a < b for a, b in itertools.pairwise(seen))
+    assert seen[-1] == 1.0
+
+
+@pytest.mark.parametrize("value", [None, True, 0, "", 1])
+def test_only_false_cancels(path, value):
+    with fixmin_cpp.Model(path, progress=lambda done: value) as model:
+        assert model.logits([1, 2]).shape[0] == 2
+
+
+def test_false_cancels(path):
+    seen = []
+    with pytest.raises(fixmin_cpp.FixminError, match=r"model.gguf.*cancelled: progress returned False"):
+        fixmin_cpp.Model(path, progress=lambda done: len(seen) < 3 if seen.append(done) is None else None)
+    assert len(seen) == 3
+
+
+def test_an_exception_of_progress_reaches_the_caller(path):
+    def fail(done):
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        fixmin_cpp.Model(path, progress=fail)
+    with pytest.raises(TypeError):
+        fixmin_cpp.Model(path, progress=lambda: None)
+    fixmin_cpp.Model(path).close()
+
+
+def test_progress_must_be_callable(path):
+    with pytest.raises(fixmin_cpp.ArgumentTypeError, match="progress must be callable, got int"):
+        fixmin_cpp.Model(path, progress=3)
+
+
+# --- bytes by kind -----------------------------------------------------------------------------------------------
+
+FOLDED = ("blk.0.attn_q", "blk.0.attn_k", "blk.0.attn_v", "blk.0.attn_norm")
+ROLES = {"attn_norm": "norms", "ffn_norm": "norms", "output_norm": "norms", "output": "output"}
+
+
+def expected_bytes(path):
+    """(by role, by type), from the sizes in the file. Rows are multiples of 16 here, so that panels pad nothing."""
+    roles, types = dict.fromkeys(("attention", "mlp", "output", "norms"), 0), {}
+    for tensor in gguf.GGUFReader(path).tensors:
+        name = tensor.name.rsplit(".", 1)[0]
+        if name in FOLDED or name.startswith("token_"):
+            continue
+        part = name.split(".")[-1]
+        role = ROLES.get(part, "attention" if part.startswith("attn") else "mlp")
+        roles[role] += tensor.n_bytes
+        types[tensor.tensor_type.name] = types.get(tensor.tensor_type.name, 0) + tensor.n_bytes
+    return roles, types
+
+
+@pytest.mark.parametrize("kind", ["affine", "table"])
+def test_bytes_by_kind(tmp_path, kind):
+    options = EVERY_TYPE | dict(code_kind=kind, vocab_size=112, biases=ALL_BIASES)
+    path = make_model(tmp_path / "m.gguf", **options)
+    with fixmin_cpp.Model(path, n_ctx=20, n_batch=4) as model:
+        info = model.info
+    roles, types = expected_bytes(path)
+    got = info["bytes"]
+    width, qkv = info["code_width"], 3 * info["embedding_length"]
+    fold = 4 * (width + 2) * qkv
+    code_map = 4 * 2 * width if kind == "affine" else 4 * info["vocab_size"]
+    # Scales of 6 bits have bytes of their own in memory: up to 4 % more than in the file.
+    exact = {name: n for name, n in types.items() if name not in ("F32", "Q3_K", "Q4_K", "Q5_K", "IQ4_XS")}
+    assert exact
+    assert {name: got["weights_by_type"][name] for name in exact} == exact
+    assert got["weights_by_type"]["F32"] == types["F32"] + fold
+    assert got["weights_by_type"]["I32"] == code_map
+    for name, n in types.items():
+        assert n <= got["weights_by_type"][name] <= 1.04 * n + fold
+    assert got["weights_by_role"]["norms"] == roles["norms"]
+    assert got["weights_by_role"]["codes"] == fold + code_map
+    for name in ("attention", "mlp", "output"):
+        assert roles[name] <= got["weights_by_role"][name] <= 1.04 * roles[name]
+    assert got["weights"] == sum(got["weights_by_role"].values()) == sum(got["weights_by_type"].values())
+    assert got["memory"] == got["weights"] + got["kv_cache"] + got["buffers"]
+    assert got["kv_cache"] >= 20 * info["kv_bytes_per_position"]
+    assert got["file"] == os.path.getsize(path)
+    assert got["mapped"] == 0
+
+
+def test_a_learned_embedding_stays_in_the_file(tmp_path):
+    path = make_model(tmp_path / "m.gguf", code_kind="learned", weight_type="Q8_0", vocab_size=112)
+    table = next(t for t in gguf.GGUFReader(path).tensors if t.name == "token_embd.weight")
+    with fixmin_cpp.Model(path) as model:
+        found = model.info["bytes"]
+    assert found["mapped"] == table.n_bytes
+    assert found["weights_by_role"]["codes"] == 0
+    assert "I32" not in found["weights_by_type"]
+
+
+# --- memory ------------------------------------------------------------------------------------------------------
+
+MEMORY_PROGRAM = """
+import json, sys
+from fixmin_cpp import _core
+
+def memory():
+    lines = dict(line.split(":") for line in open("/proc/self/status") if ":" in line)
+    return {key: 1024 * int(lines[key].split()[0]) for key in ("RssAnon", "RssFile", "VmHWM")}
+
+before = memory()
+engine = _core.Engine(sys.argv[1], n_threads=2, n_batch=8, n_ctx=16)
+print(json.dumps([before, memory(), engine.info["bytes"]]))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc is Linux's")
+@pytest.mark.parametrize("kind", ["Q8_0", "F16"])
+def test_resident_memory_after_load(tmp_path, kind):
+    """At most 1.1 times the file and the cache; while loading, also what two threads have mapped of the file."""
+    path = make_model(
+        tmp_path / "m.gguf",
+        weight_type=kind,
+        embedding_length=1024,
+        feed_forward_length=4096,
+        head_count=16,
+        vocab_size=4096,
+        context_length=16,
+    )
+    environment = dict(os.environ, OPENBLAS_NUM_THREADS="1")
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY_PROGRAM, path], capture_output=True, text=True, env=environment, check=True
+    )
+    before, after, found = json.loads(done.stdout)
+    grown = sum(after[key] - before[key] for key in ("RssAnon", "RssFile"))
+    size = os.path.getsize(path)
+    assert size > 20e6
+    assert 0.8 * size < grown <= 1.1 * size + found["kv_cache"]
+    assert after["VmHWM"] - before["RssAnon"] - before["RssFile"] <= 1.1 * size + found["kv_cache"] + (16 << 20)
