@@ -28,7 +28,7 @@ from typing import Any
 
 from engines import BENCH, ENGINES, SWEPT, Engine
 from prepare import failure, python_of
-from report import CEILINGS, SWEEPS, markdown, plot
+from report import CEILINGS, METRICS, SWEEPS, markdown, plot
 
 from fixmin_cpp import system_info
 from fixmin_cpp.benchmark import default_read_buffer, spare_memory
@@ -115,11 +115,12 @@ class Comparison:
         config = json.loads((data / "full" / "config.json").read_text(encoding="utf-8"))
         self.shape = {"vocab_size": config["vocab_size"], "context": config["max_position_embeddings"]}
         self.workers: dict[str, Worker] = {}
+        self.given_up: set[str] = set()  # in this session; what an earlier one left out is tried again
 
     def start(self, engines: Sequence[Engine]) -> None:
         """Loads engines that are not loaded yet; what cannot be loaded is noted as skipped."""
         for engine in engines:
-            if engine.name in self.workers or engine.name in self.result["skipped"]:
+            if engine.name in self.workers or engine.name in self.given_up:
                 continue
             reason = self.obstacle(engine)
             try:
@@ -153,6 +154,7 @@ class Comparison:
                     pass
         worker = Worker(engine, self.data, self.shape, self.settings["threads"])
         self.workers[engine.name] = worker
+        self.result["skipped"].pop(engine.name, None)
         if engine.name == CEILINGS:
             return
         facts = self.result["engines"].setdefault(engine.name, {"label": engine.label})
@@ -162,6 +164,7 @@ class Comparison:
     def skip(self, name: str, label: str, reason: str) -> None:
         """Leaves an engine out from here on, and what it said before too."""
         self.say(f"{label} is left out: {reason}")
+        self.given_up.add(name)
         self.result["skipped"][name] = reason
         self.result["engines"].pop(name, None)
         self.result["records"] = [r for r in self.result["records"] if r["engine"] != name]
@@ -193,6 +196,8 @@ class Comparison:
             except WorkerError as error:
                 self.skip(engine.name, engine.label, str(error))
                 continue
+            shown = [f"{name} {answer[f'{name}_s']:.3f} s" for name in METRICS if f"{name}_s" in answer]
+            self.say(f"  {engine.label}: {', '.join(shown) or 'measured'}")
             if turn is None:
                 if engine.name in self.result["engines"]:
                     self.result["engines"][engine.name].setdefault("rss_after_bytes", answer["rss_bytes"])
@@ -339,8 +344,7 @@ def main(words: Sequence[str] | None = None) -> None:
             changed = [name for name in settings if "rounds" not in name and before["settings"][name] != settings[name]]
             if changed and not arguments.report_only:
                 raise SystemExit(f"{arguments.json} was measured with other settings: {', '.join(changed)}")
-            # What could not take part then is tried again.
-            result = before if arguments.report_only else before | {"skipped": {}, "settings": settings}
+            result = before if arguments.report_only else before | {"settings": settings}
         elif arguments.report_only:
             raise SystemExit(f"{arguments.json} does not exist")
 

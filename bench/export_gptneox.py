@@ -155,7 +155,9 @@ def write_hf(spec: ModelSpec, out: Path) -> None:
     }
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
-    save_file(dict(hf_tensors(spec)), out / "model.safetensors", {"format": "pt"})
+    # safetensors writes memory as it lies there: an array in another order than C's would be shuffled.
+    tensors = {name: np.ascontiguousarray(values) for name, values in hf_tensors(spec)}
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
     words = {f"t{i}": i for i in range(spec.vocab_size)}
     Tokenizer(models.WordLevel(words, unk_token="t0")).save(str(out / "tokenizer.json"))
     names = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "t0", "bos_token": "t0", "eos_token": "t0"}
@@ -167,8 +169,9 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--outtype", choices=[*OUT_TYPES, "hf"], default="q8_0")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the checkpoint's code to find out more")
     arguments = parser.parse_args()
-    with resolve(arguments.checkpoint, trust_remote_code=True) as resolved:
+    with resolve(arguments.checkpoint, trust_remote_code=arguments.trust_remote_code) as resolved:
         if found := obstacles(resolved.spec):
             parser.error(f"GPT-NeoX cannot represent this checkpoint: it has {', '.join(found)}")
         if arguments.outtype == "hf":

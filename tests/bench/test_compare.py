@@ -34,7 +34,7 @@ def data(tmp_path_factory):
     write_checkpoint(folder / "full", config)
     stamp(folder / "full")
     for form in ("q8_0", "q4_0"):
-        convert(folder / "full", folder / f"full-{form}.gguf", form, n_threads=1, trust_remote_code=True)
+        convert(folder / "full", folder / f"full-{form}.gguf", form, n_threads=1)
         stamp(folder / f"full-{form}.gguf")
     return folder
 
@@ -80,6 +80,9 @@ def test_end_to_end(data, tmp_path, capsys):
     assert [r["round"] for r in of_table[8:]] == [2] * 4
     with pytest.raises(SystemExit, match="other settings: decode"):
         compare.main([*map(str, common), "--decode", "4", "--resume"])
+    # With nothing left to do, what was left out is still in the report.
+    compare.main([*map(str, common), "--rounds", "3", "--resume", "--markdown", str(report)])
+    assert "| llama-q8_0 | llama is not there (make bench-peers) |" in report.read_text()
     capsys.readouterr()
     compare.main(["--json", str(figures), "--report-only"])
     assert "| fixmin q8_0 |" in capsys.readouterr().out

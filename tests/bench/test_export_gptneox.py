@@ -33,7 +33,7 @@ def checkpoint(folder, **options) -> None:
 )  # fmt: skip
 def test_logits_of_the_hugging_face_export(tmp_path, options):
     checkpoint(tmp_path / "own", **options)
-    with resolve(tmp_path / "own", trust_remote_code=True) as resolved:
+    with resolve(tmp_path / "own") as resolved:
         assert obstacles(resolved.spec) == []
         write_hf(resolved.spec, tmp_path / "neox")
     own = FixMinForCausalLM.from_pretrained(tmp_path / "own").eval()
@@ -49,7 +49,7 @@ def test_logits_of_the_hugging_face_export(tmp_path, options):
 
 def test_gguf_export_holds_the_same_tensors(tmp_path):
     checkpoint(tmp_path / "own", qkv_bias=True)
-    with resolve(tmp_path / "own", trust_remote_code=True) as resolved:
+    with resolve(tmp_path / "own") as resolved:
         write_gguf(resolved.spec, tmp_path / "neox.gguf", "f32")
     state = FixMinForCausalLM.from_pretrained(tmp_path / "own").state_dict()
     found = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "neox.gguf").tensors}
@@ -76,5 +76,5 @@ def test_gguf_export_holds_the_same_tensors(tmp_path):
 )
 def test_what_gpt_neox_cannot_represent_is_named(tmp_path, options, obstacle):
     checkpoint(tmp_path / "own", **options)
-    with resolve(tmp_path / "own", trust_remote_code=True) as resolved:
+    with resolve(tmp_path / "own") as resolved:
         assert any(obstacle in text for text in obstacles(resolved.spec))
