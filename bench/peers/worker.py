@@ -369,6 +369,7 @@ def main() -> None:
         if request["threads"] != threads:
             threads = request["threads"]
             engine.load(threads)
+            answer(engine, request, ids)  # the first run after loading compiles and touches memory
         print(json.dumps(answer(engine, request, ids)), file=out, flush=True)
 
 
