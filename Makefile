@@ -20,7 +20,7 @@ CXX_ALL := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl'
 
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help setup demo test emulators test-emulated asan tsan lint format bench clean distclean
+.PHONY: help setup demo test emulators test-emulated asan tsan lint format bench bench-peers clean distclean
 
 help:
 	@echo 'make demo       install, convert and certify the demo checkpoints, generate text'
@@ -30,7 +30,8 @@ help:
 	@echo 'make setup      install only (into $(VENV))'
 	@echo 'make lint       formatting, static checks and types'
 	@echo 'make format     apply the formatting'
-	@echo 'make bench      speed beside PyTorch at the published size (random weights; 5 GB of disk and of memory)'
+	@echo 'make bench      speed at the published size (random weights) beside PyTorch and the peers that are there'
+	@echo 'make bench-peers  environments and model files of llama.cpp, ik_llama.cpp, OpenVINO, CTranslate2 (20 GB of disk)'
 	@echo 'make clean      remove what was built and generated; distclean: $(VENV) too'
 
 # --- installation ----------------------------------------------------------------------------------------------------
@@ -140,17 +141,17 @@ format: $(STAMP)/dev
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_ALL)
 
-# The full size with random weights: what a speed depends on is the shape.
-BENCH := out/bench
-bench: $(BENCH)/full-q8_0.gguf $(BENCH)/full-q4_0.gguf
-	$(BIN)/python bench/speed.py --checkpoint $(BENCH)/full --torch float32 --torch bfloat16 \
-	    $(addprefix --fixmin ,$^) --json $(BENCH)/speed.json $(ARGS)
+# The full size with random weights: what a speed depends on is the shape. bench-peers adds other engines, each in an
+# environment of its own; what cannot be had is left out, and the report says why.
+BENCH  := out/bench
+REPORT ?= $(BENCH)/report
+bench: $(STAMP)/package
+	$(BIN)/python bench/prepare.py --data $(BENCH)
+	$(BIN)/python bench/compare.py --data $(BENCH) --resume --json $(REPORT)/speed.json --markdown $(REPORT)/speed.md \
+	    --plot $(REPORT)/speed.png $(ARGS)
 
-$(BENCH)/full/config.json: | $(STAMP)/package
-	$(BIN)/python bench/make_checkpoint.py $(@D) --variant affine
-
-$(BENCH)/full-%.gguf: $(BENCH)/full/config.json
-	$(BIN)/fixmin convert $(<D) -o $@ --outtype $* --trust-remote-code
+bench-peers: $(STAMP)/package
+	$(BIN)/python bench/prepare.py --data $(BENCH) --peers --torch '$(TORCH)'
 
 clean:
 	rm -rf build dist out .pytest_cache .hypothesis .ruff_cache .mypy_cache

@@ -94,7 +94,7 @@ def bench(
     repeat = as_int("repeat", repeat, 1, 10_000)
     depth = as_int("depth", depth, 0, _MAX)
     cache = last_level_cache_bytes()
-    buffer = min(max(4 * cache, 256 * _MIB), 1024 * _MIB, max(spare_memory() // 4, 16 * _MIB))
+    buffer = default_read_buffer()
     if read_buffer_bytes is not None:
         buffer = as_int("read_buffer_bytes", read_buffer_bytes, _MIB, 1 << 40)
     tell = progress or (lambda text: None)
@@ -195,6 +195,11 @@ def prefill_operations(info: dict[str, Any], n_tokens: int) -> int:
     products = info["block_product_weights"] * n_tokens + info["vocab_size"] * info["embedding_length"]
     pairs = n_tokens * (n_tokens + 1) // 2
     return 2 * products + 4 * info["head_dim"] * info["head_count"] * info["block_count"] * pairs
+
+
+def default_read_buffer() -> int:
+    """Bytes that the read ceiling goes over: too many for the caches, and no more than the machine can spare."""
+    return min(max(4 * last_level_cache_bytes(), 256 * _MIB), 1024 * _MIB, max(spare_memory() // 4, 16 * _MIB))
 
 
 def last_level_cache_bytes() -> int:
