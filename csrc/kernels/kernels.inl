@@ -570,7 +570,6 @@ template <typename Row>
 void float_matmul(MatmulArgs args) {
     if (args.n_tokens == 1) {
         const Stream stream(args);
-        if (sizeof(typename Row::Element) == 2) float_columns<Row, 4>(args, stream);
         float_columns<Row, 2>(args, stream);
         return float_columns<Row, 1>(args, stream);
     }

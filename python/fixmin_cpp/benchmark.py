@@ -42,18 +42,22 @@ class BenchReport:
     decode_tok_s_runs: list[float]
     decode_bytes_per_token: int  # weights and, at the mean depth of the runs, cached keys and values
     decode_gb_s: float  # decode_tok_s * decode_bytes_per_token
-    read_ceiling_gb_s: float  # the larger one of before and after
-    read_ceiling_gb_s_before_after: list[float]
+    read_ceiling_gb_s: float  # median of the runs
+    read_ceiling_gb_s_runs: list[float]  # before the first turn and after each
     read_buffer_bytes: int  # what those reads go over: more than the last-level cache
     last_level_cache_bytes: int  # 0: unknown
-    decode_roofline: float  # decode_gb_s / read_ceiling_gb_s
+    decode_roofline: (
+        float  # decoded bytes per second / mean read ceiling before and after the turn: median of the turns
+    )
     cached_read_gb_s: float  # the same loop over only as many bytes as a decoded token reads
-    cached_read_gb_s_before_after: list[float]
-    decode_cached_roofline: float  # decode_gb_s / cached_read_gb_s
-    int8_peak_tops: float  # 10^12 operations per second; the larger one of before and after
-    int8_peak_tops_before_after: list[float]
+    cached_read_gb_s_runs: list[float]
+    decode_cached_roofline: float
+    int8_peak_tops: float  # 10^12 operations per second, of vector instructions
+    int8_peak_tops_runs: list[float]
     prefill_operations_per_token: float  # products and attention
-    prefill_peak_fraction: float  # prefill_tok_s * prefill_operations_per_token / int8 peak
+    prefill_peak_fraction: (
+        float  # operations per second / mean int8 peak before and after the turn: median of the turns
+    )
 
 
 def bench(
@@ -68,7 +72,9 @@ def bench(
     read_buffer_bytes: int | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> BenchReport:
-    """Measures a model: prefill and decode take turns `repeat` times, between two measurements of the ceilings.
+    """Measures a model: prefill, decode and the ceilings take turns `repeat` times.
+
+    A share of a ceiling is taken within a turn, so that a slow phase of the machine hits both.
 
     Token ids are random (always the same ones); tokenisation is not part of any figure, greedy sampling is part of
     decode.
@@ -126,7 +132,7 @@ def bench(
             return engine.read_ceiling(buffer), engine.read_ceiling(cached), engine.int8_ceiling()
 
         tell("ceilings")
-        before = ceilings()
+        bounds: list[tuple[float, float, float]] = []
         prefills: list[float] = []
         decodes: list[float] = []
         for turn in range(repeat + 1):
@@ -138,11 +144,10 @@ def bench(
             if turn:
                 prefills.append(prefill)
                 decodes.append(decode)
-        rss = resident_bytes()
-        tell("ceilings")
-        after = ceilings()
+            rss = resident_bytes()
+            bounds.append(ceilings())
 
-    reads, cached_reads, peaks = zip(before, after, strict=True)
+    reads, cached_reads, peaks = zip(*bounds, strict=True)
     operations = prefill_operations(info, n_prompt) / n_prompt
     prefill_tok_s, decode_tok_s = float(np.median(prefills)), float(np.median(decodes))
     return BenchReport(
@@ -162,19 +167,30 @@ def bench(
         decode_tok_s_runs=decodes,
         decode_bytes_per_token=bytes_per_token,
         decode_gb_s=decode_tok_s * bytes_per_token / 1e9,
-        read_ceiling_gb_s=max(reads) / 1e9,
-        read_ceiling_gb_s_before_after=_scaled(reads, 1e9),
+        read_ceiling_gb_s=float(np.median(reads)) / 1e9,
+        read_ceiling_gb_s_runs=_scaled(reads, 1e9),
         read_buffer_bytes=buffer,
         last_level_cache_bytes=cache,
-        decode_roofline=decode_tok_s * bytes_per_token / max(reads),
-        cached_read_gb_s=max(cached_reads) / 1e9,
-        cached_read_gb_s_before_after=_scaled(cached_reads, 1e9),
-        decode_cached_roofline=decode_tok_s * bytes_per_token / max(cached_reads),
-        int8_peak_tops=max(peaks) / 1e12,
-        int8_peak_tops_before_after=_scaled(peaks, 1e12),
+        decode_roofline=share_of(decodes, reads) * bytes_per_token,
+        cached_read_gb_s=float(np.median(cached_reads)) / 1e9,
+        cached_read_gb_s_runs=_scaled(cached_reads, 1e9),
+        decode_cached_roofline=share_of(decodes, cached_reads) * bytes_per_token,
+        int8_peak_tops=float(np.median(peaks)) / 1e12,
+        int8_peak_tops_runs=_scaled(peaks, 1e12),
         prefill_operations_per_token=operations,
-        prefill_peak_fraction=prefill_tok_s * operations / max(peaks),
+        prefill_peak_fraction=share_of(prefills, peaks) * operations,
     )
+
+
+def share_of(speeds: Sequence[float], bounds: Sequence[float]) -> float:
+    """Median over the turns of a speed divided by the mean of its bound before and after the turn.
+
+    Args:
+        speeds: one per turn.
+        bounds: one before the first turn and one after each.
+    """
+    around = np.asarray(bounds)
+    return float(np.median(np.asarray(speeds) / ((around[:-1] + around[1:]) / 2)))
 
 
 def decode_bytes(info: dict[str, Any], depth: int, n_generate: int) -> int:

@@ -171,13 +171,13 @@ def bench(
     one row; queries, keys and values of layer 0 are folded into the code) and the cached keys and values.
 
     read_ceiling_gb_s: what the same threads can read of memory at best, with the widest loads of the instruction set,
-    from a buffer larger than the last-level cache; measured before and after the runs, the larger one counts.
+    from a buffer larger than the last-level cache; measured before the first turn and after each.
 
-    decode_roofline: decode_tok_s * decode_bytes_per_token / read_ceiling_gb_s. Above 1 the weights came from the cache:
-    cached_read_gb_s is the same loop over a buffer of decode_bytes_per_token.
+    decode_roofline: decode_tok_s * decode_bytes_per_token / read_ceiling_gb_s, within a turn. Above 1 the weights came
+    from the cache: cached_read_gb_s is the same loop over a buffer of decode_bytes_per_token.
 
     int8_peak_tops: 8-bit multiplications and additions per second (10^12) of the same threads on registers alone, with
-    the instructions of the matrix products; measured before and after.
+    the vector instructions of the matrix products (AMX tiles can do more); measured between the turns too.
 
     prefill_peak_fraction: prefill_tok_s * operations per token / int8_peak_tops, attention included (which runs in
     float32, as do the products of F32, F16 and BF16 files: those cannot come near 1).

@@ -16,6 +16,12 @@ SMALL = {"n_prompt": 7, "n_generate": 3, "repeat": 2, "read_buffer_bytes": 1 << 
 ISAS = _core.system_info()["isas_supported"]
 
 
+def by_hand(speeds, bounds):
+    """Of two turns between three measurements of the bound; the median of two is their mean."""
+    (a, b), (x, y, z) = speeds, bounds
+    return (a / ((x + y) / 2) + b / ((y + z) / 2)) / 2
+
+
 @pytest.mark.parametrize("kv_type", ["f32", "q8_0"])
 def test_figures_fit_each_other(bare_model_path, kv_type):
     said = []
@@ -28,13 +34,15 @@ def test_figures_fit_each_other(bare_model_path, kv_type):
     assert report.isa == _core.system_info()["isa"]
     assert len(report.prefill_tok_s_runs) == len(report.decode_tok_s_runs) == 2
     assert report.decode_tok_s == pytest.approx(np.mean(report.decode_tok_s_runs))  # the median of two
-    assert report.read_ceiling_gb_s == max(report.read_ceiling_gb_s_before_after)
-    assert report.int8_peak_tops == max(report.int8_peak_tops_before_after)
-    read = report.decode_tok_s * report.decode_bytes_per_token
-    assert report.decode_roofline == pytest.approx(read / (report.read_ceiling_gb_s * 1e9))
-    assert report.decode_cached_roofline == pytest.approx(read / (report.cached_read_gb_s * 1e9))
-    done = report.prefill_tok_s * report.prefill_operations_per_token
-    assert report.prefill_peak_fraction == pytest.approx(done / (report.int8_peak_tops * 1e12))
+    assert len(report.read_ceiling_gb_s_runs) == len(report.int8_peak_tops_runs) == 3
+    assert report.read_ceiling_gb_s == sorted(report.read_ceiling_gb_s_runs)[1]
+    assert report.int8_peak_tops == sorted(report.int8_peak_tops_runs)[1]
+    bound = by_hand(report.decode_tok_s_runs, report.read_ceiling_gb_s_runs)
+    assert report.decode_roofline == pytest.approx(bound * report.decode_bytes_per_token / 1e9)
+    bound = by_hand(report.decode_tok_s_runs, report.cached_read_gb_s_runs)
+    assert report.decode_cached_roofline == pytest.approx(bound * report.decode_bytes_per_token / 1e9)
+    bound = by_hand(report.prefill_tok_s_runs, report.int8_peak_tops_runs)
+    assert report.prefill_peak_fraction == pytest.approx(bound * report.prefill_operations_per_token / 1e12)
     assert said[0] == "loading"
     assert "run 2 of 2" in said
 
