@@ -32,7 +32,7 @@ void expand_panel(const uint8_t* panel, uint32_t n_blocks, int8_t* weights, floa
     const __m512i taken_off = _mm512_set1_epi8(char(zero));
     for (uint32_t b = 0; b < n_blocks; ++b, weights += 512) {
         WeightBlock<Type> from;
-        from.load_from(panel, n_blocks, b);
+        from.load_from(panel, b);
         store_codes<Type>(from, taken_off, weights, EachVector{});
         store(scales + b * lanes, from.scale);
         if constexpr (format.has_min) store(offsets + b * lanes, from.offset);
@@ -138,6 +138,7 @@ uint32_t tile_matmul(const MatmulArgs& args) {
         }
         for (uint32_t t = 0; t < n_tokens; t += tile_tokens) {
             for (uint32_t p = 0; p < n; ++p) {
+                prefetch_results(args, t, tile_tokens, first + p, 1);
                 VecF result[tile_tokens];
                 tile_columns<format.has_min>(side_at(p), tokens_at(t), n_blocks, result);
                 for (uint32_t c = 0; c < tile_tokens; ++c) finish(args, t + c, (first + p) * lanes, result[c]);

@@ -3,6 +3,11 @@
 // A class per type of the cache stores a token and reads what it stored: Queries gives the scores of 16 keys, Values
 // the values of a block with their weights. The order of operations is written once, below them.
 
+// Always inlined, like everything that only prefetches (see Stream).
+[[gnu::always_inline]] inline void prefetch_bytes(const void* p, size_t bytes) {
+    for (size_t i = 0; i < bytes; i += 64) prefetch((const uint8_t*)p + i);
+}
+
 // ---- float32 and binary16 -------------------------------------------------------------------------------------------
 // In a block: keys [kv_block_tokens/16][head_dim][16], values [kv_block_tokens][value_dim].
 
@@ -32,6 +37,14 @@ struct FloatKv {
                size_t(token % kv_block_tokens) * kv_value_dim(kv.head_dim);
     }
 
+    // 16 keys or values, from `token` on.
+    [[gnu::always_inline]] static void prefetch_keys(const KvHead& kv, uint32_t token) {
+        prefetch_bytes(keys(kv, token), lanes * kv.head_dim * sizeof(Element));
+    }
+    [[gnu::always_inline]] static void prefetch_values(const KvHead& kv, uint32_t token) {
+        prefetch_bytes(values(kv, token), lanes * kv_value_dim(kv.head_dim) * sizeof(Element));
+    }
+
     static void store(const KvHead& kv, uint32_t position, const float* key, const float* value) {
         Element row[lanes];
         Element* to_keys = keys(kv, position / lanes * lanes) + position % lanes;
@@ -52,17 +65,27 @@ struct FloatKv {
         Queries(const AttentionArgs& args, uint32_t first, float*)
             : q(args.queries + first * args.query_stride), stride(args.query_stride) {}
 
-        // Of the 16 keys from `token` on.
+        // Of 16 * G keys of one block, from `token` on. result: [G][N].
+        template <uint32_t G>
         void scores(const KvHead& kv, uint32_t token, VecF* result) const {
             const Element* k = keys(kv, token);
-            VecF acc[N];
-            for (uint32_t c = 0; c < N; ++c) acc[c] = zero();
+            const size_t group = size_t(kv.head_dim) * lanes;
+            VecF acc[G * N];
+#pragma GCC unroll 16
+            for (uint32_t i = 0; i < G * N; ++i) acc[i] = zero();
             for (uint32_t d = 0; d < kv.head_dim; ++d) {
-                const VecF row = Row::load_row(k + size_t(d) * lanes);
+                VecF row[G];
+#pragma GCC unroll 4
+                for (uint32_t g = 0; g < G; ++g) row[g] = Row::load_row(k + g * group + size_t(d) * lanes);
 #pragma GCC unroll 8
-                for (uint32_t c = 0; c < N; ++c) acc[c] = fma(set1(q[c * stride + d]), row, acc[c]);
+                for (uint32_t c = 0; c < N; ++c) {
+                    const VecF a = set1(q[c * stride + d]);
+#pragma GCC unroll 4
+                    for (uint32_t g = 0; g < G; ++g) acc[g * N + c] = fma(a, row[g], acc[g * N + c]);
+                }
             }
-            for (uint32_t c = 0; c < N; ++c) result[c] = acc[c];
+#pragma GCC unroll 16
+            for (uint32_t i = 0; i < G * N; ++i) result[i] = acc[i];
         }
     };
 
@@ -122,6 +145,8 @@ uint16_t quantize_kv(const float* x, uint32_t n, int8_t* codes) {
 }
 
 struct Q8Kv {
+    using Element = int8_t;
+
     static uint8_t* block_of(const KvHead& kv, uint32_t token) {
         return (uint8_t*)(kv.blocks[token / kv_block_tokens] + kv.offset);
     }
@@ -143,6 +168,15 @@ struct Q8Kv {
         return (uint16_t*)(block_of(kv, token) + kv_head_bytes(KvType::q8_0, kv.head_dim) / 2 +
                            kv_block_tokens * padded) +
                token % kv_block_tokens;
+    }
+
+    [[gnu::always_inline]] static void prefetch_keys(const KvHead& kv, uint32_t token) {
+        prefetch_bytes(keys(kv, token), lanes * kv_value_dim(kv.head_dim));
+        prefetch_bytes(key_scales(kv, token), kv_scales(kv.head_dim) * lanes * sizeof(uint16_t));
+    }
+    [[gnu::always_inline]] static void prefetch_values(const KvHead& kv, uint32_t token) {
+        prefetch_bytes(values(kv, token), lanes * kv_value_dim(kv.head_dim));
+        for (uint32_t b = 0; b < kv_scales(kv.head_dim); ++b) prefetch(value_scales(kv, token) + b * kv_block_tokens);
     }
 
     static void store(const KvHead& kv, uint32_t position, const float* key, const float* value) {
@@ -183,36 +217,52 @@ struct Q8Kv {
         }
 
         // Vectors of four dimensions outside, queries inside: a vector is made ready for dot_q8 once.
-        template <uint32_t Vectors>
-        void dot(const uint8_t* k, uint32_t b, VecI* sums) const {
+        template <uint32_t G, uint32_t Vectors>
+        void dot(const uint8_t* k, size_t group, uint32_t b, VecI* sums) const {
 #pragma GCC unroll 8
             for (uint32_t j = 0; j < Vectors; ++j) {
-                const Q8Bytes key = prepare_q8(load_bytes(k + j * 64));
+                Q8Bytes key[G];
+#pragma GCC unroll 4
+                for (uint32_t g = 0; g < G; ++g) key[g] = prepare_q8(load_bytes(k + g * group + j * 64));
 #pragma GCC unroll 8
-                for (uint32_t c = 0; c < N; ++c) sums[c] = dot_q8(sums[c], key, read_int32(q[c * n + b].q + 4 * j));
+                for (uint32_t c = 0; c < N; ++c) {
+                    const int32_t a = read_int32(q[c * n + b].q + 4 * j);
+#pragma GCC unroll 4
+                    for (uint32_t g = 0; g < G; ++g) sums[g * N + c] = dot_q8(sums[g * N + c], key[g], a);
+                }
             }
         }
 
-        // Of the 16 keys from `token` on.
+        // Of 16 * G keys of one block, from `token` on. result: [G][N].
+        template <uint32_t G>
         void scores(const KvHead& kv, uint32_t token, VecF* result) const {
             const uint32_t padded = kv_value_dim(kv.head_dim);
+            const size_t group = size_t(padded) * lanes;
             const uint8_t* k = keys(kv, token);
             const uint16_t* scales = key_scales(kv, token);
-            VecF acc[N];
-            for (uint32_t c = 0; c < N; ++c) acc[c] = zero();
+            VecF acc[G * N];
+#pragma GCC unroll 16
+            for (uint32_t i = 0; i < G * N; ++i) acc[i] = zero();
             for (uint32_t b = 0; b < n; ++b, k += block * lanes, scales += lanes) {
-                VecI sums[N];
-                for (uint32_t c = 0; c < N; ++c) sums[c] = q8_start(q[c * n + b].sum);
+                VecI sums[G * N];
+#pragma GCC unroll 16
+                for (uint32_t i = 0; i < G * N; ++i) sums[i] = q8_start(q[i % N * n + b].sum);
                 if ((b + 1) * block <= padded)
-                    dot<8>(k, b, sums);
+                    dot<G, 8>(k, group, b, sums);
                 else
-                    dot<4>(k, b, sums);
-                const VecF scale = load_bf16(scales);
+                    dot<G, 4>(k, group, b, sums);
+#pragma GCC unroll 4
+                for (uint32_t g = 0; g < G; ++g) {
+                    const VecF scale = load_bf16(scales + g * n * lanes);
 #pragma GCC unroll 8
-                for (uint32_t c = 0; c < N; ++c)
-                    acc[c] = fma(to_float(sums[c]), mul(scale, set1(q[c * n + b].scale)), acc[c]);
+                    for (uint32_t c = 0; c < N; ++c) {
+                        VecF& to = acc[g * N + c];
+                        to = fma(to_float(sums[g * N + c]), mul(scale, set1(q[c * n + b].scale)), to);
+                    }
+                }
             }
-            for (uint32_t c = 0; c < N; ++c) result[c] = acc[c];
+#pragma GCC unroll 16
+            for (uint32_t i = 0; i < G * N; ++i) result[i] = acc[i];
         }
     };
 
@@ -249,7 +299,52 @@ void kv_store(const KvHead& kv, uint32_t position, const float* key, const float
     }
 }
 
+// How far ahead of its use a single query's cache is prefetched: a decoded token is the first to touch it since the one
+// before, between them all weights went through the cache.
+constexpr uint32_t kv_ahead_bytes = 8192;
+
+template <typename Kv>
+uint32_t kv_ahead_tokens(uint32_t head_dim) {
+    const uint32_t unit = lanes * kv_value_dim(head_dim) * sizeof(typename Kv::Element);
+    return (kv_ahead_bytes + unit - 1) / unit * lanes;
+}
+
+template <typename Kv>
+[[gnu::always_inline]] inline void kv_prefetch_as(const KvHead& kv, uint32_t position) {
+    const uint32_t ahead = kv_ahead_tokens<Kv>(kv.head_dim), own = position / lanes * lanes;
+    for (uint32_t token = 0; token < ahead && token < own; token += lanes) Kv::prefetch_keys(kv, token);
+    Kv::prefetch_keys(kv, own);
+    Kv::prefetch_values(kv, own);
+}
+
+void kv_prefetch(const KvHead& kv, uint32_t position) {
+    switch (kv.type) {
+        case KvType::f32: return kv_prefetch_as<FloatKv<KvF32>>(kv, position);
+        case KvType::f16: return kv_prefetch_as<FloatKv<KvF16>>(kv, position);
+        case KvType::q8_0: return kv_prefetch_as<Q8Kv>(kv, position);
+    }
+}
+
 // ---- the computation ------------------------------------------------------------------------------------------------
+
+// What a single query reads: all keys, then all values. Each step prefetches what comes `ahead` tokens later.
+template <typename Kv>
+struct KvStream {
+    const KvHead& kv;
+    const uint32_t n_keys;  // rounded up to 16
+    const uint32_t ahead;
+
+    [[gnu::always_inline]] inline void at_key(uint32_t token) const {
+        const uint32_t t = token + ahead;
+        if (t < n_keys)
+            Kv::prefetch_keys(kv, t);
+        else if (t - n_keys < n_keys)
+            Kv::prefetch_values(kv, t - n_keys);
+    }
+    [[gnu::always_inline]] inline void at_value(uint32_t token) const {
+        if (token + ahead < n_keys) Kv::prefetch_values(kv, token + ahead);
+    }
+};
 
 // In place: scores of one query -> exp(score - max); returns their sum.
 float softmax_weights(float* scores, uint32_t n_keys) {
@@ -273,50 +368,59 @@ float softmax_weights(float* scores, uint32_t n_keys) {
     return reduce_add(acc);
 }
 
+// The value of a token, times the weights of all queries. sums: [N][V][parities].
+template <uint32_t N, uint32_t V, uint32_t parities, typename Values>
+[[gnu::always_inline]] inline void add_token(const Values& block, uint32_t t, VecF* sums) {
+#pragma GCC unroll 4
+    for (uint32_t v = 0; v < V; ++v) {
+        const VecF value = block.value(t, v);
+#pragma GCC unroll 8
+        for (uint32_t c = 0; c < N; ++c) {
+            VecF& sum = sums[(c * V + v) * parities];
+            sum = fma(block.weight(t, v, c), value, sum);
+        }
+    }
+}
+
 // Adds the weighted values of keys [begin, end), begin even, to the chains of N queries and 16 * V dimensions from
-// `dim` on: acc[query * V + vector][parity]. Even and odd keys have chains of their own.
-template <typename Kv, uint32_t N, uint32_t V>
+// `dim` on: acc[query * V + vector][parity]. Even and odd keys have chains of their own, of which `parities` are kept in
+// registers at a time.
+template <typename Kv, uint32_t N, uint32_t V, uint32_t parities>
 void add_values(const KvHead& kv, uint32_t dim, uint32_t begin, uint32_t end, const float* weights, size_t stride,
-                VecF (*acc)[2]) {
-    VecF even[N * V], odd[N * V];
-    for (uint32_t i = 0; i < N * V; ++i) even[i] = acc[i][0], odd[i] = acc[i][1];
+                const KvStream<Kv>* stream, VecF (*acc)[2]) {
+    VecF sums[N * V * parities];
     while (begin < end) {
         const uint32_t first = begin / kv_block_tokens * kv_block_tokens;
         const uint32_t n = end - first < kv_block_tokens ? end - first : kv_block_tokens;
         const typename Kv::template Values<N, V> block(kv, dim, first, n, weights, stride);
-        uint32_t t = begin - first;
-        for (; t + 2 <= n; t += 2) {
-#pragma GCC unroll 4
-            for (uint32_t v = 0; v < V; ++v) {
-                const VecF v0 = block.value(t, v), v1 = block.value(t + 1, v);
-#pragma GCC unroll 8
-                for (uint32_t c = 0; c < N; ++c) {
-                    even[c * V + v] = fma(block.weight(t, v, c), v0, even[c * V + v]);
-                    odd[c * V + v] = fma(block.weight(t + 1, v, c), v1, odd[c * V + v]);
-                }
+#pragma GCC unroll 2
+        for (uint32_t parity = 0; parity < 2; parity += parities) {
+#pragma GCC unroll 16
+            for (uint32_t i = 0; i < N * V * parities; ++i) sums[i] = acc[i / parities][parity + i % parities];
+            uint32_t t = begin - first + parity;
+            for (; t + parities <= n; t += 2) {
+                if (N == 1 && stream && t % lanes == 0) stream->at_value(first + t);
+                add_token<N, V, parities>(block, t, sums);
+                if constexpr (parities == 2) add_token<N, V, parities>(block, t + 1, sums + 1);
             }
-        }
-        if (t < n) {
-            for (uint32_t v = 0; v < V; ++v) {
-                const VecF last = block.value(t, v);
-                for (uint32_t c = 0; c < N; ++c) even[c * V + v] = fma(block.weight(t, v, c), last, even[c * V + v]);
-            }
+            if (parities == 2 && t < n) add_token<N, V, parities>(block, t, sums);
+#pragma GCC unroll 16
+            for (uint32_t i = 0; i < N * V * parities; ++i) acc[i / parities][parity + i % parities] = sums[i];
         }
         begin = first + n;
     }
-    for (uint32_t i = 0; i < N * V; ++i) acc[i][0] = even[i], acc[i][1] = odd[i];
 }
 
 // 16 * V dimensions from `dim` on of the results of N consecutive queries, of which the first sees `common` keys.
-template <typename Kv, uint32_t N, uint32_t V>
+template <typename Kv, uint32_t N, uint32_t V, uint32_t parities>
 void mix_values(const AttentionArgs& args, uint32_t first_query, uint32_t dim, uint32_t common, const float* weights,
-                size_t stride, const float* inverse) {
+                size_t stride, const float* inverse, const KvStream<Kv>* stream) {
     VecF acc[N * V][2];
     for (uint32_t i = 0; i < N * V; ++i) acc[i][0] = acc[i][1] = zero();
     const uint32_t paired = common / 2 * 2;
-    add_values<Kv, N, V>(args.kv, dim, 0, paired, weights, stride, acc);
+    add_values<Kv, N, V, parities>(args.kv, dim, 0, paired, weights, stride, stream, acc);
     for (uint32_t c = 0; c < N; ++c) {
-        add_values<Kv, 1, V>(args.kv, dim, paired, common + c, weights + c * stride, stride, acc + c * V);
+        add_values<Kv, 1, V, 2>(args.kv, dim, paired, common + c, weights + c * stride, stride, nullptr, acc + c * V);
         float* out = args.out + (first_query + c) * args.out_stride + dim;
         for (uint32_t v = 0; v < V; ++v) {
             const uint32_t begin = dim + v * lanes, left = args.kv.head_dim - begin;
@@ -325,6 +429,9 @@ void mix_values(const AttentionArgs& args, uint32_t first_query, uint32_t dim, u
         }
     }
 }
+
+template <uint32_t>
+struct Groups {};
 
 // N consecutive queries of one head. Each query's operations do not depend on N.
 template <typename Kv, uint32_t N>
@@ -335,29 +442,40 @@ void attention_tile_of(const AttentionArgs& args, uint32_t first_query) {
     const size_t stride = size_t(n_keys + lanes - 1) / lanes * lanes;
     float* const weights = args.scratch;
     const typename Kv::template Queries<N> queries(args, first_query, args.scratch + N * stride);
-    for (uint32_t token = 0; token < n_keys; token += lanes) {
-        VecF scores[N];
-        queries.scores(kv, token, scores);
-        for (uint32_t c = 0; c < N; ++c) store(weights + c * stride + token, scores[c]);
-    }
+    const KvStream<Kv> stream{kv, uint32_t(stride), kv_ahead_tokens<Kv>(kv.head_dim)};
+    const auto score = [&]<uint32_t G>(uint32_t token, Groups<G>) {
+        if (N == 1) {
+            for (uint32_t g = 0; g < G; ++g) stream.at_key(token + g * lanes);
+        }
+        VecF scores[G * N];
+        queries.template scores<G>(kv, token, scores);
+        for (uint32_t i = 0; i < G * N; ++i) store(weights + i % N * stride + token + i / N * lanes, scores[i]);
+    };
+    constexpr uint32_t groups = N == 1 ? attention_lone_groups : attention_groups;
+    static_assert(kv_block_tokens % (groups * lanes) == 0);
+    uint32_t token = 0;
+    for (; token + groups * lanes <= stride; token += groups * lanes) score(token, Groups<groups>{});
+    for (; token < stride; token += lanes) score(token, Groups<1>{});
     float inverse[N];
     for (uint32_t c = 0; c < N; ++c) inverse[c] = 1.0f / softmax_weights(weights + c * stride, common + c);
 
     const uint32_t end = kv_value_dim(kv.head_dim);
     uint32_t dim = 0;
-    if constexpr (N == 1) {  // rows are read once, not once for every 16 dimensions, and there are more chains
-        constexpr uint32_t most = attention_value_vectors;
-        for (; dim + most * lanes <= end; dim += most * lanes)
-            mix_values<Kv, 1, most>(args, first_query, dim, common, weights, stride, inverse);
-        for (; dim + 2 * lanes <= end; dim += 2 * lanes)
-            mix_values<Kv, 1, 2>(args, first_query, dim, common, weights, stride, inverse);
-    }
-    for (; dim < end; dim += lanes) mix_values<Kv, N, 1>(args, first_query, dim, common, weights, stride, inverse);
+    const auto mix = [&]<uint32_t V>(Groups<V>) {
+        constexpr uint32_t parities = N == 1 ? 2 : 1;  // rows of a single query are read once
+        for (; dim + V * lanes <= end; dim += V * lanes)
+            mix_values<Kv, N, V, parities>(args, first_query, dim, common, weights, stride, inverse,
+                                           N == 1 && dim == 0 ? &stream : nullptr);
+    };
+    mix(Groups<(N == 1 ? attention_lone_vectors : attention_vectors)>{});
+    if constexpr (N == 1) mix(Groups<2>{});
+    mix(Groups<1>{});
 }
 
 template <typename Kv>
 void attention_as(const AttentionArgs& args) {
-    constexpr uint32_t tile = attention_tile;
+    constexpr uint32_t tile = attention_queries;
+    static_assert(tile <= attention_tile);
     uint32_t query = 0;
     for (; query + tile <= args.n_queries; query += tile) attention_tile_of<Kv, tile>(args, query);
     for (; query < args.n_queries; ++query) attention_tile_of<Kv, 1>(args, query);

@@ -23,6 +23,12 @@ void ceiling_read(const std::byte* p, size_t bytes) {
     for (uint32_t i = 0; i < 4; ++i) keep(acc[i]);
 }
 
+#ifdef FIXMIN_PAIRS
+constexpr uint32_t ceiling_vectors = 8;  // of bytes, added to a chain at a time
+#else
+constexpr uint32_t ceiling_vectors = 1;
+#endif
+
 // As many independent accumulators as registers allow: the latency of one multiply-add is 4-5 cycles, two may start in
 // each.
 void ceiling_multiply(uint64_t rounds) {
@@ -35,13 +41,25 @@ void ceiling_multiply(uint64_t rounds) {
     for (uint64_t r = 0; r < rounds; ++r) {
 #pragma GCC unroll 12
         for (uint32_t c = 0; c < ceiling_chains; ++c) {
+#ifdef FIXMIN_PAIRS
+            // 16 bits hold the sums of eight vectors of 4-bit codes.
+            keep(w);
+            Pairs pairs = multiply_pairs(w, 0x01020304);
+#pragma GCC unroll 8
+            for (uint32_t i = 1; i < ceiling_vectors; ++i) {
+                keep(w);
+                pairs = add(pairs, multiply_pairs(w, 0x01020304));
+            }
+            acc[c] = add_pairs(acc[c], pairs);
+#else
             keep(w);  // else a product of the same two registers would be taken once for all
             acc[c] = dot_q4(acc[c], w, 0x01020304);
+#endif
             keep(acc[c]);
         }
     }
 }
 
-constexpr Ceilings ceilings = {ceiling_read, ceiling_multiply, ceiling_chains * 64 * 2};
+constexpr Ceilings ceilings = {ceiling_read, ceiling_multiply, ceiling_chains * ceiling_vectors * 64 * 2};
 
 }  // namespace

@@ -155,6 +155,9 @@ struct Kernels {
     /// Writes the key and value [head_dim] of one token into the cache.
     void (*kv_store)(const KvHead& kv, uint32_t position, const float* key, const float* value);
 
+    /// Starts reading what kv_store at `position` touches and attention of one query there reads first. Changes nothing.
+    void (*kv_prefetch)(const KvHead& kv, uint32_t position);
+
     void (*attention)(const AttentionArgs& args);
 
     /// max_i x[i] and sum_i exp(x[i] - max): the pieces of a log-softmax over n logits.

@@ -12,7 +12,7 @@ using fixmin::quant::WeightType;
 constexpr uint32_t block = fixmin::quant::block_size;
 
 // Bytes that a single token's weights are prefetched ahead (docs/kernels.md).
-constexpr size_t stream_far = 16384, stream_near = 2048;
+constexpr size_t stream_far = 16384, stream_near = 4096;
 
 int32_t read_int32(const int8_t* p) {
     int32_t x;
@@ -191,6 +191,11 @@ using EachVector = Indices<0, 1, 2, 3, 4, 5, 6, 7>;
 // 2 to 6 bits: unsigned bytes.
 template <uint32_t Bits>
 struct CodeReader {
+    // Whether the vectors 4..7 may stay in the high nibbles, as 16 times their codes.
+    static constexpr bool high_nibbles = Bits == 4 && dot_q4_takes_any_byte;
+    // Vectors whose products fit 16 bits together: 8 * 2 * 15 * 127, 4 * 2 * 31 * 127, 2 * 2 * 63 * 127 < 2^15.
+    static constexpr uint32_t pair_depth = Bits <= 4 ? 8 : Bits == 5 ? 4 : 2;
+
     static VecI start(int32_t zero, int32_t activation_sum) { return set1_int(-zero * activation_sum); }
     static VecI dot(VecI acc, Bytes w, int32_t a) { return dot_q4(acc, w, a); }
 
@@ -209,11 +214,21 @@ struct CodeReader {
             return or_bits<pair - 4, 48>(low, load_bytes(p + 256 + 64 * (J % 2)));
         }
     }
+
+    // Only of 4 bits: 16 times vector J, which saves a shift.
+    template <int J>
+    static Bytes read_high(const uint8_t* p) {
+        static_assert(high_nibbles && J >= 4);
+        return bits<0, 0xf0>(load_bytes(p + 64 * (J - 4)));
+    }
 };
 
 // Bytes with offset 128: too large for dot_q4.
 template <>
 struct CodeReader<8> {
+    static constexpr bool high_nibbles = false;
+    static constexpr uint32_t pair_depth = 1;
+
     static VecI start(int32_t, int32_t activation_sum) { return q8_start(activation_sum); }
     static VecI dot(VecI acc, Q8Bytes w, int32_t a) { return dot_q8(acc, w, a); }
 
@@ -246,11 +261,10 @@ struct ReaderOf<Bits, true> {
 template <WeightType Type>
 struct WeightBlock {
     static constexpr auto format = fixmin::quant::block_format(Type);
-    static constexpr uint32_t per_record = format.values / block;  // blocks of 32
+    static constexpr auto layout = fixmin::quant::panel_layout(Type);
+    static constexpr uint32_t per_record = layout.record_blocks;
     static constexpr uint32_t scales_per_record = format.values / format.scale_values;
     static constexpr bool halves = format.scale_values == 16;
-    static constexpr size_t code_bytes = fixmin::quant::code_bytes(Type);
-    static constexpr size_t record_bytes = fixmin::quant::scale_record_bytes(Type);
     using Reader = typename ReaderOf<format.bits, format.table>::Type;
 
     const uint8_t* planes;
@@ -259,9 +273,9 @@ struct WeightBlock {
     VecF half_scale[2];  // s where 16 weights share it
     VecF half_min[2];    // n
 
-    void load_from(const uint8_t* panel, uint32_t n_blocks, uint32_t b) {
-        planes = panel + b * code_bytes;
-        const uint8_t* p = panel + n_blocks * code_bytes + b / per_record * record_bytes;
+    void load_from(const uint8_t* panel, uint32_t b) {
+        planes = panel + fixmin::quant::codes_at(layout, b);
+        const uint8_t* p = panel + fixmin::quant::scales_at(layout, b);
         scale = load_f16((const uint16_t*)p);
         p += 2 * lanes;
         if constexpr (format.has_min) {
@@ -288,14 +302,16 @@ struct WeightBlock {
     auto codes() const {
         return Reader::template read<J>(planes);
     }
+    template <int J>
+    auto high_codes() const {
+        return Reader::template read_high<J>(planes);
+    }
 
-    // acc + weights . activations, given the dot products of the block in `chains` parts. Every value but a_scale *
+    // acc + weights . activations, given the dot products of the block, or of its halves. Every value but a_scale *
     // scale and the results of the last fma of a term is exact.
-    template <uint32_t chains>
     VecF add_dots(VecF acc, const VecI* dots, const ActivationBlock& a) const {
         if constexpr (!halves) {
-            const VecI dot = chains == 2 ? add_int(dots[0], dots[chains - 1]) : dots[0];
-            acc = fma(to_float(dot), mul(scale, set1(a.scale)), acc);
+            acc = fma(to_float(dots[0]), mul(scale, set1(a.scale)), acc);
             if constexpr (format.has_min) acc = fma(offset, set1(a.scaled_sum), acc);
         } else {
             // |s * dot| <= 128 * 32 * 127 * 16 = 2^23 - 2^16, so that even the sum of two is exact in float32.
@@ -340,14 +356,16 @@ class Stream {
 
 // P panels times N tokens, block after block. A vector of codes is unpacked once and meets all tokens, a word of
 // activations is loaded once and meets all panels; each pair has a chain of dot products of its own, so that none waits
-// for its own latency. The first and the second 16 weights have their own where they have scales of their own; so do
-// the even and the odd vectors of a lone pair.
+// for its own latency. The first and the second 16 weights have their own where they have scales of their own; so they
+// do for a lone pair, which is short of instructions when it waits for nothing else.
 template <WeightType Type, uint32_t P, uint32_t N>
 struct QuantizedTile {
     using Block = WeightBlock<Type>;
-    static constexpr uint32_t chains = Block::halves || P * N == 1 ? 2 : 1;
-    // What a block takes with its part of the scales: one pass over a panel prefetches as many bytes as a panel has.
-    static constexpr size_t bytes = Block::code_bytes + Block::record_bytes / Block::per_record;
+    static constexpr bool lone = P * N == 1;
+    static constexpr uint32_t chains = Block::halves || lone ? 2 : 1;
+    static constexpr bool high_nibbles = lone && Block::Reader::high_nibbles;
+    // What a block takes with its part of the scales.
+    static constexpr size_t bytes = Block::layout.chunk_bytes / Block::layout.chunk_blocks;
 
     // panels: P of them, panel_stride bytes apart. rows: [N][n_blocks]. result: [P][N].
     static void multiply(const uint8_t* panels, size_t panel_stride, uint32_t n_blocks, const ActivationBlock* rows,
@@ -356,20 +374,24 @@ struct QuantizedTile {
 #pragma GCC unroll 16
         for (uint32_t i = 0; i < P * N; ++i) acc[i] = zero();
         for (uint32_t b = 0; b < n_blocks; ++b) {
-            if constexpr (P * N == 1) stream.reads(panels + b * bytes, bytes);
+            if (lone && b % 2 == 0) stream.reads(panels + b * bytes, 2 * bytes);
             Block weights[P];
 #pragma GCC unroll 4
-            for (uint32_t p = 0; p < P; ++p) weights[p].load_from(panels + p * panel_stride, n_blocks, b);
-            VecI dots[P * N * chains];
-            start(dots, rows + b, n_blocks);
-            add_products(dots, weights, rows + b, n_blocks, EachVector{});
+            for (uint32_t p = 0; p < P; ++p) weights[p].load_from(panels + p * panel_stride, b);
+            Sums sums;
+            VecI* const dots = sums.dots;
+#pragma GCC unroll 16
+            for (uint32_t i = 0; i < P * N * chains; ++i) dots[i] = start(rows[b + i / chains % N * n_blocks], i % chains);
+            add_products(sums, weights, rows + b, n_blocks, EachVector{});
 #pragma GCC unroll 4
             for (uint32_t p = 0; p < P; ++p) {
 #pragma GCC unroll 16
                 for (uint32_t c = 0; c < N; ++c) {
                     const uint32_t i = p * N + c;
-                    acc[i] =
-                        weights[p].template add_dots<chains>(acc[i], dots + i * chains, rows[size_t(c) * n_blocks + b]);
+                    VecI* dot = dots + i * chains;
+                    if constexpr (high_nibbles) dot[1] = shift_right<4>(dot[1]);
+                    if constexpr (chains == 2 && !Block::halves) dot[0] = add_int(dot[0], dot[1]);
+                    acc[i] = weights[p].add_dots(acc[i], dot, rows[size_t(c) * n_blocks + b]);
                 }
             }
         }
@@ -378,39 +400,63 @@ struct QuantizedTile {
     }
 
   private:
-    [[gnu::always_inline]] static void start(VecI* dots, const ActivationBlock* rows, size_t stride) {
+    struct Sums {
+        VecI dots[P * N * chains];
+#ifdef FIXMIN_PAIRS
+        Pairs pairs[P * N];
+#endif
+    };
+
+    // What takes the zero off the codes of a chain.
+    [[gnu::always_inline]] static VecI start(const ActivationBlock& a, uint32_t chain) {
         constexpr int32_t zero = Block::format.zero;
-#pragma GCC unroll 16
-        for (uint32_t c = 0; c < N; ++c) {
-            const ActivationBlock& a = rows[c * stride];
-            const VecI first = Block::Reader::start(zero, Block::halves ? a.half_sum : a.sum);
-            const VecI second = Block::halves ? Block::Reader::start(zero, a.sum - a.half_sum) : set1_int(0);
-#pragma GCC unroll 4
-            for (uint32_t p = 0; p < P; ++p) {
-                dots[(p * N + c) * chains] = first;
-                if constexpr (chains == 2) dots[(p * N + c) * chains + 1] = second;
-            }
-        }
+        if constexpr (Block::halves) return Block::Reader::start(zero, chain == 0 ? a.half_sum : a.sum - a.half_sum);
+        return chain == 0 ? Block::Reader::start(zero, a.sum) : set1_int(0);
     }
 
     template <int... J>
-    [[gnu::always_inline]] static void add_products(VecI* dots, const Block* weights, const ActivationBlock* rows,
+    [[gnu::always_inline]] static void add_products(Sums& sums, const Block* weights, const ActivationBlock* rows,
                                                     size_t stride, Indices<J...>) {
-        (add_product<J>(dots, weights, rows, stride), ...);
+        (add_product<J>(sums, weights, rows, stride), ...);
     }
     template <int J>
-    [[gnu::always_inline]] static void add_product(VecI* dots, const Block* weights, const ActivationBlock* rows,
+    [[gnu::always_inline]] static void add_product(Sums& sums, const Block* weights, const ActivationBlock* rows,
                                                    size_t stride) {
-        constexpr uint32_t chain = Block::halves ? J / 4 : J % chains;
+        constexpr uint32_t chain = chains == 2 ? J / 4 : 0;
 #pragma GCC unroll 4
         for (uint32_t p = 0; p < P; ++p) {
-            const auto codes = weights[p].template codes<J>();
+            const auto codes = codes_of<J>(weights[p]);
 #pragma GCC unroll 16
             for (uint32_t c = 0; c < N; ++c) {
-                VecI& dot = dots[(p * N + c) * chains + chain];
-                dot = Block::Reader::dot(dot, codes, read_int32(rows[c * stride].q + 4 * J));
+                VecI& dot = sums.dots[(p * N + c) * chains + chain];
+                const int8_t* activations = rows[c * stride].q + 4 * J;
+#ifdef FIXMIN_PAIRS
+                constexpr uint32_t most = 8 / chains;
+                constexpr uint32_t depth = Block::Reader::pair_depth < most ? Block::Reader::pair_depth : most;
+                if constexpr (depth > 1) {
+                    Pairs& pairs = sums.pairs[p * N + c];
+                    const Pairs products = multiply_pairs(codes, read_int32(activations));
+                    pairs = J % depth == 0 ? products : add(pairs, products);
+                    if constexpr (J % depth == depth - 1) dot = add_pairs(dot, pairs);
+                    continue;
+                }
+#endif
+#ifdef FIXMIN_DOT_IN_MEMORY
+                if constexpr (P == 1) {
+                    dot = dot_in_memory(dot, codes, activations);
+                    continue;
+                }
+#endif
+                dot = Block::Reader::dot(dot, codes, read_int32(activations));
             }
         }
+    }
+    template <int J>
+    [[gnu::always_inline]] static auto codes_of(const Block& weights) {
+        if constexpr (high_nibbles && J >= 4)
+            return weights.template high_codes<J>();
+        else
+            return weights.template codes<J>();
     }
 };
 
@@ -487,6 +533,15 @@ void finish(const MatmulArgs& args, uint32_t token, uint32_t row, VecF value) {
         store_first(out, value, valid);
 }
 
+// Starts reading where `finish` will write the results of a tile: neighbouring tokens' lie in different pages, where no
+// processor looks ahead by itself.
+[[gnu::always_inline]] inline void prefetch_results(const MatmulArgs& args, uint32_t token, uint32_t n_tokens,
+                                                    uint32_t panel, uint32_t n_panels) {
+    for (uint32_t t = token; t < token + n_tokens; ++t) {
+        for (uint32_t p = panel; p < panel + n_panels; ++p) prefetch(args.out + t * args.out_stride + p * lanes);
+    }
+}
+
 // Panels in groups that stay in the second-level cache; inside, tokens in tiles that stay in the first-level cache
 // while the panels of the group pass by, so that results are written to neighbouring places. Tile: (panel, first token,
 // result[P][N]) with P = Panels and N = Columns, or both 1.
@@ -509,6 +564,7 @@ void for_each_tile(const MatmulArgs& args, Wide wide, Narrow narrow) {
         for (; token + Columns <= args.n_tokens; token += Columns) {
             uint32_t panel = first;
             for (; panel + Panels <= end; panel += Panels) {
+                prefetch_results(args, token, Columns, panel, Panels);
                 VecF result[Panels * Columns];
                 wide(at(panel), token, result);
                 for (uint32_t i = 0; i < Panels * Columns; ++i)
@@ -643,7 +699,8 @@ constexpr Kernels table = {FIXMIN_ISA_NAME, quantize_activations,
                            rms_norm,        rope,
                            scale,           gelu_erf,
                            gelu_tanh,       silu_mul,
-                           kv_store,        attention,
+                           kv_store,        kv_prefetch,
+                           attention,
                            softmax_stats,   exp_minus,
                            ceilings};
 

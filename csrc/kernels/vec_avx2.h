@@ -17,7 +17,10 @@ struct Bytes {  // 64 bytes of quantised weights
 constexpr uint32_t matmul_panels = 1;
 constexpr uint32_t matmul_columns = 4;  // 16 registers: 8 hold accumulators
 constexpr uint32_t matmul_columns_float = 6;
-constexpr uint32_t attention_value_vectors = 2;  // for 16 dimensions each, two chains of two registers each
+// Of a single query: 16 keys each, a chain of two registers for each; 16 dimensions each, two such chains for each.
+constexpr uint32_t attention_lone_groups = 2, attention_lone_vectors = 2;
+// Of several queries: 8 accumulators.
+constexpr uint32_t attention_queries = 4, attention_groups = 1, attention_vectors = 1;
 
 VecF zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 VecF set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
@@ -92,6 +95,11 @@ VecF load_uint8(const uint8_t* p) {
 VecF load_int8(const int8_t* p) {
     return to_float({_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)),
                      _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8)))});
+}
+/// x / 2^N, rounded down.
+template <int N>
+VecI shift_right(VecI x) {
+    return {_mm256_srai_epi32(x.lo, N), _mm256_srai_epi32(x.hi, N)};
 }
 VecI set1_int(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
 VecI add_int(VecI a, VecI b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
@@ -176,6 +184,7 @@ VecI dot_q4(VecI acc, Bytes w, int32_t a) {
     return {_mm256_dpbusd_avx_epi32(acc.lo, w.lo, x), _mm256_dpbusd_avx_epi32(acc.hi, w.hi, x)};
 }
 VecI dot_q8(VecI acc, Q8Bytes w, int32_t a) { return dot_q4(acc, w, a); }
+constexpr bool dot_q4_takes_any_byte = true;
 #else
 constexpr uint32_t ceiling_chains = 4;  // of 2 registers; more would not stay in them
 // vpmaddubsw saturates at 16 bits, so 8-bit weights go in as |w| <= 128 with their sign moved to the activation:
@@ -201,6 +210,18 @@ VecI dot_q4(VecI acc, Bytes w, int32_t a) {
     const __m256i x = _mm256_set1_epi32(a);
     return {add_pairs(acc.lo, _mm256_maddubs_epi16(w.lo, x)), add_pairs(acc.hi, _mm256_maddubs_epi16(w.hi, x))};
 }
+constexpr bool dot_q4_takes_any_byte = false;
+#define FIXMIN_PAIRS
+/// 16-bit sums of products of two neighbouring bytes, for weights of few bits: several fit before they are widened.
+struct Pairs {
+    __m256i lo, hi;
+};
+Pairs multiply_pairs(Bytes w, int32_t a) {
+    const __m256i x = _mm256_set1_epi32(a);
+    return {_mm256_maddubs_epi16(w.lo, x), _mm256_maddubs_epi16(w.hi, x)};
+}
+Pairs add(Pairs a, Pairs b) { return {_mm256_add_epi16(a.lo, b.lo), _mm256_add_epi16(a.hi, b.hi)}; }
+VecI add_pairs(VecI acc, Pairs p) { return {add_pairs(acc.lo, p.lo), add_pairs(acc.hi, p.hi)}; }
 #endif
 
 }  // namespace

@@ -19,8 +19,10 @@ struct Bytes {  // 64 bytes of quantised weights
 constexpr uint32_t matmul_panels = 2;
 constexpr uint32_t matmul_columns = 6;
 constexpr uint32_t matmul_columns_float = 12;
-constexpr uint32_t attention_value_vectors =
-    4;  // for 16 dimensions each, two chains of each: 8 cover the latency of fma
+// Of a single query: 16 keys each, a chain for each; 16 dimensions each, two chains for each. 8 cover the latency of fma.
+constexpr uint32_t attention_lone_groups = 4, attention_lone_vectors = 4;
+// Of several queries: 16 accumulators, and few loads for each product.
+constexpr uint32_t attention_queries = 8, attention_groups = 2, attention_vectors = 2;
 
 VecF zero() { return {_mm512_setzero_ps()}; }
 VecF set1(float x) { return {_mm512_set1_ps(x)}; }
@@ -66,6 +68,11 @@ VecF load_uint8(const uint8_t* p) {
 }
 VecF load_int8(const int8_t* p) { return to_float({_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))}); }
 VecI set1_int(int32_t x) { return {_mm512_set1_epi32(x)}; }
+/// x / 2^N, rounded down.
+template <int N>
+VecI shift_right(VecI x) {
+    return {_mm512_srai_epi32(x.v, N)};
+}
 VecI add_int(VecI a, VecI b) { return {_mm512_add_epi32(a.v, b.v)}; }
 /// 2^n for n in [-126, 127].
 VecF pow2(VecI n) {
@@ -127,6 +134,13 @@ Q8Bytes prepare_q8(Bytes w) { return w; }
 VecI q8_start(int32_t activation_sum) { return set1_int(-128 * activation_sum); }
 VecI dot_q8(VecI acc, Q8Bytes w, int32_t a) { return {_mm512_dpbusd_epi32(acc.v, w.v, _mm512_set1_epi32(a))}; }
 VecI dot_q4(VecI acc, Bytes w, int32_t a) { return {_mm512_dpbusd_epi32(acc.v, w.v, _mm512_set1_epi32(a))}; }
+#define FIXMIN_DOT_IN_MEMORY
+/// dot_q4 and dot_q8 with four activations in memory, which the instruction itself repeats; compilers do not see that.
+VecI dot_in_memory(VecI acc, Bytes w, const int8_t* a) {
+    __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc.v) : "v"(w.v), "m"(*(const int8_t(*)[4])a));
+    return acc;
+}
+constexpr bool dot_q4_takes_any_byte = true;
 #else
 // vpmaddubsw saturates at 16 bits, so 8-bit weights go in as |w| <= 128 with their sign moved to the activation:
 // 2 * 128 * 127 = 32512 fits. Codes of up to 6 bits fit as they are.
@@ -148,6 +162,15 @@ VecI dot_q8(VecI acc, Q8Bytes w, int32_t a) {
     return add_pairs(acc, _mm512_maddubs_epi16(w.magnitude, signed_x));
 }
 VecI dot_q4(VecI acc, Bytes w, int32_t a) { return add_pairs(acc, _mm512_maddubs_epi16(w.v, _mm512_set1_epi32(a))); }
+constexpr bool dot_q4_takes_any_byte = false;
+#define FIXMIN_PAIRS
+/// 16-bit sums of products of two neighbouring bytes, for weights of few bits: several fit before they are widened.
+struct Pairs {
+    __m512i v;
+};
+Pairs multiply_pairs(Bytes w, int32_t a) { return {_mm512_maddubs_epi16(w.v, _mm512_set1_epi32(a))}; }
+Pairs add(Pairs a, Pairs b) { return {_mm512_add_epi16(a.v, b.v)}; }
+VecI add_pairs(VecI acc, Pairs p) { return add_pairs(acc, p.v); }
 #endif
 
 }  // namespace

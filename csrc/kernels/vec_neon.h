@@ -21,7 +21,10 @@ struct Bytes {  // 64 bytes of quantised weights
 constexpr uint32_t matmul_panels = 1;
 constexpr uint32_t matmul_columns = 2;
 constexpr uint32_t matmul_columns_float = 4;
-constexpr uint32_t attention_value_vectors = 2;  // for 16 dimensions each, two chains of four registers each
+// Of a single query: 16 keys each, a chain of four registers for each; 16 dimensions each, two such chains for each.
+constexpr uint32_t attention_lone_groups = 2, attention_lone_vectors = 2;
+// Of several queries: 16 accumulators.
+constexpr uint32_t attention_queries = 4, attention_groups = 1, attention_vectors = 1;
 
 // The indices are written out, not looped over, so that a VecF is taken apart into registers before any unrolling.
 template <typename F>
@@ -124,6 +127,11 @@ int32x4_t round4(float32x4_t x) {
 VecI round_to_int(VecF x) { return {{round4(x.v[0]), round4(x.v[1]), round4(x.v[2]), round4(x.v[3])}}; }
 VecF to_float(VecI x) {
     return {{vcvtq_f32_s32(x.v[0]), vcvtq_f32_s32(x.v[1]), vcvtq_f32_s32(x.v[2]), vcvtq_f32_s32(x.v[3])}};
+}
+/// x / 2^N, rounded down.
+template <int N>
+VecI shift_right(VecI x) {
+    return {{vshrq_n_s32(x.v[0], N), vshrq_n_s32(x.v[1], N), vshrq_n_s32(x.v[2], N), vshrq_n_s32(x.v[3], N)}};
 }
 VecI set1_int(int32_t x) {
     const int32x4_t v = vdupq_n_s32(x);
@@ -239,5 +247,6 @@ VecI dot_q8(VecI acc, Q8Bytes w, int32_t a) {
              add_products(acc.v[3], vreinterpretq_s8_u8(w.v[3]), x)}};
 }
 VecI dot_q4(VecI acc, Bytes w, int32_t a) { return dot_q8(acc, w, a); }  // 0..63: the sign bit is never set
+constexpr bool dot_q4_takes_any_byte = false;
 
 }  // namespace

@@ -17,7 +17,8 @@ struct Bytes {  // 64 bytes of quantised weights
 constexpr uint32_t matmul_panels = 1;
 constexpr uint32_t matmul_columns = 2;
 constexpr uint32_t matmul_columns_float = 2;
-constexpr uint32_t attention_value_vectors = 2;
+constexpr uint32_t attention_lone_groups = 2, attention_lone_vectors = 2;
+constexpr uint32_t attention_queries = 4, attention_groups = 1, attention_vectors = 1;
 
 template <typename F>
 VecF lanewise(F f) {
@@ -110,6 +111,12 @@ VecF load_uint8(const uint8_t* p) {
 VecF load_int8(const int8_t* p) {
     return lanewise([&](int i) { return float(p[i]); });
 }
+/// x / 2^N, rounded down.
+template <int N>
+VecI shift_right(VecI x) {
+    for (int32_t& v : x.v) v >>= N;
+    return x;
+}
 VecI set1_int(int32_t x) {
     VecI out;
     for (int i = 0; i < 16; ++i) out.v[i] = x;
@@ -191,5 +198,6 @@ VecI dot_q4(VecI acc, Bytes w, int32_t a) {
     return acc;
 }
 VecI dot_q8(VecI acc, Q8Bytes w, int32_t a) { return dot_q4(acc, w, a); }
+constexpr bool dot_q4_takes_any_byte = true;
 
 }  // namespace

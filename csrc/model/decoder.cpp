@@ -110,6 +110,7 @@ bool Decoder::forward(const Pass& pass, Team& team) {
     for (uint32_t l = 0; l < hp_.block_count; ++l) {
         const Layer& layer = weights_.layers[l];
         project_qkv(l, pass, team);  // h = norm1(x); q, k, v
+        if (n_tokens == 1) prefetch_kv(l, pass, team);
         team.barrier();
         attend(l, pass, team);  // softmax(q.k * scale) v
         team.barrier();
@@ -169,27 +170,47 @@ void Decoder::attend(uint32_t l, const Pass& pass, Team& team) {
         const size_t row = size_t(pass.position + t) * pairs;
         if (pairs) kernels_.rope(head, hp_.rope_dim, hp_.rope_style, cos_.data() + row, sin_.data() + row);
     };
-    const auto attend_head = [&](uint32_t kv_head) {
-        const kernels::KvHead kv{pass.kv.type, d, pass.kv.blocks[l], kv_head * kernels::kv_head_bytes(pass.kv.type, d)};
+    // All are stored before any is read: a load that overlaps younger, narrower stores would wait for them.
+    const auto store = [&](uint32_t kv_head) {
         float* keys = qkv_.data() + hp_.q_length() + kv_head * d;
         const float* values = keys + hp_.kv_length();
         for (uint32_t t = 0; t < n_tokens; ++t) {
-            rotate(keys + t * stride, t);
-            kernels_.kv_store(kv, pass.position + t, keys + t * stride, values + t * stride);
-        }
-        for (uint32_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
-            float* queries = qkv_.data() + head * d;
-            for (uint32_t t = 0; t < n_tokens; ++t) {
-                rotate(queries + t * stride, t);
-                kernels_.scale(queries + t * stride, d, hp_.attention_scale);
+            // Rows lie in different pages, where no processor looks ahead by itself.
+            if (const uint32_t ahead = t + 4; ahead < n_tokens) {
+                for (uint32_t i = 0; i < d; i += 16) {
+                    __builtin_prefetch(keys + ahead * stride + i, 1);
+                    __builtin_prefetch(values + ahead * stride + i);
+                }
             }
-            kernels_.attention({kv, queries, stride, n_tokens, pass.position, attended_.data() + head * d,
-                                hp_.q_length(), reinterpret_cast<float*>(private_[team.index].scratch.data())});
+            rotate(keys + t * stride, t);
+            kernels_.kv_store(kv_head_of(l, pass, kv_head), pass.position + t, keys + t * stride, values + t * stride);
         }
     };
+    const auto attend_head = [&](uint32_t head) {
+        float* queries = qkv_.data() + head * d;
+        for (uint32_t t = 0; t < n_tokens; ++t) {
+            rotate(queries + t * stride, t);
+            kernels_.scale(queries + t * stride, d, hp_.attention_scale);
+        }
+        kernels_.attention({kv_head_of(l, pass, head / group), queries, stride, n_tokens, pass.position,
+                            attended_.data() + head * d, hp_.q_length(),
+                            reinterpret_cast<float*>(private_[team.index].scratch.data())});
+    };
     team.for_pieces(hp_.head_count_kv, [&](uint32_t begin, uint32_t end) {
-        for (uint32_t kv_head = begin; kv_head < end; ++kv_head) attend_head(kv_head);
+        for (uint32_t kv_head = begin; kv_head < end; ++kv_head) store(kv_head);
+        for (uint32_t head = begin * group; head < end * group; ++head) attend_head(head);
     });
+}
+
+kernels::KvHead Decoder::kv_head_of(uint32_t l, const Pass& pass, uint32_t kv_head) const {
+    return {pass.kv.type, hp_.head_dim, pass.kv.blocks[l], kv_head * kernels::kv_head_bytes(pass.kv.type, hp_.head_dim)};
+}
+
+// Of the heads that this thread will probably attend to, before it waits for the others.
+void Decoder::prefetch_kv(uint32_t l, const Pass& pass, const Team& team) const {
+    const auto [begin, end] = team.share(hp_.head_count_kv);
+    for (uint32_t kv_head = begin; kv_head < end; ++kv_head)
+        kernels_.kv_prefetch(kv_head_of(l, pass, kv_head), pass.position);
 }
 
 void Decoder::feed_forward(const Layer& layer, uint32_t n_tokens, InputSquares::Block* squares, Team& team) {

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "kernels/kernels.h"
+#include "model/buffer.h"
 #include "model/team.h"
 #include "model/weights.h"
 
@@ -85,9 +86,9 @@ class Decoder {
 
     // Buffers that one thread uses alone.
     struct Private {
-        std::vector<float> row;                        // [max(D, F)]
-        std::vector<kernels::ActivationBlock> blocks;  // the same in 8 bits
-        std::vector<std::byte> scratch;                // of kernels
+        Buffer<float> row;                        // [max(D, F)]
+        Buffer<kernels::ActivationBlock> blocks;  // the same in 8 bits
+        Buffer<std::byte> scratch;                // of kernels
     };
 
     Rows normalized(const Norm& norm, const float* x, uint32_t n_tokens, bool quantize, Team& team);
@@ -103,6 +104,8 @@ class Decoder {
     void lift(const Pass& pass, Team& team);
     void project_qkv(uint32_t layer, const Pass& pass, Team& team);
     void attend(uint32_t layer, const Pass& pass, Team& team);
+    kernels::KvHead kv_head_of(uint32_t layer, const Pass& pass, uint32_t kv_head) const;
+    void prefetch_kv(uint32_t layer, const Pass& pass, const Team& team) const;
     void feed_forward(const Layer& layer, uint32_t n_tokens, InputSquares::Block* squares, Team& team);
     void activate(uint32_t first_token, uint32_t n_tokens, uint32_t first_row, uint32_t end_row);
     void capture_hidden(uint32_t layer, const Pass& pass, Team& team) const;
@@ -111,12 +114,12 @@ class Decoder {
     std::unordered_map<const Linear*, const Linear*> following_;  // which matrix a decoded token reads after which
     const Hyperparams& hp_;
     const kernels::Kernels& kernels_;
-    std::vector<float> x_;                             // [T][D] residual stream
-    std::vector<float> normed_;                        // [T][D]
-    std::vector<kernels::ActivationBlock> quantized_;  // [T][max(D, F)/32]
-    std::vector<float> qkv_;                           // [T][qkv_length]
-    std::vector<float> attended_;                      // [T][q_length]
-    std::vector<float> gate_, up_;                     // [T][F]
+    Buffer<float> x_;                             // [T][D] residual stream
+    Buffer<float> normed_;                        // [T][D]
+    Buffer<kernels::ActivationBlock> quantized_;  // [T][max(D, F)/32]
+    Buffer<float> qkv_;                           // [T][qkv_length]
+    Buffer<float> attended_;                      // [T][q_length]
+    Buffer<float> gate_, up_;                     // [T][F]
     std::vector<Private> private_;                     // [n_threads]
     std::vector<float> cos_, sin_;                     // [positions][rope_dim/2]
     std::atomic<bool> stopped_ = false;

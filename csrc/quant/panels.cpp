@@ -146,17 +146,19 @@ void store_scales(WeightType type, const Block& block, uint32_t row, std::byte* 
 
 // A panel of a type that stores 32 codes of 4 or 8 bits behind d and m as the planes do: words are copied, which is
 // three times as fast as taking codes apart and joining them again.
-template <uint32_t Bits, bool HasMin>
+template <WeightType Type>
 bool copy_planes(const std::byte* rows, uint32_t n_rows, uint32_t n_blocks, std::byte* panel) {
-    constexpr uint32_t halves = HasMin ? 2 : 1;
-    constexpr uint32_t flip = Bits == 8 ? 0x80808080u : 0u;  // signed bytes -> offset 128
-    std::byte* scales = panel + size_t(n_blocks) * Bits * 64;
+    constexpr BlockFormat format = block_format(Type);
+    constexpr PanelLayout layout = panel_layout(Type);
+    constexpr uint32_t halves = format.has_min ? 2 : 1;
+    constexpr uint32_t flip = format.bits == 8 ? 0x80808080u : 0u;  // signed bytes -> offset 128
+    constexpr size_t block_bytes = format.bytes;
     bool finite = true;
-    constexpr size_t block_bytes = 2 * halves + 4 * Bits, codes = Bits * 64;
-    for (uint32_t b = 0; b < n_blocks; ++b, panel += codes, scales += halves * panel_rows * 2) {
+    for (uint32_t b = 0; b < n_blocks; ++b) {
         prefetch_next(rows, size_t(n_blocks) * panel_rows * block_bytes, b * panel_rows * block_bytes,
                       panel_rows * block_bytes);
-        prefetch_written(panel, codes);
+        std::byte *scales = panel + scales_at(layout, b), *codes = panel + codes_at(layout, b);
+        prefetch_written(codes, layout.codes_bytes);
         for (uint32_t r = 0; r < n_rows; ++r) {
             const std::byte* block = rows + (size_t(r) * n_blocks + b) * block_bytes;
             for (uint32_t h = 0; h < halves; ++h) {
@@ -164,9 +166,9 @@ bool copy_planes(const std::byte* rows, uint32_t n_rows, uint32_t n_blocks, std:
                 finite &= f16_is_finite(half);
                 std::memcpy(scales + (h * panel_rows + r) * 2, &half, 2);
             }
-            for (uint32_t j = 0; j < Bits; ++j) {
+            for (uint32_t j = 0; j < format.bits; ++j) {
                 const uint32_t word = read<uint32_t>(block + 2 * halves + 4 * j) ^ flip;
-                std::memcpy(panel + (j * panel_rows + r) * 4, &word, 4);
+                std::memcpy(codes + (j * panel_rows + r) * 4, &word, 4);
             }
         }
     }
@@ -175,18 +177,18 @@ bool copy_planes(const std::byte* rows, uint32_t n_rows, uint32_t n_blocks, std:
 
 bool pack_blocks(WeightType type, const std::byte* rows, uint32_t n_rows, uint32_t n_blocks, std::byte* panel) {
     const BlockFormat format = block_format(type);
-    const size_t codes = code_bytes(type), record = scale_record_bytes(type);
-    const uint32_t parts = format.values / block_size;
-    std::byte* scales = panel + size_t(n_blocks) * parts * codes;
+    const PanelLayout layout = panel_layout(type);
+    const uint32_t parts = layout.record_blocks;
     bool finite = true;
     Block block;
-    for (uint32_t b = 0; b < n_blocks; ++b, panel += parts * codes, scales += record) {
+    for (uint32_t b = 0; b < n_blocks; ++b) {
+        std::byte *scales = panel + scales_at(layout, b * parts), *codes = panel + codes_at(layout, b * parts);
         for (uint32_t r = 0; r < n_rows; ++r) {
             read_block(type, rows + (size_t(r) * n_blocks + b) * format.bytes, block);
             finite &= f16_is_finite(block.d) && f16_is_finite(block.m);
             store_scales(type, block, r, scales);
             for (uint32_t i = 0; i < parts; ++i)
-                store_codes(format.bits, block.codes + i * block_size, panel + i * codes + r * 4);
+                store_codes(format.bits, block.codes + i * block_size, codes + i * layout.codes_bytes + r * 4);
         }
     }
     return finite;
@@ -197,10 +199,10 @@ bool pack_quantized(WeightType type, const std::byte* rows, uint32_t n_rows, uin
     // A missing row has scales of zero.
     if (n_rows < panel_rows) std::memset(panel, 0, panel_bytes(type, inner));
     switch (type) {
-        case WeightType::q8_0: return copy_planes<8, false>(rows, n_rows, n_blocks, panel);
+        case WeightType::q8_0: return copy_planes<WeightType::q8_0>(rows, n_rows, n_blocks, panel);
         case WeightType::q4_0:
-        case WeightType::iq4_nl: return copy_planes<4, false>(rows, n_rows, n_blocks, panel);
-        case WeightType::q4_1: return copy_planes<4, true>(rows, n_rows, n_blocks, panel);
+        case WeightType::iq4_nl: return copy_planes<WeightType::q4_0>(rows, n_rows, n_blocks, panel);
+        case WeightType::q4_1: return copy_planes<WeightType::q4_1>(rows, n_rows, n_blocks, panel);
         default: return pack_blocks(type, rows, n_rows, n_blocks, panel);
     }
 }
@@ -224,8 +226,10 @@ void dequantize_blocks(WeightType type, const std::byte* row, uint32_t inner, fl
 
 size_t panel_bytes(WeightType type, uint32_t inner) {
     if (!is_quantized(type)) return (row_bytes(type, inner) * panel_rows + 63) / 64 * 64;
-    const size_t scales = inner / block_format(type).values * scale_record_bytes(type);
-    return (inner / block_size * code_bytes(type) + scales + 63) / 64 * 64;
+    const PanelLayout layout = panel_layout(type);
+    const uint32_t n_blocks = inner / block_size;
+    const uint32_t n_chunks = (n_blocks + layout.chunk_blocks - 1) / layout.chunk_blocks;
+    return n_chunks * layout.chunk_records * layout.record_bytes + n_blocks * layout.codes_bytes;
 }
 
 bool pack_panel(WeightType type, const std::byte* rows, uint32_t n_rows, uint32_t inner, std::byte* panel) {

@@ -4,7 +4,8 @@
 // vector holds the same inner position of 16 rows and no product needs a horizontal sum (docs/kernels.md).
 //
 //   float types      [inner][16] elements
-//   quantised types  [inner/32] blocks of 64 * bits bytes of codes, then [inner/values] records of scales
+//   quantised types  chunks: a record of scales, then the codes of its values, 64 * bits bytes for every 32 of them;
+//                    or two records and the codes of both, where a record is not a multiple of 64 bytes
 //
 // Codes of a block of 32 are 8 vectors of 64 bytes, vector j holding k = 4j..4j+3 of each row. They are stored as
 // planes of 8, 4, 2 or 1 bits, in this order (5 bits are a plane of 4 and one of 1):
@@ -18,7 +19,8 @@
 // scales [256/scale_values][16] and mins [256/scale_values][16] of one byte each (Q2_K: nibbles of the same byte, the
 // scale below).
 //
-// Scales stand behind the codes, not between them, so that every 64-byte load of codes is aligned.
+// So every 64-byte load of codes is aligned, and a panel is read from its first byte to its last (docs/kernels.md). A
+// last chunk of one record instead of two has room for both.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -44,6 +46,35 @@ static constexpr size_t scale_record_bytes(WeightType type) {
     const size_t halves = format.has_min ? 2 : 1;
     const size_t bytes = format.values == 256 ? 256 / format.scale_values * (bytes_of_their_own ? 2 : 1) : 0;
     return (2 * halves + bytes) * panel_rows;
+}
+
+/// Where the parts of a panel of a quantised type lie. Without member functions: they would be shared by the units of
+/// all ISAs (kernels.h).
+struct PanelLayout {
+    size_t codes_bytes, record_bytes, chunk_bytes;
+    uint32_t record_blocks, chunk_records, chunk_blocks;  // blocks of 32
+};
+
+static constexpr PanelLayout panel_layout(WeightType type) {
+    PanelLayout layout{};
+    layout.codes_bytes = code_bytes(type);
+    layout.record_bytes = scale_record_bytes(type);
+    layout.record_blocks = block_format(type).values / block_size;
+    layout.chunk_records = layout.record_bytes % 64 ? 2 : 1;
+    layout.chunk_blocks = layout.chunk_records * layout.record_blocks;
+    layout.chunk_bytes = layout.chunk_records * layout.record_bytes + layout.chunk_blocks * layout.codes_bytes;
+    return layout;
+}
+
+/// Offset of the scales of block b in a panel.
+static constexpr size_t scales_at(const PanelLayout& layout, uint32_t b) {
+    return b / layout.chunk_blocks * layout.chunk_bytes +
+           b / layout.record_blocks % layout.chunk_records * layout.record_bytes;
+}
+
+/// Offset of the codes of block b in a panel.
+static constexpr size_t codes_at(const PanelLayout& layout, uint32_t b) {
+    return (b / layout.chunk_blocks + 1) * layout.chunk_records * layout.record_bytes + b * layout.codes_bytes;
 }
 
 static constexpr std::string_view name(WeightType type) { return block_format(type).name; }
