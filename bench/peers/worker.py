@@ -97,9 +97,11 @@ class Ceilings(Fixmin):
     def facts(self, request: dict) -> dict:
         import torch
 
+        from fixmin_cpp.benchmark import mean_rate
+
         found = {
-            "read_bytes_s": self.engine.read_ceiling(self.options["buffer"]),
-            "int8_vector_ops": self.engine.int8_ceiling(),
+            "read_bytes_s": mean_rate(self.engine.read_ceiling(self.options["buffer"], 5)),
+            "int8_vector_ops": mean_rate(self.engine.int8_ceiling()),
             "int8_product_ops": self.product(lambda: torch._int_mm(self.bytes8, self.bytes8)),
         }
         for name, layer in self.linear.items():

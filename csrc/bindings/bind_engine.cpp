@@ -283,16 +283,16 @@ class InputSquares {
     model::InputSquares squares_;
 };
 
-double read_ceiling(const EngineHandle& handle, size_t n_bytes, uint32_t passes) {
+std::vector<double> read_ceiling(const EngineHandle& handle, size_t n_bytes, uint32_t passes) {
     const auto engine = handle.get();
-    double result = 0;
+    std::vector<double> result;
     compute(nullptr, [&](const Engine::Stop& stop) { result = engine->read_ceiling(n_bytes, passes, stop); });
     return result;
 }
 
-double int8_ceiling(const EngineHandle& handle, uint32_t passes) {
+std::vector<double> int8_ceiling(const EngineHandle& handle, uint32_t passes) {
     const auto engine = handle.get();
-    double result = 0;
+    std::vector<double> result;
     compute(nullptr, [&](const Engine::Stop& stop) { result = engine->int8_ceiling(passes, stop); });
     return result;
 }

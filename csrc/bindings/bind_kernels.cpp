@@ -183,6 +183,13 @@ class KernelTable {
         return out;
     }
 
+    std::optional<uint32_t> argmax(const Floats& x) const {
+        expect(x.size() > 0, "x is empty");
+        uint32_t index;
+        if (!k_.argmax(x.data(), uint32_t(x.size()), &index)) return std::nullopt;
+        return index;
+    }
+
     std::pair<float, float> softmax_stats(const Floats& x) const {
         expect(x.size() > 0, "x is empty");
         float max, sum;
@@ -214,6 +221,7 @@ void bind_kernels(py::module_& m) {
         .def("rope", &KernelTable::rope, py::arg("x"), py::arg("interleaved"), py::arg("cos"), py::arg("sin"))
         .def("attention", &KernelTable::attention, py::arg("kv_type"), py::arg("queries"), py::arg("keys"),
              py::arg("values"))
+        .def("argmax", &KernelTable::argmax, py::arg("x"))
         .def("softmax_stats", &KernelTable::softmax_stats, py::arg("x"));
 }
 

@@ -17,7 +17,7 @@ double seconds(const auto& f) {
 
 }  // namespace
 
-double Engine::read_ceiling(size_t n_bytes, uint32_t passes, const Stop& stop) {
+std::vector<double> Engine::read_ceiling(size_t n_bytes, uint32_t passes, const Stop& stop) {
     constexpr size_t unit = 4096;
     const size_t n_units = n_bytes / unit;
     if (n_units < n_threads()) throw ArgumentError("a read of fewer than 4096 bytes for each thread says nothing");
@@ -27,7 +27,7 @@ double Engine::read_ceiling(size_t n_bytes, uint32_t passes, const Stop& stop) {
     pool_.parallel_for(uint32_t(n_units), [&](uint32_t begin, uint32_t end) {
         std::memset(buffer.data() + begin * unit, 1, (end - begin) * unit);
     });
-    double best = 0;
+    std::vector<double> rates;
     for (uint32_t pass = 0; pass < passes; ++pass) {
         if (stop && stop()) throw Cancelled();
         // A small buffer is read again and again: one wake of the threads must not be what is measured.
@@ -42,12 +42,12 @@ double Engine::read_ceiling(size_t n_bytes, uint32_t passes, const Stop& stop) {
                 }
             });
         });
-        best = std::max(best, double(rounds) * double(n_units * unit) / time);
+        rates.push_back(double(rounds) * double(n_units * unit) / time);
     }
-    return best;
+    return rates;
 }
 
-double Engine::int8_ceiling(uint32_t passes, const Stop& stop) {
+std::vector<double> Engine::int8_ceiling(uint32_t passes, const Stop& stop) {
     const std::lock_guard lock(mutex_);
     // In pieces, as the model's work is shared: else a slow core would lower the ceiling of all.
     constexpr uint32_t pieces = 256;
@@ -62,12 +62,12 @@ double Engine::int8_ceiling(uint32_t passes, const Stop& stop) {
     };
     uint64_t rounds = pieces * 8;
     while (run(rounds) < 0.025) rounds *= 2;
-    double best = 0;
+    std::vector<double> rates;
     for (uint32_t pass = 0; pass < passes; ++pass) {
         if (stop && stop()) throw Cancelled();
-        best = std::max(best, double(rounds) * kernels_.ceilings.int8_operations * n_threads() / run(rounds));
+        rates.push_back(double(rounds) * kernels_.ceilings.int8_operations * n_threads() / run(rounds));
     }
-    return best;
+    return rates;
 }
 
 }  // namespace fixmin::engine

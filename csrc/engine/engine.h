@@ -67,11 +67,11 @@ class Engine {
     Generation generate(std::span<const uint32_t> prompt, const SamplingParams& params,
                         const std::function<bool(uint32_t)>& on_token, const Stop& stop);
 
-    /// Bytes per second that the threads read from n_bytes of memory, the best of `passes` over it.
-    double read_ceiling(size_t n_bytes, uint32_t passes, const Stop& stop);
+    /// Bytes per second that the threads read from n_bytes of memory, in each of `passes` over it.
+    std::vector<double> read_ceiling(size_t n_bytes, uint32_t passes, const Stop& stop);
 
-    /// 8-bit multiplications and additions per second of the threads, the best of `passes` of about 50 ms.
-    double int8_ceiling(uint32_t passes, const Stop& stop);
+    /// 8-bit multiplications and additions per second of the threads, in each of `passes` of about 50 ms.
+    std::vector<double> int8_ceiling(uint32_t passes, const Stop& stop);
 
   private:
     using AfterChunk = std::function<void(uint32_t first, uint32_t n)>;

@@ -13,14 +13,6 @@ constexpr auto before = [](const auto& a, const auto& b) {
     return a.logit != b.logit ? a.logit > b.logit : a.id < b.id;
 };
 
-uint32_t argmax(std::span<const float> logits) {
-    uint32_t best = 0;
-    for (uint32_t i = 1; i < logits.size(); ++i) {
-        if (logits[i] > logits[best]) best = i;
-    }
-    return best;
-}
-
 }  // namespace
 
 double counter_uniform(uint64_t seed, uint64_t index) {
@@ -31,15 +23,13 @@ double counter_uniform(uint64_t seed, uint64_t index) {
 }
 
 uint32_t Sampler::sample(std::span<const float> logits, uint64_t step) {
-    const uint32_t best = argmax(logits);
-    const uint32_t n = uint32_t(logits.size());
-    float highest, sum;
-    kernels_.softmax_stats(logits.data(), n, &highest, &sum);
-    if (!std::isfinite(highest) || !std::isfinite(sum)) {
+    uint32_t best;
+    if (!kernels_.argmax(logits.data(), uint32_t(logits.size()), &best)) {
         throw Error("the model's logits are not finite: the weights overflow on this input");
     }
     if (params_.temperature == 0) return best;
 
+    const float highest = logits[best];
     keep_top_k(logits);
     if (params_.top_p < 1) keep_top_p();
 

@@ -30,8 +30,8 @@ void expand_panel(const uint8_t* panel, uint32_t n_blocks, int8_t* weights, floa
     constexpr auto format = fixmin::quant::block_format(Type);
     constexpr int zero = format.bits == 8 || format.table ? 128 : format.zero;
     const __m512i taken_off = _mm512_set1_epi8(char(zero));
+    WeightBlock<Type> from;
     for (uint32_t b = 0; b < n_blocks; ++b, weights += 512) {
-        WeightBlock<Type> from;
         from.load_from(panel, b);
         store_codes<Type>(from, taken_off, weights, EachVector{});
         store(scales + b * lanes, from.scale);

@@ -163,6 +163,9 @@ struct Kernels {
     /// max_i x[i] and sum_i exp(x[i] - max): the pieces of a log-softmax over n logits.
     void (*softmax_stats)(const float* x, uint32_t n, float* max, float* sum);
 
+    /// The first place of the largest of n >= 1 values. Returns false if one is NaN or +infinity.
+    bool (*argmax)(const float* x, uint32_t n, uint32_t* index);
+
     /// y[i] = exp(x[i] - max).
     void (*exp_minus)(const float* x, uint32_t n, float max, float* y);
 

@@ -268,20 +268,21 @@ struct WeightBlock {
     using Reader = typename ReaderOf<format.bits, format.table>::Type;
 
     const uint8_t* planes;
+    VecF d, m;           // of the record
     VecF scale;          // d, or d * s where 32 weights share s
     VecF offset;         // m, or m * n likewise
     VecF half_scale[2];  // s where 16 weights share it
     VecF half_min[2];    // n
 
+    // Blocks are loaded in their order: d and m come with the first of a record.
     void load_from(const uint8_t* panel, uint32_t b) {
         planes = panel + fixmin::quant::codes_at(layout, b);
         const uint8_t* p = panel + fixmin::quant::scales_at(layout, b);
-        scale = load_f16((const uint16_t*)p);
-        p += 2 * lanes;
-        if constexpr (format.has_min) {
-            offset = load_f16((const uint16_t*)p);
-            p += 2 * lanes;
-        }
+        if (b % per_record == 0) d = load_f16((const uint16_t*)p);
+        if (format.has_min && b % per_record == 0) m = load_f16((const uint16_t*)p + lanes);
+        p += (format.has_min ? 4 : 2) * lanes;
+        scale = d;
+        if constexpr (format.has_min) offset = m;
         if constexpr (Type == WeightType::q2_k) {
             for (uint32_t h = 0; h < 2; ++h) {
                 const uint8_t* both = p + (b % per_record * 2 + h) * lanes;
@@ -373,9 +374,9 @@ struct QuantizedTile {
         VecF acc[P * N];
 #pragma GCC unroll 16
         for (uint32_t i = 0; i < P * N; ++i) acc[i] = zero();
+        Block weights[P];
         for (uint32_t b = 0; b < n_blocks; ++b) {
             if (lone && b % 2 == 0) stream.reads(panels + b * bytes, 2 * bytes);
-            Block weights[P];
 #pragma GCC unroll 4
             for (uint32_t p = 0; p < P; ++p) weights[p].load_from(panels + p * panel_stride, b);
             Sums sums;
@@ -680,6 +681,38 @@ void softmax_stats(const float* x, uint32_t n, float* out_max, float* out_sum) {
     *out_sum = sum_of(x, n, [=](VecF acc, VecF v) { return add(acc, exp(sub(v, m))); });
 }
 
+bool argmax(const float* x, uint32_t n, uint32_t* index) {
+    constexpr uint32_t part = 1024;  // of which only the one with the maximum is searched value by value
+    constexpr float lowest = -3.402823466e+38f;
+    const VecF low = set1(lowest);
+    VecF poison = zero();
+    float rest_poison = 0, highest = 0;
+    uint32_t first = 0;
+    for (uint32_t begin = 0; begin < n; begin += part) {
+        const uint32_t end = n - begin < part ? n : begin + part;
+        VecF top = low;
+        uint32_t i = begin;
+        for (; i + lanes <= end; i += lanes) {
+            const VecF v = max(low, load(x + i));  // in this order a NaN stays one
+            poison = add(poison, sub(v, v));
+            top = max(top, v);
+        }
+        float most = reduce_max(top);
+        for (; i < end; ++i) {
+            const float v = x[i] < lowest ? lowest : x[i];
+            rest_poison += v - v;
+            most = v > most ? v : most;
+        }
+        if (begin == 0 || most > highest) {
+            highest = most;
+            first = begin;
+        }
+    }
+    *index = first;
+    while (*index + 1 < n && *index + 1 < first + part && x[*index] < highest) ++*index;
+    return reduce_add(poison) + rest_poison == 0.0f;
+}
+
 void exp_minus(const float* x, uint32_t n, float highest, float* y) {
     const VecF m = set1(highest);
     for (uint32_t i = 0; i < n; i += lanes) {
@@ -701,7 +734,8 @@ constexpr Kernels table = {FIXMIN_ISA_NAME, quantize_activations,
                            gelu_tanh,       silu_mul,
                            kv_store,        kv_prefetch,
                            attention,
-                           softmax_stats,   exp_minus,
+                           softmax_stats,   argmax,
+                           exp_minus,
                            ceilings};
 
 }  // namespace

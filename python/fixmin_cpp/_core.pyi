@@ -156,8 +156,8 @@ class Engine:
         on_token: Callable[[int], bool] | None = None,  # False stops after this token
         cancel: CancelToken | None = None,
     ) -> GenerationResult: ...
-    def read_ceiling(self, n_bytes: int, passes: int = 3) -> float: ...  # bytes per second of all threads together
-    def int8_ceiling(self, passes: int = 3) -> float: ...  # 8-bit multiplications and additions per second
+    def read_ceiling(self, n_bytes: int, passes: int = 3) -> list[float]: ...  # bytes per second, all threads, per pass
+    def int8_ceiling(self, passes: int = 3) -> list[float]: ...  # 8-bit multiplications and additions per second
     def close(self) -> None: ...
 
 class InputSquares:
@@ -211,4 +211,5 @@ class Kernels:
         keys: NDArray[np.float32],  # [T, d]
         values: NDArray[np.float32],  # [T, d]
     ) -> NDArray[np.float32]: ...  # [n, d]
+    def argmax(self, x: NDArray[np.float32]) -> int | None: ...  # None: NaN or +infinity among x
     def softmax_stats(self, x: NDArray[np.float32]) -> tuple[float, float]: ...  # max, sum of exp(x - max)

@@ -43,7 +43,8 @@ class BenchReport:
     decode_bytes_per_token: int  # weights and, at the mean depth of the runs, cached keys and values
     decode_gb_s: float  # decode_tok_s * decode_bytes_per_token
     read_ceiling_gb_s: float  # median of the runs
-    read_ceiling_gb_s_runs: list[float]  # before the first turn and after each
+    read_ceiling_gb_s_runs: list[float]  # before the first turn and after each: the mean over a few passes
+    read_ceiling_best_gb_s: float  # the fastest pass of all
     read_buffer_bytes: int  # what those reads go over: more than the last-level cache
     last_level_cache_bytes: int  # 0: unknown
     decode_roofline: (
@@ -127,9 +128,15 @@ def bench(
         params = _core.SamplingParams()
         params.max_new_tokens = n_generate + 1
 
+        fastest = 0.0
+
         def ceilings() -> tuple[float, float, float]:
+            nonlocal fastest
             cached = max(bytes_per_token, 4096 * info["n_threads"])
-            return engine.read_ceiling(buffer), engine.read_ceiling(cached), engine.int8_ceiling()
+            reads = engine.read_ceiling(buffer, 5)
+            fastest = max(fastest, *reads)
+            # Means, as the speeds are: a hiccup of the machine is in both.
+            return mean_rate(reads), mean_rate(engine.read_ceiling(cached, 5)), mean_rate(engine.int8_ceiling())
 
         tell("ceilings")
         bounds: list[tuple[float, float, float]] = []
@@ -169,6 +176,7 @@ def bench(
         decode_gb_s=decode_tok_s * bytes_per_token / 1e9,
         read_ceiling_gb_s=float(np.median(reads)) / 1e9,
         read_ceiling_gb_s_runs=_scaled(reads, 1e9),
+        read_ceiling_best_gb_s=fastest / 1e9,
         read_buffer_bytes=buffer,
         last_level_cache_bytes=cache,
         decode_roofline=share_of(decodes, reads) * bytes_per_token,
@@ -180,6 +188,11 @@ def bench(
         prefill_operations_per_token=operations,
         prefill_peak_fraction=share_of(prefills, peaks) * operations,
     )
+
+
+def mean_rate(rates: Sequence[float]) -> float:
+    """Of equal amounts of work, each done at its own rate: all the work over all the time."""
+    return len(rates) / sum(1 / rate for rate in rates)
 
 
 def share_of(speeds: Sequence[float], bounds: Sequence[float]) -> float:

@@ -170,8 +170,9 @@ def bench(
     decode_bytes_per_token: what one decoded token has to read: weights as they lie in memory (of a learned embedding
     one row; queries, keys and values of layer 0 are folded into the code) and the cached keys and values.
 
-    read_ceiling_gb_s: what the same threads can read of memory at best, with the widest loads of the instruction set,
-    from a buffer larger than the last-level cache; measured before the first turn and after each.
+    read_ceiling_gb_s: what the same threads read of memory when they do nothing else, with the widest loads of the
+    instruction set, from a buffer larger than the last-level cache; the mean over a few passes, measured before the
+    first turn and after each. read_ceiling_best_gb_s: the fastest single pass.
 
     decode_roofline: decode_tok_s * decode_bytes_per_token / read_ceiling_gb_s, within a turn. Above 1 the weights came
     from the cache: cached_read_gb_s is the same loop over a buffer of decode_bytes_per_token.

@@ -434,6 +434,23 @@ def test_attention_refuses_other_cache_types():
         TABLES[0].attention("q4_0", x, x, x)
 
 
+@pytest.mark.parametrize("n", [*LENGTHS, 1023, 1024, 1025, 5000])
+def test_argmax(n):
+    rng = np.random.default_rng(n)
+    x = rng.integers(-9, 9, n).astype(np.float32)  # many equal ones: the first counts
+    assert on_every_isa(lambda k: k.argmax(x)) == x.argmax()
+    below = -np.abs(normal(rng, n)) - 1  # padding with zeros would win
+    assert on_every_isa(lambda k: k.argmax(below)) == below.argmax()
+    below[rng.integers(n)] = -np.inf
+    if n > 1:
+        assert on_every_isa(lambda k: k.argmax(below)) == below.argmax()
+    for at in {0, n // 2, n - 1}:
+        for bad in (np.nan, np.inf):
+            spoiled = x.copy()
+            spoiled[at] = bad
+            assert on_every_isa(lambda k, y=spoiled: k.argmax(y)) is None
+
+
 @pytest.mark.parametrize("n", LENGTHS)
 def test_softmax_stats(n):
     x = normal(np.random.default_rng(n), n) * 10

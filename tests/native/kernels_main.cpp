@@ -218,6 +218,10 @@ void elementwise(const std::string& name, const Floats& x) {
     Floats stats(2);
     k->softmax_stats(x.data(), n, &stats[0], &stats[1]);
     print("softmax_stats " + name, stats);
+    uint32_t index;
+    stats[0] = k->argmax(x.data(), n, &index);
+    stats[1] = float(index);
+    print("argmax " + name, stats);
 }
 
 void ropes() {
