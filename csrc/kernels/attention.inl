@@ -383,8 +383,8 @@ template <uint32_t N, uint32_t V, uint32_t parities, typename Values>
 }
 
 // Adds the weighted values of keys [begin, end), begin even, to the chains of N queries and 16 * V dimensions from
-// `dim` on: acc[query * V + vector][parity]. Even and odd keys have chains of their own, of which `parities` are kept in
-// registers at a time.
+// `dim` on: acc[query * V + vector][parity]. Even and odd keys have chains of their own, of which `parities` are kept
+// in registers at a time.
 template <typename Kv, uint32_t N, uint32_t V, uint32_t parities>
 void add_values(const KvHead& kv, uint32_t dim, uint32_t begin, uint32_t end, const float* weights, size_t stride,
                 const KvStream<Kv>* stream, VecF (*acc)[2]) {

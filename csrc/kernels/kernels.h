@@ -155,7 +155,8 @@ struct Kernels {
     /// Writes the key and value [head_dim] of one token into the cache.
     void (*kv_store)(const KvHead& kv, uint32_t position, const float* key, const float* value);
 
-    /// Starts reading what kv_store at `position` touches and attention of one query there reads first. Changes nothing.
+    /// Starts reading what kv_store at `position` touches and attention of one query there reads first. Changes
+    /// nothing.
     void (*kv_prefetch)(const KvHead& kv, uint32_t position);
 
     void (*attention)(const AttentionArgs& args);

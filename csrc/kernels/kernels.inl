@@ -382,7 +382,8 @@ struct QuantizedTile {
             Sums sums;
             VecI* const dots = sums.dots;
 #pragma GCC unroll 16
-            for (uint32_t i = 0; i < P * N * chains; ++i) dots[i] = start(rows[b + i / chains % N * n_blocks], i % chains);
+            for (uint32_t i = 0; i < P * N * chains; ++i)
+                dots[i] = start(rows[b + i / chains % N * n_blocks], i % chains);
             add_products(sums, weights, rows + b, n_blocks, EachVector{});
 #pragma GCC unroll 4
             for (uint32_t p = 0; p < P; ++p) {
@@ -733,9 +734,8 @@ constexpr Kernels table = {FIXMIN_ISA_NAME, quantize_activations,
                            scale,           gelu_erf,
                            gelu_tanh,       silu_mul,
                            kv_store,        kv_prefetch,
-                           attention,
-                           softmax_stats,   argmax,
-                           exp_minus,
+                           attention,       softmax_stats,
+                           argmax,          exp_minus,
                            ceilings};
 
 }  // namespace

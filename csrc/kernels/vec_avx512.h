@@ -19,7 +19,8 @@ struct Bytes {  // 64 bytes of quantised weights
 constexpr uint32_t matmul_panels = 2;
 constexpr uint32_t matmul_columns = 6;
 constexpr uint32_t matmul_columns_float = 12;
-// Of a single query: 16 keys each, a chain for each; 16 dimensions each, two chains for each. 8 cover the latency of fma.
+// Of a single query: 16 keys each, a chain for each; 16 dimensions each, two chains for each. 8 cover the latency of
+// fma.
 constexpr uint32_t attention_lone_groups = 4, attention_lone_vectors = 4;
 // Of several queries: 16 accumulators, and few loads for each product.
 constexpr uint32_t attention_queries = 8, attention_groups = 2, attention_vectors = 2;
@@ -137,7 +138,7 @@ VecI dot_q4(VecI acc, Bytes w, int32_t a) { return {_mm512_dpbusd_epi32(acc.v, w
 #define FIXMIN_DOT_IN_MEMORY
 /// dot_q4 and dot_q8 with four activations in memory, which the instruction itself repeats; compilers do not see that.
 VecI dot_in_memory(VecI acc, Bytes w, const int8_t* a) {
-    __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc.v) : "v"(w.v), "m"(*(const int8_t(*)[4])a));
+    __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc.v) : "v"(w.v), "m"(*(const int8_t (*)[4])a));
     return acc;
 }
 constexpr bool dot_q4_takes_any_byte = true;

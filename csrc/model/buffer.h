@@ -34,7 +34,9 @@ struct BufferAllocator {
 
   private:
     static constexpr size_t huge_page = size_t(1) << 21, cache_line = 64;
-    static std::align_val_t alignment(size_t bytes) { return std::align_val_t(bytes < huge_page ? cache_line : huge_page); }
+    static std::align_val_t alignment(size_t bytes) {
+        return std::align_val_t(bytes < huge_page ? cache_line : huge_page);
+    }
 };
 
 template <typename T>

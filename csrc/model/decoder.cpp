@@ -203,7 +203,8 @@ void Decoder::attend(uint32_t l, const Pass& pass, Team& team) {
 }
 
 kernels::KvHead Decoder::kv_head_of(uint32_t l, const Pass& pass, uint32_t kv_head) const {
-    return {pass.kv.type, hp_.head_dim, pass.kv.blocks[l], kv_head * kernels::kv_head_bytes(pass.kv.type, hp_.head_dim)};
+    return {pass.kv.type, hp_.head_dim, pass.kv.blocks[l],
+            kv_head * kernels::kv_head_bytes(pass.kv.type, hp_.head_dim)};
 }
 
 // Of the heads that this thread will probably attend to, before it waits for the others.

@@ -120,8 +120,8 @@ class Decoder {
     Buffer<float> qkv_;                           // [T][qkv_length]
     Buffer<float> attended_;                      // [T][q_length]
     Buffer<float> gate_, up_;                     // [T][F]
-    std::vector<Private> private_;                     // [n_threads]
-    std::vector<float> cos_, sin_;                     // [positions][rope_dim/2]
+    std::vector<Private> private_;                // [n_threads]
+    std::vector<float> cos_, sin_;                // [positions][rope_dim/2]
     std::atomic<bool> stopped_ = false;
 };
 
