@@ -4,18 +4,19 @@
 // 16 times eight vpdpbusd, so the floats that follow are the same too. A vector loop then scales and adds them, block
 // after block, in the order of every other ISA.
 
-// Tiles: results 0 and 1 (16 tokens x 16 rows of int32), activations 2 and 3 (16 tokens x 32 bytes), weights 4 and 5
-// (8 groups of 4 consecutive k x 16 rows).
+// Tiles: results 0 and 1 (16 tokens x 16 rows of int32), activations 2 and 3 (16 tokens x `depth` bytes), weights 4 and
+// 5 (depth / 4 groups of 4 consecutive k x 16 rows). Depth is 32, or 16 where 16 weights have a scale of their own.
 struct alignas(64) TileConfig {
-    uint8_t palette = 1;
-    uint8_t start_row = 0;
-    uint8_t reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 32, 32, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 8, 8};
+    uint8_t palette;
+    uint8_t start_row;
+    uint8_t reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
 };
 static_assert(sizeof(TileConfig) == 64);
 // In static memory: GCC 12 believes that _tile_loadconfig reads 8 bytes and drops stores to the others.
-constexpr TileConfig tile_config;
+template <uint8_t depth>
+constexpr TileConfig tile_config = {1, 0, {}, {64, 64, depth, depth, 64, 64}, {16, 16, 16, 16, depth / 4, depth / 4}};
 
 constexpr uint32_t tile_tokens = matmul_tile_tokens;
 
@@ -24,123 +25,157 @@ void store_codes(const WeightBlock<Type>& from, __m512i taken_off, int8_t* to, I
     (_mm512_storeu_si512(to + 64 * J, _mm512_sub_epi8(from.template codes<J>().v, taken_off)), ...);
 }
 
-// A panel as signed bytes in the order of the tiles; its scales and, with mins, its offsets as floats.
-template <WeightType Type>
-void expand_panel(const uint8_t* panel, uint32_t n_blocks, int8_t* weights, float* scales, float* offsets) {
-    constexpr auto format = fixmin::quant::block_format(Type);
-    constexpr int zero = format.bits == 8 || format.table ? 128 : format.zero;
-    const __m512i taken_off = _mm512_set1_epi8(char(zero));
-    WeightBlock<Type> from;
-    for (uint32_t b = 0; b < n_blocks; ++b, weights += 512) {
-        from.load_from(panel, b);
-        store_codes<Type>(from, taken_off, weights, EachVector{});
-        store(scales + b * lanes, from.scale);
-        if constexpr (format.has_min) store(offsets + b * lanes, from.offset);
-    }
-}
-
-// Activations of 16 tokens as tiles [n_blocks][16][32], their scales and scaled sums [n_blocks][16].
-void pack_activations(const ActivationBlock* rows, uint32_t n_blocks, int8_t* values, float* scales, float* sums) {
-    for (uint32_t c = 0; c < tile_tokens; ++c) {
-        for (uint32_t b = 0; b < n_blocks; ++b) {
-            const ActivationBlock& from = rows[size_t(c) * n_blocks + b];
-            __builtin_memcpy(values + (size_t(b) * tile_tokens + c) * block, from.q, block);
-            scales[b * tile_tokens + c] = from.scale;
-            sums[b * tile_tokens + c] = from.scaled_sum;
-        }
-    }
-}
-
-// Dot products of a block into `dots` [16 tokens][16 rows]. Two sets of tiles, so that one block is multiplied while
-// the one before is scaled.
-template <int set>
-void tile_dot(const int8_t* activations, const int8_t* weights, int32_t* dots) {
-    if constexpr (set == 0) {  // the intrinsics take nothing but literals
-        _tile_zero(0);
-        _tile_loadd(2, activations, block);
-        _tile_loadd(4, weights, 64);
-        _tile_dpbssd(0, 2, 4);
-        _tile_stored(0, dots, 64);
-    } else {
-        _tile_zero(1);
-        _tile_loadd(3, activations, block);
-        _tile_loadd(5, weights, 64);
-        _tile_dpbssd(1, 3, 5);
-        _tile_stored(1, dots, 64);
-    }
-}
-
 // A panel or 16 tokens, laid out for tiles.
 struct TileSide {
     int8_t* values;  // panel [n_blocks][8][16][4], tokens [n_blocks][16][32]
-    float* scales;   // [n_blocks][16]
-    float* offsets;  // [n_blocks][16]: offsets of a panel, scaled sums of tokens
+    float* floats;   // [n_blocks][*_floats][16]
 };
 
-// One panel times 16 tokens, block after block: WeightBlock::add_to for every token.
-template <bool has_min>
-void tile_columns(const TileSide& panel, const TileSide& tokens, uint32_t n_blocks, VecF* result) {
-    alignas(64) int32_t dots[2][tile_tokens * lanes];
-    VecF acc[tile_tokens];
-#pragma GCC unroll 16
-    for (uint32_t c = 0; c < tile_tokens; ++c) acc[c] = zero();
-    tile_dot<0>(tokens.values, panel.values, dots[0]);
-    for (uint32_t b = 0; b < n_blocks; ++b) {
-        if (b + 1 < n_blocks) {
-            if (b % 2)
-                tile_dot<0>(tokens.values + (b + 1) * 512, panel.values + (b + 1) * 512, dots[0]);
-            else
-                tile_dot<1>(tokens.values + (b + 1) * 512, panel.values + (b + 1) * 512, dots[1]);
-        }
-        const int32_t* dot = dots[b % 2];
-        const VecF scale = load(panel.scales + b * lanes);
-        VecF offset;
-        if constexpr (has_min) offset = load(panel.offsets + b * lanes);
-#pragma GCC unroll 16
-        for (uint32_t c = 0; c < tile_tokens; ++c) {
-            const VecI exact = {_mm512_load_si512(dot + c * lanes)};
-            acc[c] = fma(to_float(exact), mul(scale, set1(tokens.scales[b * tile_tokens + c])), acc[c]);
-            if constexpr (has_min) acc[c] = fma(offset, set1(tokens.offsets[b * tile_tokens + c]), acc[c]);
+// Products of one type of weights.
+template <WeightType Type>
+struct Tiles {
+    static constexpr auto format = fixmin::quant::block_format(Type);
+    static constexpr bool halves = WeightBlock<Type>::halves, has_min = format.has_min;
+    static constexpr uint32_t depth = halves ? 16 : 32;
+    // Of a panel: scale, two half scales; offset, two half mins. Of tokens: WeightBlock::Factors.
+    static constexpr uint32_t panel_floats = (halves ? 3 : 1) * (has_min ? 2 : 1);
+    static constexpr uint32_t token_floats = has_min ? (halves ? 3 : 2) : 1;
+    static_assert(panel_floats <= matmul_tile_floats && token_floats <= matmul_tile_floats);
+
+    // A panel as signed bytes in the order of the tiles, and its scales as floats.
+    static void expand_panel(const uint8_t* panel, uint32_t n_blocks, TileSide to) {
+        constexpr int zero = format.bits == 8 || format.table ? 128 : format.zero;
+        const __m512i taken_off = _mm512_set1_epi8(char(zero));
+        WeightBlock<Type> from;
+        for (uint32_t b = 0; b < n_blocks; ++b, to.values += 512, to.floats += panel_floats * lanes) {
+            from.load_from(panel, b);
+            store_codes<Type>(from, taken_off, to.values, EachVector{});
+            store(to.floats, from.scale);
+            if constexpr (halves) {
+                for (uint32_t h = 0; h < 2; ++h) store(to.floats + (1 + h) * lanes, from.half_scale[h]);
+            }
+            if constexpr (!has_min) continue;
+            float* mins = to.floats + panel_floats / 2 * lanes;
+            store(mins, from.offset);
+            if constexpr (halves) {
+                for (uint32_t h = 0; h < 2; ++h) store(mins + (1 + h) * lanes, from.half_min[h]);
+            }
         }
     }
+
+    static void pack_activations(const ActivationBlock* rows, uint32_t n_blocks, TileSide to) {
+        for (uint32_t c = 0; c < tile_tokens; ++c) {
+            for (uint32_t b = 0; b < n_blocks; ++b) {
+                const ActivationBlock& from = rows[size_t(c) * n_blocks + b];
+                int8_t* values = to.values + size_t(b) * tile_tokens * block + c * depth;
+                for (uint32_t h = 0; h < block / depth; ++h)
+                    __builtin_memcpy(values + h * tile_tokens * depth, from.q + h * depth, depth);
+                float* floats = to.floats + size_t(b) * token_floats * lanes + c;
+                const auto factors = WeightBlock<Type>::factors_of(from);
+                floats[0] = factors.scale;
+                for (uint32_t i = 1; i < token_floats; ++i) floats[i * lanes] = factors.sums[i - 1];
+            }
+        }
+    }
+
+    // Dot products over `depth` into `dots` [16 tokens][16 rows]. Two sets of tiles, so that one product runs while the
+    // one before is scaled.
+    template <int set>
+    static void dot(const int8_t* activations, const int8_t* weights, int32_t* dots) {
+        if constexpr (set == 0) {  // the intrinsics take nothing but literals
+            _tile_zero(0);
+            _tile_loadd(2, activations, depth);
+            _tile_loadd(4, weights, 64);
+            _tile_dpbssd(0, 2, 4);
+            _tile_stored(0, dots, 64);
+        } else {
+            _tile_zero(1);
+            _tile_loadd(3, activations, depth);
+            _tile_loadd(5, weights, 64);
+            _tile_dpbssd(1, 3, 5);
+            _tile_stored(1, dots, 64);
+        }
+    }
+
+    // The products of block b, which go to one of two places.
+    static void dot_block(const TileSide& panel, const TileSide& tokens, uint32_t b, int32_t* dots) {
+        const int8_t *activations = tokens.values + b * 512, *weights = panel.values + b * 512;
+        if constexpr (halves) {
+            dot<0>(activations, weights, dots);
+            dot<1>(activations + 256, weights + 256, dots + tile_tokens * lanes);
+        } else if (b % 2) {
+            dot<1>(activations, weights, dots);
+        } else {
+            dot<0>(activations, weights, dots);
+        }
+    }
+
+    // One panel times 16 tokens, block after block: WeightBlock::add_dots for every token.
+    static void columns(const TileSide& panel, const TileSide& tokens, uint32_t n_blocks, VecF* result) {
+        alignas(64) int32_t dots[2][block / depth * tile_tokens * lanes];
+        VecF acc[tile_tokens];
 #pragma GCC unroll 16
-    for (uint32_t c = 0; c < tile_tokens; ++c) result[c] = acc[c];
-}
+        for (uint32_t c = 0; c < tile_tokens; ++c) acc[c] = zero();
+        dot_block(panel, tokens, 0, dots[0]);
+        for (uint32_t b = 0; b < n_blocks; ++b) {
+            if (b + 1 < n_blocks) dot_block(panel, tokens, b + 1, dots[(b + 1) % 2]);
+            const float* p = panel.floats + size_t(b) * panel_floats * lanes;
+            const float* a = tokens.floats + size_t(b) * token_floats * lanes;
+            WeightBlock<Type> weights;
+            weights.scale = load(p);
+            if constexpr (has_min) weights.offset = load(p + panel_floats / 2 * lanes);
+            if constexpr (halves) {
+                for (uint32_t h = 0; h < 2; ++h) {
+                    weights.half_scale[h] = load(p + (1 + h) * lanes);
+                    if constexpr (has_min) weights.half_min[h] = load(p + (4 + h) * lanes);
+                }
+            }
+#pragma GCC unroll 16
+            for (uint32_t c = 0; c < tile_tokens; ++c) {
+                VecI dot[2];
+                for (uint32_t h = 0; h < block / depth; ++h)
+                    dot[h] = {_mm512_load_si512(dots[b % 2] + (h * tile_tokens + c) * lanes)};
+                typename WeightBlock<Type>::Factors factors{a[c], {}};
+                for (uint32_t i = 1; i < token_floats; ++i) factors.sums[i - 1] = a[i * lanes + c];
+                acc[c] = weights.add_dots(acc[c], dot, factors);
+            }
+        }
+#pragma GCC unroll 16
+        for (uint32_t c = 0; c < tile_tokens; ++c) result[c] = acc[c];
+    }
+};
 
 // The first tokens of `args`, as many as fill tiles of 16; returns how many. Panels are expanded in groups that stay in
 // the second-level cache; inside, tokens outside, so that results are written to neighbouring places.
 template <WeightType Type>
 uint32_t tile_matmul(const MatmulArgs& args) {
-    constexpr auto format = fixmin::quant::block_format(Type);
-    if constexpr (format.scale_values == 16) return 0;  // two results for a block, half a tile deep: not done yet
+    using Tile = Tiles<Type>;
     const uint32_t n_blocks = args.inner / block, n_tokens = args.n_tokens / tile_tokens * tile_tokens;
     if (n_tokens == 0) return 0;
-    // Scratch: for each side, which is a panel or 16 tokens, its values, scales and offsets.
-    const size_t floats = size_t(n_blocks) * lanes;
-    const auto side_at = [&](size_t i) {
-        int8_t* values = (int8_t*)args.scratch + i * (floats * block + 2 * floats * sizeof(float));
-        float* scales = (float*)(values + floats * block);
-        return TileSide{values, scales, scales + floats};
+    // Scratch: panels, then tokens in groups of 16, each with its values and its floats.
+    const size_t values = size_t(n_blocks) * lanes * block, floats = size_t(n_blocks) * lanes * sizeof(float);
+    const size_t panel_bytes = values + Tile::panel_floats * floats, token_bytes = values + Tile::token_floats * floats;
+    const auto side_at = [&](size_t offset) {
+        int8_t* at = (int8_t*)args.scratch + offset;
+        return TileSide{at, (float*)(at + values)};
     };
-    const auto tokens_at = [&](uint32_t t) { return side_at(matmul_tile_panels + t / tile_tokens); };
-    for (uint32_t t = 0; t < n_tokens && !args.same_tokens; t += tile_tokens) {
-        const TileSide to = tokens_at(t);
-        pack_activations(args.quantized + size_t(t) * n_blocks, n_blocks, to.values, to.scales, to.offsets);
-    }
-    _tile_loadconfig(&tile_config);
+    const auto panel_at = [&](uint32_t p) { return side_at(p * panel_bytes); };
+    const auto tokens_at = [&](uint32_t t) {
+        return side_at(matmul_tile_panels * panel_bytes + t / tile_tokens * token_bytes);
+    };
+    for (uint32_t t = 0; t < n_tokens && !args.same_tokens; t += tile_tokens)
+        Tile::pack_activations(args.quantized + size_t(t) * n_blocks, n_blocks, tokens_at(t));
+    _tile_loadconfig(&tile_config<Tile::depth>);
     const uint32_t n_panels = (args.n_rows + lanes - 1) / lanes;
     for (uint32_t first = 0; first < n_panels; first += matmul_tile_panels) {
         const uint32_t n = n_panels - first < matmul_tile_panels ? n_panels - first : matmul_tile_panels;
-        for (uint32_t p = 0; p < n; ++p) {
-            const TileSide to = side_at(p);
-            expand_panel<Type>((const uint8_t*)args.panels + (first + p) * args.panel_stride, n_blocks, to.values,
-                               to.scales, to.offsets);
-        }
+        for (uint32_t p = 0; p < n; ++p)
+            Tile::expand_panel((const uint8_t*)args.panels + (first + p) * args.panel_stride, n_blocks, panel_at(p));
         for (uint32_t t = 0; t < n_tokens; t += tile_tokens) {
             for (uint32_t p = 0; p < n; ++p) {
                 prefetch_results(args, t, tile_tokens, first + p, 1);
                 VecF result[tile_tokens];
-                tile_columns<format.has_min>(side_at(p), tokens_at(t), n_blocks, result);
+                Tile::columns(panel_at(p), tokens_at(t), n_blocks, result);
                 for (uint32_t c = 0; c < tile_tokens; ++c) finish(args, t + c, (first + p) * lanes, result[c]);
             }
         }

@@ -47,10 +47,12 @@ struct MatmulArgs {
 
 // Of ISAs that multiply tiles: tokens of a tile, panels that are laid out for tiles at a time.
 inline constexpr uint32_t matmul_tile_tokens = 16, matmul_tile_panels = 8;
+inline constexpr uint32_t matmul_tile_floats = 6;  // most that are kept beside 32 bytes: scales, mins, sums
 
-/// Panels and all activations as bytes in the order of tiles, with two floats for every 32.
+/// Panels and all activations as bytes in the order of tiles.
 static constexpr size_t matmul_scratch_bytes(size_t inner, size_t n_tokens) {
-    return (matmul_tile_panels * lanes + n_tokens) * (inner + inner / quant::block_size * 2 * sizeof(float));
+    const size_t row_bytes = inner + inner / quant::block_size * matmul_tile_floats * sizeof(float);
+    return (matmul_tile_panels * lanes + n_tokens) * row_bytes;
 }
 
 enum class KvType : uint8_t { f32, f16, q8_0 };

@@ -308,19 +308,29 @@ struct WeightBlock {
         return Reader::template read_high<J>(planes);
     }
 
+    // What scales and mins meet of a block of activations.
+    struct Factors {
+        float scale;
+        float sums[2];  // of the halves, or scaled_sum
+    };
+    static Factors factors_of(const ActivationBlock& a) {
+        if constexpr (halves) return {a.scale, {float(a.half_sum), float(a.sum - a.half_sum)}};
+        return {a.scale, {a.scaled_sum, 0}};
+    }
+
     // acc + weights . activations, given the dot products of the block, or of its halves. Every value but a_scale *
     // scale and the results of the last fma of a term is exact.
-    VecF add_dots(VecF acc, const VecI* dots, const ActivationBlock& a) const {
+    [[gnu::always_inline]] VecF add_dots(VecF acc, const VecI* dots, const Factors& a) const {
         if constexpr (!halves) {
             acc = fma(to_float(dots[0]), mul(scale, set1(a.scale)), acc);
-            if constexpr (format.has_min) acc = fma(offset, set1(a.scaled_sum), acc);
+            if constexpr (format.has_min) acc = fma(offset, set1(a.sums[0]), acc);
         } else {
             // |s * dot| <= 128 * 32 * 127 * 16 = 2^23 - 2^16, so that even the sum of two is exact in float32.
             const VecF total = fma(half_scale[1], to_float(dots[1]), mul(half_scale[0], to_float(dots[0])));
             acc = fma(total, mul(scale, set1(a.scale)), acc);
             if constexpr (format.has_min) {
-                const VecF low = mul(half_min[0], set1(float(a.half_sum)));
-                const VecF both = fma(half_min[1], set1(float(a.sum - a.half_sum)), low);
+                const VecF low = mul(half_min[0], set1(a.sums[0]));
+                const VecF both = fma(half_min[1], set1(a.sums[1]), low);
                 acc = fma(both, mul(offset, set1(a.scale)), acc);
             }
         }
@@ -393,7 +403,7 @@ struct QuantizedTile {
                     VecI* dot = dots + i * chains;
                     if constexpr (high_nibbles) dot[1] = shift_right<4>(dot[1]);
                     if constexpr (chains == 2 && !Block::halves) dot[0] = add_int(dot[0], dot[1]);
-                    acc[i] = weights[p].add_dots(acc[i], dot, rows[size_t(c) * n_blocks + b]);
+                    acc[i] = weights[p].add_dots(acc[i], dot, Block::factors_of(rows[size_t(c) * n_blocks + b]));
                 }
             }
         }
