@@ -41,7 +41,7 @@ struct MatmulArgs {
     size_t out_stride;      // floats
     bool accumulate;        // add to what `out` holds
     std::byte* scratch;     // matmul_scratch_bytes(inner, n_tokens); quantised weight types
-    bool same_tokens;       // as in the call before with this scratch, which nothing has written to since
+    bool same_tokens;       // and type as in the call before with this scratch, which nothing has written to since
     const std::byte* next;  // what this thread reads after these panels, or null; prefetched for a single token
 };
 

@@ -222,8 +222,10 @@ void Decoder::feed_forward(const Layer& layer, uint32_t n_tokens, InputSquares::
     if (squares) add_squares(squares->gate_up, rows.values, n_tokens, team);
     for_parts(layer.up, n_tokens, team, [&](Part part) {
         if (swiglu) {
+            const bool alike = layer.gate.type == layer.up.type;  // else each lays out tokens anew
+            part.same_tokens &= alike;
             multiply_part(layer.gate, rows, part, gate_.data(), f, false, team);
-            part.same_tokens |= layer.gate.type == layer.up.type;
+            part.same_tokens = alike;
         }
         multiply_part(layer.up, rows, part, up_.data(), f, false, team);
         activate(part.first_token, part.n_tokens, part.first_row, part.end_row);
