@@ -394,9 +394,9 @@ void bind_engine(py::module_& m) {
         .def("generate", &generate, py::arg("ids"), py::arg("params"), py::arg("on_token") = py::none(),
              py::arg("cancel") = py::none())
         .def("read_ceiling", &read_ceiling, py::arg("n_bytes"), py::arg("passes") = 3,
-             "Bytes per second that the threads can read of n_bytes of memory; the best pass.")
+             "Bytes per second that the threads read of n_bytes of memory, in each pass.")
         .def("int8_ceiling", &int8_ceiling, py::arg("passes") = 3,
-             "8-bit multiplications and additions per second of the threads; the best pass.")
+             "8-bit multiplications and additions per second of the threads, in each pass.")
         .def("close", &EngineHandle::close, "Frees the model once running calls have ended.");
 
     py::class_<InputSquares>(m, "InputSquares", "Sums of squared inputs of every matrix product: an importance matrix.")

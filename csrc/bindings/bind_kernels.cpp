@@ -85,7 +85,8 @@ class KernelTable {
     }
 
     py::array_t<float> matmul(const std::string& type_name, const Bytes& data, uint32_t rows, const Floats& x,
-                              const std::optional<Floats>& bias, const std::optional<Floats>& residual) const {
+                              const std::optional<Floats>& bias, const std::optional<Floats>& residual,
+                              uint32_t panels_per_call) const {
         expect(x.ndim() == 2, "x must be [tokens, inner]");
         const WeightType type = parse_type(type_name);
         const uint32_t tokens = uint32_t(x.shape(0)), inner = uint32_t(x.shape(1));
@@ -112,9 +113,13 @@ class KernelTable {
             std::copy_n(r, out.size(), out.mutable_data());
         }
         std::vector<std::byte> scratch(kernels::matmul_scratch_bytes(inner, tokens));
-        k_.matmul({type, panels.data(), stride, rows, inner, x.data(), inner, blocks.data(), tokens,
-                   padded_bias.empty() ? nullptr : padded_bias.data(), out.mutable_data(), rows, residual.has_value(),
-                   scratch.data(), false});
+        const uint32_t step = panels_per_call ? std::min(panels_per_call, n_panels) : n_panels;
+        for (uint32_t p = 0; p < n_panels; p += step) {
+            const uint32_t first = p * quant::panel_rows, n_rows = std::min(step * quant::panel_rows, rows - first);
+            k_.matmul({type, panels.data() + p * stride, stride, n_rows, inner, x.data(), inner, blocks.data(), tokens,
+                       padded_bias.empty() ? nullptr : padded_bias.data() + first, out.mutable_data() + first, rows,
+                       residual.has_value(), scratch.data(), p > 0, nullptr});
+        }
         return out;
     }
 
@@ -213,7 +218,7 @@ void bind_kernels(py::module_& m) {
         .def(py::init<const std::string&>(), py::arg("isa"))
         .def("quantize_activations", &KernelTable::quantize_activations, py::arg("x"))
         .def("matmul", &KernelTable::matmul, py::arg("type"), py::arg("data"), py::arg("rows"), py::arg("x"),
-             py::arg("bias") = py::none(), py::arg("residual") = py::none())
+             py::arg("bias") = py::none(), py::arg("residual") = py::none(), py::arg("panels_per_call") = 0)
         .def("norm", &KernelTable::norm, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("eps"),
              py::arg("rms"))
         .def("unary", &KernelTable::unary, py::arg("name"), py::arg("x"))

@@ -190,6 +190,7 @@ class Kernels:
         x: NDArray[np.float32],  # [T, inner]
         bias: NDArray[np.float32] | None = None,  # [rows]
         residual: NDArray[np.float32] | None = None,  # [T, rows]
+        panels_per_call: int = 0,  # 0: all; else calls after the first use its layout of the tokens
     ) -> NDArray[np.float32]: ...  # [T, rows]
     def norm(
         self,

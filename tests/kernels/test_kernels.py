@@ -190,6 +190,19 @@ def test_matmul_does_not_depend_on_the_batch(kind):
     assert together.tobytes() == alone.tobytes()
 
 
+@pytest.mark.parametrize("kind", WEIGHT_TYPES)
+@pytest.mark.parametrize("tokens", [1, 16, 37])
+def test_matmul_in_parts_lays_the_tokens_out_once(kind, tokens):
+    rng = np.random.default_rng(6)
+    inner = inner_for(kind, 64)
+    data = quantized_rows(rng, kind, 72, inner)
+    x, bias, residual = normal(rng, tokens, inner), normal(rng, 72), normal(rng, tokens, 72)
+    whole = TABLES[0].matmul(kind, data, 72, x, bias, residual)
+    for panels in (1, 2):
+        parts = on_every_isa(lambda k, n=panels: k.matmul(kind, data, 72, x, bias, residual, panels_per_call=n))
+        assert parts.tobytes() == whole.tobytes()
+
+
 @pytest.mark.parametrize("kind", QUANTIZED_TYPES)
 @pytest.mark.parametrize("byte", [0x00, 0x0F, 0x1F, 0x7F, 0x80, 0xF0, 0xFF])
 def test_extreme_quantised_values_do_not_saturate(kind, byte):
