@@ -7,6 +7,8 @@
 #include <atomic>
 #include <chrono>
 #include <cmath>
+#include <cstring>
+#include <limits>
 #include <optional>
 
 #include "bindings/bindings.h"
@@ -64,10 +66,10 @@ class Interruption {
     std::chrono::steady_clock::time_point asked_ = std::chrono::steady_clock::now();
 };
 
-/// Runs a computation without the GIL.
+/// Runs a computation without the GIL; `f` gets the function that tells whether to stop.
 template <typename F>
-void compute(const CancelToken* token, F f) {
-    Interruption interruption(token);
+void compute(F f) {
+    Interruption interruption(nullptr);
     bool cancelled = false;
     {
         const py::gil_scoped_release release;
@@ -81,6 +83,30 @@ void compute(const CancelToken* token, F f) {
     if (cancelled) throw Error("the computation was cancelled");
 }
 
+/// Waits for the end of a request without the GIL; Ctrl-C and the token cancel it. What went wrong in it is thrown.
+void wait_for(engine::Request& request, const CancelToken* token) {
+    Interruption interruption(token);
+    {
+        const py::gil_scoped_release release;
+        // A short first wait: small models answer sooner than this thread would look again.
+        while (!request.wait_end(0.02)) {
+            if (interruption()) request.cancel();
+        }
+    }
+    interruption.rethrow();
+    if (request.error()) std::rethrow_exception(request.error());
+}
+
+const char* name(engine::FinishReason reason) {
+    switch (reason) {
+        case engine::FinishReason::length: return "length";
+        case engine::FinishReason::stop: return "eos";
+        case engine::FinishReason::cancelled: return "cancelled";
+        case engine::FinishReason::timeout: return "timeout";
+    }
+    return "?";
+}
+
 struct GenerationResult {
     py::array_t<uint32_t> token_ids;
     std::string finish_reason;
@@ -88,15 +114,37 @@ struct GenerationResult {
     double prefill_s, decode_s;
 };
 
-const char* name(engine::FinishReason reason) {
-    switch (reason) {
-        case engine::FinishReason::length: return "length";
-        case engine::FinishReason::stop: return "stop";
-        case engine::FinishReason::eos: return "eos";
-        case engine::FinishReason::cancelled: return "cancelled";
+/// A mask made by Python: an object with allowed() -> uint32 [V/32], accept(id) and finished() -> bool.
+class PythonMask : public engine::TokenMask {
+  public:
+    PythonMask(py::object object, size_t n_words) : object_(std::move(object)), n_words_(n_words) {}
+    ~PythonMask() override {
+        const py::gil_scoped_acquire gil;
+        words_ = Words();
+        object_ = py::object();
     }
-    return "?";
-}
+
+    const uint32_t* allowed() override {
+        const py::gil_scoped_acquire gil;
+        words_ = object_.attr("allowed")().cast<Words>();
+        if (size_t(words_.size()) < n_words_) throw ArgumentError("a mask of tokens is shorter than the vocabulary");
+        return words_.data();
+    }
+    void accept(uint32_t id) override {
+        const py::gil_scoped_acquire gil;
+        object_.attr("accept")(id);
+    }
+    bool finished() override {
+        const py::gil_scoped_acquire gil;
+        return object_.attr("finished")().cast<bool>();
+    }
+
+  private:
+    using Words = py::array_t<uint32_t, py::array::c_style>;
+    py::object object_;
+    Words words_;
+    const size_t n_words_;
+};
 
 /// An Engine that can be closed: calls hold a reference of their own, so one that runs in another thread ends first.
 class EngineHandle {
@@ -127,10 +175,15 @@ class EngineHandle {
         return engine_;
     }
 
+    /// Cancels the requests; their masks need the GIL while the engine's thread ends.
     void close() {
         std::shared_ptr<Engine> last = std::move(engine_);
         const py::gil_scoped_release release;
         last.reset();
+    }
+    EngineHandle(EngineHandle&&) = default;
+    ~EngineHandle() {
+        if (engine_) close();
     }
 
   private:
@@ -191,6 +244,9 @@ py::dict info(const EngineHandle& handle) {
     d["bytes"] = bytes_by_kind(*engine);
     d["bytes_per_token"] = weights.bytes_per_token();
     d["kv_bytes_per_position"] = engine->kv_bytes_per_position();
+    d["n_kv"] = engine->n_kv();
+    d["kv_block_tokens"] = kernels::kv_block_tokens;
+    d["kv_block_bytes"] = engine->block_bytes();
     d["block_product_weights"] = weights.block_product_weights();
     return d;
 }
@@ -209,13 +265,23 @@ py::array_t<uint8_t> codes(const EngineHandle& handle, const Ids& ids) {
     return out;
 }
 
+/// Runs a request that generates nothing.
+void run(Engine& engine, std::span<const uint32_t> ids, engine::RequestOptions options) {
+    options.generate = false;
+    const auto request = engine.submit(ids, std::move(options));
+    wait_for(*request, nullptr);
+    if (request->reason() != engine::FinishReason::length) throw Error("the computation was cancelled");
+}
+
 py::array_t<float> logits(const EngineHandle& handle, const Ids& ids, bool last) {
     const auto engine = handle.get();
     const auto span = id_span(ids);
     const py::ssize_t v = engine->hyperparams().vocab_size, t = py::ssize_t(span.size());
     py::array_t<float> out(last ? std::vector<py::ssize_t>{v} : std::vector<py::ssize_t>{t, v});
-    float* data = out.mutable_data();
-    compute(nullptr, [&](const Engine::Stop& stop) { engine->logits(span, last, data, stop); });
+    engine::RequestOptions options;
+    options.logits = out.mutable_data();
+    if (last && t > 0) options.first_row = uint32_t(t - 1);
+    run(*engine, span, std::move(options));
     return out;
 }
 
@@ -223,18 +289,28 @@ py::array_t<float> hidden_states(const EngineHandle& handle, const Ids& ids, uin
     const auto engine = handle.get();
     const auto span = id_span(ids);
     py::array_t<float> out({py::ssize_t(span.size()), py::ssize_t(engine->hyperparams().embedding_length)});
-    float* data = out.mutable_data();
-    compute(nullptr, [&](const Engine::Stop& stop) { engine->hidden_states(span, layer, data, stop); });
+    engine::RequestOptions options;
+    options.hidden = out.mutable_data();
+    options.hidden_layer = layer;
+    run(*engine, span, std::move(options));
+    return out;
+}
+
+py::array_t<float> values(const std::vector<engine::TokenLogprobs>& logprobs) {
+    py::array_t<float> out(static_cast<py::ssize_t>(logprobs.size()));
+    for (size_t i = 0; i < logprobs.size(); ++i) out.mutable_at(py::ssize_t(i)) = logprobs[i].logprob;
     return out;
 }
 
 py::array_t<float> score(const EngineHandle& handle, const Ids& ids) {
     const auto engine = handle.get();
-    const auto span = id_span(ids);
-    py::array_t<float> out(py::ssize_t(span.empty() ? 0 : span.size() - 1));
-    float* data = out.mutable_data();
-    compute(nullptr, [&](const Engine::Stop& stop) { engine->score(span, data, stop); });
-    return out;
+    engine::RequestOptions options;
+    options.n_prompt_logprobs = 0;
+    options.generate = false;
+    const auto request = engine->submit(id_span(ids), std::move(options));
+    wait_for(*request, nullptr);
+    if (request->reason() != engine::FinishReason::length) throw Error("the computation was cancelled");
+    return values(request->prompt_logprobs());
 }
 
 py::array_t<double> doubles(const std::vector<double>& values) {
@@ -253,7 +329,7 @@ class InputSquares {
         const auto span = id_span(ids);
         py::array_t<float> out(py::ssize_t(span.empty() ? 0 : span.size() - 1));
         float* data = out.mutable_data();
-        compute(nullptr, [&](const Engine::Stop& stop) { engine->score(span, data, stop, &squares_); });
+        compute([&](const Engine::Stop& stop) { engine->collect_squares(span, data, stop, squares_); });
         return out;
     }
 
@@ -286,44 +362,189 @@ class InputSquares {
 std::vector<double> read_ceiling(const EngineHandle& handle, size_t n_bytes, uint32_t passes) {
     const auto engine = handle.get();
     std::vector<double> result;
-    compute(nullptr, [&](const Engine::Stop& stop) { result = engine->read_ceiling(n_bytes, passes, stop); });
+    compute([&](const Engine::Stop& stop) { result = engine->read_ceiling(n_bytes, passes, stop); });
     return result;
 }
 
 std::vector<double> int8_ceiling(const EngineHandle& handle, uint32_t passes) {
     const auto engine = handle.get();
     std::vector<double> result;
-    compute(nullptr, [&](const Engine::Stop& stop) { result = engine->int8_ceiling(passes, stop); });
+    compute([&](const Engine::Stop& stop) { result = engine->int8_ceiling(passes, stop); });
     return result;
+}
+
+void check_sampling(const engine::SamplingParams& params) {
+    if (!(params.temperature >= 0) || !std::isfinite(params.temperature)) {
+        throw ArgumentError("temperature must be finite and not negative");
+    }
+    if (!(params.top_p > 0 && params.top_p <= 1)) throw ArgumentError("top_p must lie in (0, 1]");
+}
+
+/// The reading half of a request. An engine that goes away ends its requests first.
+class RequestHandle {
+  public:
+    explicit RequestHandle(std::shared_ptr<engine::Request> request) : request_(std::move(request)) {}
+
+    uint64_t number() const { return request_->number; }
+    void cancel() const { request_->cancel(); }
+    const std::shared_ptr<engine::Request>& request() const { return request_; }
+
+    bool wait(size_t n_seen, double timeout_s) const {
+        Interruption interruption(nullptr);
+        const auto until = std::chrono::steady_clock::now() + std::chrono::duration<double>(std::min(timeout_s, 1e6));
+        bool news = false;
+        {
+            const py::gil_scoped_release release;
+            while (!(news = request_->wait(n_seen, 0.02)) && !interruption() && std::chrono::steady_clock::now() < until) {
+            }
+        }
+        interruption.rethrow();
+        return news;
+    }
+
+    py::tuple read(size_t from) const {
+        engine::Request::News news = request_->read(from);
+        py::list ids, logprobs;
+        for (const uint32_t id : news.ids) ids.append(id);
+        for (const auto& token : news.logprobs) logprobs.append(as_tuple(token));
+        return py::make_tuple(ids, logprobs, news.ended);
+    }
+
+    py::dict result() const {
+        if (!request_->read(SIZE_MAX).ended) throw ArgumentError("the request has not ended");
+        if (request_->error()) std::rethrow_exception(request_->error());
+        const engine::RequestCounters& c = request_->counters();
+        py::dict d;
+        d["finish_reason"] = name(request_->reason());
+        d["n_prompt"] = c.n_prompt;
+        d["n_cached"] = c.n_cached;
+        d["n_drafted"] = c.n_drafted;
+        d["n_accepted"] = c.n_accepted;
+        d["n_preempted"] = c.n_preempted;
+        d["queued_s"] = c.queued_s;
+        d["prefill_s"] = c.prefill_s;
+        d["decode_s"] = c.decode_s;
+        return d;
+    }
+
+    py::array_t<float> prompt_logprobs() const {
+        result();
+        return values(request_->prompt_logprobs());
+    }
+
+    py::list prompt_top_logprobs() const {
+        result();
+        py::list list;
+        for (const auto& token : request_->prompt_logprobs()) list.append(as_tuple(token));
+        return list;
+    }
+
+  private:
+    static py::tuple as_tuple(const engine::TokenLogprobs& token) {
+        return py::make_tuple(token.id, token.logprob, token.rank, py::cast(token.top));
+    }
+
+    const std::shared_ptr<engine::Request> request_;
+};
+
+RequestHandle submit(const EngineHandle& handle, const Ids& ids, const engine::SamplingParams& params,
+                     const py::object& mask, int32_t n_logprobs, int32_t n_prompt_logprobs, bool prefix_cache,
+                     uint32_t n_draft, double timeout_s, const RequestHandle* after,
+                     const std::shared_ptr<engine::Mailbox>& mailbox) {
+    const auto engine = handle.get();
+    check_sampling(params);
+    engine::RequestOptions options;
+    options.sampling = params;
+    if (!mask.is_none())
+        options.mask = std::make_shared<PythonMask>(mask, (engine->hyperparams().vocab_size + 31) / 32);
+    options.n_logprobs = n_logprobs;
+    options.n_prompt_logprobs = n_prompt_logprobs;
+    options.prefix_cache = prefix_cache;
+    options.n_draft = n_draft;
+    options.timeout_s = timeout_s;
+    if (after) options.after = after->request();
+    return RequestHandle(engine->submit(id_span(ids), std::move(options), mailbox));
 }
 
 GenerationResult generate(const EngineHandle& handle, const Ids& ids, const engine::SamplingParams& params,
                           const py::object& on_token, const CancelToken* cancel) {
     const auto engine = handle.get();
-    const auto span = id_span(ids);
-    if (!(params.temperature >= 0) || !std::isfinite(params.temperature)) {
-        throw ArgumentError("temperature must be finite and not negative");
-    }
-    if (!(params.top_p > 0 && params.top_p <= 1)) throw ArgumentError("top_p must lie in (0, 1]");
-
-    std::function<bool(uint32_t)> callback;
-    std::exception_ptr raised;  // goes on to the caller once the engine has returned
-    if (!on_token.is_none()) {
-        callback = [&](uint32_t id) {
-            const py::gil_scoped_acquire gil;
-            try {
-                return on_token(id).cast<bool>();
-            } catch (...) {
-                raised = std::current_exception();
-                return false;
+    check_sampling(params);
+    engine::RequestOptions options;
+    options.sampling = params;
+    const auto request = engine->submit(id_span(ids), std::move(options));
+    size_t n_seen = 0;
+    bool stopped = false;
+    while (!on_token.is_none() && !stopped) {
+        Interruption interruption(cancel);
+        {
+            const py::gil_scoped_release release;
+            while (!request->wait(n_seen, 0.02)) {
+                if (interruption()) request->cancel();
             }
-        };
+        }
+        interruption.rethrow();
+        const engine::Request::News news = request->read(n_seen);
+        for (size_t i = 0; i < news.ids.size() && !stopped; ++i) {
+            ++n_seen;
+            try {
+                stopped = !on_token(news.ids[i]).cast<bool>();
+            } catch (...) {
+                request->cancel();
+                throw;
+            }
+            if (cancel && cancel->cancelled()) request->cancel();
+        }
+        if (news.ended && n_seen == request->read(0).ids.size()) break;
     }
-    engine::Generation result;
-    compute(cancel, [&](const Engine::Stop& stop) { result = engine->generate(span, params, callback, stop); });
-    if (raised) std::rethrow_exception(raised);
-    return {py::array_t<uint32_t>(py::ssize_t(result.ids.size()), result.ids.data()), name(result.reason), span.size(),
-            result.prefill_seconds, result.decode_seconds};
+    if (stopped) request->cancel();
+    wait_for(*request, cancel);
+    engine::Request::News all = request->read(0);
+    if (stopped) all.ids.resize(n_seen);  // the engine does not wait for the callback
+    const engine::RequestCounters& c = request->counters();
+    return {py::array_t<uint32_t>(py::ssize_t(all.ids.size()), all.ids.data()), stopped ? "stop" : name(request->reason()),
+            c.n_prompt, c.prefill_s, c.decode_s};
+}
+
+py::array_t<uint8_t> export_prefix(const EngineHandle& handle, const Ids& ids) {
+    const auto engine = handle.get();
+    const auto span = id_span(ids);
+    std::vector<std::byte> bytes;
+    {
+        const py::gil_scoped_release release;
+        bytes = engine->export_prefix(span);
+    }
+    py::array_t<uint8_t> out(py::ssize_t(bytes.size()));
+    if (!bytes.empty()) std::memcpy(out.mutable_data(), bytes.data(), bytes.size());
+    return out;
+}
+
+void import_prefix(const EngineHandle& handle, const Ids& ids, const py::array_t<uint8_t, py::array::c_style>& blocks) {
+    const auto engine = handle.get();
+    const auto span = id_span(ids);
+    const std::span bytes(reinterpret_cast<const std::byte*>(blocks.data()), size_t(blocks.size()));
+    const py::gil_scoped_release release;
+    engine->import_prefix(span, bytes);
+}
+
+py::dict stats(const EngineHandle& handle) {
+    const engine::EngineStats s = handle.get()->stats();
+    py::dict d;
+    d["n_running"] = s.n_running;
+    d["n_waiting"] = s.n_waiting;
+    d["n_blocks"] = s.n_blocks;
+    d["n_free_blocks"] = s.n_free_blocks;
+    d["n_cached_blocks"] = s.n_cached_blocks;
+    d["n_steps"] = s.n_steps;
+    d["n_rows"] = s.n_rows;
+    d["n_prompt_tokens"] = s.n_prompt_tokens;
+    d["n_cached_prompt_tokens"] = s.n_cached_prompt_tokens;
+    d["n_generated"] = s.n_generated;
+    d["n_drafted"] = s.n_drafted;
+    d["n_accepted"] = s.n_accepted;
+    d["n_preempted"] = s.n_preempted;
+    d["n_finished"] = s.n_finished;
+    return d;
 }
 
 py::dict system_info() {
@@ -376,16 +597,36 @@ void bind_engine(py::module_& m) {
         .def("cancel", &CancelToken::cancel)
         .def_property_readonly("cancelled", &CancelToken::cancelled);
 
+    py::class_<engine::Mailbox, std::shared_ptr<engine::Mailbox>>(m, "Mailbox", "Says which requests have news.")
+        .def(py::init<>())
+        .def("wait", &engine::Mailbox::wait, py::arg("timeout_s"), py::call_guard<py::gil_scoped_release>(),
+             "Numbers of requests with new tokens or at their end; empty after timeout_s or close().")
+        .def("close", &engine::Mailbox::close);
+
+    py::class_<RequestHandle>(m, "Request", "A queued, running or ended request; see csrc/engine/request.h.")
+        .def_property_readonly("number", &RequestHandle::number)
+        .def("cancel", &RequestHandle::cancel)
+        .def("wait", &RequestHandle::wait, py::arg("n_seen"), py::arg("timeout_s"),
+             "Until more than n_seen tokens are there or it has ended: True; False after timeout_s.")
+        .def("read", &RequestHandle::read, py::arg("start"), "(ids, logprobs, ended) from token `start` on")
+        .def("result", &RequestHandle::result, "Reason, counters and times, or what went wrong; only once it has ended")
+        .def("prompt_logprobs", &RequestHandle::prompt_logprobs, "float32 [T-1]")
+        .def("prompt_top_logprobs", &RequestHandle::prompt_top_logprobs, "[(id, logprob, rank, [(id, logprob)])]");
+
     py::class_<EngineHandle>(m, "Engine", "A loaded model and its worker threads.")
         .def(py::init([](const std::string& path, uint32_t n_threads, uint32_t n_ctx, const std::string& kv_type,
-                         uint32_t n_batch, const std::optional<std::string>& isa, const py::object& progress) {
+                         uint32_t n_batch, const std::optional<std::string>& isa, uint32_t n_kv, uint32_t n_parallel,
+                         const py::object& progress) {
                  if (n_batch == 0) throw ArgumentError("n_batch must be at least 1");
                  if (n_threads > 1024) throw ArgumentError("n_threads must be at most 1024");
-                 return EngineHandle(path, {n_threads, n_ctx, n_batch, parse_kv_type(kv_type), isa.value_or("")},
+                 if (n_parallel == 0) throw ArgumentError("n_parallel must be at least 1");
+                 return EngineHandle(path,
+                                     {n_threads, n_ctx, n_batch, parse_kv_type(kv_type), isa.value_or(""), n_kv, n_parallel},
                                      progress);
              }),
              py::arg("path"), py::kw_only(), py::arg("n_threads") = 0, py::arg("n_ctx") = 0, py::arg("kv_type") = "f16",
-             py::arg("n_batch") = 512, py::arg("isa") = py::none(), py::arg("progress") = py::none())
+             py::arg("n_batch") = 512, py::arg("isa") = py::none(), py::arg("n_kv") = 0, py::arg("n_parallel") = 256,
+             py::arg("progress") = py::none())
         .def_property_readonly("info", &info)
         .def("codes", &codes, py::arg("ids"), "uint8 [T, K]")
         .def("logits", &logits, py::arg("ids"), py::arg("last") = false, "float32 [T, V], or [V]")
@@ -393,6 +634,19 @@ void bind_engine(py::module_& m) {
         .def("score", &score, py::arg("ids"), "float32 [T-1], natural log-probabilities of ids[1:]")
         .def("generate", &generate, py::arg("ids"), py::arg("params"), py::arg("on_token") = py::none(),
              py::arg("cancel") = py::none())
+        .def("submit", &submit, py::arg("ids"), py::arg("params"), py::kw_only(), py::arg("mask") = py::none(),
+             py::arg("n_logprobs") = -1, py::arg("n_prompt_logprobs") = -1, py::arg("prefix_cache") = true,
+             py::arg("n_draft") = 0, py::arg("timeout_s") = std::numeric_limits<double>::infinity(),
+             py::arg("after") = py::none(), py::arg("mailbox") = py::none())
+        .def("stats", &stats)
+        .def("export_prefix", &export_prefix, py::arg("ids"), "uint8: keys and values of whole blocks, as far as known")
+        .def("import_prefix", &import_prefix, py::arg("ids"), py::arg("blocks"))
+        .def("clear_prefix_cache",
+             [](const EngineHandle& handle) {
+                 const auto engine = handle.get();
+                 const py::gil_scoped_release release;
+                 engine->clear_prefix_cache();
+             })
         .def("read_ceiling", &read_ceiling, py::arg("n_bytes"), py::arg("passes") = 3,
              "Bytes per second that the threads read of n_bytes of memory, in each pass.")
         .def("int8_ceiling", &int8_ceiling, py::arg("passes") = 3,

@@ -22,33 +22,34 @@ std::vector<double> Engine::read_ceiling(size_t n_bytes, uint32_t passes, const 
     const size_t n_units = n_bytes / unit;
     if (n_units < n_threads()) throw ArgumentError("a read of fewer than 4096 bytes for each thread says nothing");
     if (n_units > UINT32_MAX) throw ArgumentError("the read is larger than 16 TiB");
-    const std::lock_guard lock(mutex_);
     const model::Pages buffer(n_units * unit);
-    pool_.parallel_for(uint32_t(n_units), [&](uint32_t begin, uint32_t end) {
-        std::memset(buffer.data() + begin * unit, 1, (end - begin) * unit);
-    });
     std::vector<double> rates;
-    for (uint32_t pass = 0; pass < passes; ++pass) {
-        if (stop && stop()) throw Cancelled();
-        // A small buffer is read again and again: one wake of the threads must not be what is measured.
-        const uint64_t rounds = std::max<uint64_t>(1, (size_t(256) << 20) / (n_units * unit));
-        const double time = seconds([&] {
-            pool_.run([&](model::Team& team) {
+    exclusively(
+        [&](const Stop& stopped) {
+            pool_.parallel_for(uint32_t(n_units), [&](uint32_t begin, uint32_t end) {
+                std::memset(buffer.data() + begin * unit, 1, (end - begin) * unit);
+            });
+            // A small buffer is read again and again: one wake of the threads must not be what is measured.
+            const uint64_t rounds = std::max<uint64_t>(1, (size_t(256) << 20) / (n_units * unit));
+            const auto read = [&](model::Team& team) {
                 for (uint64_t r = 0; r < rounds; ++r) {
                     team.for_pieces(uint32_t(n_units), [&](uint32_t begin, uint32_t end) {
                         kernels_.ceilings.read(buffer.data() + begin * unit, (end - begin) * unit);
                     });
                     team.barrier();
                 }
-            });
-        });
-        rates.push_back(double(rounds) * double(n_units * unit) / time);
-    }
+            };
+            for (uint32_t pass = 0; pass < passes; ++pass) {
+                if (stopped()) throw Cancelled();
+                const double time = seconds([&] { pool_.run(read); });
+                rates.push_back(double(rounds) * double(n_units * unit) / time);
+            }
+        },
+        stop);
     return rates;
 }
 
 std::vector<double> Engine::int8_ceiling(uint32_t passes, const Stop& stop) {
-    const std::lock_guard lock(mutex_);
     // In pieces, as the model's work is shared: else a slow core would lower the ceiling of all.
     constexpr uint32_t pieces = 256;
     const auto run = [&](uint64_t rounds) {
@@ -60,13 +61,17 @@ std::vector<double> Engine::int8_ceiling(uint32_t passes, const Stop& stop) {
             });
         });
     };
-    uint64_t rounds = pieces * 8;
-    while (run(rounds) < 0.025) rounds *= 2;
     std::vector<double> rates;
-    for (uint32_t pass = 0; pass < passes; ++pass) {
-        if (stop && stop()) throw Cancelled();
-        rates.push_back(double(rounds) * kernels_.ceilings.int8_operations * n_threads() / run(rounds));
-    }
+    exclusively(
+        [&](const Stop& stopped) {
+            uint64_t rounds = pieces * 8;
+            while (run(rounds) < 0.025) rounds *= 2;
+            for (uint32_t pass = 0; pass < passes; ++pass) {
+                if (stopped()) throw Cancelled();
+                rates.push_back(double(rounds) * kernels_.ceilings.int8_operations * n_threads() / run(rounds));
+            }
+        },
+        stop);
     return rates;
 }
 

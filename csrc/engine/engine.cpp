@@ -1,8 +1,13 @@
 #include "engine/engine.h"
 
+#include <unistd.h>
+
 #include <algorithm>
-#include <chrono>
 #include <cmath>
+#include <cstring>
+#include <fstream>
+#include <future>
+#include <numeric>
 
 #include "error.h"
 #include "kernels/isa.h"
@@ -10,12 +15,11 @@
 namespace fixmin::engine {
 namespace {
 
-using Clock = std::chrono::steady_clock;
+// Rows of logits that exist at a time: 16 MiB for 65,536 tokens.
+constexpr uint32_t rows_at_a_time = 64;
 
-double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
-
-// Rows of logits that exist at a time while scoring: 16 MiB for 65,536 tokens.
-constexpr uint32_t score_rows = 64;
+// A draft and the token before it are handed out together.
+constexpr uint32_t max_draft = 31;
 
 uint32_t checked_n_ctx(uint32_t wanted, const model::Hyperparams& hp) {
     if (wanted > hp.context_length) {
@@ -23,6 +27,31 @@ uint32_t checked_n_ctx(uint32_t wanted, const model::Hyperparams& hp) {
                             std::to_string(hp.context_length) + " tokens");
     }
     return wanted ? wanted : hp.context_length;
+}
+
+// Of the machine, or of the control group if that has less.
+double memory_bytes() {
+    double bytes = double(sysconf(_SC_PHYS_PAGES)) * double(sysconf(_SC_PAGESIZE));
+    std::string limit;
+    if (std::ifstream("/sys/fs/cgroup/memory.max") >> limit && limit != "max") bytes = std::min(bytes, std::stod(limit));
+    return bytes;
+}
+
+// Sixteen full contexts, if that is an eighth of the memory at the most. It becomes resident as it is used.
+uint32_t n_kv_blocks(uint32_t n_kv, uint32_t n_ctx, const model::Hyperparams& hp, kernels::KvType type) {
+    const size_t block_bytes = hp.block_count * hp.head_count_kv * kernels::kv_head_bytes(type, hp.head_dim);
+    const auto blocks = [](uint64_t positions) {
+        return (positions + kernels::kv_block_tokens - 1) / kernels::kv_block_tokens;
+    };
+    if (n_kv == 0) {
+        const uint64_t affordable = uint64_t(memory_bytes() / 8 / double(block_bytes));
+        return uint32_t(std::max(blocks(n_ctx), std::min(blocks(uint64_t(n_ctx) * 16), affordable)));
+    }
+    if (n_kv < n_ctx) {
+        throw ArgumentError("n_kv is " + std::to_string(n_kv) + ": the cache must hold at least one context of " +
+                            std::to_string(n_ctx) + " tokens");
+    }
+    return uint32_t(blocks(n_kv));
 }
 
 }  // namespace
@@ -33,9 +62,46 @@ Engine::Engine(gguf::GgufFile file, const EngineOptions& options, const std::fun
       weights_(model::load_weights(
           std::move(file), [this](uint32_t n, const auto& body) { pool_.parallel_for(n, body); }, progress)),
       n_ctx_(checked_n_ctx(options.n_ctx, weights_.hyperparams)),
-      n_batch_(std::clamp(options.n_batch, 1u, n_ctx_)),
+      n_batch_(std::max(options.n_batch, 1u)),
       decoder_(weights_, kernels_, n_batch_, n_ctx_, pool_.size()),
-      kv_(weights_.hyperparams, options.kv_type, n_ctx_) {}
+      kv_(weights_.hyperparams, options.kv_type,
+          n_kv_blocks(options.n_kv, n_ctx_, weights_.hyperparams, options.kv_type)),
+      n_parallel_(std::clamp(options.n_parallel, 1u, n_batch_)) {
+    start_thread();
+}
+
+Engine::~Engine() {
+    if (owner_ != getpid()) {
+        // A forked child: the thread is not here. Joining or destroying its handle would end the process.
+        new std::thread(std::move(thread_));
+        shared_.release();
+        scheduler_.release();
+        return;
+    }
+    {
+        const std::lock_guard lock(shared_->mutex);
+        shared_->quit = true;
+        shared_->changed.notify_all();
+    }
+    thread_.join();
+}
+
+void Engine::start_thread() {
+    if (owner_ == getpid()) return;
+    if (thread_.joinable()) {
+        // A forked child. The parent's requests, the thread and perhaps a lock that it held are of no use here.
+        new std::thread(std::move(thread_));
+        shared_.release();
+        scheduler_.release();
+        kv_.clear();
+    }
+    owner_ = getpid();
+    shared_ = std::make_unique<Shared>();
+    const model::Hyperparams& hp = hyperparams();
+    scheduler_ = std::make_unique<Scheduler>(kv_, SchedulerLimits{n_ctx_, n_batch_, n_parallel_}, hp.vocab_size,
+                                             hp.embedding_length);
+    thread_ = std::thread([this] { serve(); });
+}
 
 void Engine::check_ids(std::span<const uint32_t> ids) const {
     if (ids.empty()) throw ArgumentError("there are no token ids");
@@ -51,138 +117,229 @@ void Engine::check_ids(std::span<const uint32_t> ids) const {
     }
 }
 
-bool Engine::run_chunk(const model::Pass& pass) {
-    decoder_.prepare_positions(pass.position + uint32_t(pass.ids.size()));
-    std::atomic<bool> done = true;
-    pool_.run([&](model::Team& team) {
-        if (!decoder_.forward(pass, team)) done = false;
-    });
-    return done;
+std::shared_ptr<Request> Engine::submit(std::span<const uint32_t> prompt, RequestOptions options,
+                                        std::shared_ptr<Mailbox> mailbox) {
+    check_ids(prompt);
+    if (options.sampling.max_new_tokens == 0) options.generate = false;
+    if (options.generate && prompt.size() >= n_ctx_) {
+        throw ContextLengthError("the prompt's " + std::to_string(prompt.size()) +
+                                 " tokens leave no room for a new one in the context of " + std::to_string(n_ctx_));
+    }
+    if (options.hidden_layer > hyperparams().block_count) {
+        throw ArgumentError("layer is " + std::to_string(options.hidden_layer) + "; it must lie in 0.." +
+                            std::to_string(hyperparams().block_count));
+    }
+    if (options.first_row >= prompt.size()) throw ArgumentError("first_row lies behind the prompt");
+    options.n_draft = std::min(options.n_draft, max_draft);
+    start_thread();
+    auto request = std::make_shared<Request>(n_requests_++, prompt, std::move(options), kernels_, std::move(mailbox));
+    const std::lock_guard lock(shared_->mutex);
+    shared_->arrived.push_back(request);
+    shared_->changed.notify_all();
+    return request;
 }
 
-// The whole sequence from position 0 in chunks; after_chunk(first, n) sees each chunk while its rows are in the
-// decoder.
-bool Engine::run_all(std::span<const uint32_t> ids, uint32_t hidden_layer, float* hidden, const Stop& stop,
-                     const AfterChunk& after_chunk, model::InputSquares* squares) {
-    for (uint32_t first = 0; first < ids.size(); first += n_batch_) {
-        const uint32_t n = std::min(n_batch_, uint32_t(ids.size()) - first);
-        float* rows = hidden ? hidden + size_t(first) * hyperparams().embedding_length : nullptr;
-        if (!run_chunk({ids.subspan(first, n), first, kv_.view(), hidden_layer, rows, stop ? &stop : nullptr, squares}))
-            return false;
-        if (after_chunk) after_chunk(first, n);
+void Engine::exclusively(const std::function<void(const Stop&)>& job, const Stop& stop) {
+    start_thread();
+    std::atomic<bool> stopped = false;
+    std::packaged_task<void()> task([&] { job([&] { return stopped.load(); }); });
+    std::future<void> ended = task.get_future();
+    {
+        const std::lock_guard lock(shared_->mutex);
+        shared_->jobs.push_back([&] { task(); });
+        shared_->changed.notify_all();
+    }
+    while (ended.wait_for(std::chrono::milliseconds(20)) != std::future_status::ready) {
+        if (stop && stop()) stopped = true;
+    }
+    ended.get();
+}
+
+void Engine::clear_prefix_cache() {
+    exclusively([this](const Stop&) { scheduler_->clear_prefix_cache(); }, {});
+}
+
+EngineStats Engine::stats() const {
+    const std::lock_guard lock(shared_->mutex);
+    return shared_->stats;
+}
+
+// The engine's thread.
+void Engine::serve() {
+    Shared& shared = *shared_;
+    for (bool idle = false;;) {
+        std::function<void()> job;
+        bool admit;
+        {
+            std::unique_lock lock(shared.mutex);
+            shared.stats = scheduler_->stats();
+            const auto news = [&] { return shared.quit || !shared.arrived.empty() || !shared.jobs.empty(); };
+            if (scheduler_->idle())
+                shared.changed.wait(lock, news);
+            else if (idle)  // those that wait can still be cancelled
+                shared.changed.wait_for(lock, std::chrono::milliseconds(1), news);
+            if (shared.quit) break;
+            for (auto& request : shared.arrived) scheduler_->add(std::move(request));
+            shared.arrived.clear();
+            admit = shared.jobs.empty();
+            if (!admit && scheduler_->nothing_runs()) {
+                job = std::move(shared.jobs.front());
+                shared.jobs.pop_front();
+            }
+        }
+        if (job)
+            job();
+        else
+            idle = !step(admit);
+    }
+    scheduler_->end_all(FinishReason::cancelled);
+    for (const auto& request : shared.arrived) scheduler_->add(request);
+    scheduler_->end_all(FinishReason::cancelled);
+}
+
+// Returns whether there was anything to compute.
+bool Engine::step(bool admit) {
+    try {
+        const Scheduler::Step& step = scheduler_->plan(admit);
+        if (step.ids.empty()) return false;
+        compute(step);
+    } catch (...) {
+        scheduler_->abandon(std::current_exception());
     }
     return true;
 }
 
-void Engine::project(uint32_t first, uint32_t n, float* logits, model::InputSquares* squares) {
-    pool_.run([&](model::Team& team) { decoder_.project(first, n, logits, team, squares); });
-}
-
-void Engine::logits(std::span<const uint32_t> ids, bool last_only, float* out, const Stop& stop) {
-    check_ids(ids);
-    const std::lock_guard lock(mutex_);
+void Engine::compute(const Scheduler::Step& step) {
+    decoder_.prepare_positions(step.end_position);
+    const Stop given_up = [this] { return scheduler_->given_up(); };
+    const model::Batch batch{step.ids, step.chunks, kv_.layout(), &given_up, nullptr};
     const size_t v = hyperparams().vocab_size;
-    const bool done = run_all(ids, 0, nullptr, stop, [&](uint32_t first, uint32_t n) {
-        if (!last_only)
-            project(0, n, out + first * v);
-        else if (first + n == ids.size())
-            project(n - 1, 1, out);
+
+    // Whole units, as many as there are logits for.
+    struct Group {
+        size_t begin, end;               // units
+        std::span<const uint32_t> rows;  // of the batch
+    };
+    const auto group_from = [&](size_t begin) {
+        size_t end = begin;
+        uint32_t n_rows = 0;
+        while (end < step.units.size() && (n_rows == 0 || n_rows + step.units[end].n <= rows_at_a_time))
+            n_rows += step.units[end++].n;
+        const size_t first = begin < step.units.size() ? step.units[begin].first : 0;
+        if (logits_.size() < n_rows * v) logits_.resize(n_rows * v);
+        return Group{begin, end, std::span(step.rows).subspan(first, n_rows)};
+    };
+    const auto hand_out = [&](const Group& group) {
+        const auto some = [&](uint32_t begin, uint32_t end) {
+            for (size_t i = group.begin + begin; i < group.begin + end; ++i) {
+                const Scheduler::Unit& unit = step.units[i];
+                scheduler_->hand_out(unit, logits_.data() + (unit.first - step.units[group.begin].first) * v);
+            }
+        };
+        const uint32_t n = uint32_t(group.end - group.begin);
+        if (n == 1)
+            some(0, 1);
+        else if (n > 1)
+            pool_.parallel_for(n, some);
+    };
+
+    Group group = group_from(0);
+    std::atomic<bool> done = true;
+    pool_.run([&](model::Team& team) {
+        if (!decoder_.forward(batch, team))
+            done = false;
+        else if (!group.rows.empty())
+            decoder_.project(group.rows, logits_.data(), team);
     });
-    if (!done) throw Cancelled();
-}
-
-void Engine::hidden_states(std::span<const uint32_t> ids, uint32_t layer, float* out, const Stop& stop) {
-    check_ids(ids);
-    if (layer > hyperparams().block_count) {
-        throw ArgumentError("layer is " + std::to_string(layer) + "; it must lie in 0.." +
-                            std::to_string(hyperparams().block_count));
+    if (!done) return scheduler_->abandon(nullptr);
+    hand_out(group);
+    while (group.end < step.units.size()) {
+        group = group_from(group.end);
+        pool_.run([&](model::Team& team) { decoder_.project(group.rows, logits_.data(), team); });
+        hand_out(group);
     }
-    const std::lock_guard lock(mutex_);
-    if (!run_all(ids, layer, out, stop, {})) throw Cancelled();
+    scheduler_->finish();
 }
 
-void Engine::score(std::span<const uint32_t> ids, float* out, const Stop& stop, model::InputSquares* squares) {
+std::vector<std::byte> Engine::export_prefix(std::span<const uint32_t> ids) {
+    std::vector<std::byte> bytes;
+    exclusively(
+        [&](const Stop&) {
+            // Whole blocks only: the rest of another would be what somebody else left there.
+            const PrefixCache::Match known = scheduler_->prefix_cache().find(ids);
+            const size_t size = kv_.block_bytes();
+            bytes.reserve(known.blocks.size() * size);
+            for (const uint32_t block : known.blocks) {
+                bytes.insert(bytes.end(), kv_.data(block), kv_.data(block) + size);
+                kv_.remove_user(block);
+            }
+            if (known.n_more) kv_.remove_user(known.more);
+        },
+        {});
+    return bytes;
+}
+
+void Engine::import_prefix(std::span<const uint32_t> ids, std::span<const std::byte> blocks) {
+    const size_t size = kv_.block_bytes(), n = blocks.size() / size;
+    if (blocks.size() != n * size || ids.size() != n * kernels::kv_block_tokens)
+        throw ArgumentError("the keys and values do not belong to as many tokens, or not to this model and cache type");
+    if (ids.empty()) return;
     check_ids(ids);
-    const std::lock_guard lock(mutex_);
+    exclusively(
+        [&](const Stop&) {
+            PrefixCache& cache = scheduler_->prefix_cache();
+            if (!cache.evict(uint32_t(n))) throw ArgumentError("the cache has no room for these keys and values");
+            std::vector<uint32_t> taken;
+            for (size_t i = 0; i < n; ++i) {
+                taken.push_back(kv_.take());
+                std::memcpy(kv_.data(taken.back()), blocks.data() + i * size, size);
+            }
+            cache.insert(ids, taken);
+            for (const uint32_t block : taken) kv_.remove_user(block);
+        },
+        {});
+}
+
+void Engine::collect_squares(std::span<const uint32_t> ids, float* logprobs, const Stop& stop,
+                             model::InputSquares& squares) {
+    check_ids(ids);
     const size_t v = hyperparams().vocab_size;
-    std::vector<float> logits(std::min<size_t>(score_rows, n_batch_) * v);
-    const bool done = run_all(
-        ids, 0, nullptr, stop,
-        [&](uint32_t first, uint32_t n) {
-            const uint32_t wanted =
-                std::min(n, uint32_t(ids.size()) - 1 - first);  // the last token predicts nothing known
-            for (uint32_t row = 0; row < wanted; row += score_rows) {
-                const uint32_t rows = std::min(score_rows, wanted - row);
-                project(row, rows, logits.data(), squares);
-                pool_.parallel_for(rows, [&](uint32_t begin, uint32_t end) {
-                    for (uint32_t r = begin; r < end; ++r) {
-                        float highest, sum;
-                        kernels_.softmax_stats(logits.data() + r * v, uint32_t(v), &highest, &sum);
-                        const float target = logits[r * v + ids[first + row + r + 1]];
-                        out[first + row + r] = float(double(target) - highest - std::log(double(sum)));
-                    }
+    exclusively(
+        [&](const Stop& stopped) {
+            // A sequence of its own, which nobody will look for.
+            scheduler_->clear_prefix_cache();
+            std::vector<std::byte*> blocks;
+            for (size_t i = 0; i * kernels::kv_block_tokens < ids.size(); ++i)
+                blocks.push_back(kv_.data(uint32_t(i)));
+            decoder_.prepare_positions(uint32_t(ids.size()));
+            logits_.resize(std::max(logits_.size(), rows_at_a_time * v));
+            for (uint32_t first = 0; first < ids.size(); first += n_batch_) {
+                const uint32_t n = std::min(n_batch_, uint32_t(ids.size()) - first);
+                const model::Chunk chunk{0, n, first, blocks.data()};
+                const model::Batch batch{ids.subspan(first, n), {&chunk, 1}, kv_.layout(), &stopped, &squares};
+                std::atomic<bool> done = true;
+                pool_.run([&](model::Team& team) {
+                    if (!decoder_.forward(batch, team)) done = false;
                 });
+                if (!done) throw Cancelled();
+                // The last token predicts nothing known.
+                const uint32_t wanted = std::min(n, uint32_t(ids.size()) - 1 - first);
+                for (uint32_t row = 0; row < wanted; row += rows_at_a_time) {
+                    std::vector<uint32_t> rows(std::min(rows_at_a_time, wanted - row));
+                    std::iota(rows.begin(), rows.end(), row);
+                    pool_.run([&](model::Team& team) { decoder_.project(rows, logits_.data(), team, &squares); });
+                    pool_.parallel_for(uint32_t(rows.size()), [&](uint32_t begin, uint32_t end) {
+                        for (uint32_t r = begin; r < end; ++r) {
+                            logprobs[first + row + r] =
+                                top_logprobs({logits_.data() + r * v, v}, 0, ids[first + row + r + 1], kernels_).logprob;
+                        }
+                    });
+                }
             }
         },
-        squares);
-    if (!done) throw Cancelled();
-    if (squares) {
-        squares->block_tokens += ids.size();
-        squares->output_tokens += ids.size() - 1;
-    }
-}
-
-Generation Engine::generate(std::span<const uint32_t> prompt, const SamplingParams& params,
-                            const std::function<bool(uint32_t)>& on_token, const Stop& stop) {
-    check_ids(prompt);
-    if (prompt.size() >= n_ctx_) {
-        throw ContextLengthError("the prompt's " + std::to_string(prompt.size()) +
-                                 " tokens leave no room for a new one in the context of " + std::to_string(n_ctx_));
-    }
-    const std::lock_guard lock(mutex_);
-    Generation result;
-    std::vector<float> logits(hyperparams().vocab_size);
-    Sampler sampler(params, kernels_);
-    const uint32_t room = std::min(params.max_new_tokens, n_ctx_ - uint32_t(prompt.size()));
-
-    Clock::time_point start = Clock::now();
-    const bool filled = run_all(prompt, 0, nullptr, stop, [&](uint32_t first, uint32_t n) {
-        if (first + n == prompt.size()) project(n - 1, 1, logits.data());
-    });
-    result.prefill_seconds = seconds_since(start);
-    if (!filled) {
-        result.reason = FinishReason::cancelled;
-        return result;
-    }
-
-    start = Clock::now();
-    const auto finish = [&](FinishReason reason) {
-        result.reason = reason;
-        result.decode_seconds = seconds_since(start);
-        return result;
-    };
-    for (uint32_t step = 0; step < room; ++step) {
-        if (stop && stop()) return finish(FinishReason::cancelled);
-        const uint32_t id = sampler.sample(logits, step);
-        if (std::find(params.stop_ids.begin(), params.stop_ids.end(), id) != params.stop_ids.end()) {
-            return finish(FinishReason::eos);
-        }
-        result.ids.push_back(id);
-        if (on_token && !on_token(id)) return finish(FinishReason::stop);
-        if (step + 1 == room) break;
-        const uint32_t position = uint32_t(prompt.size()) + step;
-        const model::Pass pass{{&id, 1}, position, kv_.view(), 0, nullptr, stop ? &stop : nullptr, nullptr};
-        decoder_.prepare_positions(position + 1);
-        std::atomic<bool> done = true;
-        pool_.run([&](model::Team& team) {
-            if (decoder_.forward(pass, team))
-                decoder_.project(0, 1, logits.data(), team);
-            else
-                done = false;
-        });
-        if (!done) return finish(FinishReason::cancelled);
-    }
-    return finish(FinishReason::length);
+        stop);
+    squares.block_tokens += ids.size();
+    squares.output_tokens += ids.size() - 1;
 }
 
 }  // namespace fixmin::engine

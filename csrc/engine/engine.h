@@ -1,14 +1,20 @@
-// A loaded model and the threads that run it.
+// A loaded model, the threads that run it, and the requests that they serve.
 #pragma once
+#include <sys/types.h>
+
+#include <condition_variable>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <mutex>
 #include <span>
 #include <string>
+#include <thread>
 #include <vector>
 
-#include "engine/kv_cache.h"
-#include "engine/sampler.h"
+#include "engine/kv_pool.h"
+#include "engine/request.h"
+#include "engine/scheduler.h"
 #include "engine/thread_pool.h"
 #include "gguf/gguf_file.h"
 #include "model/decoder.h"
@@ -17,24 +23,16 @@ namespace fixmin::engine {
 
 struct EngineOptions {
     uint32_t n_threads = 0;  // 0: default_threads()
-    uint32_t n_ctx = 0;      // 0: the model's context_length
-    uint32_t n_batch = 512;  // tokens of a prompt that go through the layers together
+    uint32_t n_ctx = 0;      // of one request; 0: the model's context_length
+    uint32_t n_batch = 512;  // tokens in a step
     kernels::KvType kv_type = kernels::KvType::f16;
-    std::string isa;  // empty: FIXMIN_ISA, else the best of this CPU
+    std::string isa;         // empty: FIXMIN_ISA, else the best of this CPU
+    uint32_t n_kv = 0;       // positions of the cache, for all requests and known prefixes; 0: default_kv_positions()
+    uint32_t n_parallel = 256;  // most requests in a step
 };
 
-enum class FinishReason { length, stop, eos, cancelled };
-
-struct Generation {
-    std::vector<uint32_t> ids;
-    FinishReason reason = FinishReason::length;
-    double prefill_seconds = 0;  // prompt to first logits
-    double decode_seconds = 0;   // the rest
-};
-
-/// Every call takes the engine for itself until it returns; calls of several threads are served one after the other.
-/// Ids must be below V: ArgumentError. More tokens than n_ctx: ContextLengthError.
-/// `stop` is asked between layers; a computation that it ends throws Cancelled, except generate.
+/// Serves requests with a thread of its own. Ids must be below V: ArgumentError. More tokens than n_ctx: ContextLengthError.
+/// In a forked child the thread is made anew when something is asked for; requests of the parent do not exist there.
 class Engine {
   public:
     using Stop = std::function<bool()>;
@@ -42,30 +40,44 @@ class Engine {
     /// Takes the file apart; throws GgufError, UnsupportedError, ArgumentError, std::bad_alloc.
     Engine(gguf::GgufFile file, const EngineOptions& options, const std::function<void(double)>& progress);
 
+    /// Cancels what runs.
+    ~Engine();
+
     const model::Hyperparams& hyperparams() const { return weights_.hyperparams; }
     const model::Weights& weights() const { return weights_; }
     const kernels::Kernels& kernels() const { return kernels_; }
     uint32_t n_ctx() const { return n_ctx_; }
     uint32_t n_threads() const { return pool_.size(); }
-    kernels::KvType kv_type() const { return kv_.view().type; }
+    kernels::KvType kv_type() const { return kv_.layout().type; }
+    uint32_t n_kv() const { return kv_.n_blocks() * kernels::kv_block_tokens; }
     size_t kv_bytes() const { return kv_.reserved_bytes(); }
     size_t buffer_bytes() const { return decoder_.buffer_bytes(); }
     size_t kv_bytes_per_position() const { return kv_.bytes_per_position(); }
+    EngineStats stats() const;
 
-    /// out: [T][V], or [V] with last_only.
-    void logits(std::span<const uint32_t> ids, bool last_only, float* out, const Stop& stop);
+    /// Queues a request; news of it go to the mailbox too, if there is one.
+    std::shared_ptr<Request> submit(std::span<const uint32_t> prompt, RequestOptions options,
+                                    std::shared_ptr<Mailbox> mailbox = nullptr);
 
-    /// out: [T][D]; layer 0 is the lifted codes, layer l the output of block l.
-    void hidden_states(std::span<const uint32_t> ids, uint32_t layer, float* out, const Stop& stop);
+    /// Runs job(stop) in the engine's thread while no request is running, and returns when it has ended; what it throws
+    /// comes here. `stop` is asked in the calling thread meanwhile; once it said so, the job's own says so too.
+    void exclusively(const std::function<void(const Stop&)>& job, const Stop& stop);
 
-    /// out: [T-1], natural logarithm of the probability of ids[t+1] after ids[0..t].
-    /// `squares`, if given, gets the inputs of every product added: T tokens for the blocks, T-1 for the output.
-    /// An exception leaves a part of them there.
-    void score(std::span<const uint32_t> ids, float* out, const Stop& stop, model::InputSquares* squares = nullptr);
+    /// Forgets what earlier requests have computed.
+    void clear_prefix_cache();
 
-    /// on_token may be empty; false from it ends the generation after that token.
-    Generation generate(std::span<const uint32_t> prompt, const SamplingParams& params,
-                        const std::function<bool(uint32_t)>& on_token, const Stop& stop);
+    /// Keys and values of the tokens of `ids`, as far as the prefix cache has them in whole blocks: [n][block_bytes()].
+    std::vector<std::byte> export_prefix(std::span<const uint32_t> ids);
+
+    /// Puts what export_prefix gave into the prefix cache: ids are the tokens of the blocks, all of them. Throws
+    /// ArgumentError if the sizes do not match or there is no room.
+    void import_prefix(std::span<const uint32_t> ids, std::span<const std::byte> blocks);
+
+    size_t block_bytes() const { return kv_.block_bytes(); }
+
+    /// As RequestOptions::n_prompt_logprobs = 0 of one request with nothing beside it, and `squares` gets the inputs of
+    /// every product added: T tokens for the blocks, T-1 for the output. An exception leaves a part of them there.
+    void collect_squares(std::span<const uint32_t> ids, float* logprobs, const Stop& stop, model::InputSquares& squares);
 
     /// Bytes per second that the threads read from n_bytes of memory, in each of `passes` over it.
     std::vector<double> read_ceiling(size_t n_bytes, uint32_t passes, const Stop& stop);
@@ -74,13 +86,21 @@ class Engine {
     std::vector<double> int8_ceiling(uint32_t passes, const Stop& stop);
 
   private:
-    using AfterChunk = std::function<void(uint32_t first, uint32_t n)>;
+    // What callers and the engine's thread share.
+    struct Shared {
+        std::mutex mutex;
+        std::condition_variable changed;
+        std::deque<std::shared_ptr<Request>> arrived;
+        std::deque<std::function<void()>> jobs;
+        EngineStats stats;
+        bool quit = false;
+    };
 
     void check_ids(std::span<const uint32_t> ids) const;
-    bool run_chunk(const model::Pass& pass);
-    bool run_all(std::span<const uint32_t> ids, uint32_t hidden_layer, float* hidden, const Stop& stop,
-                 const AfterChunk& after_chunk, model::InputSquares* squares = nullptr);
-    void project(uint32_t first, uint32_t n, float* logits, model::InputSquares* squares = nullptr);
+    void start_thread();
+    void serve();
+    bool step(bool admit);
+    void compute(const Scheduler::Step& step);
 
     const kernels::Kernels& kernels_;
     ThreadPool pool_;
@@ -88,8 +108,14 @@ class Engine {
     const uint32_t n_ctx_;
     const uint32_t n_batch_;
     model::Decoder decoder_;
-    KvCache kv_;
-    std::mutex mutex_;
+    KvPool kv_;
+    std::unique_ptr<Scheduler> scheduler_;
+    const uint32_t n_parallel_;
+    std::atomic<uint64_t> n_requests_ = 0;
+    model::Buffer<float> logits_;
+    std::unique_ptr<Shared> shared_;
+    std::thread thread_;
+    pid_t owner_ = 0;  // the process that the thread lives in
 };
 
 /// Thrown when `stop` ended a computation.

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "engine/request.h"
 #include "error.h"
 
 namespace fixmin::engine {
@@ -22,7 +23,7 @@ double counter_uniform(uint64_t seed, uint64_t index) {
     return double((z ^ (z >> 31)) >> 11) * 0x1p-53;
 }
 
-uint32_t Sampler::sample(std::span<const float> logits, uint64_t step) {
+uint32_t Sampler::sample(std::span<const float> logits, uint64_t step, const uint32_t*) {
     uint32_t best;
     if (!kernels_.argmax(logits.data(), uint32_t(logits.size()), &best)) {
         throw Error("the model's logits are not finite: the weights overflow on this input");
@@ -46,6 +47,17 @@ uint32_t Sampler::sample(std::span<const float> logits, uint64_t step) {
         if (rest < 0) return candidates_[i].id;
     }
     return best;  // rounding left nothing for the last candidate
+}
+
+TokenLogprobs top_logprobs(std::span<const float> logits, uint32_t k, uint32_t id, const kernels::Kernels& kernels) {
+    float highest, sum;
+    kernels.softmax_stats(logits.data(), uint32_t(logits.size()), &highest, &sum);
+    const auto logprob = [&](float logit) { return float(double(logit) - highest - std::log(double(sum))); };
+    TokenLogprobs result;
+    result.id = id;
+    result.logprob = logprob(logits[id]);
+    (void)k;
+    return result;
 }
 
 void Sampler::keep_top_k(std::span<const float> logits) {

@@ -21,12 +21,18 @@ struct SamplingParams {
 /// Step n of a seed always uses the same random number, whatever else runs.
 class Sampler {
   public:
-    Sampler(const SamplingParams& params, const kernels::Kernels& kernels) : params_(params), kernels_(kernels) {}
+    Sampler(const SamplingParams& params, std::span<const uint32_t> prompt, const kernels::Kernels& kernels)
+        : params_(params), kernels_(kernels) {
+        (void)prompt;
+    }
+
+    const kernels::Kernels& kernels() const { return kernels_; }
 
     /// @param logits  [V]
     /// @param step    how many tokens this request has generated
     /// Throws Error if the logits are not finite.
-    uint32_t sample(std::span<const float> logits, uint64_t step);
+    uint32_t sample(std::span<const float> logits, uint64_t step, const uint32_t* allowed);
+    void accept(uint32_t) {}
 
   private:
     struct Candidate {
@@ -41,6 +47,10 @@ class Sampler {
     std::vector<Candidate> candidates_;
     std::vector<float> probabilities_;
 };
+
+struct TokenLogprobs;
+/// Of the raw logits [V]: of `id`, and of the k most probable.
+TokenLogprobs top_logprobs(std::span<const float> logits, uint32_t k, uint32_t id, const kernels::Kernels& kernels);
 
 /// Number `index` of the SplitMix64 sequence that starts at `seed`, as a double in [0, 1).
 double counter_uniform(uint64_t seed, uint64_t index);

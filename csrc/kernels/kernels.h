@@ -14,7 +14,7 @@
 namespace fixmin::kernels {
 
 inline constexpr uint32_t lanes = 16;
-inline constexpr uint32_t kv_block_tokens = 128;  // tokens per block of the KV cache, a multiple of `lanes`
+inline constexpr uint32_t kv_block_tokens = 32;  // tokens per block of the KV cache, a multiple of `lanes`
 
 /// 32 activations in 8 bits: x ~ scale * q, q in [-127, 127].
 struct ActivationBlock {

@@ -21,7 +21,7 @@ constexpr uint32_t matmul_columns = 6;
 constexpr uint32_t matmul_columns_float = 12;
 // Of a single query: 16 keys each, a chain for each; 16 dimensions each, two chains for each. 8 cover the latency of
 // fma.
-constexpr uint32_t attention_lone_groups = 4, attention_lone_vectors = 4;
+constexpr uint32_t attention_lone_groups = 2, attention_lone_vectors = 4;
 // Of several queries: 16 accumulators, and few loads for each product.
 constexpr uint32_t attention_queries = 8, attention_groups = 2, attention_vectors = 2;
 

@@ -101,124 +101,140 @@ void Decoder::prepare_positions(uint32_t end) {
     }
 }
 
-bool Decoder::forward(const Pass& pass, Team& team) {
-    const uint32_t n_tokens = uint32_t(pass.ids.size());
+bool Decoder::forward(const Batch& batch, Team& team) {
+    const uint32_t n_tokens = uint32_t(batch.ids.size());
     if (team.index == 0) stopped_ = false;
-    lift(pass, team);
+    lift(batch, team);
     team.barrier();
-    capture_hidden(0, pass, team);
+    capture_hidden(0, batch, team);
     for (uint32_t l = 0; l < hp_.block_count; ++l) {
         const Layer& layer = weights_.layers[l];
-        project_qkv(l, pass, team);  // h = norm1(x); q, k, v
-        if (n_tokens == 1) prefetch_kv(l, pass, team);
+        project_qkv(l, batch, team);  // h = norm1(x); q, k, v
+        if (n_tokens == 1) prefetch_kv(l, batch, team);
         team.barrier();
-        attend(l, pass, team);  // softmax(q.k * scale) v
+        attend(l, batch, team);  // softmax(q.k * scale) v
         team.barrier();
-        InputSquares::Block* squares = pass.squares ? &pass.squares->blocks[l] : nullptr;
+        InputSquares::Block* squares = batch.squares ? &batch.squares->blocks[l] : nullptr;
         const Rows rows =
             as_rows(attended_.data(), hp_.q_length(), n_tokens, is_quantized(layer.attn_output.type), team);
         if (squares) add_squares(squares->attn_output, rows.values, n_tokens, team);
         multiply(layer.attn_output, rows, n_tokens, x_.data(), hp_.embedding_length, true, team);  // x += Wo (...)
         team.barrier();
         feed_forward(layer, n_tokens, squares, team);  // x += W2 act(W1 norm2(x))
-        if (team.index == 0 && pass.should_stop && (*pass.should_stop)()) stopped_ = true;
+        if (team.index == 0 && batch.should_stop && (*batch.should_stop)()) stopped_ = true;
         team.barrier();
         if (stopped_) return false;
-        capture_hidden(l + 1, pass, team);
+        capture_hidden(l + 1, batch, team);
     }
     return true;
 }
 
-void Decoder::project(uint32_t first, uint32_t n, float* logits, Team& team, InputSquares* squares) {
-    const float* x = x_.data() + size_t(first) * hp_.embedding_length;
-    const Rows rows = normalized(weights_.output_norm, x, n, is_quantized(weights_.output.type), team);
-    if (squares) add_squares(squares->output, rows.values, n, team);
-    multiply(weights_.output, rows, n, logits, hp_.vocab_size, false, team);
+void Decoder::project(std::span<const uint32_t> rows, float* logits, Team& team, InputSquares* squares) {
+    const uint32_t n = uint32_t(rows.size());
+    const Rows normed = normalized(weights_.output_norm, n, is_quantized(weights_.output.type), team, rows.data());
+    if (squares) add_squares(squares->output, normed.values, n, team);
+    multiply(weights_.output, normed, n, logits, hp_.vocab_size, false, team);
 }
 
 // x of layer 0: the lifted codes.
-void Decoder::lift(const Pass& pass, Team& team) {
-    const auto [begin, end] = team.share(uint32_t(pass.ids.size()));
-    for (uint32_t t = begin; t < end; ++t) weights_.embed(pass.ids[t], x_.data() + size_t(t) * hp_.embedding_length);
+void Decoder::lift(const Batch& batch, Team& team) {
+    const auto [begin, end] = team.share(uint32_t(batch.ids.size()));
+    for (uint32_t t = begin; t < end; ++t) weights_.embed(batch.ids[t], x_.data() + size_t(t) * hp_.embedding_length);
 }
 
-void Decoder::project_qkv(uint32_t l, const Pass& pass, Team& team) {
-    const uint32_t n_tokens = uint32_t(pass.ids.size());
+void Decoder::project_qkv(uint32_t l, const Batch& batch, Team& team) {
+    const uint32_t n_tokens = uint32_t(batch.ids.size());
     const size_t stride = hp_.qkv_length();
     if (l == 0 && hp_.folds_layer_0()) {
         const auto [begin, end] = team.share(n_tokens);
         for (uint32_t t = begin; t < end; ++t) {
-            weights_.fold.apply(weights_.code_map.code(pass.ids[t]), qkv_.data() + t * stride);
+            weights_.fold.apply(weights_.code_map.code(batch.ids[t]), qkv_.data() + t * stride);
         }
         return;
     }
     const Layer& layer = weights_.layers[l];
     const bool quantize = is_quantized(layer.q.type) || is_quantized(layer.k.type) || is_quantized(layer.v.type);
-    const Rows rows = normalized(layer.attn_norm, x_.data(), n_tokens, quantize, team);
-    if (pass.squares) add_squares(pass.squares->blocks[l].qkv, rows.values, n_tokens, team);
+    const Rows rows = normalized(layer.attn_norm, n_tokens, quantize, team);
+    if (batch.squares) add_squares(batch.squares->blocks[l].qkv, rows.values, n_tokens, team);
     multiply(layer.q, rows, n_tokens, qkv_.data(), stride, false, team);
     multiply(layer.k, rows, n_tokens, qkv_.data() + hp_.q_length(), stride, false, team);
     multiply(layer.v, rows, n_tokens, qkv_.data() + hp_.q_length() + hp_.kv_length(), stride, false, team);
 }
 
-// Rotates and stores keys, then attends; a thread takes whole key/value heads, so nothing waits in between.
-void Decoder::attend(uint32_t l, const Pass& pass, Team& team) {
-    const uint32_t n_tokens = uint32_t(pass.ids.size()), d = hp_.head_dim, pairs = hp_.rope_dim / 2;
-    const uint32_t group = hp_.head_count / hp_.head_count_kv;
-    const size_t stride = hp_.qkv_length();
-    const auto rotate = [&](float* head, uint32_t t) {
-        const size_t row = size_t(pass.position + t) * pairs;
-        if (pairs) kernels_.rope(head, hp_.rope_dim, hp_.rope_style, cos_.data() + row, sin_.data() + row);
-    };
-    // All are stored before any is read: a load that overlaps younger, narrower stores would wait for them.
-    const auto store = [&](uint32_t kv_head) {
-        float* keys = qkv_.data() + hp_.q_length() + kv_head * d;
-        const float* values = keys + hp_.kv_length();
-        for (uint32_t t = 0; t < n_tokens; ++t) {
-            // Rows lie in different pages, where no processor looks ahead by itself.
-            if (const uint32_t ahead = t + 4; ahead < n_tokens) {
-                for (uint32_t i = 0; i < d; i += 16) {
-                    __builtin_prefetch(keys + ahead * stride + i, 1);
-                    __builtin_prefetch(values + ahead * stride + i);
-                }
+// Rotates and stores keys, then attends; a thread takes whole key/value heads of a chunk, so nothing waits in between.
+// All heads of a piece are stored before any is read: a load that overlaps younger, narrower stores would wait for them.
+void Decoder::attend(uint32_t l, const Batch& batch, Team& team) {
+    const uint32_t n_heads = hp_.head_count_kv, group = hp_.head_count / n_heads;
+    team.for_pieces(uint32_t(batch.chunks.size()) * n_heads, [&](uint32_t begin, uint32_t end) {
+        for (uint32_t i = begin; i < end; ++i) store_kv(l, batch, batch.chunks[i / n_heads], i % n_heads);
+        for (uint32_t i = begin; i < end; ++i) {
+            if (i + 1 < end) {  // a single token is the first to read its cache since the step before
+                const Chunk& next = batch.chunks[(i + 1) / n_heads];
+                if (next.n_tokens == 1)
+                    kernels_.kv_prefetch(kv_head_of(l, batch, next, (i + 1) % n_heads), next.position);
             }
-            rotate(keys + t * stride, t);
-            kernels_.kv_store(kv_head_of(l, pass, kv_head), pass.position + t, keys + t * stride, values + t * stride);
+            for (uint32_t head = i % n_heads * group; head < (i % n_heads + 1) * group; ++head)
+                attend_head(l, batch, batch.chunks[i / n_heads], head, team);
         }
-    };
-    const auto attend_head = [&](uint32_t head) {
-        float* queries = qkv_.data() + head * d;
-        for (uint32_t t = 0; t < n_tokens; ++t) {
-            rotate(queries + t * stride, t);
-            kernels_.scale(queries + t * stride, d, hp_.attention_scale);
-        }
-        kernels_.attention({kv_head_of(l, pass, head / group), queries, stride, n_tokens, pass.position,
-                            attended_.data() + head * d, hp_.q_length(),
-                            reinterpret_cast<float*>(private_[team.index].scratch.data())});
-    };
-    team.for_pieces(hp_.head_count_kv, [&](uint32_t begin, uint32_t end) {
-        for (uint32_t kv_head = begin; kv_head < end; ++kv_head) store(kv_head);
-        for (uint32_t head = begin * group; head < end * group; ++head) attend_head(head);
     });
 }
 
-kernels::KvHead Decoder::kv_head_of(uint32_t l, const Pass& pass, uint32_t kv_head) const {
-    return {pass.kv.type, hp_.head_dim, pass.kv.blocks[l],
-            kv_head * kernels::kv_head_bytes(pass.kv.type, hp_.head_dim)};
+void Decoder::store_kv(uint32_t l, const Batch& batch, const Chunk& chunk, uint32_t kv_head) {
+    const uint32_t d = hp_.head_dim, n_tokens = chunk.n_tokens;
+    const size_t stride = hp_.qkv_length();
+    float* keys = qkv_.data() + chunk.first_row * stride + hp_.q_length() + kv_head * d;
+    const float* values = keys + hp_.kv_length();
+    for (uint32_t t = 0; t < n_tokens; ++t) {
+        // Rows lie in different pages, where no processor looks ahead by itself.
+        if (const uint32_t ahead = t + 4; ahead < n_tokens) {
+            for (uint32_t i = 0; i < d; i += 16) {
+                __builtin_prefetch(keys + ahead * stride + i, 1);
+                __builtin_prefetch(values + ahead * stride + i);
+            }
+        }
+        rotate(keys + t * stride, chunk.position + t);
+        kernels_.kv_store(kv_head_of(l, batch, chunk, kv_head), chunk.position + t, keys + t * stride,
+                          values + t * stride);
+    }
+}
+
+void Decoder::attend_head(uint32_t l, const Batch& batch, const Chunk& chunk, uint32_t head, const Team& team) {
+    const uint32_t d = hp_.head_dim, group = hp_.head_count / hp_.head_count_kv;
+    const size_t stride = hp_.qkv_length();
+    float* queries = qkv_.data() + chunk.first_row * stride + head * d;
+    for (uint32_t t = 0; t < chunk.n_tokens; ++t) {
+        rotate(queries + t * stride, chunk.position + t);
+        kernels_.scale(queries + t * stride, d, hp_.attention_scale);
+    }
+    kernels_.attention({kv_head_of(l, batch, chunk, head / group), queries, stride, chunk.n_tokens, chunk.position,
+                        attended_.data() + size_t(chunk.first_row) * hp_.q_length() + head * d, hp_.q_length(),
+                        reinterpret_cast<float*>(private_[team.index].scratch.data())});
+}
+
+void Decoder::rotate(float* head, uint32_t position) const {
+    const uint32_t pairs = hp_.rope_dim / 2;
+    const size_t row = size_t(position) * pairs;
+    if (pairs) kernels_.rope(head, hp_.rope_dim, hp_.rope_style, cos_.data() + row, sin_.data() + row);
+}
+
+kernels::KvHead Decoder::kv_head_of(uint32_t l, const Batch& batch, const Chunk& chunk, uint32_t kv_head) const {
+    return {batch.kv.type, hp_.head_dim, chunk.blocks,
+            l * batch.kv.layer_bytes + kv_head * kernels::kv_head_bytes(batch.kv.type, hp_.head_dim)};
 }
 
 // Of the heads that this thread will probably attend to, before it waits for the others.
-void Decoder::prefetch_kv(uint32_t l, const Pass& pass, const Team& team) const {
+void Decoder::prefetch_kv(uint32_t l, const Batch& batch, const Team& team) const {
+    const Chunk& chunk = batch.chunks.front();
     const auto [begin, end] = team.share(hp_.head_count_kv);
     for (uint32_t kv_head = begin; kv_head < end; ++kv_head)
-        kernels_.kv_prefetch(kv_head_of(l, pass, kv_head), pass.position);
+        kernels_.kv_prefetch(kv_head_of(l, batch, chunk, kv_head), chunk.position);
 }
 
 void Decoder::feed_forward(const Layer& layer, uint32_t n_tokens, InputSquares::Block* squares, Team& team) {
     const bool swiglu = hp_.activation == Activation::swiglu;
     const uint32_t f = hp_.feed_forward_length;
     const bool quantize = is_quantized(layer.up.type) || (swiglu && is_quantized(layer.gate.type));
-    const Rows rows = normalized(layer.ffn_norm, x_.data(), n_tokens, quantize, team);
+    const Rows rows = normalized(layer.ffn_norm, n_tokens, quantize, team);
     if (squares) add_squares(squares->gate_up, rows.values, n_tokens, team);
     for_parts(layer.up, n_tokens, team, [&](Part part) {
         if (swiglu) {
@@ -254,19 +270,22 @@ void Decoder::normalize_row(const Norm& norm, const float* x, float* y) const {
     kernel(x, hp_.embedding_length, hp_.norm_eps, norm.weight.data(), norm.bias_or_null(), y);
 }
 
-// A single token is prepared by every thread for itself: cheaper than a barrier.
-Decoder::Rows Decoder::normalized(const Norm& norm, const float* x, uint32_t n_tokens, bool quantize, Team& team) {
+// Of the residual stream: its first rows, or those that are listed. A single one is prepared by every thread for itself:
+// cheaper than a barrier.
+Decoder::Rows Decoder::normalized(const Norm& norm, uint32_t n_tokens, bool quantize, Team& team,
+                                  const uint32_t* rows) {
     const uint32_t d = hp_.embedding_length;
+    const auto x = [&](uint32_t t) { return x_.data() + size_t(rows ? rows[t] : t) * d; };
     if (n_tokens == 1) {
         Private& own = private_[team.index];
-        normalize_row(norm, x, own.row.data());
+        normalize_row(norm, x(0), own.row.data());
         if (quantize) kernels_.quantize_activations(own.row.data(), d, own.blocks.data());
         return {own.row.data(), own.blocks.data(), d};
     }
     const auto [begin, end] = team.share(n_tokens);
     for (uint32_t t = begin; t < end; ++t) {
         float* y = normed_.data() + size_t(t) * d;
-        normalize_row(norm, x + size_t(t) * d, y);
+        normalize_row(norm, x(t), y);
         if (quantize) kernels_.quantize_activations(y, d, quantized_.data() + size_t(t) * (d / block_size));
     }
     team.barrier();
@@ -334,11 +353,14 @@ const std::byte* Decoder::next_read(const Linear& w, const Part& part, const Tea
     return next.panels + team.share(next.n_panels()).begin * next.panel_stride;
 }
 
-void Decoder::capture_hidden(uint32_t layer, const Pass& pass, Team& team) const {
-    if (!pass.hidden || pass.hidden_layer != layer) return;
-    const auto [begin, end] = team.share(uint32_t(pass.ids.size()));
+void Decoder::capture_hidden(uint32_t layer, const Batch& batch, Team& team) const {
     const size_t d = hp_.embedding_length;
-    std::memcpy(pass.hidden + begin * d, x_.data() + begin * d, (end - begin) * d * sizeof(float));
+    for (const Chunk& chunk : batch.chunks) {
+        if (!chunk.hidden || chunk.hidden_layer != layer) continue;
+        const auto [begin, end] = team.share(chunk.n_tokens);
+        std::memcpy(chunk.hidden + begin * d, x_.data() + (chunk.first_row + begin) * d,
+                    (end - begin) * d * sizeof(float));
+    }
 }
 
 }  // namespace fixmin::model

@@ -14,10 +14,10 @@
 
 namespace fixmin::model {
 
-/// The cached keys and values of one sequence: blocks[layer][position / kv_block_tokens].
-struct KvView {
+/// Keys and values in the blocks of a cache: [layer][key/value head], a head as kernels::KvHead says.
+struct KvLayout {
     kernels::KvType type;
-    std::byte* const* const* blocks;
+    size_t layer_bytes;
 };
 
 /// Sums over tokens of the squared inputs of every matrix product, per input channel: an importance matrix.
@@ -37,20 +37,28 @@ struct InputSquares {
     explicit InputSquares(const Hyperparams& hp);
 };
 
-/// One chunk of one sequence.
-struct Pass {
-    std::span<const uint32_t> ids;  // [T], T <= max_tokens, each < V
-    uint32_t position = 0;          // of ids[0]; earlier positions are in the cache
-    KvView kv{};
-    uint32_t hidden_layer = 0;                           // with hidden: 0 the lifted codes, l the output of block l
-    float* hidden = nullptr;                             // [T][D], or null
+/// Consecutive tokens of one sequence: some rows of a batch.
+struct Chunk {
+    uint32_t first_row;
+    uint32_t n_tokens;
+    uint32_t position;          // of the first token in its sequence; earlier positions are in the cache
+    std::byte* const* blocks;   // of its sequence, one per kv_block_tokens positions, the chunk's own included
+    uint32_t hidden_layer = 0;  // with hidden: 0 the lifted codes, l the output of block l
+    float* hidden = nullptr;    // [n_tokens][D], or null
+};
+
+/// Tokens of any number of sequences that go through the layers together. No result depends on what else is in it.
+struct Batch {
+    std::span<const uint32_t> ids;                       // [T], T <= max_tokens, each < V
+    std::span<const Chunk> chunks;                       // of different sequences; their rows follow each other
+    KvLayout kv{};
     const std::function<bool()>* should_stop = nullptr;  // asked between layers by thread 0; must not throw
     InputSquares* squares = nullptr;                     // added to, or null
 };
 
 class Decoder {
   public:
-    /// @param max_tokens  largest chunk
+    /// @param max_tokens  largest batch
     /// @param n_ctx       largest number of positions of a sequence
     /// @param n_threads   size of the teams that will call
     Decoder(const Weights& weights, const kernels::Kernels& kernels, uint32_t max_tokens, uint32_t n_ctx,
@@ -59,12 +67,12 @@ class Decoder {
     /// Called by one thread before forward: makes the rotation tables for positions below `end`.
     void prepare_positions(uint32_t end);
 
-    /// Runs the chunk through all blocks. Every thread of the team calls it.
-    /// Returns false if should_stop said so; the cache then holds part of the chunk.
-    bool forward(const Pass& pass, Team& team);
+    /// Runs the batch through all blocks. Every thread of the team calls it.
+    /// Returns false if should_stop said so; the cache then holds part of its keys and values.
+    bool forward(const Batch& batch, Team& team);
 
-    /// Final norm and output projection of rows first..first+n-1 of the last chunk: logits [n][V] float32.
-    void project(uint32_t first, uint32_t n, float* logits, Team& team, InputSquares* squares = nullptr);
+    /// Final norm and output projection of some rows of the last batch: logits [rows][V] float32.
+    void project(std::span<const uint32_t> rows, float* logits, Team& team, InputSquares* squares = nullptr);
 
     /// Memory of the activations and of the rotation tables made so far.
     size_t buffer_bytes() const;
@@ -91,7 +99,7 @@ class Decoder {
         Buffer<std::byte> scratch;                // of kernels
     };
 
-    Rows normalized(const Norm& norm, const float* x, uint32_t n_tokens, bool quantize, Team& team);
+    Rows normalized(const Norm& norm, uint32_t n_tokens, bool quantize, Team& team, const uint32_t* rows = nullptr);
     Rows as_rows(const float* values, uint32_t length, uint32_t n_tokens, bool quantize, Team& team);
     void multiply(const Linear& w, const Rows& rows, uint32_t n_tokens, float* out, size_t out_stride, bool accumulate,
                   Team& team);
@@ -101,14 +109,17 @@ class Decoder {
     template <typename Body>
     void for_parts(const Linear& w, uint32_t n_tokens, Team& team, Body body);
     void normalize_row(const Norm& norm, const float* x, float* y) const;
-    void lift(const Pass& pass, Team& team);
-    void project_qkv(uint32_t layer, const Pass& pass, Team& team);
-    void attend(uint32_t layer, const Pass& pass, Team& team);
-    kernels::KvHead kv_head_of(uint32_t layer, const Pass& pass, uint32_t kv_head) const;
-    void prefetch_kv(uint32_t layer, const Pass& pass, const Team& team) const;
+    void lift(const Batch& batch, Team& team);
+    void project_qkv(uint32_t layer, const Batch& batch, Team& team);
+    void attend(uint32_t layer, const Batch& batch, Team& team);
+    void store_kv(uint32_t layer, const Batch& batch, const Chunk& chunk, uint32_t kv_head);
+    void attend_head(uint32_t layer, const Batch& batch, const Chunk& chunk, uint32_t head, const Team& team);
+    void rotate(float* head, uint32_t position) const;
+    kernels::KvHead kv_head_of(uint32_t layer, const Batch& batch, const Chunk& chunk, uint32_t kv_head) const;
+    void prefetch_kv(uint32_t layer, const Batch& batch, const Team& team) const;
     void feed_forward(const Layer& layer, uint32_t n_tokens, InputSquares::Block* squares, Team& team);
     void activate(uint32_t first_token, uint32_t n_tokens, uint32_t first_row, uint32_t end_row);
-    void capture_hidden(uint32_t layer, const Pass& pass, Team& team) const;
+    void capture_hidden(uint32_t layer, const Batch& batch, Team& team) const;
 
     const Weights& weights_;
     std::unordered_map<const Linear*, const Linear*> following_;  // which matrix a decoded token reads after which

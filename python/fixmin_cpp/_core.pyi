@@ -129,8 +129,29 @@ class CancelToken:
     @property
     def cancelled(self) -> bool: ...
 
+class Mailbox:
+    """Says which requests have news."""
+
+    def __init__(self) -> None: ...
+    def wait(self, timeout_s: float) -> list[int]: ...  # their numbers; empty after timeout_s or close()
+    def close(self) -> None: ...
+
+class Request:
+    """A queued, running or ended request; made by Engine.submit. Any thread may use it."""
+
+    @property
+    def number(self) -> int: ...
+    def cancel(self) -> None: ...
+    def wait(self, n_seen: int, timeout_s: float) -> bool: ...  # more than n_seen tokens, or the end; False: timeout
+    def read(
+        self, start: int
+    ) -> tuple[list[int], list[tuple[int, float, int, list[tuple[int, float]]]], bool]: ...  # ids, logprobs, ended
+    def result(self) -> dict[str, Any]: ...  # reason, counters and times; raises what went wrong
+    def prompt_logprobs(self) -> NDArray[np.float32]: ...  # [T-1]
+    def prompt_top_logprobs(self) -> list[tuple[int, float, int, list[tuple[int, float]]]]: ...
+
 class Engine:
-    """A loaded model and its worker threads. Calls from several threads are served one after the other."""
+    """A loaded model and its worker threads. Requests of any number of threads run together."""
 
     def __init__(
         self,
@@ -139,8 +160,10 @@ class Engine:
         n_threads: int = 0,  # 0: default, min(affinity, cgroup quota, physical cores)
         n_ctx: int = 0,  # 0: the model's context_length
         kv_type: str = "f16",  # "f16" | "f32" | "q8_0"
-        n_batch: int = 512,  # prompt chunk
+        n_batch: int = 512,  # tokens of all requests in a step
         isa: str | None = None,  # None: best of this CPU, or FIXMIN_ISA
+        n_kv: int = 0,  # positions of the cache, for all requests; 0: 16 contexts or what memory allows
+        n_parallel: int = 256,  # most requests in a step
         progress: Callable[[float], object] | None = None,
     ) -> None: ...
     @property
@@ -156,6 +179,24 @@ class Engine:
         on_token: Callable[[int], bool] | None = None,  # False stops after this token
         cancel: CancelToken | None = None,
     ) -> GenerationResult: ...
+    def submit(
+        self,
+        ids: NDArray[np.uint32],
+        params: SamplingParams,  # max_new_tokens 0: nothing is generated
+        *,
+        mask: Any = None,  # object with allowed() -> uint32 [V/32], accept(id), finished() -> bool
+        n_logprobs: int = -1,  # of generated tokens: -1 none, else how many of the most probable besides
+        n_prompt_logprobs: int = -1,  # of the prompt's tokens but the first
+        prefix_cache: bool = True,
+        n_draft: int = 0,  # most tokens guessed from the text so far
+        timeout_s: float = ...,  # infinity
+        after: Request | None = None,  # starts once that one's prompt has been read
+        mailbox: Mailbox | None = None,
+    ) -> Request: ...
+    def stats(self) -> dict[str, int]: ...
+    def export_prefix(self, ids: NDArray[np.uint32]) -> NDArray[np.uint8]: ...  # [n * block_bytes], whole blocks
+    def import_prefix(self, ids: NDArray[np.uint32], blocks: NDArray[np.uint8]) -> None: ...
+    def clear_prefix_cache(self) -> None: ...
     def read_ceiling(self, n_bytes: int, passes: int = 3) -> list[float]: ...  # bytes per second, all threads, per pass
     def int8_ceiling(self, passes: int = 3) -> list[float]: ...  # 8-bit multiplications and additions per second
     def close(self) -> None: ...

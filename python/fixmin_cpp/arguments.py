@@ -29,6 +29,8 @@ class GenerationOptions:
     seed: int | None
     stop: tuple[str, ...]
     ignore_eos: bool
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     @classmethod
     def check(

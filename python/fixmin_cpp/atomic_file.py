@@ -34,14 +34,14 @@ class AtomicFile:
     def __enter__(self) -> AtomicFile:
         if self.target.exists() and not self.target.is_file():
             kind = "directory" if self.target.is_dir() else "device or pipe"
-            raise CheckpointError(f"{self.target}: is a {kind}; give the name of the GGUF file to write")
+            raise CheckpointError(f"{self.target}: is a {kind}; give the name of a file to write")
         while self._file is None:
             file = open(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666), "r+b")
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 file.close()
-                raise CheckpointError(f"{self.target}: another conversion is writing this file at the moment") from None
+                raise CheckpointError(f"{self.target}: another process is writing this file at the moment") from None
             # Between open and flock its owner may have renamed or removed it: then this is not the file of that name.
             if _is_same_file(file.fileno(), self.path):
                 file.truncate(0)

@@ -1,15 +1,15 @@
 """`Model`: a loaded GGUF file that generates, scores and shows its insides."""
 
+import asyncio
 import math
 import os
-import queue
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, TypeAlias, overload
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,49 +25,13 @@ from .arguments import (
     split_prompts,
 )
 from .errors import ArgumentError, ArgumentTypeError, ContextLengthError, FixminError, UnsupportedError
-from .text import IncrementalDecoder, StopStrings, TextAssembler
+from .generation import AsyncTextStream, Completion, Dispatcher, Piece, Run, TextStream, Timings, TokenLogprob, drive
+from .state import file_sha256, read_state, write_state
 from .tokenizer import TextTokenizer, end_of_text_id
 
-__all__ = ["Completion", "Model", "Piece", "Score", "TextStream", "Timings"]
-
-FinishReason: TypeAlias = Literal["length", "stop", "eos", "cancelled"]
+__all__ = ["AsyncTextStream", "Completion", "Model", "Piece", "Score", "TextStream", "Timings", "TokenLogprob"]
 
 _MAX_INT32 = 2**31 - 1
-
-
-@dataclass(frozen=True)
-class Timings:
-    """How long one generation took, tokenisation excluded."""
-
-    n_prompt: int  # tokens read
-    n_generated: int  # tokens produced
-    prefill_s: float  # reading the prompt, seconds
-    decode_s: float  # everything after that, seconds
-    prefill_tok_s: float  # tokens of the prompt per second
-    decode_tok_s: float  # tokens computed after the prompt per second; 0 if there was none (the first comes with it)
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What a prompt was continued with; the prompt is not part of it."""
-
-    text: str  # without special tokens, cut before the stop string; "" if the file has no tokenizer
-    token_ids: list[int]  # every token produced, those of a stop string included, the end-of-text token not
-    finish_reason: FinishReason
-    seed: int  # what the sampler was seeded with
-    timings: Timings
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One generated token and the text that became certain with it.
-
-    The text is empty while a character is incomplete or a stop string may have begun; nothing is lost: the texts of all
-    pieces concatenate to the text of the Completion.
-    """
-
-    text: str
-    token_id: int
 
 
 @dataclass(frozen=True)
@@ -81,9 +45,10 @@ class Score:
 
 
 class Model:
-    """A model in memory, ready to run. Safe to use from several threads; requests are served one after the other.
+    """A model in memory, ready to run. Safe to use from several threads and event loops: requests meet in one scheduler,
+    which computes a step of all of them together. What a request gives does not depend on what runs beside it.
 
-    A process that forks may use it in the child too, unless the fork fell into a call of another thread.
+    A process that forks may use it in the child too; requests that were running stay in the parent.
 
     Args:
         path: a GGUF file of architecture "fixmin", as `fixmin convert` writes it.
@@ -91,7 +56,10 @@ class Model:
         n_ctx: positions of the context, prompt and answer together; None: what the model was trained with, which is
             also the most it can be.
         kv_type: type of the KV cache: "f16", "f32", or "q8_0", 8 bits and a scale for 32 values.
-        n_batch: prompt tokens that are processed at a time. Results do not depend on it.
+        n_batch: tokens of all requests that are processed at a time. Results do not depend on it.
+        n_kv: positions of the KV cache, for all requests together and for what is remembered of earlier ones; None: 16
+            full contexts, or less if that were more than an eighth of the memory. Requests that do not fit wait.
+        n_parallel: most requests that run at a time; more of them wait.
         progress: called with the loaded fraction, above 0.0 and rising to 1.0, after each matrix; by the thread that
             constructs. False from it (no other value) ends the loading; an exception from it ends it too.
 
@@ -110,6 +78,8 @@ class Model:
         n_ctx: int | None = None,
         kv_type: str = "f16",
         n_batch: int = 512,
+        n_kv: int | None = None,
+        n_parallel: int = 256,
         progress: Callable[[float], object] | None = None,
     ) -> None:
         self._closed = True  # until everything below has worked
@@ -126,6 +96,8 @@ class Model:
             n_ctx=0 if n_ctx is None else as_int("n_ctx", n_ctx, 1, _MAX_INT32),
             kv_type=kv_type,
             n_batch=as_int("n_batch", n_batch, 1, _MAX_INT32),
+            n_kv=0 if n_kv is None else as_int("n_kv", n_kv, 1, _MAX_INT32),
+            n_parallel=as_int("n_parallel", n_parallel, 1, _MAX_INT32),
             progress=progress,
         )
         self._info = dict(self._engine.info)
@@ -133,6 +105,7 @@ class Model:
         self._n_ctx: int = self._info["n_ctx"]
         metadata = _core.GgufFile(self.path).metadata
         self._tokenizer = TextTokenizer.from_metadata(metadata)
+        self._hash: str | None = None  # of the file, when it is first needed
         self._eos_id = end_of_text_id(metadata, self._vocab_size)
         self._reset_lock()
         self._closed = False
@@ -185,7 +158,7 @@ class Model:
 
         Args:
             prompt: text, token ids (a list or an integer array [T]), or a list of those. A list is answered by a list
-                in the same order; its prompts run one after the other, each as if it were alone (same seed).
+                in the same order; its prompts run together, each with the result that it has alone (same seed).
             max_new_tokens: upper limit, at least 1. The context bounds it too: prompt and answer share n_ctx positions.
             temperature: 0 (greedy) or more. None: 0, or 1 with do_sample=True.
             top_k: sample from the k most probable tokens only; 0: from all.
@@ -215,8 +188,9 @@ class Model:
         )
         prompts, many = split_prompts(prompt)
         names = [f"prompt[{i}]" for i in range(len(prompts))] if many else ["prompt"]
-        runs = [_Run(self, self._ids_in_context(n, p, room=1), options) for n, p in zip(names, prompts, strict=True)]
-        completions = [run.execute() for run in runs]
+        runs = self._runs_of(names, prompts, options)
+        with self._running(runs) as engine:
+            completions = drive(runs, engine)
         return completions if many else completions[0]
 
     def stream(
@@ -234,8 +208,8 @@ class Model:
     ) -> "TextStream":
         """Like generate() for one prompt, but gives each token as soon as it is there.
 
-        Arguments are checked at the call; the run starts with the first piece asked for, in a thread of its own, and
-        does not wait for a slow reader. Leaving the loop, close(), or Ctrl-C cancels it.
+        Arguments are checked at the call; the run starts with the first piece asked for and does not wait for a slow
+        reader. Leaving the loop, close(), or Ctrl-C cancels it.
         """
         options = GenerationOptions.check(
             max_new_tokens=max_new_tokens,
@@ -250,7 +224,29 @@ class Model:
         prompts, many = split_prompts(prompt)
         if many:
             raise ArgumentTypeError("prompt of stream() must be one prompt, got a list of prompts")
-        return TextStream(_Run(self, self._ids_in_context("prompt", prompts[0], room=1), options))
+        return TextStream(self._runs_of(["prompt"], prompts, options)[0], self._start)
+
+    async def agenerate(
+        self, prompt: Prompt | Sequence[Prompt], **arguments: Any
+    ) -> Completion | list[Completion]:
+        """generate() for an event loop: does not block it. Cancelling the task cancels the generation."""
+        prompts, many = split_prompts(prompt)
+        streams = [self.astream(one, **arguments) for one in prompts]
+        tasks = [asyncio.ensure_future(stream.complete()) for stream in streams]
+        try:
+            completions = list(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
+        return completions if many else completions[0]
+
+    def astream(self, prompt: Prompt, **arguments: Any) -> AsyncTextStream:
+        """stream() for `async for`. Arguments are checked at the call; the run starts with the first piece asked for."""
+        options = GenerationOptions.check(**arguments)
+        prompts, many = split_prompts(prompt)
+        if many:
+            raise ArgumentTypeError("prompt of astream() must be one prompt, got a list of prompts")
+        return AsyncTextStream(self._runs_of(["prompt"], prompts, options)[0], self._start_async)
 
     # --- scores and insides ----------------------------------------------------------------------------------------
 
@@ -268,22 +264,77 @@ class Model:
         with self._running() as engine:
             return engine.hidden_states(checked, layer)
 
-    def score(self, text: Prompt) -> Score:
-        """Log-probability of every token of `text` (or ids) but the first; never holds T x V logits."""
-        ids = self._ids_in_context("text", text)
-        if len(ids) < 2:
-            raise ArgumentError("text to score must have at least 2 tokens, got 1: the first one has no probability")
+    @overload
+    def score(self, text: Prompt) -> Score: ...  # type: ignore[overload-overlap]
+    @overload
+    def score(self, text: Sequence[Prompt]) -> list[Score]: ...
+    def score(self, text: Prompt | Sequence[Prompt]) -> Score | list[Score]:
+        """Log-probability of every token of `text` (or ids) but the first; never holds T x V logits.
+
+        A list of texts is answered by a list in the same order; they are read together.
+        """
+        texts, many = split_prompts(text)
+        names = [f"text[{i}]" for i in range(len(texts))] if many else ["text"]
+        ids = [self._ids_in_context(name, one) for name, one in zip(names, texts, strict=True)]
+        for name, one in zip(names, ids, strict=True):
+            if len(one) < 2:
+                raise ArgumentError(
+                    f"{name} to score must have at least 2 tokens, got 1: the first one has no probability"
+                )
+        params = _core.SamplingParams()
+        params.max_new_tokens = 0
         with self._running() as engine:
-            logprobs = engine.score(ids)
-        nll = -float(np.mean(logprobs, dtype=np.float64))
-        perplexity = math.exp(nll) if nll < 700 else math.inf
-        return Score(ids.tolist(), logprobs, nll, perplexity)
+            requests = [engine.submit(one, params, n_prompt_logprobs=0) for one in ids]
+            _wait(*requests)
+            scores = [_score(one.tolist(), request) for one, request in zip(ids, requests, strict=True)]
+        return scores if many else scores[0]
 
     def codes(self, ids: Prompt) -> NDArray[np.uint8]:
         """The K-bit code of each token, uint8 [T, K] of 0 and 1; column i is the bit with lift index i."""
         checked = self._ids("ids", ids)
         with self._running() as engine:
             return engine.codes(checked)
+
+    # --- state ------------------------------------------------------------------------------------------------------
+
+    def save_state(self, path: str | os.PathLike[str], text: Prompt) -> int:
+        """Writes the keys and values of `text` (or ids) to a file: what has been computed of it, and the rest now.
+
+        Returns:
+            How many of its tokens have theirs in the file: whole blocks of the cache. load_state() of the same model
+            file and cache type makes them known; the rest is computed when it is needed.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        ids = self._ids_in_context("text", text)
+        params = _core.SamplingParams()
+        params.max_new_tokens = 0
+        with self._running() as engine:
+            _wait(engine.submit(ids, params))
+            blocks = engine.export_prefix(ids)
+            write_state(path, self._sha256(), self._info, ids, blocks)
+        return len(blocks) // self._info["kv_block_bytes"] * self._info["kv_block_tokens"]
+
+    def load_state(self, path: str | os.PathLike[str]) -> list[int]:
+        """Makes what save_state() wrote known to this model, and returns all its token ids.
+
+        A prompt that begins with these tokens is then read from where they end.
+
+        Raises:
+            ArgumentError: the file is damaged, or belongs to another model file or cache type. OSError.
+        """
+        with self._running() as engine:
+            ids, blocks = read_state(path, self._sha256(), self._info)
+            n = len(blocks) // self._info["kv_block_bytes"] * self._info["kv_block_tokens"]
+            if n:
+                engine.import_prefix(as_token_ids("token ids", ids[:n], self._vocab_size), blocks)
+        return ids.tolist()
+
+    def _sha256(self) -> str:
+        if self._hash is None:
+            self._hash = file_sha256(self.path)
+        return self._hash
 
     # --- text ------------------------------------------------------------------------------------------------------
 
@@ -326,6 +377,22 @@ class Model:
         """
         return {**self._info, "path": self.path, "eos_token_id": self._eos_id, "tokenizer": self._tokenizer is not None}
 
+    def stats(self) -> dict[str, int]:
+        """What the scheduler is doing and has done.
+
+        n_running, n_waiting: requests. n_blocks, n_free_blocks, n_cached_blocks: of the KV cache, 32 positions each;
+        cached: kept for later prompts that begin alike. Since loading: n_steps, n_rows (tokens computed),
+        n_prompt_tokens and, of these, n_cached_prompt_tokens (found in the prefix cache), n_drafted and n_accepted
+        (guessed tokens), n_preempted (requests sent back for lack of room), n_finished.
+        """
+        with self._running() as engine:
+            return engine.stats()
+
+    def clear_prefix_cache(self) -> None:
+        """Forgets what earlier requests have computed. Waits until no request is running."""
+        with self._running() as engine:
+            engine.clear_prefix_cache()
+
     @property
     def closed(self) -> bool:
         """Whether close() has been called."""
@@ -341,6 +408,8 @@ class Model:
                 run.cancel()
             self._idle.wait_for(lambda: self._n_running == 0)
             self._engine.close()
+            if self._dispatcher is not None:
+                self._dispatcher.close()  # passes on how the last requests ended
 
     def __enter__(self) -> "Model":
         self._check_open()
@@ -358,22 +427,49 @@ class Model:
         """Also called in the child of a fork, where the threads that were counted do not exist."""
         self._idle = threading.Condition()
         self._n_running = 0
-        self._runs: weakref.WeakSet[_Run] = weakref.WeakSet()  # those that close() must cancel
+        self._runs: weakref.WeakSet[Run] = weakref.WeakSet()  # those that close() must cancel
+        self._dispatcher: Dispatcher | None = None
 
     @contextmanager
-    def _running(self, run: "_Run | None" = None) -> Iterator[_core.Engine]:
-        """The engine, which close() does not take away inside the with block."""
+    def _running(self, runs: Sequence[Run] = ()) -> Iterator[_core.Engine]:
+        """The engine, which close() does not take away inside the with block; it cancels the runs."""
         with self._idle:
             self._check_open()
             self._n_running += 1
-            if run is not None:
-                self._runs.add(run)
+            self._runs.update(runs)
         try:
             yield self._engine
         finally:
             with self._idle:
                 self._n_running -= 1
                 self._idle.notify_all()
+
+    def _start(self, run: Run) -> None:
+        with self._running([run]) as engine:
+            run.start(engine)
+
+    def _start_async(self, run: Run, listener: Callable[[], None]) -> Dispatcher:
+        with self._running([run]) as engine:
+            with self._idle:
+                if self._dispatcher is None:
+                    self._dispatcher = Dispatcher()
+            self._dispatcher.start(run, engine, listener)
+            return self._dispatcher
+
+    def _runs_of(self, names: list[str], prompts: list[Any], options: GenerationOptions) -> list[Run]:
+        ids = [self._ids_in_context(name, prompt, room=1) for name, prompt in zip(names, prompts, strict=True)]
+        return [Run(self, one, options, index) for index, one in enumerate(ids)]
+
+    def _sampling_params(self, options: GenerationOptions, seed: int) -> _core.SamplingParams:
+        params = _core.SamplingParams()
+        params.temperature = options.temperature
+        params.top_k = min(options.top_k, self._vocab_size)
+        params.top_p = options.top_p
+        params.seed = seed
+        params.max_new_tokens = min(options.max_new_tokens, self._n_ctx)
+        eos_id = None if options.ignore_eos else self._eos_id
+        params.stop_ids = [] if eos_id is None else [eos_id]
+        return params
 
     def _check_open(self) -> None:
         if self._closed:
@@ -407,164 +503,24 @@ class Model:
         return ids
 
 
-class _Run:
-    """One generation. As the engine's on_token callback it assembles text, watches for stop strings and cancels."""
-
-    def __init__(self, model: Model, ids: NDArray[np.uint32], options: GenerationOptions) -> None:
-        self._model = model
-        self._ids = ids
-        self._options = options
-        self._seed = int.from_bytes(os.urandom(4), "little") if options.seed is None else options.seed
-        tokenizer = model._require_tokenizer() if options.stop else model._tokenizer
-        decoder = IncrementalDecoder(tokenizer, ids.tolist()) if tokenizer is not None else None
-        self._assembler = TextAssembler(decoder, StopStrings(options.stop))
-        self._texts: list[str] = []
-        self._emit: Callable[[Piece], None] | None = None
-        self._cancel = _core.CancelToken()
-
-    def cancel(self) -> None:
-        """Ends the run within one layer, or at once if it has not begun; callable from any thread."""
-        self._cancel.cancel()
-
-    def execute(self, emit: Callable[[Piece], None] | None = None) -> Completion:
-        """Runs to the end. `emit`, if given, gets every piece as soon as it is complete."""
-        self._emit = emit
-        # The decoding loop stays in native code where nothing needs to look at the tokens.
-        watched = emit is not None or bool(self._options.stop)
-        with self._model._running(self) as engine:
-            result = engine.generate(self._ids, self._params(), self._on_token if watched else None, self._cancel)
-        token_ids = result.token_ids.tolist()
-        if not watched:
-            for token_id in token_ids:
-                self._take(self._assembler.push(token_id))
-        self._take(self._assembler.finish())
-        # A stop string may turn up only at the end, where nothing can precede it any more.
-        reason: Any = "stop" if self._assembler.stopped else result.finish_reason
-        return Completion("".join(self._texts), token_ids, reason, self._seed, _timings(result))
-
-    def _params(self) -> _core.SamplingParams:
-        params = _core.SamplingParams()
-        params.temperature = self._options.temperature
-        params.top_k = min(self._options.top_k, self._model._vocab_size)
-        params.top_p = self._options.top_p
-        params.seed = self._seed
-        params.max_new_tokens = min(self._options.max_new_tokens, self._model._n_ctx)
-        eos_id = None if self._options.ignore_eos else self._model._eos_id
-        params.stop_ids = [] if eos_id is None else [eos_id]
-        return params
-
-    def _on_token(self, token_id: int) -> bool:
-        """False ends the run: a stop string is complete."""
-        self._take(self._assembler.push(token_id))
-        if not threading.main_thread().is_alive():
-            self.cancel()  # the interpreter is shutting down and waits for this thread only
-        return not self._assembler.stopped
-
-    def _take(self, pairs: list[tuple[int, str]]) -> None:
-        for token_id, text in pairs:
-            self._texts.append(text)
-            if self._emit is not None:
-                self._emit(Piece(text, token_id))
-
-
-class TextStream(Iterator[Piece]):
-    """The pieces of one generation, in order; made by Model.stream(). A context manager: leaving it cancels the run.
-
-    One thread may read while another one closes.
-    """
-
-    def __init__(self, run: _Run) -> None:
-        self._run = run
-        # Not bounded by a size: a run that waited for its reader would keep the engine from everyone else, also from
-        # the reader's own calls. It holds n_ctx pieces at the most; a Completion or an error comes last and stays in.
-        self._queue: queue.SimpleQueue[Piece | Completion | BaseException] = queue.SimpleQueue()
-        self._lock = threading.Lock()  # guards what follows
-        self._thread: threading.Thread | None = None
-        self._done = False
-        self._completion: Completion | None = None
-
-    @property
-    def completion(self) -> Completion | None:
-        """The whole result, once the last piece was given or the stream was closed after it had begun."""
-        return self._completion
-
-    def __iter__(self) -> "TextStream":
-        return self
-
-    def __next__(self) -> Piece:
-        with self._lock:
-            if self._done:
-                raise StopIteration
-            if self._thread is None:
-                # The thread knows the run and the queue but not this object, whose end is what cancels the run.
-                self._thread = threading.Thread(target=_work, args=(self._run, self._queue), name="fixmin-stream")
-                self._thread.start()
-        try:
-            item = self._queue.get()
-        except BaseException:  # Ctrl-C while waiting
-            self.close()
-            raise
-        if isinstance(item, Piece):
-            return item
-        if self._finish(item) and isinstance(item, BaseException):
-            raise item
-        raise StopIteration
-
-    def close(self) -> None:
-        """Cancels the run, if it has not ended, and waits for its thread. May be called again."""
-        self._run.cancel()
-        with self._lock:
-            if self._thread is None:
-                self._done = True
-            if self._done:
-                return
-        while isinstance(item := self._queue.get(), Piece):
-            pass
-        self._finish(item)
-
-    def _finish(self, last: Completion | BaseException) -> bool:
-        """Whether this call is the one that ended the stream."""
-        self._queue.put(last)  # wakes whoever else waits
-        with self._lock:
-            first, self._done = not self._done, True
-            if first and self._thread is not None:
-                self._thread.join()  # it has nothing left to do
-            if isinstance(last, Completion):
-                self._completion = last
-            return first
-
-    def __enter__(self) -> "TextStream":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        self._run.cancel()  # does not wait: this may run in any thread
-
-
-def _work(run: _Run, results: "queue.SimpleQueue[Piece | Completion | BaseException]") -> None:
-    """The thread of a stream: pieces, then the completion or what went wrong."""
+def _wait(*requests: _core.Request) -> None:
+    """Until all have ended; Ctrl-C cancels them."""
     try:
-        results.put(run.execute(emit=results.put))
-    except BaseException as error:
-        results.put(error)
+        for request in requests:
+            while not request.wait(_MAX_INT32, 3600.0):
+                pass
+    except BaseException:
+        for request in requests:
+            request.cancel()
+        raise
 
 
-def _timings(result: _core.GenerationResult) -> Timings:
-    n_generated = len(result.token_ids)
-    # The first token comes from the prompt's last logits; an end-of-text token is computed but not part of the result.
-    n_decoded = n_generated if result.finish_reason == "eos" else max(0, n_generated - 1)
-    return Timings(
-        n_prompt=result.n_prompt,
-        n_generated=n_generated,
-        prefill_s=result.prefill_s,
-        decode_s=result.decode_s,
-        prefill_tok_s=result.n_prompt / result.prefill_s if result.prefill_s > 0 else 0.0,
-        decode_tok_s=n_decoded / result.decode_s if n_decoded and result.decode_s > 0 else 0.0,
-    )
+def _score(ids: list[int], request: _core.Request) -> Score:
+    if request.result()["finish_reason"] == "cancelled":
+        raise FixminError("the model was closed while it was scoring")
+    logprobs = request.prompt_logprobs()
+    nll = -float(np.mean(logprobs, dtype=np.float64))
+    return Score(ids, logprobs, nll, math.exp(nll) if nll < 700 else math.inf)
 
 
 _models: "weakref.WeakSet[Model]" = weakref.WeakSet()

@@ -368,7 +368,7 @@ def test_exception_removes_the_temporary(tmp_path, error):
 def test_second_writer_is_refused_and_leaves_the_first_alone(tmp_path):
     with AtomicFile(tmp_path / "m.gguf") as first:
         first.file.write(b"first")
-        with pytest.raises(CheckpointError, match="another conversion"), AtomicFile(tmp_path / "m.gguf"):
+        with pytest.raises(CheckpointError, match="another process"), AtomicFile(tmp_path / "m.gguf"):
             pass
         first.commit()
     assert (tmp_path / "m.gguf").read_bytes() == b"first"

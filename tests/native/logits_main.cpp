@@ -47,7 +47,13 @@ void run_line(const std::string& line) {
 
     engine::Engine engine(gguf::GgufFile::open(model), options, [](double) {});
     std::vector<float> logits(ids.size() * engine.hyperparams().vocab_size);
-    engine.logits(ids, false, logits.data(), {});
+    engine::RequestOptions wanted;
+    wanted.generate = false;
+    wanted.logits = logits.data();
+    const auto request = engine.submit(ids, std::move(wanted));
+    while (!request->wait_end(1)) {
+    }
+    if (request->error()) std::rethrow_exception(request->error());
     std::ofstream file(out, std::ios::binary);
     file.write(reinterpret_cast<const char*>(logits.data()), std::streamsize(logits.size() * sizeof(float)));
     if (!file.flush()) throw Error("cannot write " + out);

@@ -3,6 +3,7 @@
 import gc
 import os
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -214,8 +215,15 @@ def test_top_k_keeps_the_most_probable(letters_model):
 # --- streams -----------------------------------------------------------------------------------------------------
 
 
-def stream_threads() -> list[threading.Thread]:
-    return [t for t in threading.enumerate() if t.name == "fixmin-stream"]
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def wait_until_idle(model: Model) -> None:
+    wait_until(lambda: model.stats()["n_running"] + model.stats()["n_waiting"] == 0)
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
@@ -228,7 +236,7 @@ def test_stream_gives_what_generate_gives(text_model, prompt):
     assert "".join(p.text for p in pieces) == whole.text == stream.completion.text
     assert stream.completion.finish_reason == whole.finish_reason
     assert list(stream) == []
-    assert stream_threads() == []
+    wait_until_idle(text_model)
 
 
 def test_leaving_a_stream_ends_its_run(long_model_path):
@@ -237,22 +245,21 @@ def test_leaving_a_stream_ends_its_run(long_model_path):
             if i == 2:
                 break
         gc.collect()  # where a traceback or a debugger kept the iterator alive
-        for thread in stream_threads():
-            thread.join()  # would take minutes if the run went on
+        wait_until_idle(slow)  # minutes if the run went on
         assert slow.generate("a", max_new_tokens=1)
 
         stream = slow.stream("a", max_new_tokens=10**6, ignore_eos=True)
         first = next(stream)
         stream.close()
         stream.close()
-        assert stream_threads() == []
+        wait_until_idle(slow)
         assert stream.completion.finish_reason == "cancelled"
         assert stream.completion.token_ids[0] == first.token_id
         assert list(stream) == []
 
         with slow.stream("a", max_new_tokens=10**6, ignore_eos=True) as stream:
             next(stream)
-        assert stream_threads() == []
+        wait_until_idle(slow)
 
 
 def test_closing_a_stream_interrupts_the_prompt(long_model_path):
@@ -261,8 +268,7 @@ def test_closing_a_stream_interrupts_the_prompt(long_model_path):
         stream = slow.stream([1] * 99_000)
         reader = threading.Thread(target=lambda: list(stream))
         reader.start()
-        while not stream_threads():
-            pass
+        wait_until(lambda: slow.stats()["n_running"] == 1)
         stream.close()
         reader.join()
         assert stream.completion.token_ids == []
@@ -270,10 +276,11 @@ def test_closing_a_stream_interrupts_the_prompt(long_model_path):
 
 
 def test_stream_that_is_never_read_starts_nothing(model):
+    finished = model.stats()["n_finished"]
     stream = model.stream("a")
-    assert stream_threads() == []
     stream.close()
     assert list(stream) == []
+    assert model.stats()["n_finished"] == finished
     assert stream.completion is None
 
 
@@ -289,7 +296,7 @@ def test_other_calls_work_while_a_stream_is_being_read(model):
 
 def test_error_in_the_run_reaches_the_reader(model, monkeypatch):
     class Broken:
-        def generate(self, *_: object) -> None:
+        def submit(self, *_: object, **__: object) -> None:
             raise MemoryError("no room")
 
     monkeypatch.setattr(model, "_engine", Broken())
@@ -297,7 +304,6 @@ def test_error_in_the_run_reaches_the_reader(model, monkeypatch):
     with pytest.raises(MemoryError, match="no room"):
         next(stream)
     assert list(stream) == []
-    assert stream_threads() == []
 
 
 # --- scores and insides ------------------------------------------------------------------------------------------

@@ -1,0 +1,30 @@
+#include "engine/kv_pool.h"
+
+namespace fixmin::engine {
+
+KvPool::KvPool(const model::Hyperparams& hp, kernels::KvType type, uint32_t n_blocks)
+    : layout_{type, hp.head_count_kv * kernels::kv_head_bytes(type, hp.head_dim)},
+      block_bytes_(hp.block_count * layout_.layer_bytes),
+      pages_(n_blocks * block_bytes_),
+      users_(n_blocks) {
+    clear();
+}
+
+void KvPool::clear() {
+    users_.assign(users_.size(), 0);
+    free_.clear();
+    for (uint32_t block = n_blocks(); block-- > 0;) free_.push_back(block);
+}
+
+uint32_t KvPool::take() {
+    const uint32_t block = free_.back();
+    free_.pop_back();
+    users_[block] = 1;
+    return block;
+}
+
+void KvPool::remove_user(uint32_t block) {
+    if (--users_[block] == 0) free_.push_back(block);
+}
+
+}  // namespace fixmin::engine

@@ -1,0 +1,162 @@
+// One sequence of tokens that somebody wants continued, scored or looked into.
+#pragma once
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <exception>
+#include <limits>
+#include <memory>
+#include <mutex>
+#include <set>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include "engine/drafter.h"
+#include "engine/sampler.h"
+
+namespace fixmin::engine {
+
+using Clock = std::chrono::steady_clock;
+
+enum class FinishReason { length, stop, cancelled, timeout };  // stop: one of SamplingParams::stop_ids
+
+/// Of one token, by the logits before any sampling setting: natural logarithms.
+struct TokenLogprobs {
+    uint32_t id = 0;
+    float logprob = 0;
+    uint32_t rank = 0;                              // 0: no other token is more probable
+    std::vector<std::pair<uint32_t, float>> top;    // the most probable tokens, falling
+};
+
+/// Which tokens may come next, as a grammar says it. Called from a thread of the engine, one call at a time; what it
+/// throws ends the request.
+class TokenMask {
+  public:
+    virtual ~TokenMask() = default;
+    /// [V] bits, bit id % 32 of word id / 32; valid until accept.
+    virtual const uint32_t* allowed() = 0;
+    virtual void accept(uint32_t id) = 0;
+    /// Nothing may follow any more.
+    virtual bool finished() = 0;
+};
+
+struct RequestOptions {
+    SamplingParams sampling;
+    bool generate = true;            // false: only what follows is wanted
+    std::shared_ptr<TokenMask> mask;
+    int32_t n_logprobs = -1;         // of generated tokens: -1 none, else how many of the most probable besides
+    int32_t n_prompt_logprobs = -1;  // of the prompt's tokens but the first: the same
+    bool prefix_cache = true;        // look for a known prefix, and be found
+    uint32_t n_draft = 0;            // most tokens guessed from the text so far and verified at once
+    double timeout_s = std::numeric_limits<double>::infinity();
+    std::shared_ptr<class Request> after;  // starts once the prompt of this one has been read: to share it
+
+    // Rows of the prompt to copy out, to memory that outlives the request or its cancelling: see Request::wait_end.
+    uint32_t first_row = 0;
+    float* logits = nullptr;         // [T - first_row][V]
+    uint32_t hidden_layer = 0;
+    float* hidden = nullptr;         // [T - first_row][D]
+};
+
+/// Counted while a request runs.
+struct RequestCounters {
+    uint32_t n_prompt = 0;
+    uint32_t n_cached = 0;    // tokens of the prompt whose keys and values were known
+    uint32_t n_drafted = 0;   // tokens guessed
+    uint32_t n_accepted = 0;  // of these, right
+    uint32_t n_preempted = 0;
+    double queued_s = 0;   // until the first step
+    double prefill_s = 0;  // first step to the logits of the prompt's last token
+    double decode_s = 0;   // the rest
+};
+
+/// Told of new tokens and of the end of requests: one reader can wait for many.
+class Mailbox {
+  public:
+    void post(uint64_t request);
+    /// Numbers of requests with news since the last call; waits for the first until the timeout. Empty once closed.
+    std::vector<uint64_t> wait(double timeout_s);
+    void close();
+
+  private:
+    std::mutex mutex_;
+    std::condition_variable changed_;
+    std::set<uint64_t> news_;
+    bool closed_ = false;
+};
+
+/// Made by Engine::submit. The reading half may be used from any thread.
+class Request {
+  public:
+    Request(uint64_t number, std::span<const uint32_t> prompt, RequestOptions options, const kernels::Kernels& kernels,
+            std::shared_ptr<Mailbox> mailbox);
+
+    const uint64_t number;  // of this request in its engine
+
+    /// Ends it within a layer of a step that it has to itself, else with the step.
+    void cancel() { cancelled_ = true; }
+
+    /// Waits until more than n_seen tokens are there or it has ended; false after timeout_s.
+    bool wait(size_t n_seen, double timeout_s);
+    bool wait_end(double timeout_s) { return wait(SIZE_MAX, timeout_s); }
+
+    struct News {
+        std::vector<uint32_t> ids;            // generated, from the place asked for on
+        std::vector<TokenLogprobs> logprobs;  // the same, if wanted
+        bool ended = false;
+    };
+    News read(size_t from) const;
+
+    // Once it has ended.
+    FinishReason reason() const { return reason_; }
+    std::exception_ptr error() const { return error_; }  // null unless it failed
+    const std::vector<TokenLogprobs>& prompt_logprobs() const { return prompt_logprobs_; }
+    const RequestCounters& counters() const { return counters_; }
+
+  private:
+    friend class Scheduler;
+
+    /// Cancelled or out of time: asked by the engine at any moment of a step.
+    bool given_up() const { return cancelled_ || Clock::now() >= deadline_; }
+    void end(FinishReason reason, std::exception_ptr error = nullptr);
+    void push(uint32_t id, TokenLogprobs logprobs);
+
+    const RequestOptions options_;
+    const std::shared_ptr<Mailbox> mailbox_;
+    const Clock::time_point submitted_;
+    const Clock::time_point deadline_;
+    std::atomic<bool> cancelled_ = false;
+    std::atomic<bool> prompt_read_ = false;
+
+    mutable std::mutex mutex_;  // of the part that both sides use
+    std::condition_variable changed_;
+    std::vector<uint32_t> generated_;
+    std::vector<TokenLogprobs> logprobs_;
+    bool ended_ = false;
+    FinishReason reason_ = FinishReason::cancelled;
+    std::exception_ptr error_;
+
+    // Of the engine's thread alone, and of one thread of its team while rows are handed out.
+    bool running_ = false;       // has blocks
+    bool over_ = false;
+    std::vector<uint32_t> ids_;  // prompt and generated
+    Sampler sampler_;
+    uint32_t n_generated_ = 0;
+    uint32_t n_computed_ = 0;  // tokens whose keys and values are in the blocks
+    uint32_t n_handed_ = 0;    // rows of the prompt that have been scored or copied
+    std::vector<uint32_t> blocks_;
+    std::vector<std::byte*> block_data_;
+    uint32_t n_kept_ = 0;  // blocks that the prefix cache has been given
+    bool done_ = false;    // no further token is wanted
+    FinishReason done_reason_ = FinishReason::length;
+    std::exception_ptr failure_;
+    Drafter drafter_;
+    std::vector<uint32_t> drafts_;  // of the present step
+    Clock::time_point first_step_{}, prompt_done_{};
+    std::vector<TokenLogprobs> prompt_logprobs_;  // [n_prompt - 1], if wanted
+    RequestCounters counters_;
+};
+
+}  // namespace fixmin::engine

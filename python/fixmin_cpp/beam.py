@@ -1,0 +1,110 @@
+"""Beam search: the continuations of highest probability as a whole, not token by token.
+
+Every step is one request per beam for one token. What the beams have in common, and what each has computed, is found in
+the prefix cache, so that a step computes one token of each beam, all of them together.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import _core
+
+__all__ = ["Beam", "beam_search"]
+
+
+@dataclass(frozen=True)
+class Beam:
+    """A continuation: its tokens, without the end-of-text token, and the sum of their log-probabilities."""
+
+    token_ids: list[int]
+    logprob: float  # that of the end-of-text token included, if it ended so
+    score: float  # logprob / length ** length_penalty
+    ended: bool  # by an end-of-text token
+
+
+@dataclass
+class _Search:
+    n_beams: int
+    length_penalty: float
+    early_stopping: bool
+    max_new_tokens: int
+    live: list[tuple[list[int], float]] = field(default_factory=lambda: [([], 0.0)])
+    found: list[Beam] = field(default_factory=list)  # the best n_beams, falling
+
+    def score(self, logprob: float, length: int) -> float:
+        return logprob / length**self.length_penalty
+
+    def keep(self, token_ids: list[int], logprob: float, length: int, ended: bool) -> None:
+        self.found.append(Beam(token_ids, logprob, self.score(logprob, length), ended))
+        self.found = sorted(self.found, key=lambda beam: -beam.score)[: self.n_beams]
+
+    def finished(self) -> bool:
+        """Whether no live beam can displace one that was found, as transformers estimates it."""
+        if len(self.found) < self.n_beams:
+            return False
+        if self.early_stopping:
+            return True
+        best = max(logprob for _, logprob in self.live)
+        return self.score(best, len(self.live[0][0])) <= self.found[-1].score
+
+    def advance(self, tops: Sequence[Sequence[tuple[int, float]]], eos_ids: frozenset[int]) -> None:
+        """One more token: `tops` has the 2 * n_beams most probable ones after each live beam."""
+        candidates = [
+            (logprob + more, beam, token_id)
+            for beam, (_, logprob) in enumerate(self.live)
+            for token_id, more in tops[beam]
+        ]
+        candidates.sort(key=lambda c: (-c[0], c[1], c[2]))
+        live = []
+        for rank, (logprob, beam, token_id) in enumerate(candidates[: 2 * self.n_beams]):
+            before = self.live[beam][0]
+            if token_id in eos_ids:
+                if rank < self.n_beams:
+                    self.keep(before, logprob, len(before) + 1, True)
+            elif len(live) < self.n_beams:
+                live.append(([*before, token_id], logprob))
+        self.live = live
+
+
+def beam_search(
+    engine: _core.Engine,
+    prompt: NDArray[np.uint32],
+    *,
+    n_beams: int,
+    max_new_tokens: int,
+    length_penalty: float,
+    early_stopping: bool,
+    eos_ids: frozenset[int],
+) -> list[Beam]:
+    """The best n_beams continuations of `prompt` [T], falling; scores and ends as in transformers' beam search."""
+    search = _Search(n_beams, length_penalty, early_stopping, max_new_tokens)
+    params = _core.SamplingParams()
+    params.max_new_tokens = 1
+    for _ in range(max_new_tokens):
+        requests = [
+            engine.submit(np.append(prompt, np.array(ids, np.uint32)), params, n_logprobs=2 * n_beams)
+            for ids, _ in search.live
+        ]
+        tops = []
+        try:
+            for request in requests:
+                while not request.wait(1, 3600.0):
+                    pass
+                request.result()
+                logprobs = request.read(0)[1]
+                if not logprobs:  # the model was closed
+                    return search.found
+                tops.append(logprobs[0][3])
+        except BaseException:
+            for request in requests:
+                request.cancel()
+            raise
+        search.advance(tops, eos_ids)
+        if search.finished():
+            return search.found
+    for ids, logprob in search.live:
+        search.keep(ids, logprob, len(ids), False)
+    return search.found

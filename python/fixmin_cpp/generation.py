@@ -1,0 +1,445 @@
+"""Generations on their way: from a request in the engine to text, one at a time, many at once, or in an event loop."""
+
+import asyncio
+import contextlib
+import os
+import threading
+import weakref
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import _core
+from .arguments import GenerationOptions
+from .errors import FixminError
+from .text import IncrementalDecoder, StopStrings, TextAssembler
+
+if TYPE_CHECKING:
+    from .model import Model
+
+__all__ = ["AsyncTextStream", "Completion", "Dispatcher", "Piece", "Run", "TextStream", "Timings", "TokenLogprob", "drive"]
+
+FinishReason: TypeAlias = Literal["length", "stop", "eos", "cancelled", "timeout"]
+
+# Beyond any number of tokens: waits for the end.
+_ALL = 2**63
+
+
+@dataclass(frozen=True)
+class Timings:
+    """How long one generation took, tokenisation excluded. Requests that run beside it make it longer."""
+
+    n_prompt: int  # tokens of the prompt
+    n_cached: int  # of these, tokens that an earlier request had computed: not read again
+    n_generated: int  # tokens produced
+    queued_s: float  # from the call until the first step, seconds
+    prefill_s: float  # reading the prompt, seconds
+    decode_s: float  # everything after that, seconds
+    prefill_tok_s: float  # tokens of the prompt per second
+    decode_tok_s: float  # tokens computed after the prompt per second; 0 if there was none (the first comes with it)
+    n_drafted: int = 0  # tokens that were guessed from the text so far
+    n_accepted: int = 0  # of these, tokens that were right
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """How probable a token was, before any sampling setting; natural logarithms."""
+
+    token_id: int
+    logprob: float
+    rank: int  # 0: no token was more probable
+    top: list[tuple[int, float]]  # the most probable tokens and their log-probabilities, falling
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a prompt was continued with; the prompt is not part of it."""
+
+    text: str  # without special tokens, cut before the stop string; "" if the file has no tokenizer
+    token_ids: list[int]  # every token produced, those of a stop string included, the end-of-text token not
+    finish_reason: FinishReason
+    seed: int  # what the sampler was seeded with
+    timings: Timings
+    logprobs: list[TokenLogprob] | None = None  # of token_ids, if asked for
+    prompt_logprobs: list[TokenLogprob] | None = None  # of the prompt's tokens but the first, if asked for
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One generated token and the text that became certain with it.
+
+    The text is empty while a character is incomplete or a stop string may have begun; nothing is lost: the texts of all
+    pieces concatenate to the text of the Completion.
+    """
+
+    text: str
+    token_id: int
+    logprob: TokenLogprob | None = None  # if asked for
+    index: int = 0  # of the prompt in a list
+
+
+class Run:
+    """One generation. Used by one thread at a time, but for cancel()."""
+
+    def __init__(self, model: "Model", ids: NDArray[np.uint32], options: GenerationOptions, index: int = 0) -> None:
+        self._model = model
+        self._ids = ids
+        self._options = options
+        self._index = index
+        self._seed = int.from_bytes(os.urandom(4), "little") if options.seed is None else options.seed
+        tokenizer = model._require_tokenizer() if options.stop else model._tokenizer
+        decoder = IncrementalDecoder(tokenizer, ids.tolist()) if tokenizer is not None else None
+        self._assembler = TextAssembler(decoder, StopStrings(options.stop))
+        self._texts: list[str] = []
+        self._token_ids: list[int] = []
+        self._logprobs: list[TokenLogprob] = []
+        self._n_given = 0  # pieces
+        self._request: _core.Request | None = None
+        self._cancelled = False
+        self._refused = False  # by on_token
+        self._failed = False
+        self.completion: Completion | None = None
+
+    @property
+    def number(self) -> int:
+        """Of its request, once started."""
+        return self._started.number
+
+    @property
+    def _started(self) -> _core.Request:
+        if self._request is None:
+            raise RuntimeError("the run has not been started")
+        return self._request
+
+    def start(self, engine: _core.Engine, mailbox: _core.Mailbox | None = None, after: "Run | None" = None) -> None:
+        """Queues the request."""
+        self._request = engine.submit(
+            self._ids,
+            self._model._sampling_params(self._options, self._seed),
+            mailbox=mailbox,
+            after=None if after is None else after._request,
+        )
+        if self._cancelled:
+            self._request.cancel()
+
+    def cancel(self) -> None:
+        """Ends the run within one layer, or as soon as it starts; callable from any thread."""
+        self._cancelled = True
+        if self._request is not None:
+            self._request.cancel()
+
+    def stop(self) -> None:
+        """No further token is wanted: the end is one that the caller asked for."""
+        self._refused = True
+        self._started.cancel()
+
+    def wait(self, *, for_end: bool = False) -> None:
+        """Returns when there are new tokens, or at the end. Raises what a signal handler raises."""
+        while not self._started.wait(_ALL if for_end else len(self._token_ids), 3600.0):
+            pass
+
+    def take(self) -> list[Piece]:
+        """The pieces that have become complete since the last call; the last ones come with `completion`.
+
+        Raises:
+            FixminError: what ended the run, if something went wrong.
+        """
+        if self.ended:
+            return []
+        ids, logprobs, ended = self._started.read(len(self._token_ids))
+        pieces: list[Piece] = []
+        for token_id, logprob in zip(ids, logprobs or [None] * len(ids), strict=True):
+            if self._done:
+                break  # the engine did not wait for what the text said
+            self._token_ids.append(token_id)
+            if logprob is not None:
+                self._logprobs.append(TokenLogprob(*logprob))
+            pieces += self._pieces(self._assembler.push(token_id))
+        if self._assembler.stopped:
+            self._started.cancel()
+        if ended:
+            pieces += self._pieces(self._assembler.finish())
+            self._complete()
+        return pieces
+
+    @property
+    def _done(self) -> bool:
+        return self._assembler.stopped or self._refused
+
+    def _pieces(self, pairs: list[tuple[int, str]]) -> list[Piece]:
+        pieces = []
+        for token_id, text in pairs:
+            self._texts.append(text)
+            logprob = self._logprobs[self._n_given] if self._logprobs else None
+            self._n_given += 1
+            pieces.append(Piece(text, token_id, logprob, self._index))
+        return pieces
+
+    @property
+    def ended(self) -> bool:
+        """Whether take() has given the last pieces, or raised."""
+        return self._failed or self.completion is not None
+
+    def _complete(self) -> None:
+        try:
+            result = self._started.result()
+        except BaseException:
+            self._failed = True
+            raise
+        # A stop string may turn up only at the end, where nothing can precede it any more.
+        reason = "stop" if self._done else result["finish_reason"]
+        self.completion = Completion(
+            "".join(self._texts),
+            self._token_ids,
+            reason,
+            self._seed,
+            _timings(result, len(self._token_ids), reason),
+            self._logprobs if self._options.logprobs is not None else None,
+            [TokenLogprob(*token) for token in self._started.prompt_top_logprobs()]
+            if self._options.prompt_logprobs is not None
+            else None,
+        )
+
+
+def drive(runs: Sequence[Run], engine: _core.Engine, on_piece: Callable[[Piece], object] | None = None) -> list[Completion]:
+    """Runs all of them together to their ends. on_piece gets every piece; False from it ends the run of that piece."""
+    mailbox = _core.Mailbox() if len(runs) > 1 else None
+    try:
+        for run in runs:
+            run.start(engine, mailbox)
+        left = {run.number: run for run in runs}
+        while left:
+            if mailbox is None:
+                # Text is made at the end where nobody watches it grow.
+                runs[0].wait(for_end=on_piece is None and not runs[0]._options.stop)
+                news = list(left)
+            else:
+                news = mailbox.wait(0.05)  # returns often: Ctrl-C is noticed in between
+            for number in news:
+                run = left.get(number)
+                if run is None:
+                    continue
+                for piece in run.take():
+                    if on_piece is not None and on_piece(piece) is False:
+                        run.stop()
+                if run.completion is not None:
+                    del left[number]
+    except BaseException:
+        for run in runs:
+            run.cancel()
+        raise
+    return [run.completion for run in runs if run.completion is not None]
+
+
+class TextStream(Iterator[Piece]):
+    """The pieces of one generation, in order; made by Model.stream(). A context manager: leaving it cancels the run.
+
+    The engine does not wait for a slow reader. One thread may read while another one closes.
+    """
+
+    def __init__(self, run: Run, start: Callable[[Run], None]) -> None:
+        self._run = run
+        self._start = start
+        self._lock = threading.Lock()  # guards what follows
+        self._pieces: deque[Piece] = deque()
+        self._started = False
+        self._closed = False
+
+    @property
+    def completion(self) -> Completion | None:
+        """The whole result, once the last piece was given or the stream was closed after it had begun."""
+        return None if self._pieces else self._run.completion
+
+    def __iter__(self) -> "TextStream":
+        return self
+
+    def __next__(self) -> Piece:
+        while True:
+            with self._lock:
+                if self._closed:
+                    raise StopIteration
+                try:
+                    self._read()
+                except BaseException:
+                    self._closed = True
+                    raise
+                if self._pieces:
+                    return self._pieces.popleft()
+                if self._run.ended:
+                    self._closed = True
+                    raise StopIteration
+            try:
+                self._run.wait()
+            except BaseException:  # Ctrl-C while waiting
+                self.close()
+                raise
+
+    def _read(self) -> None:
+        if not self._started:
+            self._start(self._run)
+            self._started = True
+        if not self._pieces:
+            self._pieces.extend(self._run.take())
+
+    def close(self) -> None:
+        """Cancels the run, if it has not ended, and waits for its end. May be called again."""
+        self._run.cancel()
+        with self._lock:
+            self._closed = True
+            self._pieces.clear()
+            while self._started and not self._run.ended:
+                self._run.wait(for_end=True)
+                with contextlib.suppress(FixminError):  # nobody wants to know any more
+                    self._run.take()
+
+    def __enter__(self) -> "TextStream":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self._run.cancel()  # does not wait: this may run in any thread
+
+
+class Dispatcher:
+    """The thread that tells event loops of news: one for all the asynchronous requests of a model."""
+
+    def __init__(self) -> None:
+        self._mailbox = _core.Mailbox()
+        self._listeners: dict[int, tuple[asyncio.AbstractEventLoop, Callable[[], None]]] = {}
+        self._lock = threading.Lock()
+        self.closed = False
+        threading.Thread(target=_dispatch, args=(weakref.ref(self), self._mailbox), name="fixmin-async", daemon=True).start()
+
+    def start(self, run: Run, engine: _core.Engine, listener: Callable[[], None]) -> None:
+        """Starts a run; `listener` is called in the running event loop whenever there is news of it."""
+        loop = asyncio.get_running_loop()
+        with self._lock:  # news that come before the listener is known wait for it
+            run.start(engine, self._mailbox)
+            self._listeners[run.number] = (loop, listener)
+
+    def forget(self, run: Run) -> None:
+        """No further news are wanted."""
+        with self._lock:
+            self._listeners.pop(run.number, None)
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self.closed = True
+        self._mailbox.close()
+
+    def tell(self, numbers: list[int]) -> None:
+        """Passes news on to the event loops."""
+        with self._lock:
+            known = [self._listeners[n] for n in numbers if n in self._listeners]
+        for loop, listener in known:
+            try:
+                loop.call_soon_threadsafe(listener)
+            except RuntimeError:  # the loop has been closed: nobody listens any more
+                continue
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def _dispatch(dispatcher: "weakref.ref[Dispatcher]", mailbox: _core.Mailbox) -> None:
+    while True:
+        numbers = mailbox.wait(3600.0)
+        target = dispatcher()
+        if target is None or (target.closed and not numbers):
+            return
+        target.tell(numbers)
+        del target  # else it would live as long as this waits
+
+
+class AsyncTextStream(AsyncIterator[Piece]):
+    """The pieces of one generation for `async for`; made by Model.astream(). Leaving `async with` cancels the run."""
+
+    def __init__(self, run: Run, start: Callable[[Run, Callable[[], None]], Dispatcher]) -> None:
+        self._run = run
+        self._start = start
+        self._dispatcher: Dispatcher | None = None
+        self._news = asyncio.Event()
+        self._pieces: deque[Piece] = deque()
+        self._closed = False
+
+    @property
+    def completion(self) -> Completion | None:
+        """The whole result, once the last piece was given."""
+        return None if self._pieces else self._run.completion
+
+    def __aiter__(self) -> "AsyncTextStream":
+        return self
+
+    async def __anext__(self) -> Piece:
+        while not self._closed:
+            if self._dispatcher is None:
+                self._dispatcher = self._start(self._run, self._news.set)
+            if self._pieces:
+                return self._pieces.popleft()
+            if self._run.ended:
+                break
+            try:
+                await self._news.wait()
+                self._news.clear()
+                self._pieces.extend(self._run.take())
+            except BaseException:  # the task was cancelled, or the run failed
+                self._end()
+                raise
+        self._end()
+        raise StopAsyncIteration
+
+    async def complete(self) -> Completion:
+        """Reads to the end."""
+        async for _ in self:
+            pass
+        if self._run.completion is None:
+            raise FixminError("the stream was closed before its end")
+        return self._run.completion
+
+    def _end(self) -> None:
+        self._closed = True
+        self._run.cancel()
+        if self._dispatcher is not None:
+            self._dispatcher.forget(self._run)
+
+    async def aclose(self) -> None:
+        """Cancels the run, if it has not ended; the engine notices within one step."""
+        self._end()
+
+    async def __aenter__(self) -> "AsyncTextStream":
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._end()
+
+    def __del__(self) -> None:
+        self._run.cancel()
+
+
+def _timings(result: dict[str, Any], n_generated: int, reason: str) -> Timings:
+    # The first token comes from the prompt's last logits; an end-of-text token is computed but not part of the result.
+    n_decoded = n_generated if reason == "eos" else max(0, n_generated - 1)
+    prefill_s, decode_s = result["prefill_s"], result["decode_s"]
+    return Timings(
+        n_prompt=result["n_prompt"],
+        n_cached=result["n_cached"],
+        n_generated=n_generated,
+        queued_s=result["queued_s"],
+        prefill_s=prefill_s,
+        decode_s=decode_s,
+        prefill_tok_s=result["n_prompt"] / prefill_s if prefill_s > 0 else 0.0,
+        decode_tok_s=n_decoded / decode_s if n_decoded and decode_s > 0 else 0.0,
+        n_drafted=result["n_drafted"],
+        n_accepted=result["n_accepted"],
+    )

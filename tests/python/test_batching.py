@@ -1,0 +1,187 @@
+"""Many requests through one Model: lists, threads, event loops, saved states; each answer as if it were alone."""
+
+import asyncio
+import threading
+
+import numpy as np
+import pytest
+
+from fixmin_cpp import Model
+from fixmin_cpp.errors import ArgumentError, FixminError
+
+TEXTS = ["the cat", "a", "Question: what?", "the the the the the the", "日本", "the cat sat", "x" * 30, "éa"]
+
+
+@pytest.fixture(scope="module")
+def alone(model_path):
+    with Model(model_path, n_threads=1) as model:
+        return [model.generate(text, max_new_tokens=9 + i, stop=["zz"]) for i, text in enumerate(TEXTS)]
+
+
+def same(completion, expected):
+    return (completion.token_ids, completion.text, completion.finish_reason) == (
+        expected.token_ids,
+        expected.text,
+        expected.finish_reason,
+    )
+
+
+def test_from_threads(model_path, alone):
+    with Model(model_path, n_kv=64, n_batch=16) as model:
+        got = [None] * 32
+
+        def work(i):
+            got[i] = model.generate(TEXTS[i % 8], max_new_tokens=9 + i % 8, stop=["zz"])
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(32)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert all(same(completion, alone[i % 8]) for i, completion in enumerate(got))
+
+
+def test_in_an_event_loop(model_path, alone):
+    async def one(model, i):
+        if i % 2:
+            return await model.agenerate(TEXTS[i % 8], max_new_tokens=9 + i % 8, stop=["zz"])
+        texts = []
+        async with model.astream(TEXTS[i % 8], max_new_tokens=9 + i % 8, stop=["zz"]) as stream:
+            async for piece in stream:
+                texts.append(piece.text)
+        assert "".join(texts) == stream.completion.text
+        return stream.completion
+
+    async def run(model):
+        return await asyncio.gather(*(one(model, i) for i in range(32)))
+
+    with Model(model_path, n_kv=64, n_batch=16) as model:
+        for _ in range(2):  # a second loop after the first
+            got = asyncio.run(run(model))
+            assert all(same(completion, alone[i % 8]) for i, completion in enumerate(got))
+
+
+def test_a_list_in_an_event_loop(model):
+    expected = model.generate(TEXTS, max_new_tokens=7)
+    got = asyncio.run(model.agenerate(TEXTS, max_new_tokens=7))
+    assert all(same(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_a_cancelled_task_frees_its_place(long_model_path):
+    async def run(model):
+        task = asyncio.ensure_future(model.agenerate("a", max_new_tokens=10**6, ignore_eos=True))
+        while model.stats()["n_running"] == 0:
+            await asyncio.sleep(0.001)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        while model.stats()["n_running"]:
+            await asyncio.sleep(0.001)
+        return await asyncio.wait_for(model.agenerate("a", max_new_tokens=1), 30)
+
+    with Model(long_model_path, n_parallel=1) as model:
+        assert len(asyncio.run(run(model)).token_ids) <= 1
+
+
+def test_close_wakes_an_event_loop(long_model_path):
+    async def run(model):
+        stream = model.astream("a", max_new_tokens=10**6, ignore_eos=True)
+        await anext(stream)
+        await asyncio.get_running_loop().run_in_executor(None, model.close)
+        return await asyncio.wait_for(stream.complete(), 30)
+
+    assert asyncio.run(run(Model(long_model_path))).finish_reason == "cancelled"
+
+
+def test_scores_of_a_list_are_those_of_each(model):
+    texts = [text * 2 for text in TEXTS]
+    together = model.score(texts)
+    for text, score in zip(texts, together, strict=True):
+        assert score.logprobs.tobytes() == model.score(text).logprobs.tobytes()
+    with pytest.raises(ArgumentError, match=r"text\[1\] to score must have at least 2 tokens"):
+        model.score([[1, 2], [3]])
+
+
+def test_stop_string_in_a_list_frees_its_place(model_path):
+    """The other requests of the list go on; the text is cut as if alone."""
+    with Model(model_path, n_parallel=2) as model:
+        free = model.generate("the cat", max_new_tokens=30, ignore_eos=True)
+        stop = next((c for c in free.text[2:] if c.isprintable()), None)
+        if stop is None:
+            pytest.skip("this model writes nothing printable")
+        expected = model.generate("the cat", max_new_tokens=30, ignore_eos=True, stop=stop)
+        got = model.generate(["the cat"] * 5, max_new_tokens=30, ignore_eos=True, stop=stop)
+        assert all(same(completion, expected) for completion in got)
+
+
+def test_timings_say_what_was_known(model_path):
+    with Model(model_path) as model:
+        first, again = (model.generate(TEXTS[6], max_new_tokens=2).timings for _ in range(2))
+        assert first.n_cached == 0
+        assert again.n_cached == again.n_prompt - 1
+        stats = model.stats()
+        assert stats["n_cached_prompt_tokens"] == again.n_cached
+        model.clear_prefix_cache()
+        assert model.generate(TEXTS[6], max_new_tokens=2).timings.n_cached == 0
+
+
+# --- saved states --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(model_path, tmp_path_factory):
+    path = tmp_path_factory.mktemp("state") / "prompt.kv"
+    ids = np.random.default_rng(0).integers(0, 200, 60).tolist()
+    with Model(model_path, n_threads=1) as model:
+        assert model.save_state(path, ids[:50]) == 32
+        answer = model.generate(ids, max_new_tokens=5)
+    return path, ids, answer
+
+
+def test_a_saved_state_is_not_computed_again(model_path, saved):
+    path, ids, answer = saved
+    with Model(model_path) as model:
+        assert model.load_state(path) == ids[:50]
+        got = model.generate(ids, max_new_tokens=5)
+        assert got.timings.n_cached == 32
+        assert same(got, answer)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda b: b[:-1], "does not fit"),
+        (lambda b: b + b"x", "does not fit"),
+        (lambda b: b[:-5] + b"wrong", "damaged"),
+        (lambda b: b"x" + b[1:], "not a saved state"),
+        (lambda b: b[:9], "not a saved state"),
+        (lambda b: b"", "not a saved state"),
+        (lambda b: b[:8] + b"\x02" + b[9:], "version 2"),
+        (lambda b: b[:12] + b"\xff\xff\xff\x7f" + b[16:], "damaged"),
+        (lambda b: b[:16] + b"[" + b[17:], "damaged"),
+        (lambda b: b.replace(b'"n_tokens": 50', b'"n_tokens": 5e'), "damaged"),
+        (lambda b: b.replace(b'"n_blocks": 1', b'"n_blocks": 2'), "does not fit"),
+        (lambda b: b.replace(b'"kv_type": "f16"', b'"kv_type": "f32"'), "another model or cache"),
+    ],
+)
+def test_a_damaged_state_is_refused(model, saved, tmp_path, damage, message):
+    path = tmp_path / "bad.kv"
+    path.write_bytes(damage(saved[0].read_bytes()))
+    with pytest.raises(ArgumentError, match=message):
+        model.load_state(path)
+
+
+def test_a_state_of_another_model_is_refused(letters_model, bare_model, saved):
+    for other in (letters_model, bare_model):
+        with pytest.raises(ArgumentError, match="another model"):
+            other.load_state(saved[0])
+    with pytest.raises(FileNotFoundError):
+        letters_model.load_state("no-such-file")
+
+
+def test_closed_models_refuse_the_new_calls_too(model_path):
+    model = Model(model_path)
+    model.close()
+    for call in (model.stats, model.clear_prefix_cache, lambda: model.save_state("x", "ab"), lambda: model.score(["ab"])):
+        with pytest.raises(FixminError, match="closed"):
+            call()
