@@ -59,7 +59,7 @@ class Fixmin(Engine):
 
     def prefill(self, ids: np.ndarray) -> float:
         start = time.perf_counter()
-        self.engine.logits(ids.astype(np.uint32), last=True)
+        self.engine.logits(ids.astype(np.uint32), last=True, prefix_cache=False)
         return time.perf_counter() - start
 
     def decode(self, ids: np.ndarray, n: int) -> float:

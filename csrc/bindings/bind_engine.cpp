@@ -273,13 +273,14 @@ void run(Engine& engine, std::span<const uint32_t> ids, engine::RequestOptions o
     if (request->reason() != engine::FinishReason::length) throw Error("the computation was cancelled");
 }
 
-py::array_t<float> logits(const EngineHandle& handle, const Ids& ids, bool last) {
+py::array_t<float> logits(const EngineHandle& handle, const Ids& ids, bool last, bool prefix_cache) {
     const auto engine = handle.get();
     const auto span = id_span(ids);
     const py::ssize_t v = engine->hyperparams().vocab_size, t = py::ssize_t(span.size());
     py::array_t<float> out(last ? std::vector<py::ssize_t>{v} : std::vector<py::ssize_t>{t, v});
     engine::RequestOptions options;
     options.logits = out.mutable_data();
+    options.prefix_cache = prefix_cache;
     if (last && t > 0) options.first_row = uint32_t(t - 1);
     run(*engine, span, std::move(options));
     return out;
@@ -629,7 +630,8 @@ void bind_engine(py::module_& m) {
              py::arg("progress") = py::none())
         .def_property_readonly("info", &info)
         .def("codes", &codes, py::arg("ids"), "uint8 [T, K]")
-        .def("logits", &logits, py::arg("ids"), py::arg("last") = false, "float32 [T, V], or [V]")
+        .def("logits", &logits, py::arg("ids"), py::arg("last") = false, py::arg("prefix_cache") = true,
+             "float32 [T, V], or [V]")
         .def("hidden_states", &hidden_states, py::arg("ids"), py::arg("layer"), "float32 [T, D]")
         .def("score", &score, py::arg("ids"), "float32 [T-1], natural log-probabilities of ids[1:]")
         .def("generate", &generate, py::arg("ids"), py::arg("params"), py::arg("on_token") = py::none(),

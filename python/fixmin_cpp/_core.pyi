@@ -169,7 +169,9 @@ class Engine:
     @property
     def info(self) -> dict[str, Any]: ...
     def codes(self, ids: NDArray[np.uint32]) -> NDArray[np.uint8]: ...
-    def logits(self, ids: NDArray[np.uint32], last: bool = False) -> NDArray[np.float32]: ...  # [T, V] or [V]
+    def logits(
+        self, ids: NDArray[np.uint32], last: bool = False, prefix_cache: bool = True
+    ) -> NDArray[np.float32]: ...  # [T, V] or [V]
     def hidden_states(self, ids: NDArray[np.uint32], layer: int) -> NDArray[np.float32]: ...  # [T, D]
     def score(self, ids: NDArray[np.uint32]) -> NDArray[np.float32]: ...  # [T-1] natural log-probabilities of ids[1:]
     def generate(

@@ -145,7 +145,7 @@ def bench(
         for turn in range(repeat + 1):
             tell(f"run {turn} of {repeat}" if turn else "warm-up")
             start = time.perf_counter()
-            engine.logits(ids[:n_prompt], last=True)
+            engine.logits(ids[:n_prompt], last=True, prefix_cache=False)
             prefill = n_prompt / (time.perf_counter() - start)
             decode = n_generate / engine.generate(ids[:first], params).decode_s
             if turn:

@@ -134,10 +134,11 @@ def test_cache_size(model_file):
     path = model_file(embedding_length=160, head_count=2, head_count_kv=1)
     expected = {"f32": 2 * 2 * 80 * 4, "f16": 2 * 2 * 80 * 2, "q8_0": 2 * 2 * (34 + 34 + 18)}
     for kv_type in KV_TYPES:
-        info = _core.Engine(path, kv_type=kv_type).info
+        info = _core.Engine(path, kv_type=kv_type, n_kv=70).info
         assert info["kv_type"] == kv_type
         assert info["kv_bytes_per_position"] == expected[kv_type]
-        assert info["kv_bytes"] == 128 * expected[kv_type]  # n_ctx 64, in blocks of 128
+        assert info["kv_bytes"] == 96 * expected[kv_type]  # 70 positions in blocks of 32
+        assert _core.Engine(path, kv_type=kv_type).info["kv_bytes"] == 16 * 64 * expected[kv_type]  # contexts
 
 
 def test_score_is_the_log_softmax(model_file):
