@@ -1,4 +1,4 @@
-// Engine, SamplingParams, GenerationResult, CancelToken, system_info.
+// Engine, GenerationResult, CancelToken, system_info.
 #include <pybind11/functional.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -6,7 +6,6 @@
 
 #include <atomic>
 #include <chrono>
-#include <cmath>
 #include <optional>
 
 #include "bindings/bindings.h"
@@ -301,11 +300,6 @@ GenerationResult generate(const EngineHandle& handle, const Ids& ids, const engi
                           const py::object& on_token, const CancelToken* cancel) {
     const auto engine = handle.get();
     const auto span = id_span(ids);
-    if (!(params.temperature >= 0) || !std::isfinite(params.temperature)) {
-        throw ArgumentError("temperature must be finite and not negative");
-    }
-    if (!(params.top_p > 0 && params.top_p <= 1)) throw ArgumentError("top_p must lie in (0, 1]");
-
     std::function<bool(uint32_t)> callback;
     std::exception_ptr raised;  // goes on to the caller once the engine has returned
     if (!on_token.is_none()) {
@@ -354,15 +348,6 @@ kernels::KvType parse_kv_type(const std::string& name) {
 }
 
 void bind_engine(py::module_& m) {
-    py::class_<engine::SamplingParams>(m, "SamplingParams", "How the next token is chosen; see csrc/engine/sampler.h.")
-        .def(py::init<>())
-        .def_readwrite("temperature", &engine::SamplingParams::temperature, "0: greedy")
-        .def_readwrite("top_k", &engine::SamplingParams::top_k, "0: all")
-        .def_readwrite("top_p", &engine::SamplingParams::top_p, "1: all")
-        .def_readwrite("seed", &engine::SamplingParams::seed)
-        .def_readwrite("max_new_tokens", &engine::SamplingParams::max_new_tokens)
-        .def_readwrite("stop_ids", &engine::SamplingParams::stop_ids);
-
     py::class_<GenerationResult>(m, "GenerationResult")
         .def_readonly("token_ids", &GenerationResult::token_ids, "uint32 [n]")
         .def_readonly("finish_reason", &GenerationResult::finish_reason, "length, stop, eos or cancelled")

@@ -142,7 +142,7 @@ Generation Engine::generate(std::span<const uint32_t> prompt, const SamplingPara
     const std::lock_guard lock(mutex_);
     Generation result;
     std::vector<float> logits(hyperparams().vocab_size);
-    Sampler sampler(params, kernels_);
+    Sampler sampler(params, prompt, kernels_);
     const uint32_t room = std::min(params.max_new_tokens, n_ctx_ - uint32_t(prompt.size()));
 
     Clock::time_point start = Clock::now();
@@ -164,6 +164,7 @@ Generation Engine::generate(std::span<const uint32_t> prompt, const SamplingPara
     for (uint32_t step = 0; step < room; ++step) {
         if (stop && stop()) return finish(FinishReason::cancelled);
         const uint32_t id = sampler.sample(logits, step);
+        sampler.accept(id);
         if (std::find(params.stop_ids.begin(), params.stop_ids.end(), id) != params.stop_ids.end()) {
             return finish(FinishReason::eos);
         }
