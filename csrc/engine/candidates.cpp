@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 namespace fixmin::engine {
@@ -15,12 +16,14 @@ constexpr float infinity = std::numeric_limits<float>::infinity();
 
 // Of [block] values.
 float block_maximum(const float* x) {
-    float m[lanes];
-    for (size_t l = 0; l < lanes; ++l) m[l] = x[l] > x[l + lanes] ? x[l] : x[l + lanes];
-    for (size_t half = lanes / 2; half > 0; half /= 2) {
-        for (size_t l = 0; l < half; ++l) m[l] = m[l] > m[l + half] ? m[l] : m[l + half];
+    using Vector = float __attribute__((vector_size(16)));
+    constexpr size_t n = block / 4;
+    Vector m[n];
+    std::memcpy(m, x, sizeof m);
+    for (size_t half = n / 2; half > 0; half /= 2) {
+        for (size_t i = 0; i < half; ++i) m[i] = m[i] > m[i + half] ? m[i] : m[i + half];
     }
-    return m[0];
+    return std::max(std::max(m[0][0], m[0][1]), std::max(m[0][2], m[0][3]));
 }
 
 // Of n values, in one order on every CPU.
@@ -44,21 +47,54 @@ float round_up(double x) {
     return double(nearest) < x ? std::nextafter(nearest, infinity) : nearest;
 }
 
-// Shortens `items` to its first ones in the order `less`, up to the one that `last` accepts. What is not kept is not
-// sorted: the head that is grows until it suffices.
-template <typename Less, typename Last>
-void keep_head(std::vector<Candidate>& items, Less less, Last last) {
-    size_t sorted = 0;
-    for (size_t head = std::min<size_t>(items.size(), 256); sorted < items.size();
-         head = std::min(items.size(), head * 4)) {
-        std::nth_element(items.begin() + sorted, items.begin() + head - 1, items.end(), less);
-        std::sort(items.begin() + sorted, items.begin() + head, less);
-        for (; sorted < head; ++sorted) {
-            if (!last(items[sorted], sorted + 1)) continue;
-            items.resize(sorted + 1);
-            return;
-        }
+struct Share {
+    double weight = 0;
+    size_t n = 0;
+
+    void operator+=(const Candidate& c) { weight += c.weight, ++n; }
+    Share operator+(const Share& other) const { return {weight + other.weight, n + other.n}; }
+};
+
+// The order of rising keys, among equal ones that of `before`.
+template <typename Key>
+auto by(Key key) {
+    return [key](const Candidate& a, const Candidate& b) {
+        const double left = key(a.logit), right = key(b.logit);
+        return left != right ? left < right : before(a, b);
+    };
+}
+
+// Of n candidates at(i), taken in the order of by(key): the first with which suffices(Share taken) is true, or the very
+// last. key(logit) >= 0. Nothing is sorted but the bucket of keys in which that happens.
+template <typename At, typename Key, typename Suffices>
+Candidate last_of_share(size_t n, At at, Key key, Suffices suffices) {
+    constexpr size_t n_buckets = 4096;
+    constexpr double per_nat = 64;  // the last bucket takes what is improbable beyond 1e-27
+    std::vector<Share> buckets(n_buckets);
+    const auto bucket_of = [&](float logit) { return size_t(std::min(key(logit) * per_nat, n_buckets - 1.0)); };
+    size_t last = 0;  // bucket that holds anything
+    for (size_t i = 0; i < n; ++i) {
+        const Candidate c = at(i);
+        if (c.logit < lowest) continue;
+        const size_t b = bucket_of(c.logit);
+        buckets[b] += c;
+        last = std::max(last, b);
     }
+    Share taken;
+    size_t b = 0;
+    while (b < last && !suffices(taken + buckets[b])) taken = taken + buckets[b++];
+
+    std::vector<Candidate> inside;
+    for (size_t i = 0; i < n; ++i) {
+        const Candidate c = at(i);
+        if (c.logit >= lowest && bucket_of(c.logit) == b) inside.push_back(c);
+    }
+    std::sort(inside.begin(), inside.end(), by(key));
+    for (const Candidate& c : inside) {
+        taken += c;
+        if (suffices(taken)) return c;
+    }
+    return inside.back();
 }
 
 }  // namespace
@@ -164,51 +200,31 @@ void Candidates::top_k(size_t k) {
     sorted_ = true;
 }
 
+template <typename Key, typename Suffices>
+void Candidates::keep_share(Key key, Suffices suffices) {
+    const std::span<const float> x = row_.values();
+    const auto of_row = [&](size_t i) { return Candidate{x[i], uint32_t(i), weights_[i]}; };
+    const auto of_list = [&](size_t i) { return list_[i]; };
+    const Candidate last =
+        whole_ ? last_of_share(x.size(), of_row, key, suffices) : last_of_share(list_.size(), of_list, key, suffices);
+    to_list();
+    const auto less = by(key);
+    std::erase_if(list_, [&](const Candidate& c) { return less(last, c); });
+}
+
 // Surprise is log(total) - (logit - highest): a distance from the entropy is one from the logit whose surprise it is.
 void Candidates::typical(float p, size_t min_keep) {
-    to_list();
     const double total = weigh(1);
     const double centre = highest_ + std::log(total) - entropy(total);
-    const auto nearer = [=](const Candidate& a, const Candidate& b) {
-        const double left = std::abs(a.logit - centre), right = std::abs(b.logit - centre);
-        return left != right ? left < right : before(a, b);
-    };
-    double reached = 0;
-    keep_head(list_, nearer, [&](const Candidate& c, size_t n) {
-        reached += c.weight;
-        return reached > double(p) * total && n >= min_keep;
-    });
-    std::sort(list_.begin(), list_.end(), before);
-    sorted_ = true;
-    highest_ = list_[0].logit;
+    keep_share([=](float logit) { return std::abs(logit - centre); },
+               [=](Share taken) { return taken.weight > double(p) * total && taken.n >= min_keep; });
+    highest_ = std::min_element(list_.begin(), list_.end(), before)->logit;
 }
 
 void Candidates::top_p(float p, size_t min_keep) {
     const double wanted = double(p) * weigh(1);
-    double reached = 0;
-    const auto suffices = [&](const Candidate& c, size_t n) {
-        reached += c.weight;
-        return reached >= wanted && n >= min_keep;
-    };
-    if (!whole_) {
-        keep_head(list_, before, suffices);
-        sorted_ = true;
-        return;
-    }
-    // Most of the time a few hundred tokens hold the share.
-    for (size_t head = 256;; head *= 4) {
-        row_.largest(head, list_);
-        reached = 0;
-        for (size_t i = 0; i < list_.size(); ++i) {
-            list_[i].weight = weights_[list_[i].id];
-            if (!suffices(list_[i], i + 1)) continue;
-            list_.resize(i + 1);
-            whole_ = false, sorted_ = true;
-            return;
-        }
-        if (list_.size() < head) break;  // all of them; rounding kept the sum below what was wanted
-    }
-    whole_ = false, sorted_ = true;
+    keep_share([highest = double(highest_)](float logit) { return highest - logit; },
+               [=](Share taken) { return taken.weight >= wanted && taken.n >= min_keep; });
 }
 
 void Candidates::min_p(float p, size_t min_keep) { keep_at_least(highest_ + std::log(double(p)), min_keep); }

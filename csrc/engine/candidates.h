@@ -77,6 +77,8 @@ class Candidates {
   private:
     void to_list();
     void keep_at_least(double floor, size_t min_keep);
+    template <typename Key, typename Suffices>
+    void keep_share(Key key, Suffices suffices);
     size_t count_at_least(float floor) const;
     double entropy(double total) const;
 

@@ -31,7 +31,8 @@ TopLogprobs top_logprobs(std::span<const float> logits, uint32_t k, uint32_t cho
 
     TopLogprobs result{{chosen, logprob(logits[chosen])}, 1, {}};
     const float own = logits[chosen];
-    for (uint32_t i = 0; i < n; ++i) result.rank += logits[i] > own || (logits[i] == own && i < chosen);
+    for (uint32_t i = 0; i < chosen; ++i) result.rank += logits[i] >= own;
+    for (uint32_t i = chosen + 1; i < n; ++i) result.rank += logits[i] > own;
     if (k == 0) return result;
 
     Row row;

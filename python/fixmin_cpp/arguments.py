@@ -62,10 +62,8 @@ class GenerationArguments(TypedDict, total=False):
     presence_penalty: float  # 0. Subtracted from the logits of tokens that came up
     frequency_penalty: float  # 0. The same, for every time
     repeat_last_n: int  # 64. -1: all
-    dry_multiplier: (
-        float  # 0. DRY: subtracts multiplier * base^(n - allowed_length) from the logit of a token that would
-    )
-    dry_base: float  # 1.75.   continue a repetition of n tokens, if n is at least allowed_length
+    dry_multiplier: float  # 0. DRY: multiplier * base^(n - allowed_length) is taken from the logit of a token that
+    dry_base: float  # 1.75.   would continue a repetition of n tokens, if n is at least allowed_length
     dry_allowed_length: int  # 2
     dry_penalty_last_n: int  # -1. Looks for repetitions in the last so many tokens; -1: in all
     dry_sequence_breakers: Sequence[str | Sequence[int]]  # "\\n", ":", '"', "*". Repetitions do not reach across these

@@ -136,7 +136,7 @@ def test_sampling_at_temperature_zero_contradicts_itself(model):
         ("max_tokens", "max_new_tokens"),
         ("temprature", "temperature"),
         ("topk", "top_k"),
-        ("typ_p", "typical_p"),
+        ("typical", "typical_p"),
         ("repetion_penalty", "repetition_penalty"),
         ("dry_sequence_breaker", "dry_sequence_breakers"),
         ("do_samples", "do_sample"),
@@ -167,7 +167,9 @@ def test_documented_arguments_are_those_that_are_checked():
     options = {field.name: field.default for field in dataclasses.fields(GenerationOptions)}
     aliases = {"repetition_penalty", "bad_ids"}
     assert set(fixmin_cpp.GenerationArguments.__annotations__) == set(options) | aliases | {"do_sample"}
-    documented = dict(re.findall(r"^    (\w+): .*?  # (-?[\d.]+)\. ", inspect.getsource(arguments), re.MULTILINE))
+    documented = dict(
+        re.findall(r"^    (\w+): .*?  # (-?\d+(?:\.\d+)?)[.\s]", inspect.getsource(arguments), re.MULTILINE)
+    )
     numbers = {name: value for name, value in options.items() if type(value) in (int, float) and name != "temperature"}
     assert {name: float(documented[name]) for name in numbers} == numbers
 

@@ -61,8 +61,9 @@ def test_sampling_options_have_the_names_of_llama_cpp(letters_model):
         "dry_penalty_last_n": 40, "dry_sequence_breakers": ["\n", "a"], "logit_bias": {2: 1.5, 3: -math.inf},
     }  # fmt: skip
     text = r"""-n 12 --temp 1.3 --seed 3 --min-new-tokens 4 --dynatemp-range 0.5 --dynatemp-exp 1.5 --top-nsigma 2.5
-        --top-k 30 --typical 0.95 --top-p 0.98 --min-p 0.01 --xtc-probability 0.5 --xtc-threshold 0.2 --repeat-penalty 1.1
-        --presence-penalty 0.1 --frequency-penalty 0.2 --repeat-last-n 32 --dry-multiplier 0.8 --dry-base 1.5
+        --top-k 30 --typical 0.95 --top-p 0.98 --min-p 0.01 --xtc-probability 0.5 --xtc-threshold 0.2
+        --repeat-penalty 1.1 --presence-penalty 0.1 --frequency-penalty 0.2 --repeat-last-n 32
+        --dry-multiplier 0.8 --dry-base 1.5
         --dry-allowed-length 1 --dry-penalty-last-n 40 --dry-sequence-breaker \n --dry-sequence-breaker a
         --logit-bias 2+1.5 -l 3-inf --json"""
     result = fixmin("generate", "-m", letters_model.path, "-p", "the cat", *text.split())
