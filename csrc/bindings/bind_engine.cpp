@@ -1,4 +1,4 @@
-// Engine, SamplingParams, GenerationResult, CancelToken, system_info.
+// Engine, GenerationResult, CancelToken, system_info.
 #include <pybind11/functional.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -6,7 +6,6 @@
 
 #include <atomic>
 #include <chrono>
-#include <cmath>
 #include <cstring>
 #include <limits>
 #include <optional>
@@ -297,9 +296,9 @@ py::array_t<float> hidden_states(const EngineHandle& handle, const Ids& ids, uin
     return out;
 }
 
-py::array_t<float> values(const std::vector<engine::TokenLogprobs>& logprobs) {
+py::array_t<float> values(const std::vector<engine::TopLogprobs>& logprobs) {
     py::array_t<float> out(static_cast<py::ssize_t>(logprobs.size()));
-    for (size_t i = 0; i < logprobs.size(); ++i) out.mutable_at(py::ssize_t(i)) = logprobs[i].logprob;
+    for (size_t i = 0; i < logprobs.size(); ++i) out.mutable_at(py::ssize_t(i)) = logprobs[i].chosen.logprob;
     return out;
 }
 
@@ -374,13 +373,6 @@ std::vector<double> int8_ceiling(const EngineHandle& handle, uint32_t passes) {
     return result;
 }
 
-void check_sampling(const engine::SamplingParams& params) {
-    if (!(params.temperature >= 0) || !std::isfinite(params.temperature)) {
-        throw ArgumentError("temperature must be finite and not negative");
-    }
-    if (!(params.top_p > 0 && params.top_p <= 1)) throw ArgumentError("top_p must lie in (0, 1]");
-}
-
 /// The reading half of a request. An engine that goes away ends its requests first.
 class RequestHandle {
   public:
@@ -441,8 +433,10 @@ class RequestHandle {
     }
 
   private:
-    static py::tuple as_tuple(const engine::TokenLogprobs& token) {
-        return py::make_tuple(token.id, token.logprob, token.rank, py::cast(token.top));
+    static py::tuple as_tuple(const engine::TopLogprobs& token) {
+        py::list top;
+        for (const auto& [id, logprob] : token.top) top.append(py::make_tuple(id, logprob));
+        return py::make_tuple(token.chosen.id, token.chosen.logprob, token.rank, top);
     }
 
     const std::shared_ptr<engine::Request> request_;
@@ -453,7 +447,6 @@ RequestHandle submit(const EngineHandle& handle, const Ids& ids, const engine::S
                      uint32_t n_draft, double timeout_s, const RequestHandle* after,
                      const std::shared_ptr<engine::Mailbox>& mailbox) {
     const auto engine = handle.get();
-    check_sampling(params);
     engine::RequestOptions options;
     options.sampling = params;
     if (!mask.is_none())
@@ -470,7 +463,6 @@ RequestHandle submit(const EngineHandle& handle, const Ids& ids, const engine::S
 GenerationResult generate(const EngineHandle& handle, const Ids& ids, const engine::SamplingParams& params,
                           const py::object& on_token, const CancelToken* cancel) {
     const auto engine = handle.get();
-    check_sampling(params);
     engine::RequestOptions options;
     options.sampling = params;
     const auto request = engine->submit(id_span(ids), std::move(options));
@@ -576,15 +568,6 @@ kernels::KvType parse_kv_type(const std::string& name) {
 }
 
 void bind_engine(py::module_& m) {
-    py::class_<engine::SamplingParams>(m, "SamplingParams", "How the next token is chosen; see csrc/engine/sampler.h.")
-        .def(py::init<>())
-        .def_readwrite("temperature", &engine::SamplingParams::temperature, "0: greedy")
-        .def_readwrite("top_k", &engine::SamplingParams::top_k, "0: all")
-        .def_readwrite("top_p", &engine::SamplingParams::top_p, "1: all")
-        .def_readwrite("seed", &engine::SamplingParams::seed)
-        .def_readwrite("max_new_tokens", &engine::SamplingParams::max_new_tokens)
-        .def_readwrite("stop_ids", &engine::SamplingParams::stop_ids);
-
     py::class_<GenerationResult>(m, "GenerationResult")
         .def_readonly("token_ids", &GenerationResult::token_ids, "uint32 [n]")
         .def_readonly("finish_reason", &GenerationResult::finish_reason, "length, stop, eos or cancelled")

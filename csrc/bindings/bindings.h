@@ -13,6 +13,7 @@ kernels::KvType parse_kv_type(const std::string& name);
 
 void bind_gguf(pybind11::module_& m);
 void bind_codes(pybind11::module_& m);
+void bind_sampler(pybind11::module_& m);
 void bind_engine(pybind11::module_& m);
 void bind_kernels(pybind11::module_& m);
 

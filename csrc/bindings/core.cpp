@@ -20,6 +20,7 @@ PYBIND11_MODULE(_core, m) {
 
     fixmin::bindings::bind_gguf(m);
     fixmin::bindings::bind_codes(m);
+    fixmin::bindings::bind_sampler(m);
     fixmin::bindings::bind_engine(m);
     fixmin::bindings::bind_kernels(m);
 }

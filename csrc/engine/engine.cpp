@@ -97,9 +97,8 @@ void Engine::start_thread() {
     }
     owner_ = getpid();
     shared_ = std::make_unique<Shared>();
-    const model::Hyperparams& hp = hyperparams();
-    scheduler_ = std::make_unique<Scheduler>(kv_, SchedulerLimits{n_ctx_, n_batch_, n_parallel_}, hp.vocab_size,
-                                             hp.embedding_length);
+    scheduler_ = std::make_unique<Scheduler>(kv_, SchedulerLimits{n_ctx_, n_batch_, n_parallel_}, hyperparams(),
+                                             kernels_);
     thread_ = std::thread([this] { serve(); });
 }
 
@@ -331,7 +330,7 @@ void Engine::collect_squares(std::span<const uint32_t> ids, float* logprobs, con
                     pool_.parallel_for(uint32_t(rows.size()), [&](uint32_t begin, uint32_t end) {
                         for (uint32_t r = begin; r < end; ++r) {
                             logprobs[first + row + r] =
-                                top_logprobs({logits_.data() + r * v, v}, 0, ids[first + row + r + 1], kernels_).logprob;
+                                top_logprobs({logits_.data() + r * v, v}, 0, ids[first + row + r + 1], kernels_).chosen.logprob;
                         }
                     });
                 }

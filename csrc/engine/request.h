@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "engine/drafter.h"
+#include "engine/logprobs.h"
 #include "engine/sampler.h"
 
 namespace fixmin::engine {
@@ -21,14 +22,6 @@ namespace fixmin::engine {
 using Clock = std::chrono::steady_clock;
 
 enum class FinishReason { length, stop, cancelled, timeout };  // stop: one of SamplingParams::stop_ids
-
-/// Of one token, by the logits before any sampling setting: natural logarithms.
-struct TokenLogprobs {
-    uint32_t id = 0;
-    float logprob = 0;
-    uint32_t rank = 0;                              // 0: no other token is more probable
-    std::vector<std::pair<uint32_t, float>> top;    // the most probable tokens, falling
-};
 
 /// Which tokens may come next, as a grammar says it. Called from a thread of the engine, one call at a time; what it
 /// throws ends the request.
@@ -104,7 +97,7 @@ class Request {
 
     struct News {
         std::vector<uint32_t> ids;            // generated, from the place asked for on
-        std::vector<TokenLogprobs> logprobs;  // the same, if wanted
+        std::vector<TopLogprobs> logprobs;  // the same, if wanted
         bool ended = false;
     };
     News read(size_t from) const;
@@ -112,7 +105,7 @@ class Request {
     // Once it has ended.
     FinishReason reason() const { return reason_; }
     std::exception_ptr error() const { return error_; }  // null unless it failed
-    const std::vector<TokenLogprobs>& prompt_logprobs() const { return prompt_logprobs_; }
+    const std::vector<TopLogprobs>& prompt_logprobs() const { return prompt_logprobs_; }
     const RequestCounters& counters() const { return counters_; }
 
   private:
@@ -121,7 +114,7 @@ class Request {
     /// Cancelled or out of time: asked by the engine at any moment of a step.
     bool given_up() const { return cancelled_ || Clock::now() >= deadline_; }
     void end(FinishReason reason, std::exception_ptr error = nullptr);
-    void push(uint32_t id, TokenLogprobs logprobs);
+    void push(uint32_t id, TopLogprobs logprobs);
 
     const RequestOptions options_;
     const std::shared_ptr<Mailbox> mailbox_;
@@ -133,7 +126,7 @@ class Request {
     mutable std::mutex mutex_;  // of the part that both sides use
     std::condition_variable changed_;
     std::vector<uint32_t> generated_;
-    std::vector<TokenLogprobs> logprobs_;
+    std::vector<TopLogprobs> logprobs_;
     bool ended_ = false;
     FinishReason reason_ = FinishReason::cancelled;
     std::exception_ptr error_;
@@ -155,7 +148,7 @@ class Request {
     Drafter drafter_;
     std::vector<uint32_t> drafts_;  // of the present step
     Clock::time_point first_step_{}, prompt_done_{};
-    std::vector<TokenLogprobs> prompt_logprobs_;  // [n_prompt - 1], if wanted
+    std::vector<TopLogprobs> prompt_logprobs_;  // [n_prompt - 1], if wanted
     RequestCounters counters_;
 };
 

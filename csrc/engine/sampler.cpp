@@ -1,18 +1,41 @@
 #include "engine/sampler.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
+#include <limits>
+#include <string>
 
-#include "engine/request.h"
 #include "error.h"
 
 namespace fixmin::engine {
 namespace {
 
-// Larger logit first; among equals the lower id, so that the order is total.
-constexpr auto before = [](const auto& a, const auto& b) {
-    return a.logit != b.logit ? a.logit > b.logit : a.id < b.id;
-};
+constexpr float infinity = std::numeric_limits<float>::infinity();
+
+// Every step has eight random numbers of its own.
+enum class Use : uint64_t { draw, xtc };
+
+double uniform(uint64_t seed, uint64_t step, Use use) { return counter_uniform(seed, step * 8 + uint64_t(use)); }
+
+void expect(bool condition, const std::string& name, float value, const char* range) {
+    if (!condition) throw ArgumentError(name + " is " + std::to_string(value) + "; it must be " + range);
+}
+
+// Bans what `allowed` has no bit for. Without a branch for each bit, which would cost more than the rest of a step.
+void mask(std::span<float> row, const uint32_t* allowed) {
+    constexpr uint32_t banned = std::bit_cast<uint32_t>(-infinity);
+    for (size_t begin = 0; begin < row.size(); begin += 32) {
+        const uint32_t word = allowed[begin / 32];
+        if (word == UINT32_MAX) continue;
+        const size_t n = std::min<size_t>(row.size() - begin, 32);
+        for (size_t i = 0; i < n; ++i) {
+            const uint32_t keep = 0u - (word >> i & 1);
+            const uint32_t x = std::bit_cast<uint32_t>(row[begin + i]);
+            row[begin + i] = std::bit_cast<float>((x & keep) | (banned & ~keep));
+        }
+    }
+}
 
 }  // namespace
 
@@ -23,81 +46,168 @@ double counter_uniform(uint64_t seed, uint64_t index) {
     return double((z ^ (z >> 31)) >> 11) * 0x1p-53;
 }
 
-uint32_t Sampler::sample(std::span<const float> logits, uint64_t step, const uint32_t*) {
-    uint32_t best;
-    if (!kernels_.argmax(logits.data(), uint32_t(logits.size()), &best)) {
-        throw Error("the model's logits are not finite: the weights overflow on this input");
+void check(const SamplingParams& p) {
+    // Comparisons with NaN are false.
+    const auto not_negative = [](const char* name, float value) {
+        expect(value >= 0 && value < infinity, name, value, "0 or more, and finite");
+    };
+    const auto above_zero = [](const char* name, float value) {
+        expect(value > 0 && value < infinity, name, value, "above 0 and finite");
+    };
+    const auto finite = [](const char* name, float value) { expect(std::isfinite(value), name, value, "finite"); };
+    const auto share = [](const char* name, float value, bool zero) {
+        expect(value <= 1 && (value > 0 || (zero && value == 0)), name, value, zero ? "in [0, 1]" : "in (0, 1]");
+    };
+    not_negative("temperature", p.temperature);
+    not_negative("dynatemp_range", p.dynatemp_range);
+    not_negative("dynatemp_exponent", p.dynatemp_exponent);
+    finite("top_n_sigma", p.top_n_sigma);
+    share("typical_p", p.typical_p, false);
+    share("top_p", p.top_p, false);
+    share("min_p", p.min_p, true);
+    share("xtc_probability", p.xtc_probability, true);
+    share("xtc_threshold", p.xtc_threshold, true);
+    expect(p.mirostat <= 2, "mirostat", float(p.mirostat), "0, 1 or 2");
+    not_negative("mirostat_tau", p.mirostat_tau);
+    not_negative("mirostat_eta", p.mirostat_eta);
+    above_zero("repeat_penalty", p.repeat_penalty);
+    finite("frequency_penalty", p.frequency_penalty);
+    finite("presence_penalty", p.presence_penalty);
+    not_negative("dry_multiplier", p.dry_multiplier);
+    expect(p.dry_base >= 1 && p.dry_base < infinity, "dry_base", p.dry_base, "1 or more, and finite");
+    for (const auto& [id, bias] : p.logit_bias) {
+        expect(bias < infinity, "logit_bias of token " + std::to_string(id), bias, "finite or -infinity");
     }
-    if (params_.temperature == 0) return best;
-
-    const float highest = logits[best];
-    keep_top_k(logits);
-    if (params_.top_p < 1) keep_top_p();
-
-    // Temperature: exp((l - max) / t); the maximum is never filtered out.
-    std::vector<float>& p = probabilities_;
-    p.resize(candidates_.size());
-    for (size_t i = 0; i < p.size(); ++i) p[i] = (candidates_[i].logit - highest) / params_.temperature;
-    kernels_.exp_minus(p.data(), uint32_t(p.size()), 0.0f, p.data());
-    double total = 0;
-    for (const float x : p) total += x;
-    double rest = counter_uniform(params_.seed, step) * total;
-    for (size_t i = 0; i < p.size(); ++i) {
-        rest -= p[i];
-        if (rest < 0) return candidates_[i].id;
-    }
-    return best;  // rounding left nothing for the last candidate
 }
 
-TokenLogprobs top_logprobs(std::span<const float> logits, uint32_t k, uint32_t id, const kernels::Kernels& kernels) {
-    float highest, sum;
-    kernels.softmax_stats(logits.data(), uint32_t(logits.size()), &highest, &sum);
-    const auto logprob = [&](float logit) { return float(double(logit) - highest - std::log(double(sum))); };
-    TokenLogprobs result;
-    result.id = id;
-    result.logprob = logprob(logits[id]);
-    (void)k;
+Sampler::Sampler(const SamplingParams& params, std::span<const uint32_t> prompt_ids, const kernels::Kernels& kernels)
+    : params_(params),
+      kernels_(kernels),
+      repetition_(params, prompt_ids),
+      candidates_(kernels),
+      mirostat_mu_(2 * params.mirostat_tau) {
+    check(params);
+}
+
+uint32_t Sampler::sample(std::span<const float> logits, uint64_t step, const uint32_t* allowed) {
+    const std::span<const float> row = adjust(logits, step, allowed);
+    const uint32_t best = most_probable(row);
+    if (params_.temperature == 0) return best;
+    const double total = narrow(row, row[best], step);
+    const Candidate drawn = candidates_.draw(uniform(params_.seed, step, Use::draw));
+    if (params_.mirostat) draw_ = {drawn.id, std::log2(total / drawn.weight)};
+    return drawn.id;
+}
+
+void Sampler::accept(uint32_t id) {
+    repetition_.accept(id);
+    if (draw_ && draw_->id == id) {
+        mirostat_mu_ = float(mirostat_mu_ - params_.mirostat_eta * (draw_->surprise - params_.mirostat_tau));
+    }
+    draw_.reset();
+}
+
+Sampler::Distribution Sampler::probabilities(std::span<const float> logits, uint64_t step, const uint32_t* allowed) {
+    const std::span<const float> row = adjust(logits, step, allowed);
+    const uint32_t best = most_probable(row);
+    if (params_.temperature == 0) return {{best}, {1.0}};
+    const double total = narrow(row, row[best], step);
+    Distribution result;
+    for (const Candidate& c : candidates_.list()) {
+        result.ids.push_back(c.id);
+        result.probabilities.push_back(c.weight / total);
+    }
     return result;
 }
 
-void Sampler::keep_top_k(std::span<const float> logits) {
-    candidates_.resize(logits.size());
-    for (uint32_t i = 0; i < logits.size(); ++i) candidates_[i] = {logits[i], i};
-    if (params_.top_k == 0 || params_.top_k >= candidates_.size()) return;
-    std::nth_element(candidates_.begin(), candidates_.begin() + params_.top_k, candidates_.end(), before);
-    candidates_.resize(params_.top_k);
-    std::sort(candidates_.begin(), candidates_.end(), before);
+// The logits with everything that does not depend on the other tokens: bans, biases, penalties.
+std::span<const float> Sampler::adjust(std::span<const float> logits, uint64_t step, const uint32_t* allowed) {
+    if (logits.empty() || logits.size() != checked_size_) check_ids(logits.size());
+    const SamplingParams& p = params_;
+    const bool not_yet = step < p.min_new_tokens && !p.stop_ids.empty();
+    if (!allowed && !not_yet && !repetition_.active() && p.logit_bias.empty() && p.banned_ids.empty() &&
+        p.allowed_ids.empty()) {
+        return logits;
+    }
+    check_finite(logits);  // before a ban hides what is not
+    if (p.allowed_ids.empty()) {
+        row_.assign(logits.begin(), logits.end());
+    } else {
+        row_.assign(logits.size(), -infinity);
+        for (const uint32_t id : p.allowed_ids) row_[id] = logits[id];
+    }
+    if (allowed) mask(row_, allowed);
+    for (const uint32_t id : p.banned_ids) row_[id] = -infinity;
+    if (not_yet) {
+        for (const uint32_t id : p.stop_ids) row_[id] = -infinity;
+    }
+    for (const auto& [id, bias] : p.logit_bias) row_[id] += bias;
+    repetition_.penalize(row_);
+    return row_;
 }
 
-// The shortest prefix, by falling probability, whose sum reaches top_p.
-void Sampler::keep_top_p() {
-    const size_t n = candidates_.size();
-    float highest = candidates_[0].logit;
-    for (const Candidate& c : candidates_) highest = std::max(highest, c.logit);
-    probabilities_.resize(n);
-    for (size_t i = 0; i < n; ++i) probabilities_[i] = candidates_[i].logit;
-    kernels_.exp_minus(probabilities_.data(), uint32_t(n), highest, probabilities_.data());
-    double total = 0;
-    for (const float x : probabilities_) total += x;
+uint32_t Sampler::check_finite(std::span<const float> logits) const {
+    uint32_t best;
+    if (kernels_.argmax(logits.data(), uint32_t(logits.size()), &best)) return best;
+    throw Error(logits.data() == row_.data()
+                    ? "the logits are not finite after logit_bias and penalties: these are too large"
+                    : "the model's logits are not finite: the weights overflow on this input");
+}
 
-    // Sorting the whole vocabulary would cost more than the model's last layer: sort a growing head until it suffices.
-    size_t sorted = 0;
-    double reached = 0;
-    for (size_t head = std::min<size_t>(n, 256);; head = std::min(n, head * 8)) {
-        std::nth_element(candidates_.begin() + sorted, candidates_.begin() + head - 1, candidates_.end(), before);
-        std::sort(candidates_.begin() + sorted, candidates_.begin() + head, before);
-        for (size_t i = sorted; i < head; ++i) probabilities_[i] = candidates_[i].logit;
-        kernels_.exp_minus(probabilities_.data() + sorted, uint32_t(head - sorted), highest,
-                           probabilities_.data() + sorted);
-        for (; sorted < head; ++sorted) {
-            reached += probabilities_[sorted];
-            if (reached >= double(params_.top_p) * total) {
-                candidates_.resize(sorted + 1);
-                return;
-            }
-        }
-        if (head == n) return;
+uint32_t Sampler::most_probable(std::span<const float> row) const {
+    const uint32_t best = check_finite(row);
+    if (row[best] == -infinity) {
+        throw Error(
+            "no token is left to draw: banned_ids, allowed_ids, logit_bias, min_new_tokens or a grammar rule out "
+            "every one");
     }
+    return best;
+}
+
+// Leaves in candidates_ what is drawn from; returns the sum of the weights.
+double Sampler::narrow(std::span<const float> row, float highest, uint64_t step) {
+    const SamplingParams& p = params_;
+    candidates_.reset(row, highest);
+    if (p.mirostat == 1) {
+        candidates_.mirostat_1(mirostat_mu_, p.temperature);
+    } else if (p.mirostat == 2) {
+        candidates_.mirostat_2(mirostat_mu_, p.temperature);
+    } else {
+        truncate(step);
+        if (p.dynatemp_range > 0) {
+            return candidates_.weigh(
+                candidates_.dynamic_temperature(p.temperature, p.dynatemp_range, p.dynatemp_exponent));
+        }
+    }
+    return candidates_.weigh(p.temperature);
+}
+
+void Sampler::truncate(uint64_t step) {
+    const SamplingParams& p = params_;
+    if (p.top_n_sigma > 0) candidates_.top_n_sigma(p.top_n_sigma);
+    if (p.top_k > 0) candidates_.top_k(p.top_k);
+    if (p.typical_p < 1) candidates_.typical(p.typical_p, p.min_keep);
+    if (p.top_p < 1) candidates_.top_p(p.top_p, p.min_keep);
+    if (p.min_p > 0) candidates_.min_p(p.min_p, p.min_keep);
+    // More than half of the probability is with one token at most, of which XTC never removes the last.
+    if (p.xtc_probability > 0 && p.xtc_threshold <= 0.5f && uniform(p.seed, step, Use::xtc) < p.xtc_probability) {
+        candidates_.xtc(p.xtc_threshold, p.min_keep);
+    }
+}
+
+// All ids of the parameters have to be below V, which only the logits tell.
+void Sampler::check_ids(size_t vocab_size) {
+    if (vocab_size == 0) throw ArgumentError("there are no logits");
+    const auto in_vocabulary = [=](const char* name, uint32_t id) {
+        if (id < vocab_size) return;
+        throw ArgumentError(std::string(name) + " has token id " + std::to_string(id) +
+                            ", which is not below the vocabulary size " + std::to_string(vocab_size));
+    };
+    for (const uint32_t id : params_.banned_ids) in_vocabulary("banned_ids", id);
+    for (const uint32_t id : params_.allowed_ids) in_vocabulary("allowed_ids", id);
+    for (const uint32_t id : params_.stop_ids) in_vocabulary("stop_ids", id);
+    for (const auto& entry : params_.logit_bias) in_vocabulary("logit_bias", entry.first);
+    checked_size_ = vocab_size;
 }
 
 }  // namespace fixmin::engine

@@ -1,56 +1,70 @@
 // The choice of the next token.
 #pragma once
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <vector>
 
+#include "engine/candidates.h"
+#include "engine/repetition.h"
+#include "engine/sampling_params.h"
 #include "kernels/kernels.h"
 
 namespace fixmin::engine {
 
-struct SamplingParams {
-    float temperature = 0;  // 0: greedy
-    uint32_t top_k = 0;     // 0: all
-    float top_p = 1;        // 1: all
-    uint64_t seed = 0;
-    uint32_t max_new_tokens = 128;
-    std::vector<uint32_t> stop_ids;  // generation ends at one of these; it is not part of the result
-};
-
-/// Filters in llama.cpp's order: top_k, top_p, then temperature on what is left.
-/// Step n of a seed always uses the same random number, whatever else runs.
+/// One per request; it holds all that sampling remembers. Not for several threads at once.
+///
+/// The random numbers of a step depend on the seed and the step only, and nothing on what else runs: the same logits
+/// and the same seed give the same tokens, in any batch and on every instruction set.
 class Sampler {
   public:
-    Sampler(const SamplingParams& params, std::span<const uint32_t> prompt, const kernels::Kernels& kernels)
-        : params_(params), kernels_(kernels) {
-        (void)prompt;
-    }
+    /// Throws ArgumentError if a parameter is out of range.
+    Sampler(const SamplingParams& params, std::span<const uint32_t> prompt_ids, const kernels::Kernels& kernels);
 
-    const kernels::Kernels& kernels() const { return kernels_; }
+    /// The next token; changes nothing that another call would notice: accept() does.
+    ///
+    /// @param logits   [V]; -infinity: never drawn
+    /// @param step     how many tokens this request has generated
+    /// @param allowed  bit id % 32 of word id / 32 says whether the token may be drawn; null: all may
+    /// Throws Error if the logits are not finite or no token may be drawn, ArgumentError if the parameters name ids
+    /// that are not below V.
+    uint32_t sample(std::span<const float> logits, uint64_t step, const uint32_t* allowed = nullptr);
 
-    /// @param logits  [V]
-    /// @param step    how many tokens this request has generated
-    /// Throws Error if the logits are not finite.
-    uint32_t sample(std::span<const float> logits, uint64_t step, const uint32_t* allowed);
-    void accept(uint32_t) {}
+    /// The token that the request goes on with.
+    void accept(uint32_t id);
+
+    struct Distribution {
+        std::vector<uint32_t> ids;  // in the order that a draw goes through them
+        std::vector<double> probabilities;
+    };
+
+    /// What sample() with the same arguments draws from: tokens that are left, with their probabilities.
+    Distribution probabilities(std::span<const float> logits, uint64_t step, const uint32_t* allowed = nullptr);
+
+    /// Largest surprise that mirostat lets through, bits.
+    float mirostat_mu() const { return mirostat_mu_; }
 
   private:
-    struct Candidate {
-        float logit;
-        uint32_t id;
-    };
-    void keep_top_k(std::span<const float> logits);
-    void keep_top_p();
+    std::span<const float> adjust(std::span<const float> logits, uint64_t step, const uint32_t* allowed);
+    uint32_t check_finite(std::span<const float> logits) const;
+    uint32_t most_probable(std::span<const float> row) const;
+    double narrow(std::span<const float> row, float highest, uint64_t step);
+    void truncate(uint64_t step);
+    void check_ids(size_t vocab_size);
 
     const SamplingParams params_;
     const kernels::Kernels& kernels_;
-    std::vector<Candidate> candidates_;
-    std::vector<float> probabilities_;
+    Repetition repetition_;
+    Candidates candidates_;
+    std::vector<float> row_;  // logits after all changes, where there are any
+    size_t checked_size_ = 0;
+    float mirostat_mu_;
+    struct Draw {
+        uint32_t id;
+        double surprise;  // bits
+    };
+    std::optional<Draw> draw_;  // the last one, which mirostat learns from once it is accepted
 };
-
-struct TokenLogprobs;
-/// Of the raw logits [V]: of `id`, and of the k most probable.
-TokenLogprobs top_logprobs(std::span<const float> logits, uint32_t k, uint32_t id, const kernels::Kernels& kernels);
 
 /// Number `index` of the SplitMix64 sequence that starts at `seed`, as a double in [0, 1).
 double counter_uniform(uint64_t seed, uint64_t index);

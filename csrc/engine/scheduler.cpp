@@ -13,8 +13,14 @@ uint32_t blocks_for(size_t n_positions) { return uint32_t((n_positions + kv_bloc
 
 }  // namespace
 
-Scheduler::Scheduler(KvPool& pool, const SchedulerLimits& limits, uint32_t vocab_size, uint32_t embedding_length)
-    : pool_(pool), limits_(limits), vocab_size_(vocab_size), embedding_length_(embedding_length), cache_(pool) {}
+Scheduler::Scheduler(KvPool& pool, const SchedulerLimits& limits, const model::Hyperparams& hp,
+                     const kernels::Kernels& kernels)
+    : pool_(pool),
+      limits_(limits),
+      vocab_size_(hp.vocab_size),
+      embedding_length_(hp.embedding_length),
+      kernels_(kernels),
+      cache_(pool) {}
 
 // ---- the queue ------------------------------------------------------------------------------------------------------
 
@@ -244,7 +250,7 @@ void Scheduler::hand_out(const Unit& unit, const float* logits) {
         if (options.n_prompt_logprobs >= 0 && unit.position + 1 < request.counters_.n_prompt) {
             request.prompt_logprobs_[unit.position] =
                 top_logprobs({logits, vocab_size_}, uint32_t(options.n_prompt_logprobs),
-                             request.ids_[unit.position + 1], request.sampler_.kernels());
+                             request.ids_[unit.position + 1], kernels_);
         }
     } catch (...) {
         request.failure_ = std::current_exception();
@@ -273,8 +279,8 @@ void Scheduler::sample(Request& request, const float* logits, uint32_t n_rows) {
         request.ids_.push_back(id);
         ++request.n_generated_;
         request.push(id, options.n_logprobs >= 0 ? top_logprobs(row, uint32_t(options.n_logprobs), id,
-                                                                request.sampler_.kernels())
-                                                 : TokenLogprobs{});
+                                                                kernels_)
+                                                 : TopLogprobs{});
         if (options.mask) {
             options.mask->accept(id);
             if (options.mask->finished()) stop(FinishReason::stop);

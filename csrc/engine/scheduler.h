@@ -34,7 +34,8 @@ struct EngineStats {
 /// result. Used by one thread, except hand_out().
 class Scheduler {
   public:
-    Scheduler(KvPool& pool, const SchedulerLimits& limits, uint32_t vocab_size, uint32_t embedding_length);
+    Scheduler(KvPool& pool, const SchedulerLimits& limits, const model::Hyperparams& hp,
+              const kernels::Kernels& kernels);
 
     void add(std::shared_ptr<Request> request) { waiting_.push_back(std::move(request)); }
     bool idle() const { return waiting_.empty() && running_.empty(); }
@@ -99,6 +100,7 @@ class Scheduler {
     const SchedulerLimits limits_;
     const uint32_t vocab_size_;
     const uint32_t embedding_length_;
+    const kernels::Kernels& kernels_;
     PrefixCache cache_;
     std::deque<Shared> waiting_;
     std::vector<Shared> running_;  // in the order in which they started

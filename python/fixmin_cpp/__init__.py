@@ -10,6 +10,7 @@ PyTorch never (only `fixmin_cpp.convert` and `fixmin_cpp.reference` use it).
 
 from ._core import __version__
 from .api import clear_cache, generate, quantize, system_info
+from .arguments import GenerationArguments
 from .errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -31,6 +32,7 @@ __all__ = [
     "Divergence",
     "FixminError",
     "GGUFError",
+    "GenerationArguments",
     "Model",
     "Perplexity",
     "Piece",

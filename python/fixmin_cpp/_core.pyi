@@ -1,7 +1,7 @@
 """Types of the native module. The public interface is `fixmin_cpp`; this one may change between versions."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -103,16 +103,75 @@ class FoldBuilder:
     def add_rows(self, row_begin: int, weight: NDArray[np.float32], bias: NDArray[np.float32] | None) -> None: ...
     def finish(self) -> FoldedProjection: ...
 
-# --- bind_engine.cpp -------------------------------------------------------------------------------------------
+# --- bind_sampler.cpp ------------------------------------------------------------------------------------------
 
 class SamplingParams:
+    """How the next token is chosen; see csrc/engine/sampling_params.h and docs/sampling.md."""
+
     temperature: float  # 0: greedy
+    dynatemp_range: float  # 0: off
+    dynatemp_exponent: float
+    top_n_sigma: float  # 0 or less: off
     top_k: int  # 0: off
+    typical_p: float  # 1: off
     top_p: float  # 1: off
+    min_p: float  # 0: off
+    xtc_probability: float  # 0: off
+    xtc_threshold: float  # above 0.5: off
+    min_keep: int
+    mirostat: int  # 0: off; 1; 2
+    mirostat_tau: float  # bits
+    mirostat_eta: float
     seed: int  # uint64
+    logit_bias: dict[int, float]
+    banned_ids: list[int]
+    allowed_ids: list[int]  # empty: all
+    min_new_tokens: int  # before so many no stop id is drawn
+    repeat_penalty: float  # 1: off
+    frequency_penalty: float  # 0: off
+    presence_penalty: float  # 0: off
+    repeat_last_n: int  # tokens; -1: all
+    dry_multiplier: float  # 0: off
+    dry_base: float
+    dry_allowed_length: int  # tokens
+    dry_penalty_last_n: int  # tokens; -1: all
+    dry_sequence_breakers: list[list[int]]
     max_new_tokens: int
     stop_ids: list[int]  # generation ends after one of these; it is not part of the result
     def __init__(self) -> None: ...
+
+class Sampler:
+    """Chooses the tokens of one request from logits; see csrc/engine/sampler.h. Not for several threads at once."""
+
+    def __init__(
+        self,
+        params: SamplingParams,  # ArgumentError if one is out of range
+        prompt_ids: Sequence[int] = (),  # what penalties and DRY look back on
+        isa: str | None = None,
+    ) -> None: ...
+    def sample(
+        self,
+        logits: NDArray[np.float32],  # [V]
+        step: int,  # tokens generated so far
+        allowed: NDArray[np.uint32] | None = None,  # bit set [ceil(V/32)]
+    ) -> int: ...
+    def accept(self, id: int) -> None: ...  # the token that the request goes on with
+    def probabilities(
+        self, logits: NDArray[np.float32], step: int, allowed: NDArray[np.uint32] | None = None
+    ) -> tuple[NDArray[np.uint32], NDArray[np.float64]]: ...  # what sample() draws from: ids [n], probabilities [n]
+    @property
+    def mirostat_mu(self) -> float: ...  # bits
+
+def top_logprobs(
+    logits: NDArray[np.float32],  # [V], as the model gave them
+    k: int,  # up to 1024
+    chosen: int,
+    isa: str | None = None,
+) -> tuple[
+    float, int, NDArray[np.uint32], NDArray[np.float32]
+]: ...  # natural logarithm of the probability of `chosen`, its rank from 1, ids [k] and their log-probabilities [k]
+
+# --- bind_engine.cpp -------------------------------------------------------------------------------------------
 
 class GenerationResult:
     token_ids: NDArray[np.uint32]

@@ -1,66 +1,164 @@
 """Checks of what callers pass, before any of it reaches native code. A message names the argument and its value."""
 
+import difflib
 import math
 import operator
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, fields
+from typing import Any, TypeAlias, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
+from . import _core
 from .errors import ArgumentError, ArgumentTypeError
 
 TokenIds: TypeAlias = Sequence[int] | NDArray[np.integer[Any]]
 Prompt: TypeAlias = str | TokenIds
 
 _MAX_SEED = 2**64 - 1
+_MAX_INT32 = 2**31 - 1
 _MAX_FLOAT32 = float(np.finfo(np.float32).max)
+_MIN_FLOAT32 = float(np.finfo(np.float32).tiny)
+
+
+class GenerationArguments(TypedDict, total=False):
+    """How Model.generate and Model.stream continue a prompt. All are optional; docs/sampling.md has the formulas.
+
+    Names, defaults and order are llama.cpp's. Without a temperature the most probable token is taken: what narrows the
+    choice then has no effect, biases, bans and penalties do.
+    """
+
+    # Length
+    max_new_tokens: int  # 128. Upper limit, at least 1; prompt and answer share the n_ctx positions of the context
+    min_new_tokens: int  # 0. Before so many, neither the end-of-text token nor one of stop_ids can be drawn
+    stop: str | Sequence[str] | None  # none. Text ends before the leftmost of these, wherever token borders fall
+    stop_ids: TokenIds  # none. Ends at one of these tokens, as at the end-of-text token; it is not part of the result
+    ignore_eos: bool  # False. The end-of-text token is never drawn
+
+    # Chance
+    temperature: float | None  # None: 0, greedy; with do_sample=True 1
+    do_sample: bool | None  # None. False: greedy whatever the temperature (as in transformers)
+    seed: int | None  # 0 to 2^64-1; the same seed gives the same tokens. None: a random one, reported in the result
+    dynatemp_range: float  # 0. The temperature lies between temperature -+ range, the higher the less certain the model
+    dynatemp_exponent: float  # 1. How it depends on the entropy
+
+    # Narrowing the choice, in this order
+    top_n_sigma: float  # -1. Keeps logits within so many standard deviations of the largest; 0 or less: all
+    top_k: int  # 40. Keeps the most probable tokens; 0: all
+    typical_p: float  # 1. Keeps this share of the probability, tokens of nearly typical surprise first; 1: all
+    top_p: float  # 0.95. Keeps the smallest set of tokens that holds this share of the probability; 1: all
+    min_p: float  # 0.05. Keeps tokens at least this probable in relation to the most probable one; 0: all
+    xtc_probability: float  # 0. How often all but the least probable of the tokens above xtc_threshold are left out
+    xtc_threshold: float  # 0.1. Above 0.5 it never happens
+    min_keep: int  # 0. typical_p, top_p, min_p and XTC leave at least so many tokens
+    mirostat: int  # 0. 1 or 2: this in place of all the above, aiming at a surprise of mirostat_tau bits
+    mirostat_tau: float  # 5
+    mirostat_eta: float  # 0.1. How fast it is corrected
+
+    # Repetition, in the last repeat_last_n tokens of prompt and answer
+    repeat_penalty: float  # 1. Positive logits of tokens that came up are divided by it, negative ones multiplied
+    repetition_penalty: float  # another name of repeat_penalty
+    presence_penalty: float  # 0. Subtracted from the logits of tokens that came up
+    frequency_penalty: float  # 0. The same, for every time
+    repeat_last_n: int  # 64. -1: all
+    dry_multiplier: float  # 0. DRY: multiplier * base^(n - allowed_length) is taken from the logit of a token that
+    dry_base: float  # 1.75.   would continue a repetition of n tokens, if n is at least allowed_length
+    dry_allowed_length: int  # 2
+    dry_penalty_last_n: int  # -1. Looks for repetitions in the last so many tokens; -1: in all
+    dry_sequence_breakers: Sequence[str | Sequence[int]]  # "\\n", ":", '"', "*". Repetitions do not reach across these
+
+    # Single tokens
+    logit_bias: Mapping[int, float]  # none. Added to the logits of these ids; -inf: never drawn
+    banned_ids: TokenIds  # none. Never drawn
+    bad_ids: TokenIds  # another name of banned_ids
+    allowed_ids: TokenIds | None  # None: all. Else nothing else is drawn
+
+    # The request
+    logprobs: int | None  # None. Log-probability of every generated token, and of so many of the most probable
+    prompt_logprobs: int | None  # None. The same for the tokens of the prompt but the first; all of it is read then
+    prompt_lookup_num_tokens: int  # 0. Guesses up to so many tokens, at most 31, from how the text went on before, and
+    #                                verifies them in one step: the same result, sooner where the text repeats itself
+    prefix_cache: bool  # True. Reads only what no earlier prompt began with, and is remembered itself
+    timeout: float | None  # None. Ends after so many seconds, those in the queue included
+
+
+DEFAULT_BREAKERS = ("\n", ":", '"', "*")  # of DRY, llama.cpp's
+_ALIASES = {"repetition_penalty": "repeat_penalty", "bad_ids": "banned_ids"}
 
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """Checked arguments of one generation; see Model.generate for their meaning."""
+    """Checked arguments of one generation; their meaning is that of GenerationArguments."""
 
-    max_new_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
-    seed: int | None
-    stop: tuple[str, ...]
-    ignore_eos: bool
+    max_new_tokens: int = 128
+    min_new_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    temperature: float = 0.0
+    seed: int | None = None
+    dynatemp_range: float = 0.0
+    dynatemp_exponent: float = 1.0
+    top_n_sigma: float = -1.0
+    top_k: int = 40
+    typical_p: float = 1.0
+    top_p: float = 0.95
+    min_p: float = 0.05
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    min_keep: int = 0
+    mirostat: int = 0
+    mirostat_tau: float = 5.0
+    mirostat_eta: float = 0.1
+    repeat_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repeat_last_n: int = 64
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_penalty_last_n: int = -1
+    dry_sequence_breakers: tuple[str | tuple[int, ...], ...] | None = None  # None: the default ones, if there is text
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    banned_ids: tuple[int, ...] = ()
+    allowed_ids: tuple[int, ...] = ()  # empty: all
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    prompt_lookup_num_tokens: int = 0
+    prefix_cache: bool = True
+    timeout: float | None = None
 
     @classmethod
-    def check(
-        cls,
-        *,
-        max_new_tokens: Any,
-        temperature: Any,
-        top_k: Any,
-        top_p: Any,
-        seed: Any,
-        stop: Any,
-        ignore_eos: Any,
-        do_sample: Any,
-    ) -> "GenerationOptions":
+    def check(cls, arguments: Mapping[str, Any], vocab_size: int) -> "GenerationOptions":
         """Raises ArgumentError (a ValueError) or ArgumentTypeError (also a TypeError) for anything out of place."""
-        sample = None if do_sample is None else as_bool("do_sample", do_sample)
-        if temperature is None:
-            temperature = 1.0 if sample else 0.0
-        temperature = as_float("temperature", temperature, 0.0, _MAX_FLOAT32)
-        if sample and temperature == 0.0:
-            raise ArgumentError("do_sample=True needs a temperature above 0, got temperature=0")
-        return cls(
-            max_new_tokens=as_int("max_new_tokens", max_new_tokens, 1),
-            temperature=0.0 if sample is False else temperature,
-            top_k=as_int("top_k", top_k, 0),
-            top_p=as_share("top_p", top_p),
-            seed=None if seed is None else as_int("seed", seed, 0, _MAX_SEED),
-            stop=as_stop_strings(stop),
-            ignore_eos=as_bool("ignore_eos", ignore_eos),
-        )
+        given = _known_names(arguments)
+        sample = given.pop("do_sample", None)
+        sample = None if sample is None else as_bool("do_sample", sample)
+        temperature = given.pop("temperature", None)
+        checked = {name: _CHECKS[name](name, value, vocab_size) for name, value in given.items()}
+        options = cls(temperature=_temperature(temperature, sample), **checked)
+        if options.min_new_tokens > options.max_new_tokens:
+            raise ArgumentError(
+                f"min_new_tokens is {options.min_new_tokens}, above max_new_tokens, which is {options.max_new_tokens}"
+            )
+        return options
+
+    def native(self, *, seed: int, eos_id: int | None, breakers: list[list[int]]) -> _core.SamplingParams:
+        """The same for the engine. `breakers`: dry_sequence_breakers as ids."""
+        params = _core.SamplingParams()
+        for name in _NATIVE:
+            value = getattr(self, name)
+            # Counts beyond what any sequence can reach mean the same as the largest one that fits.
+            setattr(params, name, min(value, _MAX_INT32) if isinstance(value, int) else value)
+        params.seed = seed
+        params.logit_bias = dict(self.logit_bias)
+        params.allowed_ids = list(self.allowed_ids)
+        end = [] if eos_id is None else [eos_id]
+        params.banned_ids = [*self.banned_ids, *(end if self.ignore_eos else [])]
+        params.stop_ids = [*self.stop_ids, *([] if self.ignore_eos else end)]
+        params.dry_sequence_breakers = breakers
+        return params
 
 
 def as_int(name: str, value: Any, low: int, high: int | None = None) -> int:
@@ -95,7 +193,7 @@ def as_share(name: str, value: Any) -> float:
     number = as_float(name, value, 0.0, 1.0)
     if number == 0.0:
         raise ArgumentError(f"{name} must be above 0, got {value!r}: a share of nothing leaves no token")
-    return number
+    return max(number, _MIN_FLOAT32)
 
 
 def as_bool(name: str, value: Any) -> bool:
@@ -118,6 +216,49 @@ def as_stop_strings(stop: Any) -> tuple[str, ...]:
         if not string:
             raise ArgumentError(f"stop[{i}] must not be empty, got ''")
     return tuple(strings)
+
+
+def as_id_tuple(name: str, value: Any, vocab_size: int) -> tuple[int, ...]:
+    """Any number of token ids, also none: a sequence, a set or an integer array."""
+    if isinstance(value, Set):
+        value = sorted(value)
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes) and len(value) == 0:
+        return ()
+    return tuple(as_token_ids(name, value, vocab_size).tolist())
+
+
+def as_allowed_ids(name: str, value: Any, vocab_size: int) -> tuple[int, ...]:
+    """Token ids, at least one; None gives none, which stands for all."""
+    ids = () if value is None else as_id_tuple(name, value, vocab_size)
+    if value is not None and not ids:
+        raise ArgumentError(f"{name} is empty: nothing could be drawn (None allows all)")
+    return ids
+
+
+def as_logit_bias(name: str, value: Any, vocab_size: int) -> tuple[tuple[int, float], ...]:
+    """A mapping from token ids to what is added to their logits: finite, or -inf."""
+    if not isinstance(value, Mapping):
+        raise ArgumentTypeError(f"{name} must be a dict of token id to bias, got {_show(value)}")
+    pairs = []
+    for key, bias in value.items():
+        token_id = as_int(f"{name} key", key, 0)
+        if token_id >= vocab_size:
+            raise ArgumentError(f"{name} has token id {token_id}, but token ids run from 0 to {vocab_size - 1}")
+        pairs.append((token_id, as_float(f"{name}[{token_id}]", bias, -math.inf, _MAX_FLOAT32)))
+    return tuple(pairs)
+
+
+def as_breakers(name: str, value: Any, vocab_size: int) -> tuple[str | tuple[int, ...], ...]:
+    """Sequence breakers: each a non-empty string or token ids."""
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        raise ArgumentTypeError(f"{name} must be a list of str or token ids, got {_show(value)}")
+    for i, item in enumerate(value):
+        if isinstance(item, str) and not item:
+            raise ArgumentError(f"{name}[{i}] must not be empty, got ''")
+    return tuple(
+        item if isinstance(item, str) else tuple(as_token_ids(f"{name}[{i}]", item, vocab_size).tolist())
+        for i, item in enumerate(value)
+    )
 
 
 def as_token_ids(name: str, value: Any, vocab_size: int) -> NDArray[np.uint32]:
@@ -166,3 +307,113 @@ def _show(value: Any) -> str:
     """Type and value, short enough for a message."""
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+
+
+def _known_names(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments under their main names. ArgumentTypeError for a name that there is not."""
+    named: dict[str, Any] = {}
+    for name, value in arguments.items():
+        main = _ALIASES.get(name, name)
+        if main not in _CHECKS and main not in ("temperature", "do_sample"):
+            known = GenerationArguments.__annotations__
+            similar = difflib.get_close_matches(name, known, 1)
+            hint = f": did you mean {similar[0]!r}?" if similar else f"; there are {', '.join(known)}"
+            raise ArgumentTypeError(f"there is no argument {name!r}{hint}")
+        if main in named:
+            raise ArgumentError(f"{name} and {main} are one argument: give it once")
+        named[main] = value
+    return named
+
+
+def _temperature(value: Any, sample: bool | None) -> float:
+    if value is None:
+        value = 1.0 if sample else 0.0
+    temperature = as_float("temperature", value, 0.0, _MAX_FLOAT32)
+    if sample and temperature == 0.0:
+        raise ArgumentError("do_sample=True needs a temperature above 0, got temperature=0")
+    return 0.0 if sample is False else temperature
+
+
+_Check: TypeAlias = Callable[[str, Any, int], Any]  # name, value, vocabulary size -> the checked value
+
+
+def _int(low: int, high: int | None = None) -> _Check:
+    return lambda name, value, vocab_size: as_int(name, value, low, high)
+
+
+def _float(low: float, high: float) -> _Check:
+    return lambda name, value, vocab_size: as_float(name, value, low, high)
+
+
+def _positive(name: str, value: Any, vocab_size: int) -> float:
+    number = as_float(name, value, 0.0, _MAX_FLOAT32)
+    if number == 0.0:
+        raise ArgumentError(f"{name} must be above 0, got {value!r}")
+    return max(number, _MIN_FLOAT32)
+
+
+_share: _Check = lambda name, value, vocab_size: as_share(name, value)  # noqa: E731
+_not_negative = _float(0.0, _MAX_FLOAT32)
+_any_float = _float(-_MAX_FLOAT32, _MAX_FLOAT32)
+_probability = _float(0.0, 1.0)
+
+def _optional(check: _Check) -> _Check:
+    return lambda name, value, vocab_size: None if value is None else check(name, value, vocab_size)
+
+
+_CHECKS: dict[str, _Check] = {
+    "max_new_tokens": _int(1),
+    "min_new_tokens": _int(0),
+    "stop": lambda name, value, vocab_size: as_stop_strings(value),
+    "stop_ids": as_id_tuple,
+    "ignore_eos": lambda name, value, vocab_size: as_bool(name, value),
+    "seed": lambda name, value, vocab_size: None if value is None else as_int(name, value, 0, _MAX_SEED),
+    "dynatemp_range": _not_negative,
+    "dynatemp_exponent": _not_negative,
+    "top_n_sigma": _any_float,
+    "top_k": _int(0),
+    "typical_p": _share,
+    "top_p": _share,
+    "min_p": _probability,
+    "xtc_probability": _probability,
+    "xtc_threshold": _probability,
+    "min_keep": _int(0),
+    "mirostat": _int(0, 2),
+    "mirostat_tau": _not_negative,
+    "mirostat_eta": _not_negative,
+    "repeat_penalty": _positive,
+    "presence_penalty": _any_float,
+    "frequency_penalty": _any_float,
+    "repeat_last_n": _int(-1),
+    "dry_multiplier": _not_negative,
+    "dry_base": _float(1.0, _MAX_FLOAT32),
+    "dry_allowed_length": _int(0),
+    "dry_penalty_last_n": _int(-1),
+    "dry_sequence_breakers": as_breakers,
+    "logit_bias": as_logit_bias,
+    "banned_ids": as_id_tuple,
+    "allowed_ids": as_allowed_ids,
+    "logprobs": _optional(_int(0, 1024)),
+    "prompt_logprobs": _optional(_int(0, 1024)),
+    "prompt_lookup_num_tokens": _int(0, 31),
+    "prefix_cache": lambda name, value, vocab_size: as_bool(name, value),
+    "timeout": _optional(_float(0.0, _MAX_FLOAT32)),
+}
+
+# Fields that the engine takes under the same name and as they are.
+_CHANGED = {
+    "stop",
+    "stop_ids",
+    "ignore_eos",
+    "seed",
+    "dry_sequence_breakers",
+    "logit_bias",
+    "banned_ids",
+    "allowed_ids",
+    "logprobs",
+    "prompt_logprobs",
+    "prompt_lookup_num_tokens",
+    "prefix_cache",
+    "timeout",
+}
+_NATIVE = [field.name for field in fields(GenerationOptions) if field.name not in _CHANGED]

@@ -8,6 +8,7 @@ import dataclasses
 import importlib
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from . import __version__
+from .arguments import GenerationArguments
 from .errors import FixminError
 
 __all__ = ["app", "main"]
@@ -97,11 +99,72 @@ def generate(
     ] = True,
     max_new_tokens: Annotated[int, typer.Option("-n", "--max-new-tokens", help="Upper limit of new tokens.")] = 128,
     temperature: Annotated[float, typer.Option("--temperature", "--temp", help="0: greedy.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Sample from the k most probable tokens; 0: from all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Sample from this share of the probability; 1: from all.")] = 1.0,
     seed: Annotated[int | None, typer.Option("-s", "--seed", help="Default: a random one, shown at the end.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end-of-text token.")] = False,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Never draw the end-of-text token.")] = False,
+    min_new_tokens: Annotated[int | None, typer.Option(help="Do not end before so many. Default: 0")] = None,
+    dynatemp_range: Annotated[
+        float | None, typer.Option(help="Temperature +- range, by the entropy. Default: 0")
+    ] = None,
+    dynatemp_exponent: Annotated[
+        float | None,
+        typer.Option("--dynatemp-exponent", "--dynatemp-exp", help="How it depends on the entropy. Default: 1"),
+    ] = None,
+    top_n_sigma: Annotated[
+        float | None,
+        typer.Option(
+            "--top-n-sigma", "--top-nsigma", help="Logits within n deviations of the largest. Default: -1, off"
+        ),
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="From the k most probable tokens. Default: 40; 0: all")] = None,
+    typical_p: Annotated[
+        float | None,
+        typer.Option("--typical-p", "--typical", help="From this share of typical tokens. Default: 1, off"),
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="From this share of the probability. Default: 0.95; 1: all")
+    ] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="From tokens so probable beside the first. Default: 0.05; 0: all")
+    ] = None,
+    xtc_probability: Annotated[
+        float | None, typer.Option(help="How often to leave out the most probable tokens. Default: 0")
+    ] = None,
+    xtc_threshold: Annotated[float | None, typer.Option(help="Which these are. Default: 0.1")] = None,
+    mirostat: Annotated[int | None, typer.Option(help="1 or 2 in place of all that. Default: 0, off")] = None,
+    mirostat_tau: Annotated[
+        float | None,
+        typer.Option("--mirostat-tau", "--mirostat-ent", help="Surprise in bits that mirostat aims at. Default: 5"),
+    ] = None,
+    mirostat_eta: Annotated[
+        float | None, typer.Option("--mirostat-eta", "--mirostat-lr", help="How fast. Default: 0.1")
+    ] = None,
+    repeat_penalty: Annotated[
+        float | None, typer.Option(help="Divides logits of recent tokens. Default: 1, off")
+    ] = None,
+    presence_penalty: Annotated[
+        float | None, typer.Option(help="Subtracted from logits of recent tokens. Default: 0")
+    ] = None,
+    frequency_penalty: Annotated[float | None, typer.Option(help="The same, for every time. Default: 0")] = None,
+    repeat_last_n: Annotated[
+        int | None, typer.Option(help="Which are recent, prompt included. Default: 64; -1: all")
+    ] = None,
+    dry_multiplier: Annotated[
+        float | None, typer.Option(help="DRY, against repeated sequences. Default: 0, off")
+    ] = None,
+    dry_base: Annotated[float | None, typer.Option(help="DRY: growth with their length. Default: 1.75")] = None,
+    dry_allowed_length: Annotated[
+        int | None, typer.Option(help="DRY: length that costs nothing yet. Default: 2")
+    ] = None,
+    dry_penalty_last_n: Annotated[int | None, typer.Option(help="DRY: tokens to look back. Default: -1, all")] = None,
+    dry_sequence_breaker: Annotated[
+        list[str] | None,
+        typer.Option(help="DRY: repetitions end here; repeatable, 'none' for none. Default: newline : \" *"),
+    ] = None,
+    logit_bias: Annotated[
+        list[str] | None,
+        typer.Option("-l", "--logit-bias", metavar="ID[+-]BIAS", help="Add to a logit: 17+1.5, 17-inf; repeatable."),
+    ] = None,
     threads: Annotated[int | None, typer.Option("-t", "--threads", help="Default: what the machine offers.")] = None,
     ctx: Annotated[int | None, typer.Option("-c", "--ctx", help="Context positions. Default: the model's.")] = None,
     kv_type: Annotated[str, typer.Option(help="Type of the KV cache: f16, f32 or q8_0.")] = "f16",
@@ -110,19 +173,20 @@ def generate(
     as_json: _Json = False,
     debug: _Debug = False,
 ) -> None:
-    """Continue a prompt. The text goes to stdout, timings to stderr."""
+    """Continue a prompt. The text goes to stdout, timings to stderr.
+
+    Options of sampling have llama.cpp's names and defaults, but for --temp: it is 0 here, and then the others that
+    narrow the choice have no effect. docs/sampling.md explains each.
+    """
+    given = {name: value for name, value in locals().items() if name in GenerationArguments.__annotations__}
+    arguments: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     with _errors(debug):
         text = _read_prompt(prompt, file, escape)
         stops = [_unescape(s) if escape else s for s in stop or []]
-        arguments = {
-            "max_new_tokens": max_new_tokens,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "seed": seed,
-            "stop": stops,
-            "ignore_eos": ignore_eos,
-        }
+        arguments |= {"stop": stops, "logit_bias": _logit_bias(logit_bias or [])}
+        if dry_sequence_breaker:
+            breakers = [] if dry_sequence_breaker == ["none"] else dry_sequence_breaker
+            arguments["dry_sequence_breakers"] = [_unescape(b) if escape else b for b in breakers]
         with _load(model, n_threads=threads, n_ctx=ctx, kv_type=kv_type) as loaded:
             # Through a stream in any case, so that Ctrl-C keeps what was written so far.
             with loaded.stream(text, **arguments) as pieces:
@@ -436,6 +500,18 @@ def _tensor_types(options: list[str]) -> dict[str, str]:
             raise typer.BadParameter(f"--tensor-type must be REGEX=TYPE, got {option!r}")
         rules.setdefault(expression, wanted)
     return rules
+
+
+def _logit_bias(options: list[str]) -> dict[int, float]:
+    """ID+BIAS or ID-BIAS, as llama.cpp writes it."""
+    biases = {}
+    for option in options:
+        match = re.fullmatch(r"(\d+)([+-].+)", option)
+        try:
+            biases[int(match[1])] = float(match[2])  # type: ignore[index]
+        except (TypeError, ValueError):
+            raise typer.BadParameter(f"--logit-bias must be ID+BIAS or ID-BIAS, got {option!r}") from None
+    return biases
 
 
 def _unescape(text: str) -> str:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import os
 import threading
 import weakref
@@ -52,7 +53,7 @@ class TokenLogprob:
 
     token_id: int
     logprob: float
-    rank: int  # 0: no token was more probable
+    rank: int  # 1: no token was more probable
     top: list[tuple[int, float]]  # the most probable tokens and their log-probabilities, falling
 
 
@@ -92,6 +93,7 @@ class Run:
         self._options = options
         self._index = index
         self._seed = int.from_bytes(os.urandom(4), "little") if options.seed is None else options.seed
+        self._params = model._sampling_params(options, self._seed)
         tokenizer = model._require_tokenizer() if options.stop else model._tokenizer
         decoder = IncrementalDecoder(tokenizer, ids.tolist()) if tokenizer is not None else None
         self._assembler = TextAssembler(decoder, StopStrings(options.stop))
@@ -118,9 +120,15 @@ class Run:
 
     def start(self, engine: _core.Engine, mailbox: _core.Mailbox | None = None, after: "Run | None" = None) -> None:
         """Queues the request."""
+        options = self._options
         self._request = engine.submit(
             self._ids,
-            self._model._sampling_params(self._options, self._seed),
+            self._params,
+            n_logprobs=-1 if options.logprobs is None else options.logprobs,
+            n_prompt_logprobs=-1 if options.prompt_logprobs is None else options.prompt_logprobs,
+            n_draft=options.prompt_lookup_num_tokens,
+            prefix_cache=options.prefix_cache,
+            timeout_s=math.inf if options.timeout is None else options.timeout,
             mailbox=mailbox,
             after=None if after is None else after._request,
         )

@@ -9,13 +9,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import _core
 from .arguments import (
+    DEFAULT_BREAKERS,
+    GenerationArguments,
     GenerationOptions,
     Prompt,
     TokenIds,
@@ -28,6 +30,9 @@ from .errors import ArgumentError, ArgumentTypeError, ContextLengthError, Fixmin
 from .generation import AsyncTextStream, Completion, Dispatcher, Piece, Run, TextStream, Timings, TokenLogprob, drive
 from .state import file_sha256, read_state, write_state
 from .tokenizer import TextTokenizer, end_of_text_id
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # in typing from Python 3.11
 
 __all__ = ["AsyncTextStream", "Completion", "Model", "Piece", "Score", "TextStream", "Timings", "TokenLogprob"]
 
@@ -115,77 +120,32 @@ class Model:
 
     @overload
     def generate(  # type: ignore[overload-overlap]  # a str is a Sequence[str] too; the first one counts
-        self,
-        prompt: Prompt,
-        *,
-        max_new_tokens: int = ...,
-        temperature: float | None = ...,
-        top_k: int = ...,
-        top_p: float = ...,
-        seed: int | None = ...,
-        stop: str | Sequence[str] | None = ...,
-        ignore_eos: bool = ...,
-        do_sample: bool | None = ...,
+        self, prompt: Prompt, **arguments: "Unpack[GenerationArguments]"
     ) -> Completion: ...
     @overload
+    def generate(self, prompt: Sequence[Prompt], **arguments: "Unpack[GenerationArguments]") -> list[Completion]: ...
     def generate(
-        self,
-        prompt: Sequence[Prompt],
-        *,
-        max_new_tokens: int = ...,
-        temperature: float | None = ...,
-        top_k: int = ...,
-        top_p: float = ...,
-        seed: int | None = ...,
-        stop: str | Sequence[str] | None = ...,
-        ignore_eos: bool = ...,
-        do_sample: bool | None = ...,
-    ) -> list[Completion]: ...
-    def generate(
-        self,
-        prompt: Prompt | Sequence[Prompt],
-        *,
-        max_new_tokens: int = 128,
-        temperature: float | None = None,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-        stop: str | Sequence[str] | None = None,
-        ignore_eos: bool = False,
-        do_sample: bool | None = None,
+        self, prompt: Prompt | Sequence[Prompt], **arguments: "Unpack[GenerationArguments]"
     ) -> Completion | list[Completion]:
         """Continues a prompt; greedy unless a temperature is given.
 
         Args:
             prompt: text, token ids (a list or an integer array [T]), or a list of those. A list is answered by a list
                 in the same order; its prompts run together, each with the result that it has alone (same seed).
-            max_new_tokens: upper limit, at least 1. The context bounds it too: prompt and answer share n_ctx positions.
-            temperature: 0 (greedy) or more. None: 0, or 1 with do_sample=True.
-            top_k: sample from the k most probable tokens only; 0: from all.
-            top_p: sample from the smallest set of tokens that holds this share of the probability; 1: from all.
-            seed: 0 to 2^64-1; the same seed gives the same tokens. None: a random one, reported in the result.
-            stop: text ends before the leftmost occurrence of any of these strings, wherever token borders fall.
-            ignore_eos: goes on after the end-of-text token.
-            do_sample: False: greedy whatever the temperature (as in transformers).
+            **arguments: max_new_tokens, temperature, top_k, seed, stop and many more: see
+                fixmin_cpp.GenerationArguments and docs/sampling.md.
 
         Returns:
             A Completion, or a list of them. finish_reason: "length" (max_new_tokens or the context is used up),
-            "stop" (a stop string), "eos" (the end-of-text token), "cancelled" (the model was closed meanwhile).
+            "stop" (a stop string), "eos" (the end-of-text token or one of stop_ids), "cancelled" (the model was closed
+            meanwhile).
 
         Raises:
             ArgumentError, ArgumentTypeError, ContextLengthError (all ValueErrors): before anything runs.
+            FixminError: no token is left to draw.
             KeyboardInterrupt: Ctrl-C ends a run in the main thread within one layer.
         """
-        options = GenerationOptions.check(
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            stop=stop,
-            ignore_eos=ignore_eos,
-            do_sample=do_sample,
-        )
+        options = GenerationOptions.check(arguments, self._vocab_size)
         prompts, many = split_prompts(prompt)
         names = [f"prompt[{i}]" for i in range(len(prompts))] if many else ["prompt"]
         runs = self._runs_of(names, prompts, options)
@@ -193,41 +153,20 @@ class Model:
             completions = drive(runs, engine)
         return completions if many else completions[0]
 
-    def stream(
-        self,
-        prompt: Prompt,
-        *,
-        max_new_tokens: int = 128,
-        temperature: float | None = None,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-        stop: str | Sequence[str] | None = None,
-        ignore_eos: bool = False,
-        do_sample: bool | None = None,
-    ) -> "TextStream":
+    def stream(self, prompt: Prompt, **arguments: "Unpack[GenerationArguments]") -> "TextStream":
         """Like generate() for one prompt, but gives each token as soon as it is there.
 
         Arguments are checked at the call; the run starts with the first piece asked for and does not wait for a slow
         reader. Leaving the loop, close(), or Ctrl-C cancels it.
         """
-        options = GenerationOptions.check(
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            stop=stop,
-            ignore_eos=ignore_eos,
-            do_sample=do_sample,
-        )
+        options = GenerationOptions.check(arguments, self._vocab_size)
         prompts, many = split_prompts(prompt)
         if many:
             raise ArgumentTypeError("prompt of stream() must be one prompt, got a list of prompts")
         return TextStream(self._runs_of(["prompt"], prompts, options)[0], self._start)
 
     async def agenerate(
-        self, prompt: Prompt | Sequence[Prompt], **arguments: Any
+        self, prompt: Prompt | Sequence[Prompt], **arguments: "Unpack[GenerationArguments]"
     ) -> Completion | list[Completion]:
         """generate() for an event loop: does not block it. Cancelling the task cancels the generation."""
         prompts, many = split_prompts(prompt)
@@ -240,9 +179,9 @@ class Model:
                 task.cancel()
         return completions if many else completions[0]
 
-    def astream(self, prompt: Prompt, **arguments: Any) -> AsyncTextStream:
+    def astream(self, prompt: Prompt, **arguments: "Unpack[GenerationArguments]") -> AsyncTextStream:
         """stream() for `async for`. Arguments are checked at the call; the run starts with the first piece asked for."""
-        options = GenerationOptions.check(**arguments)
+        options = GenerationOptions.check(arguments, self._vocab_size)
         prompts, many = split_prompts(prompt)
         if many:
             raise ArgumentTypeError("prompt of astream() must be one prompt, got a list of prompts")
@@ -461,15 +400,17 @@ class Model:
         return [Run(self, one, options, index) for index, one in enumerate(ids)]
 
     def _sampling_params(self, options: GenerationOptions, seed: int) -> _core.SamplingParams:
-        params = _core.SamplingParams()
-        params.temperature = options.temperature
-        params.top_k = min(options.top_k, self._vocab_size)
-        params.top_p = options.top_p
-        params.seed = seed
-        params.max_new_tokens = min(options.max_new_tokens, self._n_ctx)
-        eos_id = None if options.ignore_eos else self._eos_id
-        params.stop_ids = [] if eos_id is None else [eos_id]
-        return params
+        breakers: list[list[int]] = []
+        if options.dry_multiplier > 0:
+            strings = options.dry_sequence_breakers
+            if strings is None:
+                strings = DEFAULT_BREAKERS if self._tokenizer is not None else ()
+            for item in strings:
+                if isinstance(item, str):
+                    breakers += self._require_tokenizer().sequences_with(item)
+                else:
+                    breakers.append(list(item))
+        return options.native(seed=seed, eos_id=self._eos_id, breakers=breakers)
 
     def _check_open(self) -> None:
         if self._closed:

@@ -1,6 +1,7 @@
 """The tokenizer that a GGUF file carries: the whole tokenizer.json under `tokenizer.huggingface.json`."""
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from .errors import ArgumentError, ArgumentTypeError, GGUFError
@@ -12,6 +13,7 @@ __all__ = ["TextTokenizer", "end_of_text_id"]
 
 _JSON_KEY = "tokenizer.huggingface.json"
 _EOS_KEY = "tokenizer.ggml.eos_token_id"
+_MAX_SEQUENCES = 64  # strings whose sequences of tokens are kept
 
 
 class TextTokenizer:
@@ -24,6 +26,7 @@ class TextTokenizer:
         self.backend = tokenizer
         added = tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self._sequences: dict[str, list[list[int]]] = {}
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any]) -> "TextTokenizer | None":
@@ -55,6 +58,28 @@ class TextTokenizer:
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Text of `ids`; ids that the tokenizer does not know have none."""
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    @cached_property
+    def token_texts(self) -> list[str]:
+        """Text of every id by itself, [V]."""
+        return [self.backend.decode([i], skip_special_tokens=False) for i in range(self.backend.get_vocab_size())]
+
+    def sequences_with(self, text: str) -> list[list[int]]:
+        """Sequences of ids in which `text` comes up: single tokens that hold it, and those that begin it in the middle
+        or at the end of a token and go on with the tokens of the rest."""
+        if text not in self._sequences:
+            sequences = []
+            for token_id, token in enumerate(self.token_texts):
+                if text in token:
+                    sequences.append([token_id])
+                    continue
+                for n in range(min(len(text) - 1, len(token)), 0, -1):
+                    if token.endswith(text[:n]):
+                        sequences.append([token_id, *self.encode(text[n:])])
+            if len(self._sequences) >= _MAX_SEQUENCES:
+                self._sequences.clear()
+            self._sequences[text] = sequences
+        return self._sequences[text]
 
 
 def end_of_text_id(metadata: Mapping[str, Any], vocab_size: int) -> int | None:

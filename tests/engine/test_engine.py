@@ -299,7 +299,7 @@ def test_sampling_follows_the_distribution(model_file):
         expected[keep] = np.exp((logits[keep] - logits.max()) / temperature)
         expected /= expected.sum()
         n = 1500
-        settings = dict(max_new_tokens=1, top_k=top_k, top_p=top_p, temperature=temperature)
+        settings = dict(max_new_tokens=1, top_k=top_k, top_p=top_p, min_p=0, temperature=temperature)
         got = [int(engine.generate(prompt, params(seed=s, **settings)).token_ids[0]) for s in range(n)]
         counts = np.bincount(got, minlength=16)
         assert set(np.flatnonzero(counts)) <= set(keep)
@@ -317,6 +317,22 @@ def test_same_seed_same_tokens(model_file):
     assert len(runs) == 1
     other = _core.Engine(model_file()).generate(ids_for(6), params(**{**settings, "seed": 6})).token_ids
     assert tuple(other) not in runs
+
+
+def test_penalties_count_the_prompt_and_what_was_generated(model_file):
+    """A penalty that no difference of logits makes up for: nothing comes up twice until everything has."""
+    engine = _core.Engine(model_file(vocab_size=32, width=5))
+    prompt = np.array([3, 7, 7, 11], np.uint32)
+    result = engine.generate(prompt, params(max_new_tokens=29, presence_penalty=1e6))
+    assert sorted(result.token_ids[:29].tolist()) == sorted(set(range(32)) - {3, 7, 11})
+
+
+def test_stop_ids_wait_for_min_new_tokens(model_file):
+    engine = _core.Engine(model_file())
+    free = engine.generate(ids_for(12), params(max_new_tokens=10)).token_ids
+    held = engine.generate(ids_for(12), params(max_new_tokens=10, stop_ids=[int(free[0])], min_new_tokens=4))
+    assert len(held.token_ids) >= 4
+    assert int(free[0]) not in held.token_ids.tolist()
 
 
 def test_exception_of_the_callback_reaches_the_caller(model_file):

@@ -1,12 +1,16 @@
 """What a caller can get wrong is refused before it reaches native code, naming the argument and the value."""
 
+import dataclasses
+import inspect
 import math
+import re
 
 import numpy as np
 import pytest
 
 import fixmin_cpp
-from fixmin_cpp import ArgumentError, ArgumentTypeError, Model
+from fixmin_cpp import ArgumentError, ArgumentTypeError, Model, _core, arguments
+from fixmin_cpp.arguments import GenerationOptions
 
 INF, NAN = math.inf, math.nan
 
@@ -25,6 +29,41 @@ OUT_OF_RANGE = [
     ("top_p", -0.5, "got -0.5"),
     ("top_p", 1.5, "got 1.5"),
     ("top_p", NAN, "got nan"),
+    ("min_p", -0.1, "got -0.1"),
+    ("min_p", 1.1, "got 1.1"),
+    ("typical_p", 0.0, "above 0"),
+    ("top_n_sigma", NAN, "got nan"),
+    ("xtc_probability", 2, "got 2"),
+    ("xtc_threshold", -1, "got -1"),
+    ("min_keep", -1, "got -1"),
+    ("dynatemp_range", -0.5, "got -0.5"),
+    ("dynatemp_exponent", INF, "got inf"),
+    ("mirostat", 3, "between 0 and 2, got 3"),
+    ("mirostat_tau", -1.0, "got -1.0"),
+    ("mirostat_eta", NAN, "got nan"),
+    ("repeat_penalty", 0.0, "above 0, got 0.0"),
+    ("repeat_penalty", -1.0, "got -1.0"),
+    ("repeat_last_n", -2, "at least -1, got -2"),
+    ("presence_penalty", INF, "got inf"),
+    ("frequency_penalty", -INF, "got -inf"),
+    ("dry_multiplier", -1.0, "got -1.0"),
+    ("dry_base", 0.5, "got 0.5"),
+    ("dry_allowed_length", -1, "got -1"),
+    ("dry_penalty_last_n", -2, "got -2"),
+    ("dry_sequence_breakers", ["a", ""], r"dry_sequence_breakers\[1\] must not be empty"),
+    ("dry_sequence_breakers", [[1, 269]], r"dry_sequence_breakers\[0\]\[1\] is 269"),
+    ("dry_sequence_breakers", [[]], "is empty"),
+    ("min_new_tokens", -1, "got -1"),
+    ("min_new_tokens", 129, "min_new_tokens is 129, above max_new_tokens, which is 128"),
+    ("logit_bias", {269: 1.0}, "token id 269, but token ids run from 0 to 268"),
+    ("logit_bias", {-1: 1.0}, "got -1"),
+    ("logit_bias", {3: NAN}, r"logit_bias\[3\].*got nan"),
+    ("logit_bias", {3: INF}, r"logit_bias\[3\].*got inf"),
+    ("banned_ids", [1, 269], r"banned_ids\[1\] is 269, but token ids run from 0 to 268"),
+    ("banned_ids", [-1], r"banned_ids\[0\] is -1"),
+    ("allowed_ids", [], "allowed_ids is empty"),
+    ("allowed_ids", [10**30], r"allowed_ids\[0\] is 10{30}"),
+    ("stop_ids", [2**32], r"stop_ids\[0\] is 4294967296"),
     ("seed", -1, "got -1"),
     ("seed", 2**64, "got 18446744073709551616"),
     ("stop", "", "must not be empty"),
@@ -42,6 +81,21 @@ WRONG_TYPE = [
     ("top_k", 2.5, "got float 2.5"),
     ("top_p", None, "NoneType"),
     ("top_p", [0.5], "list"),
+    ("min_p", "0.1", "got str '0.1'"),
+    ("mirostat", 2.0, "got float 2.0"),
+    ("mirostat", True, "got True"),
+    ("repeat_last_n", None, "NoneType"),
+    ("dry_sequence_breakers", "ab", "must be a list of str or token ids, got str 'ab'"),
+    ("dry_sequence_breakers", [5], r"dry_sequence_breakers\[0\] must be token ids, got int 5"),
+    ("logit_bias", [(3, 1.0)], "must be a dict of token id to bias, got list"),
+    ("logit_bias", {"3": 1.0}, "logit_bias key must be an integer, got str '3'"),
+    ("logit_bias", {3: "1"}, r"logit_bias\[3\] must be a number, got str '1'"),
+    ("banned_ids", 5, "banned_ids must be token ids, got int 5"),
+    ("banned_ids", None, "NoneType"),
+    ("banned_ids", [1.0], r"banned_ids\[0\] must be an integer, got float 1.0"),
+    ("banned_ids", "ab", "got str 'ab'"),
+    ("allowed_ids", [True], r"allowed_ids\[0\] must be an integer, got bool True"),
+    ("stop_ids", [[1]], r"stop_ids\[0\]"),
     ("seed", 1.0, "got float 1.0"),
     ("seed", np.bool_(True), "got"),
     ("stop", 5, "got int 5"),
@@ -76,9 +130,80 @@ def test_sampling_at_temperature_zero_contradicts_itself(model):
         model.generate("a", do_sample=True, temperature=0.0)
 
 
-def test_unknown_argument(model):
-    with pytest.raises(TypeError, match="max_tokens"):
-        model.generate("a", max_tokens=3)
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("max_tokens", "max_new_tokens"),
+        ("temprature", "temperature"),
+        ("topk", "top_k"),
+        ("typical", "typical_p"),
+        ("repetion_penalty", "repetition_penalty"),
+        ("dry_sequence_breaker", "dry_sequence_breakers"),
+        ("do_samples", "do_sample"),
+        ("bad_id", "bad_ids"),
+    ],
+)
+def test_unknown_argument(model, name, meant):
+    for call in (model.generate, model.stream):
+        with pytest.raises(TypeError, match=f"there is no argument '{name}': did you mean '{meant}'"):
+            call("a", **{name: 3})
+
+
+def test_unknown_argument_unlike_any(model):
+    with pytest.raises(TypeError, match=r"no argument 'zzz'; there are max_new_tokens, .*allowed_ids"):
+        model.generate("a", zzz=3)
+
+
+@pytest.mark.parametrize(
+    "given", [{"repeat_penalty": 1.1, "repetition_penalty": 1.1}, {"bad_ids": [1], "banned_ids": [1]}]
+)
+def test_one_argument_under_two_names(model, given):
+    with pytest.raises(ArgumentError, match="are one argument"):
+        model.generate("a", **given)
+
+
+def test_documented_arguments_are_those_that_are_checked():
+    """GenerationArguments is what type checkers and readers see; its comments begin with the defaults."""
+    options = {field.name: field.default for field in dataclasses.fields(GenerationOptions)}
+    aliases = {"repetition_penalty", "bad_ids"}
+    assert set(fixmin_cpp.GenerationArguments.__annotations__) == set(options) | aliases | {"do_sample"}
+    documented = dict(
+        re.findall(r"^    (\w+): .*?  # (-?\d+(?:\.\d+)?)[.\s]", inspect.getsource(arguments), re.MULTILINE)
+    )
+    numbers = {name: value for name, value in options.items() if type(value) in (int, float) and name != "temperature"}
+    assert {name: float(documented[name]) for name in numbers} == numbers
+
+
+def test_defaults_are_those_of_the_engine():
+    native, options = _core.SamplingParams(), GenerationOptions()
+    for field in dataclasses.fields(options):
+        if type(field.default) in (int, float):
+            assert getattr(native, field.name) == pytest.approx(field.default), field.name
+
+
+def test_what_is_too_large_for_the_engine_means_the_same(model):
+    huge = {"top_k": 10**30, "min_keep": 10**20, "repeat_last_n": 10**20, "dry_allowed_length": 10**20, "top_p": 1e-300}
+    huge |= {"dry_penalty_last_n": 10**20, "max_new_tokens": 10**20, "repeat_penalty": 1e-300, "dry_multiplier": 1.0}
+    options = GenerationOptions.check(huge, 269)
+    params = options.native(seed=1, eos_id=None, breakers=[])
+    assert params.top_k == params.min_keep == params.repeat_last_n == params.max_new_tokens == 2**31 - 1
+    _core.Sampler(params)
+
+
+@pytest.mark.parametrize("ids", [[3, 4], (3, 4), {3, 4}, range(3, 5), np.array([3, 4]), frozenset([4, 3])])
+def test_ids_may_come_in_any_form(ids):
+    options = GenerationOptions.check({"banned_ids": ids, "allowed_ids": ids, "stop_ids": ids}, 269)
+    assert options.banned_ids == options.allowed_ids == options.stop_ids == (3, 4)
+    params = options.native(seed=2, eos_id=7, breakers=[[1]])
+    assert (params.banned_ids, params.stop_ids, params.seed) == ([3, 4], [3, 4, 7], 2)
+    params = dataclasses.replace(options, ignore_eos=True).native(seed=2, eos_id=7, breakers=[])
+    assert (params.banned_ids, params.stop_ids) == ([3, 4, 7], [3, 4])
+
+
+def test_none_where_it_stands_for_a_default():
+    names = ("temperature", "do_sample", "seed", "stop", "allowed_ids")
+    assert GenerationOptions.check(dict.fromkeys(names), 269) == GenerationOptions()
+    assert GenerationOptions.check({"banned_ids": [], "stop_ids": (), "logit_bias": {}}, 269) == GenerationOptions()
 
 
 # prompt, error, part of the message; V = 269

@@ -1,6 +1,7 @@
 """The command `fixmin` in processes of its own: through pipes, on a terminal, with everything that goes wrong."""
 
 import json
+import math
 import os
 import pty
 import subprocess
@@ -51,6 +52,30 @@ def test_json(letters_model):
     assert result.stderr == b""
 
 
+def test_sampling_options_have_the_names_of_llama_cpp(letters_model):
+    arguments = {
+        "max_new_tokens": 12, "temperature": 1.3, "seed": 3, "min_new_tokens": 4, "dynatemp_range": 0.5,
+        "dynatemp_exponent": 1.5, "top_n_sigma": 2.5, "top_k": 30, "typical_p": 0.95, "top_p": 0.98, "min_p": 0.01,
+        "xtc_probability": 0.5, "xtc_threshold": 0.2, "repeat_penalty": 1.1, "presence_penalty": 0.1,
+        "frequency_penalty": 0.2, "repeat_last_n": 32, "dry_multiplier": 0.8, "dry_base": 1.5, "dry_allowed_length": 1,
+        "dry_penalty_last_n": 40, "dry_sequence_breakers": ["\n", "a"], "logit_bias": {2: 1.5, 3: -math.inf},
+    }  # fmt: skip
+    text = r"""-n 12 --temp 1.3 --seed 3 --min-new-tokens 4 --dynatemp-range 0.5 --dynatemp-exp 1.5 --top-nsigma 2.5
+        --top-k 30 --typical 0.95 --top-p 0.98 --min-p 0.01 --xtc-probability 0.5 --xtc-threshold 0.2
+        --repeat-penalty 1.1 --presence-penalty 0.1 --frequency-penalty 0.2 --repeat-last-n 32
+        --dry-multiplier 0.8 --dry-base 1.5
+        --dry-allowed-length 1 --dry-penalty-last-n 40 --dry-sequence-breaker \n --dry-sequence-breaker a
+        --logit-bias 2+1.5 -l 3-inf --json"""
+    result = fixmin("generate", "-m", letters_model.path, "-p", "the cat", *text.split())
+    assert json.loads(result.stdout)["token_ids"] == letters_model.generate("the cat", **arguments).token_ids
+    mirostat = ["--temp", 1, "--seed", 3, "--mirostat", 2, "--mirostat-ent", 3, "--mirostat-lr", 0.3, "-n", 9, "--json"]
+    result = fixmin("generate", "-m", letters_model.path, "-p", "the cat", *mirostat)
+    expected = letters_model.generate(
+        "the cat", temperature=1.0, seed=3, mirostat=2, mirostat_tau=3.0, mirostat_eta=0.3, max_new_tokens=9
+    )
+    assert json.loads(result.stdout)["token_ids"] == expected.token_ids
+
+
 def test_stop_may_be_given_several_times(letters_model):
     text = letters_model.generate("the cat", max_new_tokens=20, ignore_eos=True).text
     escaped = text[6:8].replace("\\", "\\\\").replace("\n", "\\n")
@@ -78,6 +103,10 @@ WRONG = [
     (["-m", "{model}", "-f", "missing.txt"], 1, "missing.txt"),
     (["-m", "{model}", "-p", "a", "-n", "-5"], 1, "max_new_tokens must be at least 1, got -5"),
     (["-m", "{model}", "-p", "a", "--temperature", "nan"], 1, "temperature"),
+    (["-m", "{model}", "-p", "a", "--min-p", "2"], 1, "min_p must be between 0 and 1, got 2"),
+    (["-m", "{model}", "-p", "a", "--logit-bias", "5"], 2, "ID+BIAS"),
+    (["-m", "{model}", "-p", "a", "--logit-bias", "5+x"], 2, "ID+BIAS"),
+    (["-m", "{model}", "-p", "a", "--logit-bias", "9999+1"], 1, "token id 9999"),
     (["-m", "{model}", "-p", "a", "--stop", ""], 1, "stop[0] must not be empty"),
     (["-m", "{model}", "-p", "a", "--kv-type", "q1"], 1, "kv_type"),
     (["-m", "{model}", "-p", "a " * 500], 1, "the context holds"),

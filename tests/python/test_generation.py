@@ -1,6 +1,7 @@
 """Model on the real engine: generate, stream, logits, score, codes, text, life and death."""
 
 import gc
+import math
 import os
 import threading
 import time
@@ -14,8 +15,9 @@ from hypothesis import strategies as st
 from toy_models import byte_level, concatenating, write_model
 
 import fixmin_cpp
-from fixmin_cpp import Model
+from fixmin_cpp import FixminError, Model, _core
 
+UNTRUNCATED = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
 PROMPTS = ["a", "the cat", "日本 é", "Question: Who?\nAnswer:"]
 
 
@@ -105,7 +107,12 @@ def test_end_of_text_token_ends_and_is_not_part_of_the_answer(model, tmp_path):
         completion = ending.generate("the cat", max_new_tokens=12)
         assert completion.token_ids == tokens[:first]
         assert completion.finish_reason == "eos"
-        assert ending.generate("the cat", max_new_tokens=12, ignore_eos=True).token_ids == tokens
+        without = ending.generate(
+            "the cat", max_new_tokens=12, ignore_eos=True, banned_ids=[model.info["eos_token_id"]]
+        )
+        other = model.generate("the cat", max_new_tokens=12, ignore_eos=True, banned_ids=[eos_id])
+        assert without.token_ids == other.token_ids
+        assert eos_id not in without.token_ids
         assert [p.token_id for p in ending.stream("the cat", max_new_tokens=12)] == tokens[:first]
 
 
@@ -192,24 +199,94 @@ def test_do_sample_samples_at_temperature_one(model):
 def test_samples_follow_the_softmax_of_the_logits(letters_model):
     """The share of each token among 2000 seeds lies within 5 standard deviations of its probability."""
     logits = letters_model.logits("the", last=True).astype(np.float64) / 0.8
+    logits[letters_model.info["eos_token_id"]] = -np.inf  # which ignore_eos bans
     p = np.exp(logits - logits.max())
     p /= p.sum()
     n = 2000
-    draws = [
-        letters_model.generate("the", max_new_tokens=1, temperature=0.8, seed=s, ignore_eos=True) for s in range(n)
-    ]
+    arguments = {"max_new_tokens": 1, "temperature": 0.8, **UNTRUNCATED, "ignore_eos": True}
+    draws = [letters_model.generate("the", **arguments, seed=s) for s in range(n)]
     counts = np.bincount([c.token_ids[0] for c in draws], minlength=len(p))
     assert np.all(np.abs(counts - n * p) <= 5 * np.sqrt(n * p * (1 - p)) + 1)
 
 
 def test_top_k_keeps_the_most_probable(letters_model):
     best = set(np.argsort(letters_model.logits("the", last=True))[-3:].tolist())
-    drawn = {
-        letters_model.generate("the", max_new_tokens=1, temperature=5.0, top_k=3, seed=s, ignore_eos=True).token_ids[0]
-        for s in range(60)
-    }
+    arguments = {"max_new_tokens": 1, "temperature": 5.0, **UNTRUNCATED, "top_k": 3}
+    ends = letters_model.info["eos_token_id"]
+    drawn = {(letters_model.generate("the", **arguments, seed=s).token_ids or [ends])[0] for s in range(60)}
     assert drawn == best
     assert letters_model.generate("the", max_new_tokens=3, temperature=5.0, top_k=10**18, seed=1)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"min_p": 0.1, "top_n_sigma": 2.0, "typical_p": 0.9, "xtc_probability": 0.5, "min_keep": 2},
+        {"mirostat": 2, "mirostat_tau": 3.0, "mirostat_eta": 0.2},
+        {"dynatemp_range": 0.3, "dynatemp_exponent": 2.0, "top_k": 0},
+        {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.5, "repeat_last_n": -1},
+        {"dry_multiplier": 0.8, "dry_base": 1.5, "dry_allowed_length": 1, "dry_penalty_last_n": 20},
+        {"logit_bias": {3: 2.5, 4: -math.inf}, "bad_ids": [5, 6], "allowed_ids": range(200), "stop_ids": [7]},
+    ],
+    ids=lambda value: next(iter(value)),
+)
+def test_every_option_reaches_the_sampler(model, arguments):
+    """Token for token what a Sampler with the same settings draws from the logits of the tokens so far."""
+    ids = model.encode("the cat the cat")
+    completion = model.generate(ids, max_new_tokens=8, temperature=1.2, seed=6, ignore_eos=True, **arguments)
+    params = _core.SamplingParams()
+    names = {"repetition_penalty": "repeat_penalty", "bad_ids": "banned_ids"}
+    for name, value in {"temperature": 1.2, "seed": 6, **arguments}.items():
+        setattr(params, names.get(name, name), list(value) if isinstance(value, range) else value)
+    params.banned_ids = [*params.banned_ids, model.info["eos_token_id"]]
+    if "dry_multiplier" in arguments:
+        texts = [model.decode(i) for i in range(model.info["vocab_size"])]
+        params.dry_sequence_breakers = [[i] for i, text in enumerate(texts) if set(text) & set('\n:"*')]
+    sampler = _core.Sampler(params, ids)
+    expected = []
+    for step in range(8):
+        token = sampler.sample(model.logits(ids + expected, last=True), step)
+        if token in arguments.get("stop_ids", ()):
+            break
+        sampler.accept(token)
+        expected.append(token)
+    assert completion.token_ids == expected
+
+
+def test_min_new_tokens_holds_back_the_end(model, tmp_path):
+    eos_id = model.generate("the cat", max_new_tokens=1, ignore_eos=True).token_ids[0]
+    with Model(write_model(tmp_path / "eos.gguf", byte_level(), eos_id=eos_id)) as ending:
+        assert ending.generate("the cat", max_new_tokens=5).token_ids == []
+        held = ending.generate("the cat", max_new_tokens=5, min_new_tokens=3).token_ids
+        assert len(held) >= 3
+        assert eos_id not in held
+
+
+def test_nothing_left_to_draw(model):
+    with pytest.raises(FixminError, match="no token is left to draw"):
+        model.generate("a", allowed_ids=[1, 2], banned_ids=[1, 2])
+
+
+def test_dry_breaks_at_strings(letters_model):
+    """Tokens that hold the string, and tokens that begin it together with those that complete it."""
+    encode = letters_model.encode
+    sequences = letters_model._tokenizer.sequences_with("th")
+    single = {encode("th")[0], encode("the")[0]}
+    assert {s[0] for s in sequences if len(s) == 1} == single
+    assert sorted(s for s in sequences if len(s) > 1) == sorted([[encode(t)[0], encode("h")[0]] for t in ("t", " t")])
+    # "bcb" would go on with "c", which the bias makes probable and DRY improbable, unless "b" is a breaker.
+    b, c = encode("bc")
+    arguments = {"max_new_tokens": 1, "dry_multiplier": 1e6, "dry_allowed_length": 1, "logit_bias": {c: 1e5}}
+    assert letters_model.generate([b, c, b], **arguments, dry_sequence_breakers=[]).token_ids != [c]
+    assert letters_model.generate([b, c, b], **arguments, dry_sequence_breakers=["b"]).token_ids == [c]
+
+
+def test_dry_strings_need_a_tokenizer(bare_model):
+    arguments = {"max_new_tokens": 2, "dry_multiplier": 1.0}
+    assert len(bare_model.generate([1, 2, 3], **arguments).token_ids) == 2
+    assert len(bare_model.generate([1, 2, 3], **arguments, dry_sequence_breakers=[[1, 2]]).token_ids) == 2
+    with pytest.raises(fixmin_cpp.UnsupportedError, match="no tokenizer"):
+        bare_model.generate([1, 2, 3], **arguments, dry_sequence_breakers=["a"])
 
 
 # --- streams -----------------------------------------------------------------------------------------------------

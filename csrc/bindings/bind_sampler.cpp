@@ -1,0 +1,133 @@
+// SamplingParams, Sampler, top_logprobs.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <string>
+
+#include "bindings/bindings.h"
+#include "engine/logprobs.h"
+#include "engine/sampler.h"
+#include "error.h"
+#include "kernels/isa.h"
+
+namespace py = pybind11;
+
+namespace fixmin::bindings {
+namespace {
+
+using engine::Sampler;
+using engine::SamplingParams;
+using Logits = py::array_t<float, py::array::c_style>;
+using Words = py::array_t<uint32_t, py::array::c_style>;
+
+const kernels::Kernels& kernels_for(const std::optional<std::string>& isa) {
+    return isa ? kernels::select(*isa) : kernels::default_kernels();
+}
+
+std::span<const float> row(const Logits& logits) {
+    if (logits.ndim() != 1) {
+        throw ArgumentError("logits must have one dimension, not " + std::to_string(logits.ndim()));
+    }
+    return {logits.data(), size_t(logits.size())};
+}
+
+const uint32_t* mask(const std::optional<Words>& allowed, size_t vocab_size) {
+    if (!allowed) return nullptr;
+    const size_t words = (vocab_size + 31) / 32;
+    if (allowed->ndim() != 1 || size_t(allowed->size()) != words) {
+        throw ArgumentError("allowed must have shape [" + std::to_string(words) + "]: a bit for each of " +
+                            std::to_string(vocab_size) + " tokens");
+    }
+    return allowed->data();
+}
+
+template <typename T>
+py::array_t<T> array(const std::vector<T>& values) {
+    return py::array_t<T>(py::ssize_t(values.size()), values.data());
+}
+
+py::tuple top_logprobs(const Logits& logits, uint32_t k, uint32_t chosen, const std::optional<std::string>& isa) {
+    const engine::TopLogprobs result = engine::top_logprobs(row(logits), k, chosen, kernels_for(isa));
+    std::vector<uint32_t> ids;
+    std::vector<float> logprobs;
+    for (const engine::TokenLogprob& token : result.top) {
+        ids.push_back(token.id);
+        logprobs.push_back(token.logprob);
+    }
+    return py::make_tuple(result.chosen.logprob, result.rank, array(ids), array(logprobs));
+}
+
+void bind_params(py::module_& m) {
+    py::class_<SamplingParams>(m, "SamplingParams", "How the next token is chosen; see csrc/engine/sampling_params.h.")
+        .def(py::init<>())
+        .def_readwrite("temperature", &SamplingParams::temperature, "0: greedy")
+        .def_readwrite("dynatemp_range", &SamplingParams::dynatemp_range, "0: off")
+        .def_readwrite("dynatemp_exponent", &SamplingParams::dynatemp_exponent)
+        .def_readwrite("top_n_sigma", &SamplingParams::top_n_sigma, "0 or less: off")
+        .def_readwrite("top_k", &SamplingParams::top_k, "0: off")
+        .def_readwrite("typical_p", &SamplingParams::typical_p, "1: off")
+        .def_readwrite("top_p", &SamplingParams::top_p, "1: off")
+        .def_readwrite("min_p", &SamplingParams::min_p, "0: off")
+        .def_readwrite("xtc_probability", &SamplingParams::xtc_probability, "0: off")
+        .def_readwrite("xtc_threshold", &SamplingParams::xtc_threshold, "above 0.5: off")
+        .def_readwrite("min_keep", &SamplingParams::min_keep)
+        .def_readwrite("mirostat", &SamplingParams::mirostat, "0: off; 1; 2")
+        .def_readwrite("mirostat_tau", &SamplingParams::mirostat_tau, "bits")
+        .def_readwrite("mirostat_eta", &SamplingParams::mirostat_eta)
+        .def_readwrite("seed", &SamplingParams::seed)
+        .def_readwrite("logit_bias", &SamplingParams::logit_bias, "id -> what is added")
+        .def_readwrite("banned_ids", &SamplingParams::banned_ids)
+        .def_readwrite("allowed_ids", &SamplingParams::allowed_ids, "empty: all")
+        .def_readwrite("min_new_tokens", &SamplingParams::min_new_tokens)
+        .def_readwrite("repeat_penalty", &SamplingParams::repeat_penalty, "1: off")
+        .def_readwrite("frequency_penalty", &SamplingParams::frequency_penalty, "0: off")
+        .def_readwrite("presence_penalty", &SamplingParams::presence_penalty, "0: off")
+        .def_readwrite("repeat_last_n", &SamplingParams::repeat_last_n, "tokens; -1: all")
+        .def_readwrite("dry_multiplier", &SamplingParams::dry_multiplier, "0: off")
+        .def_readwrite("dry_base", &SamplingParams::dry_base)
+        .def_readwrite("dry_allowed_length", &SamplingParams::dry_allowed_length, "tokens")
+        .def_readwrite("dry_penalty_last_n", &SamplingParams::dry_penalty_last_n, "tokens; -1: all")
+        .def_readwrite("dry_sequence_breakers", &SamplingParams::dry_sequence_breakers, "sequences of ids")
+        .def_readwrite("max_new_tokens", &SamplingParams::max_new_tokens)
+        .def_readwrite("stop_ids", &SamplingParams::stop_ids);
+}
+
+}  // namespace
+
+void bind_sampler(py::module_& m) {
+    bind_params(m);
+
+    // Keeps the GIL: a step takes microseconds, and a sampler is no object for several threads.
+    py::class_<Sampler>(m, "Sampler", "Chooses the tokens of one request from logits; see csrc/engine/sampler.h.")
+        .def(py::init(
+                 [](const SamplingParams& params, const std::vector<uint32_t>& prompt_ids,
+                    const std::optional<std::string>& isa) { return Sampler(params, prompt_ids, kernels_for(isa)); }),
+             py::arg("params"), py::arg("prompt_ids") = std::vector<uint32_t>(), py::arg("isa") = py::none())
+        .def(
+            "sample",
+            [](Sampler& self, const Logits& logits, uint64_t step, const std::optional<Words>& allowed) {
+                const auto x = row(logits);
+                return self.sample(x, step, mask(allowed, x.size()));
+            },
+            py::arg("logits"), py::arg("step"), py::arg("allowed") = py::none(),
+            "The token of this step; accept() it before the next one. allowed: bit set, uint32 [ceil(V/32)].")
+        .def("accept", &Sampler::accept, py::arg("id"), "The token that the request goes on with.")
+        .def(
+            "probabilities",
+            [](Sampler& self, const Logits& logits, uint64_t step, const std::optional<Words>& allowed) {
+                const auto x = row(logits);
+                const Sampler::Distribution result = self.probabilities(x, step, mask(allowed, x.size()));
+                return py::make_tuple(array(result.ids), array(result.probabilities));
+            },
+            py::arg("logits"), py::arg("step"), py::arg("allowed") = py::none(),
+            "What sample() draws from: ids uint32 [n], probabilities float64 [n].")
+        .def_property_readonly("mirostat_mu", &Sampler::mirostat_mu, "Largest surprise that is let through, bits.");
+
+    m.def("top_logprobs", &top_logprobs, py::arg("logits"), py::arg("k"), py::arg("chosen"),
+          py::arg("isa") = py::none(),
+          "(log-probability of `chosen`, its rank, ids uint32 [k], log-probabilities float32 [k]) of logits [V]");
+}
+
+}  // namespace fixmin::bindings

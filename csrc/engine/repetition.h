@@ -1,0 +1,45 @@
+// What makes tokens less likely that have come up before: the penalties of a window, and DRY.
+#pragma once
+#include <cstdint>
+#include <span>
+#include <unordered_map>
+#include <vector>
+
+#include "engine/sampling_params.h"
+
+namespace fixmin::engine {
+
+/// The tokens of a request so far, as far as the parameters ask for them.
+class Repetition {
+  public:
+    Repetition(const SamplingParams& params, std::span<const uint32_t> prompt_ids);
+
+    /// Whether penalize() changes anything.
+    bool active() const { return counts_ || dry_; }
+
+    void accept(uint32_t id);
+
+    /// Changes logits [V] in place.
+    void penalize(std::span<float> logits);
+
+  private:
+    void penalize_window(std::span<float> logits) const;
+    void penalize_continuations(std::span<float> logits);
+    size_t tokens_since_breaker(std::span<const uint32_t> reversed) const;
+    bool breaks_alone(uint32_t id) const;
+
+    const float repeat_penalty_, frequency_penalty_, presence_penalty_;
+    const float dry_multiplier_;
+    const double dry_base_;
+    const size_t dry_allowed_length_;
+    const size_t window_, dry_window_;  // tokens
+    const bool counts_, dry_;           // whether they are in use
+
+    std::vector<uint32_t> history_;                   // prompt and accepted tokens
+    std::unordered_map<uint32_t, uint32_t> counted_;  // how often a token is in the window
+    // What follows the first token of the sequence breakers.
+    std::unordered_map<uint32_t, std::vector<std::vector<uint32_t>>> breakers_;
+    std::vector<uint32_t> reversed_, matches_;
+};
+
+}  // namespace fixmin::engine
