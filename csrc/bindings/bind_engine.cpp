@@ -9,6 +9,7 @@
 #include <cstring>
 #include <limits>
 #include <optional>
+#include <set>
 
 #include "bindings/bindings.h"
 #include "engine/engine.h"
@@ -167,6 +168,7 @@ class EngineHandle {
         }
         interruption.rethrow();
         if (refused) throw Error("loading '" + path + "' was cancelled: progress returned False");
+        open_handles().insert(this);
     }
 
     std::shared_ptr<Engine> get() const {
@@ -180,12 +182,25 @@ class EngineHandle {
         const py::gil_scoped_release release;
         last.reset();
     }
-    EngineHandle(EngineHandle&&) = default;
     ~EngineHandle() {
+        open_handles().erase(this);
         if (engine_) close();
+    }
+    EngineHandle(const EngineHandle&) = delete;
+
+    /// At the end of the interpreter, while masks can still be called: a thread that asks for the GIL later is ended by
+    /// Python in a way that C++ must not catch.
+    static void close_all() {
+        for (EngineHandle* handle : open_handles()) handle->close();
     }
 
   private:
+    // With the GIL held.
+    static std::set<EngineHandle*>& open_handles() {
+        static std::set<EngineHandle*> handles;
+        return handles;
+    }
+
     std::shared_ptr<Engine> engine_;
 };
 
@@ -604,9 +619,11 @@ void bind_engine(py::module_& m) {
                  if (n_batch == 0) throw ArgumentError("n_batch must be at least 1");
                  if (n_threads > 1024) throw ArgumentError("n_threads must be at most 1024");
                  if (n_parallel == 0) throw ArgumentError("n_parallel must be at least 1");
-                 return EngineHandle(path,
-                                     {n_threads, n_ctx, n_batch, parse_kv_type(kv_type), isa.value_or(""), n_kv, n_parallel},
-                                     progress);
+                 return std::make_unique<EngineHandle>(
+                     path,
+                     engine::EngineOptions{n_threads, n_ctx, n_batch, parse_kv_type(kv_type), isa.value_or(""), n_kv,
+                                           n_parallel},
+                     progress);
              }),
              py::arg("path"), py::kw_only(), py::arg("n_threads") = 0, py::arg("n_ctx") = 0, py::arg("kv_type") = "f16",
              py::arg("n_batch") = 512, py::arg("isa") = py::none(), py::arg("n_kv") = 0, py::arg("n_parallel") = 256,
@@ -644,6 +661,7 @@ void bind_engine(py::module_& m) {
              "Runs ids [T] from an empty context; returns float32 [T-1], log-probabilities of ids[1:]")
         .def_property_readonly("sums", &InputSquares::sums, "tensor name -> (float64 [inputs], tokens)");
 
+    py::module_::import("atexit").attr("register")(py::cpp_function(&EngineHandle::close_all));
     m.def("system_info", &system_info, "What this machine offers and what was chosen.");
 }
 
