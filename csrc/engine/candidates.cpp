@@ -261,8 +261,9 @@ void Candidates::mirostat_1(double mu, float temperature) {
         const double exponent = numerator / denominator, epsilon = exponent - 1;
         const double n = double(row_.values().size());
         const double scale = epsilon == 0 ? 1 / std::log(n) : -epsilon / std::expm1(-epsilon * std::log(n));
-        k = std::pow(scale * std::exp2(mu), 1 / exponent);
-        if (!(k < n)) k = n;  // also of a flat head, with an exponent of 0
+        const double base = scale * std::exp2(mu);
+        // A flat head has an exponent of 0: the limit is everything or nothing.
+        k = exponent > 0 ? std::min(n, std::pow(base, 1 / exponent)) : base >= 1 ? n : 1;
     }
     top_k(std::max<size_t>(1, size_t(std::max(k, 0.0))));
 }

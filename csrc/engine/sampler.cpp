@@ -13,6 +13,9 @@ namespace {
 
 constexpr float infinity = std::numeric_limits<float>::infinity();
 
+// Bits; weights are 0 beyond a surprise of 127, so larger ones mean the same. Stays finite whatever tau and eta are.
+float limited_mu(double mu) { return float(std::clamp(mu, -1000.0, 1000.0)); }
+
 // Every step has eight random numbers of its own.
 enum class Use : uint64_t { draw, xtc };
 
@@ -85,7 +88,7 @@ Sampler::Sampler(const SamplingParams& params, std::span<const uint32_t> prompt_
       kernels_(kernels),
       repetition_(params, prompt_ids),
       candidates_(kernels),
-      mirostat_mu_(2 * params.mirostat_tau) {
+      mirostat_mu_(limited_mu(2.0 * params.mirostat_tau)) {
     check(params);
 }
 
@@ -102,7 +105,7 @@ uint32_t Sampler::sample(std::span<const float> logits, uint64_t step, const uin
 void Sampler::accept(uint32_t id) {
     repetition_.accept(id);
     if (draw_ && draw_->id == id) {
-        mirostat_mu_ = float(mirostat_mu_ - params_.mirostat_eta * (draw_->surprise - params_.mirostat_tau));
+        mirostat_mu_ = limited_mu(mirostat_mu_ - params_.mirostat_eta * (draw_->surprise - params_.mirostat_tau));
     }
     draw_.reset();
 }

@@ -390,6 +390,46 @@ def test_mirostat_on_odd_rows(version, logits):
     assert math.isfinite(tested.mirostat_mu)
 
 
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize(("tau", "eta"), [(3e38, 0.1), (0.0, 3e38), (3e38, 3e38), (1.0, 1e6)])
+def test_mirostat_with_absurd_settings(version, tau, eta):
+    tested = sampler(mirostat=version, mirostat_tau=tau, mirostat_eta=eta)
+    for step in range(6):
+        tested.accept(tested.sample(row(50, step), step))
+        assert math.isfinite(tested.mirostat_mu)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        dict(top_n_sigma=3e38),
+        dict(top_n_sigma=1e-38),
+        dict(typical_p=1e-30),
+        dict(top_p=1e-30),
+        dict(min_p=1e-38),
+        dict(xtc_probability=1.0, xtc_threshold=0.0),
+        dict(dynatemp_range=3e38, dynatemp_exponent=3e38),
+        dict(dynatemp_range=3e38, dynatemp_exponent=0.0),
+        dict(mirostat=1),
+        dict(mirostat=2),
+        dict(min_keep=1000),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("logits", [[3e38, -3e38, 0.0], [0.0], [-INF, 1.0, -INF], [0.0, 0.0], [1e-40, 0.0, -1e-40]])
+def test_extremes_draw_a_token_that_there_is(values, logits):
+    logits = np.array(logits, np.float32)
+    for base in ({}, OFF):
+        tested = sampler(**base | values)
+        for step in range(5):
+            ids, probabilities = tested.probabilities(logits, step)
+            assert probabilities.sum() == pytest.approx(1)
+            drawn = tested.sample(logits, step)
+            assert drawn in ids.tolist()
+            assert logits[drawn] > -INF
+            tested.accept(drawn)
+
+
 # --- what is remembered ------------------------------------------------------------------------------------------
 
 
