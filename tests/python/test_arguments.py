@@ -177,7 +177,7 @@ def test_documented_arguments_are_those_that_are_checked():
 def test_defaults_are_those_of_the_engine():
     native, options = _core.SamplingParams(), GenerationOptions()
     for field in dataclasses.fields(options):
-        if type(field.default) in (int, float):
+        if type(field.default) in (int, float) and field.name != "prompt_lookup_num_tokens":  # of the request
             assert getattr(native, field.name) == pytest.approx(field.default), field.name
 
 
