@@ -170,7 +170,7 @@ def _lark_text(grammar: str) -> str:
     except ImportError as error:
         raise _missing(error) from error
     try:
-        return gbnf_to_lark(_ESCAPE.sub(_unescaped, grammar))
+        return _LARK_TOKEN.sub(_by_character, gbnf_to_lark(_ESCAPE.sub(_unescaped, grammar)))
     except Exception as error:  # of no narrower type; the message names line and place
         raise ArgumentError(f"grammar is not GBNF that can be translated: {error}") from None
 
@@ -184,6 +184,25 @@ def _unescaped(match: re.Match[str]) -> str:
     if digits is None:
         return match[0]
     return chr(int(digits, 16)) if int(digits, 16) >= 0x80 else f"\\x{digits[-2:]}"
+
+
+_LARK_TOKEN = re.compile(
+    r"""//[^\n]* | /\./ | /(?:\\.|[^/\\])*/ | "(?:\\.|[^"\\])*" | \b[A-Z][A-Z0-9_]*\b""", re.VERBOSE
+)
+
+
+def _by_character(match: re.Match[str]) -> str:
+    """A part of a translated grammar with one character to a lexeme.
+
+    GBNF means characters, but lexemes are greedy: with ws ::= [ \\n]* as one lexeme, what ends in ws "\\n" never ends.
+    """
+    part = match[0]
+    if part == "/./":
+        return "/(?s:.)/"
+    if part.startswith('"'):
+        letters = re.findall(r"\\x..|\\.|[^\\]", part[1:-1])
+        return part if len(letters) < 2 else "(" + " ".join(f'"{letter}"' for letter in letters) + ")"
+    return f"{part.lower()}_" if part[0].isalpha() else part  # in capitals it would be a terminal, that is one lexeme
 
 
 def _missing(error: ImportError) -> UnsupportedError:

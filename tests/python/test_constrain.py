@@ -244,6 +244,16 @@ def test_gbnf_with_unicode_escapes():
     assert text == "é日A😀z"
 
 
+@kinds
+@settings(max_examples=10, derandomize=True)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_gbnf_rules_may_overlap(kind, seed):
+    """As in llama.cpp's arithmetic.gbnf: white space that may swallow the line break which must follow."""
+    grammar = 'root ::= (Word-1 ws "\\n")+ # "lines"\nWord-1 ::= [a-c]+ | "ab" .\nws ::= [ \\n]*'
+    text = finished_text(kind, seed, n_tokens=25, grammar=grammar)
+    assert re.fullmatch(r"(?s)(([a-c]+|ab.)[ \n]*\n)+", text)
+
+
 # --- masks against languages written out -------------------------------------------------------------------------
 
 
@@ -323,6 +333,19 @@ def test_masks_of_choices_equal_brute_force(kind, compilers, choices, seed):
     constraint = Constraint.check(choices=choices)
     words = {choice.encode() for choice in choices}
     check_against_language(kind, compilers[kind], constraint, words, np.random.default_rng(seed))
+
+
+word_lists = st.lists(st.text(alphabet='ab日"/\\\n', min_size=1, max_size=3), min_size=1, max_size=4)
+
+
+@kinds
+@settings(max_examples=25, derandomize=True)
+@given(first=word_lists, second=word_lists, seed=st.integers(0, 2**32 - 1))
+def test_masks_of_gbnf_equal_brute_force(kind, first, second, seed):
+    rules = [f"{name} ::= {' | '.join(map(json.dumps, words))}" for name, words in (("a", first), ("b", second))]
+    constraint = Constraint.check(grammar="\n".join(["root ::= a b a?", *rules]))
+    words = {f"{a}{b}{c}".encode() for a in first for b in second for c in ["", *first]}
+    check_against_language(kind, COMPILERS[kind], constraint, words, np.random.default_rng(seed))
 
 
 @kinds
