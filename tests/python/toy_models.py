@@ -1,5 +1,6 @@
 """Small tokenizers of the kinds that checkpoints carry, made here so that tests need no files, and models with them."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +28,21 @@ def byte_level() -> Tokenizer:
     return tokenizer
 
 
-def concatenating() -> Tokenizer:
+LETTERS = [*"abcdefghijklmnopqrstuvwxyz", *"QWPLU .,:?!\n", "é", "日", "本", "\N{REPLACEMENT CHARACTER}", "😀"]
+MERGES = [("t", "h"), ("th", "e"), ("a", "b"), ("ab", "c"), ("日", "本"), ("\n", "\n"), (" ", "t"), ("P", "a")]
+
+
+def concatenating(letters: Sequence[str] = LETTERS, merges: Sequence[tuple[str, str]] = MERGES) -> Tokenizer:
     """Like the published checkpoints': characters and n-grams, not bytes; decoding is plain concatenation.
 
     No normaliser, no pre-tokeniser, no byte fallback; U+FFFD is an ordinary token, as ids below 0xD800 are chr(id).
     """
-    letters = [*"abcdefghijklmnopqrstuvwxyz", *"QWPLU .,:?!\n", "é", "日", "本", "\N{REPLACEMENT CHARACTER}", "😀"]
     vocab = {letter: i for i, letter in enumerate(letters)}
-    merges = [("t", "h"), ("th", "e"), ("a", "b"), ("ab", "c"), ("日", "本"), ("\n", "\n"), (" ", "t"), ("P", "a")]
     for left, right in merges:
         vocab[left + right] = len(vocab)
     for special in SPECIALS:
         vocab[special] = len(vocab)
-    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>"))
+    tokenizer = Tokenizer(models.BPE(vocab, list(merges), unk_token="<unk>"))
     tokenizer.decoder = decoders.Sequence([])
     tokenizer.add_special_tokens(SPECIALS)
     return tokenizer
