@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _core
+from .constrain import Constraint
 from .errors import ArgumentError, ArgumentTypeError
 
 TokenIds: TypeAlias = Sequence[int] | NDArray[np.integer[Any]]
@@ -74,6 +75,12 @@ class GenerationArguments(TypedDict, total=False):
     bad_ids: TokenIds  # another name of banned_ids
     allowed_ids: TokenIds | None  # None: all. Else nothing else is drawn
 
+    # Form: at most one; docs/constrained.md. Needs fixmin-cpp[grammar]
+    json_schema: Any  # none. A schema as dict or text, a pydantic model class, or True for any JSON value
+    regex: str | None  # none. The whole output matches it
+    grammar: str | None  # none. Lark as llguidance reads it, or llama.cpp's GBNF
+    choices: Sequence[str] | None  # none. The output is one of these
+
     # The request
     logprobs: int | None  # None. Log-probability of every generated token, and of so many of the most probable
     prompt_logprobs: int | None  # None. The same for the tokens of the prompt but the first; all of it is read then
@@ -84,6 +91,7 @@ class GenerationArguments(TypedDict, total=False):
 
 
 DEFAULT_BREAKERS = ("\n", ":", '"', "*")  # of DRY, llama.cpp's
+_FORMS = ("json_schema", "regex", "grammar", "choices")
 _ALIASES = {"repetition_penalty": "repeat_penalty", "bad_ids": "banned_ids"}
 
 
@@ -123,6 +131,7 @@ class GenerationOptions:
     logit_bias: tuple[tuple[int, float], ...] = ()
     banned_ids: tuple[int, ...] = ()
     allowed_ids: tuple[int, ...] = ()  # empty: all
+    constraint: Constraint | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     prompt_lookup_num_tokens: int = 0
@@ -136,8 +145,9 @@ class GenerationOptions:
         sample = given.pop("do_sample", None)
         sample = None if sample is None else as_bool("do_sample", sample)
         temperature = given.pop("temperature", None)
+        constraint = Constraint.check(**{name: given.pop(name) for name in _FORMS if name in given})
         checked = {name: _CHECKS[name](name, value, vocab_size) for name, value in given.items()}
-        options = cls(temperature=_temperature(temperature, sample), **checked)
+        options = cls(temperature=_temperature(temperature, sample), constraint=constraint, **checked)
         if options.min_new_tokens > options.max_new_tokens:
             raise ArgumentError(
                 f"min_new_tokens is {options.min_new_tokens}, above max_new_tokens, which is {options.max_new_tokens}"
@@ -314,7 +324,7 @@ def _known_names(arguments: Mapping[str, Any]) -> dict[str, Any]:
     named: dict[str, Any] = {}
     for name, value in arguments.items():
         main = _ALIASES.get(name, name)
-        if main not in _CHECKS and main not in ("temperature", "do_sample"):
+        if main not in _CHECKS and main not in ("temperature", "do_sample", *_FORMS):
             known = GenerationArguments.__annotations__
             similar = difflib.get_close_matches(name, known, 1)
             hint = f": did you mean {similar[0]!r}?" if similar else f"; there are {', '.join(known)}"
@@ -410,6 +420,7 @@ _CHANGED = {
     "logit_bias",
     "banned_ids",
     "allowed_ids",
+    "constraint",
     "logprobs",
     "prompt_logprobs",
     "prompt_lookup_num_tokens",

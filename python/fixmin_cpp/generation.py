@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from . import _core
 from .arguments import GenerationOptions
+from .constrain import Matcher
 from .errors import FixminError
 from .text import IncrementalDecoder, StopStrings, TextAssembler
 
@@ -84,6 +85,18 @@ class Piece:
     index: int = 0  # of the prompt in a list
 
 
+class _Mask:
+    """A matcher as the engine calls it, from a thread of its own."""
+
+    def __init__(self, matcher: Matcher) -> None:
+        self._matcher = matcher
+        self.allowed = matcher.mask
+        self.accept = matcher.accept
+
+    def finished(self) -> bool:
+        return self._matcher.finished
+
+
 class Run:
     """One generation. Used by one thread at a time, but for cancel()."""
 
@@ -94,6 +107,7 @@ class Run:
         self._index = index
         self._seed = int.from_bytes(os.urandom(4), "little") if options.seed is None else options.seed
         self._params = model._sampling_params(options, self._seed)
+        self._mask = None if options.constraint is None else _Mask(model._compile(options.constraint))
         tokenizer = model._require_tokenizer() if options.stop else model._tokenizer
         decoder = IncrementalDecoder(tokenizer, ids.tolist()) if tokenizer is not None else None
         self._assembler = TextAssembler(decoder, StopStrings(options.stop))
@@ -124,6 +138,7 @@ class Run:
         self._request = engine.submit(
             self._ids,
             self._params,
+            mask=self._mask,
             n_logprobs=-1 if options.logprobs is None else options.logprobs,
             n_prompt_logprobs=-1 if options.prompt_logprobs is None else options.prompt_logprobs,
             n_draft=options.prompt_lookup_num_tokens,

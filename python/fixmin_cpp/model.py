@@ -26,6 +26,7 @@ from .arguments import (
     as_token_ids,
     split_prompts,
 )
+from .constrain import Compiler, Constraint, Matcher
 from .errors import ArgumentError, ArgumentTypeError, ContextLengthError, FixminError, UnsupportedError
 from .generation import AsyncTextStream, Completion, Dispatcher, Piece, Run, TextStream, Timings, TokenLogprob, drive
 from .state import file_sha256, read_state, write_state
@@ -111,6 +112,7 @@ class Model:
         metadata = _core.GgufFile(self.path).metadata
         self._tokenizer = TextTokenizer.from_metadata(metadata)
         self._hash: str | None = None  # of the file, when it is first needed
+        self._compiler: Compiler | None = None  # of grammars, likewise
         self._eos_id = end_of_text_id(metadata, self._vocab_size)
         self._reset_lock()
         self._closed = False
@@ -398,6 +400,12 @@ class Model:
     def _runs_of(self, names: list[str], prompts: list[Any], options: GenerationOptions) -> list[Run]:
         ids = [self._ids_in_context(name, prompt, room=1) for name, prompt in zip(names, prompts, strict=True)]
         return [Run(self, one, options, index) for index, one in enumerate(ids)]
+
+    def _compile(self, constraint: Constraint) -> Matcher:
+        with self._idle:
+            if self._compiler is None:
+                self._compiler = Compiler(self._require_tokenizer(), self._vocab_size, self._eos_id)
+        return self._compiler.matcher(constraint)
 
     def _sampling_params(self, options: GenerationOptions, seed: int) -> _core.SamplingParams:
         breakers: list[list[int]] = []

@@ -1,13 +1,15 @@
 """Many requests through one Model: lists, threads, event loops, saved states; each answer as if it were alone."""
 
 import asyncio
+import json
+import re
 import threading
 
 import numpy as np
 import pytest
 
 from fixmin_cpp import Model
-from fixmin_cpp.errors import ArgumentError, FixminError
+from fixmin_cpp.errors import ArgumentError, FixminError, UnsupportedError
 
 TEXTS = ["the cat", "a", "Question: what?", "the the the the the the", "日本", "the cat sat", "x" * 30, "éa"]
 
@@ -123,6 +125,63 @@ def test_timings_say_what_was_known(model_path):
         assert stats["n_cached_prompt_tokens"] == again.n_cached
         model.clear_prefix_cache()
         assert model.generate(TEXTS[6], max_new_tokens=2).timings.n_cached == 0
+
+
+# --- form --------------------------------------------------------------------------------------------------------
+
+
+def test_constrained_outputs_beside_free_ones(model):
+    """From a random model, which would not say any of this by itself."""
+    pytest.importorskip("llguidance")
+    settings = {"max_new_tokens": 40, "temperature": 1.0, "seed": 3}
+    forms = [{"regex": r"[0-9]{3}-[a-f]{2}"}, {"choices": ["yes", "no", "maybe"]}, {"json_schema": {"type": "boolean"}}, {}]
+    expected = [model.generate("a", **form, **settings) for form in forms]
+    assert re.fullmatch(r"[0-9]{3}-[a-f]{2}", expected[0].text)
+    assert expected[1].text in ("yes", "no", "maybe")
+    assert json.loads(expected[2].text) in (True, False)
+    assert all(completion.finish_reason == "eos" for completion in expected[:3])
+
+    async def together():
+        return await asyncio.gather(*(model.agenerate("a", **form, **settings) for form in forms * 4))
+
+    assert all(same(a, b) for a, b in zip(asyncio.run(together()), expected * 4, strict=True))
+    guessed = [model.generate("a", prompt_lookup_num_tokens=5, **form, **settings) for form in forms]
+    assert all(same(a, b) for a, b in zip(guessed, expected, strict=True))
+
+
+def test_bad_forms_are_refused_before_anything_runs(model):
+    pytest.importorskip("llguidance")
+    with pytest.raises(ArgumentError, match="regex"):
+        model.generate("a", regex="(")
+    with pytest.raises(ArgumentError, match="only one of"):
+        model.stream("a", regex="a", choices=["a"])
+
+
+def test_a_form_without_a_tokenizer(bare_model):
+    with pytest.raises(UnsupportedError, match="tokenizer"):
+        bare_model.generate([1, 2], regex="a")
+
+
+def test_logprobs_and_drafts(model):
+    ids = model.encode("the cat the cat the cat")
+    plain = model.generate(ids, max_new_tokens=20, logprobs=2, prompt_logprobs=0)
+    drafted = model.generate(ids, max_new_tokens=20, logprobs=2, prompt_logprobs=0, prompt_lookup_num_tokens=6)
+    assert same(plain, drafted)
+    assert plain.logprobs == drafted.logprobs
+    assert [t.token_id for t in plain.logprobs] == plain.token_ids
+    # Greedy: what was taken is the most probable.
+    assert all(t.rank == 1 and t.top[0] == (t.token_id, t.logprob) and len(t.top) == 2 for t in plain.logprobs)
+    score = model.score(ids)
+    assert [t.logprob for t in plain.prompt_logprobs] == score.logprobs.tolist()
+    assert plain.timings.n_cached == 0  # scores need every token
+    assert model.generate(ids).logprobs is None
+
+
+def test_timeout_ends_a_run(long_model_path):
+    with Model(long_model_path) as slow:
+        completion = slow.generate("a", max_new_tokens=10**6, ignore_eos=True, timeout=0.3)
+        assert completion.finish_reason == "timeout"
+        assert len(completion.token_ids) < 10**6
 
 
 # --- saved states --------------------------------------------------------------------------------------------------
