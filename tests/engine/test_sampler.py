@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import sampling_oracle as oracle
 from gguf_factory import make_model
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from fixmin_cpp import _core
@@ -174,6 +174,8 @@ def test_dynamic_temperature_can_fall_to_greedy():
     last_n=st.sampled_from([-1, 0, 1, 7, 20]),
     split=st.integers(0, 40),
 )
+# Of two breakers that begin at the same token the longer one counts: 3 stands behind it, not 2 3.
+@example(history=[2, 3, 0, 1, 2, 3], breakers=[[1], [1, 2]], allowed_length=1, last_n=-1, split=6)
 def test_dry_against_brute_force(history, breakers, allowed_length, last_n, split):
     chain = dict(
         dry_multiplier=0.5, dry_allowed_length=allowed_length, dry_penalty_last_n=last_n, dry_sequence_breakers=breakers
