@@ -403,7 +403,8 @@ class RequestHandle {
         bool news = false;
         {
             const py::gil_scoped_release release;
-            while (!(news = request_->wait(n_seen, 0.02)) && !interruption() && std::chrono::steady_clock::now() < until) {
+            while (!(news = request_->wait(n_seen, 0.02)) && !interruption() &&
+                   std::chrono::steady_clock::now() < until) {
             }
         }
         interruption.rethrow();
@@ -510,8 +511,8 @@ GenerationResult generate(const EngineHandle& handle, const Ids& ids, const engi
     engine::Request::News all = request->read(0);
     if (stopped) all.ids.resize(n_seen);  // the engine does not wait for the callback
     const engine::RequestCounters& c = request->counters();
-    return {py::array_t<uint32_t>(py::ssize_t(all.ids.size()), all.ids.data()), stopped ? "stop" : name(request->reason()),
-            c.n_prompt, c.prefill_s, c.decode_s};
+    return {py::array_t<uint32_t>(py::ssize_t(all.ids.size()), all.ids.data()),
+            stopped ? "stop" : name(request->reason()), c.n_prompt, c.prefill_s, c.decode_s};
 }
 
 py::array_t<uint8_t> export_prefix(const EngineHandle& handle, const Ids& ids) {

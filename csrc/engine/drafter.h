@@ -6,8 +6,8 @@
 
 namespace fixmin::engine {
 
-/// Prompt lookup: what followed the last time when the text ended as it ends now. The guesses are verified by the model,
-/// several in one step, so they cost time when they are wrong: how many are made follows how many were right.
+/// Prompt lookup: what followed the last time when the text ended as it ends now. The guesses are verified by the
+/// model, several in one step, so they cost time when they are wrong: how many are made follows how many were right.
 class Drafter {
   public:
     explicit Drafter(uint32_t most) : most_(most), length_(most < 3 ? most : 3) {}

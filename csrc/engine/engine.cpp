@@ -33,7 +33,8 @@ uint32_t checked_n_ctx(uint32_t wanted, const model::Hyperparams& hp) {
 double memory_bytes() {
     double bytes = double(sysconf(_SC_PHYS_PAGES)) * double(sysconf(_SC_PAGESIZE));
     std::string limit;
-    if (std::ifstream("/sys/fs/cgroup/memory.max") >> limit && limit != "max") bytes = std::min(bytes, std::stod(limit));
+    if (std::ifstream("/sys/fs/cgroup/memory.max") >> limit && limit != "max")
+        bytes = std::min(bytes, std::stod(limit));
     return bytes;
 }
 
@@ -97,8 +98,8 @@ void Engine::start_thread() {
     }
     owner_ = getpid();
     shared_ = std::make_unique<Shared>();
-    scheduler_ = std::make_unique<Scheduler>(kv_, SchedulerLimits{n_ctx_, n_batch_, n_parallel_}, hyperparams(),
-                                             kernels_);
+    scheduler_ =
+        std::make_unique<Scheduler>(kv_, SchedulerLimits{n_ctx_, n_batch_, n_parallel_}, hyperparams(), kernels_);
     thread_ = std::thread([this] { serve(); });
 }
 
@@ -308,8 +309,7 @@ void Engine::collect_squares(std::span<const uint32_t> ids, float* logprobs, con
             // A sequence of its own, which nobody will look for.
             scheduler_->clear_prefix_cache();
             std::vector<std::byte*> blocks;
-            for (size_t i = 0; i * kernels::kv_block_tokens < ids.size(); ++i)
-                blocks.push_back(kv_.data(uint32_t(i)));
+            for (size_t i = 0; i * kernels::kv_block_tokens < ids.size(); ++i) blocks.push_back(kv_.data(uint32_t(i)));
             decoder_.prepare_positions(uint32_t(ids.size()));
             logits_.resize(std::max(logits_.size(), rows_at_a_time * v));
             for (uint32_t first = 0; first < ids.size(); first += n_batch_) {
@@ -330,7 +330,8 @@ void Engine::collect_squares(std::span<const uint32_t> ids, float* logprobs, con
                     pool_.parallel_for(uint32_t(rows.size()), [&](uint32_t begin, uint32_t end) {
                         for (uint32_t r = begin; r < end; ++r) {
                             logprobs[first + row + r] =
-                                top_logprobs({logits_.data() + r * v, v}, 0, ids[first + row + r + 1], kernels_).chosen.logprob;
+                                top_logprobs({logits_.data() + r * v, v}, 0, ids[first + row + r + 1], kernels_)
+                                    .chosen.logprob;
                         }
                     });
                 }

@@ -26,13 +26,14 @@ struct EngineOptions {
     uint32_t n_ctx = 0;      // of one request; 0: the model's context_length
     uint32_t n_batch = 512;  // tokens in a step
     kernels::KvType kv_type = kernels::KvType::f16;
-    std::string isa;         // empty: FIXMIN_ISA, else the best of this CPU
-    uint32_t n_kv = 0;       // positions of the cache, for all requests and known prefixes; 0: default_kv_positions()
+    std::string isa;    // empty: FIXMIN_ISA, else the best of this CPU
+    uint32_t n_kv = 0;  // positions of the cache, for all requests and known prefixes; 0: default_kv_positions()
     uint32_t n_parallel = 256;  // most requests in a step
 };
 
-/// Serves requests with a thread of its own. Ids must be below V: ArgumentError. More tokens than n_ctx: ContextLengthError.
-/// In a forked child the thread is made anew when something is asked for; requests of the parent do not exist there.
+/// Serves requests with a thread of its own. Ids must be below V: ArgumentError. More tokens than n_ctx:
+/// ContextLengthError. In a forked child the thread is made anew when something is asked for; requests of the parent do
+/// not exist there.
 class Engine {
   public:
     using Stop = std::function<bool()>;
@@ -77,7 +78,8 @@ class Engine {
 
     /// As RequestOptions::n_prompt_logprobs = 0 of one request with nothing beside it, and `squares` gets the inputs of
     /// every product added: T tokens for the blocks, T-1 for the output. An exception leaves a part of them there.
-    void collect_squares(std::span<const uint32_t> ids, float* logprobs, const Stop& stop, model::InputSquares& squares);
+    void collect_squares(std::span<const uint32_t> ids, float* logprobs, const Stop& stop,
+                         model::InputSquares& squares);
 
     /// Bytes per second that the threads read from n_bytes of memory, in each of `passes` over it.
     std::vector<double> read_ceiling(size_t n_bytes, uint32_t passes, const Stop& stop);

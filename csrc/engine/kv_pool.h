@@ -7,8 +7,8 @@
 
 namespace fixmin::engine {
 
-/// A fixed number of blocks of kv_block_tokens positions, all layers in each. A block is free or has users, who are counted.
-/// Not synchronised: used by one thread at a time.
+/// A fixed number of blocks of kv_block_tokens positions, all layers in each. A block is free or has users, who are
+/// counted. Not synchronised: used by one thread at a time.
 class KvPool {
   public:
     /// The memory is reserved; it becomes resident as blocks are written.

@@ -14,9 +14,10 @@
 namespace fixmin::engine {
 
 /// A tree of blocks: a node holds the keys and values of kv_block_tokens tokens (the last of a sequence: of fewer) that
-/// follow those of the nodes above it. Whole nodes are shared with sequences; a part of a node is copied into a block of
-/// the sequence's own. Keys and values depend on nothing but the tokens up to theirs, so that a result does not change.
-/// The tree is a user of its blocks; those that nobody else uses can be taken away, the least recently used first.
+/// follow those of the nodes above it. Whole nodes are shared with sequences; a part of a node is copied into a block
+/// of the sequence's own. Keys and values depend on nothing but the tokens up to theirs, so that a result does not
+/// change. The tree is a user of its blocks; those that nobody else uses can be taken away, the least recently used
+/// first.
 class PrefixCache {
   public:
     explicit PrefixCache(KvPool& pool) : pool_(pool) {}

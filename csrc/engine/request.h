@@ -37,7 +37,7 @@ class TokenMask {
 
 struct RequestOptions {
     SamplingParams sampling;
-    bool generate = true;            // false: only what follows is wanted
+    bool generate = true;  // false: only what follows is wanted
     std::shared_ptr<TokenMask> mask;
     int32_t n_logprobs = -1;         // of generated tokens: -1 none, else how many of the most probable besides
     int32_t n_prompt_logprobs = -1;  // of the prompt's tokens but the first: the same
@@ -48,9 +48,9 @@ struct RequestOptions {
 
     // Rows of the prompt to copy out, to memory that outlives the request or its cancelling: see Request::wait_end.
     uint32_t first_row = 0;
-    float* logits = nullptr;         // [T - first_row][V]
+    float* logits = nullptr;  // [T - first_row][V]
     uint32_t hidden_layer = 0;
-    float* hidden = nullptr;         // [T - first_row][D]
+    float* hidden = nullptr;  // [T - first_row][D]
 };
 
 /// Counted while a request runs.
@@ -96,7 +96,7 @@ class Request {
     bool wait_end(double timeout_s) { return wait(SIZE_MAX, timeout_s); }
 
     struct News {
-        std::vector<uint32_t> ids;            // generated, from the place asked for on
+        std::vector<uint32_t> ids;          // generated, from the place asked for on
         std::vector<TopLogprobs> logprobs;  // the same, if wanted
         bool ended = false;
     };
@@ -132,7 +132,7 @@ class Request {
     std::exception_ptr error_;
 
     // Of the engine's thread alone, and of one thread of its team while rows are handed out.
-    bool running_ = false;       // has blocks
+    bool running_ = false;  // has blocks
     bool over_ = false;
     std::vector<uint32_t> ids_;  // prompt and generated
     Sampler sampler_;

@@ -27,7 +27,8 @@ Scheduler::Scheduler(KvPool& pool, const SchedulerLimits& limits, const model::H
 void Scheduler::drop_given_up() {
     const auto drop = [&](auto& requests) {
         for (const Shared& request : requests) {
-            if (request->given_up()) end(*request, request->cancelled_ ? FinishReason::cancelled : FinishReason::timeout);
+            if (request->given_up())
+                end(*request, request->cancelled_ ? FinishReason::cancelled : FinishReason::timeout);
         }
         std::erase_if(requests, [](const Shared& request) { return request->over_; });
     };
@@ -94,7 +95,8 @@ void Scheduler::append_block(Request& request, uint32_t block) {
     request.block_data_.push_back(pool_.data(block));
 }
 
-// Room for n_positions of a running request; sends back those that started last if there is no other way, itself at last.
+// Room for n_positions of a running request; sends back those that started last if there is no other way, itself at
+// last.
 bool Scheduler::reserve(Request& request, uint32_t n_positions) {
     while (request.blocks_.size() < blocks_for(n_positions)) {
         if (cache_.evict(1)) {
@@ -155,8 +157,8 @@ const Scheduler::Step& Scheduler::plan(bool admit) {
     return step_;
 }
 
-// Requests of which one token is unknown to the cache. They are in the order of their start, so that a block that an older
-// one needs is taken from a younger one before that has been planned.
+// Requests of which one token is unknown to the cache. They are in the order of their start, so that a block that an
+// older one needs is taken from a younger one before that has been planned.
 void Scheduler::plan_decoding(uint32_t& rows_left) {
     for (size_t i = 0; i < running_.size() && rows_left > 0; ++i) {
         const Shared request = running_[i];
@@ -226,7 +228,8 @@ void Scheduler::add_chunk(const Shared& shared, uint32_t n_known) {
         for (uint32_t i = 0; i < n_rows; ++i) step_.rows.push_back(first + row_position - position + i);
     };
     const uint32_t handed_from = options.logits ? options.first_row : 0;
-    for (uint32_t p = std::max({position, request.n_handed_, handed_from}); p < std::min(position + n_known, n_prompt); ++p) {
+    for (uint32_t p = std::max({position, request.n_handed_, handed_from}); p < std::min(position + n_known, n_prompt);
+         ++p) {
         if (options.logits || (options.n_prompt_logprobs >= 0 && p + 1 < n_prompt)) want(p, 1, false);
     }
     if (options.generate && position + n_known == request.ids_.size()) {
@@ -248,9 +251,8 @@ void Scheduler::hand_out(const Unit& unit, const float* logits) {
                         vocab_size_ * sizeof(float));
         }
         if (options.n_prompt_logprobs >= 0 && unit.position + 1 < request.counters_.n_prompt) {
-            request.prompt_logprobs_[unit.position] =
-                top_logprobs({logits, vocab_size_}, uint32_t(options.n_prompt_logprobs),
-                             request.ids_[unit.position + 1], kernels_);
+            request.prompt_logprobs_[unit.position] = top_logprobs(
+                {logits, vocab_size_}, uint32_t(options.n_prompt_logprobs), request.ids_[unit.position + 1], kernels_);
         }
     } catch (...) {
         request.failure_ = std::current_exception();
@@ -278,8 +280,7 @@ void Scheduler::sample(Request& request, const float* logits, uint32_t n_rows) {
         request.sampler_.accept(id);
         request.ids_.push_back(id);
         ++request.n_generated_;
-        request.push(id, options.n_logprobs >= 0 ? top_logprobs(row, uint32_t(options.n_logprobs), id,
-                                                                kernels_)
+        request.push(id, options.n_logprobs >= 0 ? top_logprobs(row, uint32_t(options.n_logprobs), id, kernels_)
                                                  : TopLogprobs{});
         if (options.mask) {
             options.mask->accept(id);

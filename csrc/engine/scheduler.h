@@ -22,16 +22,16 @@ struct SchedulerLimits {
 struct EngineStats {
     uint32_t n_running = 0, n_waiting = 0;
     uint32_t n_blocks = 0, n_free_blocks = 0, n_cached_blocks = 0;
-    uint64_t n_steps = 0, n_rows = 0;                           // rows: tokens that went through the model
+    uint64_t n_steps = 0, n_rows = 0;                          // rows: tokens that went through the model
     uint64_t n_prompt_tokens = 0, n_cached_prompt_tokens = 0;  // of prompts looked for in the prefix cache
     uint64_t n_generated = 0, n_drafted = 0, n_accepted = 0, n_preempted = 0, n_finished = 0;
 };
 
-/// Decides; computes nothing. Continuous batching: every step takes one token of each request that is generating (more with
-/// drafts) and fills up with prompts, shared evenly between those that are being read, so that short ones do not wait for long
-/// ones. Requests start in the order of their arrival once the cache has room for their tokens. When it is full, what nobody uses
-/// goes first, then the request that started last: it waits at the head of the queue and is computed again later, with the same
-/// result. Used by one thread, except hand_out().
+/// Decides; computes nothing. Continuous batching: every step takes one token of each request that is generating (more
+/// with drafts) and fills up with prompts, shared evenly between those that are being read, so that short ones do not
+/// wait for long ones. Requests start in the order of their arrival once the cache has room for their tokens. When it
+/// is full, what nobody uses goes first, then the request that started last: it waits at the head of the queue and is
+/// computed again later, with the same result. Used by one thread, except hand_out().
 class Scheduler {
   public:
     Scheduler(KvPool& pool, const SchedulerLimits& limits, const model::Hyperparams& hp,

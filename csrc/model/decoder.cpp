@@ -162,7 +162,8 @@ void Decoder::project_qkv(uint32_t l, const Batch& batch, Team& team) {
 }
 
 // Rotates and stores keys, then attends; a thread takes whole key/value heads of a chunk, so nothing waits in between.
-// All heads of a piece are stored before any is read: a load that overlaps younger, narrower stores would wait for them.
+// All heads of a piece are stored before any is read: a load that overlaps younger, narrower stores would wait for
+// them.
 void Decoder::attend(uint32_t l, const Batch& batch, Team& team) {
     const uint32_t n_heads = hp_.head_count_kv, group = hp_.head_count / n_heads;
     team.for_pieces(uint32_t(batch.chunks.size()) * n_heads, [&](uint32_t begin, uint32_t end) {
@@ -270,8 +271,8 @@ void Decoder::normalize_row(const Norm& norm, const float* x, float* y) const {
     kernel(x, hp_.embedding_length, hp_.norm_eps, norm.weight.data(), norm.bias_or_null(), y);
 }
 
-// Of the residual stream: its first rows, or those that are listed. A single one is prepared by every thread for itself:
-// cheaper than a barrier.
+// Of the residual stream: its first rows, or those that are listed. A single one is prepared by every thread for
+// itself: cheaper than a barrier.
 Decoder::Rows Decoder::normalized(const Norm& norm, uint32_t n_tokens, bool quantize, Team& team,
                                   const uint32_t* rows) {
     const uint32_t d = hp_.embedding_length;

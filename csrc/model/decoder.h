@@ -49,8 +49,8 @@ struct Chunk {
 
 /// Tokens of any number of sequences that go through the layers together. No result depends on what else is in it.
 struct Batch {
-    std::span<const uint32_t> ids;                       // [T], T <= max_tokens, each < V
-    std::span<const Chunk> chunks;                       // of different sequences; their rows follow each other
+    std::span<const uint32_t> ids;  // [T], T <= max_tokens, each < V
+    std::span<const Chunk> chunks;  // of different sequences; their rows follow each other
     KvLayout kv{};
     const std::function<bool()>* should_stop = nullptr;  // asked between layers by thread 0; must not throw
     InputSquares* squares = nullptr;                     // added to, or null

@@ -300,14 +300,14 @@ def as_token_ids(name: str, value: Any, vocab_size: int) -> NDArray[np.uint32]:
     return array.astype(np.uint32)
 
 
-def split_prompts(prompt: Any) -> tuple[list[Any], bool]:
+def split_prompts(prompt: Any, name: str = "prompt") -> tuple[list[Any], bool]:
     """The single prompts in `prompt`, each a str or ids still to be checked, and whether it was a list of prompts."""
     if isinstance(prompt, str) or hasattr(prompt, "__array__"):
         return [prompt], False
     if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
-        raise ArgumentTypeError(f"prompt must be a str, token ids, or a list of those, got {_show(prompt)}")
+        raise ArgumentTypeError(f"{name} must be a str, token ids, or a list of those, got {_show(prompt)}")
     if len(prompt) == 0:
-        raise ArgumentError("prompt is empty")
+        raise ArgumentError(f"{name} is empty")
     if not isinstance(prompt[0], str | Sequence) and not getattr(prompt[0], "shape", ()):
         return [prompt], False  # numbers: the ids of one prompt
     return list(prompt), True
@@ -366,6 +366,7 @@ _share: _Check = lambda name, value, vocab_size: as_share(name, value)  # noqa: 
 _not_negative = _float(0.0, _MAX_FLOAT32)
 _any_float = _float(-_MAX_FLOAT32, _MAX_FLOAT32)
 _probability = _float(0.0, 1.0)
+
 
 def _optional(check: _Check) -> _Check:
     return lambda name, value, vocab_size: None if value is None else check(name, value, vocab_size)

@@ -30,8 +30,7 @@ class _Search:
     n_beams: int
     length_penalty: float
     early_stopping: bool
-    max_new_tokens: int
-    live: list[tuple[list[int], float]] = field(default_factory=lambda: [([], 0.0)])
+    live: list[tuple[list[int], float]] = field(default_factory=lambda: [([], 0.0)])  # tokens, log-probability
     found: list[Beam] = field(default_factory=list)  # the best n_beams, falling
 
     def score(self, logprob: float, length: int) -> float:
@@ -58,7 +57,7 @@ class _Search:
             for token_id, more in tops[beam]
         ]
         candidates.sort(key=lambda c: (-c[0], c[1], c[2]))
-        live = []
+        live: list[tuple[list[int], float]] = []
         for rank, (logprob, beam, token_id) in enumerate(candidates[: 2 * self.n_beams]):
             before = self.live[beam][0]
             if token_id in eos_ids:
@@ -80,7 +79,7 @@ def beam_search(
     eos_ids: frozenset[int],
 ) -> list[Beam]:
     """The best n_beams continuations of `prompt` [T], falling; scores and ends as in transformers' beam search."""
-    search = _Search(n_beams, length_penalty, early_stopping, max_new_tokens)
+    search = _Search(n_beams, length_penalty, early_stopping)
     params = _core.SamplingParams()
     params.max_new_tokens = 1
     for _ in range(max_new_tokens):

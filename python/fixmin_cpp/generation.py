@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import math
 import os
 import threading
@@ -24,7 +25,17 @@ from .text import IncrementalDecoder, StopStrings, TextAssembler
 if TYPE_CHECKING:
     from .model import Model
 
-__all__ = ["AsyncTextStream", "Completion", "Dispatcher", "Piece", "Run", "TextStream", "Timings", "TokenLogprob", "drive"]
+__all__ = [
+    "AsyncTextStream",
+    "Completion",
+    "Dispatcher",
+    "Piece",
+    "Run",
+    "TextStream",
+    "Timings",
+    "TokenLogprob",
+    "drive",
+]
 
 FinishReason: TypeAlias = Literal["length", "stop", "eos", "cancelled", "timeout"]
 
@@ -176,7 +187,7 @@ class Run:
             return []
         ids, logprobs, ended = self._started.read(len(self._token_ids))
         pieces: list[Piece] = []
-        for token_id, logprob in zip(ids, logprobs or [None] * len(ids), strict=True):
+        for token_id, logprob in itertools.zip_longest(ids, logprobs):
             if self._done:
                 break  # the engine did not wait for what the text said
             self._token_ids.append(token_id)
@@ -215,7 +226,7 @@ class Run:
             self._failed = True
             raise
         # A stop string may turn up only at the end, where nothing can precede it any more.
-        reason = "stop" if self._done else result["finish_reason"]
+        reason: Any = "stop" if self._done else result["finish_reason"]
         self.completion = Completion(
             "".join(self._texts),
             self._token_ids,
@@ -229,7 +240,9 @@ class Run:
         )
 
 
-def drive(runs: Sequence[Run], engine: _core.Engine, on_piece: Callable[[Piece], object] | None = None) -> list[Completion]:
+def drive(
+    runs: Sequence[Run], engine: _core.Engine, on_piece: Callable[[Piece], object] | None = None
+) -> list[Completion]:
     """Runs all of them together to their ends. on_piece gets every piece; False from it ends the run of that piece."""
     mailbox = _core.Mailbox() if len(runs) > 1 else None
     try:
@@ -244,13 +257,13 @@ def drive(runs: Sequence[Run], engine: _core.Engine, on_piece: Callable[[Piece],
             else:
                 news = mailbox.wait(0.05)  # returns often: Ctrl-C is noticed in between
             for number in news:
-                run = left.get(number)
-                if run is None:
+                one = left.get(number)
+                if one is None:
                     continue
-                for piece in run.take():
+                for piece in one.take():
                     if on_piece is not None and on_piece(piece) is False:
-                        run.stop()
-                if run.completion is not None:
+                        one.stop()
+                if one.completion is not None:
                     del left[number]
     except BaseException:
         for run in runs:
@@ -340,7 +353,9 @@ class Dispatcher:
         self._listeners: dict[int, tuple[asyncio.AbstractEventLoop, Callable[[], None]]] = {}
         self._lock = threading.Lock()
         self.closed = False
-        threading.Thread(target=_dispatch, args=(weakref.ref(self), self._mailbox), name="fixmin-async", daemon=True).start()
+        threading.Thread(
+            target=_dispatch, args=(weakref.ref(self), self._mailbox), name="fixmin-async", daemon=True
+        ).start()
 
     def start(self, run: Run, engine: _core.Engine, listener: Callable[[], None]) -> None:
         """Starts a run; `listener` is called in the running event loop whenever there is news of it."""

@@ -22,10 +22,12 @@ from .arguments import (
     Prompt,
     TokenIds,
     as_bool,
+    as_float,
     as_int,
     as_token_ids,
     split_prompts,
 )
+from .beam import Beam, beam_search
 from .constrain import Compiler, Constraint, Matcher
 from .errors import ArgumentError, ArgumentTypeError, ContextLengthError, FixminError, UnsupportedError
 from .generation import AsyncTextStream, Completion, Dispatcher, Piece, Run, TextStream, Timings, TokenLogprob, drive
@@ -51,8 +53,8 @@ class Score:
 
 
 class Model:
-    """A model in memory, ready to run. Safe to use from several threads and event loops: requests meet in one scheduler,
-    which computes a step of all of them together. What a request gives does not depend on what runs beside it.
+    """A model in memory, ready to run. Safe to use from several threads and event loops: requests meet in one
+    scheduler, which computes a step of all of them together. What one gives does not depend on what runs beside it.
 
     A process that forks may use it in the child too; requests that were running stay in the parent.
 
@@ -182,12 +184,49 @@ class Model:
         return completions if many else completions[0]
 
     def astream(self, prompt: Prompt, **arguments: "Unpack[GenerationArguments]") -> AsyncTextStream:
-        """stream() for `async for`. Arguments are checked at the call; the run starts with the first piece asked for."""
+        """stream() for `async for`. Arguments are checked at the call; the first piece asked for starts the run."""
         options = GenerationOptions.check(arguments, self._vocab_size)
         prompts, many = split_prompts(prompt)
         if many:
             raise ArgumentTypeError("prompt of astream() must be one prompt, got a list of prompts")
         return AsyncTextStream(self._runs_of(["prompt"], prompts, options)[0], self._start_async)
+
+    def beam_search(
+        self,
+        prompt: Prompt,
+        *,
+        num_beams: int = 4,
+        max_new_tokens: int = 128,
+        length_penalty: float = 1.0,
+        early_stopping: bool = False,
+        ignore_eos: bool = False,
+    ) -> list[Beam]:
+        """The most probable continuations as a whole, best first, at most num_beams.
+
+        Args:
+            prompt: text or token ids.
+            num_beams: continuations that are followed, 1 to 512.
+            max_new_tokens: longest continuation; the context bounds it too.
+            length_penalty: a score is the log-probability divided by length ** length_penalty, as in transformers.
+            early_stopping: ends as soon as num_beams continuations have ended, else when none is likely to do better.
+            ignore_eos: goes on after the end-of-text token.
+        """
+        num_beams = as_int("num_beams", num_beams, 1, 512)
+        max_new_tokens = as_int("max_new_tokens", max_new_tokens, 1)
+        penalty = as_float("length_penalty", length_penalty, -100.0, 100.0)
+        early = as_bool("early_stopping", early_stopping)
+        eos_ids = frozenset() if as_bool("ignore_eos", ignore_eos) or self._eos_id is None else {self._eos_id}
+        ids = self._ids_in_context("prompt", prompt, room=1)
+        with self._running() as engine:
+            return beam_search(
+                engine,
+                ids,
+                n_beams=num_beams,
+                max_new_tokens=min(max_new_tokens, self._n_ctx - len(ids)),
+                length_penalty=penalty,
+                early_stopping=early,
+                eos_ids=frozenset(eos_ids),
+            )
 
     # --- scores and insides ----------------------------------------------------------------------------------------
 
@@ -214,7 +253,7 @@ class Model:
 
         A list of texts is answered by a list in the same order; they are read together.
         """
-        texts, many = split_prompts(text)
+        texts, many = split_prompts(text, "text")
         names = [f"text[{i}]" for i in range(len(texts))] if many else ["text"]
         ids = [self._ids_in_context(name, one) for name, one in zip(names, texts, strict=True)]
         for name, one in zip(names, ids, strict=True):

@@ -1,12 +1,13 @@
 """Keys and values of a text in a file, so that a later process need not read it again.
 
-A file holds the token ids and the keys and values of as many of them as fill whole blocks of the cache (32 tokens); the rest
-is computed again, with the same bits. It belongs to one model file and one type of cache:
+A file holds the token ids and the keys and values of as many of them as fill whole blocks of the cache (32 tokens);
+the rest is computed again, with the same bits. It belongs to one model file and one type of cache:
 
     8 bytes  "FIXMINKV"
     u32      version, 1
     u32      length of the header
-    header   JSON: model (sha256 of the GGUF file), kv_type, block_tokens, block_bytes, n_tokens, n_blocks, data (sha256)
+    header   JSON: model (sha256 of the GGUF file), kv_type, block_tokens, block_bytes, n_tokens, n_blocks, data
+             (sha256)
     u32[n_tokens]                  token ids
     u8[n_blocks][block_bytes]      keys and values
 
@@ -89,7 +90,9 @@ def read_state(
             ("block_bytes", info["kv_block_bytes"]),
         ):
             if header[key] != here:
-                raise ArgumentError(f"{name} was saved by another model or cache: {key} {header[key]!r} is not {here!r}")
+                raise ArgumentError(
+                    f"{name} was saved by another model or cache: {key} {header[key]!r} is not {here!r}"
+                )
         n_tokens, n_blocks = header["n_tokens"], header["n_blocks"]
         expected = 16 + length + 4 * n_tokens + n_blocks * header["block_bytes"]
         if not 0 <= n_blocks * header["block_tokens"] <= n_tokens <= info["n_ctx"] or size != expected:
@@ -106,8 +109,8 @@ def read_state(
 def _header(name: str, raw: bytes) -> dict[str, Any]:
     try:
         header = json.loads(raw)
-        kinds = {"model": str, "kv_type": str, "data": str}
-        kinds |= dict.fromkeys(("block_tokens", "block_bytes", "n_tokens", "n_blocks"), int)
+        kinds: dict[str, type] = dict.fromkeys(("block_tokens", "block_bytes", "n_tokens", "n_blocks"), int)
+        kinds |= dict.fromkeys(("model", "kv_type", "data"), str)
         for key, kind in kinds.items():
             if type(header[key]) is not kind:
                 raise TypeError(key)

@@ -134,10 +134,15 @@ def test_constrained_outputs_beside_free_ones(model):
     """From a random model, which would not say any of this by itself."""
     pytest.importorskip("llguidance")
     settings = {"max_new_tokens": 40, "temperature": 1.0, "seed": 3}
-    forms = [{"regex": r"[0-9]{3}-[a-f]{2}"}, {"choices": ["yes", "no", "maybe"]}, {"json_schema": {"type": "boolean"}}, {}]
+    forms = [
+        {"regex": r"[0-9]{3}-[a-f]{2}"},
+        {"choices": ["yes", "no", "maybe"]},
+        {"json_schema": {"type": "boolean"}},
+        {},
+    ]
     expected = [model.generate("a", **form, **settings) for form in forms]
-    assert re.fullmatch(r"[0-9]{3}-[a-f]{2}", expected[0].text)
-    assert expected[1].text in ("yes", "no", "maybe")
+    assert re.fullmatch(forms[0]["regex"], expected[0].text)
+    assert expected[1].text in forms[1]["choices"]
     assert json.loads(expected[2].text) in (True, False)
     assert all(completion.finish_reason == "eos" for completion in expected[:3])
 
@@ -182,6 +187,47 @@ def test_timeout_ends_a_run(long_model_path):
         completion = slow.generate("a", max_new_tokens=10**6, ignore_eos=True, timeout=0.3)
         assert completion.finish_reason == "timeout"
         assert len(completion.token_ids) < 10**6
+
+
+# --- beams -------------------------------------------------------------------------------------------------------
+
+
+def plain_beams(model, ids, n_beams, length, penalty, eos):
+    """The same search by the logits of every beam from the beginning, in float64."""
+    live, found = [([], 0.0)], []
+    for _ in range(length):
+        candidates = []
+        for tokens, total in live:
+            logits = model.logits(ids + tokens, last=True).astype(np.float64)
+            logprobs = logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
+            candidates += [(total + logprobs[i], tokens, i) for i in range(len(logprobs))]
+        candidates.sort(key=lambda c: -c[0])
+        live = []
+        for rank, (total, tokens, i) in enumerate(candidates[: 2 * n_beams]):
+            if i == eos:
+                if rank < n_beams:
+                    found.append((total / (len(tokens) + 1) ** penalty, tokens))
+            elif len(live) < n_beams:
+                live.append(([*tokens, i], total))
+        found = sorted(found, key=lambda f: -f[0])[:n_beams]
+        if len(found) == n_beams and max(t for _, t in live) / len(live[0][0]) ** penalty <= found[-1][0]:
+            return found
+    found += [(total / length**penalty, tokens) for tokens, total in live]
+    return sorted(found, key=lambda f: -f[0])[:n_beams]
+
+
+@pytest.mark.parametrize(("n_beams", "penalty"), [(1, 1.0), (3, 1.0), (4, 0.0), (5, 2.0)])
+def test_beam_search(model, n_beams, penalty):
+    ids = model.encode("the cat")
+    eos = model.info["eos_token_id"]
+    expected = plain_beams(model, ids, n_beams, 6, penalty, eos)
+    got = model.beam_search(ids, num_beams=n_beams, max_new_tokens=6, length_penalty=penalty)
+    assert [beam.token_ids for beam in got] == [[int(i) for i in tokens] for _, tokens in expected]
+    assert [beam.score for beam in got] == pytest.approx([score for score, _ in expected], rel=1e-4)
+    if n_beams == 1:
+        assert got[0].token_ids == model.generate(ids, max_new_tokens=6).token_ids
+    with pytest.raises(ArgumentError, match="num_beams"):
+        model.beam_search(ids, num_beams=0)
 
 
 # --- saved states --------------------------------------------------------------------------------------------------
@@ -241,6 +287,11 @@ def test_a_state_of_another_model_is_refused(letters_model, bare_model, saved):
 def test_closed_models_refuse_the_new_calls_too(model_path):
     model = Model(model_path)
     model.close()
-    for call in (model.stats, model.clear_prefix_cache, lambda: model.save_state("x", "ab"), lambda: model.score(["ab"])):
+    for call in (
+        model.stats,
+        model.clear_prefix_cache,
+        lambda: model.save_state("x", "ab"),
+        lambda: model.score(["ab"]),
+    ):
         with pytest.raises(FixminError, match="closed"):
             call()
