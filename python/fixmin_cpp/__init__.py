@@ -11,6 +11,7 @@ PyTorch never (only `fixmin_cpp.convert` and `fixmin_cpp.reference` use it).
 from ._core import __version__
 from .api import clear_cache, generate, quantize, system_info
 from .arguments import GenerationArguments
+from .beam import Beam
 from .errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -21,11 +22,13 @@ from .errors import (
     UnsupportedError,
 )
 from .evaluate import Divergence, Perplexity, perplexity
-from .model import Completion, Model, Piece, Score, TextStream, Timings
+from .model import AsyncTextStream, Completion, Model, Piece, Score, TextStream, Timings, TokenLogprob
 
 __all__ = [
     "ArgumentError",
     "ArgumentTypeError",
+    "AsyncTextStream",
+    "Beam",
     "CheckpointError",
     "Completion",
     "ContextLengthError",
@@ -39,6 +42,7 @@ __all__ = [
     "Score",
     "TextStream",
     "Timings",
+    "TokenLogprob",
     "UnsupportedError",
     "__version__",
     "clear_cache",

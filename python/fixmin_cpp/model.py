@@ -141,8 +141,8 @@ class Model:
 
         Returns:
             A Completion, or a list of them. finish_reason: "length" (max_new_tokens or the context is used up),
-            "stop" (a stop string), "eos" (the end-of-text token or one of stop_ids), "cancelled" (the model was closed
-            meanwhile).
+            "stop" (a stop string), "eos" (the end-of-text token, one of stop_ids, or a grammar that is complete),
+            "timeout", "cancelled" (the model was closed meanwhile).
 
         Raises:
             ArgumentError, ArgumentTypeError, ContextLengthError (all ValueErrors): before anything runs.
