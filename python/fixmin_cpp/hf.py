@@ -4,9 +4,9 @@
 >>> model = FixMinForCausalLM.from_gguf("model.gguf")
 >>> generate = transformers.pipeline("text-generation", model=model, tokenizer=load_tokenizer(model))
 
-`forward` computes logits, so that everything in transformers that calls a model works. `generate` leaves the preparation
-of its arguments to transformers and then runs the engine's own decoding loop wherever that gives what transformers' loop
-would (`FixMinForCausalLM.generate` says where; `last_decoding` says which one ran).
+`forward` computes logits, so that everything in transformers that calls a model works. `generate` leaves the
+preparation of its arguments to transformers and then runs the engine's own decoding loop wherever that gives what
+transformers' loop would (`FixMinForCausalLM.generate` says where; `last_decoding` says which one ran).
 """
 
 import logging
@@ -21,7 +21,14 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GenerationMixin,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.generation import (
     EosTokenCriteria,
     GenerateDecoderOnlyOutput,
@@ -61,25 +68,26 @@ class FixMinGgufConfig(PretrainedConfig):
     def of(cls, model: Model) -> "FixMinGgufConfig":
         """The configuration of a loaded model."""
         info = model.info
-        return cls(
-            vocab_size=info["vocab_size"],
-            hidden_size=info["embedding_length"],
-            num_hidden_layers=info["block_count"],
-            num_attention_heads=info["head_count"],
-            num_key_value_heads=info["head_count_kv"],
-            intermediate_size=info["feed_forward_length"],
-            max_position_embeddings=info["n_ctx"],
-            tie_word_embeddings=False,
-            name_or_path=os.fspath(model.path),
-            **_special_ids(_core.GgufFile(model.path).metadata),
-        )
+        sizes: dict[str, Any] = {
+            "vocab_size": info["vocab_size"],
+            "hidden_size": info["embedding_length"],
+            "num_hidden_layers": info["block_count"],
+            "num_attention_heads": info["head_count"],
+            "num_key_value_heads": info["head_count_kv"],
+            "intermediate_size": info["feed_forward_length"],
+            "max_position_embeddings": info["n_ctx"],
+            "tie_word_embeddings": False,
+            "name_or_path": model.path,
+        }
+        sizes |= _special_ids(_core.GgufFile(model.path).metadata)
+        return cls(**sizes)
 
 
 def load_tokenizer(source: "str | os.PathLike[str] | Model | FixMinForCausalLM") -> PreTrainedTokenizerFast:
     """The tokenizer that a GGUF file carries, as transformers uses it.
 
-    It pads on the left, as decoders need it, with the file's padding token or else its end-of-text token; adds to a text
-    what the file's tokenizer.json says (the published ones: nothing); model_max_length is the context.
+    It pads on the left, as decoders need it, with the file's padding token or else its end-of-text token; adds to a
+    text what the file's tokenizer.json says (the published ones: nothing); model_max_length is the context.
 
     Args:
         source: a GGUF file, or a model loaded from one.
@@ -107,7 +115,7 @@ def load_tokenizer(source: "str | os.PathLike[str] | Model | FixMinForCausalLM")
     )
 
 
-def _special_ids(metadata: dict[str, Any]) -> dict[str, int | None]:
+def _special_ids(metadata: dict[str, Any]) -> dict[str, Any]:
     names = {"bos": "bos", "eos": "eos", "pad": "padding"}
     return {f"{name}_token_id": metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in names.items()}
 
@@ -225,7 +233,7 @@ class FixMinForCausalLM(PreTrainedModel, GenerationMixin):
         _refuse_unknown(others)
         if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise ArgumentError("labels need the logits of all positions: leave out logits_to_keep")
-        cache = past_key_values
+        cache: Any = past_key_values
         if cache is not None and not isinstance(cache, TokenCache):
             raise ArgumentTypeError(
                 f"past_key_values must be what an earlier call returned (a TokenCache), got {type(cache).__name__}"
@@ -296,11 +304,11 @@ class FixMinForCausalLM(PreTrainedModel, GenerationMixin):
         """
         token = _wish.set(native)
         try:
-            return super().generate(*args, **kwargs)
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
         finally:
             _wish.reset(token)
 
-    def _prepare_cache_for_generation(
+    def _prepare_cache_for_generation(  # type: ignore[override]
         self,
         generation_config: GenerationConfig,
         model_kwargs: dict[str, Any],
@@ -338,18 +346,17 @@ class FixMinForCausalLM(PreTrainedModel, GenerationMixin):
                 f"row {row} of input_ids is padded on the right, where generation goes on: pad on the left "
                 '(tokenizer.padding_side = "left")'
             )
-        if input_ids.shape[1] >= generation_config.max_length:
+        width, n_ctx = input_ids.shape[1], self.config.max_position_embeddings
+        if width >= generation_config.max_length:
             raise ContextLengthError(
-                f"input_ids has {input_ids.shape[1]} tokens, but the context holds {self.config.max_position_embeddings}, "
-                "the answer included"
+                f"input_ids has {width} tokens, but the context holds {n_ctx}, the answer included"
             )
         try:
             plan = self._plan(input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs)
         except _NotNativeError as reason:
             self._note_transformers(str(reason))
-            return super()._sample(
-                input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
-            )
+            rest = (logits_processor, stopping_criteria, generation_config, synced_gpus, streamer)
+            return super()._sample(input_ids, *rest, **model_kwargs)  # type: ignore[misc, arg-type]
         _, mask = _extend(None, self._checked_ids(input_ids), mask)
         rows = [ids[begin:] for ids, (begin, _) in zip(input_ids.tolist(), _spans(mask), strict=True)]
         self.last_decoding = Decoding(True, "")
@@ -359,10 +366,10 @@ class FixMinForCausalLM(PreTrainedModel, GenerationMixin):
             answers = self._complete(rows, plan)
         if streamer is not None:
             streamer.end()
-        sequences = _append(input_ids, answers, generation_config._pad_token_tensor)
+        sequences: Any = _append(input_ids, answers, generation_config._pad_token_tensor)
         if not generation_config.return_dict_in_generate:
             return sequences
-        cache = TokenCache()
+        cache: Any = TokenCache()
         cache.replace(sequences[:, :-1], F.pad(mask, (0, sequences.shape[1] - 1 - mask.shape[1]), value=True))
         return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=cache)
 
@@ -405,7 +412,7 @@ class FixMinForCausalLM(PreTrainedModel, GenerationMixin):
         return [plan.answer(self.engine.generate(row, seed=_draw_seed(), **plan.options)) for row in rows]
 
     def _watch(self, prompt: Tensor, row: list[int], plan: "_Plan", streamer: BaseStreamer | None) -> list[int]:
-        """The answer to one row, every token shown to the streamer and to the criteria; prompt [1, T] is the padded row."""
+        """The answer to one row, each token shown to the streamer and the criteria; prompt [1, T] is the padded row."""
         sequence, answer = prompt, []
 
         def stops(token_id: int) -> bool:
@@ -439,7 +446,7 @@ class FixMinForCausalLM(PreTrainedModel, GenerationMixin):
         """Of the logits; the weights have the types of the file."""
         return torch.float32
 
-    def get_input_embeddings(self) -> None:
+    def get_input_embeddings(self) -> None:  # type: ignore[override]
         """None: there is no embedding table."""
 
     def get_output_embeddings(self) -> None:
@@ -473,6 +480,10 @@ class FixMinForCausalLM(PreTrainedModel, GenerationMixin):
     def close(self) -> None:
         """Frees the model's memory, as Model.close()."""
         self.engine.close()
+
+
+# A pipeline says of classes that are not registered that they are "not supported", and goes on.
+AutoModelForCausalLM.register(FixMinGgufConfig, FixMinForCausalLM, exist_ok=True)
 
 
 @dataclass
@@ -560,7 +571,7 @@ def _append(prompts: Tensor, answers: list[list[int]], pad: Tensor | None) -> Te
     return torch.cat((prompts, out), dim=1)
 
 
-# --- checks ------------------------------------------------------------------------------------------------------------
+# --- checks -------------------------------------------------------------------------------------------------------
 
 
 def _refuse_unknown(arguments: dict[str, Any]) -> None:
@@ -630,13 +641,13 @@ def _kept(length: int, logits_to_keep: Any) -> list[int]:
         wanted = logits_to_keep.tolist()
     else:
         n = as_int("logits_to_keep", logits_to_keep, 0)
-        wanted = range(max(0, length - n) if n else 0, length)
+        wanted = list(range(max(0, length - n) if n else 0, length))
     if any(not -length <= i < length for i in wanted):
         raise ArgumentError(f"logits_to_keep names positions outside of the {length} there are: {wanted}")
     return [i % length for i in wanted]
 
 
-# --- loss --------------------------------------------------------------------------------------------------------------
+# --- loss ---------------------------------------------------------------------------------------------------------
 
 
 class _WithoutGradient(torch.autograd.Function):

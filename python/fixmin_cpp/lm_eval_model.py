@@ -63,7 +63,7 @@ class FixMinLM(TemplateLM):
         prefix_token_id: stands before a text without context. None: the file's start token, or its end-of-text token.
         batch_size: requests handed to the engine at a time; None or "auto": 64.
         max_batch_size: not used; the harness passes it to every model.
-        device: None or "cpu".
+        device: None or "cpu"; "cuda:0" too, which the harness' command line passes where the user says nothing.
 
     Raises:
         ArgumentError, UnsupportedError, GGUFError, OSError: as Model; UnsupportedError also for a file without a
@@ -87,7 +87,7 @@ class FixMinLM(TemplateLM):
         device: str | None = None,
     ) -> None:
         super().__init__()
-        if device not in (None, "cpu"):
+        if device not in (None, "cpu", "cuda:0"):
             raise UnsupportedError(f"device={device!r}: the native engine runs on the CPU")
         if isinstance(pretrained, Model):
             self.model = pretrained
@@ -111,7 +111,7 @@ class FixMinLM(TemplateLM):
         if batch_size is not None and not str(batch_size).startswith("auto"):
             self.batch_size = as_int("batch_size", int(batch_size), 1)
 
-    # --- what TemplateLM asks for --------------------------------------------------------------------------------------
+    # --- what TemplateLM asks for -----------------------------------------------------------------------------------
 
     @property
     def eot_token_id(self) -> int:
@@ -134,7 +134,7 @@ class FixMinLM(TemplateLM):
             add_special_tokens = self.add_bos_token is not False and not has_bos_prefix(string, self._prefix_text)
         return self.model.encode(string, add_special_tokens=add_special_tokens)
 
-    # --- log-likelihoods -------------------------------------------------------------------------------------------------
+    # --- log-likelihoods --------------------------------------------------------------------------------------------
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of whole texts (nats), each read from its own beginning in windows of max_length tokens."""
@@ -157,7 +157,7 @@ class FixMinLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[_Request], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """For each request the log-probability of the continuation (nats), and whether greedy decoding would give it."""
+        """For each request the log-probability of the continuation (nats), and whether greedy decoding gives it."""
         answers: dict[int, tuple[float, bool]] = {}
         # Requests with the same beginning next to each other: what was computed for one serves the next.
         order = sorted(range(len(requests)), key=lambda i: requests[i][1] + requests[i][2])
@@ -173,6 +173,8 @@ class FixMinLM(TemplateLM):
 
     def _fitted(self, context: list[int], continuation: list[int]) -> tuple[list[int], int]:
         """What is left of context and continuation, cut from the left, and how many tokens of it are to be scored."""
+        if not continuation:
+            raise ArgumentError("a continuation has no tokens: there is nothing to score")
         if len(continuation) > self.max_length:
             raise ContextLengthError(
                 f"a continuation has {len(continuation)} tokens, but max_length is {self.max_length}: nothing predicts "
@@ -195,7 +197,7 @@ class FixMinLM(TemplateLM):
                 read, logits = ids[:-1], self.model.logits(ids[:-1])
             yield _pick(logits[len(read) - n :], ids[len(ids) - n :])
 
-    # --- generation ------------------------------------------------------------------------------------------------------
+    # --- generation -------------------------------------------------------------------------------------------------
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continues each context until one of its stop strings, the end of the text, or max_gen_toks tokens."""
@@ -229,9 +231,8 @@ class FixMinLM(TemplateLM):
         given: dict[str, Any] = dict(normalize_gen_kwargs(gen_kwargs, self.max_gen_toks))
         options: dict[str, Any] = {"max_new_tokens": given.pop("max_gen_toks")}
         if options["max_new_tokens"] >= self.max_length:
-            raise ArgumentError(
-                f"max_gen_toks={options['max_new_tokens']} leaves no room for a context: max_length is {self.max_length}"
-            )
+            n = options["max_new_tokens"]
+            raise ArgumentError(f"max_gen_toks={n} leaves no room for a context: max_length is {self.max_length}")
         stops = handle_stop_sequences(given.pop("until"), eos=None)  # the engine knows the end-of-text token
         options["stop"] = [stop for stop in stops if stop]
         sampled, temperature = given.pop("do_sample"), given.pop("temperature", None)

@@ -57,7 +57,7 @@ def make_pair(tmp_path_factory: pytest.TempPathFactory):
     def make(variant: str) -> Pair:
         if variant not in made:
             path = folder / f"{variant}.gguf"
-            convert(DEMO / variant, path, "f32", trust_remote_code=True)
+            convert(DEMO / variant, path, "f32", trust_remote_code=True, n_threads=1)
             reference = AutoModelForCausalLM.from_pretrained(
                 DEMO / variant, trust_remote_code=True, dtype=torch.float32
             )
@@ -113,7 +113,7 @@ class Recorder(BaseStreamer):
         self.ended += 1
 
 
-# --- logits -------------------------------------------------------------------------------------------------------
+# --- logits ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("variant", ["fixed", "affine"])
@@ -187,7 +187,7 @@ def test_loss_is_that_of_the_checkpoint(pair):
         loss.backward()
 
 
-# --- generate() ----------------------------------------------------------------------------------------------------
+# --- generate() -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("variant", ["fixed", "affine"])
@@ -336,7 +336,7 @@ def test_stop_strings(pair, stops, native):
             assert min(len(text.split(stop)[-1]) for stop in stops if stop in text) < 4, "goes on after the stop string"
 
 
-# --- sampling ------------------------------------------------------------------------------------------------------
+# --- sampling -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -413,7 +413,7 @@ def test_processors_of_the_caller(pair):
     assert run(TopKLogitsWarper(3), do_sample=False) == ""
 
 
-# --- pipelines -----------------------------------------------------------------------------------------------------
+# --- pipelines ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -444,6 +444,11 @@ def test_pipeline_says_the_same(pair, pipelines, texts, arguments):
     assert got == pipelines.torch(texts, do_sample=False, **arguments)
 
 
+def test_pipeline_knows_the_class(pair, monkeypatch):
+    monkeypatch.setattr(transformers.pipelines.base.logger, "error", pytest.fail)
+    pipeline("text-generation", model=pair.model, tokenizer=pair.tokenizer)
+
+
 def test_pipeline_with_its_defaults(pair, pipelines):
     """Sampling with temperature 0.7 and 256 new tokens: native, and cut by the context of 256."""
     transformers.set_seed(0)
@@ -455,7 +460,7 @@ def test_pipeline_with_its_defaults(pair, pipelines):
     assert len(text) > 20
 
 
-# --- the tokenizer ---------------------------------------------------------------------------------------------------
+# --- the tokenizer --------------------------------------------------------------------------------------------------
 
 
 def test_tokenizer_is_that_of_the_checkpoint(pair):
