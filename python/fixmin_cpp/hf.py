@@ -303,6 +303,7 @@ class FixMinForCausalLM(PreTrainedModel, GenerationMixin):
         `last_decoding` says which loop ran and why; so does the logger "fixmin_cpp.hf" (level INFO).
         """
         token = _wish.set(native)
+        self.last_decoding = None  # and so it stays with custom_generate
         try:
             return super().generate(*args, **kwargs)  # type: ignore[misc]
         finally:

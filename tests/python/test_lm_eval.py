@@ -42,7 +42,7 @@ TASKS = {
     "choices": """
 task: choices
 dataset_path: json
-dataset_kwargs: {data_files: {test: %s}}
+dataset_kwargs: {data_files: {test: %s}, cache_dir: %s}
 test_split: test
 output_type: multiple_choice
 doc_to_text: "{{question}}"
@@ -53,7 +53,7 @@ metric_list: [{metric: acc}, {metric: acc_norm}]
     "prose": """
 task: prose
 dataset_path: json
-dataset_kwargs: {data_files: {test: %s}}
+dataset_kwargs: {data_files: {test: %s}, cache_dir: %s}
 test_split: test
 output_type: loglikelihood_rolling
 doc_to_text: ""
@@ -63,7 +63,7 @@ metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}, {metric: bit
     "answers": """
 task: answers
 dataset_path: json
-dataset_kwargs: {data_files: {test: %s}}
+dataset_kwargs: {data_files: {test: %s}, cache_dir: %s}
 test_split: test
 output_type: generate_until
 doc_to_text: "{{question}}"
@@ -101,7 +101,6 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     tokenizer = AutoTokenizer.from_pretrained(DEMO / "fixed")
     hflm = HFLM(pretrained=reference.eval(), tokenizer=tokenizer, backend="causal", device="cpu", batch_size=4)
     native = FixMinLM(path, kv_type="f32", n_threads=1)
-    os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
     yield Bench(path, native, hflm, write_tasks(folder / "tasks"))
     native.model.close()
     torch.set_num_threads(threads)
@@ -133,7 +132,7 @@ def write_tasks(folder: Path) -> TaskManager:
     for name, rows in data.items():
         file = folder / f"{name}.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        (folder / f"{name}.yaml").write_text(TASKS[name] % file, encoding="utf-8")
+        (folder / f"{name}.yaml").write_text(TASKS[name] % (file, folder / "cache"), encoding="utf-8")
     return TaskManager(include_path=str(folder), include_defaults=False)
 
 
