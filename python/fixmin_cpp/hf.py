@@ -1,0 +1,673 @@
+"""The native engine where transformers expects one of its models (needs fixmin-cpp[hf]).
+
+>>> from fixmin_cpp.hf import FixMinForCausalLM, load_tokenizer
+>>> model = FixMinForCausalLM.from_gguf("model.gguf")
+>>> generate = transformers.pipeline("text-generation", model=model, tokenizer=load_tokenizer(model))
+
+`forward` computes logits, so that everything in transformers that calls a model works. `generate` leaves the
+preparation of its arguments to transformers and then runs the engine's own decoding loop wherever that gives what
+transformers' loop would (`FixMinForCausalLM.generate` says where; `last_decoding` says which one ran).
+"""
+
+import logging
+import os
+from collections.abc import Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GenerationMixin,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.generation import (
+    EosTokenCriteria,
+    GenerateDecoderOnlyOutput,
+    GenerationMode,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.generation.streamers import BaseStreamer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from . import _core
+from .arguments import as_int
+from .errors import ArgumentError, ArgumentTypeError, ContextLengthError, FixminError, UnsupportedError
+from .model import Completion, Model
+from .tokenizer import TextTokenizer
+
+__all__ = ["Decoding", "FixMinForCausalLM", "FixMinGgufConfig", "TokenCache", "load_tokenizer"]
+
+_log = logging.getLogger(__name__)
+
+# What generate(native=...) asks for, as _sample() sees it: transformers passes on no arguments that it does not know.
+_wish: ContextVar[bool | None] = ContextVar("fixmin_native", default=None)
+
+
+class FixMinGgufConfig(PretrainedConfig):
+    """The sizes of a loaded GGUF file under the names of transformers; max_position_embeddings is the model's n_ctx."""
+
+    model_type = "fixmin_gguf"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - the base class declares it as a plain attribute
+
+    @classmethod
+    def of(cls, model: Model) -> "FixMinGgufConfig":
+        """The configuration of a loaded model."""
+        info = model.info
+        sizes: dict[str, Any] = {
+            "vocab_size": info["vocab_size"],
+            "hidden_size": info["embedding_length"],
+            "num_hidden_layers": info["block_count"],
+            "num_attention_heads": info["head_count"],
+            "num_key_value_heads": info["head_count_kv"],
+            "intermediate_size": info["feed_forward_length"],
+            "max_position_embeddings": info["n_ctx"],
+            "tie_word_embeddings": False,
+            "name_or_path": model.path,
+        }
+        sizes |= _special_ids(_core.GgufFile(model.path).metadata)
+        return cls(**sizes)
+
+
+def load_tokenizer(source: "str | os.PathLike[str] | Model | FixMinForCausalLM") -> PreTrainedTokenizerFast:
+    """The tokenizer that a GGUF file carries, as transformers uses it.
+
+    It pads on the left, as decoders need it, with the file's padding token or else its end-of-text token; adds to a
+    text what the file's tokenizer.json says (the published ones: nothing); model_max_length is the context.
+
+    Args:
+        source: a GGUF file, or a model loaded from one.
+
+    Raises:
+        UnsupportedError: the file holds no tokenizer. GGUFError, OSError: as Model.
+    """
+    model = source.engine if isinstance(source, FixMinForCausalLM) else source
+    path = model.path if isinstance(model, Model) else os.fspath(model)
+    metadata = _core.GgufFile(path).metadata
+    tokenizer = TextTokenizer.from_metadata(metadata)
+    if tokenizer is None:
+        raise UnsupportedError(f"{path} holds no tokenizer (key tokenizer.huggingface.json)")
+    backend = tokenizer.backend  # read anew from the file: transformers changes the one that it is given
+    ids = {name: token_id for name, token_id in _special_ids(metadata).items() if token_id is not None}
+    if "eos_token_id" in ids:
+        ids.setdefault("pad_token_id", ids["eos_token_id"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        padding_side="left",
+        model_max_length=model.info["n_ctx"] if isinstance(model, Model) else metadata["fixmin.context_length"],
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+        **{name.removesuffix("_id"): backend.id_to_token(token_id) for name, token_id in ids.items()},
+    )
+
+
+def _special_ids(metadata: dict[str, Any]) -> dict[str, Any]:
+    names = {"bos": "bos", "eos": "eos", "pad": "padding"}
+    return {f"{name}_token_id": metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in names.items()}
+
+
+class TokenCache:
+    """The tokens that forward() has read, in the place of a cache of keys and values.
+
+    The model keeps nothing between two calls of forward(): each one reads the whole sequence, these tokens and the new
+    ones. What transformers does to a cache (reorder its rows, crop its end) is done to the tokens.
+    """
+
+    is_compileable = False  # transformers asks before it would compile a forward pass
+    is_croppable = True
+
+    def __init__(self) -> None:
+        self.ids: Tensor | None = None  # [B, S] int64
+        self.mask: Tensor | None = None  # [B, S] bool, False where the token is padding
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """S, padding included; the same for every layer."""
+        return 0 if self.ids is None else self.ids.shape[1]
+
+    def replace(self, ids: Tensor, mask: Tensor) -> None:
+        """Holds these tokens from now on: ids [B, S], mask [B, S]."""
+        self.ids, self.mask = ids, mask
+
+    def crop(self, max_length: int) -> None:
+        """Keeps the first max_length tokens of each row; a negative number drops so many at the end, 0 none."""
+        if self.ids is None or self.mask is None or max_length == 0:
+            return
+        self.ids, self.mask = self.ids[:, :max_length], self.mask[:, :max_length]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes what row beam_idx[i] was."""
+        if self.ids is not None and self.mask is not None:
+            self.ids, self.mask = self.ids[beam_idx], self.mask[beam_idx]
+
+    def activate_past_recording(self) -> None:
+        """Nothing to do: tokens can always be dropped again."""
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Which loop a generate() ran in."""
+
+    native: bool  # the engine's; False: transformers' own
+    reason: str  # what asked for transformers' loop; "" if the loop was native
+
+
+class _NotNativeError(Exception):
+    """What the engine's loop cannot do as transformers' would; the message names it."""
+
+
+class FixMinForCausalLM(PreTrainedModel, GenerationMixin):
+    """A GGUF file, run by the native engine, as a model of transformers.
+
+    It has no parameters of PyTorch and lives on the CPU: it cannot be trained, moved, cast or saved. Safe to use from
+    several threads, as `Model` is (`last_decoding` then belongs to whichever call came last).
+
+    Args:
+        engine: a loaded model; `from_gguf` loads one. It may be used directly at the same time.
+    """
+
+    config_class = FixMinGgufConfig
+    main_input_name = "input_ids"
+
+    def __init__(self, engine: Model) -> None:
+        if not isinstance(engine, Model):
+            raise ArgumentTypeError(f"engine must be a fixmin_cpp.Model, got {type(engine).__name__}: see from_gguf()")
+        super().__init__(FixMinGgufConfig.of(engine))
+        self.engine = engine
+        self.last_decoding: Decoding | None = None
+        super().train(False)
+
+    @classmethod
+    def from_gguf(cls, path: str | os.PathLike[str], **arguments: Any) -> "FixMinForCausalLM":
+        """Loads a GGUF file; `arguments` (n_threads, n_ctx, kv_type, ...) and errors are those of Model."""
+        return cls(Model(path, **arguments))
+
+    # --- logits ----------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: TokenCache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+        **others: Any,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Logits of the next token at every position, computed by the engine.
+
+        Padding is dropped before anything is computed: each row is a sequence of its own that begins at position 0 with
+        its first token, so a padded batch gives the same bits as its rows alone.
+
+        Args:
+            input_ids: [B, T] integers below V, on the CPU.
+            attention_mask: [B, S] of 0 (padding) and 1, S counting the tokens of the cache too. Padding may stand on
+                the left or on the right of a row, but not between its tokens. None: no new token is padding.
+            past_key_values: what an earlier call returned: the tokens before; extended in place.
+            labels: [B, T], the ids themselves (they are shifted here); -100 is left out of the loss, and so is a token
+                that follows padding: nothing predicts it.
+            use_cache: whether to return a cache (None: True).
+            logits_to_keep: how many of the last positions to compute logits for (0: all), or which, [n] indices into T.
+            return_dict: False for a plain tuple.
+
+        Returns:
+            loss (mean, nats per token; None without labels), logits float32 [B, n, V] (0 at padding) and the cache.
+
+        Raises:
+            ArgumentError, ArgumentTypeError, ContextLengthError, UnsupportedError (all ValueErrors).
+        """
+        _refuse_unknown(others)
+        if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+            raise ArgumentError("labels need the logits of all positions: leave out logits_to_keep")
+        cache: Any = past_key_values
+        if cache is not None and not isinstance(cache, TokenCache):
+            raise ArgumentTypeError(
+                f"past_key_values must be what an earlier call returned (a TokenCache), got {type(cache).__name__}"
+            )
+        new = self._checked_ids(input_ids)
+        ids, mask = _extend(cache, new, attention_mask)
+        past = ids.shape[1] - new.shape[1]
+        logits = self._logits(ids, mask, [past + i for i in _kept(new.shape[1], logits_to_keep)])
+        loss = None if labels is None else _loss(logits, labels, mask[:, past:])
+        use_cache = True if use_cache is None else use_cache
+        if use_cache:
+            cache = TokenCache() if cache is None else cache
+            cache.replace(ids, mask)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache if use_cache else None)
+        return output if return_dict is not False else output.to_tuple()
+
+    def _checked_ids(self, input_ids: Any) -> Tensor:
+        """[B, T] int64."""
+        _check_matrix("input_ids", input_ids)
+        if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+            raise ArgumentTypeError(f"input_ids must be integers, got dtype {input_ids.dtype}")
+        wrong = (input_ids < 0) | (input_ids >= self.config.vocab_size)
+        if wrong.any():
+            row, column = wrong.nonzero()[0].tolist()
+            raise ArgumentError(
+                f"input_ids[{row}, {column}] is {int(input_ids[row, column])}, but token ids run from 0 to "
+                f"{self.config.vocab_size - 1}"
+            )
+        return input_ids.long()
+
+    def _logits(self, ids: Tensor, mask: Tensor, positions: Sequence[int]) -> Tensor:
+        """Logits at these columns of ids [B, S]: float32 [B, len(positions), V], 0 where a row has padding."""
+        out = torch.zeros(len(ids), len(positions), self.config.vocab_size)
+        for row, (begin, end) in enumerate(_spans(mask)):
+            kept = [i for i, position in enumerate(positions) if begin <= position < end]
+            if kept:
+                wanted = [positions[i] - begin for i in kept]
+                tokens = ids[row, begin : begin + max(wanted) + 1].numpy()  # later tokens change nothing
+                out[row, kept] = torch.from_numpy(self._engine_logits(tokens, wanted))
+        return out
+
+    def _engine_logits(self, ids: NDArray[np.int64], rows: Sequence[int]) -> NDArray[np.float32]:
+        """Logits after these tokens of ids [T]: [len(rows), V]."""
+        if list(rows) == [len(ids) - 1]:
+            return self.engine.logits(ids, last=True)[None]
+        return self.engine.logits(ids)[list(rows)]
+
+    # --- generation ------------------------------------------------------------------------------------------------
+
+    def generate(self, *args: Any, native: bool | None = None, **kwargs: Any) -> Any:
+        """transformers' generate(), with the decoding loop of the engine where that is possible.
+
+        The native loop does greedy decoding and sampling with temperature, top_k and top_p (top_p together with a
+        temperature other than 1 excepted: transformers applies the temperature first, the engine last), the file's
+        end-of-text token or none, stop_strings, max_length and max_new_tokens, num_return_sequences, batches padded on
+        the left, streamers. Everything else (beams, other logits processors and stopping criteria, output_scores,
+        assistants, ...) runs in transformers' own loop, which is right too but reads the whole sequence again for every
+        token. Both stop when the context is full.
+
+        A sampled text depends on PyTorch's seed (`transformers.set_seed`) and on the loop: the two draw different
+        random numbers.
+
+        Args:
+            native: True: UnsupportedError instead of transformers' loop; False: always transformers' loop.
+
+        The other arguments, and what is returned, are those of transformers.GenerationMixin.generate.
+        `last_decoding` says which loop ran and why; so does the logger "fixmin_cpp.hf" (level INFO).
+        """
+        token = _wish.set(native)
+        self.last_decoding = None  # and so it stays with custom_generate
+        try:
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            _wish.reset(token)
+
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: GenerationMode,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """transformers' hook between the preparation of the arguments and the choice of criteria and loop."""
+        if generation_config.cache_implementation is not None:
+            raise UnsupportedError(
+                f"cache_implementation={generation_config.cache_implementation!r}: the engine has a cache of its own"
+            )
+        if generation_mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+            self._note_transformers(generation_mode.value)
+        # The context ends where it ends; Model.generate() stops there too.
+        generation_config.max_length = min(generation_config.max_length, self.config.max_position_embeddings)
+        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = TokenCache()
+
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: BaseStreamer | None = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """transformers' loop for greedy decoding and sampling: where generate() arrives with everything prepared."""
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None and not mask[:, -1].all():
+            row = int((mask[:, -1] == 0).nonzero()[0])
+            raise ArgumentError(
+                f"row {row} of input_ids is padded on the right, where generation goes on: pad on the left "
+                '(tokenizer.padding_side = "left")'
+            )
+        width, n_ctx = input_ids.shape[1], self.config.max_position_embeddings
+        if width >= generation_config.max_length:
+            raise ContextLengthError(
+                f"input_ids has {width} tokens, but the context holds {n_ctx}, the answer included"
+            )
+        try:
+            plan = self._plan(input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs)
+        except _NotNativeError as reason:
+            self._note_transformers(str(reason))
+            rest = (logits_processor, stopping_criteria, generation_config, synced_gpus, streamer)
+            return super()._sample(input_ids, *rest, **model_kwargs)  # type: ignore[misc, arg-type]
+        _, mask = _extend(None, self._checked_ids(input_ids), mask)
+        rows = [ids[begin:] for ids, (begin, _) in zip(input_ids.tolist(), _spans(mask), strict=True)]
+        self.last_decoding = Decoding(True, "")
+        if streamer is not None or plan.criteria:
+            answers = [self._watch(input_ids[i : i + 1], row, plan, streamer) for i, row in enumerate(rows)]
+        else:
+            answers = self._complete(rows, plan)
+        if streamer is not None:
+            streamer.end()
+        sequences: Any = _append(input_ids, answers, generation_config._pad_token_tensor)
+        if not generation_config.return_dict_in_generate:
+            return sequences
+        cache: Any = TokenCache()
+        cache.replace(sequences[:, :-1], F.pad(mask, (0, sequences.shape[1] - 1 - mask.shape[1]), value=True))
+        return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=cache)
+
+    def _note_transformers(self, reason: str) -> None:
+        if _wish.get():
+            raise UnsupportedError(f"generate(native=True): the engine's loop does not do this: {reason}")
+        _log.info("generate() runs in transformers' loop: %s", reason)
+        self.last_decoding = Decoding(False, reason)
+
+    def _plan(
+        self,
+        input_ids: Tensor,
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        config: GenerationConfig,
+        streamer: BaseStreamer | None,
+        model_kwargs: dict[str, Any],
+    ) -> "_Plan":
+        """What to ask of Model.generate(); raises _NotNativeError."""
+        if _wish.get() is False:
+            raise _NotNativeError("native=False")
+        for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
+            if getattr(config, name):
+                raise _NotNativeError(name)
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None and cache.get_seq_length():
+            raise _NotNativeError("past_key_values with tokens")
+        if streamer is not None and len(input_ids) > 1:
+            raise _NotNativeError("a streamer and several rows")
+        plan = _Plan(_sampling(processors, config.do_sample), sampled=config.do_sample)
+        plan.read_criteria(criteria, input_ids.shape[1], self.engine.info["eos_token_id"])
+        if plan.criteria and plan.eos_id is None and len(input_ids) > 1:
+            raise _NotNativeError("stop_strings and several rows without an end-of-text token")
+        return plan
+
+    def _complete(self, rows: list[list[int]], plan: "_Plan") -> list[list[int]]:
+        """The answers to all rows at once; the end-of-text token is part of them."""
+        if not plan.sampled:
+            return [plan.answer(c) for c in self.engine.generate(rows, **plan.options)]
+        return [plan.answer(self.engine.generate(row, seed=_draw_seed(), **plan.options)) for row in rows]
+
+    def _watch(self, prompt: Tensor, row: list[int], plan: "_Plan", streamer: BaseStreamer | None) -> list[int]:
+        """The answer to one row, each token shown to the streamer and the criteria; prompt [1, T] is the padded row."""
+        sequence, answer = prompt, []
+
+        def stops(token_id: int) -> bool:
+            nonlocal sequence
+            answer.append(token_id)
+            token = torch.tensor([token_id])
+            if streamer is not None:
+                streamer.put(token)
+            sequence = torch.cat((sequence, token[None]), dim=1)
+            return any(bool(criterion(sequence, None).all()) for criterion in plan.criteria)
+
+        options = plan.options | ({"seed": _draw_seed()} if plan.sampled else {})
+        with self.engine.stream(row, **options) as stream:
+            for piece in stream:
+                if stops(piece.token_id):
+                    return answer
+        if stream.completion is not None and len(plan.answer(stream.completion)) > len(answer):
+            assert plan.eos_id is not None
+            stops(plan.eos_id)
+        return answer
+
+    # --- what a model of transformers can do and this one cannot ------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where tensors must be: the CPU."""
+        return torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the logits; the weights have the types of the file."""
+        return torch.float32
+
+    def get_input_embeddings(self) -> None:  # type: ignore[override]
+        """None: there is no embedding table."""
+
+    def get_output_embeddings(self) -> None:
+        """None: the output projection is inside the engine."""
+
+    def train(self, mode: bool = True) -> "FixMinForCausalLM":
+        """train(False) and eval() do nothing; UnsupportedError for train()."""
+        if mode:
+            raise UnsupportedError("the native engine computes no gradients: train the PyTorch checkpoint")
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "FixMinForCausalLM":
+        """What to(), cuda(), half() ... of a module call for each of its tensors, of which there are none here."""
+        moved = fn(torch.zeros(0))
+        if moved.device != self.device or moved.dtype != self.dtype:
+            raise UnsupportedError(
+                f"the native engine runs on the CPU and gives float32, and cannot become {moved.dtype} on "
+                f'{moved.device}; pipelines take device="cpu"'
+            )
+        return self
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """UnsupportedError: the model is its file."""
+        raise UnsupportedError(f"there is nothing to save but the file itself: copy {self.engine.path}")
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> NoReturn:
+        """UnsupportedError: see from_gguf."""
+        raise UnsupportedError("load a GGUF file with from_gguf(path); `fixmin convert` makes one of a checkpoint")
+
+    def close(self) -> None:
+        """Frees the model's memory, as Model.close()."""
+        self.engine.close()
+
+
+# A pipeline says of classes that are not registered that they are "not supported", and goes on.
+AutoModelForCausalLM.register(FixMinGgufConfig, FixMinForCausalLM, exist_ok=True)
+
+
+@dataclass
+class _Plan:
+    """One generate() in the terms of Model.generate()."""
+
+    options: dict[str, Any]
+    sampled: bool
+    eos_id: int | None = None
+    criteria: list[StopStringCriteria] = field(default_factory=list)  # asked after every token
+
+    def read_criteria(self, criteria: StoppingCriteriaList, n_prompt: int, file_eos_id: int | None) -> None:
+        """Adds where to stop: n_prompt is the width of the batch, padding included."""
+        max_length: int | None = None
+        eos_ids: set[int] = set()
+        for criterion in criteria:
+            if type(criterion) is MaxLengthCriteria:
+                max_length = criterion.max_length if max_length is None else min(max_length, criterion.max_length)
+            elif type(criterion) is EosTokenCriteria:
+                eos_ids.update(criterion.eos_token_id.flatten().tolist())
+            elif type(criterion) is StopStringCriteria:
+                self.criteria.append(criterion)
+            else:
+                raise _NotNativeError(type(criterion).__name__)
+        if max_length is None:
+            raise _NotNativeError("no max_length")
+        if eos_ids - {file_eos_id}:
+            raise _NotNativeError(f"eos_token_id {sorted(eos_ids)}: that of the file is {file_eos_id}")
+        self.eos_id = file_eos_id if eos_ids else None
+        self.options |= {"max_new_tokens": max_length - n_prompt, "ignore_eos": not eos_ids}
+
+    def answer(self, completion: Completion) -> list[int]:
+        """The tokens of a completion as transformers counts them, the end-of-text token included."""
+        if completion.finish_reason == "cancelled":
+            raise FixminError("the model was closed while it generated")
+        end = [self.eos_id] if completion.finish_reason == "eos" and self.eos_id is not None else []
+        return completion.token_ids + end
+
+
+def _sampling(processors: LogitsProcessorList, do_sample: bool) -> dict[str, Any]:
+    """Sampling arguments of Model.generate() that draw from the same distribution; raises _NotNativeError.
+
+    The engine's order is top_k, top_p, temperature. A temperature changes no order of tokens, so it may stand on either
+    side of top_k; on the other side of top_p, whose sum it changes, it may not.
+    """
+    options: dict[str, Any] = {"temperature": 1.0 if do_sample else 0.0}
+    seen: list[type] = []
+    for processor in processors:
+        kind = type(processor)
+        if kind not in (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper) or kind in seen:
+            raise _NotNativeError(kind.__name__)
+        seen.append(kind)
+        if not do_sample:
+            continue  # none of the three changes which token is the most probable one
+        if kind is TemperatureLogitsWarper:
+            options["temperature"] = float(processor.temperature)
+            continue
+        if processor.filter_value != -np.inf:
+            raise _NotNativeError(f"{kind.__name__} with a filter_value")
+        if kind is TopKLogitsWarper:
+            if TopPLogitsWarper in seen:
+                raise _NotNativeError("top_p before top_k")
+            options["top_k"] = int(processor.top_k)
+        else:
+            if options["temperature"] != 1.0:
+                raise _NotNativeError("top_p after a temperature")
+            if processor.min_tokens_to_keep != 1 or processor.top_p <= 0:
+                raise _NotNativeError("top_p with min_tokens_to_keep")
+            options["top_p"] = float(processor.top_p)
+    return options
+
+
+def _draw_seed() -> int:
+    """From PyTorch's generator, so that its seed decides about the text."""
+    return int(torch.randint(2**63 - 1, ()))
+
+
+def _append(prompts: Tensor, answers: list[list[int]], pad: Tensor | None) -> Tensor:
+    """[B, T] and B answers -> [B, T + longest answer], shorter ones padded on the right."""
+    longest = max(map(len, answers))
+    # Without a padding token there is no end-of-text token either, and all answers are as long.
+    out = torch.full((len(prompts), longest), 0 if pad is None else int(pad), dtype=prompts.dtype)
+    for row, answer in enumerate(answers):
+        out[row, : len(answer)] = torch.tensor(answer)
+    return torch.cat((prompts, out), dim=1)
+
+
+# --- checks -------------------------------------------------------------------------------------------------------
+
+
+def _refuse_unknown(arguments: dict[str, Any]) -> None:
+    """Arguments that transformers passes along to every model are ignored only where they ask for nothing."""
+    ignored = {"tokenizer", "assistant_tokenizer"}  # of generate(), which leaves them in what it passes on
+    reasons = {
+        "inputs_embeds": "there is no embedding table",
+        "position_ids": "positions are counted from the first token of a row that is not padding",
+    }
+    for name, value in arguments.items():
+        if name not in ignored and value is not None and value is not False:
+            reason = f": {reasons[name]}" if name in reasons else ""
+            raise UnsupportedError(f"forward() of the native engine does not take {name}{reason}")
+
+
+def _check_matrix(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise ArgumentTypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.device.type != "cpu":
+        raise ArgumentError(f'{name} is on {value.device}, but the native engine runs on the CPU: {name}.to("cpu")')
+    if value.ndim != 2 or 0 in value.shape:
+        raise ArgumentError(f"{name} must have the shape [rows, tokens], got {list(value.shape)}")
+
+
+def _extend(cache: TokenCache | None, new: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The ids [B, S] of cache and call together, and what of them is no padding, bool [B, S]."""
+    ids, mask = new, torch.ones(new.shape, dtype=torch.bool)
+    if cache is not None and cache.ids is not None and cache.mask is not None:
+        if len(cache.ids) != len(new):
+            raise ArgumentError(f"input_ids has {len(new)} rows, but past_key_values {len(cache.ids)}")
+        ids, mask = torch.cat((cache.ids, new), dim=1), torch.cat((cache.mask, mask), dim=1)
+    if attention_mask is None:
+        return ids, mask
+    _check_matrix("attention_mask", attention_mask)
+    if attention_mask.shape != ids.shape:
+        raise ArgumentError(
+            f"attention_mask has the shape {list(attention_mask.shape)}, but there are {list(ids.shape)} tokens"
+            + (", those of past_key_values included" if ids is not new else "")
+        )
+    if not ((attention_mask == 0) | (attention_mask == 1)).all():
+        raise ArgumentError("attention_mask must hold 1 for a token and 0 for padding, and nothing else")
+    return ids, attention_mask == 1
+
+
+def _spans(mask: Tensor) -> list[tuple[int, int]]:
+    """First token and one past the last token of each row of a mask [B, S]."""
+    spans = []
+    for row, real in enumerate(mask.tolist()):
+        if True not in real:
+            raise ArgumentError(f"row {row} of attention_mask hides every token")
+        begin, end = real.index(True), len(real) - real[::-1].index(True)
+        if not all(real[begin:end]):
+            hole = real.index(False, begin)
+            raise ArgumentError(
+                f"attention_mask[{row}, {hole}] is 0 between tokens: padding may stand on the left or on the right of "
+                "a row only"
+            )
+        spans.append((begin, end))
+    return spans
+
+
+def _kept(length: int, logits_to_keep: Any) -> list[int]:
+    """Which of `length` positions logits are wanted for."""
+    if isinstance(logits_to_keep, Tensor):
+        if logits_to_keep.ndim != 1 or logits_to_keep.is_floating_point():
+            raise ArgumentError(f"logits_to_keep must be a number or indices [n], got {logits_to_keep!r}")
+        wanted = logits_to_keep.tolist()
+    else:
+        n = as_int("logits_to_keep", logits_to_keep, 0)
+        wanted = list(range(max(0, length - n) if n else 0, length))
+    if any(not -length <= i < length for i in wanted):
+        raise ArgumentError(f"logits_to_keep names positions outside of the {length} there are: {wanted}")
+    return [i % length for i in wanted]
+
+
+# --- loss ---------------------------------------------------------------------------------------------------------
+
+
+class _WithoutGradient(torch.autograd.Function):
+    """Passes a loss through, and says why when someone asks for its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, anchor: Tensor) -> Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> NoReturn:
+        raise UnsupportedError("the native engine computes no gradients: train the PyTorch checkpoint")
+
+
+def _loss(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+    """Mean over logits [B, T, V] and labels [B, T]; mask [B, T] is False at padding, which has no logits."""
+    _check_matrix("labels", labels)
+    if labels.shape != logits.shape[:2]:
+        raise ArgumentError(f"labels has the shape {list(labels.shape)}, but input_ids {list(logits.shape[:2])}")
+    targets = labels.masked_fill(~F.pad(mask[:, :-1], (1, 0)), -100)[:, 1:]
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten())
+    return _WithoutGradient.apply(loss, torch.zeros((), requires_grad=True))

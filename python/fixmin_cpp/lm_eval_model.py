@@ -1,0 +1,260 @@
+"""The model "fixmin" of EleutherAI's lm-evaluation-harness (needs fixmin-cpp[eval]).
+
+    python -m fixmin_cpp.lm_eval run --model fixmin --model_args pretrained=model.gguf --tasks hellaswag
+
+A harness that knows plugins (after 0.4.13) finds the model by itself: `lm_eval run --model fixmin ...`.
+"""
+
+import json
+import os
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from . import _core
+from .arguments import as_int
+from .errors import ArgumentError, ContextLengthError, UnsupportedError
+from .model import Model
+
+__all__ = ["FixMinLM"]
+
+# What TemplateLM hands over: texts of context and continuation (the key for the harness' cache), and their ids.
+_Request: TypeAlias = tuple[tuple[str, str] | None, list[int], list[int]]
+
+_BATCH = 64  # requests handed to the engine at a time, unless batch_size says otherwise
+_ROWS = 32  # rows of logits in float64 at a time: 16 MiB for 65,536 tokens
+
+# Arguments of generation that the engine does not have, and the values with which they ask for nothing.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "num_beams": (None, 1),
+    "num_return_sequences": (None, 1),
+    "early_stopping": (None, False),
+    "repetition_penalty": (None, 1),
+    "frequency_penalty": (None, 0),
+    "presence_penalty": (None, 0),
+    "min_p": (None, 0),
+    "typical_p": (None, 1),
+    "use_cache": (None, True, False),
+}
+
+
+@register_model("fixmin")
+class FixMinLM(TemplateLM):
+    """A GGUF file that answers the harness' three questions.
+
+    Texts become tokens as in the harness' own HFLM. Neither logits nor answers depend on what is computed together, so
+    results do not depend on batch_size.
+
+    Args:
+        pretrained: the GGUF file, or a loaded Model.
+        n_ctx, n_threads, kv_type, n_batch: as Model, for a file.
+        max_length: tokens that the model sees at most; what is longer loses its beginning. None: n_ctx.
+        max_gen_toks: tokens to generate where a task does not say. None: 256, or half of max_length if that is less.
+        add_bos_token: whether a text gets the special tokens that the tokenizer knows of; None: what it says itself.
+        prefix_token_id: stands before a text without context. None: the file's start token, or its end-of-text token.
+        batch_size: requests handed to the engine at a time; None or "auto": 64.
+        max_batch_size: not used; the harness passes it to every model.
+        device: None or "cpu"; "cuda:0" too, which the harness' command line passes where the user says nothing.
+
+    Raises:
+        ArgumentError, UnsupportedError, GGUFError, OSError: as Model; UnsupportedError also for a file without a
+            tokenizer or without an end-of-text token.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | os.PathLike[str] | Model,
+        *,
+        n_ctx: int | None = None,
+        n_threads: int | None = None,
+        kv_type: str = "f16",
+        n_batch: int = 512,
+        max_length: int | None = None,
+        max_gen_toks: int | None = None,
+        add_bos_token: bool | None = None,
+        prefix_token_id: int | None = None,
+        batch_size: int | str | None = None,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+    ) -> None:
+        super().__init__()
+        if device not in (None, "cpu", "cuda:0"):
+            raise UnsupportedError(f"device={device!r}: the native engine runs on the CPU")
+        if isinstance(pretrained, Model):
+            self.model = pretrained
+        else:
+            self.model = Model(pretrained, n_ctx=n_ctx, n_threads=n_threads, kv_type=kv_type, n_batch=n_batch)
+        info = self.model.info
+        if not info["tokenizer"] or info["eos_token_id"] is None:
+            lacks = "end-of-text token" if info["tokenizer"] else "tokenizer"
+            raise UnsupportedError(f"{self.model.path} holds no {lacks}, which the harness needs")
+        self._eot_token_id: int = info["eos_token_id"]
+        if prefix_token_id is None:
+            bos_id = _core.GgufFile(self.model.path).metadata.get("tokenizer.ggml.bos_token_id")
+            prefix_token_id = self._eot_token_id if bos_id is None else bos_id
+        self._prefix_token_id = as_int("prefix_token_id", prefix_token_id, 0, info["vocab_size"] - 1)
+        self._prefix_text = self.model.decode(self._prefix_token_id)
+        self.add_bos_token = add_bos_token
+        self.max_length = as_int("max_length", info["n_ctx"] if max_length is None else max_length, 2, info["n_ctx"])
+        default = min(256, self.max_length // 2)
+        self.max_gen_toks = as_int("max_gen_toks", default if max_gen_toks is None else max_gen_toks, 1)
+        self.batch_size = _BATCH
+        if batch_size is not None and not str(batch_size).startswith("auto"):
+            self.batch_size = as_int("batch_size", int(batch_size), 1)
+
+    # --- what TemplateLM asks for -----------------------------------------------------------------------------------
+
+    @property
+    def eot_token_id(self) -> int:
+        """The id that ends a text."""
+        return self._eot_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The id that stands before a text without context."""
+        return self._prefix_token_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What the harness names its cache of requests after."""
+        return os.path.abspath(self.model.path)
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Token ids; add_special_tokens None: as add_bos_token says, but no second start token."""
+        if add_special_tokens is None:
+            add_special_tokens = self.add_bos_token is not False and not has_bos_prefix(string, self._prefix_text)
+        return self.model.encode(string, add_special_tokens=add_special_tokens)
+
+    # --- log-likelihoods --------------------------------------------------------------------------------------------
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-probability of whole texts (nats), each read from its own beginning in windows of max_length tokens."""
+        texts = [request.args[0] for request in requests]
+        windows: list[_Request] = []
+        owners: list[int] = []
+        for i, text in enumerate(texts):
+            for window in get_rolling_token_windows(
+                self.tok_encode(text), prefix_token=self.prefix_token_id, max_seq_len=self.max_length, context_len=1
+            ):
+                windows.append((None, *make_disjoint_window(window)))
+                owners.append(i)
+        totals = [0.0] * len(texts)
+        for i, (logprob, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm), strict=True):
+            totals[i] += logprob
+        for text, total in zip(texts, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)
+        return totals
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[_Request], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """For each request the log-probability of the continuation (nats), and whether greedy decoding gives it."""
+        answers: dict[int, tuple[float, bool]] = {}
+        # Requests with the same beginning next to each other: what was computed for one serves the next.
+        order = sorted(range(len(requests)), key=lambda i: requests[i][1] + requests[i][2])
+        with tqdm(total=len(requests), desc="Running loglikelihood requests", disable=disable_tqdm) as bar:
+            for chunk in _chunks(order, self.batch_size):
+                scored = self._score_many([self._fitted(*requests[i][1:]) for i in chunk])
+                for i, (logprobs, greedy) in zip(chunk, scored, strict=True):
+                    answers[i] = float(logprobs.sum()), bool(greedy.all())
+                    if requests[i][0] is not None:  # the windows of a longer text have no entry of their own
+                        self.cache_hook.add_partial("loglikelihood", requests[i][0], answers[i])
+                bar.update(len(chunk))
+        return [answers[i] for i in range(len(requests))]
+
+    def _fitted(self, context: list[int], continuation: list[int]) -> tuple[list[int], int]:
+        """What is left of context and continuation, cut from the left, and how many tokens of it are to be scored."""
+        if not continuation:
+            raise ArgumentError("a continuation has no tokens: there is nothing to score")
+        if len(continuation) > self.max_length:
+            raise ContextLengthError(
+                f"a continuation has {len(continuation)} tokens, but max_length is {self.max_length}: nothing predicts "
+                "its first ones"
+            )
+        # One more than the model sees: the last token is predicted, not read.
+        return (context + continuation)[-(self.max_length + 1) :], len(continuation)
+
+    def _score_many(
+        self, items: Sequence[tuple[list[int], int]]
+    ) -> Iterator[tuple[NDArray[np.float64], NDArray[np.bool_]]]:
+        """For each (ids, n) the log-probabilities [n] of the last n ids, and whether each is the most probable token.
+
+        All that asks the engine for probabilities, and the place to hand it several requests at once.
+        """
+        read: list[int] = []
+        logits = np.empty((0, 0), np.float32)
+        for ids, n in items:
+            if ids[:-1] != read:  # choices of one token each differ in what is predicted only
+                read, logits = ids[:-1], self.model.logits(ids[:-1])
+            yield _pick(logits[len(read) - n :], ids[len(ids) - n :])
+
+    # --- generation -------------------------------------------------------------------------------------------------
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Continues each context until one of its stop strings, the end of the text, or max_gen_toks tokens."""
+        arguments = [request.args for request in requests]
+        answers: dict[int, str] = {}
+        groups: dict[str, list[int]] = {}
+        for i, (_, options) in enumerate(arguments):
+            groups.setdefault(json.dumps(options, sort_keys=True, default=str), []).append(i)
+        with tqdm(total=len(requests), desc="Running generate_until requests", disable=disable_tqdm) as bar:
+            for group in groups.values():
+                options = self._generation_options(arguments[group[0]][1])
+                room = self.max_length - options["max_new_tokens"]
+                for chunk in _chunks(group, self.batch_size):
+                    # An empty context gets what a log-likelihood would start from.
+                    prompts = [(self.tok_encode(arguments[i][0]) or [self.prefix_token_id])[-room:] for i in chunk]
+                    for i, text in zip(chunk, self._generate_many(prompts, options), strict=True):
+                        answers[i] = text
+                        self.cache_hook.add_partial("generate_until", arguments[i], text)
+                    bar.update(len(chunk))
+        return [answers[i] for i in range(len(requests))]
+
+    def _generate_many(self, prompts: list[list[int]], options: dict[str, Any]) -> list[str]:
+        """The answers to prompts that share their options."""
+        if not options["temperature"]:
+            return [completion.text for completion in self.model.generate(prompts, **options)]
+        # Every answer its own seed, from the generator that the harness seeds.
+        return [self.model.generate(p, seed=random.getrandbits(63), **options).text for p in prompts]
+
+    def _generation_options(self, gen_kwargs: dict[str, Any]) -> dict[str, Any]:
+        """A task's generation_kwargs as arguments of Model.generate()."""
+        given: dict[str, Any] = dict(normalize_gen_kwargs(gen_kwargs, self.max_gen_toks))
+        options: dict[str, Any] = {"max_new_tokens": given.pop("max_gen_toks")}
+        if options["max_new_tokens"] >= self.max_length:
+            n = options["max_new_tokens"]
+            raise ArgumentError(f"max_gen_toks={n} leaves no room for a context: max_length is {self.max_length}")
+        stops = handle_stop_sequences(given.pop("until"), eos=None)  # the engine knows the end-of-text token
+        options["stop"] = [stop for stop in stops if stop]
+        sampled, temperature = given.pop("do_sample"), given.pop("temperature", None)
+        options["temperature"] = (1.0 if temperature is None else float(temperature)) if sampled else 0.0
+        options["top_k"] = max(0, int(given.pop("top_k", None) or 0))
+        options["top_p"] = float(given.pop("top_p", None) or 1.0)
+        wrong = {name: value for name, value in given.items() if value not in _NEUTRAL.get(name, ())}
+        if wrong:
+            raise UnsupportedError(f"generation_kwargs that the engine does not have: {wrong}")
+        return options
+
+
+def _chunks(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    return (indices[begin : begin + size] for begin in range(0, len(indices), size))
+
+
+def _pick(logits: NDArray[np.float32], ids: list[int]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Of logits [n, V]: log-probabilities [n] of ids [n], and whether each id has the highest logit [n]."""
+    logprobs = np.empty(len(ids))
+    for begin in range(0, len(ids), _ROWS):
+        rows = logits[begin : begin + _ROWS].astype(np.float64)
+        rows -= rows.max(axis=1, keepdims=True)
+        chosen = rows[np.arange(len(rows)), ids[begin : begin + _ROWS]]
+        logprobs[begin : begin + _ROWS] = chosen - np.log(np.exp(rows).sum(axis=1))
+    return logprobs, logits.argmax(axis=1) == np.array(ids, dtype=np.int64)
