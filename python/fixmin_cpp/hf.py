@@ -513,8 +513,11 @@ class _Plan:
             raise _NotNativeError("no max_length")
         if eos_ids - {file_eos_id}:
             raise _NotNativeError(f"eos_token_id {sorted(eos_ids)}: that of the file is {file_eos_id}")
-        self.eos_id = file_eos_id if eos_ids else None
-        self.options |= {"max_new_tokens": max_length - n_prompt, "ignore_eos": not eos_ids}
+        if file_eos_id is not None and not eos_ids:
+            # The engine's ignore_eos never draws it; transformers draws it and goes on.
+            raise _NotNativeError("no eos_token_id")
+        self.eos_id = file_eos_id
+        self.options["max_new_tokens"] = max_length - n_prompt
 
     def answer(self, completion: Completion) -> list[int]:
         """The tokens of a completion as transformers counts them, the end-of-text token included."""
@@ -530,7 +533,7 @@ def _sampling(processors: LogitsProcessorList, do_sample: bool) -> dict[str, Any
     The engine's order is top_k, top_p, temperature. A temperature changes no order of tokens, so it may stand on either
     side of top_k; on the other side of top_p, whose sum it changes, it may not.
     """
-    options: dict[str, Any] = {"temperature": 1.0 if do_sample else 0.0}
+    options: dict[str, Any] = {"temperature": 1.0 if do_sample else 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
     seen: list[type] = []
     for processor in processors:
         kind = type(processor)

@@ -239,6 +239,7 @@ class FixMinLM(TemplateLM):
         options["temperature"] = (1.0 if temperature is None else float(temperature)) if sampled else 0.0
         options["top_k"] = max(0, int(given.pop("top_k", None) or 0))
         options["top_p"] = float(given.pop("top_p", None) or 1.0)
+        options["min_p"] = 0.0
         wrong = {name: value for name, value in given.items() if value not in _NEUTRAL.get(name, ())}
         if wrong:
             raise UnsupportedError(f"generation_kwargs that the engine does not have: {wrong}")

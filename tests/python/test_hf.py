@@ -281,7 +281,10 @@ def test_ends_at_the_end_of_text(toy, native):
         lengths.append(len(expected))
     assert 1 < lengths[0] < max(lengths)
     assert got.shape[1] == 3 + max(lengths)
-    on = toy.generate(ids, **arguments, eos_token_id=None, native=native)
+    if native:
+        with pytest.raises(UnsupportedError, match="no eos_token_id"):
+            toy.generate(ids, **arguments, eos_token_id=None, native=True)
+    on = toy.generate(ids, **arguments, eos_token_id=None)
     assert on.shape[1] == 15
     assert end in on[0].tolist()
 
@@ -291,11 +294,13 @@ def test_ends_with_the_context(pair, native):
     n_ctx = pair.model.config.max_position_embeddings
     ids = torch.tensor([pair.tokenizer.encode("The"), pair.tokenizer.encode("Once")]).repeat(1, n_ctx - 5)
     ids = ids[:, : n_ctx - 5]
-    got = pair.model.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=None, native=native)
-    assert got.shape[1] == n_ctx
-    assert torch.equal(got, pair.reference.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=None))
+    on = {} if native else {"eos_token_id": None}  # the engine's loop always ends at the end-of-text token
+    got = pair.model.generate(ids, max_new_tokens=20, do_sample=False, native=native, **on)
+    assert native or got.shape[1] == n_ctx
+    assert torch.equal(got, pair.reference.generate(ids, max_new_tokens=5, do_sample=False, **on))
+    full = torch.full((1, n_ctx), int(ids[0, 0]))
     with pytest.raises(ValueError, match=str(n_ctx)):
-        pair.model.generate(got, max_new_tokens=1, do_sample=False, native=native)
+        pair.model.generate(full, max_new_tokens=1, do_sample=False, native=native)
 
 
 @pytest.mark.parametrize("native", [True, False])
