@@ -347,7 +347,7 @@ class Model:
             weights           in memory, in all
             weights_by_role   the same: attention, mlp, output, norms, codes (code map and folded layer 0)
             weights_by_type   the same: "Q8_0", "F32" (also biases, norms, the fold), "I32" (code map), ...
-            kv_cache          reserved for n_ctx positions; becomes resident as positions are used
+            kv_cache          reserved for n_kv positions; becomes resident as they are used
             buffers           of activations, for n_batch tokens
             memory            sum of weights, kv_cache and buffers
             mapped            of the file, left there: a learned embedding
