@@ -353,9 +353,9 @@ class Dispatcher:
         self._listeners: dict[int, tuple[asyncio.AbstractEventLoop, Callable[[], None]]] = {}
         self._lock = threading.Lock()
         self.closed = False
-        threading.Thread(
-            target=_dispatch, args=(weakref.ref(self), self._mailbox), name="fixmin-async", daemon=True
-        ).start()
+        # No daemon: Python would end it inside a native call when the interpreter ends, which ends the process.
+        arguments = (weakref.ref(self), self._mailbox)
+        threading.Thread(target=_dispatch, args=arguments, name="fixmin-async").start()
 
     def start(self, run: Run, engine: _core.Engine, listener: Callable[[], None]) -> None:
         """Starts a run; `listener` is called in the running event loop whenever there is news of it."""
@@ -389,8 +389,8 @@ class Dispatcher:
 
 
 def _dispatch(dispatcher: "weakref.ref[Dispatcher]", mailbox: _core.Mailbox) -> None:
-    while True:
-        numbers = mailbox.wait(3600.0)
+    while threading.main_thread().is_alive():  # else the interpreter waits for this thread before it ends
+        numbers = mailbox.wait(0.2)
         target = dispatcher()
         if target is None or (target.closed and not numbers):
             return

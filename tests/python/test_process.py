@@ -38,6 +38,31 @@ with fixmin_cpp.Model(sys.argv[1]) as model:
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
+@pytest.mark.parametrize("close", ["", "model.close()"])
+@pytest.mark.parametrize("use", ["asynchronous", "stream", "form"])
+def test_the_end_of_the_process_is_clean(long_model_path, use, close):
+    """While a request runs, with threads that wait for news, or masks to be made."""
+    code = f"""
+import asyncio, sys, fixmin_cpp
+model = fixmin_cpp.Model(sys.argv[1])
+more = {{"max_new_tokens": 10**6, "ignore_eos": True}}
+async def first(stream):
+    return await anext(stream)
+if "{use}" == "asynchronous":
+    stream = model.astream("a", **more)
+    asyncio.run(first(stream))
+elif "{use}" == "form":
+    next(model.stream("a", regex="[a-z]*", **more))
+else:
+    next(stream := model.stream("a", **more))
+{close}
+"""
+    if use == "form":
+        pytest.importorskip("llguidance")
+    result = python(code, long_model_path)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
 def test_threads_get_what_they_would_get_alone(model):
     prompts = ["a", "the cat", "日本 é", "Question: Who?\nAnswer:"] * 4
 
