@@ -104,8 +104,8 @@ emulators:
 
 # The tests of what is native on older CPUs, a quarter of an hour each or more; tests/native has the short form. PyTorch stays out: it takes
 # minutes to import there, and what it is compared with (tests/oracle.py) is not native.
-# Left out: what compares with PyTorch; threads after a fork, on which qemu-user 7.2 itself stops ("qemu_plugin_vcpu_init_hook:
-# assertion failed"); and a layer that may take 20 seconds at most.
+# Left out: what uses PyTorch (flush to zero); threads after a fork, on which qemu-user 7.2 itself stops ("qemu_plugin_vcpu_init_hook:
+# assertion failed"); and Ctrl-C within 20 seconds, which took 112 and 127 emulated.
 EMULATED := tests/kernels tests/engine tests/model tests/codes --ignore=tests/codes/test_oracle.py \
             --deselect=tests/engine/test_engine.py::test_flush_to_zero_of_the_caller_changes_nothing \
             --deselect=tests/engine/test_engine.py::test_fork_keeps_working \

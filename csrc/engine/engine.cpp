@@ -199,10 +199,17 @@ void Engine::serve() {
 
 // Returns whether there was anything to compute.
 bool Engine::step(bool admit) {
+    const Scheduler::Step* step;
     try {
-        const Scheduler::Step& step = scheduler_->plan(admit);
-        if (step.ids.empty()) return false;
-        compute(step);
+        step = &scheduler_->plan(admit);
+    } catch (...) {
+        // Nobody knows whose fault that was, and the next plan would be the same.
+        scheduler_->end_all(FinishReason::cancelled, std::current_exception());
+        return false;
+    }
+    if (step->ids.empty()) return false;
+    try {
+        compute(*step);
     } catch (...) {
         scheduler_->abandon(std::current_exception());
     }

@@ -137,6 +137,7 @@ class Request {
     std::vector<uint32_t> ids_;  // prompt and generated
     Sampler sampler_;
     uint32_t n_generated_ = 0;
+    uint32_t n_counted_ = 0;   // of these, in the statistics
     uint32_t n_computed_ = 0;  // tokens whose keys and values are in the blocks
     uint32_t n_handed_ = 0;    // rows of the prompt that have been scored or copied
     std::vector<uint32_t> blocks_;

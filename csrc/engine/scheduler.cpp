@@ -305,6 +305,8 @@ void Scheduler::finish() {
         const model::Chunk& chunk = step_.chunks[i];
         const uint32_t n_prompt = request.counters_.n_prompt;
         const uint32_t known_end = chunk.position + chunk.n_tokens - uint32_t(request.drafts_.size());
+        stats_.n_generated += request.n_generated_ - request.n_counted_;
+        request.n_counted_ = request.n_generated_;
         const bool sampled = request.options_.generate && request.n_computed_ != chunk.position;
         // sample() has counted its rows: the last known token and the drafts that were right.
         request.n_computed_ = sampled ? request.n_computed_ + known_end - chunk.position - 1 : known_end;

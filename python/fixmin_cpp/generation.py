@@ -53,7 +53,7 @@ class Timings:
     queued_s: float  # from the call until the first step, seconds
     prefill_s: float  # reading the prompt, seconds
     decode_s: float  # everything after that, seconds
-    prefill_tok_s: float  # tokens of the prompt per second
+    prefill_tok_s: float  # tokens of the prompt that were read, per second
     decode_tok_s: float  # tokens computed after the prompt per second; 0 if there was none (the first comes with it)
     n_drafted: int = 0  # tokens that were guessed from the text so far
     n_accepted: int = 0  # of these, tokens that were right
@@ -476,7 +476,7 @@ def _timings(result: dict[str, Any], n_generated: int, reason: str) -> Timings:
         queued_s=result["queued_s"],
         prefill_s=prefill_s,
         decode_s=decode_s,
-        prefill_tok_s=result["n_prompt"] / prefill_s if prefill_s > 0 else 0.0,
+        prefill_tok_s=(result["n_prompt"] - result["n_cached"]) / prefill_s if prefill_s > 0 else 0.0,
         decode_tok_s=n_decoded / decode_s if n_decoded and decode_s > 0 else 0.0,
         n_drafted=result["n_drafted"],
         n_accepted=result["n_accepted"],
