@@ -110,8 +110,12 @@ struct Tiles {
         }
     }
 
-    // One panel times 16 tokens, block after block: WeightBlock::add_dots for every token.
-    static void columns(const TileSide& panel, const TileSide& tokens, uint32_t n_blocks, VecF* result) {
+    // One panel times 16 tokens, block after block: WeightBlock::add_dots for every token. ahead: where a panel is
+    // fetched from memory meanwhile, with the first tokens.
+    template <bool First>
+    static void columns(const TileSide& panel, const TileSide& tokens, uint32_t n_blocks, const Stream& stream,
+                        const uint8_t* ahead, VecF* result) {
+        constexpr size_t bytes = QuantizedTile<Type, 1, 1, true>::bytes;
         alignas(64) int32_t dots[2][block / depth * tile_tokens * lanes];
         VecF acc[tile_tokens];
 #pragma GCC unroll 16
@@ -119,6 +123,7 @@ struct Tiles {
         dot_block(panel, tokens, 0, dots[0]);
         for (uint32_t b = 0; b < n_blocks; ++b) {
             if (b + 1 < n_blocks) dot_block(panel, tokens, b + 1, dots[(b + 1) % 2]);
+            const uint8_t* fetched = First ? stream.after(ahead + b * bytes) : nullptr;
             const float* p = panel.floats + size_t(b) * panel_floats * lanes;
             const float* a = tokens.floats + size_t(b) * token_floats * lanes;
             WeightBlock<Type> weights;
@@ -132,6 +137,7 @@ struct Tiles {
             }
 #pragma GCC unroll 16
             for (uint32_t c = 0; c < tile_tokens; ++c) {
+                if (First && c * 64 < bytes) prefetch_far(fetched + c * 64);
                 VecI dot[2];
                 for (uint32_t h = 0; h < block / depth; ++h)
                     dot[h] = {_mm512_load_si512(dots[b % 2] + (h * tile_tokens + c) * lanes)};
@@ -145,13 +151,12 @@ struct Tiles {
     }
 };
 
-// The first tokens of `args`, as many as fill tiles of 16; returns how many. Panels are expanded in groups that stay in
-// the second-level cache; inside, tokens outside, so that results are written to neighbouring places.
+// 16 tokens or more. Panels are expanded in groups that stay in the second-level cache, while the group before is
+// multiplied by its first tokens; inside, tokens outside, so that results are written to neighbouring places.
 template <WeightType Type>
-uint32_t tile_matmul(const MatmulArgs& args) {
+void tile_matmul(const MatmulArgs& args, const QuantizedMultiply<Type>& multiply) {
     using Tile = Tiles<Type>;
     const uint32_t n_blocks = args.inner / block, n_tokens = args.n_tokens / tile_tokens * tile_tokens;
-    if (n_tokens == 0) return 0;
     // Scratch: panels, then tokens in groups of 16, each with its values and its floats.
     const size_t values = size_t(n_blocks) * lanes * block, floats = size_t(n_blocks) * lanes * sizeof(float);
     const size_t panel_bytes = values + Tile::panel_floats * floats, token_bytes = values + Tile::token_floats * floats;
@@ -169,17 +174,19 @@ uint32_t tile_matmul(const MatmulArgs& args) {
     const uint32_t n_panels = (args.n_rows + lanes - 1) / lanes;
     for (uint32_t first = 0; first < n_panels; first += matmul_tile_panels) {
         const uint32_t n = n_panels - first < matmul_tile_panels ? n_panels - first : matmul_tile_panels;
-        for (uint32_t p = 0; p < n; ++p)
-            Tile::expand_panel((const uint8_t*)args.panels + (first + p) * args.panel_stride, n_blocks, panel_at(p));
+        const uint8_t* panels = (const uint8_t*)args.panels + first * args.panel_stride;
+        for (uint32_t p = 0; p < n; ++p) Tile::expand_panel(panels + p * args.panel_stride, n_blocks, panel_at(p));
         for (uint32_t t = 0; t < n_tokens; t += tile_tokens) {
             for (uint32_t p = 0; p < n; ++p) {
                 prefetch_results(args, t, tile_tokens, first + p, 1);
+                const uint8_t* ahead = panels + (p + matmul_tile_panels) * args.panel_stride;
+                const auto columns = t == 0 ? Tile::template columns<true> : Tile::template columns<false>;
                 VecF result[tile_tokens];
-                Tile::columns(panel_at(p), tokens_at(t), n_blocks, result);
+                columns(panel_at(p), tokens_at(t), n_blocks, multiply.stream, ahead, result);
                 for (uint32_t c = 0; c < tile_tokens; ++c) finish(args, t + c, (first + p) * lanes, result[c]);
             }
         }
+        group_of_tiles(args, multiply, first, first + n, n_tokens);
     }
     _tile_release();
-    return n_tokens;
 }

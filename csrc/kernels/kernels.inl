@@ -338,8 +338,8 @@ struct WeightBlock {
     }
 };
 
-// Panels as a single token reads them: once, one after the other, and then what the thread reads next, so that memory
-// is never idle between two products. Far ahead into the second-level cache, shortly ahead into the first.
+// Panels as they come from memory: once, one after the other, and then what the thread reads next, so that memory is
+// never idle between two products.
 class Stream {
   public:
     explicit Stream(const MatmulArgs& args) {
@@ -348,28 +348,33 @@ class Stream {
         next_ = args.next ? (const uint8_t*)args.next : end_;
     }
 
-    // `bytes` bytes at p are read now. Inlined, because GCC takes a call that does nothing but prefetch for one that
-    // does nothing.
-    [[gnu::always_inline]] void reads(const uint8_t* p, size_t bytes) const {
-        const uint8_t* to_second = after(p + stream_far);
-        const uint8_t* to_first = after(p + stream_near);
-        for (size_t j = 0; j < bytes; j += 64) {
-            prefetch_far(to_second + j);
-            prefetch(to_first + j);
-        }
-    }
-
+    // What stands at p, a place in the panels or behind them.
     const uint8_t* after(const uint8_t* p) const { return p < end_ ? p : next_ + (p - end_); }
 
   private:
     const uint8_t *end_, *next_;
 };
 
+// Part J of 8 of the lines of `bytes` bytes at `to`. Prefetches wait for one another when there are more of them than a
+// core can have under way, and everything behind them with them: so they are strewn among the products. Inlined,
+// because GCC takes a call that does nothing but prefetch for one that does nothing.
+template <int J, size_t bytes, bool near = false>
+[[gnu::always_inline]] inline void prefetch_part(const uint8_t* to) {
+    constexpr size_t n_lines = (bytes + 63) / 64;
+#pragma GCC unroll 8
+    for (size_t i = n_lines * J / 8; i < n_lines * (J + 1) / 8; ++i) {
+        if constexpr (near)
+            prefetch(to + 64 * i);
+        else
+            prefetch_far(to + 64 * i);
+    }
+}
+
 // P panels times N tokens, block after block. A vector of codes is unpacked once and meets all tokens, a word of
 // activations is loaded once and meets all panels; each pair has a chain of dot products of its own, so that none waits
 // for its own latency. The first and the second 16 weights have their own where they have scales of their own; so they
 // do for a lone pair, which is short of instructions when it waits for nothing else.
-template <WeightType Type, uint32_t P, uint32_t N>
+template <WeightType Type, uint32_t P, uint32_t N, bool FromMemory>
 struct QuantizedTile {
     using Block = WeightBlock<Type>;
     static constexpr bool lone = P * N == 1;
@@ -386,7 +391,13 @@ struct QuantizedTile {
         for (uint32_t i = 0; i < P * N; ++i) acc[i] = zero();
         Block weights[P];
         for (uint32_t b = 0; b < n_blocks; ++b) {
-            if (lone && b % 2 == 0) stream.reads(panels + b * bytes, 2 * bytes);
+            // A single panel is read from front to back. Of several the next ones are fetched, front to back too: P
+            // streams at a time were slower.
+            Ahead ahead;
+            if constexpr (FromMemory && lone)
+                ahead = {stream.after(panels + b * bytes + stream_far), stream.after(panels + b * bytes + stream_near)};
+            else if constexpr (FromMemory)
+                ahead = {stream.after(panels + P * (panel_stride + b * bytes)), nullptr};
 #pragma GCC unroll 4
             for (uint32_t p = 0; p < P; ++p) weights[p].load_from(panels + p * panel_stride, b);
             Sums sums;
@@ -394,7 +405,7 @@ struct QuantizedTile {
 #pragma GCC unroll 16
             for (uint32_t i = 0; i < P * N * chains; ++i)
                 dots[i] = start(rows[b + i / chains % N * n_blocks], i % chains);
-            add_products(sums, weights, rows + b, n_blocks, EachVector{});
+            add_products(sums, weights, rows + b, n_blocks, ahead, EachVector{});
 #pragma GCC unroll 4
             for (uint32_t p = 0; p < P; ++p) {
 #pragma GCC unroll 16
@@ -412,6 +423,9 @@ struct QuantizedTile {
     }
 
   private:
+    struct Ahead {
+        const uint8_t *to_second, *to_first;  // level of cache
+    };
     struct Sums {
         VecI dots[P * N * chains];
 #ifdef FIXMIN_PAIRS
@@ -428,13 +442,15 @@ struct QuantizedTile {
 
     template <int... J>
     [[gnu::always_inline]] static void add_products(Sums& sums, const Block* weights, const ActivationBlock* rows,
-                                                    size_t stride, Indices<J...>) {
-        (add_product<J>(sums, weights, rows, stride), ...);
+                                                    size_t stride, const Ahead& ahead, Indices<J...>) {
+        (add_product<J>(sums, weights, rows, stride, ahead), ...);
     }
     template <int J>
     [[gnu::always_inline]] static void add_product(Sums& sums, const Block* weights, const ActivationBlock* rows,
-                                                   size_t stride) {
+                                                   size_t stride, const Ahead& ahead) {
         constexpr uint32_t chain = chains == 2 ? J / 4 : 0;
+        if constexpr (FromMemory) prefetch_part<J, P * bytes>(ahead.to_second);
+        if constexpr (FromMemory && lone) prefetch_part<J, bytes, true>(ahead.to_first);
 #pragma GCC unroll 4
         for (uint32_t p = 0; p < P; ++p) {
             const auto codes = codes_of<J>(weights[p]);
@@ -486,51 +502,36 @@ struct Bf16Row {
 };
 
 // P panels times N tokens: acc = fma(w, a, acc), k after k. result: [P][N].
-template <typename Row, uint32_t P, uint32_t N>
+template <typename Row, uint32_t P, uint32_t N, bool FromMemory>
 void float_tile(const uint8_t* panels, size_t panel_stride, uint32_t inner, const float* activations, size_t stride,
-                VecF* result) {
+                const Stream& stream, VecF* result) {
     using Element = typename Row::Element;
+    constexpr size_t row_bytes = lanes * sizeof(Element);
     VecF acc[P * N];
-#pragma GCC unroll 16
+#pragma GCC unroll 24
     for (uint32_t i = 0; i < P * N; ++i) acc[i] = zero();
     for (uint32_t k = 0; k < inner; ++k) {
-        VecF row[P];
+        const uint8_t* row = panels + k * row_bytes;
+        VecF w[P];
+        if constexpr (FromMemory) {
+            const uint8_t* far = stream.after(panels + P * (panel_stride + k * row_bytes));
 #pragma GCC unroll 4
-        for (uint32_t p = 0; p < P; ++p)
-            row[p] = Row::load_row((const Element*)(panels + p * panel_stride) + size_t(k) * lanes);
+            for (uint32_t p = 0; p < P; ++p) {
+                if (p * row_bytes % 64 == 0) prefetch_far(far + p * row_bytes);
+                prefetch(row + p * panel_stride + stream_near / P);
+            }
+        }
+#pragma GCC unroll 4
+        for (uint32_t p = 0; p < P; ++p) w[p] = Row::load_row((const Element*)(row + p * panel_stride));
 #pragma GCC unroll 16
         for (uint32_t c = 0; c < N; ++c) {
             const VecF a = set1(activations[c * stride + k]);
 #pragma GCC unroll 4
-            for (uint32_t p = 0; p < P; ++p) acc[p * N + c] = fma(row[p], a, acc[p * N + c]);
+            for (uint32_t p = 0; p < P; ++p) acc[p * N + c] = fma(w[p], a, acc[p * N + c]);
         }
     }
-#pragma GCC unroll 16
+#pragma GCC unroll 24
     for (uint32_t i = 0; i < P * N; ++i) result[i] = acc[i];
-}
-
-// P panels times one token, the same chains as float_tile: one chain alone would wait for its own latency, not for
-// memory. Prefetched front to back while the P panels before are read: P streams at a time were slower.
-template <typename Row, uint32_t P>
-void float_column(const uint8_t* panels, size_t stride, uint32_t inner, const float* activations, const Stream& stream,
-                  VecF* result) {
-    using Element = typename Row::Element;
-    constexpr size_t row_bytes = lanes * sizeof(Element);
-    VecF acc[P];
-    for (uint32_t p = 0; p < P; ++p) acc[p] = zero();
-    for (uint32_t k = 0; k < inner; ++k) {
-        const VecF a = set1(activations[k]);
-        const uint8_t* row = panels + k * row_bytes;
-        const uint8_t* far = stream.after(panels + P * (stride + k * row_bytes));
-#pragma GCC unroll 4
-        for (uint32_t p = 0; p < P; ++p) {
-            const uint8_t* w = row + p * stride;
-            if (p * row_bytes % 64 == 0) prefetch_far(far + p * row_bytes);
-            prefetch(w + stream_near / P);
-            acc[p] = fma(Row::load_row((const Element*)w), a, acc[p]);
-        }
-    }
-    for (uint32_t p = 0; p < P; ++p) result[p] = acc[p];
 }
 
 // Bias, residual, store.
@@ -554,104 +555,118 @@ void finish(const MatmulArgs& args, uint32_t token, uint32_t row, VecF value) {
     }
 }
 
-// Panels in groups that stay in the second-level cache; inside, tokens in tiles that stay in the first-level cache
-// while the panels of the group pass by, so that results are written to neighbouring places. Tile: (panel, first token,
-// result[P][N]) with P = Panels and N = Columns, or both 1.
-template <uint32_t Panels, uint32_t Columns, typename Wide, typename Narrow>
-void for_each_tile(const MatmulArgs& args, Wide wide, Narrow narrow) {
-    constexpr size_t group_bytes = size_t(1) << 18;
-    const uint32_t n_panels = (args.n_rows + lanes - 1) / lanes;
-    const uint32_t group = uint32_t(group_bytes / (Panels * args.panel_stride) + 1) * Panels;
-    const auto at = [&](uint32_t panel) { return (const uint8_t*)args.panels + panel * args.panel_stride; };
-    const auto one_by_one = [&](uint32_t token, uint32_t panel, uint32_t end) {
+// A tile of P panels and N tokens and its results. Its panels come from memory if its tokens are the first.
+template <uint32_t P, uint32_t N, typename Multiply>
+void tile_at(const MatmulArgs& args, const Multiply& multiply, uint32_t panel, uint32_t token) {
+    VecF result[P * N];
+    const uint8_t* panels = (const uint8_t*)args.panels + panel * args.panel_stride;
+    if (token == 0)
+        multiply.template run<P, N, true>(panels, token, result);
+    else
+        multiply.template run<P, N, false>(panels, token, result);
+    for (uint32_t i = 0; i < P * N; ++i) finish(args, token + i % N, (panel + i / N) * lanes, result[i]);
+}
+
+// The panels first <= i < end, which fit the second-level cache, times the tokens from `token` on.
+template <typename Multiply>
+void group_of_tiles(const MatmulArgs& args, const Multiply& multiply, uint32_t first, uint32_t end, uint32_t token) {
+    // Tokens in tiles that stay in the first-level cache while the panels pass by, so that results are written to
+    // neighbouring places.
+    constexpr uint32_t panels = Multiply::panels, columns = Multiply::columns;
+    for (; token + columns <= args.n_tokens; token += columns) {
+        uint32_t panel = first;
+        for (; panel + panels <= end; panel += panels) {
+            prefetch_results(args, token, columns, panel, panels);
+            tile_at<panels, columns>(args, multiply, panel, token);
+        }
         for (; panel < end; ++panel) {
-            VecF result;
-            narrow(at(panel), token, &result);
-            finish(args, token, panel * lanes, result);
+            for (uint32_t t = token; t < token + columns; ++t) tile_at<1, 1>(args, multiply, panel, t);
         }
-    };
-    for (uint32_t first = 0, end; first < n_panels; first = end) {
-        end = n_panels - first < group ? n_panels : first + group;
-        uint32_t token = 0;
-        for (; token + Columns <= args.n_tokens; token += Columns) {
-            uint32_t panel = first;
-            for (; panel + Panels <= end; panel += Panels) {
-                prefetch_results(args, token, Columns, panel, Panels);
-                VecF result[Panels * Columns];
-                wide(at(panel), token, result);
-                for (uint32_t i = 0; i < Panels * Columns; ++i)
-                    finish(args, token + i % Columns, (panel + i / Columns) * lanes, result[i]);
-            }
-            for (uint32_t c = 0; c < Columns; ++c) one_by_one(token + c, panel, end);
-        }
-        for (; token < args.n_tokens; ++token) one_by_one(token, first, end);
+    }
+    // Panels that stay in the first-level cache while the last tokens pass by.
+    constexpr uint32_t few_panels = Multiply::few_panels, few = 2;
+    uint32_t panel = first;
+    for (; panel + few_panels <= end; panel += few_panels) {
+        uint32_t t = token;
+        for (; t + few <= args.n_tokens; t += few) tile_at<few_panels, few>(args, multiply, panel, t);
+        for (; t < args.n_tokens; ++t) tile_at<few_panels, 1>(args, multiply, panel, t);
+    }
+    for (; panel < end; ++panel) {
+        for (uint32_t t = token; t < args.n_tokens; ++t) tile_at<1, 1>(args, multiply, panel, t);
     }
 }
+
+template <typename Multiply>
+void for_each_tile(const MatmulArgs& args, const Multiply& multiply) {
+    constexpr size_t group_bytes = size_t(1) << 18;
+    const uint32_t n_panels = (args.n_rows + lanes - 1) / lanes;
+    const uint32_t group = uint32_t(group_bytes / (2 * args.panel_stride) + 1) * 2;
+    for (uint32_t first = 0, end; first < n_panels; first = end) {
+        end = n_panels - first < group ? n_panels : first + group;
+        group_of_tiles(args, multiply, first, end, 0);
+    }
+}
+
+template <WeightType Type>
+struct QuantizedMultiply {
+    // A tile has as many chains of dot products for every type.
+    static constexpr uint32_t panels = WeightBlock<Type>::halves ? 1 : matmul_panels, columns = matmul_columns;
+    static constexpr uint32_t few_panels = panels;
+
+    const MatmulArgs& args;
+    const Stream stream{args};
+
+    template <uint32_t P, uint32_t N, bool FromMemory>
+    void run(const uint8_t* first, uint32_t token, VecF* result) const {
+        const uint32_t n_blocks = args.inner / block;
+        const ActivationBlock* rows = args.quantized + size_t(token) * n_blocks;
+        if constexpr (N == 1) {  // panel after panel
+            for (uint32_t p = 0; p < P; ++p) {
+                const uint8_t* panel = first + p * args.panel_stride;
+                using One = QuantizedTile<Type, 1, 1, FromMemory>;
+                One::multiply(panel, args.panel_stride, n_blocks, rows, stream, result + p);
+            }
+        } else {
+            using Tile = QuantizedTile<Type, P, N, FromMemory>;
+            Tile::multiply(first, args.panel_stride, n_blocks, rows, stream, result);
+        }
+    }
+};
 
 #ifdef FIXMIN_AMX
 #include "kernels/amx.inl"
 #endif
 
 template <WeightType Type>
-void quantized_matmul(MatmulArgs args) {
-    const uint32_t n_blocks = args.inner / block;
-    const Stream stream(args);
+void quantized_matmul(const MatmulArgs& args) {
+    using Multiply = QuantizedMultiply<Type>;
+    const Multiply multiply{args};
 #ifdef FIXMIN_AMX
-    const uint32_t done = tile_matmul<Type>(args);
-    args.quantized += size_t(done) * n_blocks;
-    args.out += done * args.out_stride;
-    args.n_tokens -= done;
+    if (args.n_tokens >= tile_tokens) return tile_matmul<Type>(args, multiply);
 #endif
-    using One = QuantizedTile<Type, 1, 1>;
-    // A tile has as many chains of dot products for every type.
-    constexpr bool halves = WeightBlock<Type>::halves;
-    constexpr uint32_t panels = halves ? 1 : matmul_panels, columns = matmul_columns;
-    using Tile = QuantizedTile<Type, panels, columns>;
-    for_each_tile<panels, columns>(
-        args,
-        [&](const uint8_t* panel, uint32_t token, VecF* result) {
-            const ActivationBlock* rows = args.quantized + size_t(token) * n_blocks;
-            Tile::multiply(panel, args.panel_stride, n_blocks, rows, stream, result);
-        },
-        [&](const uint8_t* panel, uint32_t token, VecF* result) {
-            const ActivationBlock* rows = args.quantized + size_t(token) * n_blocks;
-            One::multiply(panel, args.panel_stride, n_blocks, rows, stream, result);
-        });
-}
-
-// One token: as many panels of `args` as fill groups of P; they are taken off.
-template <typename Row, uint32_t P>
-void float_columns(MatmulArgs& args, const Stream& stream) {
-    while (args.n_rows > (P - 1) * lanes) {
-        VecF result[P];
-        float_column<Row, P>((const uint8_t*)args.panels, args.panel_stride, args.inner, args.activations, stream,
-                             result);
-        for (uint32_t p = 0; p < P; ++p) finish(args, 0, p * lanes, result[p]);
-        args.panels += P * args.panel_stride;
-        args.n_rows -= P * lanes < args.n_rows ? P * lanes : args.n_rows;
-        args.bias = args.bias ? args.bias + P * lanes : nullptr;
-        args.out += P * lanes;
-    }
+    for_each_tile(args, multiply);
 }
 
 template <typename Row>
-void float_matmul(MatmulArgs args) {
-    if (args.n_tokens == 1) {
-        const Stream stream(args);
-        float_columns<Row, 2>(args, stream);
-        return float_columns<Row, 1>(args, stream);
+struct FloatMultiply {
+    static constexpr uint32_t panels = matmul_panels, columns = matmul_columns_float;
+    // A lone panel and token is one chain, which would wait for its own latency and not for memory.
+    static constexpr uint32_t few_panels = 2;
+
+    const MatmulArgs& args;
+    const Stream stream{args};
+
+    template <uint32_t P, uint32_t N, bool FromMemory>
+    void run(const uint8_t* first, uint32_t token, VecF* result) const {
+        const float* rows = args.activations + token * args.activation_stride;
+        float_tile<Row, P, N, FromMemory>(first, args.panel_stride, args.inner, rows, args.activation_stride, stream,
+                                          result);
     }
-    const size_t stride = args.activation_stride;
-    for_each_tile<matmul_panels, matmul_columns_float>(
-        args,
-        [&](const uint8_t* panel, uint32_t token, VecF* result) {
-            float_tile<Row, matmul_panels, matmul_columns_float>(panel, args.panel_stride, args.inner,
-                                                                 args.activations + token * stride, stride, result);
-        },
-        [&](const uint8_t* panel, uint32_t token, VecF* result) {
-            float_tile<Row, 1, 1>(panel, args.panel_stride, args.inner, args.activations + token * stride, stride,
-                                  result);
-        });
+};
+
+template <typename Row>
+void float_matmul(const MatmulArgs& args) {
+    for_each_tile(args, FloatMultiply<Row>{args});
 }
 
 void matmul(const MatmulArgs& args) {

@@ -344,7 +344,7 @@ void Decoder::multiply_part(const Linear& w, const Rows& rows, const Part& part,
                      rows.quantized ? rows.quantized + t * (rows.length / block_size) : nullptr, part.n_tokens,
                      w.bias.empty() ? nullptr : w.bias.data() + part.first_row, out + t * out_stride + part.first_row,
                      out_stride, accumulate, private_[team.index].scratch.data(), part.same_tokens,
-                     part.n_tokens == 1 ? next_read(w, part, team) : nullptr});
+                     next_read(w, part, team)});
 }
 
 // Where this thread reads on after its share of w; null inside of it.
