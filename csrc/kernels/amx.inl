@@ -172,14 +172,16 @@ void tile_matmul(const MatmulArgs& args, const QuantizedMultiply<Type>& multiply
         Tile::pack_activations(args.quantized + size_t(t) * n_blocks, n_blocks, tokens_at(t));
     _tile_loadconfig(&tile_config<Tile::depth>);
     const uint32_t n_panels = (args.n_rows + lanes - 1) / lanes;
-    for (uint32_t first = 0; first < n_panels; first += matmul_tile_panels) {
-        const uint32_t n = n_panels - first < matmul_tile_panels ? n_panels - first : matmul_tile_panels;
+    // Few tokens meet a panel while it is still in the first-level cache.
+    const uint32_t group = n_tokens < 64 ? 2 : matmul_tile_panels;
+    for (uint32_t first = 0; first < n_panels; first += group) {
+        const uint32_t n = n_panels - first < group ? n_panels - first : group;
         const uint8_t* panels = (const uint8_t*)args.panels + first * args.panel_stride;
         for (uint32_t p = 0; p < n; ++p) Tile::expand_panel(panels + p * args.panel_stride, n_blocks, panel_at(p));
         for (uint32_t t = 0; t < n_tokens; t += tile_tokens) {
             for (uint32_t p = 0; p < n; ++p) {
                 prefetch_results(args, t, tile_tokens, first + p, 1);
-                const uint8_t* ahead = panels + (p + matmul_tile_panels) * args.panel_stride;
+                const uint8_t* ahead = panels + (p + group) * args.panel_stride;
                 const auto columns = t == 0 ? Tile::template columns<true> : Tile::template columns<false>;
                 VecF result[tile_tokens];
                 columns(panel_at(p), tokens_at(t), n_blocks, multiply.stream, ahead, result);
