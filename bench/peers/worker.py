@@ -6,7 +6,8 @@ Runs in the environment of the engine, so it imports nothing but the standard li
 first answer comes after loading: {"load_s", "rss_bytes", "version"}. A request {"threads", "prompt", "depth",
 "decode"} is answered with "prefill_s" (a prompt of that many tokens to the logits of its last), "decode_s" ("decode"
 tokens, one by one, greedily, after "depth" tokens in the context) and "rss_bytes". Token ids are the same random ones
-for all. Anything that a library prints goes to stderr.
+for all. A request {"threads", "sequences", "prompt", "decode"} (bench/batching.py) is answered with "batch_s": that
+many prompts at once, each to its last generated token. Anything that a library prints goes to stderr.
 """
 
 import importlib
@@ -41,6 +42,10 @@ class Engine:
         """Seconds to decode n tokens after the prompt ids [T], whose own time does not count."""
         raise NotImplementedError
 
+    def batch(self, prompts: np.ndarray, n: int) -> float:
+        """Seconds to read prompts [B, T] and generate n tokens after each, all of them together."""
+        raise NotImplementedError
+
     def facts(self, request: dict) -> dict:
         """More to put into the answer."""
         return {}
@@ -65,6 +70,17 @@ class Fixmin(Engine):
     def decode(self, ids: np.ndarray, n: int) -> float:
         self.params.max_new_tokens = n + 1  # the first one comes from the prompt
         return self.engine.generate(ids.astype(np.uint32), self.params).decode_s
+
+    def batch(self, prompts: np.ndarray, n: int) -> float:
+        self.params.max_new_tokens = n
+        start = time.perf_counter()
+        requests = [self.engine.submit(ids, self.params, prefix_cache=False) for ids in prompts.astype(np.uint32)]
+        for request in requests:
+            request.wait(1 << 62, 600.0)
+        seconds = time.perf_counter() - start
+        if any(len(request.read(0)[0]) != n for request in requests):
+            raise RuntimeError("a request ended early")
+        return seconds
 
     def facts(self, request: dict) -> dict:
         from fixmin_cpp.benchmark import decode_bytes, prefill_operations
@@ -181,14 +197,18 @@ class LlamaCpp(Engine):
         lib.llama_backend_init()
         options = lib.llama_model_default_params()
         self.adapt(options)
-        weights = lib.llama_model_load_from_file(self.model.encode(), options)
-        if not weights:
+        self.weights = lib.llama_model_load_from_file(self.model.encode(), options)
+        if not self.weights:
             raise RuntimeError(f"{self.model} was not loaded")
-        settings = lib.llama_context_default_params()
-        settings.n_ctx = settings.n_batch = self.options["context"]
+        self.context = self.new_context(threads, self.options["context"])
+
+    def new_context(self, threads: int, n_ctx: int, n_sequences: int = 1):
+        settings = self.lib.llama_context_default_params()
+        settings.n_ctx = settings.n_batch = n_ctx
         settings.n_ubatch = 512
+        settings.n_seq_max = n_sequences
         settings.n_threads = settings.n_threads_batch = threads
-        self.context = lib.llama_init_from_model(weights, settings)
+        return self.lib.llama_init_from_model(self.weights, settings)
 
     def adapt(self, options) -> None:
         """Changes the options of loading."""
@@ -225,6 +245,32 @@ class LlamaCpp(Engine):
             at = i % len(ids)
             self.feed(ids[at : at + 1], len(ids) + i)  # any token will do: sampling is not part of its time
         return time.perf_counter() - start
+
+    def batch(self, prompts: np.ndarray, n: int) -> float:
+        """As llama-batched-bench: a cache for each sequence, prompts in one call; any token, without sampling."""
+        n_sequences, length = prompts.shape
+        lib, threads = self.lib, self.lib.llama_n_threads(self.context)
+        context = self.new_context(threads, n_sequences * (length + n), n_sequences)
+        batch = lib.llama_batch_init(n_sequences * length, 0, 1)
+
+        def feed(tokens: np.ndarray, position: int) -> None:  # [B, T]
+            batch.n_tokens = tokens.size
+            for i, token in enumerate(tokens.ravel().tolist()):
+                sequence, at = divmod(i, tokens.shape[1])
+                batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, position + at, 1
+                batch.seq_id[i][0], batch.logits[i] = sequence, int(at == tokens.shape[1] - 1)
+            if lib.llama_decode(context, batch) != 0:
+                raise RuntimeError("llama_decode failed")
+            lib.llama_get_logits_ith(context, -1)  # waits for them
+
+        start = time.perf_counter()
+        feed(prompts, 0)
+        for i in range(n - 1):  # the first token comes from the prompt
+            feed(prompts[:, i % length, None], length + i)
+        seconds = time.perf_counter() - start
+        lib.llama_batch_free(batch)
+        lib.llama_free(context)
+        return seconds
 
 
 class IkLlama(LlamaCpp):
@@ -343,6 +389,9 @@ def resident_bytes() -> int:
 
 
 def answer(engine: Engine, request: dict, ids: np.ndarray) -> dict:
+    if "sequences" in request:
+        prompts = np.resize(ids, (request["sequences"], request["prompt"]))  # as many of ids as there are
+        return {"batch_s": engine.batch(prompts, request["decode"])}
     found = engine.facts(request)
     if request["prompt"]:
         found["prefill_s"] = engine.prefill(ids[: request["prompt"]])
