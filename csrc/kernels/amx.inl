@@ -182,9 +182,11 @@ void tile_matmul(const MatmulArgs& args, const QuantizedMultiply<Type>& multiply
             for (uint32_t p = 0; p < n; ++p) {
                 prefetch_results(args, t, tile_tokens, first + p, 1);
                 const uint8_t* ahead = panels + (p + group) * args.panel_stride;
-                const auto columns = t == 0 ? Tile::template columns<true> : Tile::template columns<false>;
                 VecF result[tile_tokens];
-                columns(panel_at(p), tokens_at(t), n_blocks, multiply.stream, ahead, result);
+                if (t == 0)
+                    Tile::template columns<true>(panel_at(p), tokens_at(t), n_blocks, multiply.stream, ahead, result);
+                else
+                    Tile::template columns<false>(panel_at(p), tokens_at(t), n_blocks, multiply.stream, ahead, result);
                 for (uint32_t c = 0; c < tile_tokens; ++c) finish(args, t + c, (first + p) * lanes, result[c]);
             }
         }
