@@ -67,9 +67,13 @@ bool Scheduler::admit(Request& request) {
     const uint32_t n_known = uint32_t(known.blocks.size());
     // One more for each that is running: else the next step might have to send this one back.
     const uint32_t needed = blocks_for(request.ids_.size()) - n_known + uint32_t(running_.size());
+    if (!cache_.evict(needed) && known.n_more) {
+        // The block to copy from may be the one that is lacking: in the smallest cache there would never be room.
+        pool_.remove_user(known.more);
+        known.n_more = 0;
+    }
     if (!cache_.evict(needed)) {
         for (const uint32_t block : known.blocks) pool_.remove_user(block);
-        if (known.n_more) pool_.remove_user(known.more);
         return false;
     }
     for (const uint32_t block : known.blocks) append_block(request, block);

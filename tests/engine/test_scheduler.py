@@ -171,6 +171,18 @@ def test_prefix_cache_finds_every_token_but_the_last(path):
     assert stats["n_cached_prompt_tokens"] == 74 + 75 + 40
 
 
+def test_a_known_prompt_in_the_smallest_cache(path):
+    """The block with its last tokens is there to be copied, and has to give way to the copy."""
+    engine = _core.Engine(path, n_kv=N_CTX)  # 5 blocks
+    ids = np.resize(prompts(4)[3], N_CTX - 10).astype(np.uint32)
+    first = outcome(engine.submit(ids, sampling(max_new_tokens=5)))
+    for _ in range(2):
+        again = wait(engine.submit(ids, sampling(max_new_tokens=5)), 30)
+        assert outcome(again) == first
+        assert again.result()["n_cached"] == 4 * 32
+    assert_nothing_is_kept(engine)
+
+
 def test_what_was_generated_is_remembered_too(path):
     engine = _core.Engine(path)
     ids = prompts(1, longest=40)[0]
@@ -207,6 +219,7 @@ def test_drafts_are_verified(path):
     result = request.result()
     assert result["n_drafted"] >= result["n_accepted"] > 0
     assert steps <= 101 - result["n_accepted"]
+    engine.clear_prefix_cache()  # waits until the last step has been counted
     assert engine.stats()["n_generated"] == 200
 
 
