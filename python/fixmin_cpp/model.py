@@ -25,12 +25,24 @@ from .arguments import (
     as_float,
     as_int,
     as_token_ids,
+    candidate_counts,
     split_prompts,
 )
 from .beam import Beam, beam_search
 from .constrain import Compiler, Constraint, Matcher
 from .errors import ArgumentError, ArgumentTypeError, ContextLengthError, FixminError, UnsupportedError
-from .generation import AsyncTextStream, Completion, Dispatcher, Piece, Run, TextStream, Timings, TokenLogprob, drive
+from .generation import (
+    AsyncTextStream,
+    Batch,
+    Completion,
+    Dispatcher,
+    Piece,
+    Run,
+    TextStream,
+    Timings,
+    TokenLogprob,
+    drive,
+)
 from .state import file_sha256, read_state, write_state
 from .tokenizer import TextTokenizer, end_of_text_id
 
@@ -124,38 +136,51 @@ class Model:
 
     @overload
     def generate(  # type: ignore[overload-overlap]  # a str is a Sequence[str] too; the first one counts
-        self, prompt: Prompt, **arguments: "Unpack[GenerationArguments]"
+        self, prompt: Prompt, *, n: int = 1, best_of: int | None = None, **arguments: "Unpack[GenerationArguments]"
     ) -> Completion: ...
     @overload
-    def generate(self, prompt: Sequence[Prompt], **arguments: "Unpack[GenerationArguments]") -> list[Completion]: ...
     def generate(
-        self, prompt: Prompt | Sequence[Prompt], **arguments: "Unpack[GenerationArguments]"
+        self,
+        prompt: Sequence[Prompt],
+        *,
+        n: int = 1,
+        best_of: int | None = None,
+        **arguments: "Unpack[GenerationArguments]",
+    ) -> list[Completion]: ...
+    def generate(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        *,
+        n: int = 1,
+        best_of: int | None = None,
+        **arguments: "Unpack[GenerationArguments]",
     ) -> Completion | list[Completion]:
         """Continues a prompt; greedy unless a temperature is given.
 
         Args:
             prompt: text, token ids (a list or an integer array [T]), or a list of those. A list is answered by a list
                 in the same order; its prompts run together, each with the result that it has alone (same seed).
+            n: completions of each prompt, up to 1024; they need a temperature above 0. The prompt is read once. The
+                first has the given seed, the others have seeds made of it (docs/sampling.md): candidates[i].seed.
+            best_of: so many are generated, at least n, and the n with the highest mean log-probability per token are
+                given, the best first. None: n, in the order of their seeds.
             **arguments: max_new_tokens, temperature, top_k, seed, stop and many more: see
                 fixmin_cpp.GenerationArguments and docs/sampling.md.
 
         Returns:
-            A Completion, or a list of them. finish_reason: "length" (max_new_tokens or the context is used up),
-            "stop" (a stop string), "eos" (the end-of-text token, one of stop_ids, or a grammar that is complete),
-            "timeout", "cancelled" (the model was closed meanwhile).
+            A Completion, or a list of them; with n > 1 its `candidates` are the n. finish_reason: "length"
+            (max_new_tokens or the context is used up), "stop" (a stop string), "eos" (the end-of-text token, one of
+            stop_ids, or a grammar that is complete), "timeout", "cancelled" (the model was closed meanwhile).
 
         Raises:
             ArgumentError, ArgumentTypeError, ContextLengthError (all ValueErrors): before anything runs.
             FixminError: no token is left to draw.
             KeyboardInterrupt: Ctrl-C ends a run in the main thread within one layer.
         """
-        options = GenerationOptions.check(arguments, self._vocab_size)
-        prompts, many = split_prompts(prompt)
-        names = [f"prompt[{i}]" for i in range(len(prompts))] if many else ["prompt"]
-        runs = self._runs_of(names, prompts, options)
-        with self._running(runs) as engine:
-            completions = drive(runs, engine)
-        return completions if many else completions[0]
+        batch = self._batch(prompt, arguments, n, best_of)
+        with self._running(batch.runs) as engine:
+            drive(batch.runs, engine)
+        return batch.result()
 
     def stream(self, prompt: Prompt, **arguments: "Unpack[GenerationArguments]") -> "TextStream":
         """Like generate() for one prompt, but gives each token as soon as it is there.
@@ -163,33 +188,30 @@ class Model:
         Arguments are checked at the call; the run starts with the first piece asked for and does not wait for a slow
         reader. Leaving the loop, close(), or Ctrl-C cancels it.
         """
-        options = GenerationOptions.check(arguments, self._vocab_size)
-        prompts, many = split_prompts(prompt)
-        if many:
-            raise ArgumentTypeError("prompt of stream() must be one prompt, got a list of prompts")
-        return TextStream(self._runs_of(["prompt"], prompts, options)[0], self._start)
+        return TextStream(self._single_run("stream", prompt, arguments), self._start)
 
     async def agenerate(
-        self, prompt: Prompt | Sequence[Prompt], **arguments: "Unpack[GenerationArguments]"
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        *,
+        n: int = 1,
+        best_of: int | None = None,
+        **arguments: "Unpack[GenerationArguments]",
     ) -> Completion | list[Completion]:
         """generate() for an event loop: does not block it. Cancelling the task cancels the generation."""
-        prompts, many = split_prompts(prompt)
-        streams = [self.astream(one, **arguments) for one in prompts]
-        tasks = [asyncio.ensure_future(stream.complete()) for stream in streams]
+        batch = self._batch(prompt, arguments, n, best_of)
+        # Tasks begin in this order, so that a prompt's first run is queued before those that follow it.
+        tasks = [asyncio.ensure_future(AsyncTextStream(run, self._start_async).complete()) for run in batch.runs]
         try:
-            completions = list(await asyncio.gather(*tasks))
+            await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
-        return completions if many else completions[0]
+        return batch.result()
 
     def astream(self, prompt: Prompt, **arguments: "Unpack[GenerationArguments]") -> AsyncTextStream:
         """stream() for `async for`. Arguments are checked at the call; the first piece asked for starts the run."""
-        options = GenerationOptions.check(arguments, self._vocab_size)
-        prompts, many = split_prompts(prompt)
-        if many:
-            raise ArgumentTypeError("prompt of astream() must be one prompt, got a list of prompts")
-        return AsyncTextStream(self._runs_of(["prompt"], prompts, options)[0], self._start_async)
+        return AsyncTextStream(self._single_run("astream", prompt, arguments), self._start_async)
 
     def beam_search(
         self,
@@ -436,9 +458,19 @@ class Model:
             self._dispatcher.start(run, engine, listener)
             return self._dispatcher
 
-    def _runs_of(self, names: list[str], prompts: list[Any], options: GenerationOptions) -> list[Run]:
-        ids = [self._ids_in_context(name, prompt, room=1) for name, prompt in zip(names, prompts, strict=True)]
-        return [Run(self, one, options, index) for index, one in enumerate(ids)]
+    def _batch(self, prompt: Any, arguments: GenerationArguments, n: Any = 1, best_of: Any = None) -> Batch:
+        options = GenerationOptions.check(arguments, self._vocab_size)
+        n, best_of = candidate_counts(n, best_of, options)
+        prompts, many = split_prompts(prompt)
+        seeds = options.seeds(len(prompts), many)
+        names = [f"prompt[{i}]" for i in range(len(prompts))] if many else ["prompt"]
+        ids = [self._ids_in_context(name, one, room=1) for name, one in zip(names, prompts, strict=True)]
+        return Batch(self, ids, options, seeds, many, n, best_of)
+
+    def _single_run(self, method: str, prompt: Any, arguments: GenerationArguments) -> Run:
+        if split_prompts(prompt)[1]:
+            raise ArgumentTypeError(f"prompt of {method}() must be one prompt, got a list of prompts")
+        return self._batch(prompt, arguments).runs[0]
 
     def _compile(self, constraint: Constraint) -> Matcher:
         with self._idle:
