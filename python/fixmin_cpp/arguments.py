@@ -97,7 +97,7 @@ class GenerationArguments(TypedDict, total=False):
 
 DEFAULT_BREAKERS = ("\n", ":", '"', "*")  # of DRY, llama.cpp's
 _FORMS = ("json_schema", "regex", "grammar", "choices")
-_OF_GENERATE = ("n", "best_of")
+_OF_GENERATE = ("n", "best_of", "on_token")
 _ALIASES = {"repetition_penalty": "repeat_penalty", "bad_ids": "banned_ids"}
 
 

@@ -98,6 +98,9 @@ class Piece:
     candidate: int = 0  # of the prompt's completions, if there are several
 
 
+OnToken: TypeAlias = Callable[[Piece], object]
+
+
 class _Mask:
     """A matcher as the engine calls it, from a thread of its own."""
 
@@ -124,14 +127,18 @@ class Run:
         candidate: int = 0,
         leader: "Run | None" = None,
         ranked: bool = False,
+        on_token: OnToken | None = None,
     ) -> None:
-        """`leader`: of the same prompt, which it reads first. `ranked`: mean_logprob will be asked for."""
+        """`leader`: of the same prompt, which it reads first. `ranked`: mean_logprob will be asked for. `on_token`:
+        called with every piece; False from it ends the run there.
+        """
         self._ids = ids
         self._options = options
         self._index = index
         self._candidate = candidate
         self._leader = leader
         self._ranked = ranked
+        self._on_token = on_token
         self._seed = seed
         self._params = model._sampling_params(options, seed)
         self._mask = None if options.constraint is None else _Mask(model._compile(options.constraint))
@@ -143,6 +150,7 @@ class Run:
         self._logprobs: list[TokenLogprob] = []
         self._request: _core.Request | None = None
         self._cancelled = False
+        self._refused = False  # by on_token
         self._failed = False
         self.completion: Completion | None = None
 
@@ -194,7 +202,7 @@ class Run:
         """The pieces that have become complete since the last call; the last ones come with `completion`.
 
         Raises:
-            FixminError: what ended the run, if something went wrong.
+            FixminError: what ended the run, if something went wrong. What on_token raises.
         """
         if self.ended:
             return []
@@ -207,7 +215,7 @@ class Run:
             if logprob is not None:
                 self._logprobs.append(TokenLogprob(*logprob))
             pieces += self._pieces(self._assembler.push(token_id))
-        if self._assembler.stopped:
+        if self._done:
             self._started.cancel()
         if ended:
             pieces += self._pieces(self._assembler.finish())
@@ -217,14 +225,18 @@ class Run:
     @property
     def _done(self) -> bool:
         """Whether no further token is wanted."""
-        return self._assembler.stopped
+        return self._assembler.stopped or self._refused
 
     def _pieces(self, pairs: list[tuple[int, str]]) -> list[Piece]:
         pieces = []
         for token_id, text in pairs:
+            if self._refused:
+                break
             logprob = self._logprobs[len(self._texts)] if self._options.logprobs is not None else None
             self._texts.append(text)
             pieces.append(Piece(text, token_id, logprob, self._index, self._candidate))
+            if self._on_token is not None and self._on_token(pieces[-1]) is False:
+                self._refused = True
         return pieces
 
     @property
@@ -234,8 +246,8 @@ class Run:
 
     @property
     def watched(self) -> bool:
-        """Whether its text decides when it ends; else text is made at the end."""
-        return bool(self._options.stop)
+        """Whether somebody looks at its text while it grows; else it is made at the end."""
+        return bool(self._options.stop) or self._on_token is not None
 
     @property
     def finished(self) -> Completion:
@@ -255,6 +267,8 @@ class Run:
         except BaseException:
             self._failed = True
             raise
+        if self._refused:  # tokens whose pieces were not asked for any more
+            del self._token_ids[len(self._texts) :], self._logprobs[len(self._texts) :]
         # A stop string may turn up only at the end, where nothing can precede it any more.
         reason: Any = "stop" if self._done else result["finish_reason"]
         self.completion = Completion(
@@ -288,6 +302,7 @@ class Batch:
         many: bool,
         n: int = 1,
         best_of: int = 1,
+        on_token: OnToken | None = None,
     ) -> None:
         self._many = many
         self._n = n
@@ -305,6 +320,7 @@ class Batch:
                     candidate=i,
                     leader=leader,
                     ranked=best_of > n,
+                    on_token=on_token,
                 )
                 leader = leader or run
                 self.runs.append(run)

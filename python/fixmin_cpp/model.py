@@ -36,6 +36,7 @@ from .generation import (
     Batch,
     Completion,
     Dispatcher,
+    OnToken,
     Piece,
     Run,
     TextStream,
@@ -136,7 +137,13 @@ class Model:
 
     @overload
     def generate(  # type: ignore[overload-overlap]  # a str is a Sequence[str] too; the first one counts
-        self, prompt: Prompt, *, n: int = 1, best_of: int | None = None, **arguments: "Unpack[GenerationArguments]"
+        self,
+        prompt: Prompt,
+        *,
+        n: int = 1,
+        best_of: int | None = None,
+        on_token: OnToken | None = None,
+        **arguments: "Unpack[GenerationArguments]",
     ) -> Completion: ...
     @overload
     def generate(
@@ -145,6 +152,7 @@ class Model:
         *,
         n: int = 1,
         best_of: int | None = None,
+        on_token: OnToken | None = None,
         **arguments: "Unpack[GenerationArguments]",
     ) -> list[Completion]: ...
     def generate(
@@ -153,6 +161,7 @@ class Model:
         *,
         n: int = 1,
         best_of: int | None = None,
+        on_token: OnToken | None = None,
         **arguments: "Unpack[GenerationArguments]",
     ) -> Completion | list[Completion]:
         """Continues a prompt; greedy unless a temperature is given.
@@ -164,20 +173,25 @@ class Model:
                 first has the given seed, the others have seeds made of it (docs/sampling.md): candidates[i].seed.
             best_of: so many are generated, at least n, and the n with the highest mean log-probability per token are
                 given, the best first. None: n, in the order of their seeds.
+            on_token: called with every Piece as soon as its text is certain, in the calling thread (agenerate: in the
+                event loop). Piece.index says which prompt of a list it belongs to, Piece.candidate which of its
+                completions. False from it (no other value) ends that completion with this piece, finish_reason
+                "stop"; an exception from it ends all and goes on to the caller.
             **arguments: max_new_tokens, temperature, top_k, seed, stop and many more: see
                 fixmin_cpp.GenerationArguments and docs/sampling.md.
 
         Returns:
             A Completion, or a list of them; with n > 1 its `candidates` are the n. finish_reason: "length"
-            (max_new_tokens or the context is used up), "stop" (a stop string), "eos" (the end-of-text token, one of
-            stop_ids, or a grammar that is complete), "timeout", "cancelled" (the model was closed meanwhile).
+            (max_new_tokens or the context is used up), "stop" (a stop string, or on_token), "eos" (the end-of-text
+            token, one of stop_ids, or a grammar that is complete), "timeout", "cancelled" (the model was closed
+            meanwhile).
 
         Raises:
             ArgumentError, ArgumentTypeError, ContextLengthError (all ValueErrors): before anything runs.
             FixminError: no token is left to draw.
             KeyboardInterrupt: Ctrl-C ends a run in the main thread within one layer.
         """
-        batch = self._batch(prompt, arguments, n, best_of)
+        batch = self._batch(prompt, arguments, n, best_of, on_token)
         with self._running(batch.runs) as engine:
             drive(batch.runs, engine)
         return batch.result()
@@ -196,10 +210,11 @@ class Model:
         *,
         n: int = 1,
         best_of: int | None = None,
+        on_token: OnToken | None = None,
         **arguments: "Unpack[GenerationArguments]",
     ) -> Completion | list[Completion]:
         """generate() for an event loop: does not block it. Cancelling the task cancels the generation."""
-        batch = self._batch(prompt, arguments, n, best_of)
+        batch = self._batch(prompt, arguments, n, best_of, on_token)
         # Tasks begin in this order, so that a prompt's first run is queued before those that follow it.
         tasks = [asyncio.ensure_future(AsyncTextStream(run, self._start_async).complete()) for run in batch.runs]
         try:
@@ -458,14 +473,23 @@ class Model:
             self._dispatcher.start(run, engine, listener)
             return self._dispatcher
 
-    def _batch(self, prompt: Any, arguments: GenerationArguments, n: Any = 1, best_of: Any = None) -> Batch:
+    def _batch(
+        self,
+        prompt: Any,
+        arguments: GenerationArguments,
+        n: Any = 1,
+        best_of: Any = None,
+        on_token: Any = None,
+    ) -> Batch:
         options = GenerationOptions.check(arguments, self._vocab_size)
         n, best_of = candidate_counts(n, best_of, options)
+        if on_token is not None and not callable(on_token):
+            raise ArgumentTypeError(f"on_token must be callable, got {type(on_token).__name__}")
         prompts, many = split_prompts(prompt)
         seeds = options.seeds(len(prompts), many)
         names = [f"prompt[{i}]" for i in range(len(prompts))] if many else ["prompt"]
         ids = [self._ids_in_context(name, one, room=1) for name, one in zip(names, prompts, strict=True)]
-        return Batch(self, ids, options, seeds, many, n, best_of)
+        return Batch(self, ids, options, seeds, many, n, best_of, on_token)
 
     def _single_run(self, method: str, prompt: Any, arguments: GenerationArguments) -> Run:
         if split_prompts(prompt)[1]:

@@ -145,7 +145,7 @@ def test_seeds_for_a_list(model):
         model.generate(["a", "b"], seed=(1, 2, 3))
 
 
-@pytest.mark.parametrize("name", ["n", "best_of"])
+@pytest.mark.parametrize("name", ["n", "best_of", "on_token"])
 def test_a_stream_is_one_completion(model, name):
     for call in (model.stream, model.astream):
         with pytest.raises(ArgumentTypeError, match=f"{name} is an argument of generate"):
