@@ -97,7 +97,7 @@ class GenerationArguments(TypedDict, total=False):
 
 DEFAULT_BREAKERS = ("\n", ":", '"', "*")  # of DRY, llama.cpp's
 _FORMS = ("json_schema", "regex", "grammar", "choices")
-_OF_GENERATE = ("n", "best_of", "on_token")
+_OF_GENERATE = ("n", "best_of", "on_token", "progress")
 _ALIASES = {"repetition_penalty": "repeat_penalty", "bad_ids": "banned_ids"}
 
 
@@ -377,7 +377,7 @@ def _known_names(arguments: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in arguments.items():
         main = _ALIASES.get(name, name)
         if name in _OF_GENERATE:
-            raise ArgumentTypeError(f"{name} is an argument of generate() and agenerate(): a stream is one completion")
+            raise ArgumentTypeError(f"{name} is an argument of generate(): a stream is one completion")
         if main not in _CHECKS and main not in ("temperature", "do_sample", *_FORMS):
             known = GenerationArguments.__annotations__
             similar = difflib.get_close_matches(name, known, 1)

@@ -18,12 +18,13 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from . import __version__
 from .arguments import GenerationArguments
 from .errors import FixminError
+from .progress import bar as _bar
 
 __all__ = ["app", "main"]
 
@@ -535,24 +536,6 @@ def _load(path: Path, **settings: Any) -> Any:
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("load", total=1.0)
         return Model(path, progress=lambda done: progress.update(task, completed=done), **settings)
-
-
-@contextmanager
-def _bar(title: str, silent: bool) -> Iterator[Callable[..., None]]:
-    """A progress bar on stderr if someone is watching; its value is called with done, total and perhaps a name."""
-    if silent or not sys.stderr.isatty():
-        yield lambda done, total, name="": None
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[item]}", markup=False),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(title, total=None, item="")
-        yield lambda done, total, name="": progress.update(task, completed=done, total=total, item=name)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import itertools
+import logging
 import math
 import threading
 import weakref
@@ -36,6 +37,8 @@ __all__ = [
     "TokenLogprob",
     "drive",
 ]
+
+_log = logging.getLogger(__name__)
 
 FinishReason: TypeAlias = Literal["length", "stop", "eos", "cancelled", "timeout"]
 
@@ -271,17 +274,19 @@ class Run:
             del self._token_ids[len(self._texts) :], self._logprobs[len(self._texts) :]
         # A stop string may turn up only at the end, where nothing can precede it any more.
         reason: Any = "stop" if self._done else result["finish_reason"]
+        timings = _timings(result, len(self._token_ids), reason)
         self.completion = Completion(
             "".join(self._texts),
             self._token_ids,
             reason,
             self._seed,
-            _timings(result, len(self._token_ids), reason),
+            timings,
             self._logprobs if self._options.logprobs is not None else None,
             [TokenLogprob(*token) for token in self._started.prompt_top_logprobs()]
             if self._options.prompt_logprobs is not None
             else None,
         )
+        _log.debug("request %d ended: %s, %s", self.number, reason, timings)
 
 
 class Batch:
@@ -342,8 +347,8 @@ class Batch:
         return replace(completions[0], candidates=completions)
 
 
-def drive(runs: Sequence[Run], engine: _core.Engine) -> None:
-    """Runs all of them together to their ends."""
+def drive(runs: Sequence[Run], engine: _core.Engine, on_end: Callable[[int, int], object] | None = None) -> None:
+    """Runs all of them together to their ends; `on_end` is told how many have got there, and of how many."""
     mailbox = _core.Mailbox() if len(runs) > 1 else None
     try:
         for run in runs:
@@ -362,6 +367,8 @@ def drive(runs: Sequence[Run], engine: _core.Engine) -> None:
                 one.take()
                 if one.completion is not None:
                     del left[number]
+                    if on_end is not None:
+                        on_end(len(runs) - len(left), len(runs))
     except BaseException:
         for run in runs:
             run.cancel()

@@ -1,9 +1,11 @@
 """`Model`: a loaded GGUF file that generates, scores and shows its insides."""
 
 import asyncio
+import logging
 import math
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -44,6 +46,7 @@ from .generation import (
     TokenLogprob,
     drive,
 )
+from .progress import bar
 from .state import file_sha256, read_state, write_state
 from .tokenizer import TextTokenizer, end_of_text_id
 
@@ -51,6 +54,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack  # in typing from Python 3.11
 
 __all__ = ["AsyncTextStream", "Completion", "Model", "Piece", "Score", "TextStream", "Timings", "TokenLogprob"]
+
+_log = logging.getLogger(__name__)
 
 _MAX_INT32 = 2**31 - 1
 
@@ -111,6 +116,7 @@ class Model:
         if progress is not None and not callable(progress):
             raise ArgumentTypeError(f"progress must be callable, got {type(progress).__name__}")
         self.path = os.fspath(path)
+        begin = time.monotonic()
         self._engine = _core.Engine(
             self.path,
             n_threads=0 if n_threads is None else as_int("n_threads", n_threads, 1, 1024),
@@ -132,6 +138,15 @@ class Model:
         self._reset_lock()
         self._closed = False
         _models.add(self)
+        _log.debug(
+            "loaded %s in %.2f s: %.1f MB of weights, KV cache of %d positions, %d threads, %s",
+            self.path,
+            time.monotonic() - begin,
+            self._info["bytes"]["weights"] / 1e6,
+            self._info["n_kv"],
+            self._info["n_threads"],
+            self._info["isa"],
+        )
 
     # --- generation ------------------------------------------------------------------------------------------------
 
@@ -143,6 +158,7 @@ class Model:
         n: int = 1,
         best_of: int | None = None,
         on_token: OnToken | None = None,
+        progress: bool = False,
         **arguments: "Unpack[GenerationArguments]",
     ) -> Completion: ...
     @overload
@@ -153,6 +169,7 @@ class Model:
         n: int = 1,
         best_of: int | None = None,
         on_token: OnToken | None = None,
+        progress: bool = False,
         **arguments: "Unpack[GenerationArguments]",
     ) -> list[Completion]: ...
     def generate(
@@ -162,6 +179,7 @@ class Model:
         n: int = 1,
         best_of: int | None = None,
         on_token: OnToken | None = None,
+        progress: bool = False,
         **arguments: "Unpack[GenerationArguments]",
     ) -> Completion | list[Completion]:
         """Continues a prompt; greedy unless a temperature is given.
@@ -177,6 +195,7 @@ class Model:
                 event loop). Piece.index says which prompt of a list it belongs to, Piece.candidate which of its
                 completions. False from it (no other value) ends that completion with this piece, finish_reason
                 "stop"; an exception from it ends all and goes on to the caller.
+            progress: True shows a bar on stderr, if that is a terminal or a notebook.
             **arguments: max_new_tokens, temperature, top_k, seed, stop and many more: see
                 fixmin_cpp.GenerationArguments and docs/sampling.md.
 
@@ -192,8 +211,9 @@ class Model:
             KeyboardInterrupt: Ctrl-C ends a run in the main thread within one layer.
         """
         batch = self._batch(prompt, arguments, n, best_of, on_token)
-        with self._running(batch.runs) as engine:
-            drive(batch.runs, engine)
+        silent = not as_bool("progress", progress)
+        with bar("generating", silent) as update, self._running(batch.runs) as engine:
+            drive(batch.runs, engine, update)
         return batch.result()
 
     def stream(self, prompt: Prompt, **arguments: "Unpack[GenerationArguments]") -> "TextStream":
@@ -282,14 +302,15 @@ class Model:
             return engine.hidden_states(checked, layer)
 
     @overload
-    def score(self, text: Prompt) -> Score: ...  # type: ignore[overload-overlap]
+    def score(self, text: Prompt, *, progress: bool = False) -> Score: ...  # type: ignore[overload-overlap]
     @overload
-    def score(self, text: Sequence[Prompt]) -> list[Score]: ...
-    def score(self, text: Prompt | Sequence[Prompt]) -> Score | list[Score]:
+    def score(self, text: Sequence[Prompt], *, progress: bool = False) -> list[Score]: ...
+    def score(self, text: Prompt | Sequence[Prompt], *, progress: bool = False) -> Score | list[Score]:
         """Log-probability of every token of `text` (or ids) but the first; never holds T x V logits.
 
-        A list of texts is answered by a list in the same order; they are read together.
+        A list of texts is answered by a list in the same order; they are read together. `progress` as in generate().
         """
+        silent = not as_bool("progress", progress)
         texts, many = split_prompts(text, "text")
         names = [f"text[{i}]" for i in range(len(texts))] if many else ["text"]
         ids = [self._ids_in_context(name, one) for name, one in zip(names, texts, strict=True)]
@@ -300,9 +321,9 @@ class Model:
                 )
         params = _core.SamplingParams()
         params.max_new_tokens = 0
-        with self._running() as engine:
+        with bar("scoring", silent) as update, self._running() as engine:
             requests = [engine.submit(one, params, n_prompt_logprobs=0) for one in ids]
-            _wait(*requests)
+            _wait(requests, update)
             scores = [_score(one.tolist(), request) for one, request in zip(ids, requests, strict=True)]
         return scores if many else scores[0]
 
@@ -328,7 +349,7 @@ class Model:
         params = _core.SamplingParams()
         params.max_new_tokens = 0
         with self._running() as engine:
-            _wait(engine.submit(ids, params))
+            _wait([engine.submit(ids, params)])
             blocks = engine.export_prefix(ids)
             write_state(path, self._sha256(), self._info, ids, blocks)
         return len(blocks) // self._info["kv_block_bytes"] * self._info["kv_block_tokens"]
@@ -427,6 +448,7 @@ class Model:
             self._engine.close()
             if self._dispatcher is not None:
                 self._dispatcher.close()  # passes on how the last requests ended
+            _log.debug("closed %s", self.path)
 
     def __enter__(self) -> "Model":
         self._check_open()
@@ -547,12 +569,14 @@ class Model:
         return ids
 
 
-def _wait(*requests: _core.Request) -> None:
-    """Until all have ended; Ctrl-C cancels them."""
+def _wait(requests: Sequence[_core.Request], on_end: Callable[[int, int], object] | None = None) -> None:
+    """Until all have ended; Ctrl-C cancels them. `on_end` as in drive()."""
     try:
-        for request in requests:
+        for i, request in enumerate(requests):
             while not request.wait(_MAX_INT32, 3600.0):
                 pass
+            if on_end is not None:
+                on_end(i + 1, len(requests))
     except BaseException:
         for request in requests:
             request.cancel()

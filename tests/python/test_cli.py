@@ -7,7 +7,7 @@ import pty
 import subprocess
 
 import pytest
-from fixmin_cli import FIXMIN, TIMEOUT, fixmin
+from fixmin_cli import FIXMIN, TIMEOUT, fixmin, on_terminal
 
 import fixmin_cpp
 
@@ -164,22 +164,7 @@ def test_on_a_terminal(letters_model):
     """Text and a note arrive on the terminal, and colours only there."""
     expected = letters_model.generate("the cat", max_new_tokens=5).text
     command = [*FIXMIN, "generate", "-m", letters_model.path, "-p", "the cat", "-n", "5"]
-    parent, child = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "200"}
-    with subprocess.Popen(command, stdin=child, stdout=child, stderr=child, env=environment) as process:
-        os.close(child)
-        output = b""
-        while True:
-            try:
-                block = os.read(parent, 4096)
-            except OSError:  # Linux: the other end is closed
-                break
-            if not block:
-                break
-            output += block
-    os.close(parent)
-    assert process.returncode == 0
-    text = output.decode().replace("\r\n", "\n")
+    text = on_terminal(command)
     assert expected in text
     assert "5 new" in text
     assert "\x1b[" in text
