@@ -65,7 +65,8 @@ class Score:
     """How probable the model finds a text."""
 
     token_ids: list[int]  # [T]
-    logprobs: NDArray[np.float32]  # [T-1], natural: logprobs[i] is that of token_ids[i+1] after token_ids[:i+1]
+    logprobs: NDArray[np.float32]  # [T-start], natural: that of token_ids[start+i] after those before it
+    ranks: NDArray[np.uint32]  # [T-start], the same: 1 where the token was the most probable one
     nll: float  # mean of -logprobs: nats per token
     perplexity: float  # exp(nll); inf beyond the range of a double
 
@@ -287,12 +288,29 @@ class Model:
 
     # --- scores and insides ----------------------------------------------------------------------------------------
 
-    def logits(self, ids: Prompt, last: bool = False) -> NDArray[np.float32]:
-        """Logits after each token, float32 [T, V], or after the last one only, [V]. `ids` may be text."""
+    def logits(
+        self, ids: Prompt, last: bool = False, *, rows: Sequence[int] | NDArray[np.integer[Any]] | None = None
+    ) -> NDArray[np.float32]:
+        """Logits after each token, float32 [T, V]; after the last one only, [V]; or after those at `rows`, [n, V].
+
+        `ids` may be text. Negative rows count from the end, as NumPy's indices do. Nothing is computed or kept that the
+        rows do not need: no logits of others, no tokens behind the last of them.
+        """
         last = as_bool("last", last)
         checked = self._ids_in_context("ids", ids)
+        if rows is None:
+            with self._running() as engine:
+                return engine.logits(checked, last)
+        if last:
+            raise ArgumentError("last and rows are two ways to say the same: give one")
+        n = len(checked)
+        wanted = np.array([as_int(f"rows[{i}]", row, -n, n - 1) % n for i, row in enumerate(rows)], np.uint32)
+        rising, back = np.unique(wanted, return_inverse=True)
+        if not len(rising):
+            return np.empty((0, self._vocab_size), np.float32)
         with self._running() as engine:
-            return engine.logits(checked, last)
+            logits = engine.logits(checked[: rising[-1] + 1], rows=rising.tolist())
+        return logits if np.array_equal(rising, wanted) else logits[back]
 
     def hidden_states(self, ids: Prompt, layer: int) -> NDArray[np.float32]:
         """The residual stream, float32 [T, D]: layer 0 is the lifted code, layer i what block i-1 leaves."""
@@ -302,30 +320,58 @@ class Model:
             return engine.hidden_states(checked, layer)
 
     @overload
-    def score(self, text: Prompt, *, progress: bool = False) -> Score: ...  # type: ignore[overload-overlap]
+    def score(  # type: ignore[overload-overlap]
+        self, text: Prompt, *, start: int = 1, progress: bool = False
+    ) -> Score: ...
     @overload
-    def score(self, text: Sequence[Prompt], *, progress: bool = False) -> list[Score]: ...
-    def score(self, text: Prompt | Sequence[Prompt], *, progress: bool = False) -> Score | list[Score]:
+    def score(
+        self, text: Sequence[Prompt], *, start: int | Sequence[int] = 1, progress: bool = False
+    ) -> list[Score]: ...
+    def score(
+        self, text: Prompt | Sequence[Prompt], *, start: int | Sequence[int] = 1, progress: bool = False
+    ) -> Score | list[Score]:
         """Log-probability of every token of `text` (or ids) but the first; never holds T x V logits.
 
-        A list of texts is answered by a list in the same order; they are read together. `progress` as in generate().
+        Args:
+            text: up to n_ctx + 1 tokens, since the last one is predicted and not read; or a list of such texts, which
+                is answered by a list in the same order and read together.
+            start: the first token that is scored, from 1. Those before it are only read, or found in the prefix cache;
+                texts of a list that are equal up to there read them once. For a list of texts also a list.
+            progress: as in generate().
         """
         silent = not as_bool("progress", progress)
         texts, many = split_prompts(text, "text")
         names = [f"text[{i}]" for i in range(len(texts))] if many else ["text"]
-        ids = [self._ids_in_context(name, one) for name, one in zip(names, texts, strict=True)]
-        for name, one in zip(names, ids, strict=True):
-            if len(one) < 2:
-                raise ArgumentError(
-                    f"{name} to score must have at least 2 tokens, got 1: the first one has no probability"
-                )
-        params = _core.SamplingParams()
-        params.max_new_tokens = 0
+        ids = [self._ids_in_context(name, one, room=-1) for name, one in zip(names, texts, strict=True)]
+        starts = _starts(start, names, ids) if many else _starts([start], names, ids)
         with bar("scoring", silent) as update, self._running() as engine:
-            requests = [engine.submit(one, params, n_prompt_logprobs=0) for one in ids]
+            requests = self._submit_scores(engine, ids, starts)
             _wait(requests, update)
             scores = [_score(one.tolist(), request) for one, request in zip(ids, requests, strict=True)]
         return scores if many else scores[0]
+
+    def _submit_scores(
+        self, engine: _core.Engine, ids: list[NDArray[np.uint32]], starts: list[int]
+    ) -> list[_core.Request]:
+        params = _core.SamplingParams()
+        params.max_new_tokens = 0
+        requests: list[_core.Request] = []
+        first: dict[bytes, _core.Request] = {}  # by what it reads before it scores
+        for one, start in zip(ids, starts, strict=True):
+            # Shorter ones are read again with less trouble than waited for.
+            context = one[:start].tobytes() if start >= self._info["kv_block_tokens"] else b""
+            request = engine.submit(
+                one[:-1],
+                params,
+                n_prompt_logprobs=0,
+                first_row=start - 1,
+                next=int(one[-1]),
+                after=first.get(context),
+            )
+            if context:
+                first.setdefault(context, request)
+            requests.append(request)
+        return requests
 
     def codes(self, ids: Prompt) -> NDArray[np.uint8]:
         """The K-bit code of each token, uint8 [T, K] of 0 and 1; column i is the bit with lift index i."""
@@ -583,12 +629,26 @@ def _wait(requests: Sequence[_core.Request], on_end: Callable[[int, int], object
         raise
 
 
+def _starts(given: Any, names: list[str], ids: list[NDArray[np.uint32]]) -> list[int]:
+    """Where scoring begins in each text: one number for all of them, or a list."""
+    given = [given] * len(ids) if isinstance(given, int) else given
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        raise ArgumentTypeError(f"start must be an integer or a list of them, got {type(given).__name__}")
+    if len(given) != len(ids):
+        raise ArgumentError(f"start has {len(given)} entries, but there are {len(ids)} texts")
+    for name, one in zip(names, ids, strict=True):
+        if len(one) < 2:
+            raise ArgumentError(f"{name} to score must have at least 2 tokens, got 1: the first one has no probability")
+    starts = [f"start of {name}" for name in names]
+    return [as_int(what, start, 1, len(one) - 1) for what, start, one in zip(starts, given, ids, strict=True)]
+
+
 def _score(ids: list[int], request: _core.Request) -> Score:
     if request.result()["finish_reason"] == "cancelled":
         raise FixminError("the model was closed while it was scoring")
     logprobs = request.prompt_logprobs()
     nll = -float(np.mean(logprobs, dtype=np.float64))
-    return Score(ids, logprobs, nll, math.exp(nll) if nll < 700 else math.inf)
+    return Score(ids, logprobs, request.prompt_ranks(), nll, math.exp(nll) if nll < 700 else math.inf)
 
 
 _models: "weakref.WeakSet[Model]" = weakref.WeakSet()
