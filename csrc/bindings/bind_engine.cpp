@@ -287,15 +287,21 @@ void run(Engine& engine, std::span<const uint32_t> ids, engine::RequestOptions o
     if (request->reason() != engine::FinishReason::length) throw Error("the computation was cancelled");
 }
 
-py::array_t<float> logits(const EngineHandle& handle, const Ids& ids, bool last, bool prefix_cache) {
+py::array_t<float> logits(const EngineHandle& handle, const Ids& ids, bool last, bool prefix_cache,
+                          const std::optional<std::vector<uint32_t>>& rows) {
     const auto engine = handle.get();
     const auto span = id_span(ids);
-    const py::ssize_t v = engine->hyperparams().vocab_size, t = py::ssize_t(span.size());
-    py::array_t<float> out(last ? std::vector<py::ssize_t>{v} : std::vector<py::ssize_t>{t, v});
     engine::RequestOptions options;
+    if (rows) {
+        options.logit_rows = *rows;
+    } else {
+        for (size_t p = last && !span.empty() ? span.size() - 1 : 0; p < span.size(); ++p)
+            options.logit_rows.push_back(uint32_t(p));
+    }
+    const py::ssize_t v = engine->hyperparams().vocab_size, n = py::ssize_t(options.logit_rows.size());
+    py::array_t<float> out(last && !rows ? std::vector<py::ssize_t>{v} : std::vector<py::ssize_t>{n, v});
     options.logits = out.mutable_data();
     options.prefix_cache = prefix_cache;
-    if (last && t > 0) options.first_row = uint32_t(t - 1);
     run(*engine, span, std::move(options));
     return out;
 }
@@ -441,6 +447,14 @@ class RequestHandle {
         return values(request_->prompt_logprobs());
     }
 
+    py::array_t<uint32_t> prompt_ranks() const {
+        result();
+        py::array_t<uint32_t> out(py::ssize_t(request_->prompt_logprobs().size()));
+        uint32_t* rank = out.mutable_data();
+        for (const auto& token : request_->prompt_logprobs()) *rank++ = token.rank;
+        return out;
+    }
+
     py::list prompt_top_logprobs() const {
         result();
         py::list list;
@@ -461,7 +475,8 @@ class RequestHandle {
 RequestHandle submit(const EngineHandle& handle, const Ids& ids, const engine::SamplingParams& params,
                      const py::object& mask, int32_t n_logprobs, int32_t n_prompt_logprobs, bool prefix_cache,
                      uint32_t n_draft, double timeout_s, const RequestHandle* after,
-                     const std::shared_ptr<engine::Mailbox>& mailbox) {
+                     const std::shared_ptr<engine::Mailbox>& mailbox, uint32_t first_row,
+                     std::optional<uint32_t> next) {
     const auto engine = handle.get();
     engine::RequestOptions options;
     options.sampling = params;
@@ -473,6 +488,8 @@ RequestHandle submit(const EngineHandle& handle, const Ids& ids, const engine::S
     options.n_draft = n_draft;
     options.timeout_s = timeout_s;
     if (after) options.after = after->request();
+    options.first_row = first_row;
+    options.next = next;
     return RequestHandle(engine->submit(id_span(ids), std::move(options), mailbox));
 }
 
@@ -610,7 +627,8 @@ void bind_engine(py::module_& m) {
              "Until more than n_seen tokens are there or it has ended: True; False after timeout_s.")
         .def("read", &RequestHandle::read, py::arg("start"), "(ids, logprobs, ended) from token `start` on")
         .def("result", &RequestHandle::result, "Reason, counters and times, or what went wrong; only once it has ended")
-        .def("prompt_logprobs", &RequestHandle::prompt_logprobs, "float32 [T-1]")
+        .def("prompt_logprobs", &RequestHandle::prompt_logprobs, "float32 [n], of the tokens that were scored")
+        .def("prompt_ranks", &RequestHandle::prompt_ranks, "uint32 [n], the same; 1: no token was more probable")
         .def("prompt_top_logprobs", &RequestHandle::prompt_top_logprobs, "[(id, logprob, rank, [(id, logprob)])]");
 
     py::class_<EngineHandle>(m, "Engine", "A loaded model and its worker threads.")
@@ -632,7 +650,7 @@ void bind_engine(py::module_& m) {
         .def_property_readonly("info", &info)
         .def("codes", &codes, py::arg("ids"), "uint8 [T, K]")
         .def("logits", &logits, py::arg("ids"), py::arg("last") = false, py::arg("prefix_cache") = true,
-             "float32 [T, V], or [V]")
+             py::arg("rows") = py::none(), "float32 [T, V], [V] of the last row, or [n, V] of rising rows")
         .def("hidden_states", &hidden_states, py::arg("ids"), py::arg("layer"), "float32 [T, D]")
         .def("score", &score, py::arg("ids"), "float32 [T-1], natural log-probabilities of ids[1:]")
         .def("generate", &generate, py::arg("ids"), py::arg("params"), py::arg("on_token") = py::none(),
@@ -640,7 +658,8 @@ void bind_engine(py::module_& m) {
         .def("submit", &submit, py::arg("ids"), py::arg("params"), py::kw_only(), py::arg("mask") = py::none(),
              py::arg("n_logprobs") = -1, py::arg("n_prompt_logprobs") = -1, py::arg("prefix_cache") = true,
              py::arg("n_draft") = 0, py::arg("timeout_s") = std::numeric_limits<double>::infinity(),
-             py::arg("after") = py::none(), py::arg("mailbox") = py::none())
+             py::arg("after") = py::none(), py::arg("mailbox") = py::none(), py::arg("first_row") = 0,
+             py::arg("next") = py::none())
         .def("stats", &stats)
         .def("export_prefix", &export_prefix, py::arg("ids"), "uint8: keys and values of whole blocks, as far as known")
         .def("import_prefix", &import_prefix, py::arg("ids"), py::arg("blocks"))

@@ -130,6 +130,12 @@ std::shared_ptr<Request> Engine::submit(std::span<const uint32_t> prompt, Reques
                             std::to_string(hyperparams().block_count));
     }
     if (options.first_row >= prompt.size()) throw ArgumentError("first_row lies behind the prompt");
+    if (options.next) check_ids({&*options.next, 1});
+    const std::vector<uint32_t>& rows = options.logit_rows;
+    if (rows.empty() != !options.logits || !std::is_sorted(rows.begin(), rows.end(), std::less_equal<>()) ||
+        (!rows.empty() && rows.back() >= prompt.size())) {
+        throw ArgumentError("rows must rise and lie within the prompt");
+    }
     options.n_draft = std::min(options.n_draft, max_draft);
     start_thread();
     auto request = std::make_shared<Request>(n_requests_++, prompt, std::move(options), kernels_, std::move(mailbox));

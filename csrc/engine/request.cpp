@@ -47,7 +47,8 @@ Request::Request(uint64_t number, std::span<const uint32_t> prompt, RequestOptio
       sampler_(options_.sampling, prompt, kernels),
       drafter_(options_.n_draft) {
     counters_.n_prompt = uint32_t(prompt.size());
-    if (options_.n_prompt_logprobs >= 0) prompt_logprobs_.resize(prompt.size() - 1);
+    if (options_.n_prompt_logprobs >= 0)
+        prompt_logprobs_.resize(prompt.size() - 1 + options_.next.has_value() - options_.first_row);
 }
 
 bool Request::wait(size_t n_seen, double timeout_s) {
@@ -83,6 +84,8 @@ void Request::end(FinishReason reason, std::exception_ptr error) {
     counters_.queued_s = seconds(first - submitted_);
     counters_.prefill_s = seconds(read - first);
     counters_.decode_s = seconds(now - read);
+    prompt_logprobs_.resize(
+        std::min<size_t>(prompt_logprobs_.size(), n_handed_ - std::min(n_handed_, options_.first_row)));
     running_ = false;
     over_ = true;
     {

@@ -8,6 +8,7 @@
 #include <limits>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <set>
 #include <span>
 #include <utility>
@@ -46,9 +47,12 @@ struct RequestOptions {
     double timeout_s = std::numeric_limits<double>::infinity();
     std::shared_ptr<class Request> after;  // starts once the prompt of this one has been read: to share it
 
+    uint32_t first_row = 0;        // of the prompt, for scores and `hidden`; the row of a token says what follows it
+    std::optional<uint32_t> next;  // follows the prompt: scored like its tokens, but not read
+
     // Rows of the prompt to copy out, to memory that outlives the request or its cancelling: see Request::wait_end.
-    uint32_t first_row = 0;
-    float* logits = nullptr;  // [T - first_row][V]
+    std::vector<uint32_t> logit_rows;  // rising
+    float* logits = nullptr;           // [logit_rows][V]
     uint32_t hidden_layer = 0;
     float* hidden = nullptr;  // [T - first_row][D]
 };
@@ -105,6 +109,7 @@ class Request {
     // Once it has ended.
     FinishReason reason() const { return reason_; }
     std::exception_ptr error() const { return error_; }  // null unless it failed
+    /// Of the tokens behind first_row, `next` included; fewer if it ended before they were read.
     const std::vector<TopLogprobs>& prompt_logprobs() const { return prompt_logprobs_; }
     const RequestCounters& counters() const { return counters_; }
 
@@ -115,6 +120,13 @@ class Request {
     bool given_up() const { return cancelled_ || Clock::now() >= deadline_; }
     void end(FinishReason reason, std::exception_ptr error = nullptr);
     void push(uint32_t id, TopLogprobs logprobs);
+    bool scores(uint32_t row) const {
+        return options_.n_prompt_logprobs >= 0 && row >= options_.first_row &&
+               row + 1 < counters_.n_prompt + options_.next.has_value();
+    }
+    uint32_t token_after(uint32_t row) const {
+        return row + 1 < counters_.n_prompt ? ids_[row + 1] : options_.next.value();
+    }
 
     const RequestOptions options_;
     const std::shared_ptr<Mailbox> mailbox_;
@@ -149,7 +161,7 @@ class Request {
     Drafter drafter_;
     std::vector<uint32_t> drafts_;  // of the present step
     Clock::time_point first_step_{}, prompt_done_{};
-    std::vector<TopLogprobs> prompt_logprobs_;  // [n_prompt - 1], if wanted
+    std::vector<TopLogprobs> prompt_logprobs_;  // of row first_row on, if wanted
     RequestCounters counters_;
 };
 

@@ -59,17 +59,21 @@ bool Scheduler::admit(Request& request) {
         // The last token is always computed, for its logits; so are all whose rows are wanted.
         reusable = uint32_t(request.ids_.size()) - 1;
         if (request.n_handed_ < request.counters_.n_prompt) {
-            if (options.logits || options.hidden) reusable = std::min(reusable, options.first_row);
-            if (options.n_prompt_logprobs >= 0) reusable = 0;
+            if (options.hidden || options.n_prompt_logprobs >= 0) reusable = std::min(reusable, options.first_row);
+            if (options.logits) reusable = std::min(reusable, options.logit_rows.front());
         }
         known = cache_.find(std::span(request.ids_).first(reusable));
     }
     const uint32_t n_known = uint32_t(known.blocks.size());
     // One more for each that is running: else the next step might have to send this one back.
     const uint32_t needed = blocks_for(request.ids_.size()) - n_known + uint32_t(running_.size());
+    if (!cache_.evict(needed) && known.n_more) {
+        // The block to copy from may be the one that is lacking: in the smallest cache there would never be room.
+        pool_.remove_user(known.more);
+        known.n_more = 0;
+    }
     if (!cache_.evict(needed)) {
         for (const uint32_t block : known.blocks) pool_.remove_user(block);
-        if (known.n_more) pool_.remove_user(known.more);
         return false;
     }
     for (const uint32_t block : known.blocks) append_block(request, block);
@@ -227,10 +231,9 @@ void Scheduler::add_chunk(const Shared& shared, uint32_t n_known) {
         step_.units.push_back({&request, uint32_t(step_.rows.size()), n_rows, row_position, sample});
         for (uint32_t i = 0; i < n_rows; ++i) step_.rows.push_back(first + row_position - position + i);
     };
-    const uint32_t handed_from = options.logits ? options.first_row : 0;
-    for (uint32_t p = std::max({position, request.n_handed_, handed_from}); p < std::min(position + n_known, n_prompt);
-         ++p) {
-        if (options.logits || (options.n_prompt_logprobs >= 0 && p + 1 < n_prompt)) want(p, 1, false);
+    const std::vector<uint32_t>& rows = options.logit_rows;
+    for (uint32_t p = std::max(position, request.n_handed_); p < std::min(position + n_known, n_prompt); ++p) {
+        if (request.scores(p) || std::binary_search(rows.begin(), rows.end(), p)) want(p, 1, false);
     }
     if (options.generate && position + n_known == request.ids_.size()) {
         want(position + n_known - 1, 1 + uint32_t(request.drafts_.size()), true);
@@ -246,13 +249,15 @@ void Scheduler::hand_out(const Unit& unit, const float* logits) {
     const RequestOptions& options = request.options_;
     try {
         if (unit.sample) return sample(request, logits, unit.n);
-        if (options.logits) {
-            std::memcpy(options.logits + size_t(unit.position - options.first_row) * vocab_size_, logits,
-                        vocab_size_ * sizeof(float));
+        const std::vector<uint32_t>& rows = options.logit_rows;
+        const auto row = std::lower_bound(rows.begin(), rows.end(), unit.position);
+        if (row != rows.end() && *row == unit.position) {
+            std::memcpy(options.logits + size_t(row - rows.begin()) * vocab_size_, logits, vocab_size_ * sizeof(float));
         }
-        if (options.n_prompt_logprobs >= 0 && unit.position + 1 < request.counters_.n_prompt) {
-            request.prompt_logprobs_[unit.position] = top_logprobs(
-                {logits, vocab_size_}, uint32_t(options.n_prompt_logprobs), request.ids_[unit.position + 1], kernels_);
+        if (request.scores(unit.position)) {
+            request.prompt_logprobs_[unit.position - options.first_row] =
+                top_logprobs({logits, vocab_size_}, uint32_t(options.n_prompt_logprobs),
+                             request.token_after(unit.position), kernels_);
         }
     } catch (...) {
         request.failure_ = std::current_exception();

@@ -8,6 +8,8 @@ Importing this package loads NumPy and the native module only; `tokenizers` is l
 PyTorch never (only `fixmin_cpp.convert` and `fixmin_cpp.reference` use it).
 """
 
+import logging
+
 from ._core import __version__
 from .api import clear_cache, generate, quantize, system_info
 from .arguments import GenerationArguments
@@ -23,6 +25,8 @@ from .errors import (
 )
 from .evaluate import Divergence, Perplexity, perplexity
 from .model import AsyncTextStream, Completion, Model, Piece, Score, TextStream, Timings, TokenLogprob
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # silent until the program that uses it says otherwise
 
 __all__ = [
     "ArgumentError",

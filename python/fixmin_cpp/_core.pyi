@@ -206,7 +206,8 @@ class Request:
         self, start: int
     ) -> tuple[list[int], list[tuple[int, float, int, list[tuple[int, float]]]], bool]: ...  # ids, logprobs, ended
     def result(self) -> dict[str, Any]: ...  # reason, counters and times; raises what went wrong
-    def prompt_logprobs(self) -> NDArray[np.float32]: ...  # [T-1]
+    def prompt_logprobs(self) -> NDArray[np.float32]: ...  # [n], of the tokens that were scored
+    def prompt_ranks(self) -> NDArray[np.uint32]: ...  # [n], the same; 1: no token was more probable
     def prompt_top_logprobs(self) -> list[tuple[int, float, int, list[tuple[int, float]]]]: ...
 
 class Engine:
@@ -229,8 +230,12 @@ class Engine:
     def info(self) -> dict[str, Any]: ...
     def codes(self, ids: NDArray[np.uint32]) -> NDArray[np.uint8]: ...
     def logits(
-        self, ids: NDArray[np.uint32], last: bool = False, prefix_cache: bool = True
-    ) -> NDArray[np.float32]: ...  # [T, V] or [V]
+        self,
+        ids: NDArray[np.uint32],
+        last: bool = False,
+        prefix_cache: bool = True,
+        rows: Sequence[int] | None = None,  # rising
+    ) -> NDArray[np.float32]: ...  # [T, V], [V] of the last row, or [n, V] of rows
     def hidden_states(self, ids: NDArray[np.uint32], layer: int) -> NDArray[np.float32]: ...  # [T, D]
     def score(self, ids: NDArray[np.uint32]) -> NDArray[np.float32]: ...  # [T-1] natural log-probabilities of ids[1:]
     def generate(
@@ -253,6 +258,8 @@ class Engine:
         timeout_s: float = ...,  # infinity
         after: Request | None = None,  # starts once that one's prompt has been read
         mailbox: Mailbox | None = None,
+        first_row: int = 0,  # scores only what follows this token of the prompt, and later ones
+        next: int | None = None,  # follows the prompt: is scored, but not read
     ) -> Request: ...
     def stats(self) -> dict[str, int]: ...
     def export_prefix(self, ids: NDArray[np.uint32]) -> NDArray[np.uint8]: ...  # [n * block_bytes], whole blocks

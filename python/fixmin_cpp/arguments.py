@@ -3,6 +3,7 @@
 import difflib
 import math
 import operator
+import os
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, fields
 from typing import Any, TypeAlias, TypedDict
@@ -18,6 +19,7 @@ TokenIds: TypeAlias = Sequence[int] | NDArray[np.integer[Any]]
 Prompt: TypeAlias = str | TokenIds
 
 _MAX_SEED = 2**64 - 1
+_MAX_CANDIDATES = 1024
 _MAX_INT32 = 2**31 - 1
 _MAX_FLOAT32 = float(np.finfo(np.float32).max)
 _MIN_FLOAT32 = float(np.finfo(np.float32).tiny)
@@ -40,7 +42,10 @@ class GenerationArguments(TypedDict, total=False):
     # Chance
     temperature: float | None  # None: 0, greedy; with do_sample=True 1
     do_sample: bool | None  # None. False: greedy whatever the temperature (as in transformers)
-    seed: int | None  # 0 to 2^64-1; the same seed gives the same tokens. None: a random one, reported in the result
+    seed: (
+        int | Sequence[int] | None
+    )  # 0 to 2^64-1; the same seed gives the same tokens. None: a random one, reported in
+    #                                   the result. For a list of prompts also a list, one for each
     dynatemp_range: float  # 0. The temperature lies between temperature -+ range, the higher the less certain the model
     dynatemp_exponent: float  # 1. How it depends on the entropy
 
@@ -92,6 +97,7 @@ class GenerationArguments(TypedDict, total=False):
 
 DEFAULT_BREAKERS = ("\n", ":", '"', "*")  # of DRY, llama.cpp's
 _FORMS = ("json_schema", "regex", "grammar", "choices")
+_OF_GENERATE = ("n", "best_of", "on_token", "progress")
 _ALIASES = {"repetition_penalty": "repeat_penalty", "bad_ids": "banned_ids"}
 
 
@@ -105,7 +111,7 @@ class GenerationOptions:
     stop_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     temperature: float = 0.0
-    seed: int | None = None
+    seed: int | tuple[int, ...] | None = None  # a tuple: one for each prompt
     dynatemp_range: float = 0.0
     dynatemp_exponent: float = 1.0
     top_n_sigma: float = -1.0
@@ -154,6 +160,18 @@ class GenerationOptions:
             )
         return options
 
+    def seeds(self, n_prompts: int, many: bool) -> list[int]:
+        """One for each prompt; drawn if none was given. `many`: whether the prompts came as a list."""
+        if self.seed is None:
+            return [int.from_bytes(os.urandom(4), "little") for _ in range(n_prompts)]
+        if isinstance(self.seed, int):
+            return [self.seed] * n_prompts
+        if not many:
+            raise ArgumentTypeError("seed must be an integer for a single prompt, got several")
+        if len(self.seed) != n_prompts:
+            raise ArgumentError(f"seed has {len(self.seed)} entries, but there are {n_prompts} prompts")
+        return list(self.seed)
+
     def native(self, *, seed: int, eos_id: int | None, breakers: list[list[int]]) -> _core.SamplingParams:
         """The same for the engine. `breakers`: dry_sequence_breakers as ids."""
         params = _core.SamplingParams()
@@ -169,6 +187,31 @@ class GenerationOptions:
         params.stop_ids = [*self.stop_ids, *([] if self.ignore_eos else end)]
         params.dry_sequence_breakers = breakers
         return params
+
+
+def candidate_counts(n: Any, best_of: Any, options: GenerationOptions) -> tuple[int, int]:
+    """n and best_of (None: n) of Model.generate, checked."""
+    n = as_int("n", n, 1, _MAX_CANDIDATES)
+    best_of = n if best_of is None else as_int("best_of", best_of, 1, _MAX_CANDIDATES)
+    if best_of < n:
+        raise ArgumentError(f"best_of is {best_of}, below n, which is {n}")
+    if best_of > 1 and options.temperature == 0.0:
+        name, value = ("n", n) if n > 1 else ("best_of", best_of)
+        raise ArgumentError(f"{name}={value} needs a temperature above 0: without one all completions are the same")
+    return n, best_of
+
+
+def candidate_seed(seed: int, candidate: int) -> int:
+    """The seed of completion 0, 1, ... of a prompt: the given one, then number 8i + 7 of its SplitMix64 sequence.
+
+    Of eight numbers of the sequence a step draws from the first ones only.
+    """
+    if candidate == 0:
+        return seed
+    z = (seed + (8 * candidate + 8) * 0x9E3779B97F4A7C15) & _MAX_SEED
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MAX_SEED
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MAX_SEED
+    return z ^ (z >> 31)
 
 
 def as_int(name: str, value: Any, low: int, high: int | None = None) -> int:
@@ -211,6 +254,15 @@ def as_bool(name: str, value: Any) -> bool:
     if not isinstance(value, bool | np.bool_):
         raise ArgumentTypeError(f"{name} must be True or False, got {_show(value)}")
     return bool(value)
+
+
+def as_seeds(name: str, value: Any) -> int | tuple[int, ...] | None:
+    """A seed, a tuple of them, or None."""
+    if value is None:
+        return None
+    if (isinstance(value, Sequence) and not isinstance(value, str | bytes)) or getattr(value, "ndim", 0) == 1:
+        return tuple(as_int(f"{name}[{i}]", one, 0, _MAX_SEED) for i, one in enumerate(value))
+    return as_int(name, value, 0, _MAX_SEED)
 
 
 def as_stop_strings(stop: Any) -> tuple[str, ...]:
@@ -324,6 +376,8 @@ def _known_names(arguments: Mapping[str, Any]) -> dict[str, Any]:
     named: dict[str, Any] = {}
     for name, value in arguments.items():
         main = _ALIASES.get(name, name)
+        if name in _OF_GENERATE:
+            raise ArgumentTypeError(f"{name} is an argument of generate(): a stream is one completion")
         if main not in _CHECKS and main not in ("temperature", "do_sample", *_FORMS):
             known = GenerationArguments.__annotations__
             similar = difflib.get_close_matches(name, known, 1)
@@ -378,7 +432,7 @@ _CHECKS: dict[str, _Check] = {
     "stop": lambda name, value, vocab_size: as_stop_strings(value),
     "stop_ids": as_id_tuple,
     "ignore_eos": lambda name, value, vocab_size: as_bool(name, value),
-    "seed": lambda name, value, vocab_size: None if value is None else as_int(name, value, 0, _MAX_SEED),
+    "seed": lambda name, value, vocab_size: as_seeds(name, value),
     "dynatemp_range": _not_negative,
     "dynatemp_exponent": _not_negative,
     "top_n_sigma": _any_float,

@@ -8,7 +8,6 @@ import dataclasses
 import importlib
 import json
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -18,12 +17,13 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from . import __version__
-from .arguments import GenerationArguments
+from .cli_options import decode, read_options, read_text, unescape, with_options
 from .errors import FixminError
+from .progress import bar as _bar
 
 __all__ = ["app", "main"]
 
@@ -88,6 +88,7 @@ def inspect(
 
 
 @app.command()
+@with_options(before="threads")
 def generate(
     model: Annotated[Path, typer.Option("-m", "--model", help="GGUF file.")],
     prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="Text to continue. Default: stdin.")] = None,
@@ -95,76 +96,11 @@ def generate(
         Path | None, typer.Option("-f", "--file", help="Read the prompt from a file (without its last newline).")
     ] = None,
     escape: Annotated[
-        bool, typer.Option(help=r"Read \n, \t, \r, \" and \\ in --prompt and --stop as the characters they stand for.")
-    ] = True,
-    max_new_tokens: Annotated[int, typer.Option("-n", "--max-new-tokens", help="Upper limit of new tokens.")] = 128,
-    temperature: Annotated[float, typer.Option("--temperature", "--temp", help="0: greedy.")] = 0.0,
-    seed: Annotated[int | None, typer.Option("-s", "--seed", help="Default: a random one, shown at the end.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Never draw the end-of-text token.")] = False,
-    min_new_tokens: Annotated[int | None, typer.Option(help="Do not end before so many. Default: 0")] = None,
-    dynatemp_range: Annotated[
-        float | None, typer.Option(help="Temperature +- range, by the entropy. Default: 0")
-    ] = None,
-    dynatemp_exponent: Annotated[
-        float | None,
-        typer.Option("--dynatemp-exponent", "--dynatemp-exp", help="How it depends on the entropy. Default: 1"),
-    ] = None,
-    top_n_sigma: Annotated[
-        float | None,
+        bool,
         typer.Option(
-            "--top-n-sigma", "--top-nsigma", help="Logits within n deviations of the largest. Default: -1, off"
+            help=r"Read \n, \t, \r, \" and \\ in --prompt, --stop and --choice as the characters they stand for."
         ),
-    ] = None,
-    top_k: Annotated[int | None, typer.Option(help="From the k most probable tokens. Default: 40; 0: all")] = None,
-    typical_p: Annotated[
-        float | None,
-        typer.Option("--typical-p", "--typical", help="From this share of typical tokens. Default: 1, off"),
-    ] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="From this share of the probability. Default: 0.95; 1: all")
-    ] = None,
-    min_p: Annotated[
-        float | None, typer.Option(help="From tokens so probable beside the first. Default: 0.05; 0: all")
-    ] = None,
-    xtc_probability: Annotated[
-        float | None, typer.Option(help="How often to leave out the most probable tokens. Default: 0")
-    ] = None,
-    xtc_threshold: Annotated[float | None, typer.Option(help="Which these are. Default: 0.1")] = None,
-    mirostat: Annotated[int | None, typer.Option(help="1 or 2 in place of all that. Default: 0, off")] = None,
-    mirostat_tau: Annotated[
-        float | None,
-        typer.Option("--mirostat-tau", "--mirostat-ent", help="Surprise in bits that mirostat aims at. Default: 5"),
-    ] = None,
-    mirostat_eta: Annotated[
-        float | None, typer.Option("--mirostat-eta", "--mirostat-lr", help="How fast. Default: 0.1")
-    ] = None,
-    repeat_penalty: Annotated[
-        float | None, typer.Option(help="Divides logits of recent tokens. Default: 1, off")
-    ] = None,
-    presence_penalty: Annotated[
-        float | None, typer.Option(help="Subtracted from logits of recent tokens. Default: 0")
-    ] = None,
-    frequency_penalty: Annotated[float | None, typer.Option(help="The same, for every time. Default: 0")] = None,
-    repeat_last_n: Annotated[
-        int | None, typer.Option(help="Which are recent, prompt included. Default: 64; -1: all")
-    ] = None,
-    dry_multiplier: Annotated[
-        float | None, typer.Option(help="DRY, against repeated sequences. Default: 0, off")
-    ] = None,
-    dry_base: Annotated[float | None, typer.Option(help="DRY: growth with their length. Default: 1.75")] = None,
-    dry_allowed_length: Annotated[
-        int | None, typer.Option(help="DRY: length that costs nothing yet. Default: 2")
-    ] = None,
-    dry_penalty_last_n: Annotated[int | None, typer.Option(help="DRY: tokens to look back. Default: -1, all")] = None,
-    dry_sequence_breaker: Annotated[
-        list[str] | None,
-        typer.Option(help="DRY: repetitions end here; repeatable, 'none' for none. Default: newline : \" *"),
-    ] = None,
-    logit_bias: Annotated[
-        list[str] | None,
-        typer.Option("-l", "--logit-bias", metavar="ID[+-]BIAS", help="Add to a logit: 17+1.5, 17-inf; repeatable."),
-    ] = None,
+    ] = True,
     threads: Annotated[int | None, typer.Option("-t", "--threads", help="Default: what the machine offers.")] = None,
     ctx: Annotated[int | None, typer.Option("-c", "--ctx", help="Context positions. Default: the model's.")] = None,
     kv_type: Annotated[str, typer.Option(help="Type of the KV cache: f16, f32 or q8_0.")] = "f16",
@@ -172,40 +108,50 @@ def generate(
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No timings on stderr.")] = False,
     as_json: _Json = False,
     debug: _Debug = False,
+    **options: Any,
 ) -> None:
     """Continue a prompt. The text goes to stdout, timings to stderr.
 
     Options of sampling have llama.cpp's names and defaults, but for --temp: it is 0 here, and then the others that
     narrow the choice have no effect. docs/sampling.md explains each.
     """
-    given = {name: value for name, value in locals().items() if name in GenerationArguments.__annotations__}
-    arguments: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     with _errors(debug):
         text = _read_prompt(prompt, file, escape)
-        stops = [_unescape(s) if escape else s for s in stop or []]
-        arguments |= {"stop": stops, "logit_bias": _logit_bias(logit_bias or [])}
-        if dry_sequence_breaker:
-            breakers = [] if dry_sequence_breaker == ["none"] else dry_sequence_breaker
-            arguments["dry_sequence_breakers"] = [_unescape(b) if escape else b for b in breakers]
+        arguments = read_options(options, escape)
+        if not as_json and {"logprobs", "prompt_logprobs"} & arguments.keys():
+            raise typer.BadParameter("--logprobs and --prompt-logprobs need --json")
+        one = arguments.get("n", 1) == 1 and "best_of" not in arguments
         with _load(model, n_threads=threads, n_ctx=ctx, kv_type=kv_type) as loaded:
-            # Through a stream in any case, so that Ctrl-C keeps what was written so far.
-            with loaded.stream(text, **arguments) as pieces:
-                for piece in pieces:
-                    if stream and not as_json:
-                        _write(piece.text)
-            completion = pieces.completion
+            if one:
+                arguments.pop("n", None)
+                completion = _stream(loaded, text, arguments, show=stream and not as_json)
+            else:
+                completion = loaded.generate(text, **arguments)
             if as_json:
-                _write(json.dumps({"prompt": text, **dataclasses.asdict(completion)}, ensure_ascii=False))
-            elif not stream:
-                _write(completion.text)
-            _write("\n")
-        if not quiet and not as_json:
-            t = completion.timings
-            _note(
-                f"{t.n_prompt} prompt tokens ({t.prefill_tok_s:,.0f}/s), "
-                f"{t.n_generated} new ({t.decode_tok_s:,.1f}/s), finish {completion.finish_reason}"
-                + (f", seed {completion.seed}" if temperature > 0 else "")
-            )
+                _write(json.dumps({"prompt": text, **dataclasses.asdict(completion)}, ensure_ascii=False) + "\n")
+                return
+            for each in completion.candidates or [completion]:
+                _write("\n" if one and stream else each.text + "\n")
+                if not quiet:
+                    _note(_summary(each, sampled=arguments.get("temperature", 0.0) > 0))
+
+
+def _stream(model: Any, text: str, arguments: dict[str, Any], *, show: bool) -> Any:
+    """The completion of a text. Through a stream in any case, so that Ctrl-C keeps what was written so far."""
+    with model.stream(text, **arguments) as pieces:
+        for piece in pieces:
+            if show:
+                _write(piece.text)
+    return pieces.completion
+
+
+def _summary(completion: Any, *, sampled: bool) -> str:
+    t = completion.timings
+    return (
+        f"{t.n_prompt} prompt tokens ({t.prefill_tok_s:,.0f}/s), "
+        f"{t.n_generated} new ({t.decode_tok_s:,.1f}/s), finish {completion.finish_reason}"
+        + (f", seed {completion.seed}" if sampled else "")
+    )
 
 
 @app.command()
@@ -342,7 +288,7 @@ def imatrix(
     """
     with _errors(debug):
         collector = _extra("imatrix", "quantize")
-        text = _read_text(file)
+        text = read_text(file)
         with _load(model, n_threads=threads) as loaded, _bar("reading", as_json) as update:
             report = collector.collect(loaded, text, out, ctx=ctx, dataset=file.name, progress=update)
         _report({**dataclasses.asdict(report), "path": str(report.path)}, as_json)
@@ -377,7 +323,7 @@ def perplexity(
     from .evaluate import perplexity as measure
 
     with _errors(debug), ExitStack() as stack:
-        text = _read_text(file)
+        text = read_text(file)
         loaded = stack.enter_context(_load(model, n_threads=threads, kv_type=kv_type))
         base = None
         if base_model is not None:
@@ -470,25 +416,14 @@ def _read_prompt(prompt: str | None, file: Path | None, escape: bool) -> str:
     if prompt is not None and file is not None:
         raise typer.BadParameter("give --prompt or --file, not both")
     if prompt is not None:
-        return _unescape(prompt) if escape else prompt
+        return unescape(prompt) if escape else prompt
     if file is not None:
-        text = _read_text(file)
+        text = read_text(file)
     else:
         if sys.stdin.isatty():
             raise typer.BadParameter("no prompt: give --prompt TEXT or --file FILE, or pipe text into stdin")
-        text = _decode(sys.stdin.buffer.read(), "stdin")
+        text = decode(sys.stdin.buffer.read(), "stdin")
     return text.removesuffix("\n").removesuffix("\r")  # the newline that editors and echo put at the end
-
-
-def _read_text(file: Path) -> str:
-    return _decode(file.read_bytes(), str(file))
-
-
-def _decode(data: bytes, source: str) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{source} is not UTF-8: byte {data[error.start]:#04x} at offset {error.start}") from None
 
 
 def _tensor_types(options: list[str]) -> dict[str, str]:
@@ -502,29 +437,6 @@ def _tensor_types(options: list[str]) -> dict[str, str]:
     return rules
 
 
-def _logit_bias(options: list[str]) -> dict[int, float]:
-    """ID+BIAS or ID-BIAS, as llama.cpp writes it."""
-    biases = {}
-    for option in options:
-        match = re.fullmatch(r"(\d+)([+-].+)", option)
-        try:
-            biases[int(match[1])] = float(match[2])  # type: ignore[index]
-        except (TypeError, ValueError):
-            raise typer.BadParameter(f"--logit-bias must be ID+BIAS or ID-BIAS, got {option!r}") from None
-    return biases
-
-
-def _unescape(text: str) -> str:
-    r"""Replaces \n, \t, \r, \" and \\; any other backslash stays as it is."""
-    letters = {"n": "\n", "t": "\t", "r": "\r", '"': '"', "\\": "\\"}
-    result, i = [], 0
-    while i < len(text):
-        letter = letters.get(text[i + 1 : i + 2]) if text[i] == "\\" else None
-        result.append(text[i] if letter is None else letter)
-        i += 1 if letter is None else 2
-    return "".join(result)
-
-
 def _load(path: Path, **settings: Any) -> Any:
     """The model, with a progress bar if someone is watching."""
     from .model import Model
@@ -535,24 +447,6 @@ def _load(path: Path, **settings: Any) -> Any:
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("load", total=1.0)
         return Model(path, progress=lambda done: progress.update(task, completed=done), **settings)
-
-
-@contextmanager
-def _bar(title: str, silent: bool) -> Iterator[Callable[..., None]]:
-    """A progress bar on stderr if someone is watching; its value is called with done, total and perhaps a name."""
-    if silent or not sys.stderr.isatty():
-        yield lambda done, total, name="": None
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[item]}", markup=False),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(title, total=None, item="")
-        yield lambda done, total, name="": progress.update(task, completed=done, total=total, item=name)
 
 
 @contextmanager

@@ -36,7 +36,6 @@ __all__ = ["Compiler", "Constraint", "Matcher", "token_bytes"]
 Kind: TypeAlias = Literal["json_schema", "regex", "grammar", "choices"]
 
 _log = logging.getLogger(__name__)
-_log.addHandler(logging.NullHandler())
 
 # Between the parts of a JSON text a model may write at most a space, or a line break and an indentation. llguidance's
 # own default is any amount, in which a weak model loses itself until its last token.

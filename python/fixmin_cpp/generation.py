@@ -3,13 +3,13 @@
 import asyncio
 import contextlib
 import itertools
+import logging
 import math
-import os
 import threading
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _core
-from .arguments import GenerationOptions
+from .arguments import GenerationOptions, candidate_seed
 from .constrain import Matcher
 from .errors import FixminError
 from .text import IncrementalDecoder, StopStrings, TextAssembler
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AsyncTextStream",
+    "Batch",
     "Completion",
     "Dispatcher",
     "Piece",
@@ -36,6 +37,8 @@ __all__ = [
     "TokenLogprob",
     "drive",
 ]
+
+_log = logging.getLogger(__name__)
 
 FinishReason: TypeAlias = Literal["length", "stop", "eos", "cancelled", "timeout"]
 
@@ -80,6 +83,7 @@ class Completion:
     timings: Timings
     logprobs: list[TokenLogprob] | None = None  # of token_ids, if asked for
     prompt_logprobs: list[TokenLogprob] | None = None  # of the prompt's tokens but the first, if asked for
+    candidates: "list[Completion] | None" = None  # if n > 1 were asked for: all n, the first being this one
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,10 @@ class Piece:
     token_id: int
     logprob: TokenLogprob | None = None  # if asked for
     index: int = 0  # of the prompt in a list
+    candidate: int = 0  # of the prompt's completions, if there are several
+
+
+OnToken: TypeAlias = Callable[[Piece], object]
 
 
 class _Mask:
@@ -111,21 +119,38 @@ class _Mask:
 class Run:
     """One generation. Used by one thread at a time, but for cancel()."""
 
-    def __init__(self, model: "Model", ids: NDArray[np.uint32], options: GenerationOptions, index: int = 0) -> None:
-        self._model = model
+    def __init__(
+        self,
+        model: "Model",
+        ids: NDArray[np.uint32],
+        options: GenerationOptions,
+        seed: int,
+        *,
+        index: int = 0,
+        candidate: int = 0,
+        leader: "Run | None" = None,
+        ranked: bool = False,
+        on_token: OnToken | None = None,
+    ) -> None:
+        """`leader`: of the same prompt, which it reads first. `ranked`: mean_logprob will be asked for. `on_token`:
+        called with every piece; False from it ends the run there.
+        """
         self._ids = ids
         self._options = options
         self._index = index
-        self._seed = int.from_bytes(os.urandom(4), "little") if options.seed is None else options.seed
-        self._params = model._sampling_params(options, self._seed)
+        self._candidate = candidate
+        self._leader = leader
+        self._ranked = ranked
+        self._on_token = on_token
+        self._seed = seed
+        self._params = model._sampling_params(options, seed)
         self._mask = None if options.constraint is None else _Mask(model._compile(options.constraint))
         tokenizer = model._require_tokenizer() if options.stop else model._tokenizer
         decoder = IncrementalDecoder(tokenizer, ids.tolist()) if tokenizer is not None else None
         self._assembler = TextAssembler(decoder, StopStrings(options.stop))
-        self._texts: list[str] = []
+        self._texts: list[str] = []  # of the pieces
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprob] = []
-        self._n_given = 0  # pieces
         self._request: _core.Request | None = None
         self._cancelled = False
         self._refused = False  # by on_token
@@ -143,20 +168,24 @@ class Run:
             raise RuntimeError("the run has not been started")
         return self._request
 
-    def start(self, engine: _core.Engine, mailbox: _core.Mailbox | None = None, after: "Run | None" = None) -> None:
-        """Queues the request."""
+    def start(self, engine: _core.Engine, mailbox: _core.Mailbox | None = None) -> None:
+        """Queues the request; that of the leader must have been queued before."""
         options = self._options
+        n_logprobs, n_prompt_logprobs = options.logprobs, options.prompt_logprobs
+        if n_logprobs is None and self._ranked:
+            n_logprobs = 0
+        leads = self._leader is None
         self._request = engine.submit(
             self._ids,
             self._params,
             mask=self._mask,
-            n_logprobs=-1 if options.logprobs is None else options.logprobs,
-            n_prompt_logprobs=-1 if options.prompt_logprobs is None else options.prompt_logprobs,
+            n_logprobs=-1 if n_logprobs is None else n_logprobs,
+            n_prompt_logprobs=-1 if n_prompt_logprobs is None or not leads else n_prompt_logprobs,
             n_draft=options.prompt_lookup_num_tokens,
             prefix_cache=options.prefix_cache,
             timeout_s=math.inf if options.timeout is None else options.timeout,
             mailbox=mailbox,
-            after=None if after is None else after._request,
+            after=None if self._leader is None or not options.prefix_cache else self._leader._request,
         )
         if self._cancelled:
             self._request.cancel()
@@ -167,21 +196,16 @@ class Run:
         if self._request is not None:
             self._request.cancel()
 
-    def stop(self) -> None:
-        """No further token is wanted: the end is one that the caller asked for."""
-        self._refused = True
-        self._started.cancel()
-
     def wait(self, *, for_end: bool = False) -> None:
         """Returns when there are new tokens, or at the end. Raises what a signal handler raises."""
-        while not self._started.wait(_ALL if for_end else len(self._token_ids), 3600.0):
+        while not self._started.wait(_ALL if for_end or self._done else len(self._token_ids), 3600.0):
             pass
 
     def take(self) -> list[Piece]:
         """The pieces that have become complete since the last call; the last ones come with `completion`.
 
         Raises:
-            FixminError: what ended the run, if something went wrong.
+            FixminError: what ended the run, if something went wrong. What on_token raises.
         """
         if self.ended:
             return []
@@ -194,7 +218,7 @@ class Run:
             if logprob is not None:
                 self._logprobs.append(TokenLogprob(*logprob))
             pieces += self._pieces(self._assembler.push(token_id))
-        if self._assembler.stopped:
+        if self._done:
             self._started.cancel()
         if ended:
             pieces += self._pieces(self._assembler.finish())
@@ -203,16 +227,37 @@ class Run:
 
     @property
     def _done(self) -> bool:
+        """Whether no further token is wanted."""
         return self._assembler.stopped or self._refused
 
     def _pieces(self, pairs: list[tuple[int, str]]) -> list[Piece]:
         pieces = []
         for token_id, text in pairs:
+            if self._refused:
+                break
+            logprob = self._logprobs[len(self._texts)] if self._options.logprobs is not None else None
             self._texts.append(text)
-            logprob = self._logprobs[self._n_given] if self._logprobs else None
-            self._n_given += 1
-            pieces.append(Piece(text, token_id, logprob, self._index))
+            pieces.append(Piece(text, token_id, logprob, self._index, self._candidate))
+            if self._on_token is not None and self._on_token(pieces[-1]) is False:
+                self._refused = True
         return pieces
+
+    @property
+    def mean_logprob(self) -> float:
+        """Of the generated tokens, nats, before any sampling setting; an end-of-text token is not counted."""
+        return math.fsum(t.logprob for t in self._logprobs) / len(self._logprobs) if self._logprobs else -math.inf
+
+    @property
+    def watched(self) -> bool:
+        """Whether somebody looks at its text while it grows; else it is made at the end."""
+        return bool(self._options.stop) or self._on_token is not None
+
+    @property
+    def finished(self) -> Completion:
+        """The completion of a run that has ended well."""
+        if self.completion is None:
+            raise FixminError("the stream was closed before its end")
+        return self.completion
 
     @property
     def ended(self) -> bool:
@@ -225,25 +270,85 @@ class Run:
         except BaseException:
             self._failed = True
             raise
+        if self._refused:  # tokens whose pieces were not asked for any more
+            del self._token_ids[len(self._texts) :], self._logprobs[len(self._texts) :]
         # A stop string may turn up only at the end, where nothing can precede it any more.
         reason: Any = "stop" if self._done else result["finish_reason"]
+        timings = _timings(result, len(self._token_ids), reason)
         self.completion = Completion(
             "".join(self._texts),
             self._token_ids,
             reason,
             self._seed,
-            _timings(result, len(self._token_ids), reason),
+            timings,
             self._logprobs if self._options.logprobs is not None else None,
             [TokenLogprob(*token) for token in self._started.prompt_top_logprobs()]
             if self._options.prompt_logprobs is not None
             else None,
         )
+        _log.debug("request %d ended: %s, %s", self.number, reason, timings)
 
 
-def drive(
-    runs: Sequence[Run], engine: _core.Engine, on_piece: Callable[[Piece], object] | None = None
-) -> list[Completion]:
-    """Runs all of them together to their ends. on_piece gets every piece; False from it ends the run of that piece."""
+class Batch:
+    """The runs of one generate(): n of best_of completions for each prompt.
+
+    Args:
+        prompts: the ids of each, uint32 [T].
+        seeds: one for each.
+        many: whether the prompts came as a list.
+    """
+
+    def __init__(
+        self,
+        model: "Model",
+        prompts: Sequence[NDArray[np.uint32]],
+        options: GenerationOptions,
+        seeds: Sequence[int],
+        many: bool,
+        n: int = 1,
+        best_of: int = 1,
+        on_token: OnToken | None = None,
+    ) -> None:
+        self._many = many
+        self._n = n
+        self._best_of = best_of
+        self.runs: list[Run] = []  # those of one prompt next to each other
+        for index, (ids, seed) in enumerate(zip(prompts, seeds, strict=True)):
+            leader: Run | None = None
+            for i in range(best_of):
+                run = Run(
+                    model,
+                    ids,
+                    options,
+                    candidate_seed(seed, i),
+                    index=index,
+                    candidate=i,
+                    leader=leader,
+                    ranked=best_of > n,
+                    on_token=on_token,
+                )
+                leader = leader or run
+                self.runs.append(run)
+
+    def result(self) -> Completion | list[Completion]:
+        """What generate() returns, once all runs have ended."""
+        size = self._best_of
+        completions = [self._chosen(self.runs[i : i + size]) for i in range(0, len(self.runs), size)]
+        return completions if self._many else completions[0]
+
+    def _chosen(self, runs: Sequence[Run]) -> Completion:
+        """The completion of a prompt: its best candidate, or the first if none had to be left out."""
+        prompt_logprobs = runs[0].finished.prompt_logprobs  # computed once
+        if self._best_of > self._n:
+            runs = sorted(runs, key=lambda run: -run.mean_logprob)[: self._n]  # stable: equal ones stay in order
+        completions = [replace(run.finished, prompt_logprobs=prompt_logprobs) for run in runs]
+        if self._n == 1:
+            return completions[0]
+        return replace(completions[0], candidates=completions)
+
+
+def drive(runs: Sequence[Run], engine: _core.Engine, on_end: Callable[[int, int], object] | None = None) -> None:
+    """Runs all of them together to their ends; `on_end` is told how many have got there, and of how many."""
     mailbox = _core.Mailbox() if len(runs) > 1 else None
     try:
         for run in runs:
@@ -251,8 +356,7 @@ def drive(
         left = {run.number: run for run in runs}
         while left:
             if mailbox is None:
-                # Text is made at the end where nobody watches it grow.
-                runs[0].wait(for_end=on_piece is None and not runs[0]._options.stop)
+                runs[0].wait(for_end=not runs[0].watched)
                 news = list(left)
             else:
                 news = mailbox.wait(0.05)  # returns often: Ctrl-C is noticed in between
@@ -260,16 +364,15 @@ def drive(
                 one = left.get(number)
                 if one is None:
                     continue
-                for piece in one.take():
-                    if on_piece is not None and on_piece(piece) is False:
-                        one.stop()
+                one.take()
                 if one.completion is not None:
                     del left[number]
+                    if on_end is not None:
+                        on_end(len(runs) - len(left), len(runs))
     except BaseException:
         for run in runs:
             run.cancel()
         raise
-    return [run.completion for run in runs if run.completion is not None]
 
 
 class TextStream(Iterator[Piece]):
@@ -439,9 +542,7 @@ class AsyncTextStream(AsyncIterator[Piece]):
         """Reads to the end."""
         async for _ in self:
             pass
-        if self._run.completion is None:
-            raise FixminError("the stream was closed before its end")
-        return self._run.completion
+        return self._run.finished
 
     def _end(self) -> None:
         self._closed = True

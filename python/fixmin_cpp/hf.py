@@ -11,15 +11,14 @@ transformers' loop would (`FixMinForCausalLM.generate` says where; `last_decodin
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -35,11 +34,19 @@ from transformers.generation import (
     GenerationMode,
     LogitsProcessorList,
     MaxLengthCriteria,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     StoppingCriteriaList,
     StopStringCriteria,
+    SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -123,8 +130,8 @@ def _special_ids(metadata: dict[str, Any]) -> dict[str, Any]:
 class TokenCache:
     """The tokens that forward() has read, in the place of a cache of keys and values.
 
-    The model keeps nothing between two calls of forward(): each one reads the whole sequence, these tokens and the new
-    ones. What transformers does to a cache (reorder its rows, crop its end) is done to the tokens.
+    Each call asks for the whole sequence, these tokens and the new ones; what has been computed of it the engine finds
+    in its prefix cache. What transformers does to a cache (reorder its rows, crop its end) is done to the tokens.
     """
 
     is_compileable = False  # transformers asks before it would compile a forward pass
@@ -271,27 +278,21 @@ class FixMinForCausalLM(PreTrainedModel, GenerationMixin):
             kept = [i for i, position in enumerate(positions) if begin <= position < end]
             if kept:
                 wanted = [positions[i] - begin for i in kept]
-                tokens = ids[row, begin : begin + max(wanted) + 1].numpy()  # later tokens change nothing
-                out[row, kept] = torch.from_numpy(self._engine_logits(tokens, wanted))
+                out[row, kept] = torch.from_numpy(self.engine.logits(ids[row, begin:end].numpy(), rows=wanted))
         return out
-
-    def _engine_logits(self, ids: NDArray[np.int64], rows: Sequence[int]) -> NDArray[np.float32]:
-        """Logits after these tokens of ids [T]: [len(rows), V]."""
-        if list(rows) == [len(ids) - 1]:
-            return self.engine.logits(ids, last=True)[None]
-        return self.engine.logits(ids)[list(rows)]
 
     # --- generation ------------------------------------------------------------------------------------------------
 
     def generate(self, *args: Any, native: bool | None = None, **kwargs: Any) -> Any:
         """transformers' generate(), with the decoding loop of the engine where that is possible.
 
-        The native loop does greedy decoding and sampling with temperature, top_k and top_p (top_p together with a
-        temperature other than 1 excepted: transformers applies the temperature first, the engine last), the file's
-        end-of-text token or none, stop_strings, max_length and max_new_tokens, num_return_sequences, batches padded on
-        the left, streamers. Everything else (beams, other logits processors and stopping criteria, output_scores,
-        assistants, ...) runs in transformers' own loop, which is right too but reads the whole sequence again for every
-        token. Both stop when the context is full.
+        The native loop does greedy decoding and sampling with temperature, top_k, min_p, top_p or typical_p (the last
+        two not with a temperature other than 1: transformers applies the temperature first, the engine last), the
+        file's end-of-text token, repetition_penalty, min_length and min_new_tokens, biases and bans of single tokens,
+        stop_strings, max_length and max_new_tokens, num_return_sequences, batches padded on the
+        left, streamers. Everything else (beams, other logits processors and stopping criteria, output_scores,
+        assistants, ...) runs in transformers' own loop, which is right too but calls forward() for every token. Both
+        stop when the context is full.
 
         A sampled text depends on PyTorch's seed (`transformers.set_seed`) and on the loop: the two draw different
         random numbers.
@@ -361,10 +362,7 @@ class FixMinForCausalLM(PreTrainedModel, GenerationMixin):
         _, mask = _extend(None, self._checked_ids(input_ids), mask)
         rows = [ids[begin:] for ids, (begin, _) in zip(input_ids.tolist(), _spans(mask), strict=True)]
         self.last_decoding = Decoding(True, "")
-        if streamer is not None or plan.criteria:
-            answers = [self._watch(input_ids[i : i + 1], row, plan, streamer) for i, row in enumerate(rows)]
-        else:
-            answers = self._complete(rows, plan)
+        answers = self._answers(input_ids, rows, plan, streamer)
         if streamer is not None:
             streamer.end()
         sequences: Any = _append(input_ids, answers, generation_config._pad_token_tensor)
@@ -400,40 +398,40 @@ class FixMinForCausalLM(PreTrainedModel, GenerationMixin):
             raise _NotNativeError("past_key_values with tokens")
         if streamer is not None and len(input_ids) > 1:
             raise _NotNativeError("a streamer and several rows")
-        plan = _Plan(_sampling(processors, config.do_sample), sampled=config.do_sample)
-        plan.read_criteria(criteria, input_ids.shape[1], self.engine.info["eos_token_id"])
+        mask = model_kwargs.get("attention_mask")
+        eos_id = self.engine.info["eos_token_id"]
+        begins = [0] * len(input_ids) if mask is None else mask.int().argmax(dim=1).tolist()
+        setting = _Setting(input_ids.shape[1], begins, eos_id)
+        plan = _Plan(_sampling(processors, config.do_sample, setting), sampled=config.do_sample)
+        plan.read_criteria(criteria, input_ids.shape[1], eos_id)
         if plan.criteria and plan.eos_id is None and len(input_ids) > 1:
             raise _NotNativeError("stop_strings and several rows without an end-of-text token")
         return plan
 
-    def _complete(self, rows: list[list[int]], plan: "_Plan") -> list[list[int]]:
-        """The answers to all rows at once; the end-of-text token is part of them."""
-        if not plan.sampled:
-            return [plan.answer(c) for c in self.engine.generate(rows, **plan.options)]
-        return [plan.answer(self.engine.generate(row, seed=_draw_seed(), **plan.options)) for row in rows]
+    def _answers(
+        self, prompts: Tensor, rows: list[list[int]], plan: "_Plan", streamer: BaseStreamer | None
+    ) -> list[list[int]]:
+        """The answers to all rows, the end-of-text token included; `prompts` [B, T] are the rows with their padding."""
+        options = plan.options | ({"seed": [_draw_seed() for _ in rows]} if plan.sampled else {})
+        if streamer is None and not plan.criteria:
+            return [plan.answer(completion) for completion in self.engine.generate(rows, **options)]
+        sequences: list[Tensor] = list(prompts.split(1))
+        answers: list[list[int]] = [[] for _ in rows]
 
-    def _watch(self, prompt: Tensor, row: list[int], plan: "_Plan", streamer: BaseStreamer | None) -> list[int]:
-        """The answer to one row, each token shown to the streamer and the criteria; prompt [1, T] is the padded row."""
-        sequence, answer = prompt, []
-
-        def stops(token_id: int) -> bool:
-            nonlocal sequence
-            answer.append(token_id)
+        def goes_on(row: int, token_id: int) -> bool:
+            """Shows a token to the streamer and the criteria."""
+            answers[row].append(token_id)
             token = torch.tensor([token_id])
             if streamer is not None:
                 streamer.put(token)
-            sequence = torch.cat((sequence, token[None]), dim=1)
-            return any(bool(criterion(sequence, None).all()) for criterion in plan.criteria)
+            sequences[row] = torch.cat((sequences[row], token[None]), dim=1)
+            return not any(bool(criterion(sequences[row], None).all()) for criterion in plan.criteria)
 
-        options = plan.options | ({"seed": _draw_seed()} if plan.sampled else {})
-        with self.engine.stream(row, **options) as stream:
-            for piece in stream:
-                if stops(piece.token_id):
-                    return answer
-        if stream.completion is not None and len(plan.answer(stream.completion)) > len(answer):
-            assert plan.eos_id is not None
-            stops(plan.eos_id)
-        return answer
+        completions = self.engine.generate(rows, on_token=lambda piece: goes_on(piece.index, piece.token_id), **options)
+        for row, completion in enumerate(completions):
+            for token_id in plan.answer(completion)[len(answers[row]) :]:  # the end-of-text token
+                goes_on(row, token_id)
+        return answers
 
     # --- what a model of transformers can do and this one cannot ------------------------------------------------------
 
@@ -517,7 +515,8 @@ class _Plan:
             # The engine's ignore_eos never draws it; transformers draws it and goes on.
             raise _NotNativeError("no eos_token_id")
         self.eos_id = file_eos_id
-        self.options["max_new_tokens"] = max_length - n_prompt
+        n = self.options["max_new_tokens"] = max_length - n_prompt
+        self.options["min_new_tokens"] = min(n, self.options["min_new_tokens"])
 
     def answer(self, completion: Completion) -> list[int]:
         """The tokens of a completion as transformers counts them, the end-of-text token included."""
@@ -527,37 +526,133 @@ class _Plan:
         return completion.token_ids + end
 
 
-def _sampling(processors: LogitsProcessorList, do_sample: bool) -> dict[str, Any]:
-    """Sampling arguments of Model.generate() that draw from the same distribution; raises _NotNativeError.
+@dataclass(frozen=True)
+class _Setting:
+    """What else a logits processor means depends on."""
 
-    The engine's order is top_k, top_p, temperature. A temperature changes no order of tokens, so it may stand on either
-    side of top_k; on the other side of top_p, whose sum it changes, it may not.
+    width: int  # of the batch, padding included
+    begins: list[int]  # the column of each row's first token
+    eos_id: int | None  # the file's
+
+
+_Options: TypeAlias = dict[str, Any]  # arguments of Model.generate()
+
+
+def _sampling(processors: LogitsProcessorList, do_sample: bool, setting: _Setting) -> _Options:
+    """Arguments of Model.generate() that draw from the same distribution; raises _NotNativeError.
+
+    The engine has an order of its own (docs/sampling.md), and the temperature stands at its end. A temperature changes
+    no order of tokens, so it may stand on either side of top_k; for min_p its effect can be computed; on the other side
+    of top_p and typical_p, whose sums it changes, it may not.
     """
-    options: dict[str, Any] = {"temperature": 1.0 if do_sample else 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    options: _Options = {"temperature": 1.0 if do_sample else 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    options |= {"min_new_tokens": 0, "banned_ids": []}
     seen: list[type] = []
+    last = 0
     for processor in processors:
         kind = type(processor)
-        if kind not in (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper) or kind in seen:
+        if kind not in _READERS or (kind in seen and kind not in _REPEATABLE):
             raise _NotNativeError(kind.__name__)
+        place, read = _READERS[kind]
+        if place < last and kind is not TemperatureLogitsWarper:
+            raise _NotNativeError(f"{kind.__name__} after {seen[-1].__name__}")
         seen.append(kind)
-        if not do_sample:
-            continue  # none of the three changes which token is the most probable one
-        if kind is TemperatureLogitsWarper:
-            options["temperature"] = float(processor.temperature)
-            continue
-        if processor.filter_value != -np.inf:
-            raise _NotNativeError(f"{kind.__name__} with a filter_value")
-        if kind is TopKLogitsWarper:
-            if TopPLogitsWarper in seen:
-                raise _NotNativeError("top_p before top_k")
-            options["top_k"] = int(processor.top_k)
-        else:
-            if options["temperature"] != 1.0:
-                raise _NotNativeError("top_p after a temperature")
-            if processor.min_tokens_to_keep != 1 or processor.top_p <= 0:
-                raise _NotNativeError("top_p with min_tokens_to_keep")
-            options["top_p"] = float(processor.top_p)
+        last = max(last, place)
+        if place < _FIRST_WARPER or do_sample:  # warpers leave the most probable token what it is
+            read(processor, options, setting)
     return options
+
+
+def _read_bias(processor: Any, options: _Options, setting: _Setting) -> None:
+    _refuse_sequences(processor)
+    options["logit_bias"] = {sequence[0]: float(bias) for sequence, bias in processor.sequence_bias.items()}
+
+
+def _read_bad_words(processor: Any, options: _Options, setting: _Setting) -> None:
+    _refuse_sequences(processor)
+    options["banned_ids"] += [sequence[0] for sequence in processor.sequence_bias]
+
+
+def _refuse_sequences(processor: Any) -> None:
+    if any(len(sequence) != 1 for sequence in processor.sequence_bias):
+        raise _NotNativeError(f"{type(processor).__name__} of several tokens")
+
+
+def _read_suppressed(processor: Any, options: _Options, setting: _Setting) -> None:
+    options["banned_ids"] += processor.suppress_tokens.tolist()
+
+
+def _read_repetition_penalty(processor: Any, options: _Options, setting: _Setting) -> None:
+    # The engine counts all tokens of a row and no padding, as generate() asks for with these lengths.
+    ignored = processor.prompt_ignore_length
+    ignored = ignored.tolist() if isinstance(ignored, Tensor) else [ignored or 0] * len(setting.begins)
+    if ignored != setting.begins:
+        raise _NotNativeError("prompt_ignore_length")
+    options |= {"repeat_penalty": float(processor.penalty), "repeat_last_n": -1}
+
+
+def _read_min_length(processor: Any, options: _Options, setting: _Setting) -> None:
+    if processor.eos_token_id.flatten().tolist() != [setting.eos_id]:
+        raise _NotNativeError(f"{type(processor).__name__} with another end-of-text token")
+    n = processor.min_length - setting.width if hasattr(processor, "min_length") else processor.min_new_tokens
+    options["min_new_tokens"] = max(n, options["min_new_tokens"])
+
+
+def _read_temperature(processor: Any, options: _Options, setting: _Setting) -> None:
+    options["temperature"] = float(processor.temperature)
+
+
+def _read_top_k(processor: Any, options: _Options, setting: _Setting) -> None:
+    _refuse_filter_value(processor)
+    options["top_k"] = int(processor.top_k)
+
+
+def _read_typical_p(processor: Any, options: _Options, setting: _Setting) -> None:
+    options["typical_p"] = _share("typical_p", processor.mass, processor, options)
+
+
+def _read_top_p(processor: Any, options: _Options, setting: _Setting) -> None:
+    options["top_p"] = _share("top_p", processor.top_p, processor, options)
+
+
+def _read_min_p(processor: Any, options: _Options, setting: _Setting) -> None:
+    _refuse_filter_value(processor)
+    if processor.min_tokens_to_keep != 1:
+        raise _NotNativeError("min_p with min_tokens_to_keep")
+    # (p / max p) at temperature T is its T-th root at temperature 1.
+    options["min_p"] = float(processor.min_p) ** options["temperature"]
+
+
+def _share(name: str, value: float, processor: Any, options: _Options) -> float:
+    _refuse_filter_value(processor)
+    if options["temperature"] != 1.0:
+        raise _NotNativeError(f"{name} after a temperature")
+    if processor.min_tokens_to_keep != 1 or value <= 0:
+        raise _NotNativeError(f"{name} with min_tokens_to_keep")
+    return float(value)
+
+
+def _refuse_filter_value(processor: Any) -> None:
+    if processor.filter_value != -np.inf:
+        raise _NotNativeError(f"{type(processor).__name__} with a filter_value")
+
+
+# Where each stands in the engine's order; what only bans tokens may stand on either side of the penalty.
+_READERS: dict[type, tuple[int, Callable[[Any, _Options, _Setting], None]]] = {
+    SequenceBiasLogitsProcessor: (0, _read_bias),
+    RepetitionPenaltyLogitsProcessor: (1, _read_repetition_penalty),
+    NoBadWordsLogitsProcessor: (1, _read_bad_words),
+    SuppressTokensLogitsProcessor: (1, _read_suppressed),
+    MinLengthLogitsProcessor: (1, _read_min_length),
+    MinNewTokensLengthLogitsProcessor: (1, _read_min_length),
+    TemperatureLogitsWarper: (2, _read_temperature),
+    TopKLogitsWarper: (3, _read_top_k),
+    TypicalLogitsWarper: (4, _read_typical_p),
+    TopPLogitsWarper: (5, _read_top_p),
+    MinPLogitsWarper: (6, _read_min_p),
+}
+_FIRST_WARPER = 2
+_REPEATABLE = (NoBadWordsLogitsProcessor, SuppressTokensLogitsProcessor)
 
 
 def _draw_seed() -> int:

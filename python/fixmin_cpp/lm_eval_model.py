@@ -31,7 +31,6 @@ __all__ = ["FixMinLM"]
 _Request: TypeAlias = tuple[tuple[str, str] | None, list[int], list[int]]
 
 _BATCH = 64  # requests handed to the engine at a time, unless batch_size says otherwise
-_ROWS = 32  # rows of logits in float64 at a time: 16 MiB for 65,536 tokens
 
 # Arguments of generation that the engine does not have, and the values with which they ask for nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -186,16 +185,10 @@ class FixMinLM(TemplateLM):
     def _score_many(
         self, items: Sequence[tuple[list[int], int]]
     ) -> Iterator[tuple[NDArray[np.float64], NDArray[np.bool_]]]:
-        """For each (ids, n) the log-probabilities [n] of the last n ids, and whether each is the most probable token.
-
-        All that asks the engine for probabilities, and the place to hand it several requests at once.
-        """
-        read: list[int] = []
-        logits = np.empty((0, 0), np.float32)
-        for ids, n in items:
-            if ids[:-1] != read:  # choices of one token each differ in what is predicted only
-                read, logits = ids[:-1], self.model.logits(ids[:-1])
-            yield _pick(logits[len(read) - n :], ids[len(ids) - n :])
+        """For each (ids, n) the log-probabilities [n] of the last n ids, and whether each is the most probable one."""
+        scores = self.model.score([ids for ids, _ in items], start=[len(ids) - n for ids, n in items])
+        for score in scores:
+            yield score.logprobs.astype(np.float64), score.ranks == 1
 
     # --- generation -------------------------------------------------------------------------------------------------
 
@@ -221,10 +214,9 @@ class FixMinLM(TemplateLM):
 
     def _generate_many(self, prompts: list[list[int]], options: dict[str, Any]) -> list[str]:
         """The answers to prompts that share their options."""
-        if not options["temperature"]:
-            return [completion.text for completion in self.model.generate(prompts, **options)]
         # Every answer its own seed, from the generator that the harness seeds.
-        return [self.model.generate(p, seed=random.getrandbits(63), **options).text for p in prompts]
+        seeds = [random.getrandbits(63) for _ in prompts] if options["temperature"] else None
+        return [completion.text for completion in self.model.generate(prompts, seed=seeds, **options)]
 
     def _generation_options(self, gen_kwargs: dict[str, Any]) -> dict[str, Any]:
         """A task's generation_kwargs as arguments of Model.generate()."""
@@ -248,14 +240,3 @@ class FixMinLM(TemplateLM):
 
 def _chunks(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
     return (indices[begin : begin + size] for begin in range(0, len(indices), size))
-
-
-def _pick(logits: NDArray[np.float32], ids: list[int]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Of logits [n, V]: log-probabilities [n] of ids [n], and whether each id has the highest logit [n]."""
-    logprobs = np.empty(len(ids))
-    for begin in range(0, len(ids), _ROWS):
-        rows = logits[begin : begin + _ROWS].astype(np.float64)
-        rows -= rows.max(axis=1, keepdims=True)
-        chosen = rows[np.arange(len(rows)), ids[begin : begin + _ROWS]]
-        logprobs[begin : begin + _ROWS] = chosen - np.log(np.exp(rows).sum(axis=1))
-    return logprobs, logits.argmax(axis=1) == np.array(ids, dtype=np.int64)

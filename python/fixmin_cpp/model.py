@@ -1,9 +1,11 @@
 """`Model`: a loaded GGUF file that generates, scores and shows its insides."""
 
 import asyncio
+import logging
 import math
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,12 +27,26 @@ from .arguments import (
     as_float,
     as_int,
     as_token_ids,
+    candidate_counts,
     split_prompts,
 )
 from .beam import Beam, beam_search
 from .constrain import Compiler, Constraint, Matcher
 from .errors import ArgumentError, ArgumentTypeError, ContextLengthError, FixminError, UnsupportedError
-from .generation import AsyncTextStream, Completion, Dispatcher, Piece, Run, TextStream, Timings, TokenLogprob, drive
+from .generation import (
+    AsyncTextStream,
+    Batch,
+    Completion,
+    Dispatcher,
+    OnToken,
+    Piece,
+    Run,
+    TextStream,
+    Timings,
+    TokenLogprob,
+    drive,
+)
+from .progress import bar
 from .state import file_sha256, read_state, write_state
 from .tokenizer import TextTokenizer, end_of_text_id
 
@@ -38,6 +54,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack  # in typing from Python 3.11
 
 __all__ = ["AsyncTextStream", "Completion", "Model", "Piece", "Score", "TextStream", "Timings", "TokenLogprob"]
+
+_log = logging.getLogger(__name__)
 
 _MAX_INT32 = 2**31 - 1
 
@@ -47,7 +65,8 @@ class Score:
     """How probable the model finds a text."""
 
     token_ids: list[int]  # [T]
-    logprobs: NDArray[np.float32]  # [T-1], natural: logprobs[i] is that of token_ids[i+1] after token_ids[:i+1]
+    logprobs: NDArray[np.float32]  # [T-start], natural: that of token_ids[start+i] after those before it
+    ranks: NDArray[np.uint32]  # [T-start], the same: 1 where the token was the most probable one
     nll: float  # mean of -logprobs: nats per token
     perplexity: float  # exp(nll); inf beyond the range of a double
 
@@ -98,6 +117,7 @@ class Model:
         if progress is not None and not callable(progress):
             raise ArgumentTypeError(f"progress must be callable, got {type(progress).__name__}")
         self.path = os.fspath(path)
+        begin = time.monotonic()
         self._engine = _core.Engine(
             self.path,
             n_threads=0 if n_threads is None else as_int("n_threads", n_threads, 1, 1024),
@@ -119,43 +139,83 @@ class Model:
         self._reset_lock()
         self._closed = False
         _models.add(self)
+        _log.debug(
+            "loaded %s in %.2f s: %.1f MB of weights, KV cache of %d positions, %d threads, %s",
+            self.path,
+            time.monotonic() - begin,
+            self._info["bytes"]["weights"] / 1e6,
+            self._info["n_kv"],
+            self._info["n_threads"],
+            self._info["isa"],
+        )
 
     # --- generation ------------------------------------------------------------------------------------------------
 
     @overload
     def generate(  # type: ignore[overload-overlap]  # a str is a Sequence[str] too; the first one counts
-        self, prompt: Prompt, **arguments: "Unpack[GenerationArguments]"
+        self,
+        prompt: Prompt,
+        *,
+        n: int = 1,
+        best_of: int | None = None,
+        on_token: OnToken | None = None,
+        progress: bool = False,
+        **arguments: "Unpack[GenerationArguments]",
     ) -> Completion: ...
     @overload
-    def generate(self, prompt: Sequence[Prompt], **arguments: "Unpack[GenerationArguments]") -> list[Completion]: ...
     def generate(
-        self, prompt: Prompt | Sequence[Prompt], **arguments: "Unpack[GenerationArguments]"
+        self,
+        prompt: Sequence[Prompt],
+        *,
+        n: int = 1,
+        best_of: int | None = None,
+        on_token: OnToken | None = None,
+        progress: bool = False,
+        **arguments: "Unpack[GenerationArguments]",
+    ) -> list[Completion]: ...
+    def generate(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        *,
+        n: int = 1,
+        best_of: int | None = None,
+        on_token: OnToken | None = None,
+        progress: bool = False,
+        **arguments: "Unpack[GenerationArguments]",
     ) -> Completion | list[Completion]:
         """Continues a prompt; greedy unless a temperature is given.
 
         Args:
             prompt: text, token ids (a list or an integer array [T]), or a list of those. A list is answered by a list
                 in the same order; its prompts run together, each with the result that it has alone (same seed).
+            n: completions of each prompt, up to 1024; they need a temperature above 0. The prompt is read once. The
+                first has the given seed, the others have seeds made of it (docs/sampling.md): candidates[i].seed.
+            best_of: so many are generated, at least n, and the n with the highest mean log-probability per token are
+                given, the best first. None: n, in the order of their seeds.
+            on_token: called with every Piece as soon as its text is certain, in the calling thread (agenerate: in the
+                event loop). Piece.index says which prompt of a list it belongs to, Piece.candidate which of its
+                completions. False from it (no other value) ends that completion with this piece, finish_reason
+                "stop"; an exception from it ends all and goes on to the caller.
+            progress: True shows a bar on stderr, if that is a terminal or a notebook.
             **arguments: max_new_tokens, temperature, top_k, seed, stop and many more: see
                 fixmin_cpp.GenerationArguments and docs/sampling.md.
 
         Returns:
-            A Completion, or a list of them. finish_reason: "length" (max_new_tokens or the context is used up),
-            "stop" (a stop string), "eos" (the end-of-text token, one of stop_ids, or a grammar that is complete),
-            "timeout", "cancelled" (the model was closed meanwhile).
+            A Completion, or a list of them; with n > 1 its `candidates` are the n. finish_reason: "length"
+            (max_new_tokens or the context is used up), "stop" (a stop string, or on_token), "eos" (the end-of-text
+            token, one of stop_ids, or a grammar that is complete), "timeout", "cancelled" (the model was closed
+            meanwhile).
 
         Raises:
             ArgumentError, ArgumentTypeError, ContextLengthError (all ValueErrors): before anything runs.
             FixminError: no token is left to draw.
             KeyboardInterrupt: Ctrl-C ends a run in the main thread within one layer.
         """
-        options = GenerationOptions.check(arguments, self._vocab_size)
-        prompts, many = split_prompts(prompt)
-        names = [f"prompt[{i}]" for i in range(len(prompts))] if many else ["prompt"]
-        runs = self._runs_of(names, prompts, options)
-        with self._running(runs) as engine:
-            completions = drive(runs, engine)
-        return completions if many else completions[0]
+        batch = self._batch(prompt, arguments, n, best_of, on_token)
+        silent = not as_bool("progress", progress)
+        with bar("generating", silent) as update, self._running(batch.runs) as engine:
+            drive(batch.runs, engine, update)
+        return batch.result()
 
     def stream(self, prompt: Prompt, **arguments: "Unpack[GenerationArguments]") -> "TextStream":
         """Like generate() for one prompt, but gives each token as soon as it is there.
@@ -163,33 +223,31 @@ class Model:
         Arguments are checked at the call; the run starts with the first piece asked for and does not wait for a slow
         reader. Leaving the loop, close(), or Ctrl-C cancels it.
         """
-        options = GenerationOptions.check(arguments, self._vocab_size)
-        prompts, many = split_prompts(prompt)
-        if many:
-            raise ArgumentTypeError("prompt of stream() must be one prompt, got a list of prompts")
-        return TextStream(self._runs_of(["prompt"], prompts, options)[0], self._start)
+        return TextStream(self._single_run("stream", prompt, arguments), self._start)
 
     async def agenerate(
-        self, prompt: Prompt | Sequence[Prompt], **arguments: "Unpack[GenerationArguments]"
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        *,
+        n: int = 1,
+        best_of: int | None = None,
+        on_token: OnToken | None = None,
+        **arguments: "Unpack[GenerationArguments]",
     ) -> Completion | list[Completion]:
         """generate() for an event loop: does not block it. Cancelling the task cancels the generation."""
-        prompts, many = split_prompts(prompt)
-        streams = [self.astream(one, **arguments) for one in prompts]
-        tasks = [asyncio.ensure_future(stream.complete()) for stream in streams]
+        batch = self._batch(prompt, arguments, n, best_of, on_token)
+        # Tasks begin in this order, so that a prompt's first run is queued before those that follow it.
+        tasks = [asyncio.ensure_future(AsyncTextStream(run, self._start_async).complete()) for run in batch.runs]
         try:
-            completions = list(await asyncio.gather(*tasks))
+            await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
-        return completions if many else completions[0]
+        return batch.result()
 
     def astream(self, prompt: Prompt, **arguments: "Unpack[GenerationArguments]") -> AsyncTextStream:
         """stream() for `async for`. Arguments are checked at the call; the first piece asked for starts the run."""
-        options = GenerationOptions.check(arguments, self._vocab_size)
-        prompts, many = split_prompts(prompt)
-        if many:
-            raise ArgumentTypeError("prompt of astream() must be one prompt, got a list of prompts")
-        return AsyncTextStream(self._runs_of(["prompt"], prompts, options)[0], self._start_async)
+        return AsyncTextStream(self._single_run("astream", prompt, arguments), self._start_async)
 
     def beam_search(
         self,
@@ -230,12 +288,29 @@ class Model:
 
     # --- scores and insides ----------------------------------------------------------------------------------------
 
-    def logits(self, ids: Prompt, last: bool = False) -> NDArray[np.float32]:
-        """Logits after each token, float32 [T, V], or after the last one only, [V]. `ids` may be text."""
+    def logits(
+        self, ids: Prompt, last: bool = False, *, rows: Sequence[int] | NDArray[np.integer[Any]] | None = None
+    ) -> NDArray[np.float32]:
+        """Logits after each token, float32 [T, V]; after the last one only, [V]; or after those at `rows`, [n, V].
+
+        `ids` may be text. Negative rows count from the end, as NumPy's indices do. Nothing is computed or kept that the
+        rows do not need: no logits of others, no tokens behind the last of them.
+        """
         last = as_bool("last", last)
         checked = self._ids_in_context("ids", ids)
+        if rows is None:
+            with self._running() as engine:
+                return engine.logits(checked, last)
+        if last:
+            raise ArgumentError("last and rows are two ways to say the same: give one")
+        n = len(checked)
+        wanted = np.array([as_int(f"rows[{i}]", row, -n, n - 1) % n for i, row in enumerate(rows)], np.uint32)
+        rising, back = np.unique(wanted, return_inverse=True)
+        if not len(rising):
+            return np.empty((0, self._vocab_size), np.float32)
         with self._running() as engine:
-            return engine.logits(checked, last)
+            logits = engine.logits(checked[: rising[-1] + 1], rows=rising.tolist())
+        return logits if np.array_equal(rising, wanted) else logits[back]
 
     def hidden_states(self, ids: Prompt, layer: int) -> NDArray[np.float32]:
         """The residual stream, float32 [T, D]: layer 0 is the lifted code, layer i what block i-1 leaves."""
@@ -245,29 +320,58 @@ class Model:
             return engine.hidden_states(checked, layer)
 
     @overload
-    def score(self, text: Prompt) -> Score: ...  # type: ignore[overload-overlap]
+    def score(  # type: ignore[overload-overlap]
+        self, text: Prompt, *, start: int = 1, progress: bool = False
+    ) -> Score: ...
     @overload
-    def score(self, text: Sequence[Prompt]) -> list[Score]: ...
-    def score(self, text: Prompt | Sequence[Prompt]) -> Score | list[Score]:
+    def score(
+        self, text: Sequence[Prompt], *, start: int | Sequence[int] = 1, progress: bool = False
+    ) -> list[Score]: ...
+    def score(
+        self, text: Prompt | Sequence[Prompt], *, start: int | Sequence[int] = 1, progress: bool = False
+    ) -> Score | list[Score]:
         """Log-probability of every token of `text` (or ids) but the first; never holds T x V logits.
 
-        A list of texts is answered by a list in the same order; they are read together.
+        Args:
+            text: up to n_ctx + 1 tokens, since the last one is predicted and not read; or a list of such texts, which
+                is answered by a list in the same order and read together.
+            start: the first token that is scored, from 1. Those before it are only read, or found in the prefix cache;
+                texts of a list that are equal up to there read them once. For a list of texts also a list.
+            progress: as in generate().
         """
+        silent = not as_bool("progress", progress)
         texts, many = split_prompts(text, "text")
         names = [f"text[{i}]" for i in range(len(texts))] if many else ["text"]
-        ids = [self._ids_in_context(name, one) for name, one in zip(names, texts, strict=True)]
-        for name, one in zip(names, ids, strict=True):
-            if len(one) < 2:
-                raise ArgumentError(
-                    f"{name} to score must have at least 2 tokens, got 1: the first one has no probability"
-                )
-        params = _core.SamplingParams()
-        params.max_new_tokens = 0
-        with self._running() as engine:
-            requests = [engine.submit(one, params, n_prompt_logprobs=0) for one in ids]
-            _wait(*requests)
+        ids = [self._ids_in_context(name, one, room=-1) for name, one in zip(names, texts, strict=True)]
+        starts = _starts(start, names, ids) if many else _starts([start], names, ids)
+        with bar("scoring", silent) as update, self._running() as engine:
+            requests = self._submit_scores(engine, ids, starts)
+            _wait(requests, update)
             scores = [_score(one.tolist(), request) for one, request in zip(ids, requests, strict=True)]
         return scores if many else scores[0]
+
+    def _submit_scores(
+        self, engine: _core.Engine, ids: list[NDArray[np.uint32]], starts: list[int]
+    ) -> list[_core.Request]:
+        params = _core.SamplingParams()
+        params.max_new_tokens = 0
+        requests: list[_core.Request] = []
+        first: dict[bytes, _core.Request] = {}  # by what it reads before it scores
+        for one, start in zip(ids, starts, strict=True):
+            # Shorter ones are read again with less trouble than waited for.
+            context = one[:start].tobytes() if start >= self._info["kv_block_tokens"] else b""
+            request = engine.submit(
+                one[:-1],
+                params,
+                n_prompt_logprobs=0,
+                first_row=start - 1,
+                next=int(one[-1]),
+                after=first.get(context),
+            )
+            if context:
+                first.setdefault(context, request)
+            requests.append(request)
+        return requests
 
     def codes(self, ids: Prompt) -> NDArray[np.uint8]:
         """The K-bit code of each token, uint8 [T, K] of 0 and 1; column i is the bit with lift index i."""
@@ -291,7 +395,7 @@ class Model:
         params = _core.SamplingParams()
         params.max_new_tokens = 0
         with self._running() as engine:
-            _wait(engine.submit(ids, params))
+            _wait([engine.submit(ids, params)])
             blocks = engine.export_prefix(ids)
             write_state(path, self._sha256(), self._info, ids, blocks)
         return len(blocks) // self._info["kv_block_bytes"] * self._info["kv_block_tokens"]
@@ -390,6 +494,7 @@ class Model:
             self._engine.close()
             if self._dispatcher is not None:
                 self._dispatcher.close()  # passes on how the last requests ended
+            _log.debug("closed %s", self.path)
 
     def __enter__(self) -> "Model":
         self._check_open()
@@ -436,9 +541,28 @@ class Model:
             self._dispatcher.start(run, engine, listener)
             return self._dispatcher
 
-    def _runs_of(self, names: list[str], prompts: list[Any], options: GenerationOptions) -> list[Run]:
-        ids = [self._ids_in_context(name, prompt, room=1) for name, prompt in zip(names, prompts, strict=True)]
-        return [Run(self, one, options, index) for index, one in enumerate(ids)]
+    def _batch(
+        self,
+        prompt: Any,
+        arguments: GenerationArguments,
+        n: Any = 1,
+        best_of: Any = None,
+        on_token: Any = None,
+    ) -> Batch:
+        options = GenerationOptions.check(arguments, self._vocab_size)
+        n, best_of = candidate_counts(n, best_of, options)
+        if on_token is not None and not callable(on_token):
+            raise ArgumentTypeError(f"on_token must be callable, got {type(on_token).__name__}")
+        prompts, many = split_prompts(prompt)
+        seeds = options.seeds(len(prompts), many)
+        names = [f"prompt[{i}]" for i in range(len(prompts))] if many else ["prompt"]
+        ids = [self._ids_in_context(name, one, room=1) for name, one in zip(names, prompts, strict=True)]
+        return Batch(self, ids, options, seeds, many, n, best_of, on_token)
+
+    def _single_run(self, method: str, prompt: Any, arguments: GenerationArguments) -> Run:
+        if split_prompts(prompt)[1]:
+            raise ArgumentTypeError(f"prompt of {method}() must be one prompt, got a list of prompts")
+        return self._batch(prompt, arguments).runs[0]
 
     def _compile(self, constraint: Constraint) -> Matcher:
         with self._idle:
@@ -491,16 +615,32 @@ class Model:
         return ids
 
 
-def _wait(*requests: _core.Request) -> None:
-    """Until all have ended; Ctrl-C cancels them."""
+def _wait(requests: Sequence[_core.Request], on_end: Callable[[int, int], object] | None = None) -> None:
+    """Until all have ended; Ctrl-C cancels them. `on_end` as in drive()."""
     try:
-        for request in requests:
+        for i, request in enumerate(requests):
             while not request.wait(_MAX_INT32, 3600.0):
                 pass
+            if on_end is not None:
+                on_end(i + 1, len(requests))
     except BaseException:
         for request in requests:
             request.cancel()
         raise
+
+
+def _starts(given: Any, names: list[str], ids: list[NDArray[np.uint32]]) -> list[int]:
+    """Where scoring begins in each text: one number for all of them, or a list."""
+    given = [given] * len(ids) if isinstance(given, int) else given
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        raise ArgumentTypeError(f"start must be an integer or a list of them, got {type(given).__name__}")
+    if len(given) != len(ids):
+        raise ArgumentError(f"start has {len(given)} entries, but there are {len(ids)} texts")
+    for name, one in zip(names, ids, strict=True):
+        if len(one) < 2:
+            raise ArgumentError(f"{name} to score must have at least 2 tokens, got 1: the first one has no probability")
+    starts = [f"start of {name}" for name in names]
+    return [as_int(what, start, 1, len(one) - 1) for what, start, one in zip(starts, given, ids, strict=True)]
 
 
 def _score(ids: list[int], request: _core.Request) -> Score:
@@ -508,7 +648,7 @@ def _score(ids: list[int], request: _core.Request) -> Score:
         raise FixminError("the model was closed while it was scoring")
     logprobs = request.prompt_logprobs()
     nll = -float(np.mean(logprobs, dtype=np.float64))
-    return Score(ids, logprobs, nll, math.exp(nll) if nll < 700 else math.inf)
+    return Score(ids, logprobs, request.prompt_ranks(), nll, math.exp(nll) if nll < 700 else math.inf)
 
 
 _models: "weakref.WeakSet[Model]" = weakref.WeakSet()

@@ -171,6 +171,18 @@ def test_prefix_cache_finds_every_token_but_the_last(path):
     assert stats["n_cached_prompt_tokens"] == 74 + 75 + 40
 
 
+def test_a_known_prompt_in_the_smallest_cache(path):
+    """The block with its last tokens is there to be copied, and has to give way to the copy."""
+    engine = _core.Engine(path, n_kv=N_CTX)  # 5 blocks
+    ids = np.resize(prompts(4)[3], N_CTX - 10).astype(np.uint32)
+    first = outcome(engine.submit(ids, sampling(max_new_tokens=5)))
+    for _ in range(2):
+        again = wait(engine.submit(ids, sampling(max_new_tokens=5)), 30)
+        assert outcome(again) == first
+        assert again.result()["n_cached"] == 4 * 32
+    assert_nothing_is_kept(engine)
+
+
 def test_what_was_generated_is_remembered_too(path):
     engine = _core.Engine(path)
     ids = prompts(1, longest=40)[0]
@@ -195,6 +207,52 @@ def test_a_request_after_another_shares_its_prompt(path):
     assert outcome(engine.submit(ids, sampling(max_new_tokens=30), after=cancelled))[0] == expected
 
 
+def expected_scores(engine, ids, first_row):
+    """Log-probabilities and ranks of the tokens behind first_row, from logits in float64."""
+    logits = engine.logits(ids[:-1]).astype(np.float64)[first_row:]
+    own = logits[np.arange(len(logits)), ids[first_row + 1 :]]
+    logprobs = own - logits.max(1) - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1))
+    return logprobs, (logits > own[:, None]).sum(1) + 1
+
+
+@pytest.mark.parametrize("options", [dict(), dict(n_batch=7), dict(n_kv=N_CTX)], ids=str)
+def test_scores_of_a_part(path, options):
+    """What stands before it comes from the prefix cache; the last token is predicted only."""
+    engine = _core.Engine(path, **options)
+    ids = np.resize(prompts(4, longest=100)[3], N_CTX + 1).astype(np.uint32)
+    for first_row in (90, 0, 31, 32, 90, N_CTX - 1):
+        request = engine.submit(
+            ids[:-1], sampling(max_new_tokens=0), n_prompt_logprobs=0, first_row=first_row, next=int(ids[-1])
+        )
+        known = wait(request).result()["n_cached"]
+        logprobs, ranks = expected_scores(engine, ids, first_row)
+        assert request.prompt_logprobs() == pytest.approx(logprobs, rel=1e-5)
+        assert request.prompt_ranks().tolist() == ranks.tolist()
+        assert known <= first_row
+        assert request.prompt_logprobs().tobytes() == engine.score(ids[:-1])[first_row:].tobytes() + (
+            request.prompt_logprobs()[-1:].tobytes()
+        )
+    assert known >= first_row // 32 * 32  # found in the cache
+    assert_nothing_is_kept(engine)
+
+
+def test_scores_that_were_not_reached(path):
+    engine = _core.Engine(path)
+    late = wait(engine.submit(prompts(4)[3], sampling(max_new_tokens=5), n_prompt_logprobs=0, timeout_s=0.0))
+    assert late.result()["finish_reason"] == "timeout"
+    assert late.prompt_logprobs().tolist() == []
+
+
+def test_bad_rows(path):
+    engine = _core.Engine(path)
+    ids = prompts(4)[3][:10]
+    for rows in ([3, 3], [3, 2], [10], []):
+        with pytest.raises(ValueError, match="rows must rise"):
+            engine.logits(ids, rows=rows)
+    with pytest.raises(ValueError, match="77"):
+        engine.submit(ids, sampling(max_new_tokens=0), next=77)
+
+
 def test_drafts_are_verified(path):
     """A model that repeats itself accepts most guesses."""
     engine = _core.Engine(path, n_kv=4 * N_CTX)
@@ -207,6 +265,7 @@ def test_drafts_are_verified(path):
     result = request.result()
     assert result["n_drafted"] >= result["n_accepted"] > 0
     assert steps <= 101 - result["n_accepted"]
+    engine.clear_prefix_cache()  # waits until the last step has been counted
     assert engine.stats()["n_generated"] == 200
 
 

@@ -13,6 +13,7 @@
 #include <fstream>
 #include <iostream>
 #include <iterator>
+#include <numeric>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -49,6 +50,8 @@ void run_line(const std::string& line) {
     std::vector<float> logits(ids.size() * engine.hyperparams().vocab_size);
     engine::RequestOptions wanted;
     wanted.generate = false;
+    wanted.logit_rows.resize(ids.size());
+    std::iota(wanted.logit_rows.begin(), wanted.logit_rows.end(), 0);
     wanted.logits = logits.data();
     const auto request = engine.submit(ids, std::move(wanted));
     while (!request->wait_end(1)) {

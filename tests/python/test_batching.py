@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fixmin_cpp import Model
-from fixmin_cpp.errors import ArgumentError, FixminError, UnsupportedError
+from fixmin_cpp.errors import ArgumentError, ArgumentTypeError, ContextLengthError, FixminError, UnsupportedError
 
 TEXTS = ["the cat", "a", "Question: what?", "the the the the the the", "日本", "the cat sat", "x" * 30, "éa"]
 
@@ -102,6 +102,78 @@ def test_scores_of_a_list_are_those_of_each(model):
         assert score.logprobs.tobytes() == model.score(text).logprobs.tobytes()
     with pytest.raises(ArgumentError, match=r"text\[1\] to score must have at least 2 tokens"):
         model.score([[1, 2], [3]])
+
+
+def test_scores_of_continuations(model_path):
+    """Texts that begin alike read that once; the bits are those of each alone."""
+    rng = np.random.default_rng(0)
+    context = rng.integers(0, 200, 40).tolist()
+    texts = [context + rng.integers(0, 200, n).tolist() for n in (1, 5, 1, 25)]
+    with Model(model_path) as model:  # n_ctx is 64
+        whole = [model.score(ids) for ids in texts]
+        model.clear_prefix_cache()
+        before = model.stats()["n_rows"]
+        parts = model.score(texts, start=40)
+        model.clear_prefix_cache()  # waits until the last step has been counted
+        # The last token of the context is computed for each, as what follows it is scored; the last one for none.
+        assert model.stats()["n_rows"] - before == 39 + sum(len(ids) - 40 for ids in texts)
+        for ids, part, all_of_it in zip(texts, parts, whole, strict=True):
+            assert part.token_ids == ids
+            assert part.logprobs.tobytes() == all_of_it.logprobs[39:].tobytes()
+            assert part.ranks.tolist() == all_of_it.ranks[39:].tolist()
+            assert part.nll == pytest.approx(-float(part.logprobs.mean()))
+        mixed = model.score(texts, start=[40, 1, 41 - 1, 44])
+        assert [len(score.logprobs) for score in mixed] == [1, 44, 1, 21]
+        assert mixed[1].logprobs.tobytes() == whole[1].logprobs.tobytes()
+
+
+def test_ranks_are_those_of_the_logits(model):
+    ids = model.encode("the cat sat")
+    logits = model.logits(ids)
+    expected = [int((row > row[token]).sum()) + 1 for row, token in zip(logits, ids[1:], strict=False)]
+    assert model.score(ids).ranks.tolist() == expected
+    greedy = ids + model.generate(ids, max_new_tokens=4, ignore_eos=True).token_ids
+    assert model.score(greedy, start=len(ids)).ranks.tolist()[:4] == [1, 1, 1, 1]
+
+
+def test_the_last_token_needs_no_place_in_the_context(model):
+    ids = np.random.default_rng(0).integers(0, 200, model.info["n_ctx"] + 1)
+    assert model.score(ids).logprobs[:-1].tobytes() == model.score(ids[:-1]).logprobs.tobytes()
+    with pytest.raises(ContextLengthError):
+        model.score([*ids, 1])
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        (0, r"start of text\[0\] must be between 1 and 2, got 0"),
+        ([1, 3], r"start of text\[1\] must be between 1 and 2, got 3"),
+        ([1], "start has 1 entries, but there are 2 texts"),
+        (1.0, "start must be an integer or a list"),
+        ([1, True], r"start of text\[1\] must be an integer"),
+    ],
+)
+def test_bad_starts(model, start, message):
+    with pytest.raises((ArgumentError, ArgumentTypeError), match=message):
+        model.score([[1, 2, 3], [4, 5, 6]], start=start)
+
+
+def test_logits_of_some_rows(model):
+    ids = model.encode("the cat sat on")
+    every = model.logits(ids)
+    for rows in ([0], [2, 5, 6], [6, 2, 2, -1, -len(ids)], np.array([3, 1]), []):
+        got = model.logits(ids, rows=rows)
+        assert got.tobytes() == every[np.array(rows, int)].tobytes()
+        assert got.shape == (len(rows), every.shape[1])
+    for rows, message in [
+        ([len(ids)], r"rows\[0\] must be between"),
+        ([0, -len(ids) - 1], r"rows\[1\] must be"),
+        ([0.5], r"rows\[0\] must be an integer"),
+    ]:
+        with pytest.raises((ArgumentError, ArgumentTypeError), match=message):
+            model.logits(ids, rows=rows)
+    with pytest.raises(ArgumentError, match="give one"):
+        model.logits(ids, last=True, rows=[1])
 
 
 def test_stop_string_in_a_list_frees_its_place(model_path):

@@ -1,15 +1,19 @@
 """The command `fixmin` in processes of its own: through pipes, on a terminal, with everything that goes wrong."""
 
+import dataclasses
 import json
 import math
 import os
 import pty
+import re
 import subprocess
 
 import pytest
-from fixmin_cli import FIXMIN, TIMEOUT, fixmin
+from fixmin_cli import FIXMIN, TIMEOUT, fixmin, on_terminal
 
 import fixmin_cpp
+from fixmin_cpp import GenerationArguments
+from fixmin_cpp.cli_options import OPTIONS
 
 
 def test_version_and_help():
@@ -76,6 +80,59 @@ def test_sampling_options_have_the_names_of_llama_cpp(letters_model):
     assert json.loads(result.stdout)["token_ids"] == expected.token_ids
 
 
+def test_every_argument_of_generate_is_an_option():
+    reached = {option.argument or name for name, option in OPTIONS.items()}
+    # Other names of repeat_penalty, banned_ids and a temperature.
+    other_names = {"repetition_penalty", "bad_ids", "do_sample"}
+    assert reached == (set(GenerationArguments.__annotations__) | {"n", "best_of"}) - other_names
+
+
+def test_ids_guesses_and_probabilities(letters_model):
+    arguments = {"max_new_tokens": 8, "temperature": 1.0, "seed": 3, "min_keep": 4, "timeout": 600.0}
+    arguments |= {"stop_ids": [5, 6], "banned_ids": [7], "allowed_ids": list(range(3, 40)), "prefix_cache": False}
+    arguments |= {"logprobs": 2, "prompt_logprobs": 0, "prompt_lookup_num_tokens": 3}
+    expected = letters_model.generate("the cat", **arguments)
+    text = """-n 8 --temp 1 -s 3 --min-keep 4 --timeout 600 --stop-id 5 --stop-id 6 --banned-id 7 --no-prefix-cache
+        --logprobs 2 --prompt-logprobs 0 --prompt-lookup-num-tokens 3 --json"""
+    allowed = [part for i in range(3, 40) for part in ("--allowed-id", i)]
+    answer = json.loads(fixmin("generate", "-m", letters_model.path, "-p", "the cat", *text.split(), *allowed).stdout)
+    assert answer["token_ids"] == expected.token_ids
+    assert answer["logprobs"] == json.loads(json.dumps([dataclasses.asdict(t) for t in expected.logprobs]))
+    assert [t["logprob"] for t in answer["prompt_logprobs"]] == [t.logprob for t in expected.prompt_logprobs]
+    assert answer["candidates"] is None
+
+
+def test_forms(model_path, tmp_path):
+    pytest.importorskip("llguidance")
+    (tmp_path / "schema").write_text('{"type": "boolean"}')
+    (tmp_path / "grammar").write_text('start: "a" "b"+ "c"')
+    forms = [
+        (["--json-schema", '{"enum": [12]}'], "12"),
+        (["--json-schema-file", tmp_path / "schema"], "(true|false)"),
+        (["--regex", "[a-c]{4}"], "[a-c]{4}"),
+        (["--grammar", 'root ::= "ba"'], "ba"),
+        (["--grammar-file", tmp_path / "grammar"], "ab+c"),
+        (["--choice", r"a\nb", "--choice", "b"], "(a\nb|b)"),
+    ]
+    for options, expected in forms:
+        result = fixmin("generate", "-m", model_path, "-p", "the", "-q", "--temp", 1, "-s", 1, *options)
+        assert re.fullmatch(expected + "\n", result.stdout.decode()), (options, result)
+
+
+def test_several_completions(letters_model):
+    arguments = {"max_new_tokens": 6, "temperature": 1.0, "seed": 3}
+    everyone = letters_model.generate("the cat", n=3, **arguments).candidates
+    best = letters_model.generate("the cat", best_of=3, **arguments)
+    options = ["-m", letters_model.path, "-p", "the cat", "-n", 6, "--temp", 1, "-s", 3]
+    result = fixmin("generate", *options, "--n", 3)
+    assert result.stdout.decode() == "".join(candidate.text + "\n" for candidate in everyone)
+    assert [line.split()[-1] for line in result.stderr.decode().splitlines()] == [str(c.seed) for c in everyone]
+    answer = json.loads(fixmin("generate", *options, "--n", 3, "--json").stdout)
+    assert [c["token_ids"] for c in answer["candidates"]] == [c.token_ids for c in everyone]
+    assert fixmin("generate", *options, "--best-of", 3).stdout.decode() == best.text + "\n"
+    assert fixmin("generate", *options, "--n", 1, "-q").stdout.decode() == everyone[0].text + "\n"
+
+
 def test_stop_may_be_given_several_times(letters_model):
     text = letters_model.generate("the cat", max_new_tokens=20, ignore_eos=True).text
     escaped = text[6:8].replace("\\", "\\\\").replace("\n", "\\n")
@@ -107,6 +164,11 @@ WRONG = [
     (["-m", "{model}", "-p", "a", "--logit-bias", "5"], 2, "ID+BIAS"),
     (["-m", "{model}", "-p", "a", "--logit-bias", "5+x"], 2, "ID+BIAS"),
     (["-m", "{model}", "-p", "a", "--logit-bias", "9999+1"], 1, "token id 9999"),
+    (["-m", "{model}", "-p", "a", "--n", "2"], 1, "n=2 needs a temperature above 0"),
+    (["-m", "{model}", "-p", "a", "--logprobs", "2"], 2, "need --json"),
+    (["-m", "{model}", "-p", "a", "--grammar", "a", "--grammar-file", "b"], 2, "give --grammar or --grammar-file"),
+    (["-m", "{model}", "-p", "a", "--grammar-file", "missing.lark"], 1, "missing.lark"),
+    (["-m", "{model}", "-p", "a", "--stop-id", "9999"], 1, "stop_ids[0] is 9999"),
     (["-m", "{model}", "-p", "a", "--stop", ""], 1, "stop[0] must not be empty"),
     (["-m", "{model}", "-p", "a", "--kv-type", "q1"], 1, "kv_type"),
     (["-m", "{model}", "-p", "a " * 500], 1, "the context holds"),
@@ -164,22 +226,7 @@ def test_on_a_terminal(letters_model):
     """Text and a note arrive on the terminal, and colours only there."""
     expected = letters_model.generate("the cat", max_new_tokens=5).text
     command = [*FIXMIN, "generate", "-m", letters_model.path, "-p", "the cat", "-n", "5"]
-    parent, child = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "200"}
-    with subprocess.Popen(command, stdin=child, stdout=child, stderr=child, env=environment) as process:
-        os.close(child)
-        output = b""
-        while True:
-            try:
-                block = os.read(parent, 4096)
-            except OSError:  # Linux: the other end is closed
-                break
-            if not block:
-                break
-            output += block
-    os.close(parent)
-    assert process.returncode == 0
-    text = output.decode().replace("\r\n", "\n")
+    text = on_terminal(command)
     assert expected in text
     assert "5 new" in text
     assert "\x1b[" in text

@@ -16,7 +16,14 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, pipeline  # noqa: E402
-from transformers.generation.logits_process import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper  # noqa: E402
+from transformers.generation.logits_process import (  # noqa: E402
+    LogitsProcessorList,
+    MinLengthLogitsProcessor,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.generation.streamers import BaseStreamer, TextIteratorStreamer  # noqa: E402
 
 from fixmin_cpp.hf import Decoding, FixMinForCausalLM, TokenCache, load_tokenizer  # noqa: E402
@@ -218,12 +225,12 @@ def test_native_is_the_default(pair):
     [
         ({"num_beams": 3}, "beam_search"),
         ({"num_beams": 2, "num_return_sequences": 2}, "beam_search"),
-        ({"repetition_penalty": 1.3}, "RepetitionPenaltyLogitsProcessor"),
         ({"no_repeat_ngram_size": 2}, "NoRepeatNGramLogitsProcessor"),
-        ({"min_new_tokens": 10}, "MinLengthLogitsProcessor"),
+        ({"bad_words_ids": [[30], [31, 32]]}, "NoBadWordsLogitsProcessor of several tokens"),
+        ({"sequence_bias": {(30, 31): 5.0}}, "SequenceBiasLogitsProcessor of several tokens"),
         ({"eos_token_id": [2, 30]}, "eos_token_id"),
         ({"max_time": 100.0}, "MaxTimeCriteria"),
-        ({"use_cache": False, "repetition_penalty": 1.3}, "RepetitionPenaltyLogitsProcessor"),
+        ({"use_cache": False, "no_repeat_ngram_size": 2}, "NoRepeatNGramLogitsProcessor"),
     ],
 )
 def test_the_rest_runs_in_transformers_loop(pair, arguments, reason):
@@ -234,6 +241,32 @@ def test_the_rest_runs_in_transformers_loop(pair, arguments, reason):
     assert torch.equal(got, pair.reference.generate(**arguments))
     with pytest.raises(UnsupportedError, match=reason):
         pair.model.generate(**arguments, native=True)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"repetition_penalty": 1.3},
+        {"repetition_penalty": 0.7},
+        {"min_new_tokens": 12},
+        {"min_new_tokens": 3, "min_length": 12},
+        {"suppress_tokens": "first"},
+        {"bad_words_ids": "first"},
+        {"sequence_bias": "first"},
+        {"repetition_penalty": 1.2, "suppress_tokens": "first", "sequence_bias": "first"},
+    ],
+    ids=str,
+)
+def test_processors_that_are_native(pair, arguments):
+    """Greedy tokens are those that transformers and the checkpoint give; "first": of the tokens that came else."""
+    on = {"do_sample": False, "max_new_tokens": 12}
+    for batch in (pair.batch(), pair.batch(["The old"])):
+        first = pair.reference.generate(**batch, **on)[0, batch["input_ids"].shape[1] :].tolist()
+        forms = {"suppress_tokens": first[:2], "bad_words_ids": [[first[0]], [first[2]]]}
+        forms |= {"sequence_bias": {(first[1],): -3.0, (first[0],): 1.0}}
+        given = {name: forms[name] if value == "first" else value for name, value in arguments.items()}
+        got = pair.model.generate(**batch, **on, **given, native=True)
+        assert torch.equal(got, pair.reference.generate(**batch, **on, **given))
 
 
 def test_assisted_by_prompt_lookup(pair):
@@ -351,6 +384,13 @@ def test_stop_strings(pair, stops, native):
         {"temperature": 1.0, "top_k": 0, "top_p": 0.6},
         {"temperature": 1.6, "top_k": 40},
         {"temperature": 1.0, "top_k": 4, "top_p": 0.8},
+        {"temperature": 1.0, "top_k": 0, "min_p": 0.05},
+        {"temperature": 1.7, "top_k": 0, "min_p": 0.2},
+        {"temperature": 0.6, "top_k": 8, "min_p": 0.1},
+        {"temperature": 1.0, "top_k": 0, "top_p": 0.8, "min_p": 0.1},
+        {"temperature": 1.0, "top_k": 0, "typical_p": 0.7},
+        {"temperature": 1.4, "top_k": 20, "repetition_penalty": 1.5},
+        {"temperature": 1.4, "top_k": 5, "suppress_tokens": [40, 41, 42], "sequence_bias": {(43,): 4.0}},
     ],
 )
 def test_draws_from_the_distribution_of_transformers(pair, options):
@@ -389,8 +429,9 @@ def test_seed_of_pytorch(pair):
     ("options", "reason"),
     [
         ({"temperature": 0.7, "top_p": 0.9}, "top_p after a temperature"),
-        ({"min_p": 0.1}, "MinPLogitsWarper"),
-        ({"typical_p": 0.9}, "TypicalLogitsWarper"),
+        ({"temperature": 0.7, "typical_p": 0.9}, "typical_p after a temperature"),
+        ({"min_p": 0.1, "typical_p": 0.9}, "TypicalLogitsWarper after MinPLogitsWarper"),
+        ({"epsilon_cutoff": 0.01}, "EpsilonLogitsWarper"),
     ],
 )
 def test_sampling_that_is_not_native(pair, options, reason):
@@ -412,10 +453,16 @@ def test_processors_of_the_caller(pair):
 
     sampled = {"do_sample": True, "top_k": 0}
     assert run(TopPLogitsWarper(0.5), temperature=0.5, **sampled) == "", "here top_p stands before the temperature"
-    assert run(TopPLogitsWarper(0.5), do_sample=True, top_k=9) == "top_p before top_k"
+    assert run(TopPLogitsWarper(0.5), do_sample=True, top_k=9) == "TopKLogitsWarper after TopPLogitsWarper"
     assert run(TopPLogitsWarper(0.5, min_tokens_to_keep=3), **sampled) == "top_p with min_tokens_to_keep"
     assert run(TopKLogitsWarper(3, filter_value=-5.0), **sampled) == "TopKLogitsWarper with a filter_value"
     assert run(TopKLogitsWarper(3), do_sample=False) == ""
+    assert run(RepetitionPenaltyLogitsProcessor(1.5), do_sample=False) == ""
+    ignoring = RepetitionPenaltyLogitsProcessor(1.5, prompt_ignore_length=1)
+    assert run(ignoring, do_sample=False) == "prompt_ignore_length"
+    late = MinLengthLogitsProcessor(9, 99)
+    assert run(late, do_sample=False) == "MinLengthLogitsProcessor with another end-of-text token"
+    assert run(MinPLogitsWarper(0.1, min_tokens_to_keep=2), **sampled) == "min_p with min_tokens_to_keep"
 
 
 # --- pipelines ------------------------------------------------------------------------------------------------------

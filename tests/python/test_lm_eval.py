@@ -199,7 +199,7 @@ def test_log_likelihoods_by_hand(bench):
     for (logprob, greedy), ids, n in zip(loglikelihoods(bench.native, pairs), tokens, n_scored, strict=True):
         rows = torch.from_numpy(model.logits(ids)).double()[-n - 1 : -1]
         expected = torch.log_softmax(rows, -1)[range(n), ids[-n:]].sum()
-        assert logprob == pytest.approx(float(expected), rel=1e-12)
+        assert logprob == pytest.approx(float(expected), rel=1e-6)  # each is a float32
         assert greedy == (rows.argmax(-1).tolist() == ids[-n:])
 
 

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from fixmin_cli import on_terminal
 
 TIMEOUT = 300  # seconds: not a measurement, only the end of a test that would hang
 
@@ -34,6 +35,43 @@ with fixmin_cpp.Model(sys.argv[1]) as model:
     list(model.stream("the cat", max_new_tokens=5))
     model.score("the cat")
 """
+    result = python(code, model_path)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_logging_says_what_happens(model_path):
+    """To those who ask."""
+    code = """
+import logging, sys, fixmin_cpp
+logging.basicConfig(level=logging.DEBUG, format="%(name)s %(levelname)s %(message)s")
+with fixmin_cpp.Model(sys.argv[1], n_threads=1) as model:
+    model.generate(["the cat", "a"], max_new_tokens=5, ignore_eos=True)
+"""
+    lines = python(code, model_path).stderr.splitlines()
+    assert len(lines) == 4
+    assert lines[0].startswith(f"fixmin_cpp.model DEBUG loaded {model_path} in ")
+    assert sorted(line[:44] for line in lines[1:3]) == [
+        f"fixmin_cpp.generation DEBUG request {i} ended:" for i in range(2)
+    ]
+    assert all("length" in line and "n_generated=5" in line for line in lines[1:3])
+    assert lines[3] == f"fixmin_cpp.model DEBUG closed {model_path}"
+
+
+def test_progress_bar(model_path):
+    """On a terminal, if asked for; elsewhere nothing."""
+    code = """
+import sys, fixmin_cpp
+with fixmin_cpp.Model(sys.argv[1]) as model:
+    model.generate(["a"] * 9, n=2, temperature=1.0, max_new_tokens=5, progress=True)
+    model.score(["the cat"] * 9, progress=True)
+    if sys.argv[2:]:
+        print("more")
+        model.generate(["a"] * 9, max_new_tokens=5)
+        model.score(["the cat"] * 9)
+"""
+    shown, more = on_terminal([sys.executable, "-c", code, str(model_path), "more"]).split("more")
+    assert shown.index("generating") < shown.index("100%") < shown.index("scoring") < shown.rindex("100%")
+    assert more == "\n"
     result = python(code, model_path)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
