@@ -209,6 +209,81 @@ def generate(
 
 
 @app.command()
+def batch(
+    source: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="One JSON object per line.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="One record per line of input, in its order.")],
+    model: Annotated[Path, typer.Option("-m", "--model", help="GGUF file.")],
+    task: Annotated[str, typer.Option(help="generate, score (log-probabilities) or embed (mean state).")] = "generate",
+    max_new_tokens: Annotated[int | None, typer.Option("-n", "--max-new-tokens", help="Upper limit of a text.")] = None,
+    temperature: Annotated[float | None, typer.Option("--temperature", "--temp", help="0: greedy.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample from the k most probable tokens; 0: from all.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample from this share of the probability; 1: from all.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end-of-text token.")] = False,
+    others: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=JSON", help="Any other argument of Model.generate; repeatable."),
+    ] = None,
+    seed: Annotated[int, typer.Option("-s", "--seed", help="Lines get theirs from this and their number.")] = 0,
+    token_ids: Annotated[bool, typer.Option("--token-ids", help="Write the ids of generated tokens too.")] = False,
+    concurrency: Annotated[int, typer.Option(help="Lines that a model works on at a time.")] = 64,
+    fail_fast: Annotated[bool, typer.Option("--fail-fast", help="End at the first bad line.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start again, whatever OUT.jsonl holds.")] = False,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Run on a Ray cluster: auto, HOST:PORT, or local.")
+    ] = None,
+    ray_actors: Annotated[int | None, typer.Option(help="Models in the cluster. Default: one per node.")] = None,
+    ray_lines: Annotated[int | None, typer.Option(help="Lines of a Ray task. Default: 4 times --concurrency.")] = None,
+    threads: Annotated[int | None, typer.Option("-t", "--threads", help="Default: what the machine offers.")] = None,
+    ctx: Annotated[int | None, typer.Option("-c", "--ctx", help="Context positions. Default: the model's.")] = None,
+    kv_type: Annotated[str, typer.Option(help="Type of the KV cache: f16, f32 or q8_0.")] = "f16",
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Neither progress nor a summary.")] = False,
+    as_json: _Json = False,
+    debug: _Debug = False,
+) -> None:
+    """Answer every line of a file by a line of another one. A job that was ended goes on when it is started again.
+
+    A line is {"prompt": text or ids}, with an "id" and arguments of Model.generate if wanted, or a request of OpenAI's
+    batch format to /v1/completions. Options here count for lines that do not say otherwise. What is wrong with a line
+    stands in its record. docs/batch.md has the formats.
+    """
+    from .batch import run_batch
+
+    with _errors(debug):
+        named = {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "stop": stop or None,
+            "ignore_eos": ignore_eos or None,
+        }
+        options = {name: value for name, value in named.items() if value is not None} | _json_options(others or [])
+        with _batch_progress(quiet or as_json) as update:
+            report = run_batch(
+                model,
+                source,
+                target,
+                task=task,
+                options=options,
+                seed=seed,
+                token_ids=token_ids,
+                concurrency=concurrency,
+                fail_fast=fail_fast,
+                overwrite=overwrite,
+                n_threads=threads,
+                n_ctx=ctx,
+                kv_type=kv_type,
+                ray_address=ray,
+                ray_actors=ray_actors,
+                ray_lines=ray_lines,
+                progress=update,
+            )
+        if as_json or not quiet:
+            _report(dataclasses.asdict(report), as_json)
+
+
+@app.command()
 def bench(
     model: Annotated[Path, typer.Option("-m", "--model", help="GGUF file.")],
     threads: Annotated[int | None, typer.Option("-t", "--threads", help="Default: what the machine offers.")] = None,
@@ -514,6 +589,20 @@ def _logit_bias(options: list[str]) -> dict[int, float]:
     return biases
 
 
+def _json_options(options: list[str]) -> dict[str, Any]:
+    """NAME=JSON, split at the first "="."""
+    values: dict[str, Any] = {}
+    for option in options:
+        name, separator, value = option.partition("=")
+        try:
+            values[name] = json.loads(value)
+        except ValueError:
+            separator = ""
+        if not (name and separator):
+            raise typer.BadParameter(f"--set must be NAME=JSON, such as top_k=40 or stop='[\"A\"]', got {option!r}")
+    return values
+
+
 def _unescape(text: str) -> str:
     r"""Replaces \n, \t, \r, \" and \\; any other backslash stays as it is."""
     letters = {"n": "\n", "t": "\t", "r": "\r", '"': '"', "\\": "\\"}
@@ -553,6 +642,38 @@ def _bar(title: str, silent: bool) -> Iterator[Callable[..., None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(title, total=None, item="")
         yield lambda done, total, name="": progress.update(task, completed=done, total=total, item=name)
+
+
+@contextmanager
+def _batch_progress(silent: bool) -> Iterator[Callable[..., None]]:
+    """How far a job is, on stderr: a bar on a terminal, a line every ten seconds in a pipe."""
+    if silent:
+        yield lambda report: None
+        return
+    if not sys.stderr.isatty():
+        due = 10.0  # seconds since the start
+
+        def tell(report: Any) -> None:
+            nonlocal due
+            if report.seconds >= due:
+                due = report.seconds + 10.0
+                _note(f"{report.n_done} of {report.n_lines} lines, {_pace(report)}")
+
+        yield tell
+        return
+    columns = (BarColumn(), TextColumn("{task.completed} of {task.total} lines, {task.fields[pace]}", markup=False))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=None, pace="starting")
+        yield lambda report: progress.update(task, completed=report.n_done, total=report.n_lines, pace=_pace(report))
+
+
+def _pace(report: Any) -> str:
+    """Speed, errors and the time left of a BatchReport, by the lines of this run."""
+    left = (report.n_lines - report.n_done) * report.seconds / max(report.n_done - report.n_resumed, 1)
+    minutes, seconds = divmod(round(left), 60)
+    hours, minutes = divmod(minutes, 60)
+    errors = f"{report.n_errors} errors, " if report.n_errors else ""
+    return f"{report.tok_s:,.0f} tok/s, {errors}{hours}:{minutes:02}:{seconds:02} left"
 
 
 @contextmanager
