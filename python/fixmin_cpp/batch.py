@@ -67,7 +67,8 @@ class ModelFile:
 
     def load(self, n_threads: int | None = None) -> Model:
         """The model; `n_threads` counts where the job names none."""
-        return Model(self.path, n_threads=self.n_threads or n_threads, n_ctx=self.n_ctx, kv_type=self.kv_type)
+        n_threads = n_threads if self.n_threads is None else self.n_threads
+        return Model(self.path, n_threads=n_threads, n_ctx=self.n_ctx, kv_type=self.kv_type)
 
     def check(self) -> None:
         """Raises FixminError if the file of that name is another one here."""

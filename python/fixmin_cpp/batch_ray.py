@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import logging
 import os
+from collections import Counter
 from collections.abc import Generator, Iterator
 
 import numpy as np
@@ -11,7 +12,6 @@ import pyarrow
 import ray
 import ray.data
 from numpy.typing import NDArray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from .arguments import as_int
 from .batch import ModelFile, Result, Runner
@@ -23,8 +23,8 @@ __all__ = ["RayJob"]
 
 # Ray Data keeps something for every task: a long input is cut into larger pieces rather than into more.
 _MAX_PIECES = 16_384
-# A task is repeated when its actor or node dies. A line that kills every actor must not keep a cluster busy for ever.
-_MAX_RETRIES = 5
+# Ray repeats a task whenever its actor or node dies. A line that kills every actor must not keep a cluster for ever.
+_MAX_ATTEMPTS = 6
 
 _LINES = pyarrow.schema([("number", pyarrow.int64()), ("offset", pyarrow.int64()), ("data", pyarrow.large_binary())])
 _RESULTS = pyarrow.schema(
@@ -68,24 +68,25 @@ class RayJob:
         with _connection(self._address):
             n_actors, n_threads = _pool(actors, file.n_threads)
             pieces = _pieces(lines, resumed, per_task)
-            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-            dataset = ray.data.range(len(pieces), override_num_blocks=len(pieces)).map_batches(
+            here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+            attempts = ray.remote(_Attempts).options(num_cpus=0, label_selector=here).remote(_MAX_ATTEMPTS)
+            # Not range(): its tasks want a CPU each and would wait for those of the pool for ever.
+            dataset = ray.data.from_items(pieces, override_num_blocks=len(pieces)).map_batches(
                 _read,
-                fn_args=(lines, pieces),
+                fn_args=(lines,),
                 batch_size=1,
                 batch_format="numpy",
-                num_cpus=0,  # the pool may have reserved all of them
-                scheduling_strategy=here,  # so that no other node needs the file
+                num_cpus=0,  # the pool may have reserved all of them ...
+                compute=ray.data.TaskPoolStrategy(size=1),  # ... and without a limit each piece would have its process
+                label_selector=here,  # so that no other node needs the file
             )
             dataset = dataset.map_batches(
                 _Worker,
-                fn_constructor_args=(file, settings, concurrency, n_threads),
+                fn_constructor_args=(file, settings, concurrency, n_threads, attempts),
                 batch_size=None,  # a block, which is what one call of _read returns
                 batch_format="pyarrow",
                 compute=ray.data.ActorPoolStrategy(size=n_actors),
                 num_cpus=n_threads,
-                max_restarts=-1,
-                max_task_retries=_MAX_RETRIES,
             )
             dataset.context.execution_options.preserve_order = True
             dataset.context.enable_progress_bars = False
@@ -100,31 +101,58 @@ class RayJob:
 class _Worker:
     """An actor: one model, which answers the lines of one piece at a time."""
 
-    def __init__(self, file: ModelFile, settings: Settings, concurrency: int, n_threads: int) -> None:
-        file.check()
-        self._model = file.load(n_threads)
-        self._runner = Runner(self._model, settings, concurrency)
+    def __init__(
+        self, file: ModelFile, settings: Settings, concurrency: int, n_threads: int, attempts: ray.actor.ActorHandle
+    ) -> None:
+        self._attempts = attempts
+        self._runner: Runner | Exception
+        try:
+            file.check()
+            self._runner = Runner(file.load(n_threads), settings, concurrency)
+        except Exception as error:
+            self._runner = error  # from here Ray would start actor after actor; from a task it ends the job
 
     def __call__(self, lines: pyarrow.Table) -> pyarrow.Table:
+        if isinstance(self._runner, Exception):
+            raise self._runner
+        numbers = lines["number"].to_pylist()
+        ray.get(self._attempts.begin.remote(numbers[0], numbers[-1]))
         results = self._runner.run(Line(**row) for row in lines.to_pylist())
         return pyarrow.Table.from_pylist([vars(result) for result in results], _RESULTS)
 
 
-def _read(piece: dict[str, NDArray[np.int64]], lines: InputFile, pieces: NDArray[np.int64]) -> pyarrow.Table:
-    """The lines of a piece of the input, as a table."""
-    number, offset, n_lines = (int(n) for n in pieces[piece["id"][0]])
-    found = list(itertools.islice(lines.lines(number, offset), n_lines))
+class _Attempts:
+    """How often each piece was begun: an actor of its own, which outlives those that die of a piece."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._begun: Counter[int] = Counter()
+
+    def begin(self, first: int, last: int) -> None:
+        """Counts, and raises FixminError where it has been tried often enough."""
+        self._begun[first] += 1
+        if self._begun[first] > self._limit:
+            raise FixminError(
+                f"the actors that began lines {first} to {last} died, {self._limit} of {self._limit} times; "
+                "what is done is kept"
+            )
+
+
+def _read(pieces: dict[str, NDArray[np.int64]], lines: InputFile) -> pyarrow.Table:
+    """The lines of a piece of the input, as a table; `pieces` has one row."""
+    piece = {name: int(column[0]) for name, column in pieces.items()}
+    found = list(itertools.islice(lines.lines(piece["number"], piece["offset"]), piece["n_lines"]))
     return pyarrow.Table.from_pylist([line._asdict() for line in found], _LINES)
 
 
-def _pieces(lines: InputFile, resumed: Resumed, per_piece: int) -> NDArray[np.int64]:
-    """Where the pieces of the rest of the input begin: int64 [n, 3] of line number, offset and number of lines."""
+def _pieces(lines: InputFile, resumed: Resumed, per_piece: int) -> list[dict[str, int]]:
+    """Where the pieces of the rest of the input begin, and how many lines each has."""
     rest = lines.lines(resumed.number, resumed.offset)
     pieces = []
     for first in rest:
         n_lines = 1 + sum(1 for _ in itertools.islice(rest, per_piece - 1))
-        pieces.append((first.number, first.offset, n_lines))
-    return np.array(pieces, np.int64)
+        pieces.append({"number": first.number, "offset": first.offset, "n_lines": n_lines})
+    return pieces
 
 
 def _pool(actors: int | None, n_threads: int | None) -> tuple[int, int]:
@@ -148,6 +176,7 @@ def _pool(actors: int | None, n_threads: int | None) -> tuple[int, int]:
 def _connection(address: str) -> Iterator[None]:
     """Connects to Ray, unless that has been done, and makes it talk of problems only."""
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that there is no bar
     if ray.is_initialized():
         yield
         return

@@ -475,8 +475,6 @@ def test_lines_are_read_only_as_far_ahead_as_they_are_worked_on():
         for number in range(1, 101):
             n_read = number
             yield Line(number, 0, b'{"prompt": "p%d"}' % number)
-            if number == 12:  # three places, four lines for each: now the window is full
-                threading.Timer(0.05, model.gate.set).start()
 
     numbers = []
     for result in Runner(model, settings, 3).run(lines()):  # three places, four lines for each
