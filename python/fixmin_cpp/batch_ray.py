@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Generator, Iterator
 
 import numpy as np
-import pyarrow
+import pyarrow  # type: ignore[import-untyped]
 import ray
 import ray.data
 from numpy.typing import NDArray
@@ -34,6 +34,7 @@ _RESULTS = pyarrow.schema(
         ("prompt_tokens", pyarrow.int64()),
         ("completion_tokens", pyarrow.int64()),
         ("error", pyarrow.large_string()),
+        ("fatal", pyarrow.large_string()),  # why there are no results; the job ends
     ]
 )
 
@@ -93,9 +94,11 @@ class RayJob:
             try:
                 for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
                     for row in table.to_pylist():
+                        if (reason := row.pop("fatal")) is not None:
+                            raise FixminError(reason)
                         yield Result(**row)
             except ray.exceptions.RayError as error:
-                raise FixminError(f"Ray: {_reason(error)}") from error
+                raise FixminError(f"Ray: {_last_line(error)}") from error
 
 
 class _Worker:
@@ -110,15 +113,25 @@ class _Worker:
             file.check()
             self._runner = Runner(file.load(n_threads), settings, concurrency)
         except Exception as error:
-            self._runner = error  # from here Ray would start actor after actor; from a task it ends the job
+            self._runner = error  # raised from here, it would make Ray start actor after actor
 
     def __call__(self, lines: pyarrow.Table) -> pyarrow.Table:
+        # An exception would reach the driver as the text of a traceback, which says everything but in its last line.
+        try:
+            rows = [vars(result) for result in self._results(lines)]
+        except Exception as error:
+            rows = [{"line": lines["number"][0].as_py(), "fatal": str(error) or type(error).__name__}]
+        return pyarrow.Table.from_pylist(rows, _RESULTS)
+
+    def _results(self, lines: pyarrow.Table) -> Iterator[Result]:
         if isinstance(self._runner, Exception):
             raise self._runner
         numbers = lines["number"].to_pylist()
-        ray.get(self._attempts.begin.remote(numbers[0], numbers[-1]))
-        results = self._runner.run(Line(**row) for row in lines.to_pylist())
-        return pyarrow.Table.from_pylist([vars(result) for result in results], _RESULTS)
+        if not ray.get(self._attempts.begin.remote(numbers[0])):
+            raise FixminError(
+                f"lines {numbers[0]} to {numbers[-1]}: the actors or nodes that began them died, again and again"
+            )
+        return self._runner.run(Line(**row) for row in lines.to_pylist())
 
 
 class _Attempts:
@@ -128,14 +141,10 @@ class _Attempts:
         self._limit = limit
         self._begun: Counter[int] = Counter()
 
-    def begin(self, first: int, last: int) -> None:
-        """Counts, and raises FixminError where it has been tried often enough."""
+    def begin(self, first: int) -> bool:
+        """Counts the piece that begins with this line; False: it has been tried often enough."""
         self._begun[first] += 1
-        if self._begun[first] > self._limit:
-            raise FixminError(
-                f"the actors that began lines {first} to {last} died, {self._limit} of {self._limit} times; "
-                "what is done is kept"
-            )
+        return self._begun[first] <= self._limit
 
 
 def _read(pieces: dict[str, NDArray[np.int64]], lines: InputFile) -> pyarrow.Table:
@@ -189,7 +198,6 @@ def _connection(address: str) -> Iterator[None]:
         ray.shutdown()
 
 
-def _reason(error: BaseException) -> str:
-    """The exception of the worker, where Ray's message holds its traceback; otherwise what Ray says."""
+def _last_line(error: BaseException) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1].strip() if lines else type(error).__name__

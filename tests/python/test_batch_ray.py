@@ -124,11 +124,8 @@ def test_a_piece_is_not_tried_for_ever():
     from fixmin_cpp.batch_ray import _Attempts
 
     attempts = _Attempts(2)
-    for first, last in [(1, 5), (6, 9), (1, 5)]:
-        attempts.begin(first, last)
-    with pytest.raises(fixmin_cpp.FixminError, match="the actors that began lines 1 to 5 died, 2 of 2 times"):
-        attempts.begin(1, 5)
-    attempts.begin(6, 9)
+    begun = [attempts.begin(first) for first in (1, 6, 1, 1, 6, 6)]
+    assert begun == [True, True, True, False, True, False]
 
 
 def test_a_job_begun_here_ends_there(address, job, tmp_path):
