@@ -1,27 +1,28 @@
 """Many prompts from a file into a file: in order, resumable, in this process or on a Ray cluster."""
 
 import contextlib
-import hashlib
 import itertools
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from . import __version__
+from . import __version__, _core
 from .arguments import as_int
 from .batch_lines import InputFile, Line, NativeEntry, Request, Settings, parse_line, write_record
-from .batch_output import OutputFile
+from .batch_output import OutputFile, Resumed
 from .errors import ArgumentError, ContextLengthError, FixminError, UnsupportedError
+from .generation import TokenLogprob
 from .model import Model
+from .state import file_sha256
 
-__all__ = ["BatchReport", "ModelFile", "Result", "Runner", "run_batch"]
+__all__ = ["BatchReport", "ModelFile", "Result", "run_batch", "run_lines"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class BatchReport:
     completion_tokens: int
     seconds: float  # from the first line of this run, loading included
     tok_s: float  # completion tokens per second, for scores and embeddings those of the texts
+    first_error: str | None = None  # of this run: "FILE, line N: what is wrong with it"
 
 
 @dataclass(frozen=True)
@@ -59,20 +61,30 @@ class ModelFile:
     n_threads: int | None
     n_ctx: int | None
     kv_type: str
+    n_parallel: int
 
     @classmethod
     def of(cls, path: str | os.PathLike[str], **settings: Any) -> "ModelFile":
         """Reads the file for its hash."""
-        return cls(os.path.abspath(path), _sha256(path), **settings)
+        return cls(os.path.abspath(path), file_sha256(path), **settings)
 
     def load(self, n_threads: int | None = None) -> Model:
         """The model; `n_threads` counts where the job names none."""
-        n_threads = n_threads if self.n_threads is None else self.n_threads
-        return Model(self.path, n_threads=n_threads, n_ctx=self.n_ctx, kv_type=self.kv_type)
+        return Model(
+            self.path,
+            n_threads=n_threads if self.n_threads is None else self.n_threads,
+            n_ctx=self.n_ctx,
+            kv_type=self.kv_type,
+            n_parallel=self.n_parallel,
+        )
+
+    def vocab_size(self) -> int:
+        """From the header; beyond any token id if it does not say: loading it tells what is wrong with the file."""
+        return int(_core.GgufFile(self.path).metadata.get("fixmin.vocab_size", 2**32))
 
     def check(self) -> None:
         """Raises FixminError if the file of that name is another one here."""
-        if _sha256(self.path) != self.sha256:
+        if file_sha256(self.path) != self.sha256:
             raise FixminError(f"{self.path} on {os.uname().nodename} is another file than where the job was started")
 
 
@@ -85,7 +97,7 @@ def run_batch(
     options: Mapping[str, Any] | None = None,
     seed: int = 0,
     token_ids: bool = False,
-    concurrency: int = 64,
+    n_parallel: int = 64,
     fail_fast: bool = False,
     overwrite: bool = False,
     n_threads: int | None = None,
@@ -106,84 +118,76 @@ def run_batch(
         source: the input, a regular file. Memory does not depend on its size.
         target: the output. Until the job is done, `target`.resume beside it says which job it belongs to.
         task: "generate", "score" (log-probability of every token), or "embed" (mean of the last hidden states).
-        options: arguments of Model.generate for lines that do not give them.
+        options: GenerationArguments for lines that do not give them.
         seed: 0 to 2^64-1. A line without a seed gets one that depends on this one and its number only.
         token_ids: records of generated texts hold their token ids too.
-        concurrency: lines that are worked on at a time, per model.
+        n_parallel: lines that a model works on at a time.
         fail_fast: the first bad line ends the job; otherwise its record says what was wrong.
         overwrite: do not resume, start again, whatever `target` holds.
         n_threads, n_ctx, kv_type: see Model. With Ray, n_threads is also the CPUs that an actor reserves.
         ray_address: "auto", "HOST:PORT", "local" (a Ray instance of its own), or None: this process.
         ray_actors: models in the cluster; None: one per node that has CPUs.
-        ray_lines: lines that an actor gets at a time, and repeats if it dies; None: four times `concurrency`.
+        ray_lines: lines that an actor gets at a time, and repeats if it dies; None: four times `n_parallel`.
         progress: called after each line.
 
     Raises:
         ArgumentError: an argument is wrong, or `target` belongs to another job: other input, model, options or version.
         FixminError: a bad line with fail_fast, "FILE, line N: ...". OSError, GGUFError: a file cannot be used.
     """
-    settings = Settings.check(task, seed, options or {}, token_ids)
-    concurrency = as_int("concurrency", concurrency, 1, 65_536)
+    n_parallel = as_int("n_parallel", n_parallel, 1, 4096)
     if ray_address is None and (ray_actors, ray_lines) != (None, None):
         raise ArgumentError("ray_actors and ray_lines need ray_address")
     if os.path.exists(target) and os.path.samefile(source, target):
         raise ArgumentError(f"{os.fspath(target)} is the input: give the output another name")
     lines = InputFile.scan(source)
-    file = ModelFile.of(model, n_threads=n_threads, n_ctx=n_ctx, kv_type=kv_type)
+    file = ModelFile.of(model, n_threads=n_threads, n_ctx=n_ctx, kv_type=kv_type, n_parallel=n_parallel)
+    settings = Settings.check(task, seed, options or {}, token_ids, file.vocab_size())
     with contextlib.ExitStack() as stack:
         output = stack.enter_context(OutputFile(target, _identity(settings, lines, file), overwrite=overwrite))
         resumed = output.resume(lines.lines())
-        tally = _Tally(os.fspath(target), lines.n_lines, resumed.n_records, resumed.n_errors, settings.task)
+        tally = _Tally(os.fspath(target), lines, resumed, task)
         if resumed.n_records < lines.n_lines:
             if ray_address is None:
-                loaded = stack.enter_context(file.load())
-                results = Runner(loaded, settings, concurrency).run(lines.lines(resumed.number, resumed.offset))
+                rest = lines.lines(resumed.number, resumed.offset)
+                results = run_lines(stack.enter_context(file.load()), settings, rest, n_parallel)
             else:
-                results = _ray_results(ray_address)(
-                    file, settings, concurrency, lines, resumed, actors=ray_actors, lines_per_task=ray_lines
-                )
+                results = _run_on_ray(ray_address, file, settings, lines, resumed, ray_actors, ray_lines)
             stack.enter_context(contextlib.closing(results))
             for result in _in_order(lines.lines(resumed.number, resumed.offset), results):
-                if fail_fast and result.error is not None:
-                    raise FixminError(f"{lines.path}, line {result.line}: {result.error}")
-                output.append(result.record)
                 tally.add(result)
+                if fail_fast and result.error is not None:
+                    raise FixminError(tally.report().first_error)
+                output.append(result.record)
                 if progress is not None:
                     progress(tally.report())
         output.finish()
         return tally.report()
 
 
-class Runner:
-    """Answers lines with one model, several at a time, and gives the results in the order of the lines.
+# Finished results may wait for a slow line before them; so many lines per place are begun at the most.
+_AHEAD = 4
 
-    Args:
-        model: stays the caller's. Closing it cancels what runs.
-        settings: of the job.
-        concurrency: requests that the model is given at a time.
+
+def run_lines(
+    model: Model, settings: Settings, lines: Iterable[Line], n_parallel: int
+) -> Generator[Result, None, None]:
+    """Answers lines, n_parallel at a time, and gives the results in their order.
+
+    Reads `lines` only as far ahead as it works on them. Errors other than those of a line end it. The model stays the
+    caller's; closing it cancels what runs.
     """
-
-    # Finished results may wait for a slow line before them; so many lines per place are begun at the most.
-    _AHEAD = 4
-
-    def __init__(self, model: Model, settings: Settings, concurrency: int) -> None:
-        self._model = model
-        self._settings = settings
-        self._concurrency = concurrency
-
-    def run(self, lines: Iterable[Line]) -> Generator[Result, None, None]:
-        """Reads `lines` only as far ahead as it works on them. Errors other than those of a line end it."""
-        window: deque[Future[Result]] = deque()
-        pool = ThreadPoolExecutor(self._concurrency, "fixmin-batch")
-        try:
-            for line in lines:
-                window.append(pool.submit(answer, self._model, self._settings, line))
-                while window and (window[0].done() or len(window) >= self._AHEAD * self._concurrency):
-                    yield window.popleft().result()
-            while window:
+    window: deque[Future[Result]] = deque()
+    # Their requests meet in the model's scheduler, where each of these threads sleeps until its answer is complete.
+    pool = ThreadPoolExecutor(n_parallel, "fixmin-batch")
+    try:
+        for line in lines:
+            window.append(pool.submit(answer, model, settings, line))
+            while window and (window[0].done() or len(window) >= _AHEAD * n_parallel):
                 yield window.popleft().result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        while window:
+            yield window.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def answer(model: Model, settings: Settings, line: Line) -> Result:
@@ -212,6 +216,7 @@ def _generate(model: Model, settings: Settings, request: Request) -> dict[str, A
         "text": completion.text,
         **({"token_ids": completion.token_ids} if settings.token_ids else {}),
         "finish_reason": completion.finish_reason,
+        **_logprobs(logprobs=completion.logprobs, prompt_logprobs=completion.prompt_logprobs),
         "usage": _usage(timings.n_prompt, timings.n_generated),
         "seed": completion.seed,
         "timings": {"prefill_s": round(timings.prefill_s, 6), "decode_s": round(timings.decode_s, 6)},
@@ -245,19 +250,23 @@ _OUTPUTS: dict[str, Callable[[Model, Settings, Request], dict[str, Any]]] = {
 class _Tally:
     """Counts results."""
 
-    def __init__(self, path: str, n_lines: int, n_resumed: int, n_errors: int, task: str) -> None:
+    def __init__(self, path: str, lines: InputFile, resumed: Resumed, task: str) -> None:
         self._started = time.monotonic()
+        self._input = lines.path
         self._generates = task == "generate"
-        self._report = BatchReport(path, n_lines, n_resumed, n_resumed, n_errors, 0, 0, 0.0, 0.0)
+        n_resumed = resumed.n_records
+        self._report = BatchReport(path, lines.n_lines, n_resumed, n_resumed, resumed.n_errors, 0, 0, 0.0, 0.0)
 
     def add(self, result: Result) -> None:
         now = self._report
+        error = None if result.error is None else f"{self._input}, line {result.line}: {result.error}"
         self._report = replace(
             now,
             n_done=now.n_done + 1,
-            n_errors=now.n_errors + (result.error is not None),
+            n_errors=now.n_errors + (error is not None),
             prompt_tokens=now.prompt_tokens + result.prompt_tokens,
             completion_tokens=now.completion_tokens + result.completion_tokens,
+            first_error=now.first_error or error,
         )
 
     def report(self) -> BatchReport:
@@ -276,7 +285,7 @@ def _in_order(lines: Iterable[Line], results: Iterable[Result]) -> Iterator[Resu
 
 
 def _identity(settings: Settings, lines: InputFile, file: ModelFile) -> dict[str, Any]:
-    """What a resumed job must have in common with its beginning. Threads and concurrency change no answer."""
+    """What a resumed job must have in common with its beginning. Threads and n_parallel change no answer."""
     return {
         "fixmin": __version__,
         "input": lines.sha256,
@@ -290,20 +299,16 @@ def _identity(settings: Settings, lines: InputFile, file: ModelFile) -> dict[str
     }
 
 
-def _ray_results(address: str) -> Callable[..., Generator[Result, None, None]]:
+def _run_on_ray(*arguments: Any) -> Generator[Result, None, None]:
     try:
-        from .batch_ray import RayJob
+        from .batch_ray import run_on_ray
     except ImportError as error:
         raise ImportError(f"a job on Ray needs pip install 'fixmin-cpp[ray]': {error}") from error
-    return RayJob(address).run
+    return run_on_ray(*arguments)
 
 
-def _sha256(path: str | os.PathLike[str]) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
-        while data := file.read(1 << 20):
-            digest.update(data)
-    return digest.hexdigest()
+def _logprobs(**fields: list[TokenLogprob] | None) -> dict[str, Any]:
+    return {name: [asdict(token) for token in tokens] for name, tokens in fields.items() if tokens is not None}
 
 
 def _usage(n_prompt: int, n_completion: int) -> dict[str, int]:

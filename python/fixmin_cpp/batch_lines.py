@@ -1,7 +1,6 @@
 """The lines of a batch job: requests in this project's form and in OpenAI's, and the records that answer them."""
 
 import hashlib
-import inspect
 import json
 import os
 import time
@@ -10,16 +9,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from .arguments import GenerationOptions, as_int, split_prompts
+from .arguments import GenerationOptions, as_int, main_names, split_prompts
 from .errors import ArgumentError, ArgumentTypeError
-from .model import Model
 
 __all__ = ["TASKS", "Entry", "InputFile", "Line", "Request", "Settings", "parse_line", "read_record", "write_record"]
 
 TASKS = ("generate", "score", "embed")
 
-_PARAMETERS = inspect.signature(Model.generate).parameters
-_GENERATION_ARGUMENTS = frozenset(_PARAMETERS) - {"self", "prompt"}
 _MAX_SEED = 2**64 - 1
 
 
@@ -77,11 +73,13 @@ class Settings:
 
     task: str  # one of TASKS
     seed: int  # of the job: lines without a seed of their own get one derived from it
-    options: Mapping[str, Any]  # arguments of Model.generate for lines that do not give them
+    options: Mapping[str, Any]  # GenerationArguments for lines that do not give them, as JSON has them
     token_ids: bool  # whether records hold the generated ids
 
     @classmethod
-    def check(cls, task: Any, seed: Any, options: Mapping[str, Any], token_ids: bool) -> "Settings":
+    def check(
+        cls, task: Any, seed: Any, options: Mapping[str, Any], token_ids: bool, vocab_size: int
+    ) -> "Settings":
         """Raises ArgumentError for what would be wrong in every line."""
         if task not in TASKS:
             raise ArgumentError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
@@ -90,11 +88,12 @@ class Settings:
             raise ArgumentError(f"{name} is an option of the task generate, it means nothing to {task}")
         if "seed" in options:
             raise ArgumentError("seed is that of the job: give it as such, or in a line")
-        _check_names(options, _GENERATION_ARGUMENTS, "option")
-        if task == "generate":
-            defaults = {name: _PARAMETERS[name].default for name in _GENERATION_ARGUMENTS}
-            GenerationOptions.check(**{**defaults, **options})
-        return cls(task, as_int("seed", seed, 0, _MAX_SEED), dict(options), token_ids)
+        try:
+            checked = _arguments(json.loads(json.dumps(dict(options))))
+        except TypeError as error:
+            raise ArgumentTypeError(f"options must be what JSON can hold: {error}") from None
+        GenerationOptions.check(checked, vocab_size)
+        return cls(task, as_int("seed", seed, 0, _MAX_SEED), checked, token_ids)
 
     def arguments(self, line: int, index: int, own: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments for one prompt: the line's own, else the job's, else what is `usual` in that form of line."""
@@ -108,7 +107,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt, str or ids, and the keyword arguments of Model.generate for it."""
+    """One prompt, str or ids, and its GenerationArguments."""
 
     prompt: Any
     arguments: dict[str, Any]
@@ -136,16 +135,16 @@ class Entry(ABC):
 
 
 class NativeEntry(Entry):
-    """{"id"?: anything, "prompt": text or ids, and any argument of Model.generate}."""
+    """{"id"?: anything, "prompt": text or ids, and any of GenerationArguments}."""
 
     def requests(self, settings: Settings) -> list[Request]:
         own = {name: value for name, value in self.fields.items() if name not in ("id", "prompt")}
-        allowed = _GENERATION_ARGUMENTS if settings.task == "generate" else frozenset()
-        _check_names(own, allowed, "field", ("id", "prompt"))
+        if own and settings.task != "generate":
+            raise ArgumentError(f"the task {settings.task} takes no {next(iter(own))}: a line has id and prompt")
         prompts = _prompts(self.fields)
         if len(prompts) != 1:
             raise ArgumentError(f"prompt must be one text or its ids, got {len(prompts)} prompts: give each its line")
-        return [Request(prompts[0], settings.arguments(self.line, 0, own, {}))]
+        return [Request(prompts[0], settings.arguments(self.line, 0, _arguments(own), {}))]
 
     def answer(self, outputs: list[dict[str, Any]]) -> dict[str, Any]:
         return {**self._head(), **outputs[0], "error": None}
@@ -162,33 +161,23 @@ class OpenAIEntry(Entry):
     """{"custom_id", "method": "POST", "url": "/v1/completions", "body": {...}}, as OpenAI's batch interface has it."""
 
     # What a completion is there unless the body says otherwise.
-    _USUAL = {"max_new_tokens": 16, "temperature": 1.0}  # noqa: RUF012
-    # Fields of a body that ask for what is not here yet, with the values that do not ask for it.
-    _NEUTRAL = {  # noqa: RUF012
-        "best_of": (1,),
-        "echo": (False,),
-        "frequency_penalty": (0,),
-        "logit_bias": ({},),
-        "n": (1,),
-        "presence_penalty": (0,),
-        "stream": (False,),
-        "suffix": ("",),
-    }
+    _USUAL = {"max_new_tokens": 16, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}  # noqa: RUF012
+    # Fields of a body that ask for what is not here, with the value that does not ask for it.
+    _NEUTRAL = {"best_of": 1, "echo": False, "logprobs": None, "n": 1, "stream": False, "suffix": ""}  # noqa: RUF012
     _IGNORED = ("model", "user")  # the job has one model
 
     def requests(self, settings: Settings) -> list[Request]:
         body = self._body(settings.task)
         own = {}
         for name, value in body.items():
-            name = "max_new_tokens" if name == "max_tokens" else name
-            if name not in _GENERATION_ARGUMENTS and name in self._NEUTRAL:
-                if value not in self._NEUTRAL[name]:
+            if name in self._NEUTRAL:
+                if value != self._NEUTRAL[name]:
                     raise ArgumentError(f"body: {name} is not supported, got {value!r}")
             elif name not in ("prompt", *self._IGNORED):
-                own[name] = value
-        _check_names(own, _GENERATION_ARGUMENTS, "body: field", ("prompt", "max_tokens", *self._IGNORED))
+                own["max_new_tokens" if name == "max_tokens" else name] = value
+        arguments = _arguments(own)
         return [
-            Request(prompt, settings.arguments(self.line, i, own, self._USUAL))
+            Request(prompt, settings.arguments(self.line, i, arguments, self._USUAL))
             for i, prompt in enumerate(_prompts(body))
         ]
 
@@ -210,7 +199,8 @@ class OpenAIEntry(Entry):
         return self._record(400, {"error": reason})
 
     def _body(self, task: str) -> dict[str, Any]:
-        _check_names(self.fields, frozenset(("custom_id", "method", "url", "body")), "field")
+        if unknown := self.fields.keys() - {"custom_id", "method", "url", "body"}:
+            raise ArgumentError(f"there is no field {min(unknown)!r} beside custom_id, method, url and body")
         if not isinstance(self.fields.get("custom_id"), str):
             raise ArgumentTypeError(f"custom_id must be a text, got {self.fields.get('custom_id')!r}")
         if self.fields.get("method", "POST") != "POST":
@@ -288,10 +278,13 @@ def _prompts(fields: Mapping[str, Any]) -> list[Any]:
     return split_prompts(fields["prompt"])[0]
 
 
-def _check_names(given: Mapping[str, Any], known: frozenset[str], what: str, also: tuple[str, ...] = ()) -> None:
-    for name in given:
-        if name not in known:
-            raise ArgumentError(f"{what} {name!r} is unknown; there are {', '.join(sorted({*known, *also}))}")
+def _arguments(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """GenerationArguments as JSON has them, under their main names. ArgumentTypeError for unknown ones."""
+    arguments = main_names(fields)
+    bias = arguments.get("logit_bias")
+    if isinstance(bias, Mapping):  # JSON has only texts as keys
+        arguments["logit_bias"] = {int(key) if key.isdecimal() else key: value for key, value in bias.items()}
+    return arguments
 
 
 def _no_constant(name: str) -> None:

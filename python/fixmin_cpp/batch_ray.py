@@ -4,7 +4,6 @@ import contextlib
 import itertools
 import logging
 import os
-from collections import Counter
 from collections.abc import Generator, Iterator
 
 import numpy as np
@@ -14,17 +13,18 @@ import ray.data
 from numpy.typing import NDArray
 
 from .arguments import as_int
-from .batch import ModelFile, Result, Runner
+from .batch import ModelFile, Result, run_lines
 from .batch_lines import InputFile, Line, Settings
 from .batch_output import Resumed
 from .errors import ArgumentError, FixminError
+from .model import Model
 
-__all__ = ["RayJob"]
+__all__ = ["run_on_ray"]
 
 # Ray Data keeps something for every task: a long input is cut into larger pieces rather than into more.
 _MAX_PIECES = 16_384
-# Ray repeats a task whenever its actor or node dies. A line that kills every actor must not keep a cluster for ever.
-_MAX_ATTEMPTS = 6
+# A task is repeated when its actor or node dies. A line that kills every actor must not keep a cluster for ever.
+_MAX_RETRIES = 5
 
 _LINES = pyarrow.schema([("number", pyarrow.int64()), ("offset", pyarrow.int64()), ("data", pyarrow.large_binary())])
 _RESULTS = pyarrow.schema(
@@ -39,118 +39,89 @@ _RESULTS = pyarrow.schema(
 )
 
 
-class RayJob:
-    """Runs jobs on the cluster at an address: "auto", "HOST:PORT", or "local" for a Ray instance of its own.
+def run_on_ray(
+    address: str,
+    file: ModelFile,
+    settings: Settings,
+    lines: InputFile,
+    resumed: Resumed,
+    actors: int | None,
+    lines_per_task: int | None,
+) -> Generator[Result, None, None]:
+    """The results of the lines that are left, in their order, while the cluster works on those that follow.
 
-    Where this process is connected to Ray already, that connection is used and stays.
+    A task whose actor dies is run again by another one. Its results are the same, and nothing of them is given before
+    the task is done. Where this process is connected to Ray already, that connection is used and stays.
+
+    Args:
+        address: "auto", "HOST:PORT", or "local" for a Ray instance of its own.
+        actors: number of models. lines_per_task: see run_batch.
     """
-
-    def __init__(self, address: str) -> None:
-        self._address = address
-
-    def run(
-        self,
-        file: ModelFile,
-        settings: Settings,
-        concurrency: int,
-        lines: InputFile,
-        resumed: Resumed,
-        *,
-        actors: int | None,
-        lines_per_task: int | None,
-    ) -> Generator[Result, None, None]:
-        """The results of the lines that are left, in their order, while the cluster works on those that follow.
-
-        A task whose actor dies is run again by another one. Its results are the same, and nothing of them is given
-        before the task is done.
-        """
-        per_task = 4 * concurrency if lines_per_task is None else as_int("ray_lines", lines_per_task, 1)
-        per_task = max(per_task, -(-(lines.n_lines - resumed.n_records) // _MAX_PIECES))
-        with _connection(self._address):
-            n_actors, n_threads = _pool(actors, file.n_threads)
-            pieces = _pieces(lines, resumed, per_task)
-            here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-            attempts = ray.remote(_Attempts).options(num_cpus=0, label_selector=here).remote(_MAX_ATTEMPTS)
-            # Not range(): its tasks want a CPU each and would wait for those of the pool for ever.
-            dataset = ray.data.from_items(pieces, override_num_blocks=len(pieces)).map_batches(
-                _read,
-                fn_args=(lines,),
-                batch_size=1,
-                batch_format="numpy",
-                num_cpus=0,  # the pool may have reserved all of them ...
-                compute=ray.data.TaskPoolStrategy(size=1),  # ... and without a limit each piece would have its process
-                label_selector=here,  # so that no other node needs the file
-            )
-            dataset = dataset.map_batches(
-                _Worker,
-                fn_constructor_args=(file, settings, concurrency, n_threads, attempts),
-                batch_size=None,  # a block, which is what one call of _read returns
-                batch_format="pyarrow",
-                compute=ray.data.ActorPoolStrategy(size=n_actors),
-                num_cpus=n_threads,
-            )
-            dataset.context.execution_options.preserve_order = True
-            dataset.context.enable_progress_bars = False
-            try:
-                for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-                    for row in table.to_pylist():
-                        if (reason := row.pop("fatal")) is not None:
-                            raise FixminError(reason)
-                        yield Result(**row)
-            except ray.exceptions.RayError as error:
-                raise FixminError(f"Ray: {_last_line(error)}") from error
+    per_task = 4 * file.n_parallel if lines_per_task is None else as_int("ray_lines", lines_per_task, 1)
+    per_task = max(per_task, -(-(lines.n_lines - resumed.n_records) // _MAX_PIECES))
+    with _connection(address):
+        n_actors, n_threads = _pool(actors, file.n_threads)
+        pieces = _pieces(lines, resumed, per_task)
+        # Not range(): its tasks want a CPU each and would wait for those of the pool for ever.
+        dataset = ray.data.from_items(pieces, override_num_blocks=len(pieces)).map_batches(
+            _read,
+            fn_args=(lines,),
+            batch_size=1,
+            batch_format="numpy",
+            num_cpus=0,  # the pool may have reserved all of them ...
+            compute=ray.data.TaskPoolStrategy(size=1),  # ... and without a limit each piece would have its process
+            label_selector={"ray.io/node-id": ray.get_runtime_context().get_node_id()},  # no other needs the file
+        )
+        dataset = dataset.map_batches(
+            _Worker,
+            fn_constructor_args=(file, settings, n_threads),
+            batch_size=None,  # a block, which is what one call of _read returns
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(size=n_actors),
+            num_cpus=n_threads,
+            max_task_retries=_MAX_RETRIES,
+        )
+        dataset.context.execution_options.preserve_order = True
+        dataset.context.enable_progress_bars = False
+        try:
+            for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+                for row in table.to_pylist():
+                    if (reason := row.pop("fatal")) is not None:
+                        raise FixminError(reason)
+                    yield Result(**row)
+        except ray.exceptions.RayError as error:
+            raise FixminError(f"Ray: {_last_line(error)}") from error
 
 
 class _Worker:
     """An actor: one model, which answers the lines of one piece at a time."""
 
-    def __init__(
-        self, file: ModelFile, settings: Settings, concurrency: int, n_threads: int, attempts: ray.actor.ActorHandle
-    ) -> None:
-        self._attempts = attempts
-        self._runner: Runner | Exception
+    def __init__(self, file: ModelFile, settings: Settings, n_threads: int) -> None:
+        self._settings = settings
+        self._n_parallel = file.n_parallel
+        self._model: Model | Exception
         try:
             file.check()
-            self._runner = Runner(file.load(n_threads), settings, concurrency)
+            self._model = file.load(n_threads)
         except Exception as error:
-            self._runner = error  # raised from here, it would make Ray start actor after actor
+            self._model = error  # raised from here, it would make Ray start actor after actor
 
     def __call__(self, lines: pyarrow.Table) -> pyarrow.Table:
         # An exception would reach the driver as the text of a traceback, which says everything but in its last line.
         try:
-            rows = [vars(result) for result in self._results(lines)]
+            if isinstance(self._model, Exception):
+                raise self._model
+            piece = (Line(**row) for row in lines.to_pylist())
+            rows = [vars(result) for result in run_lines(self._model, self._settings, piece, self._n_parallel)]
         except Exception as error:
             rows = [{"line": lines["number"][0].as_py(), "fatal": str(error) or type(error).__name__}]
         return pyarrow.Table.from_pylist(rows, _RESULTS)
-
-    def _results(self, lines: pyarrow.Table) -> Iterator[Result]:
-        if isinstance(self._runner, Exception):
-            raise self._runner
-        numbers = lines["number"].to_pylist()
-        if not ray.get(self._attempts.begin.remote(numbers[0])):
-            raise FixminError(
-                f"lines {numbers[0]} to {numbers[-1]}: the actors or nodes that began them died, again and again"
-            )
-        return self._runner.run(Line(**row) for row in lines.to_pylist())
-
-
-class _Attempts:
-    """How often each piece was begun: an actor of its own, which outlives those that die of a piece."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._begun: Counter[int] = Counter()
-
-    def begin(self, first: int) -> bool:
-        """Counts the piece that begins with this line; False: it has been tried often enough."""
-        self._begun[first] += 1
-        return self._begun[first] <= self._limit
 
 
 def _read(pieces: dict[str, NDArray[np.int64]], lines: InputFile) -> pyarrow.Table:
     """The lines of a piece of the input, as a table; `pieces` has one row."""
     piece = {name: int(column[0]) for name, column in pieces.items()}
-    found = list(itertools.islice(lines.lines(piece["number"], piece["offset"]), piece["n_lines"]))
+    found = itertools.islice(lines.lines(piece["number"], piece["offset"]), piece["n_lines"])
     return pyarrow.Table.from_pylist([line._asdict() for line in found], _LINES)
 
 

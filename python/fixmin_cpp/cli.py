@@ -216,24 +216,26 @@ def batch(
     task: Annotated[str, typer.Option(help="generate, score (log-probabilities) or embed (mean state).")] = "generate",
     max_new_tokens: Annotated[int | None, typer.Option("-n", "--max-new-tokens", help="Upper limit of a text.")] = None,
     temperature: Annotated[float | None, typer.Option("--temperature", "--temp", help="0: greedy.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Sample from the k most probable tokens; 0: from all.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Sample from this share of the probability; 1: from all.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="From the k most probable tokens. Default: 40; 0: all")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="From this share of the probability. Default: 0.95; 1: all")
+    ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end-of-text token.")] = False,
+    ignore_eos: Annotated[bool | None, typer.Option("--ignore-eos", help="Never draw the end-of-text token.")] = None,
     others: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="NAME=JSON", help="Any other argument of Model.generate; repeatable."),
     ] = None,
     seed: Annotated[int, typer.Option("-s", "--seed", help="Lines get theirs from this and their number.")] = 0,
     token_ids: Annotated[bool, typer.Option("--token-ids", help="Write the ids of generated tokens too.")] = False,
-    concurrency: Annotated[int, typer.Option(help="Lines that a model works on at a time.")] = 64,
+    n_parallel: Annotated[int, typer.Option("--parallel", help="Lines that a model works on at a time.")] = 64,
     fail_fast: Annotated[bool, typer.Option("--fail-fast", help="End at the first bad line.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start again, whatever OUT.jsonl holds.")] = False,
     ray: Annotated[
         str | None, typer.Option(metavar="ADDRESS", help="Run on a Ray cluster: auto, HOST:PORT, or local.")
     ] = None,
     ray_actors: Annotated[int | None, typer.Option(help="Models in the cluster. Default: one per node.")] = None,
-    ray_lines: Annotated[int | None, typer.Option(help="Lines of a Ray task. Default: 4 times --concurrency.")] = None,
+    ray_lines: Annotated[int | None, typer.Option(help="Lines of a Ray task. Default: 4 times --parallel.")] = None,
     threads: Annotated[int | None, typer.Option("-t", "--threads", help="Default: what the machine offers.")] = None,
     ctx: Annotated[int | None, typer.Option("-c", "--ctx", help="Context positions. Default: the model's.")] = None,
     kv_type: Annotated[str, typer.Option(help="Type of the KV cache: f16, f32 or q8_0.")] = "f16",
@@ -247,28 +249,21 @@ def batch(
     batch format to /v1/completions. Options here count for lines that do not say otherwise. What is wrong with a line
     stands in its record. docs/batch.md has the formats.
     """
+    given = {name: value for name, value in locals().items() if name in GenerationArguments.__annotations__}
     from .batch import run_batch
 
     with _errors(debug):
-        named = {
-            "max_new_tokens": max_new_tokens,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "stop": stop or None,
-            "ignore_eos": ignore_eos or None,
-        }
-        options = {name: value for name, value in named.items() if value is not None} | _json_options(others or [])
+        options = {name: value for name, value in given.items() if value is not None and name != "seed"}
         with _batch_progress(quiet or as_json) as update:
             report = run_batch(
                 model,
                 source,
                 target,
                 task=task,
-                options=options,
+                options=options | _json_options(others or []),
                 seed=seed,
                 token_ids=token_ids,
-                concurrency=concurrency,
+                n_parallel=n_parallel,
                 fail_fast=fail_fast,
                 overwrite=overwrite,
                 n_threads=threads,

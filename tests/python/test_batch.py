@@ -18,7 +18,7 @@ from fixmin_cli import FIXMIN, TIMEOUT, fixmin
 from toy_models import byte_level, write_model
 
 import fixmin_cpp
-from fixmin_cpp.batch import BatchReport, ModelFile, Runner
+from fixmin_cpp.batch import BatchReport, ModelFile, run_lines
 from fixmin_cpp.batch_lines import InputFile, Line, Settings
 
 OPENAI = {"custom_id": "x", "method": "POST", "url": "/v1/completions"}
@@ -43,7 +43,7 @@ def test_each_line_gets_what_generate_gives(model, tmp_path, out):
     arguments.append({"max_new_tokens": 9, "stop": ["e", "th"], "temperature": 1.3, "seed": 2**64 - 1})
     lines = [{"id": [i], "prompt": PROMPTS[i % 6], **arguments[i % 3]} for i in range(18)]
     lines.append({"prompt": model.encode("the cat"), "max_new_tokens": 4})
-    report = run_job(model.path, write_lines(tmp_path / "in", lines), out, token_ids=True, concurrency=5)
+    report = run_job(model.path, write_lines(tmp_path / "in", lines), out, token_ids=True, n_parallel=5)
     for number, (line, record) in enumerate(zip(lines, records(out), strict=True), 1):
         own = {name: value for name, value in line.items() if name not in ("id", "prompt")}
         expected = model.generate(line["prompt"], **own)
@@ -107,7 +107,7 @@ def test_openai_lines(model, tmp_path, out):
     assert first == {"id": "batch_req_1", "custom_id": "c0", "response": response, "error": None}
     # What OpenAI's completions are without these fields: 16 tokens, temperature 1.
     for choice, prompt in zip(second["response"]["body"]["choices"], ["the cat", "ab"], strict=True):
-        alone = model.generate(prompt, seed=5, top_p=0.9, max_new_tokens=16, temperature=1.0)
+        alone = model.generate(prompt, seed=5, top_p=0.9, max_new_tokens=16, temperature=1.0, top_k=0, min_p=0)
         assert (choice["text"], choice["seed"]) == (alone.text, 5)
     for choice, ids in zip(third["response"]["body"]["choices"], [[1, 2, 3], [4]], strict=True):
         assert choice["token_ids"] == model.generate(ids, max_new_tokens=4).token_ids
@@ -142,7 +142,7 @@ BAD = [
     ({"id": "x", "prompt": 5}, "x", "prompt must be"),
     ({"id": "x", "prompt": [1, 10**6]}, "x", "prompt[1] is 1000000"),
     ({"id": "x", "prompt": [1] * 10_000}, "x", "the context holds"),
-    ({"id": "x", "prompt": "a", "max_tokens": 4}, "x", "field 'max_tokens' is unknown"),
+    ({"id": "x", "prompt": "a", "max_tokens": 4}, "x", "there is no argument 'max_tokens'"),
     ({"id": "x", "prompt": "a", "temperature": "hot"}, "x", "temperature must be a number"),
     ({"id": "x", "prompt": "a", "seed": -1}, "x", "seed must be between"),
     ({"id": "x", "prompt": "a", "stop": [""]}, "x", "stop[0] must not be empty"),
@@ -150,9 +150,13 @@ BAD = [
     ({**OPENAI, "method": "GET", "body": {"prompt": "a"}}, "x", "method must be POST"),
     ({**OPENAI, "body": [1]}, "x", "body must be an object"),
     ({**OPENAI, "custom_id": 5, "body": {"prompt": "a"}}, 5, "custom_id must be a text"),
-    ({**OPENAI, "body": {"prompt": "a"}, "priority": 1}, "x", "field 'priority' is unknown"),
+    ({**OPENAI, "body": {"prompt": "a"}, "priority": 1}, "x", "there is no field 'priority'"),
     ({**OPENAI, "body": {"prompt": "a", "n": 2}}, "x", "n is not supported, got 2"),
-    ({**OPENAI, "body": {"prompt": "a", "tools": []}}, "x", "field 'tools' is unknown"),
+    ({**OPENAI, "body": {"prompt": "a", "logprobs": 1}}, "x", "logprobs is not supported, got 1"),
+    ({"id": "x", "prompt": "a", "logit_bias": {"b": 1}}, "x", "logit_bias key must be an integer"),
+    ({"id": "x", "prompt": "a", "repeat_penalty": 2, "repetition_penalty": 2}, "x", "are one argument"),
+    ({"id": "x", "prompt": "a", "allowed_ids": [10**6]}, "x", "allowed_ids[0] is 1000000"),
+    ({**OPENAI, "body": {"prompt": "a", "tools": []}}, "x", "there is no argument 'tools'"),
     ({**OPENAI, "body": {"max_tokens": 1}}, "x", "prompt is missing"),
 ]
 
@@ -261,7 +265,7 @@ def test_a_job_goes_on_wherever_its_output_is_torn(model_path, tmp_path, out):
 
 def test_a_job_that_is_killed_again_and_again(slow_model_path, tmp_path, out):
     source = write_lines(tmp_path / "in", mixed_lines(240) * 2)
-    run_job(slow_model_path, source, tmp_path / "whole", options={"top_p": 0.9}, concurrency=3)
+    run_job(slow_model_path, source, tmp_path / "whole", options={"top_p": 0.9}, n_parallel=3)
     command = [
         *FIXMIN,
         "batch",
@@ -357,8 +361,8 @@ def test_a_job_goes_on_only_as_the_job_it_was(model_path, tmp_path, out, monkeyp
         with pytest.raises(fixmin_cpp.ArgumentError, match="fixmin was"):
             run_job(**arguments)
     assert out.read_bytes() == before
-    # Neither threads nor concurrency change an answer.
-    assert run_job(**arguments, concurrency=1).n_resumed == 4
+    # Neither threads nor n_parallel change an answer.
+    assert run_job(**arguments, n_parallel=1).n_resumed == 4
 
 
 def test_what_is_no_unfinished_job_is_left_alone(model_path, tmp_path, out):
@@ -405,10 +409,12 @@ def test_fail_fast(model_path, tmp_path, out):
 WRONG = [
     ({"task": "chat"}, "task must be one of"),
     ({"seed": -1}, "seed must be between"),
-    ({"concurrency": 0}, "concurrency must be between"),
+    ({"n_parallel": 0}, "n_parallel must be between"),
     ({"options": {"temperature": -1}}, "temperature must be between"),
-    ({"options": {"warmth": 1}}, "option 'warmth' is unknown"),
+    ({"options": {"warmth": 1}}, "there is no argument 'warmth'"),
     ({"options": {"seed": 1}}, "seed is that of the job"),
+    ({"options": {"banned_ids": [10**6]}}, "banned_ids[0] is 1000000"),
+    ({"options": {"stop": {"a"}}}, "options must be what JSON can hold"),
     ({"options": {"top_k": 1}, "task": "embed"}, "top_k is an option of the task generate"),
     ({"token_ids": True, "task": "embed"}, "token_ids is an option of the task generate"),
     ({"ray_actors": 2}, "need ray_address"),
@@ -462,12 +468,12 @@ class GatedModel:
         if prompt == "p12":
             self.gate.set()
         self.prompts.append(prompt)
-        return fixmin_cpp.Completion("", [], "length", 0, fixmin_cpp.Timings(1, 0, 0.0, 0.0, 0.0, 0.0))
+        return fixmin_cpp.Completion("", [], "length", 0, fixmin_cpp.Timings(1, 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0))
 
 
 def test_lines_are_read_only_as_far_ahead_as_they_are_worked_on():
     """A line that takes long stops neither those after it, up to a limit, nor the order of results."""
-    model, settings = GatedModel(), Settings.check("generate", 0, {}, False)
+    model, settings = GatedModel(), Settings.check("generate", 0, {}, False, 256)
     n_read = 0
 
     def lines():
@@ -477,7 +483,7 @@ def test_lines_are_read_only_as_far_ahead_as_they_are_worked_on():
             yield Line(number, 0, b'{"prompt": "p%d"}' % number)
 
     numbers = []
-    for result in Runner(model, settings, 3).run(lines()):  # three places, four lines for each
+    for result in run_lines(model, settings, lines(), 3):  # three places, four lines for each
         assert n_read <= result.line + 12
         numbers.append(result.line)
     assert numbers == list(range(1, 101))
@@ -486,9 +492,9 @@ def test_lines_are_read_only_as_far_ahead_as_they_are_worked_on():
 
 
 def test_a_runner_that_is_closed_begins_no_more():
-    model, settings = GatedModel(), Settings.check("generate", 0, {}, False)
+    model, settings = GatedModel(), Settings.check("generate", 0, {}, False, 256)
     model.gate.set()
-    results = Runner(model, settings, 2).run(Line(n, 0, b'{"prompt": "p%d"}' % n) for n in range(1, 1000))
+    results = run_lines(model, settings, (Line(n, 0, b'{"prompt": "p%d"}' % n) for n in range(1, 1000)), 2)
     assert next(results).line == 1
     results.close()
     assert len(model.prompts) <= 2 + 8
@@ -519,7 +525,7 @@ def test_what_is_appended_to_the_input_later_is_not_part_of_the_job(tmp_path):
 def test_a_model_file_that_differs_elsewhere(model_path, tmp_path):
     copy = tmp_path / "copy.gguf"
     copy.write_bytes(model_path.read_bytes())
-    file = ModelFile.of(copy, n_threads=1, n_ctx=None, kv_type="f16")
+    file = ModelFile.of(copy, n_threads=1, n_ctx=None, kv_type="f16", n_parallel=1)
     file.check()
     with open(copy, "r+b") as changed:
         changed.seek(-1, os.SEEK_END)

@@ -21,7 +21,7 @@ ray = pytest.importorskip("ray", reason="needs fixmin-cpp[ray]")
 # What Ray itself does is not for these tests.
 pytestmark = pytest.mark.filterwarnings("default")
 
-SETTINGS: dict[str, Any] = {"options": {"top_p": 0.9}, "seed": 4, "token_ids": True, "concurrency": 3}
+SETTINGS: dict[str, Any] = {"options": {"top_p": 0.9}, "seed": 4, "token_ids": True, "n_parallel": 3}
 N_LINES = 240
 
 
@@ -107,7 +107,7 @@ def test_the_process_that_started_it_killed_and_started_again(address, job, tmp_
     out = tmp_path / "out"
     command = [*FIXMIN, "batch", str(source), str(out), "-m", str(model), "--json", "--ray", address]
     command += ["--ray-lines", "5", "--ray-actors", "2", "--threads", "1", "--top-p", "0.9", "--seed", "4"]
-    command += ["--token-ids", "--concurrency", "3"]
+    command += ["--token-ids", "--parallel", "3"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         wait_for_lines(out, 60, process)
         process.kill()
