@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import logging
 import os
+from collections import Counter
 from collections.abc import Generator, Iterator
 
 import numpy as np
@@ -23,8 +24,8 @@ __all__ = ["run_on_ray"]
 
 # Ray Data keeps something for every task: a long input is cut into larger pieces rather than into more.
 _MAX_PIECES = 16_384
-# A task is repeated when its actor or node dies. A line that kills every actor must not keep a cluster for ever.
-_MAX_RETRIES = 5
+# Ray repeats a task whenever its actor or node dies. A line that kills every actor must not keep a cluster for ever.
+_MAX_ATTEMPTS = 6
 
 _LINES = pyarrow.schema([("number", pyarrow.int64()), ("offset", pyarrow.int64()), ("data", pyarrow.large_binary())])
 _RESULTS = pyarrow.schema(
@@ -62,6 +63,8 @@ def run_on_ray(
     with _connection(address):
         n_actors, n_threads = _pool(actors, file.n_threads)
         pieces = _pieces(lines, resumed, per_task)
+        here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+        attempts = ray.remote(_Attempts).options(num_cpus=0, label_selector=here).remote(_MAX_ATTEMPTS)
         # Not range(): its tasks want a CPU each and would wait for those of the pool for ever.
         dataset = ray.data.from_items(pieces, override_num_blocks=len(pieces)).map_batches(
             _read,
@@ -70,16 +73,15 @@ def run_on_ray(
             batch_format="numpy",
             num_cpus=0,  # the pool may have reserved all of them ...
             compute=ray.data.TaskPoolStrategy(size=1),  # ... and without a limit each piece would have its process
-            label_selector={"ray.io/node-id": ray.get_runtime_context().get_node_id()},  # no other needs the file
+            label_selector=here,  # so that no other node needs the file
         )
         dataset = dataset.map_batches(
             _Worker,
-            fn_constructor_args=(file, settings, n_threads),
+            fn_constructor_args=(file, settings, n_threads, attempts),
             batch_size=None,  # a block, which is what one call of _read returns
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(size=n_actors),
             num_cpus=n_threads,
-            max_task_retries=_MAX_RETRIES,
         )
         dataset.context.execution_options.preserve_order = True
         dataset.context.enable_progress_bars = False
@@ -96,7 +98,10 @@ def run_on_ray(
 class _Worker:
     """An actor: one model, which answers the lines of one piece at a time."""
 
-    def __init__(self, file: ModelFile, settings: Settings, n_threads: int) -> None:
+    def __init__(
+        self, file: ModelFile, settings: Settings, n_threads: int, attempts: "ray.actor.ActorHandle[_Attempts]"
+    ) -> None:
+        self._attempts = attempts
         self._settings = settings
         self._n_parallel = file.n_parallel
         self._model: Model | Exception
@@ -109,13 +114,31 @@ class _Worker:
     def __call__(self, lines: pyarrow.Table) -> pyarrow.Table:
         # An exception would reach the driver as the text of a traceback, which says everything but in its last line.
         try:
-            if isinstance(self._model, Exception):
-                raise self._model
-            piece = (Line(**row) for row in lines.to_pylist())
-            rows = [vars(result) for result in run_lines(self._model, self._settings, piece, self._n_parallel)]
+            rows = [vars(result) for result in self._results([Line(**row) for row in lines.to_pylist()])]
         except Exception as error:
             rows = [{"line": lines["number"][0].as_py(), "fatal": str(error) or type(error).__name__}]
         return pyarrow.Table.from_pylist(rows, _RESULTS)
+
+    def _results(self, piece: list[Line]) -> Iterator[Result]:
+        if isinstance(self._model, Exception):
+            raise self._model
+        first, last = piece[0].number, piece[-1].number
+        if not ray.get(self._attempts.begin.remote(first)):
+            raise FixminError(f"lines {first} to {last}: the actors or nodes that began them died, again and again")
+        return run_lines(self._model, self._settings, piece, self._n_parallel)
+
+
+class _Attempts:
+    """How often each piece was begun: an actor of its own, which outlives those that die of a piece."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._begun: Counter[int] = Counter()
+
+    def begin(self, first: int) -> bool:
+        """Counts the piece that begins with this line; False: it has been tried often enough."""
+        self._begun[first] += 1
+        return self._begun[first] <= self._limit
 
 
 def _read(pieces: dict[str, NDArray[np.int64]], lines: InputFile) -> pyarrow.Table:

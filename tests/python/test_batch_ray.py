@@ -1,4 +1,4 @@
-"""Batch jobs on Ray Data, on a cluster of two nodes on this machine, with processes killed in the middle."""
+"""Batch jobs on Ray Data, on a cluster of two nodes on this machine, with processes and a node killed in the middle."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from batch_jobs import mixed_lines, records, run_job, wait_for_lines, write_lines
-from fixmin_cli import FIXMIN, TIMEOUT
+from fixmin_cli import FIXMIN, TIMEOUT, fixmin
 from toy_models import byte_level, write_model
 
 import fixmin_cpp
@@ -22,102 +22,117 @@ ray = pytest.importorskip("ray", reason="needs fixmin-cpp[ray]")
 pytestmark = pytest.mark.filterwarnings("default")
 
 SETTINGS: dict[str, Any] = {"options": {"top_p": 0.9}, "seed": 4, "token_ids": True, "n_parallel": 3}
-N_LINES = 240
+COMMAND = ["--threads", "1", "--top-p", "0.9", "--seed", "4", "--token-ids", "--parallel", "3"]
+N_LINES = 60
+NODE = {"num_cpus": 1, "object_store_memory": 80 << 20}
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    """Two nodes with one CPU each; nothing is reported anywhere, and nothing listens but on loopback."""
+def cluster() -> Iterator[Any]:
+    """Two nodes with one CPU each, and this process connected: each connection would cost seconds."""
     from ray.cluster_utils import Cluster
 
+    # A dead node is noticed after five failed calls of its port; one that is only slow has ten seconds for each.
+    config = {"health_check_period_ms": 500, "health_check_initial_delay_ms": 0}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        # Not 127.0.0.1, in whose place Ray puts the address of the machine when it connects.
-        node = {"num_cpus": 1, "object_store_memory": 80 << 20}
-        head = {**node, "node_ip_address": "127.0.0.2", "include_dashboard": False}
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported anywhere
+        head = {**NODE, "include_dashboard": False, "_system_config": config}
         cluster = Cluster(initialize_head=True, head_node_args=head)
-        cluster.add_node(**node, node_ip_address="127.0.0.3")
+        cluster.add_node(**NODE)
         cluster.wait_for_nodes()
-        yield cluster.address
+        ray.init(address=cluster.address, log_to_driver=False)
+        yield cluster
+        ray.shutdown()
         cluster.shutdown()
 
 
 @pytest.fixture(scope="module")
-def slow_model_path(folder: Path) -> Path:
-    return write_model(folder / "slow-ray.gguf", byte_level(), embedding_length=128, block_count=6, context_length=256)
-
-
-@pytest.fixture(scope="module")
-def job(slow_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[dict[str, Any]]]:
+def job(folder: Path) -> tuple[Path, Path, list[dict[str, Any]]]:
     """Model, input, and the records of a run without Ray."""
-    folder = tmp_path_factory.mktemp("ray")
-    source = write_lines(folder / "in.jsonl", [b"\n", *mixed_lines(N_LINES), b"\n"])
-    run_job(slow_model_path, source, folder / "local.jsonl", **SETTINGS)
-    return slow_model_path, source, records(folder / "local.jsonl")
+    model = write_model(folder / "slow-ray.gguf", byte_level(), embedding_length=128, block_count=6, context_length=256)
+    source = write_lines(folder / "ray.jsonl", [b"\n", *mixed_lines(N_LINES, longer=50), b"\n"])
+    run_job(model, source, folder / "local.jsonl", **SETTINGS)
+    return model, source, records(folder / "local.jsonl")
 
 
 def actors() -> list[dict[str, Any]]:
-    """Those of the job that runs: pid, node and restarts."""
+    """Those of the job that runs: id, pid and node."""
     table = ray._private.state.actors().values()
     return [actor for actor in table if actor["State"] == "ALIVE" and "MapWorker" in actor["ActorClassName"]]
 
 
-def at(n: int, action: Callable[[], None]) -> Callable[[BatchReport], None]:
-    """A progress callback that acts once, after so many lines."""
-    return lambda report: action() if report.n_done == n else None
+def at(n: int, action: Callable[[], object]) -> Callable[[BatchReport], None]:
+    """A progress callback that acts once, when the output has so many lines."""
+
+    def progress(report: BatchReport) -> None:
+        if report.n_done == n:
+            action()
+
+    return progress
 
 
-def test_two_nodes_give_what_this_process_gives(address, job, tmp_path):
-    model, source, expected = job
+def run_on_ray(job: Any, out: Path, **arguments: Any) -> BatchReport:
+    return run_job(job[0], job[1], out, **{**SETTINGS, "ray_address": "auto", "ray_lines": 5, **arguments})
+
+
+def test_two_nodes_give_what_this_process_gives(cluster, job, tmp_path):
     seen: list[dict[str, Any]] = []
-    progress = at(N_LINES // 2, lambda: seen.extend(actors()))
-    report = run_job(model, source, tmp_path / "out", ray_address=address, ray_lines=9, progress=progress, **SETTINGS)
-    assert records(tmp_path / "out") == expected
+    report = run_on_ray(job, tmp_path / "out", progress=at(N_LINES // 2, lambda: seen.extend(actors())))
+    assert records(tmp_path / "out") == job[2]
     assert len({actor["Address"]["NodeID"] for actor in seen}) == 2
     assert (report.n_done, report.n_resumed) == (N_LINES, 0)
     assert report.n_errors == sum(i % 7 == 3 for i in range(N_LINES))
     assert not (tmp_path / "out.resume").exists()
-    assert not ray.is_initialized()
+    assert ray.is_initialized()  # the connection was there before
 
 
-def test_a_worker_killed_in_the_middle(address, job, tmp_path):
-    model, source, expected = job
-    killed: list[int] = []
-    restarted: list[dict[str, Any]] = []
+def test_workers_killed_in_the_middle(cluster, job, tmp_path):
+    killed: list[dict[str, Any]] = []
 
     def kill() -> None:
-        killed.extend(actor["Pid"] for actor in actors())
-        for pid in killed:
-            os.kill(pid, signal.SIGKILL)
+        killed.extend(actors())
+        for actor in killed:
+            os.kill(actor["Pid"], signal.SIGKILL)
 
-    def look(report: BatchReport) -> None:
-        if report.n_done == 40:
-            kill()
-        if report.n_done == N_LINES - 10:
-            restarted.extend(actors())
-
-    run_job(model, source, tmp_path / "out", ray_address=address, ray_lines=7, progress=look, **SETTINGS)
+    run_on_ray(job, tmp_path / "out", progress=at(1, kill))
     assert len(killed) == 2
-    assert records(tmp_path / "out") == expected
-    assert any(actor["NumRestarts"] >= 1 and actor["Pid"] not in killed for actor in restarted)
+    assert records(tmp_path / "out") == job[2]
+    after = [ray._private.state.actors(actor["ActorID"]) for actor in killed]
+    assert any(actor["NumRestarts"] >= 1 for actor in after)  # the job went on with them
 
 
-def test_the_process_that_started_it_killed_and_started_again(address, job, tmp_path):
+def test_begun_here_killed_on_ray_and_ended_on_ray(cluster, job, tmp_path):
     model, source, expected = job
     out = tmp_path / "out"
-    command = [*FIXMIN, "batch", str(source), str(out), "-m", str(model), "--json", "--ray", address]
-    command += ["--ray-lines", "5", "--ray-actors", "2", "--threads", "1", "--top-p", "0.9", "--seed", "4"]
-    command += ["--token-ids", "--parallel", "3"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        wait_for_lines(out, 60, process)
+
+    def stop() -> None:
+        raise KeyError("stop")
+
+    with pytest.raises(KeyError, match="stop"):
+        run_job(model, source, out, progress=at(8, stop), **SETTINGS)
+    assert records(out) == expected[:8]
+    command = [*FIXMIN, "batch", str(source), str(out), "-m", str(model), *COMMAND, "--ray", cluster.address]
+    with subprocess.Popen([*command, "--ray-lines", "2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        wait_for_lines(out, 9, process)
         process.kill()
         process.communicate(timeout=TIMEOUT)
-    assert records(out)[: len(records(out)) - 1] == expected[: len(records(out)) - 1]
-    result = subprocess.run(command, capture_output=True, timeout=TIMEOUT, check=False)
-    assert result.returncode == 0, result.stderr.decode()
-    summary = json.loads(result.stdout)
-    assert 60 <= summary["n_resumed"] < N_LINES
+    n_left = out.read_bytes().count(b"\n")
+    report = run_on_ray(job, out)
+    assert report.n_resumed == n_left < N_LINES
     assert records(out) == expected
+
+
+def test_errors(cluster, job, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(fixmin_cpp.FixminError, match=r"ray.jsonl, line 5: temperature must be between"):
+        run_on_ray(job, out, fail_fast=True)
+    assert records(out) == job[2][:3]
+    with pytest.raises(fixmin_cpp.ArgumentError, match="room for 2 actors of 1 CPUs, not for 3"):
+        run_on_ray(job, out, ray_actors=3)
+    with pytest.raises(fixmin_cpp.ArgumentError, match="room for 0 actors of 2 CPUs"):
+        run_on_ray(job, out, n_threads=2)
+    with pytest.raises(fixmin_cpp.FixminError, match="n_ctx"):
+        run_on_ray(job, tmp_path / "new", n_ctx=10**6)
 
 
 def test_a_piece_is_not_tried_for_ever():
@@ -128,28 +143,27 @@ def test_a_piece_is_not_tried_for_ever():
     assert begun == [True, True, True, False, True, False]
 
 
-def test_a_job_begun_here_ends_there(address, job, tmp_path):
-    model, source, expected = job
+def test_a_node_lost_in_the_middle(cluster, job, tmp_path):
+    """A third node has room for the actor of the one that dies."""
+    cluster.add_node(**NODE)
+    cluster.wait_for_nodes()
+    lost: list[str] = []
 
-    def stop() -> None:
-        raise KeyError("stop")
+    def lose() -> None:
+        used = {actor["Address"]["NodeID"] for actor in actors()}
+        node = next(n for n in cluster.list_all_nodes() if n.node_id in used and n is not cluster.head_node)
+        lost.append(node.node_id)
+        cluster.remove_node(node, allow_graceful=False)
 
-    with pytest.raises(KeyError, match="stop"):
-        run_job(model, source, tmp_path / "out", progress=at(100, stop), **SETTINGS)
-    report = run_job(model, source, tmp_path / "out", ray_address=address, **SETTINGS)
-    assert report.n_resumed == 100
-    assert records(tmp_path / "out") == expected
+    run_on_ray(job, tmp_path / "out", ray_actors=2, progress=at(1, lose))
+    assert records(tmp_path / "out") == job[2]
+    assert [node["NodeID"] for node in ray.nodes() if not node["Alive"]] == lost
 
 
-def test_errors(address, job, tmp_path):
-    model, source, expected = job
-    out = tmp_path / "out"
-    with pytest.raises(fixmin_cpp.FixminError, match=r"line 5: temperature must be between"):
-        run_job(model, source, out, ray_address=address, fail_fast=True, **SETTINGS)
-    assert records(out) == expected[:3]
-    with pytest.raises(fixmin_cpp.ArgumentError, match="room for 2 actors of 1 CPUs, not for 3"):
-        run_job(model, source, out, ray_address=address, ray_actors=3, **SETTINGS)
-    with pytest.raises(fixmin_cpp.ArgumentError, match="room for 0 actors of 2 CPUs"):
-        run_job(model, source, out, ray_address=address, n_threads=2, **SETTINGS)
-    with pytest.raises(fixmin_cpp.FixminError, match="n_ctx"):
-        run_job(model, source, tmp_path / "new", ray_address=address, n_ctx=10**6, **SETTINGS)
+def test_an_instance_of_its_own(job, tmp_path):
+    model, _, expected = job
+    source = write_lines(tmp_path / "in", [b"\n", *mixed_lines(3, longer=50)])
+    result = fixmin("batch", source, tmp_path / "out", "-m", model, *COMMAND, "--ray", "local", "--json")
+    assert result.returncode == 0, result.stderr.decode()  # which has warnings of Ray, too
+    assert json.loads(result.stdout)["n_done"] == 3
+    assert records(tmp_path / "out") == expected[:3]
