@@ -17,7 +17,7 @@ from . import __version__, _core
 from .arguments import as_int
 from .batch_lines import InputFile, Line, NativeEntry, Request, Settings, parse_line, write_record
 from .batch_output import OutputFile, Resumed
-from .errors import ArgumentError, ContextLengthError, FixminError, UnsupportedError
+from .errors import ArgumentError, FixminError
 from .generation import TokenLogprob
 from .model import Model
 from .state import file_sha256
@@ -196,7 +196,9 @@ def answer(model: Model, settings: Settings, line: Line) -> Result:
     try:
         entry = parse_line(line)
         outputs = [_OUTPUTS[settings.task](model, settings, request) for request in entry.requests(settings)]
-    except (ArgumentError, ContextLengthError, UnsupportedError) as error:
+    except FixminError as error:
+        if model.closed:
+            raise  # the line is not to blame
         return Result(line.number, write_record(entry.failure(error)), error=str(error))
     usages = [output["usage"] for output in outputs]
     return Result(

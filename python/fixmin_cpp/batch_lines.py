@@ -77,9 +77,7 @@ class Settings:
     token_ids: bool  # whether records hold the generated ids
 
     @classmethod
-    def check(
-        cls, task: Any, seed: Any, options: Mapping[str, Any], token_ids: bool, vocab_size: int
-    ) -> "Settings":
+    def check(cls, task: Any, seed: Any, options: Mapping[str, Any], token_ids: bool, vocab_size: int) -> "Settings":
         """Raises ArgumentError for what would be wrong in every line."""
         if task not in TASKS:
             raise ArgumentError(f"task must be one of {', '.join(TASKS)}, got {task!r}")

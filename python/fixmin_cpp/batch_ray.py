@@ -6,12 +6,11 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Generator, Iterator
+from typing import Any
 
-import numpy as np
 import pyarrow  # type: ignore[import-untyped]
 import ray
 import ray.data
-from numpy.typing import NDArray
 
 from .arguments import as_int
 from .batch import ModelFile, Result, run_lines
@@ -67,8 +66,7 @@ def run_on_ray(
         attempts = ray.remote(_Attempts).options(num_cpus=0, label_selector=here).remote(_MAX_ATTEMPTS)
         # Not range(): its tasks want a CPU each and would wait for those of the pool for ever.
         dataset = ray.data.from_items(pieces, override_num_blocks=len(pieces)).map_batches(
-            _read,
-            fn_args=(lines,),
+            lambda batch: _read(lines, batch),
             batch_size=1,
             batch_format="numpy",
             num_cpus=0,  # the pool may have reserved all of them ...
@@ -86,7 +84,8 @@ def run_on_ray(
         dataset.context.execution_options.preserve_order = True
         dataset.context.enable_progress_bars = False
         try:
-            for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+            tables: Iterator[pyarrow.Table] = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
+            for table in tables:
                 for row in table.to_pylist():
                     if (reason := row.pop("fatal")) is not None:
                         raise FixminError(reason)
@@ -141,9 +140,9 @@ class _Attempts:
         return self._begun[first] <= self._limit
 
 
-def _read(pieces: dict[str, NDArray[np.int64]], lines: InputFile) -> pyarrow.Table:
-    """The lines of a piece of the input, as a table; `pieces` has one row."""
-    piece = {name: int(column[0]) for name, column in pieces.items()}
+def _read(lines: InputFile, batch: Any) -> pyarrow.Table:
+    """The lines of a piece of the input, as a table; `batch` has one row, arrays by name."""
+    piece = {name: int(column[0]) for name, column in batch.items()}
     found = itertools.islice(lines.lines(piece["number"], piece["offset"]), piece["n_lines"])
     return pyarrow.Table.from_pylist([line._asdict() for line in found], _LINES)
 
@@ -184,7 +183,7 @@ def _connection(address: str) -> Iterator[None]:
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a new instance would report to its makers
-    own = {"include_dashboard": False} if address == "local" else {}
+    own: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **own)
     try:
         yield

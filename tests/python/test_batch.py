@@ -156,6 +156,7 @@ BAD = [
     ({"id": "x", "prompt": "a", "logit_bias": {"b": 1}}, "x", "logit_bias key must be an integer"),
     ({"id": "x", "prompt": "a", "repeat_penalty": 2, "repetition_penalty": 2}, "x", "are one argument"),
     ({"id": "x", "prompt": "a", "allowed_ids": [10**6]}, "x", "allowed_ids[0] is 1000000"),
+    ({"id": "x", "prompt": "a", "allowed_ids": [5], "banned_ids": [5]}, "x", "no token is left to draw"),
     ({**OPENAI, "body": {"prompt": "a", "tools": []}}, "x", "there is no argument 'tools'"),
     ({**OPENAI, "body": {"max_tokens": 1}}, "x", "prompt is missing"),
 ]
@@ -181,6 +182,7 @@ def test_a_bad_line_gets_a_record_that_says_why(model, tmp_path, out):
             assert (record["id"], record["line"], record["error"]["line"]) == (own_id, 2, 2)
             reason = record["error"]["message"]
         assert message in reason
+        assert report.first_error == f"{source}, line 2: {reason.removeprefix('line 2: ')}"
 
 
 def test_lines_end_and_begin_as_files_have_them(model, tmp_path, out):
