@@ -78,7 +78,10 @@ def run_on_ray(
             fn_constructor_args=(file, settings, n_threads, attempts),
             batch_size=None,  # a block, which is what one call of _read returns
             batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(size=n_actors),
+            # Two pieces at a time: as the lines of one come to an end, the scheduler takes those of the next.
+            compute=ray.data.ActorPoolStrategy(
+                size=n_actors, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True
+            ),
             num_cpus=n_threads,
         )
         dataset.context.execution_options.preserve_order = True
@@ -95,7 +98,7 @@ def run_on_ray(
 
 
 class _Worker:
-    """An actor: one model, which answers the lines of one piece at a time."""
+    """An actor: one model, which answers the lines of pieces."""
 
     def __init__(
         self, file: ModelFile, settings: Settings, n_threads: int, attempts: "ray.actor.ActorHandle[_Attempts]"

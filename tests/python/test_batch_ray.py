@@ -17,6 +17,7 @@ import fixmin_cpp
 from fixmin_cpp.batch import BatchReport
 
 ray = pytest.importorskip("ray", reason="needs fixmin-cpp[ray]")
+pytest.importorskip("ray.data", reason="needs fixmin-cpp[ray]")
 
 # What Ray itself does is not for these tests.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -41,6 +42,8 @@ def cluster() -> Iterator[Any]:
         cluster.add_node(**NODE)
         cluster.wait_for_nodes()
         ray.init(address=cluster.address, log_to_driver=False)
+        # Where the cores are busy, one actor could be done with everything before the other one is there.
+        ray.data.DataContext.get_current().wait_for_min_actors_s = TIMEOUT
         yield cluster
         ray.shutdown()
         cluster.shutdown()
