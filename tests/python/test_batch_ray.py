@@ -64,6 +64,13 @@ def actors() -> list[dict[str, Any]]:
     return [actor for actor in table if actor["State"] == "ALIVE" and "MapWorker" in actor["ActorClassName"]]
 
 
+def kill_actors() -> list[dict[str, Any]]:
+    found = actors()
+    for actor in found:
+        os.kill(actor["Pid"], signal.SIGKILL)
+    return found
+
+
 def at(n: int, action: Callable[[], object]) -> Callable[[BatchReport], None]:
     """A progress callback that acts once, when the output has so many lines."""
 
@@ -91,13 +98,7 @@ def test_two_nodes_give_what_this_process_gives(cluster, job, tmp_path):
 
 def test_workers_killed_in_the_middle(cluster, job, tmp_path):
     killed: list[dict[str, Any]] = []
-
-    def kill() -> None:
-        killed.extend(actors())
-        for actor in killed:
-            os.kill(actor["Pid"], signal.SIGKILL)
-
-    run_on_ray(job, tmp_path / "out", progress=at(1, kill))
+    run_on_ray(job, tmp_path / "out", progress=at(1, lambda: killed.extend(kill_actors())))
     assert len(killed) == 2
     assert records(tmp_path / "out") == job[2]
     after = [ray._private.state.actors(actor["ActorID"]) for actor in killed]
@@ -138,12 +139,13 @@ def test_errors(cluster, job, tmp_path):
         run_on_ray(job, tmp_path / "new", n_ctx=10**6)
 
 
-def test_a_piece_is_not_tried_for_ever():
-    from fixmin_cpp.batch_ray import _Attempts
-
-    attempts = _Attempts(2)
-    begun = [attempts.begin(first) for first in (1, 6, 1, 1, 6, 6)]
-    assert begun == [True, True, True, False, True, False]
+def test_a_piece_is_not_tried_for_ever(cluster, job, tmp_path, monkeypatch):
+    monkeypatch.setattr("fixmin_cpp.batch_ray._MAX_ATTEMPTS", 1)
+    with pytest.raises(fixmin_cpp.FixminError, match=r"^lines \d+ to \d+: the actors or nodes .* died, again and again"):
+        run_on_ray(job, tmp_path / "out", progress=at(1, kill_actors))
+    found = records(tmp_path / "out")
+    assert 1 <= len(found) < N_LINES
+    assert found == job[2][: len(found)]
 
 
 def test_a_node_lost_in_the_middle(cluster, job, tmp_path):
