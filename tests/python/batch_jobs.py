@@ -23,16 +23,17 @@ def write_lines(path: Path, lines: list[Any]) -> Path:
 def mixed_lines(n: int, longer: int = 0) -> list[Any]:
     """Sampled, greedy, with and without seeds and ids, in both forms, and every seventh wrong."""
     lines: list[Any] = []
+    usual = {"ignore_eos": longer > 0}
     for i in range(n):
         prompt = PROMPTS[i % len(PROMPTS)]
         if i % 7 == 3:
             lines.append({"id": i, "prompt": prompt, "temperature": -1})
         elif i % 7 == 5:
-            body = {"model": "m", "prompt": [prompt, "b"], "max_tokens": longer + 3 + i % 5}
+            body = {"model": "m", "prompt": [prompt, "b"], "max_tokens": longer + 3 + i % 5, **usual}
             lines.append({"custom_id": f"c{i}", "method": "POST", "url": "/v1/completions", "body": body})
         else:
-            arguments = [{}, {"id": f"line {i}", "seed": i}, {"temperature": 0}][i % 3]
-            lines.append({"prompt": prompt, "max_new_tokens": longer + 2 + i % 9, "temperature": 0.9, **arguments})
+            arguments = {"temperature": 0.9, **[{}, {"id": f"line {i}", "seed": i}, {"temperature": 0}][i % 3], **usual}
+            lines.append({"prompt": prompt, "max_new_tokens": longer + 2 + i % 9, **arguments})
     return lines
 
 
