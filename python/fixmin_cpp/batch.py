@@ -302,6 +302,9 @@ def _identity(settings: Settings, lines: InputFile, file: ModelFile) -> dict[str
 
 
 def _run_on_ray(*arguments: Any) -> Generator[Result, None, None]:
+    # Ray Data reads it when it is imported. Half of the cluster would stay reserved for a command that was killed, for
+    # three minutes of the run that goes on.
+    os.environ.setdefault("RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S", "20")
     try:
         from .batch_ray import run_on_ray
     except ImportError as error:
