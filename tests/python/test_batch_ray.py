@@ -123,7 +123,7 @@ def test_begun_here_killed_on_ray_and_ended_on_ray(cluster, job, tmp_path):
         process.kill()
         process.communicate(timeout=TIMEOUT)
     n_left = out.read_bytes().count(b"\n")
-    report = run_on_ray(job, out, ray_actors=1)  # what Ray Data leaves while it waits for the command that was killed
+    report = run_on_ray(job, out)
     assert report.n_resumed == n_left < N_LINES
     assert records(out) == expected
 
