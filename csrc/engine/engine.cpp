@@ -176,9 +176,9 @@ void Engine::serve() {
     for (bool idle = false;;) {
         std::function<void()> job;
         bool admit;
+        tell_ended();
         {
             std::unique_lock lock(shared.mutex);
-            shared.stats = scheduler_->stats();
             const auto news = [&] { return shared.quit || !shared.arrived.empty() || !shared.jobs.empty(); };
             if (scheduler_->idle())
                 shared.changed.wait(lock, news);
@@ -201,6 +201,16 @@ void Engine::serve() {
     scheduler_->end_all(FinishReason::cancelled);
     for (const auto& request : shared.arrived) scheduler_->add(request);
     scheduler_->end_all(FinishReason::cancelled);
+    tell_ended();
+}
+
+// Who hears of an end finds it in the statistics.
+void Engine::tell_ended() {
+    {
+        const std::lock_guard lock(shared_->mutex);
+        shared_->stats = scheduler_->stats();
+    }
+    scheduler_->tell_ended();
 }
 
 // Returns whether there was anything to compute.
@@ -214,6 +224,7 @@ bool Engine::step(bool admit) {
         return false;
     }
     if (step->ids.empty()) return false;
+    tell_ended();  // those that were given up need not wait for the step
     try {
         compute(*step);
     } catch (...) {

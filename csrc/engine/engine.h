@@ -101,6 +101,7 @@ class Engine {
     void check_ids(std::span<const uint32_t> ids) const;
     void start_thread();
     void serve();
+    void tell_ended();
     bool step(bool admit);
     void compute(const Scheduler::Step& step);
 

@@ -88,10 +88,14 @@ void Request::end(FinishReason reason, std::exception_ptr error) {
         std::min<size_t>(prompt_logprobs_.size(), n_handed_ - std::min(n_handed_, options_.first_row)));
     running_ = false;
     over_ = true;
+    const std::lock_guard lock(mutex_);
+    reason_ = reason;
+    error_ = std::move(error);
+}
+
+void Request::tell_end() {
     {
         const std::lock_guard lock(mutex_);
-        reason_ = reason;
-        error_ = std::move(error);
         ended_ = true;
         changed_.notify_all();
     }

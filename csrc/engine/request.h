@@ -118,7 +118,13 @@ class Request {
 
     /// Cancelled or out of time: asked by the engine at any moment of a step.
     bool given_up() const { return cancelled_ || Clock::now() >= deadline_; }
-    void end(FinishReason reason, std::exception_ptr error = nullptr);
+    void end(FinishReason reason, std::exception_ptr error);
+    void tell_end();
+    /// Called by several threads of a step.
+    void fail(std::exception_ptr error) {
+        const std::lock_guard lock(mutex_);
+        failure_ = std::move(error);
+    }
     void push(uint32_t id, TopLogprobs logprobs);
     bool scores(uint32_t row) const {
         return options_.n_prompt_logprobs >= 0 && row >= options_.first_row &&

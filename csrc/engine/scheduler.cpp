@@ -24,11 +24,18 @@ Scheduler::Scheduler(KvPool& pool, const SchedulerLimits& limits, const model::H
 
 // ---- the queue ------------------------------------------------------------------------------------------------------
 
+void Scheduler::add(Shared request) {
+    // One thread may append a token while another one reads the prompt, so its place must not change.
+    const size_t most = size_t(request->ids_.size()) + request->options_.sampling.max_new_tokens;
+    request->ids_.reserve(std::min<size_t>(most, limits_.n_ctx));
+    waiting_.push_back(std::move(request));
+}
+
 void Scheduler::drop_given_up() {
     const auto drop = [&](auto& requests) {
         for (const Shared& request : requests) {
             if (request->given_up())
-                end(*request, request->cancelled_ ? FinishReason::cancelled : FinishReason::timeout);
+                end(request, request->cancelled_ ? FinishReason::cancelled : FinishReason::timeout);
         }
         std::erase_if(requests, [](const Shared& request) { return request->over_; });
     };
@@ -133,18 +140,25 @@ void Scheduler::release(Request& request) {
     request.n_computed_ = request.n_kept_ = 0;
 }
 
-void Scheduler::end(Request& request, FinishReason reason, std::exception_ptr error) {
+void Scheduler::end(const Shared& shared, FinishReason reason, std::exception_ptr error) {
+    Request& request = *shared;
     if (request.running_) release(request);
     ++stats_.n_finished;
     stats_.n_drafted += request.counters_.n_drafted;
     stats_.n_accepted += request.counters_.n_accepted;
     request.prompt_read_ = true;  // those that wait for it need not any longer
     request.end(reason, std::move(error));
+    ended_.push_back(shared);
+}
+
+void Scheduler::tell_ended() {
+    for (const Shared& request : ended_) request->tell_end();
+    ended_.clear();
 }
 
 void Scheduler::end_all(FinishReason reason, std::exception_ptr error) {
-    for (const Shared& request : waiting_) end(*request, reason, error);
-    for (const Shared& request : running_) end(*request, reason, error);
+    for (const Shared& request : waiting_) end(request, reason, error);
+    for (const Shared& request : running_) end(request, reason, error);
     waiting_.clear();
     running_.clear();
 }
@@ -260,7 +274,7 @@ void Scheduler::hand_out(const Unit& unit, const float* logits) {
                              request.token_after(unit.position), kernels_);
         }
     } catch (...) {
-        request.failure_ = std::current_exception();
+        request.fail(std::current_exception());
     }
 }
 
@@ -321,11 +335,11 @@ void Scheduler::finish() {
             request.prompt_read_ = true;
         }
         if (request.failure_) {
-            end(request, FinishReason::cancelled, request.failure_);
+            end(step_.requests[i], FinishReason::cancelled, request.failure_);
         } else if (request.done_) {
-            end(request, request.done_reason_);
+            end(step_.requests[i], request.done_reason_);
         } else if (!request.options_.generate && request.n_computed_ == n_prompt) {
-            end(request, FinishReason::length);
+            end(step_.requests[i], FinishReason::length);
         } else if (request.options_.prefix_cache && request.n_computed_ / kv_block_tokens > request.n_kept_) {
             request.n_kept_ = request.n_computed_ / kv_block_tokens;
             cache_.insert(std::span(request.ids_).first(request.n_kept_ * kv_block_tokens), request.blocks_);
@@ -336,7 +350,7 @@ void Scheduler::finish() {
 
 void Scheduler::abandon(std::exception_ptr error) {
     if (!error) return;  // drop_given_up() does the rest
-    for (const Shared& request : step_.requests) end(*request, FinishReason::cancelled, error);
+    for (const Shared& request : step_.requests) end(request, FinishReason::cancelled, error);
     std::erase_if(running_, [](const Shared& request) { return request->over_; });
 }
 

@@ -37,7 +37,7 @@ class Scheduler {
     Scheduler(KvPool& pool, const SchedulerLimits& limits, const model::Hyperparams& hp,
               const kernels::Kernels& kernels);
 
-    void add(std::shared_ptr<Request> request) { waiting_.push_back(std::move(request)); }
+    void add(std::shared_ptr<Request> request);
     bool idle() const { return waiting_.empty() && running_.empty(); }
     bool nothing_runs() const { return running_.empty(); }
 
@@ -75,6 +75,8 @@ class Scheduler {
 
     /// Ends every request.
     void end_all(FinishReason reason, std::exception_ptr error = nullptr);
+    /// Tells those that wait for requests which have ended since the last call.
+    void tell_ended();
 
     void clear_prefix_cache() { cache_.clear(); }
     PrefixCache& prefix_cache() { return cache_; }
@@ -94,7 +96,7 @@ class Scheduler {
     void plan_prompts(uint32_t rows_left);
     void add_chunk(const Shared& request, uint32_t n_known);
     void sample(Request& request, const float* logits, uint32_t n_rows);
-    void end(Request& request, FinishReason reason, std::exception_ptr error = nullptr);
+    void end(const Shared& request, FinishReason reason, std::exception_ptr error = nullptr);
 
     KvPool& pool_;
     const SchedulerLimits limits_;
@@ -104,6 +106,7 @@ class Scheduler {
     PrefixCache cache_;
     std::deque<Shared> waiting_;
     std::vector<Shared> running_;  // in the order in which they started
+    std::vector<Shared> ended_;    // and not told yet
     Step step_;
     EngineStats stats_;
 };

@@ -147,7 +147,7 @@ class GenerationOptions:
     @classmethod
     def check(cls, arguments: Mapping[str, Any], vocab_size: int) -> "GenerationOptions":
         """Raises ArgumentError (a ValueError) or ArgumentTypeError (also a TypeError) for anything out of place."""
-        given = _known_names(arguments)
+        given = main_names(arguments)
         sample = given.pop("do_sample", None)
         sample = None if sample is None else as_bool("do_sample", sample)
         temperature = given.pop("temperature", None)
@@ -371,13 +371,13 @@ def _show(value: Any) -> str:
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
-def _known_names(arguments: Mapping[str, Any]) -> dict[str, Any]:
+def main_names(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments under their main names. ArgumentTypeError for a name that there is not."""
     named: dict[str, Any] = {}
     for name, value in arguments.items():
         main = _ALIASES.get(name, name)
         if name in _OF_GENERATE:
-            raise ArgumentTypeError(f"{name} is an argument of generate(): a stream is one completion")
+            raise ArgumentTypeError(f"{name} is an argument of Model.generate() only: here a prompt has one completion")
         if main not in _CHECKS and main not in ("temperature", "do_sample", *_FORMS):
             known = GenerationArguments.__annotations__
             similar = difflib.get_close_matches(name, known, 1)

@@ -155,6 +155,65 @@ def _summary(completion: Any, *, sampled: bool) -> str:
 
 
 @app.command()
+@with_options(before="token_ids")
+def batch(
+    source: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="One JSON object per line.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="One record per line of input, in its order.")],
+    model: Annotated[Path, typer.Option("-m", "--model", help="GGUF file.")],
+    task: Annotated[str, typer.Option(help="generate, score (log-probabilities) or embed (mean state).")] = "generate",
+    token_ids: Annotated[bool, typer.Option("--token-ids", help="Write the ids of generated tokens too.")] = False,
+    n_parallel: Annotated[int, typer.Option("--parallel", help="Lines that a model works on at a time.")] = 64,
+    fail_fast: Annotated[bool, typer.Option("--fail-fast", help="End at the first bad line.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start again, whatever OUT.jsonl holds.")] = False,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Run on a Ray cluster: auto, HOST:PORT, or local.")
+    ] = None,
+    ray_actors: Annotated[int | None, typer.Option(help="Models in the cluster. Default: one per node.")] = None,
+    ray_lines: Annotated[int | None, typer.Option(help="Lines of a Ray task. Default: 4 times --parallel.")] = None,
+    threads: Annotated[int | None, typer.Option("-t", "--threads", help="Default: what the machine offers.")] = None,
+    ctx: Annotated[int | None, typer.Option("-c", "--ctx", help="Context positions. Default: the model's.")] = None,
+    kv_type: Annotated[str, typer.Option(help="Type of the KV cache: f16, f32 or q8_0.")] = "f16",
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Neither progress nor a summary.")] = False,
+    as_json: _Json = False,
+    debug: _Debug = False,
+    **options: Any,
+) -> None:
+    """Answer every line of a file by a line of another one. A job that was ended goes on when it is started again.
+
+    A line is {"prompt": text or ids}, with an "id" and arguments of Model.generate if wanted, or a request of OpenAI's
+    batch format to /v1/completions. Options here count for lines that do not say otherwise; lines get their seeds from
+    --seed (default: 0) and their number. What is wrong with a line stands in its record. docs/batch.md has the formats.
+    """
+    from .batch import run_batch
+
+    with _errors(debug):
+        arguments = read_options(options, escape=True)
+        seed = arguments.pop("seed", 0)
+        with _batch_progress(quiet or as_json) as update:
+            report = run_batch(
+                model,
+                source,
+                target,
+                task=task,
+                options=arguments,
+                seed=seed,
+                token_ids=token_ids,
+                n_parallel=n_parallel,
+                fail_fast=fail_fast,
+                overwrite=overwrite,
+                n_threads=threads,
+                n_ctx=ctx,
+                kv_type=kv_type,
+                ray_address=ray,
+                ray_actors=ray_actors,
+                ray_lines=ray_lines,
+                progress=update,
+            )
+        if as_json or not quiet:
+            _report(dataclasses.asdict(report), as_json)
+
+
+@app.command()
 def bench(
     model: Annotated[Path, typer.Option("-m", "--model", help="GGUF file.")],
     threads: Annotated[int | None, typer.Option("-t", "--threads", help="Default: what the machine offers.")] = None,
@@ -447,6 +506,38 @@ def _load(path: Path, **settings: Any) -> Any:
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("load", total=1.0)
         return Model(path, progress=lambda done: progress.update(task, completed=done), **settings)
+
+
+@contextmanager
+def _batch_progress(silent: bool) -> Iterator[Callable[..., None]]:
+    """How far a job is, on stderr: a bar on a terminal, a line every ten seconds in a pipe."""
+    if silent:
+        yield lambda report: None
+        return
+    if not sys.stderr.isatty():
+        due = 10.0  # seconds since the start
+
+        def tell(report: Any) -> None:
+            nonlocal due
+            if report.seconds >= due:
+                due = report.seconds + 10.0
+                _note(f"{report.n_done} of {report.n_lines} lines, {_pace(report)}")
+
+        yield tell
+        return
+    columns = (BarColumn(), TextColumn("{task.completed} of {task.total} lines, {task.fields[pace]}", markup=False))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=None, pace="starting")
+        yield lambda report: progress.update(task, completed=report.n_done, total=report.n_lines, pace=_pace(report))
+
+
+def _pace(report: Any) -> str:
+    """Speed, errors and the time left of a BatchReport, by the lines of this run."""
+    left = (report.n_lines - report.n_done) * report.seconds / max(report.n_done - report.n_resumed, 1)
+    minutes, seconds = divmod(round(left), 60)
+    hours, minutes = divmod(minutes, 60)
+    errors = f"{report.n_errors} errors, " if report.n_errors else ""
+    return f"{report.tok_s:,.0f} tok/s, {errors}{hours}:{minutes:02}:{seconds:02} left"
 
 
 @contextmanager

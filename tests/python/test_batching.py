@@ -114,7 +114,6 @@ def test_scores_of_continuations(model_path):
         model.clear_prefix_cache()
         before = model.stats()["n_rows"]
         parts = model.score(texts, start=40)
-        model.clear_prefix_cache()  # waits until the last step has been counted
         # The last token of the context is computed for each, as what follows it is scored; the last one for none.
         assert model.stats()["n_rows"] - before == 39 + sum(len(ids) - 40 for ids in texts)
         for ids, part, all_of_it in zip(texts, parts, whole, strict=True):

@@ -148,5 +148,5 @@ def test_seeds_for_a_list(model):
 @pytest.mark.parametrize("name", ["n", "best_of", "on_token"])
 def test_a_stream_is_one_completion(model, name):
     for call in (model.stream, model.astream):
-        with pytest.raises(ArgumentTypeError, match=f"{name} is an argument of generate"):
+        with pytest.raises(ArgumentTypeError, match=f"{name} is an argument of Model.generate"):
             call("a", **{name: 2})

@@ -1,0 +1,289 @@
+"""The lines of a batch job: requests in this project's form and in OpenAI's, and the records that answer them."""
+
+import hashlib
+import json
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from .arguments import GenerationOptions, as_int, main_names, split_prompts
+from .errors import ArgumentError, ArgumentTypeError
+
+__all__ = ["TASKS", "Entry", "InputFile", "Line", "Request", "Settings", "parse_line", "read_record", "write_record"]
+
+TASKS = ("generate", "score", "embed")
+
+_MAX_SEED = 2**64 - 1
+
+
+class Line(NamedTuple):
+    """A line of the input that is not blank."""
+
+    number: int  # counted from 1, blank lines too
+    offset: int  # bytes of the file before it
+    data: bytes  # its line feed included, if it has one
+
+    @property
+    def end(self) -> int:
+        """Bytes of the file up to the end of the line."""
+        return self.offset + len(self.data)
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """The input as it was when the job began; what is appended later is not part of it."""
+
+    path: str
+    n_bytes: int
+    n_lines: int  # that are not blank
+    sha256: str
+
+    @classmethod
+    def scan(cls, path: str | os.PathLike[str]) -> "InputFile":
+        """Reads a regular file once, line by line."""
+        path = os.fspath(path)
+        if not os.path.isfile(path):
+            os.stat(path)  # raises the error that says what is missing
+            raise ArgumentError(f"{path} must be a file: a job reads it twice, and again when it is resumed")
+        digest, n_bytes, n_lines = hashlib.sha256(), 0, 0
+        with open(path, "rb") as file:
+            for data in file:
+                digest.update(data)
+                n_bytes += len(data)
+                n_lines += not data.isspace()
+        return cls(path, n_bytes, n_lines, digest.hexdigest())
+
+    def lines(self, number: int = 1, offset: int = 0) -> Iterator[Line]:
+        """The lines from `offset` on, where line `number` begins."""
+        with open(self.path, "rb") as file:
+            file.seek(offset)
+            while data := file.readline(self.n_bytes - offset):
+                if not data.isspace():
+                    yield Line(number, offset, data)
+                number += 1
+                offset += len(data)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the answers, besides the model and the lines."""
+
+    task: str  # one of TASKS
+    seed: int  # of the job: lines without a seed of their own get one derived from it
+    options: Mapping[str, Any]  # GenerationArguments for lines that do not give them, as JSON has them
+    token_ids: bool  # whether records hold the generated ids
+
+    @classmethod
+    def check(cls, task: Any, seed: Any, options: Mapping[str, Any], token_ids: bool, vocab_size: int) -> "Settings":
+        """Raises ArgumentError for what would be wrong in every line."""
+        if task not in TASKS:
+            raise ArgumentError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
+        if task != "generate" and (options or token_ids):
+            name = next(iter(options), "token_ids")
+            raise ArgumentError(f"{name} is an option of the task generate, it means nothing to {task}")
+        if "seed" in options:
+            raise ArgumentError("seed is that of the job: give it as such, or in a line")
+        try:
+            checked = _arguments(json.loads(json.dumps(dict(options))))
+        except TypeError as error:
+            raise ArgumentTypeError(f"options must be what JSON can hold: {error}") from None
+        GenerationOptions.check(checked, vocab_size)
+        return cls(task, as_int("seed", seed, 0, _MAX_SEED), checked, token_ids)
+
+    def arguments(self, line: int, index: int, own: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments for one prompt: the line's own, else the job's, else what is `usual` in that form of line."""
+        if self.task != "generate":
+            return {}
+        # 53 bits: other readers of JSON hold numbers as doubles.
+        digest = hashlib.blake2b(b"%d %d %d" % (self.seed, line, index), digest_size=8).digest()
+        derived = int.from_bytes(digest, "little") >> 11
+        return {"seed": derived, **usual, **self.options, **own}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt, str or ids, and its GenerationArguments."""
+
+    prompt: Any
+    arguments: dict[str, Any]
+
+
+class Entry(ABC):
+    """A line that is JSON, in one of the two forms."""
+
+    def __init__(self, line: int, fields: dict[str, Any]) -> None:
+        self.line = line
+        # As everywhere in OpenAI's interface, null stands for a field that is not given.
+        self.fields = {name: value for name, value in fields.items() if value is not None}
+
+    @abstractmethod
+    def requests(self, settings: Settings) -> list[Request]:
+        """What the line asks for. ArgumentError if that is not clear."""
+
+    @abstractmethod
+    def answer(self, outputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """The record for the outputs of its requests, in their order."""
+
+    @abstractmethod
+    def failure(self, error: Exception) -> dict[str, Any]:
+        """The record that says why there is no answer."""
+
+
+class NativeEntry(Entry):
+    """{"id"?: anything, "prompt": text or ids, and any of GenerationArguments}."""
+
+    def requests(self, settings: Settings) -> list[Request]:
+        own = {name: value for name, value in self.fields.items() if name not in ("id", "prompt")}
+        if own and settings.task != "generate":
+            raise ArgumentError(f"the task {settings.task} takes no {next(iter(own))}: a line has id and prompt")
+        prompts = _prompts(self.fields)
+        if len(prompts) != 1:
+            raise ArgumentError(f"prompt must be one text or its ids, got {len(prompts)} prompts: give each its line")
+        return [Request(prompts[0], settings.arguments(self.line, 0, _arguments(own), {}))]
+
+    def answer(self, outputs: list[dict[str, Any]]) -> dict[str, Any]:
+        return {**self._head(), **outputs[0], "error": None}
+
+    def failure(self, error: Exception) -> dict[str, Any]:
+        reason = {"line": self.line, "type": type(error).__name__, "message": str(error)}
+        return {**self._head(), "error": reason}
+
+    def _head(self) -> dict[str, Any]:
+        return {"id": self.fields.get("id", self.line), "line": self.line}
+
+
+class OpenAIEntry(Entry):
+    """{"custom_id", "method": "POST", "url": "/v1/completions", "body": {...}}, as OpenAI's batch interface has it."""
+
+    # What a completion is there unless the body says otherwise.
+    _USUAL = {"max_new_tokens": 16, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}  # noqa: RUF012
+    # Fields of a body that ask for what is not here, with the value that does not ask for it.
+    _NEUTRAL = {"best_of": 1, "echo": False, "logprobs": None, "n": 1, "stream": False, "suffix": ""}  # noqa: RUF012
+    _IGNORED = ("model", "user")  # the job has one model
+
+    def requests(self, settings: Settings) -> list[Request]:
+        body = self._body(settings.task)
+        own = {}
+        for name, value in body.items():
+            if name in self._NEUTRAL:
+                if value != self._NEUTRAL[name]:
+                    raise ArgumentError(f"body: {name} is not supported, got {value!r}")
+            elif name not in ("prompt", *self._IGNORED):
+                own["max_new_tokens" if name == "max_tokens" else name] = value
+        arguments = _arguments(own)
+        return [
+            Request(prompt, settings.arguments(self.line, i, arguments, self._USUAL))
+            for i, prompt in enumerate(_prompts(body))
+        ]
+
+    def answer(self, outputs: list[dict[str, Any]]) -> dict[str, Any]:
+        usage = {name: sum(output["usage"][name] for output in outputs) for name in outputs[0]["usage"]}
+        body = {
+            "id": f"cmpl-{self.line}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": self.fields["body"].get("model"),
+            "choices": [self._choice(i, output) for i, output in enumerate(outputs)],
+            "usage": usage,
+        }
+        return self._record(200, body)
+
+    def failure(self, error: Exception) -> dict[str, Any]:
+        message = f"line {self.line}: {error}"
+        reason = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
+        return self._record(400, {"error": reason})
+
+    def _body(self, task: str) -> dict[str, Any]:
+        if unknown := self.fields.keys() - {"custom_id", "method", "url", "body"}:
+            raise ArgumentError(f"there is no field {min(unknown)!r} beside custom_id, method, url and body")
+        if not isinstance(self.fields.get("custom_id"), str):
+            raise ArgumentTypeError(f"custom_id must be a text, got {self.fields.get('custom_id')!r}")
+        if self.fields.get("method", "POST") != "POST":
+            raise ArgumentError(f"method must be POST, got {self.fields['method']!r}")
+        if self.fields.get("url") != "/v1/completions" or task != "generate":
+            raise ArgumentError(f"the task {task} has no answer to url {self.fields.get('url')!r}: /v1/completions has")
+        body = self.fields.get("body")
+        if not isinstance(body, dict):
+            raise ArgumentTypeError(f"body must be an object, got {body!r}")
+        return {name: value for name, value in body.items() if value is not None}
+
+    def _record(self, status: int, body: dict[str, Any]) -> dict[str, Any]:
+        response = {"status_code": status, "request_id": f"req_{self.line}", "body": body}
+        return {
+            "id": f"{_OPENAI_ID}{self.line}",
+            "custom_id": self.fields.get("custom_id"),
+            "response": response,
+            "error": None,
+        }
+
+    @staticmethod
+    def _choice(index: int, output: dict[str, Any]) -> dict[str, Any]:
+        reason = "stop" if output["finish_reason"] == "eos" else output["finish_reason"]
+        choice = {"index": index, "text": output["text"], "logprobs": None, "finish_reason": reason}
+        return {**choice, **{name: output[name] for name in ("seed", "token_ids") if name in output}}
+
+
+_OPENAI_ID = "batch_req_"  # the number of the line follows
+
+
+def parse_line(line: Line) -> Entry:
+    """The line as JSON. ArgumentError says what is wrong with it."""
+    try:
+        text = line.data.decode("utf-8-sig" if line.number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        at = error.start
+        raise ArgumentError(f"the line is not UTF-8: byte {line.data[at]:#04x} at column {at + 1}") from None
+    try:
+        fields = json.loads(text, parse_constant=_no_constant)
+        if "\\ud" in text.lower():
+            json.dumps(fields, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ArgumentError("the line holds half of a surrogate pair, which is no character") from None
+    except RecursionError:
+        raise ArgumentError("the line is nested too deeply") from None
+    except ValueError as error:
+        raise ArgumentError(f"the line is not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise ArgumentTypeError(f"the line must be a JSON object, got {type(fields).__name__}")
+    form = OpenAIEntry if "custom_id" in fields or "body" in fields else NativeEntry
+    return form(line.number, fields)
+
+
+def write_record(record: dict[str, Any]) -> bytes:
+    """A line of the output."""
+    return json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
+def read_record(data: bytes) -> tuple[int, bool] | None:
+    """Number of the input line that a line of output answers, and whether by an error; None if it is not complete."""
+    try:
+        record = json.loads(data)
+        if "custom_id" in record:
+            number, failed = int(record["id"].removeprefix(_OPENAI_ID)), record["response"]["status_code"] != 200
+        else:
+            number, failed = record["line"], record["error"] is not None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return (number, failed) if data.endswith(b"\n") else None
+
+
+def _prompts(fields: Mapping[str, Any]) -> list[Any]:
+    if "prompt" not in fields:
+        raise ArgumentError("prompt is missing")
+    return split_prompts(fields["prompt"])[0]
+
+
+def _arguments(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """GenerationArguments as JSON has them, under their main names. ArgumentTypeError for unknown ones."""
+    arguments = main_names(fields)
+    bias = arguments.get("logit_bias")
+    if isinstance(bias, Mapping):  # JSON has only texts as keys
+        arguments["logit_bias"] = {int(key) if key.isdecimal() else key: value for key, value in bias.items()}
+    return arguments
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")

@@ -1,0 +1,135 @@
+"""The output of a batch job: one record per input line, in their order, kept whole whenever the process is killed."""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from .atomic_file import AtomicFile
+from .batch_lines import Line, read_record
+from .errors import ArgumentError, FixminError
+
+__all__ = ["OutputFile", "Resumed"]
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """What an earlier run left."""
+
+    n_records: int
+    n_errors: int  # among them
+    number: int  # of the input line to go on with ...
+    offset: int  # ... and the bytes of input before it
+
+
+class OutputFile:
+    """A file of records that only grows, and beside it, until `finish`, `NAME.resume`, which says of which job it is.
+
+    A record is written by one call, so a kill leaves whole lines and at most one torn one, at the end. The records
+    answer the input lines one to one in their order: how far a job got is what the file holds, there is no second
+    account that could differ from it. The file is locked while it is open.
+
+    Args:
+        path: the file; its folder must exist.
+        identity: what must be the same for a job to be resumed: JSON values by name.
+        overwrite: start again whatever the file holds.
+
+    Raises:
+        ArgumentError: the file is another job's, or another run is writing it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], identity: Mapping[str, Any], *, overwrite: bool) -> None:
+        self.path = Path(path)
+        self.sidecar = Path(f"{self.path}.resume")
+        self._identity = json.loads(json.dumps(identity))  # as it reads back
+        self._overwrite = overwrite
+        self._fd = -1
+
+    def __enter__(self) -> "OutputFile":
+        if self.path.exists() and not self.path.is_file():
+            raise ArgumentError(f"{self.path} must be a file: a job is resumed from it")
+        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if self._overwrite:
+                os.ftruncate(self._fd, 0)
+            if os.fstat(self._fd).st_size == 0:  # nothing that could be another job's
+                self._begin()
+            else:
+                self._check_identity()
+        except BaseException as error:
+            os.close(self._fd)
+            if isinstance(error, BlockingIOError):
+                raise ArgumentError(f"{self.path}: another run is writing this file at the moment") from None
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if os.fstat(self._fd).st_size == 0:
+            self.sidecar.unlink(missing_ok=True)  # there is nothing to resume
+        os.close(self._fd)  # and with it the lock
+
+    def resume(self, lines: Iterator[Line]) -> Resumed:
+        """Compares what is there with the input from its beginning, and cuts off what is torn or damaged."""
+        n_records = n_errors = end = number = offset = 0
+        with open(self.path, "rb") as file:
+            for data in file:
+                record = read_record(data)
+                if record is None:
+                    break
+                line = next(lines, None)
+                if line is None or line.number != record[0]:
+                    raise ArgumentError(
+                        f"{self.path} does not fit the input: its line {n_records + 1} answers line {record[0]}"
+                        + (f", not line {line.number}" if line else ", but the input has ended")
+                        + ". Was it edited? Overwrite it to start again"
+                    )
+                n_records += 1
+                n_errors += record[1]
+                end += len(data)
+                number, offset = line.number, line.end
+        os.ftruncate(self._fd, end)
+        return Resumed(n_records, n_errors, number + 1, offset)
+
+    def append(self, record: bytes) -> None:
+        """Writes a record, its line feed included."""
+        n_written = os.write(self._fd, record)
+        if n_written != len(record):  # a full disk; the next run cuts the torn line off
+            raise FixminError(f"{self.path}: {n_written} of {len(record)} bytes could be written; is the disk full?")
+
+    def finish(self) -> None:
+        """Puts everything on the disk; the job is done and can be resumed no more."""
+        os.fsync(self._fd)
+        self.sidecar.unlink(missing_ok=True)
+
+    def _begin(self) -> None:
+        with AtomicFile(self.sidecar) as file:
+            file.write(json.dumps(self._identity, indent=2).encode() + b"\n")
+            file.commit()
+
+    def _check_identity(self) -> None:
+        try:
+            before = json.loads(self.sidecar.read_bytes())
+        except FileNotFoundError:
+            raise ArgumentError(
+                f"{self.path} exists and is not the beginning of a job: give another name, or overwrite it"
+            ) from None
+        except ValueError as error:
+            raise ArgumentError(f"{self.sidecar} is damaged ({error}): overwrite the output to start again") from None
+        names = [*before, *(name for name in self._identity if name not in before)]
+        changes = [
+            f"{name} was {before.get(name)!r} and is {self._identity.get(name)!r}"
+            for name in names
+            if before.get(name) != self._identity.get(name)
+        ]
+        if changes:
+            raise ArgumentError(
+                f"{self.path} was begun with other settings: {'; '.join(changes)}. Use those, or overwrite it to "
+                "start again"
+            )
