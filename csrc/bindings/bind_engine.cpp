@@ -119,9 +119,10 @@ class PythonMask : public engine::TokenMask {
   public:
     PythonMask(py::object object, size_t n_words) : object_(std::move(object)), n_words_(n_words) {}
     ~PythonMask() override {
+        // Not left to the members' destructors, which run without the GIL.
         const py::gil_scoped_acquire gil;
-        words_ = Words();
-        object_ = py::object();
+        words_.release().dec_ref();
+        object_.release().dec_ref();
     }
 
     const uint32_t* allowed() override {
