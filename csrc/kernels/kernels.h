@@ -42,7 +42,7 @@ struct MatmulArgs {
     bool accumulate;        // add to what `out` holds
     std::byte* scratch;     // matmul_scratch_bytes(inner, n_tokens); quantised weight types
     bool same_tokens;       // and type as in the call before with this scratch, which nothing has written to since
-    const std::byte* next;  // what this thread reads after these panels, or null; prefetched for a single token
+    const std::byte* next;  // what this thread reads after these panels, or null: prefetched
 };
 
 // Of ISAs that multiply tiles: tokens of a tile, panels that are laid out for tiles at a time.
