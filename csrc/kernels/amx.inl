@@ -37,6 +37,8 @@ struct Tiles {
     static constexpr auto format = fixmin::quant::block_format(Type);
     static constexpr bool halves = WeightBlock<Type>::halves, has_min = format.has_min;
     static constexpr uint32_t depth = halves ? 16 : 32;
+    // Whether panels have the layout of tiles as they are.
+    static constexpr bool direct = Type == WeightType::q8_0;
     // Of a panel: scale, two half scales; offset, two half mins. Of tokens: WeightBlock::Factors.
     static constexpr uint32_t panel_floats = (halves ? 3 : 1) * (has_min ? 2 : 1);
     static constexpr uint32_t token_floats = has_min ? (halves ? 3 : 2) : 1;
@@ -97,9 +99,33 @@ struct Tiles {
         }
     }
 
+    // A panel as it is and, unless it is `direct`, expanded.
+    struct Panel {
+        const uint8_t* packed;
+        TileSide expanded;
+
+        const int8_t* values(uint32_t b) const {
+            if constexpr (direct) return (const int8_t*)packed + fixmin::quant::codes_at(WeightBlock<Type>::layout, b);
+            return expanded.values + b * 512;
+        }
+        // Everything of block b but its codes.
+        void load_scales(WeightBlock<Type>& block, uint32_t b) const {
+            if constexpr (direct) return block.load_from(packed, b);
+            const float* p = expanded.floats + size_t(b) * panel_floats * lanes;
+            block.scale = load(p);
+            if constexpr (has_min) block.offset = load(p + panel_floats / 2 * lanes);
+            if constexpr (halves) {
+                for (uint32_t h = 0; h < 2; ++h) {
+                    block.half_scale[h] = load(p + (1 + h) * lanes);
+                    if constexpr (has_min) block.half_min[h] = load(p + (4 + h) * lanes);
+                }
+            }
+        }
+    };
+
     // The products of block b, which go to one of two places.
-    static void dot_block(const TileSide& panel, const TileSide& tokens, uint32_t b, int32_t* dots) {
-        const int8_t *activations = tokens.values + b * 512, *weights = panel.values + b * 512;
+    static void dot_block(const Panel& panel, const TileSide& tokens, uint32_t b, int32_t* dots) {
+        const int8_t *activations = tokens.values + b * 512, *weights = panel.values(b);
         if constexpr (halves) {
             dot<0>(activations, weights, dots);
             dot<1>(activations + 256, weights + 256, dots + tile_tokens * lanes);
@@ -113,7 +139,7 @@ struct Tiles {
     // One panel times 16 tokens, block after block: WeightBlock::add_dots for every token. ahead: where a panel is
     // fetched from memory meanwhile, with the first tokens.
     template <bool First>
-    static void columns(const TileSide& panel, const TileSide& tokens, uint32_t n_blocks, const Stream& stream,
+    static void columns(const Panel& panel, const TileSide& tokens, uint32_t n_blocks, const Stream& stream,
                         const uint8_t* ahead, VecF* result) {
         constexpr size_t bytes = QuantizedTile<Type, 1, 1, true>::bytes;
         alignas(64) int32_t dots[2][block / depth * tile_tokens * lanes];
@@ -124,17 +150,9 @@ struct Tiles {
         for (uint32_t b = 0; b < n_blocks; ++b) {
             if (b + 1 < n_blocks) dot_block(panel, tokens, b + 1, dots[(b + 1) % 2]);
             const uint8_t* fetched = First ? stream.after(ahead + b * bytes) : nullptr;
-            const float* p = panel.floats + size_t(b) * panel_floats * lanes;
             const float* a = tokens.floats + size_t(b) * token_floats * lanes;
             WeightBlock<Type> weights;
-            weights.scale = load(p);
-            if constexpr (has_min) weights.offset = load(p + panel_floats / 2 * lanes);
-            if constexpr (halves) {
-                for (uint32_t h = 0; h < 2; ++h) {
-                    weights.half_scale[h] = load(p + (1 + h) * lanes);
-                    if constexpr (has_min) weights.half_min[h] = load(p + (4 + h) * lanes);
-                }
-            }
+            panel.load_scales(weights, b);
 #pragma GCC unroll 16
             for (uint32_t c = 0; c < tile_tokens; ++c) {
                 if (First && c * 64 < bytes) prefetch_far(fetched + c * 64);
@@ -164,7 +182,7 @@ void tile_matmul(const MatmulArgs& args, const QuantizedMultiply<Type>& multiply
         int8_t* at = (int8_t*)args.scratch + offset;
         return TileSide{at, (float*)(at + values)};
     };
-    const auto panel_at = [&](uint32_t p) { return side_at(p * panel_bytes); };
+    const auto expanded_at = [&](uint32_t p) { return side_at(p * panel_bytes); };
     const auto tokens_at = [&](uint32_t t) {
         return side_at(matmul_tile_panels * panel_bytes + t / tile_tokens * token_bytes);
     };
@@ -177,16 +195,18 @@ void tile_matmul(const MatmulArgs& args, const QuantizedMultiply<Type>& multiply
     for (uint32_t first = 0; first < n_panels; first += group) {
         const uint32_t n = n_panels - first < group ? n_panels - first : group;
         const uint8_t* panels = (const uint8_t*)args.panels + first * args.panel_stride;
-        for (uint32_t p = 0; p < n; ++p) Tile::expand_panel(panels + p * args.panel_stride, n_blocks, panel_at(p));
+        for (uint32_t p = 0; p < n && !Tile::direct; ++p)
+            Tile::expand_panel(panels + p * args.panel_stride, n_blocks, expanded_at(p));
         for (uint32_t t = 0; t < n_tokens; t += tile_tokens) {
             for (uint32_t p = 0; p < n; ++p) {
                 prefetch_results(args, t, tile_tokens, first + p, 1);
-                const uint8_t* ahead = panels + (p + group) * args.panel_stride;
+                const typename Tile::Panel panel{panels + p * args.panel_stride, expanded_at(p)};
+                const uint8_t* ahead = panel.packed + group * args.panel_stride;
                 VecF result[tile_tokens];
                 if (t == 0)
-                    Tile::template columns<true>(panel_at(p), tokens_at(t), n_blocks, multiply.stream, ahead, result);
+                    Tile::template columns<true>(panel, tokens_at(t), n_blocks, multiply.stream, ahead, result);
                 else
-                    Tile::template columns<false>(panel_at(p), tokens_at(t), n_blocks, multiply.stream, ahead, result);
+                    Tile::template columns<false>(panel, tokens_at(t), n_blocks, multiply.stream, ahead, result);
                 for (uint32_t c = 0; c < tile_tokens; ++c) finish(args, t + c, (first + p) * lanes, result[c]);
             }
         }

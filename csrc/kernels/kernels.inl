@@ -223,7 +223,7 @@ struct CodeReader {
     }
 };
 
-// Bytes with offset 128: too large for dot_q4.
+// Signed bytes: too large for dot_q4.
 template <>
 struct CodeReader<8> {
     static constexpr bool high_nibbles = false;
@@ -234,7 +234,7 @@ struct CodeReader<8> {
 
     template <int J>
     static Q8Bytes read(const uint8_t* p) {
-        return prepare_q8(load_bytes(p + 64 * J));
+        return prepare_q8(flip_signs(load_bytes(p + 64 * J)));
     }
 };
 

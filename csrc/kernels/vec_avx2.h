@@ -166,6 +166,11 @@ Bytes lookup(const uint8_t* table, Bytes index) {
 [[gnu::always_inline]] inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 [[gnu::always_inline]] inline void prefetch_far(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
 Bytes exclusive_or(Bytes a, Bytes b) { return {_mm256_xor_si256(a.lo, b.lo), _mm256_xor_si256(a.hi, b.hi)}; }
+/// Signed bytes to bytes with offset 128, and back.
+Bytes flip_signs(Bytes w) {
+    const __m256i signs = _mm256_set1_epi8(char(0x80));
+    return exclusive_or(w, {signs, signs});
+}
 
 /// The compiler must have x in registers here and knows nothing about it afterwards. Costs no instruction.
 template <typename V>
@@ -193,9 +198,8 @@ struct Q8Bytes {
     __m256i magnitude_lo, magnitude_hi, value_lo, value_hi;
 };
 Q8Bytes prepare_q8(Bytes w) {
-    const __m256i offset = _mm256_set1_epi8(char(0x80));
-    const __m256i lo = _mm256_xor_si256(w.lo, offset), hi = _mm256_xor_si256(w.hi, offset);
-    return {_mm256_abs_epi8(lo), _mm256_abs_epi8(hi), lo, hi};
+    const Bytes value = flip_signs(w);
+    return {_mm256_abs_epi8(value.lo), _mm256_abs_epi8(value.hi), value.lo, value.hi};
 }
 VecI q8_start(int32_t) { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 __m256i add_pairs(__m256i acc, __m256i products) {

@@ -120,6 +120,8 @@ Bytes lookup(const uint8_t* table, Bytes index) {
 [[gnu::always_inline]] inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 [[gnu::always_inline]] inline void prefetch_far(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
 Bytes exclusive_or(Bytes a, Bytes b) { return {_mm512_xor_si512(a.v, b.v)}; }
+/// Signed bytes to bytes with offset 128, and back.
+Bytes flip_signs(Bytes w) { return exclusive_or(w, {_mm512_set1_epi8(char(0x80))}); }
 
 constexpr uint32_t ceiling_chains = 12;
 /// The compiler must have x in a register here and knows nothing about it afterwards. Costs no instruction.
@@ -150,8 +152,8 @@ struct Q8Bytes {
     __mmask64 negative;
 };
 Q8Bytes prepare_q8(Bytes w) {
-    const __m512i value = _mm512_xor_si512(w.v, _mm512_set1_epi8(char(0x80)));
-    return {_mm512_abs_epi8(value), _mm512_movepi8_mask(value)};
+    const Bytes value = flip_signs(w);
+    return {_mm512_abs_epi8(value.v), _mm512_movepi8_mask(value.v)};
 }
 VecI q8_start(int32_t) { return {_mm512_setzero_si512()}; }
 VecI add_pairs(VecI acc, __m512i products) {

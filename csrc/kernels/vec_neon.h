@@ -210,6 +210,11 @@ VecF load_int8(const int8_t* p) {
 Bytes exclusive_or(Bytes a, Bytes b) {
     return {{veorq_u8(a.v[0], b.v[0]), veorq_u8(a.v[1], b.v[1]), veorq_u8(a.v[2], b.v[2]), veorq_u8(a.v[3], b.v[3])}};
 }
+/// Signed bytes to bytes with offset 128, and back.
+Bytes flip_signs(Bytes w) {
+    const uint8x16_t signs = vdupq_n_u8(0x80);
+    return exclusive_or(w, {{signs, signs, signs, signs}});
+}
 
 constexpr uint32_t ceiling_chains = 6;  // of 4 registers
 /// The compiler must have x in registers here and knows nothing about it afterwards. Costs no instruction.
@@ -234,10 +239,7 @@ int32x4_t add_products(int32x4_t acc, int8x16_t w, int8x16_t a) {
 
 // Both ways multiply signed by signed: the offset of 8-bit weights is taken off them, not off the sum.
 using Q8Bytes = Bytes;
-Q8Bytes prepare_q8(Bytes w) {
-    const uint8x16_t offset = vdupq_n_u8(0x80);
-    return exclusive_or(w, {{offset, offset, offset, offset}});
-}
+Q8Bytes prepare_q8(Bytes w) { return flip_signs(w); }
 VecI q8_start(int32_t) { return set1_int(0); }
 VecI dot_q8(VecI acc, Q8Bytes w, int32_t a) {
     const int8x16_t x = vreinterpretq_s8_s32(vdupq_n_s32(a));

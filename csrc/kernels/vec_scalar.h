@@ -180,6 +180,11 @@ Bytes exclusive_or(Bytes a, Bytes b) {
     for (int i = 0; i < 64; ++i) a.v[i] ^= b.v[i];
     return a;
 }
+/// Signed bytes to bytes with offset 128, and back.
+Bytes flip_signs(Bytes w) {
+    for (int i = 0; i < 64; ++i) w.v[i] ^= 0x80;
+    return w;
+}
 
 constexpr uint32_t ceiling_chains = 2;
 /// The compiler must have x in memory here and knows nothing about it afterwards.

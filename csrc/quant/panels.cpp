@@ -151,7 +151,6 @@ bool copy_planes(const std::byte* rows, uint32_t n_rows, uint32_t n_blocks, std:
     constexpr BlockFormat format = block_format(Type);
     constexpr PanelLayout layout = panel_layout(Type);
     constexpr uint32_t halves = format.has_min ? 2 : 1;
-    constexpr uint32_t flip = format.bits == 8 ? 0x80808080u : 0u;  // signed bytes -> offset 128
     constexpr size_t block_bytes = format.bytes;
     bool finite = true;
     for (uint32_t b = 0; b < n_blocks; ++b) {
@@ -167,7 +166,7 @@ bool copy_planes(const std::byte* rows, uint32_t n_rows, uint32_t n_blocks, std:
                 std::memcpy(scales + (h * panel_rows + r) * 2, &half, 2);
             }
             for (uint32_t j = 0; j < format.bits; ++j) {
-                const uint32_t word = read<uint32_t>(block + 2 * halves + 4 * j) ^ flip;
+                const uint32_t word = read<uint32_t>(block + 2 * halves + 4 * j);
                 std::memcpy(codes + (j * panel_rows + r) * 4, &word, 4);
             }
         }
