@@ -46,7 +46,7 @@ struct Tiles {
 
     // A panel as signed bytes in the order of the tiles, and its scales as floats.
     static void expand_panel(const uint8_t* panel, uint32_t n_blocks, TileSide to) {
-        constexpr int zero = format.bits == 8 || format.table ? 128 : format.zero;
+        constexpr int zero = format.table ? 128 : format.zero;
         const __m512i taken_off = _mm512_set1_epi8(char(zero));
         WeightBlock<Type> from;
         for (uint32_t b = 0; b < n_blocks; ++b, to.values += 512, to.floats += panel_floats * lanes) {
@@ -169,8 +169,8 @@ struct Tiles {
     }
 };
 
-// 16 tokens or more. Panels are expanded in groups that stay in the second-level cache, while the group before is
-// multiplied by its first tokens; inside, tokens outside, so that results are written to neighbouring places.
+// 16 tokens or more. Panels are taken, and expanded if need be, in groups that stay in the second-level cache. Inside,
+// tokens outside, so that results are written to neighbouring places; with the first ones the next group is fetched.
 template <WeightType Type>
 void tile_matmul(const MatmulArgs& args, const QuantizedMultiply<Type>& multiply) {
     using Tile = Tiles<Type>;
@@ -195,8 +195,10 @@ void tile_matmul(const MatmulArgs& args, const QuantizedMultiply<Type>& multiply
     for (uint32_t first = 0; first < n_panels; first += group) {
         const uint32_t n = n_panels - first < group ? n_panels - first : group;
         const uint8_t* panels = (const uint8_t*)args.panels + first * args.panel_stride;
-        for (uint32_t p = 0; p < n && !Tile::direct; ++p)
-            Tile::expand_panel(panels + p * args.panel_stride, n_blocks, expanded_at(p));
+        if constexpr (!Tile::direct) {
+            for (uint32_t p = 0; p < n; ++p)
+                Tile::expand_panel(panels + p * args.panel_stride, n_blocks, expanded_at(p));
+        }
         for (uint32_t t = 0; t < n_tokens; t += tile_tokens) {
             for (uint32_t p = 0; p < n; ++p) {
                 prefetch_results(args, t, tile_tokens, first + p, 1);

@@ -10,7 +10,7 @@
 // Codes of a block of 32 are 8 vectors of 64 bytes, vector j holding k = 4j..4j+3 of each row. They are stored as
 // planes of 8, 4, 2 or 1 bits, in this order (5 bits are a plane of 4 and one of 1):
 //
-//   8 bits  8 vectors: vector j as it is
+//   8 bits  8 vectors: vector j as it is (signed bytes)
 //   4 bits  4 vectors: vector j in the low nibbles, vector j + 4 in the high nibbles
 //   2 bits  2 vectors: byte i of vector p holds vectors p, p + 2, p + 4, p + 6, from the lowest bits up
 //   1 bit   1 vector: bit j of a byte belongs to vector j
