@@ -7,6 +7,7 @@ Exit codes: 0 success, 1 an error (one line on stderr; --debug adds the tracebac
 import dataclasses
 import importlib
 import json
+import logging
 import os
 import sys
 import traceback
@@ -214,6 +215,103 @@ def batch(
 
 
 @app.command()
+def serve(
+    model: Annotated[Path, typer.Argument(metavar="MODEL.gguf", help="GGUF file.", envvar="FIXMIN_MODEL")],
+    host: Annotated[str, typer.Option(envvar="FIXMIN_HOST", help="Address to listen on; 0.0.0.0: all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(envvar="FIXMIN_PORT", help="0: a free one.")] = 8000,
+    model_name: Annotated[
+        str | None, typer.Option(envvar="FIXMIN_MODEL_NAME", help="In answers. Default: the file's name.")
+    ] = None,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(envvar="FIXMIN_API_KEY", help="Requests must bring it; repeatable. Default: none needed."),
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(envvar="FIXMIN_CORS_ORIGIN", help="Site whose pages may ask, or *; repeatable. Default: none."),
+    ] = None,
+    chat_template: Annotated[
+        Path | None,
+        typer.Option(envvar="FIXMIN_CHAT_TEMPLATE", help="Jinja file. Default: Question/Answer, for base models."),
+    ] = None,
+    max_queue: Annotated[
+        int, typer.Option(envvar="FIXMIN_MAX_QUEUE", help="Generations that may wait; others get 429.")
+    ] = 512,
+    max_body_bytes: Annotated[int, typer.Option(envvar="FIXMIN_MAX_BODY_BYTES", help="Of a request.")] = 4 << 20,
+    max_n: Annotated[int, typer.Option(envvar="FIXMIN_MAX_N", help="Largest n and best_of.")] = 128,
+    max_logprobs: Annotated[int, typer.Option(envvar="FIXMIN_MAX_LOGPROBS", help="Largest logprobs.")] = 20,
+    max_inputs: Annotated[int, typer.Option(envvar="FIXMIN_MAX_INPUTS", help="Most prompts of a request.")] = 256,
+    timeout: Annotated[float, typer.Option(envvar="FIXMIN_TIMEOUT", help="Seconds of a generation.")] = 600.0,
+    read_timeout: Annotated[
+        float, typer.Option(envvar="FIXMIN_READ_TIMEOUT", help="Seconds in which a request has to arrive.")
+    ] = 30.0,
+    write_timeout: Annotated[
+        float, typer.Option(envvar="FIXMIN_WRITE_TIMEOUT", help="Seconds that a client may take no data.")
+    ] = 60.0,
+    shutdown_timeout: Annotated[
+        float, typer.Option(envvar="FIXMIN_SHUTDOWN_TIMEOUT", help="Seconds that requests get to end.")
+    ] = 30.0,
+    threads: Annotated[
+        int | None, typer.Option("-t", "--threads", envvar="FIXMIN_THREADS", help="Default: what the machine offers.")
+    ] = None,
+    n_ctx: Annotated[
+        int | None,
+        typer.Option("-c", "--n-ctx", "--ctx", envvar="FIXMIN_N_CTX", help="Context positions. Default: the model's."),
+    ] = None,
+    kv_type: Annotated[
+        str, typer.Option(envvar="FIXMIN_KV_TYPE", help="Type of the KV cache: f16, f32 or q8_0.")
+    ] = "f16",
+    n_kv: Annotated[
+        int | None, typer.Option(envvar="FIXMIN_N_KV", help="Positions of the KV cache, of all requests together.")
+    ] = None,
+    n_parallel: Annotated[
+        int, typer.Option("--parallel", envvar="FIXMIN_PARALLEL", help="Generations that run at a time.")
+    ] = 64,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing but errors.")] = False,
+    debug: _Debug = False,
+) -> None:
+    """Serve a model to OpenAI's clients and to a browser (needs fixmin-cpp[serve]). docs/serving.md describes it.
+
+    Every option can be an environment variable: --max-queue is FIXMIN_MAX_QUEUE. Ctrl-C, or SIGTERM, lets running
+    requests finish.
+    """
+    with _errors(debug):
+        package = _extra("serve", "serve")
+        _log_to_stderr(quiet)
+        settings = package.ServeSettings(
+            model=str(model),
+            model_name=model_name,
+            host=host,
+            port=port,
+            api_keys=tuple(api_key or ()),
+            cors_origins=tuple(cors_origin or ()),
+            chat_template=None if chat_template is None else read_text(chat_template),
+            max_queue=max_queue,
+            max_body_bytes=max_body_bytes,
+            max_n=max_n,
+            max_logprobs=max_logprobs,
+            max_inputs=max_inputs,
+            timeout=timeout,
+            read_timeout=read_timeout,
+            write_timeout=write_timeout,
+            shutdown_timeout=shutdown_timeout,
+            n_threads=threads,
+            n_ctx=n_ctx,
+            kv_type=kv_type,
+            n_kv=n_kv,
+            n_parallel=n_parallel,
+        )
+        package.run(settings)
+
+
+def _log_to_stderr(quiet: bool) -> None:
+    """Shows what a server does and what went wrong in it."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    for name in ("fixmin_cpp", "uvicorn"):
+        logging.getLogger(name).setLevel(logging.WARNING if quiet else logging.INFO)
+
+
+@app.command()
 def bench(
     model: Annotated[Path, typer.Option("-m", "--model", help="GGUF file.")],
     threads: Annotated[int | None, typer.Option("-t", "--threads", help="Default: what the machine offers.")] = None,
@@ -304,7 +402,7 @@ def quantize(
     """
     with _errors(debug):
         with _bar("quantizing", as_json) as update:
-            report = _extra("requantize", "quantize").quantize(
+            report = _extra("convert.requantize", "quantize").quantize(
                 source,
                 target,
                 type,
@@ -346,7 +444,7 @@ def imatrix(
     The file is in llama.cpp's form: sums of squares per input channel, and how many tokens they are from.
     """
     with _errors(debug):
-        collector = _extra("imatrix", "quantize")
+        collector = _extra("convert.imatrix", "quantize")
         text = read_text(file)
         with _load(model, n_threads=threads) as loaded, _bar("reading", as_json) as update:
             report = collector.collect(loaded, text, out, ctx=ctx, dataset=file.name, progress=update)
@@ -454,15 +552,15 @@ def _forward(context: typer.Context, name: str) -> None:
     if debug:
         arguments.remove("--debug")
     with _errors(debug):
-        code = getattr(_extra("convert", "convert"), name)(arguments)
+        code = getattr(_extra("convert.convert", "convert"), name)(arguments)
     raise typer.Exit(code or 0)
 
 
 def _extra(module: str, extra: str) -> Any:
-    """A module of fixmin_cpp.convert, or an error that names the extra to install."""
+    """A module of this package, or an error that names the extra to install."""
     try:
         # By name: it is a folder of its own in the source tree and part of the package once that is installed.
-        return importlib.import_module(f".convert.{module}", __package__)
+        return importlib.import_module(f".{module}", __package__)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith(str(__package__)):
             raise

@@ -26,7 +26,7 @@ from . import _core
 from .errors import ArgumentError, GGUFError
 from .tokenizer import TextTokenizer
 
-__all__ = ["describe", "printable", "render"]
+__all__ = ["describe", "describe_code", "printable", "render"]
 
 CERTIFICATE_PREFIX = "fixmin.convert.certificate."
 _PROVENANCE_PREFIX = "fixmin.convert."
@@ -70,7 +70,7 @@ def describe(path: str | os.PathLike[str], tokens: Sequence[str] = ()) -> dict[s
         "certificate": _plain_metadata(metadata, only=CERTIFICATE_PREFIX),
         "quantized": _plain_metadata(metadata, only=_QUANTIZE_PREFIX),
         "tokenizer": _describe_tokenizer(metadata),
-        "code": _describe_code(metadata),
+        "code": describe_code(metadata),
         "tensors": tensors,
     }
     if tokens:
@@ -176,7 +176,7 @@ def _describe_tokenizer(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _describe_code(metadata: Mapping[str, Any]) -> dict[str, Any]:
+def describe_code(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """kind, width, lift, values, and for an affine code its matrix, shift and what kind of map it is."""
     prefix = "fixmin.code."
     code = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}

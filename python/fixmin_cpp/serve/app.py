@@ -1,0 +1,327 @@
+"""The HTTP interface: OpenAI's, llama-server's and vLLM's paths, and what is this project's own."""
+
+import asyncio
+import base64
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from fastapi import FastAPI, Request
+from numpy.typing import NDArray
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import HTMLResponse, JSONResponse, Response
+
+from .. import __version__
+from ..arguments import as_token_ids, split_prompts
+from ..errors import ArgumentError
+from .chat import ChatTemplate
+from .errors import APIError, install
+from .generation import ChatJob, CompletionJob, Job
+from .guards import Guard, Receive, Scope, Send
+from .host import ModelHost
+from .metrics import Metrics
+from .schemas import (
+    ChatRequest,
+    CodesRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    TokenizeRequest,
+)
+from .settings import ServeSettings
+
+__all__ = ["create_app"]
+
+_PAGE = Path(__file__).with_name("playground.html")
+_PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self' 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"description": text}
+    for status, text in {
+        400: "Something in the request is wrong: the message says what.",
+        401: "No API key, or a wrong one.",
+        413: "The body is too large.",
+        429: "Too many generations are waiting.",
+        503: "The model is loading, or the server is shutting down.",
+    }.items()
+}
+
+
+class _JSON(JSONResponse):
+    """Characters as they are, not as escapes."""
+
+
+class _Events(Response):
+    """Server-sent events of a job. A client that goes away cancels it."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, host: ModelHost, job: Job) -> None:
+        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._host = host
+        self._job = job
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers; returns when the last event was sent or the client has gone."""
+        with self._host.admitted(self._job.n_sequences):
+            await _unless_disconnected(self._send(send), receive)
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        async with contextlib.aclosing(self._job.events()) as events:
+            async for event in events:
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _unless_disconnected(work: Any, receive: Receive) -> Any:
+    """The result of `work`, which is cancelled when the client goes away: then None."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        return await task if task.done() else None
+    finally:
+        for one in (task, gone):
+            one.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def create_app(settings: ServeSettings, on_failure: Callable[[], None] | None = None) -> FastAPI:
+    """The server as an ASGI application. The model is loaded when it starts up, while /health answers 503.
+
+    Args:
+        settings: see there.
+        on_failure: called if the model cannot be loaded.
+
+    Raises:
+        ArgumentError: settings.chat_template is no template.
+    """
+    template = ChatTemplate(settings.chat_template)
+    host = ModelHost(settings, on_failure)
+    metrics = Metrics(host)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        host.start()
+        yield
+        await host.close()
+
+    app = FastAPI(
+        title="fixmin",
+        summary="Language models without an input embedding table.",
+        version=__version__,
+        lifespan=lifespan,
+        default_response_class=_JSON,
+        responses=_ERRORS,
+    )
+    app.state.host = host
+    app.state.chat_template = template.source
+    install(app)
+    app.add_middleware(
+        Guard,
+        api_keys=settings.api_keys,
+        max_body_bytes=settings.max_body_bytes,
+        on_answer=metrics.answered,
+    )
+    if settings.cors_origins:  # outside: a browser asks for leave without a key
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["*"], allow_headers=["*"]
+        )
+    _add_generation(app, host, metrics, template)
+    _add_tokens(app, host)
+    _add_facts(app, host, metrics)
+    return app
+
+
+def _add_generation(app: FastAPI, host: ModelHost, metrics: Metrics, template: ChatTemplate) -> None:
+    async def answer(request: Request, job: Job) -> Response:
+        if job.request.stream:
+            return _Events(host, job)
+        with host.admitted(job.n_sequences):
+            result = await _unless_disconnected(job.answer(), request.receive)
+        return _JSON(result)
+
+    @app.post("/v1/completions")
+    async def completions(request: Request, body: CompletionRequest) -> Response:
+        """Continues prompts: texts or token ids."""
+        return await answer(request, await CompletionJob.prepare(host, metrics, body))
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request, body: ChatRequest) -> Response:
+        """Answers a chat through the server's template."""
+        _ = host.model
+        prompt = await host.compute(template.render, [message.plain() for message in body.messages])
+        return await answer(request, await ChatJob.prepare(host, metrics, body, prompt, template.stop))
+
+    @app.post("/v1/embeddings")
+    async def embeddings(request: Request, body: EmbeddingRequest) -> dict[str, Any]:
+        """The mean of the last layer's states for each text, before the last norm: D numbers."""
+        if body.dimensions is not None:
+            raise APIError(400, "dimensions is not supported: states have one length", param="dimensions")
+        inputs = split_prompts(body.input, "input")[0]
+        if len(inputs) > host.settings.max_inputs:
+            raise ArgumentError(f"input has {len(inputs)} entries, but a request may have {host.settings.max_inputs}")
+        with host.admitted(1):
+            data, n_tokens = [], 0
+            for i, one in enumerate(inputs):
+                if await request.is_disconnected():
+                    break
+                vector, n = await host.compute(_embed, host, one)
+                n_tokens += n
+                numbers = (
+                    base64.b64encode(vector.tobytes()).decode() if body.encoding_format == "base64" else vector.tolist()
+                )
+                data.append({"object": "embedding", "index": i, "embedding": numbers})
+        usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
+        return {"object": "list", "data": data, "model": host.settings.name, "usage": usage}
+
+
+def _embed(host: ModelHost, text: Any) -> tuple[NDArray[np.float32], int]:
+    model = host.model
+    states = model.hidden_states(text, model.info["block_count"])
+    return states.mean(axis=0, dtype=np.float64).astype(np.float32), len(states)
+
+
+def _add_tokens(app: FastAPI, host: ModelHost) -> None:
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+        """Token ids of a text, as llama-server and vLLM give them."""
+        text = body.content if body.content is not None else body.prompt
+        if text is None:
+            raise ArgumentError("content is missing (or prompt, as vLLM calls it)")
+        special = body.add_special or body.add_special_tokens
+        ids = await host.compute(host.model.encode, text, add_special_tokens=special)
+        tokens: list[Any] = [_piece(host, i) for i in ids] if body.with_pieces else ids
+        return {"tokens": tokens, "count": len(ids), "max_model_len": host.model.info["n_ctx"]}
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
+        """Text of token ids."""
+        text = await host.compute(host.model.decode, body.tokens)
+        return {"content": text, "prompt": text}
+
+    @app.post("/codes")
+    async def codes(body: CodesRequest) -> dict[str, Any]:
+        """What stands in place of an input embedding: the bits of each token's id and its code, bit i at place i."""
+        if (body.text is None) == (body.tokens is None):
+            raise ArgumentError("text or tokens is needed, one of them")
+        model = host.model
+        given = body.tokens if body.text is None else await host.compute(model.encode, body.text)
+        if not given:
+            return {"tokens": []}
+        ids = as_token_ids("tokens", given, model.info["vocab_size"])
+        found = await host.compute(model.codes, ids)
+        width = found.shape[1]
+        bits = (ids[:, None] >> np.arange(width, dtype=np.uint32)) & 1 if width <= 32 else None
+        return {
+            "tokens": [
+                {
+                    "id": int(token_id),
+                    "text": host.token_text(int(token_id)),
+                    "bits": None if bits is None else bits[i].tolist(),
+                    "code": found[i].tolist(),
+                }
+                for i, token_id in enumerate(ids)
+            ]
+        }
+
+
+def _piece(host: ModelHost, token_id: int) -> dict[str, Any]:
+    return {"id": token_id, "piece": host.token_text(token_id)}
+
+
+def _add_facts(app: FastAPI, host: ModelHost, metrics: Metrics) -> None:
+    name = host.settings.name
+
+    @app.get("/health")
+    @app.get("/v1/health", include_in_schema=False)
+    async def health() -> dict[str, str]:
+        """Whether requests are answered. 503 with `progress`, 0 to 1, while the model is loading."""
+        _ = host.model
+        return {"status": "ok"}
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        """The one model of this server."""
+        info = host.model.info
+        entry = {
+            "id": name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "fixmin",
+            "max_model_len": info["n_ctx"],
+            "meta": {
+                "n_vocab": info["vocab_size"],
+                "n_ctx_train": info["context_length"],
+                "n_embd": info["embedding_length"],
+                "size": info["bytes"]["file"],
+            },
+        }
+        return {"object": "list", "data": [entry]}
+
+    @app.get("/v1/models/{model_name:path}")
+    async def model(model_name: str) -> dict[str, Any]:
+        """The same for its name."""
+        if model_name != name:
+            raise APIError(404, f"there is no model of that name here, only {name!r}", code="model_not_found")
+        found: dict[str, Any] = (await models())["data"][0]
+        return found
+
+    @app.get("/props")
+    async def props() -> dict[str, Any]:
+        """What is loaded, how its codes are made, and what requests may ask for."""
+        info = host.model.info
+        limits = host.settings
+        return {
+            "model_name": name,
+            "build_info": f"fixmin {__version__}",
+            "n_ctx": info["n_ctx"],
+            "total_slots": limits.n_parallel,
+            "vocab_size": info["vocab_size"],
+            "n_layers": info["block_count"],
+            "embedding_length": info["embedding_length"],
+            "eos_token_id": info["eos_token_id"],
+            "quantization": _quantization(info),
+            "isa": info["isa"],
+            "n_threads": info["n_threads"],
+            "parameters_saved": info["vocab_size"] * info["embedding_length"],
+            "code": {"matrix": None, "shift": None, **host.code},
+            "limits": {
+                "max_tokens": info["n_ctx"],
+                "max_n": limits.max_n,
+                "max_logprobs": limits.max_logprobs,
+                "max_inputs": limits.max_inputs,
+                "timeout": limits.timeout,
+            },
+            "chat_template": app.state.chat_template,
+        }
+
+    @app.get("/metrics", response_class=Response)
+    async def show_metrics() -> Response:
+        """For Prometheus."""
+        _ = host.model
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    async def playground() -> Response:
+        """The playground."""
+        return HTMLResponse(_PAGE.read_text("utf-8"), headers=_PAGE_HEADERS)
+
+
+def _quantization(info: dict[str, Any]) -> str:
+    """The type that most bytes of the weights have."""
+    by_type: dict[str, int] = info["bytes"]["weights_by_type"]
+    return max(by_type, key=lambda kind: by_type[kind])

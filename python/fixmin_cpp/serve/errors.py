@@ -1,0 +1,107 @@
+"""Errors as OpenAI's clients expect them: {"error": {"message", "type", "param", "code"}} and an HTTP status."""
+
+import json
+import logging
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from ..errors import ArgumentError, ContextLengthError, FixminError, UnsupportedError
+
+__all__ = ["APIError", "as_api_error", "install"]
+
+_log = logging.getLogger(__name__)
+
+_TYPES = {401: "authentication_error", 429: "rate_limit_error", 503: "unavailable_error"}
+
+
+class APIError(Exception):
+    """An answer that is an error."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | int | None = None,
+        headers: Mapping[str, str] | None = None,
+        **extra: Any,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.headers = headers
+        self.extra = extra
+
+    def body(self) -> dict[str, Any]:
+        """The JSON object of the answer."""
+        kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return {"error": error, **self.extra}
+
+    def response(self) -> Response:
+        """The answer itself."""
+        return ErrorResponse(self.body(), self.status, self.headers)
+
+
+class ErrorResponse(JSONResponse):
+    """ASCII only: a message may quote what is no valid Unicode."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content).encode()
+
+
+def as_api_error(error: Exception, renamed: Mapping[str, str] | None = None) -> APIError:
+    """What to answer when `error` was raised. `renamed`: field of the request by name of the argument."""
+    if isinstance(error, APIError):
+        return error
+    if isinstance(error, ArgumentError | ContextLengthError | UnsupportedError):
+        message = str(error)
+        for name, field in (renamed or {}).items():
+            message = re.sub(rf"\b{name}\b", field, message)
+        param = re.match(r"[a-z_]+", message)
+        code = "context_length_exceeded" if isinstance(error, ContextLengthError) else None
+        return APIError(400, message, param=param[0] if param else None, code=code)
+    if isinstance(error, FixminError):
+        return APIError(500, str(error))
+    _log.error("a request failed", exc_info=error)
+    return APIError(500, "internal error: the server's log has it")
+
+
+def install(app: FastAPI) -> None:
+    """Makes every error of `app` an answer in this form."""
+
+    @app.exception_handler(APIError)
+    @app.exception_handler(FixminError)
+    @app.exception_handler(Exception)
+    async def _any(request: Request, error: Exception) -> Response:
+        return as_api_error(error).response()
+
+    @app.exception_handler(RequestValidationError)
+    async def _invalid(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        where = [str(part) for part in first["loc"] if part != "body"]
+        if first["type"] == "json_invalid":
+            return APIError(
+                400, f"the body is not JSON: {first.get('ctx', {}).get('error', 'it ends too early')}"
+            ).response()
+        param = where[0] if where else None
+        place = ".".join(where) if where else "the body"
+        return APIError(400, f"{place}: {first['msg']}", param=param).response()
+
+    @app.exception_handler(HTTPException)
+    async def _http(request: Request, error: HTTPException) -> Response:
+        message = error.detail
+        if error.status_code == 404:
+            message = f"there is nothing at {request.url.path}"
+        elif error.status_code == 405:
+            message = f"{request.url.path} does not take {request.method}"
+        return APIError(error.status_code, message, headers=error.headers).response()

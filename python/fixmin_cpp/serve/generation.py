@@ -1,0 +1,408 @@
+"""One request's generations, from the body to the JSON of its answer, whole or as a stream of events."""
+
+import asyncio
+import contextlib
+import json
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Any
+
+from ..errors import ArgumentError, ContextLengthError
+from ..generation import AsyncTextStream, Batch, Completion, Piece, TokenLogprob
+from ..text import IncrementalDecoder
+from .errors import APIError, as_api_error
+from .host import ModelHost
+from .metrics import Metrics
+from .schemas import ALIASES, ChatRequest, CompletionRequest, GenerationRequest
+
+__all__ = ["ChatJob", "CompletionJob", "Job"]
+
+# What OpenAI's interface means when it does not say otherwise: the model's own distribution.
+_USUAL: Mapping[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+_FINISH = {"eos": "stop"}  # others have the same name
+
+
+class Job(ABC):
+    """The generations of one request. Made by prepare(); run once, by answer() or events()."""
+
+    prefix: str  # of ids
+    object: str  # of answers
+    chunk_object: str
+    request: GenerationRequest
+
+    def __init__(self, host: ModelHost, metrics: Metrics) -> None:
+        self.host = host
+        self.metrics = metrics
+        self.id = f"{self.prefix}-{uuid.uuid4().hex}"
+        self.created = int(time.time())
+        self._begin = time.perf_counter()
+        self._batch: Batch
+        self._n = 1
+        self._best_of = 1
+        self.only_prompt = False  # whether what is generated is not part of the answer
+
+    async def _prepare(self, prompts: Any, arguments: Mapping[str, Any], n: int, best_of: int | None) -> None:
+        """Checks everything and tokenises; raises what the client is told with a status of 4xx."""
+        settings = self.host.settings
+        for name, value in (("n", n), ("best_of", best_of)):
+            if value is not None and not 1 <= value <= settings.max_n:
+                raise ArgumentError(f"{name} must be between 1 and {settings.max_n}, got {value}")
+        if self.request.stream and best_of is not None and best_of > n:
+            raise ArgumentError("best_of cannot be streamed: which ones are the best is known at the end")
+        if self.request.stream_options is not None and not self.request.stream:
+            raise ArgumentError("stream_options is for answers that are streamed")
+        self._n, self._best_of = n, n if best_of is None else best_of
+        timeout = arguments.get("timeout")
+        limited = settings.timeout if timeout is None else min(timeout, settings.timeout)
+        model = self.host.model
+        try:
+            self._batch = await self.host.compute(
+                model._batch, prompts, {**_USUAL, **arguments, "timeout": limited}, n, best_of
+            )
+        except (ArgumentError, ContextLengthError) as error:
+            fields = {name: field for field, name in ALIASES.items() if getattr(self.request, field, None) is not None}
+            raise as_api_error(error, fields) from None
+
+    @property
+    def n_sequences(self) -> int:
+        """Generations that this takes."""
+        return len(self._batch.runs)
+
+    # --- running -----------------------------------------------------------------------------------------------------
+
+    async def _pieces(self) -> AsyncGenerator[tuple[int, Piece | Completion], None]:
+        """(number of the run, its pieces one by one and then its completion), as they come.
+
+        Closing it cancels what has not ended.
+        """
+        model = self.host.model
+        news: asyncio.Queue[tuple[int, Piece | Completion | Exception]] = asyncio.Queue()
+
+        async def read(number: int, stream: AsyncTextStream) -> None:
+            try:
+                last = 0.0
+                async for piece in stream:
+                    now = time.perf_counter()
+                    if last:
+                        self.metrics.between_tokens.observe(now - last)
+                    else:
+                        self.metrics.first_token.observe(now - self._begin)
+                    last = now
+                    news.put_nowait((number, piece))
+                assert stream.completion is not None
+                news.put_nowait((number, stream.completion))
+            except Exception as error:
+                news.put_nowait((number, error))
+
+        streams = [AsyncTextStream(run, model._start_async) for run in self._batch.runs]
+        # Tasks begin in this order, so that a prompt's first run is queued before those that follow it.
+        tasks = [asyncio.create_task(read(i, stream)) for i, stream in enumerate(streams)]
+        try:
+            left = len(tasks)
+            while left:
+                number, item = await news.get()
+                if isinstance(item, Exception):
+                    raise item
+                if isinstance(item, Completion):
+                    left -= 1
+                    self.metrics.ended(item)
+                    self.host.check_open(item.finish_reason)
+                yield number, item
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self.metrics.whole.observe(time.perf_counter() - self._begin)
+
+    async def answer(self) -> dict[str, Any]:
+        """The whole answer."""
+        completions: dict[int, Completion] = {}
+        async with contextlib.aclosing(self._pieces()) as pieces:
+            async for number, item in pieces:
+                if isinstance(item, Completion):
+                    completions[number] = item
+        chosen = self._batch.result()
+        per_prompt = chosen if isinstance(chosen, list) else [chosen]
+        every = [one for each in per_prompt for one in each.candidates or [each]]
+        return {
+            **self._head(self.object),
+            "choices": [self._choice(i, one) for i, one in enumerate(every)],
+            "usage": self._usage(completions),
+        }
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        """The answer as server-sent events. Errors after the first one become an event too."""
+        usage = self.request.stream_options is not None and self.request.stream_options.include_usage
+        head = self._head(self.chunk_object)
+        completions: dict[int, Completion] = {}
+
+        def event(choices: list[dict[str, Any]], total: dict[str, Any] | None = None) -> bytes:
+            data = {**head, "choices": choices, **({"usage": total} if usage else {})}
+            return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+        pieces = self._pieces()
+        try:
+            writers = [self._writer(i) for i in range(self.n_sequences)]
+            for i, writer in enumerate(writers):
+                if (first := writer.begin()) is not None:
+                    yield event([{"index": i, **first, "finish_reason": None}])
+            async for i, item in pieces:
+                if isinstance(item, Piece):
+                    yield event([{"index": i, **writers[i].piece(item), "finish_reason": None}])
+                    continue
+                completions[i] = item
+                end = {"finish_reason": _FINISH.get(item.finish_reason, item.finish_reason), "seed": item.seed}
+                yield event([{"index": i, **writers[i].end(), **end}])
+            if usage:
+                yield event([], self._usage(completions))
+        except Exception as error:
+            failed = as_api_error(error)
+            yield b"data: " + json.dumps(failed.body()).encode() + b"\n\n"
+        finally:
+            await pieces.aclose()
+        yield b"data: [DONE]\n\n"
+
+    # --- the parts of an answer --------------------------------------------------------------------------------------
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.host.settings.name}
+
+    def _usage(self, completions: Mapping[int, Completion]) -> dict[str, Any]:
+        """`completions` by their runs. A prompt counts once, however many continuations it has."""
+        first = [completions[i].timings for i in range(0, self.n_sequences, self._best_of)]
+        n_prompt = sum(timings.n_prompt for timings in first)
+        n_generated = 0 if self.only_prompt else sum(one.timings.n_generated for one in completions.values())
+        return {
+            "prompt_tokens": n_prompt,
+            "completion_tokens": n_generated,
+            "total_tokens": n_prompt + n_generated,
+            "prompt_tokens_details": {"cached_tokens": sum(timings.n_cached for timings in first)},
+        }
+
+    def _choice(self, index: int, completion: Completion) -> dict[str, Any]:
+        reason = _FINISH.get(completion.finish_reason, completion.finish_reason)
+        choice = {"index": index, **self._content(index, completion), "finish_reason": reason, "seed": completion.seed}
+        if self.request.return_token_ids:
+            choice["token_ids"] = completion.token_ids
+        return choice
+
+    @abstractmethod
+    def _content(self, index: int, completion: Completion) -> dict[str, Any]:
+        """What a choice of a whole answer holds: text and log-probabilities."""
+
+    @abstractmethod
+    def _writer(self, index: int) -> "_Writer":
+        """Makes the events of one choice."""
+
+
+class _Writer(ABC):
+    """Makes the choices of a stream: what is said of a piece, and what at the beginning and the end."""
+
+    def begin(self) -> dict[str, Any] | None:
+        """An event before the first token."""
+        return None
+
+    @abstractmethod
+    def piece(self, piece: Piece) -> dict[str, Any]: ...
+
+    @abstractmethod
+    def end(self) -> dict[str, Any]: ...
+
+
+# --- /v1/completions -------------------------------------------------------------------------------------------------
+
+
+class _TextLogprobs:
+    """The four lists of a completion's log-probabilities, filled token by token."""
+
+    def __init__(self, host: ModelHost, context: Sequence[int], offset: int = 0) -> None:
+        """`context`: ids before the first token, `offset`: its place in the text."""
+        self._host = host
+        self._offset = offset  # of the next token
+        tokenizer = host.model._tokenizer
+        self._decoder = None if tokenizer is None else IncrementalDecoder(tokenizer, context)
+
+    def add(self, into: dict[str, list[Any]], token_id: int, logprob: TokenLogprob | None) -> None:
+        """Adds a token; None stands for the first one of a prompt, which has no probability."""
+        into["tokens"].append(self._host.token_text(token_id))
+        into["text_offset"].append(self._offset)
+        into["token_logprobs"].append(None if logprob is None else logprob.logprob)
+        top: dict[str, float] | None = None
+        if logprob is not None:
+            top = {}
+            for other, value in (*logprob.top, (token_id, logprob.logprob)):
+                top.setdefault(self._host.token_text(other), value)
+        into["top_logprobs"].append(top)
+        if self._decoder is not None:
+            self._offset += len(self._decoder.step(token_id))
+
+
+def _empty() -> dict[str, list[Any]]:
+    return {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+
+
+class CompletionJob(Job):
+    """POST /v1/completions."""
+
+    prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
+    request: CompletionRequest
+
+    @classmethod
+    async def prepare(cls, host: ModelHost, metrics: Metrics, request: CompletionRequest) -> "CompletionJob":
+        """Raises APIError or ArgumentError for what cannot be answered."""
+        job = cls(host, metrics)
+        job.request = request
+        if request.suffix:
+            raise APIError(
+                400, "suffix is not supported: the model continues texts, it does not fill in", param="suffix"
+            )
+        arguments = {"max_new_tokens": 16, **request.arguments()}
+        # OpenAI's way to ask for the probabilities of a prompt: echo it and generate nothing. One token is generated.
+        job.only_prompt = arguments["max_new_tokens"] == 0
+        if job.only_prompt:
+            if not request.echo or request.stream:
+                raise ArgumentError("max_tokens must be above 0, but for an echo that is not streamed")
+            arguments["max_new_tokens"] = 1
+        if request.logprobs is not None:
+            _check_logprobs("logprobs", request.logprobs, host)
+            arguments["logprobs"] = request.logprobs
+            if request.echo:
+                arguments["prompt_logprobs"] = request.logprobs
+        prompt = request.prompt
+        job._prompts = [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else list(prompt)
+        _check_count("prompt", len(job._prompts), host)
+        await job._prepare(prompt, arguments, 1 if request.n is None else request.n, request.best_of)
+        return job
+
+    _prompts: list[Any]
+
+    def _prompt_text(self, index: int) -> str:
+        prompt = self._prompts[index // self._n]
+        return prompt if isinstance(prompt, str) else self.host.model.decode(prompt)
+
+    def _prompt_ids(self, index: int) -> list[int]:
+        ids: list[int] = self._batch.runs[index // self._n * self._best_of]._ids.tolist()
+        return ids
+
+    def _prompt_logprobs(self, index: int, completion: Completion) -> dict[str, list[Any]]:
+        lists, writer = _empty(), _TextLogprobs(self.host, [])
+        for token_id, logprob in zip(self._prompt_ids(index), (None, *(completion.prompt_logprobs or ())), strict=True):
+            writer.add(lists, token_id, logprob)
+        return lists
+
+    def _content(self, index: int, completion: Completion) -> dict[str, Any]:
+        echo = self._prompt_text(index) if self.request.echo else ""
+        text = echo if self.only_prompt else echo + completion.text
+        lists = None
+        if completion.logprobs is not None:
+            lists = self._prompt_logprobs(index, completion) if self.request.echo else _empty()
+            if not self.only_prompt:
+                writer = _TextLogprobs(self.host, self._prompt_ids(index), len(echo))
+                for token_id, logprob in zip(completion.token_ids, completion.logprobs, strict=True):
+                    writer.add(lists, token_id, logprob)
+        return {"text": text, "logprobs": lists}
+
+    def _writer(self, index: int) -> "_Writer":
+        return _CompletionWriter(self, index)
+
+
+class _CompletionWriter(_Writer):
+    def __init__(self, job: CompletionJob, index: int) -> None:
+        self._job = job
+        self._echo = job._prompt_text(index) if job.request.echo else None
+        self._logprobs: _TextLogprobs | None = None
+        if job.request.logprobs is not None:
+            self._logprobs = _TextLogprobs(job.host, job._prompt_ids(index), len(self._echo or ""))
+
+    def begin(self) -> dict[str, Any] | None:
+        return None if self._echo is None else {"text": self._echo, "logprobs": None}
+
+    def piece(self, piece: Piece) -> dict[str, Any]:
+        lists = None
+        if self._logprobs is not None:
+            lists = _empty()
+            self._logprobs.add(lists, piece.token_id, piece.logprob)
+        choice: dict[str, Any] = {"text": piece.text, "logprobs": lists}
+        if self._job.request.return_token_ids:
+            choice["token_ids"] = [piece.token_id]
+        return choice
+
+    def end(self) -> dict[str, Any]:
+        return {"text": "", "logprobs": None}
+
+
+# --- /v1/chat/completions --------------------------------------------------------------------------------------------
+
+
+class ChatJob(Job):
+    """POST /v1/chat/completions."""
+
+    prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    request: ChatRequest
+
+    @classmethod
+    async def prepare(
+        cls, host: ModelHost, metrics: Metrics, request: ChatRequest, prompt: str, stop: Sequence[str]
+    ) -> "ChatJob":
+        """`prompt`: of the template, `stop`: what ends an answer in it."""
+        job = cls(host, metrics)
+        job.request = request
+        arguments = {"max_new_tokens": host.model.info["n_ctx"], **request.arguments()}
+        given = arguments.get("stop", [])
+        arguments["stop"] = [*([given] if isinstance(given, str) else given), *stop]
+        if request.top_logprobs is not None and not request.logprobs:
+            raise ArgumentError("top_logprobs needs logprobs to be true")
+        if request.logprobs:
+            top = request.top_logprobs or 0
+            _check_logprobs("top_logprobs", top, host)
+            arguments["logprobs"] = top
+        await job._prepare(prompt, arguments, 1 if request.n is None else request.n, None)
+        return job
+
+    def logprob(self, token: TokenLogprob) -> dict[str, Any]:
+        """A token as chat answers have it."""
+        top = [self._token(i, value) for i, value in token.top]
+        return {**self._token(token.token_id, token.logprob), "top_logprobs": top}
+
+    def _token(self, token_id: int, value: float) -> dict[str, Any]:
+        text = self.host.token_text(token_id)
+        return {"token": text, "logprob": value, "bytes": list(text.encode())}
+
+    def _content(self, index: int, completion: Completion) -> dict[str, Any]:
+        logprobs = None
+        if completion.logprobs is not None:
+            logprobs = {"content": [self.logprob(token) for token in completion.logprobs], "refusal": None}
+        message = {"role": "assistant", "content": completion.text, "refusal": None}
+        return {"message": message, "logprobs": logprobs}
+
+    def _writer(self, index: int) -> "_Writer":
+        return _ChatWriter(self)
+
+
+class _ChatWriter(_Writer):
+    def __init__(self, job: ChatJob) -> None:
+        self._job = job
+
+    def begin(self) -> dict[str, Any] | None:
+        return {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
+
+    def piece(self, piece: Piece) -> dict[str, Any]:
+        logprobs = None
+        if piece.logprob is not None:
+            logprobs = {"content": [self._job.logprob(piece.logprob)], "refusal": None}
+        return {"delta": {"content": piece.text}, "logprobs": logprobs}
+
+    def end(self) -> dict[str, Any]:
+        return {"delta": {}, "logprobs": None}
+
+
+def _check_logprobs(name: str, value: int, host: ModelHost) -> None:
+    if not 0 <= value <= host.settings.max_logprobs:
+        raise ArgumentError(f"{name} must be between 0 and {host.settings.max_logprobs}, got {value}")
+
+
+def _check_count(name: str, n: int, host: ModelHost) -> None:
+    if n > host.settings.max_inputs:
+        raise ArgumentError(f"{name} has {n} entries, but a request may have {host.settings.max_inputs}")

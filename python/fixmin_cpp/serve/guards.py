@@ -1,0 +1,105 @@
+"""What stands before every request, as ASGI middleware: keys and the size of bodies."""
+
+import hmac
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from .errors import APIError
+
+__all__ = ["Guard"]
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+# What answers without a key: whether the server lives, and a page that asks for the key itself.
+_PUBLIC = ("/health", "/v1/health", "/")
+
+
+class Guard:
+    """Refuses requests without a key (401) or with too large a body (413) before anything of them is parsed."""
+
+    def __init__(
+        self, app: Any, api_keys: tuple[str, ...], max_body_bytes: int, on_answer: Callable[[int], None]
+    ) -> None:
+        """`on_answer`: told the status of each answer."""
+        self._app = app
+        self._on_answer = on_answer
+        self._keys = [key.encode() for key in api_keys]
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+
+        async def answer(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                self._on_answer(message["status"])
+            await send(message)
+
+        headers = dict(scope["headers"])
+        try:
+            self._check_key(scope["path"], headers.get(b"authorization", b""))
+            self._check_length(headers.get(b"content-length", b"0"))
+        except APIError as error:
+            return await error.response()(scope, receive, answer)
+        counted = _Counted(receive, answer, self._max_body_bytes)
+        try:
+            await self._app(scope, counted.receive, counted.send)
+        except _TooLargeError:
+            if not counted.answered:
+                await self._too_large().response()(scope, receive, answer)
+
+    def _check_key(self, path: str, header: bytes) -> None:
+        if not self._keys or path in _PUBLIC:
+            return
+        scheme, _, given = header.partition(b" ")
+        # Every key is compared, each in a time that does not depend on where it differs.
+        known = [hmac.compare_digest(given.strip(), key) for key in self._keys]
+        if scheme.lower() != b"bearer" or not any(known):
+            raise APIError(
+                401,
+                "the API key is wrong" if header else "an API key is needed: Authorization: Bearer KEY",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+
+    def _check_length(self, length: bytes) -> None:
+        # Servers refuse lengths that are no numbers; one too long to be read as such is too large.
+        if len(length) > 18 or (length.isdigit() and int(length) > self._max_body_bytes):
+            raise self._too_large()
+
+    def _too_large(self) -> APIError:
+        return APIError(413, f"the body is larger than {self._max_body_bytes} bytes", headers={"Connection": "close"})
+
+
+class _TooLargeError(Exception):
+    pass
+
+
+class _Counted:
+    """receive() and send() of a request whose length is not known before."""
+
+    def __init__(self, receive: Receive, send: Send, limit: int) -> None:
+        self._receive = receive
+        self._send = send
+        self._left = limit
+        self._too_large = False
+        self.answered = False
+
+    async def receive(self) -> MutableMapping[str, Any]:
+        message = await self._receive()
+        if message["type"] == "http.request":
+            self._left -= len(message.get("body", b""))
+            if self._left < 0:
+                self._too_large = True
+                raise _TooLargeError
+        return message
+
+    async def send(self, message: MutableMapping[str, Any]) -> None:
+        # What reads the body may make an answer of its own out of the exception.
+        if self._too_large and not self.answered:
+            raise _TooLargeError
+        self.answered = True
+        await self._send(message)

@@ -1,0 +1,119 @@
+"""The model of a server: loaded while requests are already answered with 503, shared by all, closed at the end."""
+
+import asyncio
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from .. import _core
+from ..errors import ArgumentError
+from ..inspect import describe_code
+from ..model import Model
+from .errors import APIError
+from .settings import ServeSettings
+
+__all__ = ["ModelHost"]
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+
+class ModelHost:
+    """Loads a model in the background and counts what is asked of it. Used in one event loop."""
+
+    def __init__(self, settings: ServeSettings, on_failure: Callable[[], None] | None = None) -> None:
+        """`on_failure`: called in the event loop if the model cannot be loaded."""
+        self.settings = settings
+        self.progress = 0.0
+        self.error: Exception | None = None  # of loading
+        self.code: dict[str, Any] = {}  # as `fixmin inspect` describes it
+        self.n_sequences = 0  # generations that are waiting or running
+        self._on_failure = on_failure
+        self._model: Model | None = None
+        self._closing = False
+        self._loading: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begins to load."""
+        self._loading = asyncio.create_task(self._load())
+
+    async def _load(self) -> None:
+        try:
+            self._model = await asyncio.to_thread(self._open)
+        except Exception as error:
+            self.error = error
+            if not self._closing:
+                _log.error("the model cannot be loaded: %s", error)
+                if self._on_failure is not None:
+                    self._on_failure()
+
+    def _open(self) -> Model:
+        def progress(fraction: float) -> bool:
+            self.progress = fraction
+            return not self._closing
+
+        model = Model(self.settings.model, progress=progress, **self.settings.model_arguments())
+        self.code = describe_code(_core.GgufFile(model.path).metadata)
+        if model.info["tokenizer"]:
+            model.encode("a")  # the first call builds tables
+        return model
+
+    async def close(self) -> None:
+        """Ends the loading, or what is still running."""
+        self._closing = True
+        if self._loading is not None:
+            await self._loading
+        if self._model is not None:
+            await asyncio.to_thread(self._model.close)
+
+    @property
+    def model(self) -> Model:
+        """The loaded model. Raises APIError 503 before and after."""
+        if self._closing:
+            raise APIError(503, "the server is shutting down", code=503)
+        if self.error is not None:
+            raise APIError(503, "the model could not be loaded: the server's log says why", code=503)
+        if self._model is None:
+            raise APIError(503, "the model is loading", code=503, headers={"Retry-After": "1"}, progress=self.progress)
+        return self._model
+
+    @contextmanager
+    def admitted(self, n: int) -> Iterator[None]:
+        """Counts n generations. Raises APIError 429 if they would have to wait behind too many others."""
+        limit = self.settings.max_sequences
+        if n > limit:
+            raise ArgumentError(f"prompt asks for {n} generations, but this server takes {limit} at a time")
+        if self.n_sequences + n > limit:
+            raise APIError(
+                429,
+                f"{self.n_sequences} generations are waiting or running, of {limit} that are taken: try again later",
+                code="queue_full",
+                headers={"Retry-After": "1"},
+            )
+        self.n_sequences += n
+        try:
+            yield
+        finally:
+            self.n_sequences -= n
+
+    async def compute(self, function: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
+        """`function` in another thread: for what takes longer than the event loop should stand still."""
+        return await asyncio.to_thread(functools.partial(function, *args, **kwargs))
+
+    @functools.cached_property
+    def _texts(self) -> dict[int, str]:
+        return {}
+
+    def token_text(self, token_id: int) -> str:
+        """Text of one token by itself; special tokens spelled out."""
+        text = self._texts.get(token_id)
+        if text is None:
+            text = self._texts[token_id] = self.model.decode(token_id) if self.model.info["tokenizer"] else ""
+        return text
+
+    def check_open(self, finish_reason: str) -> None:
+        """Raises APIError if a generation ended because the server does."""
+        if finish_reason == "cancelled":
+            raise APIError(503, "the server is shutting down", code=503)

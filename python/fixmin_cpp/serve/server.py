@@ -1,0 +1,141 @@
+"""Runs the application under uvicorn, with limits on how long a connection may take."""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import h11
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from ..errors import FixminError
+from .app import create_app
+from .settings import ServeSettings
+
+__all__ = ["run"]
+
+_log = logging.getLogger(__name__)
+
+_TIMEOUT = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+
+
+def run(settings: ServeSettings) -> None:
+    """Serves until SIGINT or SIGTERM; then nothing new is taken and what runs gets settings.shutdown_timeout to end.
+
+    Raises:
+        FixminError: the model could not be loaded. OSError: the address cannot be used.
+    """
+    server: uvicorn.Server
+
+    def stop() -> None:
+        server.should_exit = True
+
+    app = create_app(settings, on_failure=stop)
+    listener = _listen(settings.host, settings.port)
+    config = uvicorn.Config(
+        app,
+        http=_protocol(settings.read_timeout, settings.write_timeout),
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=max(1, round(settings.shutdown_timeout)),
+    )
+    server = uvicorn.Server(config)
+    host, port = listener.getsockname()[:2]
+    _log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+    with listener, _signals_end_well():
+        server.run(sockets=[listener])
+    error = app.state.host.error
+    if error is not None:
+        raise FixminError(f"{settings.model} could not be loaded: {error}") from error
+
+
+@contextlib.contextmanager
+def _signals_end_well() -> Iterator[None]:
+    """uvicorn raises the signal that stopped it once more when it has shut down: that is no failure here."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise OSError(error.errno, f"cannot listen on {host}:{port}: {error.strerror}") from None
+    return listener
+
+
+def _protocol(read_timeout: float, write_timeout: float) -> type[asyncio.Protocol]:
+    """uvicorn's HTTP/1.1, which by itself waits for ever for a request that comes byte by byte, or for a reader that
+    takes nothing."""
+
+    class Protocol(H11Protocol):
+        _reading: asyncio.TimerHandle | None = None
+        _writing: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._watch_request()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._stop_reading()
+            self.resume_writing()
+            super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._watch_request()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            self._watch_request()
+
+        def _watch_request(self) -> None:
+            """A clock runs from a request's first byte (of the first one: from the connection) to its last."""
+            state = self.conn.their_state
+            begun = self.cycle is None or bool(self.conn.trailing_data[0]) or state is h11.SEND_BODY
+            if not begun or state not in (h11.IDLE, h11.SEND_BODY) or self.transport.is_closing():
+                self._stop_reading()
+            elif self._reading is None:
+                self._reading = self.loop.call_later(read_timeout, self._too_slow)
+
+        def _too_slow(self) -> None:
+            if self.cycle is None or not self.cycle.response_started:
+                self.transport.write(_TIMEOUT)
+            self.transport.close()
+
+        def _stop_reading(self) -> None:
+            if self._reading is not None:
+                self._reading.cancel()
+                self._reading = None
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            if self._writing is None:
+                self._writing = self.loop.call_later(write_timeout, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            if self._writing is not None:
+                self._writing.cancel()
+                self._writing = None
+
+    return Protocol

@@ -1,0 +1,81 @@
+"""What an operator decides about a server. Nothing of it comes from requests."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..arguments import as_float, as_int
+from ..errors import ArgumentError, ArgumentTypeError
+
+__all__ = ["ServeSettings"]
+
+_MAX_INT32 = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """Settings of create_app() and run(); each is an option of `fixmin serve` and an environment variable.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: one is out of range.
+    """
+
+    model: str | os.PathLike[str]  # GGUF file
+    model_name: str | None = None  # in answers and /v1/models; None: the file's name without .gguf
+    host: str = "127.0.0.1"
+    port: int = 8000  # 0: a free one
+    api_keys: tuple[str, ...] = ()  # none: everybody may ask
+    cors_origins: tuple[str, ...] = ()  # sites whose pages may ask; "*": all
+    chat_template: str | None = None  # Jinja text; None: that of chat.py for base models
+
+    # Limits of a request
+    max_body_bytes: int = 4 << 20
+    max_n: int = 128  # n and best_of
+    max_logprobs: int = 20
+    max_inputs: int = 256  # prompts of one completion, texts of one embedding
+    timeout: float = 600.0  # seconds until a generation ends, those in the queue included
+
+    # Limits of all
+    max_queue: int = 512  # generations that wait while n_parallel run; more of them are refused with 429
+    read_timeout: float = 30.0  # seconds in which a request has to arrive
+    write_timeout: float = 60.0  # seconds that a client may take no data before its connection is closed
+    shutdown_timeout: float = 30.0  # seconds that running requests get to finish
+
+    # Of the model, as in fixmin_cpp.Model
+    n_threads: int | None = None
+    n_ctx: int | None = None
+    kv_type: str = "f16"
+    n_batch: int = 512
+    n_kv: int | None = None
+    n_parallel: int = 64
+
+    def __post_init__(self) -> None:
+        as_int("port", self.port, 0, 65535)
+        for name in ("max_body_bytes", "max_n", "max_logprobs", "max_inputs", "n_parallel"):
+            as_int(name, getattr(self, name), 1, _MAX_INT32)
+        as_int("max_queue", self.max_queue, 0, _MAX_INT32)
+        for name in ("timeout", "read_timeout", "write_timeout", "shutdown_timeout"):
+            if as_float(name, getattr(self, name), 0.0, 1e9) == 0.0:
+                raise ArgumentError(f"{name} must be above 0 seconds")
+        for name in ("api_keys", "cors_origins"):
+            values = getattr(self, name)
+            if not isinstance(values, tuple) or not all(isinstance(v, str) and v for v in values):
+                raise ArgumentTypeError(f"{name} must be a tuple of texts that are not empty")
+        if any(not key.isascii() or not key.isprintable() for key in self.api_keys):
+            raise ArgumentError("an API key must be printable ASCII: it travels in a header")
+
+    @property
+    def name(self) -> str:
+        """The model's name in answers."""
+        return self.model_name if self.model_name is not None else Path(self.model).stem
+
+    @property
+    def max_sequences(self) -> int:
+        """Generations that may run and wait together."""
+        return self.n_parallel + self.max_queue
+
+    def model_arguments(self) -> dict[str, Any]:
+        """For fixmin_cpp.Model."""
+        names = ("n_threads", "n_ctx", "kv_type", "n_batch", "n_kv", "n_parallel")
+        return {name: getattr(self, name) for name in names}

@@ -1,0 +1,336 @@
+"""Requests that are malformed, huge, slow or hostile, and clients that vanish: the right 4xx, and it goes on."""
+
+import contextlib
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Server, Start, httpx, serving
+
+from fixmin_cpp import ArgumentError
+
+serve = pytest.importorskip("fixmin_cpp.serve")
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+
+
+@pytest.fixture(scope="module")
+def strict(served_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that loses patience soon."""
+    limits = ("--read-timeout", "1", "--write-timeout", "1", "--max-body-bytes", "100000")
+    with serving(served_path, tmp_path_factory.mktemp("log") / "log", *limits) as server:
+        yield server
+
+
+def works(server: Server) -> bool:
+    """Whether an ordinary request is answered."""
+    answer = server.post("/v1/completions", {"prompt": "the", "max_tokens": 4, "temperature": 0})
+    return answer.status_code == 200 and len(answer.json()["choices"]) == 1
+
+
+@contextlib.contextmanager
+def connected(server: Server) -> Iterator[socket.socket]:
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as raw:
+        yield raw
+
+
+def answer_to(server: Server, *parts: bytes, pause: float = 0.0) -> bytes:
+    """All that comes back until the server closes the connection."""
+    with connected(server) as raw:
+        received = b""
+        with contextlib.suppress(ConnectionResetError, BrokenPipeError):
+            for part in parts:
+                raw.sendall(part)
+                time.sleep(pause)
+        with contextlib.suppress(ConnectionResetError):
+            while data := raw.recv(65536):
+                received += data
+        return received
+
+
+# --- malformed -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'"text"',
+        b'{"prompt": "a", "max_tokens": NaN}',
+        b'{"prompt": "a", "temperature": Infinity}',
+        b'{"prompt": "\\ud800", "max_tokens": 2}',
+        b'{"prompt": "a", "\\udfff": 2}',
+        b'{"prompt": "a", "stop": ["\\ud800", ""]}',
+        b'{"prompt": "\xff"}',
+        b'{"prompt": [99999999999999999999999]}',
+        b'{"prompt": "a", "max_tokens": ' + b"9" * 5000 + b"}",
+        b'{"prompt": "a", "seed": 99999999999999999999999}',
+        b"[" * 50_000,
+        b'{"prompt": ' + b"[" * 20_000 + b"]" * 20_000 + b"}",
+        b'{"prompt": "a", "json_schema": {"$ref": "http://example.com/x"}}',
+        b'{"prompt": "a", "json_schema": {"$ref": "file:///etc/passwd"}}',
+        b'{"prompt": "a", "grammar": "start: start start"}',
+    ],
+)
+def test_malformed_bodies_are_400(server: Server, body: bytes) -> None:
+    answer = httpx.post(
+        f"{server.url}/v1/completions", content=body, headers={"Content-Type": "application/json"}, timeout=60
+    )
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert error["message"]
+    assert works(server)
+
+
+def test_regex_that_would_be_large_written_out(server: Server) -> None:
+    answer = server.post("/v1/completions", {"prompt": "a", "regex": "(a{1000}){1000}", "max_tokens": 5})
+    assert answer.json()["choices"][0]["text"] == "aaaaa"
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/tokenize", {}),
+        ("/tokenize", {"content": "\ud800"}),
+        ("/detokenize", {"tokens": [-1]}),
+        ("/detokenize", {"tokens": ["a"]}),
+        ("/codes", {}),
+        ("/codes", {"text": "a", "tokens": [1]}),
+        ("/codes", {"tokens": [10**9]}),
+        ("/v1/embeddings", {"input": []}),
+        ("/v1/embeddings", {"input": "a", "dimensions": 3}),
+        ("/v1/embeddings", {"input": ["a", ""]}),
+        ("/v1/chat/completions", {"messages": []}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": {"a": 1}}]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "top_logprobs": 2}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "chat_template": "{{ 1 }}"}),
+    ],
+)
+def test_malformed_requests_elsewhere(server: Server, path: str, body: dict[str, Any]) -> None:
+    answer = httpx.post(
+        server.url + path, content=json.dumps(body), headers={"Content-Type": "application/json"}, timeout=60
+    )
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["message"]
+
+
+def test_what_is_no_http(strict: Server) -> None:
+    assert answer_to(strict, b"\x16\x03\x01\x02\x00\x01\x00").startswith(b"HTTP/1.1 4")
+    assert answer_to(strict, b"GET / HTTP/1.1\r\n" + b"a: " + b"b" * 200_000 + b"\r\n\r\n").startswith(b"HTTP/1.1 4")
+    assert works(strict)
+
+
+# --- huge and slow ---------------------------------------------------------------------------------------------------
+
+
+def test_large_bodies_are_413(strict: Server) -> None:
+    answer = strict.post("/v1/completions", {"prompt": "a" * 200_000})
+    assert answer.status_code == 413
+    assert answer.json()["error"]["type"] == "invalid_request_error"
+
+    def endless() -> Iterator[bytes]:
+        for _ in range(50):
+            yield b"a" * 10_000
+
+    with contextlib.suppress(httpx.WriteError, httpx.ReadError):  # it need not read on
+        assert httpx.post(f"{strict.url}/v1/completions", content=endless(), timeout=30).status_code == 413
+    lies = HEAD + b"Content-Length: " + b"9" * 30 + b"\r\n\r\n"
+    assert answer_to(strict, lies).startswith(b"HTTP/1.1 4")
+    assert works(strict)
+
+
+def test_slow_requests_are_ended(strict: Server) -> None:
+    begin = time.monotonic()
+    assert answer_to(strict, *[bytes([byte]) for byte in HEAD], pause=0.05).startswith(b"HTTP/1.1 408")
+    slow_body = HEAD + b"Content-Length: 1000\r\n\r\n"
+    assert answer_to(strict, slow_body, b'{"prompt"').startswith(b"HTTP/1.1 408")
+    assert answer_to(strict) == b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+    assert time.monotonic() - begin < 30
+    assert works(strict)
+
+
+def test_many_idle_connections_do_no_harm(strict: Server) -> None:
+    with contextlib.ExitStack() as stack:
+        for _ in range(200):
+            stack.enter_context(connected(strict))
+        assert works(strict)
+
+
+def test_reader_that_takes_nothing_is_cut_off(long_path: Path, start: Start) -> None:
+    with start(long_path, "--write-timeout", "1") as server:
+        body = json.dumps(
+            {"prompt": "the", "max_tokens": 90_000, "stream": True, "logprobs": 20, "ignore_eos": True}
+        ).encode()
+        with connected(server) as raw:
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            raw.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            assert raw.recv(100).startswith(b"HTTP/1.1 200")
+            assert server.idle(60)
+        assert server.metric("llamacpp:tokens_predicted_total") < 90_000
+        assert works(server)
+
+
+def test_connection_that_is_dropped_while_it_waits(long_path: Path, start: Start) -> None:
+    """One runs, one waits in the queue, both vanish without a word."""
+    body = json.dumps({"prompt": "the", "max_tokens": 90_000, "ignore_eos": True}).encode()
+    with start(long_path, "--parallel", "1") as server:
+        with connected(server) as first, connected(server) as second:
+            for raw in (first, second):
+                raw.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            deadline = time.monotonic() + 30
+            while server.metric("fixmin:sequences_admitted") < 2 and time.monotonic() < deadline:
+                time.sleep(0.02)
+            assert server.metric("llamacpp:requests_deferred") == 1
+        assert server.idle()
+        assert works(server)
+
+
+# --- limits ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_queue_is_429(long_path: Path, start: Start) -> None:
+    endless = {"prompt": "the", "max_tokens": 90_000, "ignore_eos": True, "stream": True}
+    with start(long_path, "--parallel", "1", "--max-queue", "1") as server, contextlib.ExitStack() as stack:
+        url = f"{server.url}/v1/completions"
+        for _ in range(2):
+            running = stack.enter_context(httpx.stream("POST", url, json=endless, timeout=60))
+            assert running.status_code == 200
+        for stream in (True, False):
+            refused = server.post("/v1/completions", {"prompt": "the", "stream": stream})
+            assert refused.status_code == 429
+            assert refused.json()["error"]["type"] == "rate_limit_error"
+            assert int(refused.headers["retry-after"]) >= 1
+        assert server.post("/v1/completions", {"prompt": "the", "n": 3}).status_code == 400  # never
+        stack.close()
+        assert server.idle()
+        assert works(server)
+
+
+def test_timeout_ends_a_generation(long_path: Path, start: Start) -> None:
+    with start(long_path, "--timeout", "1") as server:
+        answer = server.post("/v1/completions", {"prompt": "the", "max_tokens": 90_000, "ignore_eos": True}).json()
+        assert answer["choices"][0]["finish_reason"] == "timeout"
+        assert 0 < answer["usage"]["completion_tokens"] < 90_000
+
+
+def test_keys(served_path: Path, start: Start) -> None:
+    with start(served_path, "--api-key", "first", FIXMIN_HOST="127.0.0.1") as server:
+        for header in (None, "Bearer second", "Bearer", "first", "Basic first", "Bearer first2", "Bearer \xe9"):
+            headers = {} if header is None else {"Authorization": header.encode("latin-1")}
+            for path in ("/v1/models", "/props", "/metrics", "/openapi.json"):
+                answer = server.get(path, headers=headers)
+                assert answer.status_code == 401, (header, path)
+                assert answer.json()["error"]["code"] == "invalid_api_key"
+            assert server.post("/v1/completions", {"prompt": "a"}, headers=headers).status_code == 401
+        assert server.get("/health").status_code == 200
+        assert server.get("/v1/models", headers={"Authorization": "Bearer first"}).status_code == 200
+
+
+def test_keys_from_the_environment(served_path: Path, start: Start) -> None:
+    with start(served_path, FIXMIN_API_KEY="one two", FIXMIN_MODEL_NAME="named") as server:
+        assert server.get("/v1/models").status_code == 401
+        answer = server.get("/v1/models", headers={"Authorization": "Bearer two"})
+        assert answer.json()["data"][0]["id"] == "named"
+
+
+def test_cors_only_when_asked_for(server: Server, served_path: Path, start: Start) -> None:
+    asking = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
+    assert "access-control-allow-origin" not in server.get("/v1/models", headers=asking).headers
+    with start(served_path, "--cors-origin", "https://a.example", "--api-key", "k") as open_server:
+        preflight = httpx.options(f"{open_server.url}/v1/completions", headers=asking)
+        assert preflight.headers["access-control-allow-origin"] == "https://a.example"
+        other = httpx.options(f"{open_server.url}/v1/completions", headers={**asking, "Origin": "https://b.example"})
+        assert "access-control-allow-origin" not in other.headers
+
+
+# --- beginning and end -----------------------------------------------------------------------------------------------
+
+
+def test_shutdown_lets_streams_finish(long_path: Path, start: Start) -> None:
+    with start(long_path) as server:
+        body = {"prompt": "the", "max_tokens": 1500, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=120) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            server.process.send_signal(signal.SIGTERM)
+            events = [line for line in lines if line.startswith("data: ")]
+        assert events[-1] == "data: [DONE]"
+        assert json.loads(events[-2][6:])["choices"][0]["finish_reason"] == "length"
+        assert server.process.wait(30) == 0
+        with pytest.raises(httpx.ConnectError):
+            server.get("/health")
+
+
+def test_shutdown_does_not_wait_for_ever(long_path: Path, start: Start) -> None:
+    with start(long_path, "--shutdown-timeout", "1") as server:
+        body = {"prompt": "the", "max_tokens": 90_000, "ignore_eos": True}
+        asking = threading.Thread(target=_ask, args=(server, body))
+        asking.start()
+        deadline = time.monotonic() + 30
+        while server.metric("llamacpp:requests_processing") == 0 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(30) == 0
+        asking.join(30)
+        assert not asking.is_alive()
+
+
+def _ask(server: Server, body: dict[str, Any]) -> None:
+    with contextlib.suppress(httpx.HTTPError):
+        server.post("/v1/completions", body)
+
+
+def test_a_file_that_is_no_model(tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong.gguf"
+    wrong.write_bytes(b"GGUF" + b"\0" * 100)
+    for path, part in ((wrong, "wrong.gguf"), (tmp_path / "absent.gguf", "absent.gguf")):
+        ran = _serve(path)
+        assert ran.returncode == 1
+        assert part in ran.stderr
+        assert "Traceback" not in ran.stderr
+
+
+def test_an_address_that_is_taken(server: Server, served_path: Path) -> None:
+    ran = _serve(served_path, "--port", server.url.rpartition(":")[2])
+    assert ran.returncode == 1
+    assert "cannot listen on 127.0.0.1" in ran.stderr
+
+
+def _serve(path: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-c", "from fixmin_cpp.cli import main; main()", "serve", str(path), "--port", "0"]
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"port": 70000},
+        {"max_queue": -1},
+        {"timeout": 0.0},
+        {"timeout": float("nan")},
+        {"api_keys": ("",)},
+        {"api_keys": ("\u00e9",)},
+        {"n_parallel": 0},
+    ],
+)
+def test_settings_are_checked(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ArgumentError, match=next(iter(wrong)).replace("api_keys", "API key|api_keys")):
+        serve.ServeSettings(model="x.gguf", **wrong)
+
+
+def test_template_is_checked() -> None:
+    with pytest.raises(ArgumentError, match="chat_template"):
+        serve.create_app(serve.ServeSettings(model="x.gguf", chat_template="{% if %}"))
