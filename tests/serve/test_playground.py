@@ -474,6 +474,20 @@ def test_api_key(open_page: Open, start: Start, demo_path: Path) -> None:
         expect(page.locator("#model")).to_contain_text("6 layers")  # known until the tab is closed
 
 
+def test_a_busy_server(open_page: Open, start: Start, long_path: Path) -> None:
+    with start(long_path, "--parallel", "1", "--max-queue", "0") as server:
+        first, second = open_page(server), open_page(server, refused=("429",))
+        generate(first, "a", max_tokens=90_000)
+        expect(first.locator(".token").first).to_be_attached()
+        generate(second, "a")
+        expect(second.locator("#error")).to_contain_text("The server is busy. Try again in 1 s.")
+        first.keyboard.press("Escape")
+        assert server.idle()
+        second.click("#generate")
+        wait_for_end(second)
+        expect(second.locator("#error")).to_be_empty()
+
+
 def test_a_server_that_goes_away(open_page: Open, start: Start, long_path: Path) -> None:
     with start(long_path) as server:
         page = open_page(server, refused=("Failed to load resource", "ERR_"))

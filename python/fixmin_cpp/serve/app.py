@@ -99,12 +99,15 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-def create_app(settings: ServeSettings, on_failure: Callable[[], None] | None = None) -> FastAPI:
+def create_app(
+    settings: ServeSettings, on_failure: Callable[[], None] | None = None, *, load_first: bool = False
+) -> FastAPI:
     """The server as an ASGI application. The model is loaded when it starts up, while /health answers 503.
 
     Args:
         settings: see there.
         on_failure: called if the model cannot be loaded.
+        load_first: the start ends when the model is loaded, and fails if it cannot be.
 
     Raises:
         ArgumentError: settings.chat_template is no template.
@@ -116,6 +119,8 @@ def create_app(settings: ServeSettings, on_failure: Callable[[], None] | None = 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         host.start()
+        if load_first:
+            await host.loaded()
         yield
         await host.close()
 

@@ -40,7 +40,8 @@ class Guard:
 
         headers = dict(scope["headers"])
         try:
-            self._check_key(scope["path"], headers.get(b"authorization", b""))
+            path = scope["path"].removeprefix(scope.get("root_path", ""))
+            self._check_key(path, headers.get(b"authorization", b""))
             self._check_length(headers.get(b"content-length", b"0"))
         except APIError as error:
             return await error.response()(scope, receive, answer)

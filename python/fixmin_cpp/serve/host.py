@@ -49,6 +49,13 @@ class ModelHost:
                 if self._on_failure is not None:
                     self._on_failure()
 
+    async def loaded(self) -> None:
+        """Waits until the model is there. Raises what went wrong."""
+        assert self._loading is not None
+        await self._loading
+        if self.error is not None:
+            raise self.error
+
     def _open(self) -> Model:
         def progress(fraction: float) -> bool:
             self.progress = fraction
