@@ -14,18 +14,19 @@ PIP   := $(BIN)/python -m pip --disable-pip-version-check
 
 NATIVE  := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
 SOURCES := CMakeLists.txt pyproject.toml $(NATIVE) \
-           $(shell find python convert reference -name '*.py' -o -name '*.pyi' -o -name 'py.typed')
+           $(shell find python convert reference -name '*.py' -o -name '*.pyi' -o -name 'py.typed' -o -name '*.html')
 TYPED   := $(wildcard python/fixmin_cpp/*.py python/fixmin_cpp/*/*.py)
 CXX_ALL := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl')
 
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help setup demo test emulators test-emulated asan tsan lint format bench bench-peers clean distclean
+.PHONY: help setup demo test emulators browser test-emulated asan tsan lint format bench bench-peers clean distclean
 
 help:
 	@echo 'make demo       install, convert and certify the demo checkpoints, generate text'
 	@echo 'make test       install and run all tests'
 	@echo 'make emulators  install what tests of other CPUs need (qemu, a cross compiler; they are skipped without it)'
+	@echo 'make browser    install chromium, which tests of the playground need (they are skipped without it)'
 	@echo 'make asan       tests of the C++ code with the address and undefined-behaviour sanitizers; make tsan: data races'
 	@echo 'make setup      install only (into $(VENV))'
 	@echo 'make lint       formatting, static checks and types'
@@ -100,6 +101,17 @@ emulators:
 	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(EMULATORS); \
 	else \
 	    echo 'note: tests of other CPUs will be skipped; on Debian: sudo apt-get install $(EMULATORS)'; \
+	fi
+
+# Likewise, for the tests of the playground.
+browser:
+	@if command -v chromium >/dev/null; then \
+	    echo 'chromium is installed'; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    echo 'installing chromium'; \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; \
+	else \
+	    echo 'note: tests of the playground will be skipped; on Debian: sudo apt-get install chromium'; \
 	fi
 
 # The tests of what is native on older CPUs, a quarter of an hour each or more; tests/native has the short form. PyTorch stays out: it takes

@@ -155,3 +155,17 @@ def demo_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("demo") / "affine.gguf"
     convert(DEMO / "affine", path, "q8_0", trust_remote_code=True)
     return path
+
+
+@pytest.fixture(scope="session")
+def demo_server(demo_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Answers with words."""
+    with serving(demo_path, tmp_path_factory.mktemp("log") / "log") as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def long_server(long_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Is not done before it is stopped."""
+    with serving(long_path, tmp_path_factory.mktemp("log") / "log") as started:
+        yield started
