@@ -313,18 +313,9 @@ def peer(data: Path, own: Path, log: Path, seconds: float) -> list[dict[str, Any
     """8 users by turns."""
     other = with_tokenizer(data / "neox" / "q8_0.gguf", data / "serve-llama.gguf", add_sentencepiece)
     python = data / "peers" / "llama" / "bin" / "python"
-    options = [
-        "--n_ctx",
-        "1024",
-        "--n_threads",
-        "2",
-        "--n_threads_batch",
-        "2",
-        "--port",
-        str(PORT),
-        "--verbose",
-        "false",
-    ]
+    # By default a new request ends the one that is running.
+    settings = {"n_ctx": 1024, "n_threads": 2, "n_threads_batch": 2, "port": PORT, "interrupt_requests": "false"}
+    options = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
     servers: dict[str, tuple[list[str], str, dict[str, Any]]] = {
         "fixmin serve": (fixmin(own), "/health", {"ignore_eos": True}),
         "llama_cpp.server": (

@@ -342,6 +342,7 @@ def test_errors_are_400_and_name_what(client: Any, body: dict[str, Any], part: s
     assert caught.value.body["message"]
     if part is not None:
         assert part in caught.value.body["message"]
+        assert caught.value.body["param"] == part
 
 
 def test_too_long_a_prompt_has_openais_code(client: Any) -> None:

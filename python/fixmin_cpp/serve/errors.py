@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from ..errors import ArgumentError, ContextLengthError, FixminError, UnsupportedError
+from .schemas import FIELDS
 
 __all__ = ["APIError", "as_api_error", "install"]
 
@@ -67,9 +68,10 @@ def as_api_error(error: Exception, renamed: Mapping[str, str] | None = None) -> 
         message = str(error)
         for name, field in (renamed or {}).items():
             message = re.sub(rf"\b{name}\b", field, message)
-        param = re.match(r"[a-z_]+", message)
+        first = re.match(r"\w+", message)
+        param = first[0] if first and first[0] in FIELDS else None
         code = "context_length_exceeded" if isinstance(error, ContextLengthError) else None
-        return APIError(400, message, param=param[0] if param else None, code=code)
+        return APIError(400, message, param=param, code=code)
     if isinstance(error, FixminError):
         return APIError(500, str(error))
     _log.error("a request failed", exc_info=error)

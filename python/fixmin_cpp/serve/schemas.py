@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ..errors import ArgumentError
 
 __all__ = [
+    "FIELDS",
     "ChatRequest",
     "CodesRequest",
     "CompletionRequest",
@@ -211,6 +212,10 @@ class CodesRequest(_Body):
 
     text: str | None = None
     tokens: _Ids | None = None
+
+
+_BODIES = (CompletionRequest, ChatRequest, EmbeddingRequest, TokenizeRequest, DetokenizeRequest, CodesRequest)
+FIELDS = frozenset(name for body in _BODIES for name in body.model_fields)  # of all of them
 
 
 def _bias(given: Mapping[str, float]) -> dict[int, float]:
