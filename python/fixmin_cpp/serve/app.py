@@ -162,12 +162,14 @@ def _add_generation(app: FastAPI, host: ModelHost, metrics: Metrics, template: C
     @app.post("/v1/completions")
     async def completions(request: Request, body: CompletionRequest) -> Response:
         """Continues prompts: texts or token ids."""
+        host.require_room()  # before anything is tokenised
         return await answer(request, await CompletionJob.prepare(host, metrics, body))
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request, body: ChatRequest) -> Response:
         """Answers a chat through the server's template."""
         _ = host.model
+        host.require_room()
         prompt = await host.compute(template.render, [message.plain() for message in body.messages])
         return await answer(request, await ChatJob.prepare(host, metrics, body, prompt, template.stop))
 

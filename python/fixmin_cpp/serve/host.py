@@ -86,9 +86,8 @@ class ModelHost:
             raise APIError(503, "the model is loading", code=503, headers={"Retry-After": "1"}, progress=self.progress)
         return self._model
 
-    @contextmanager
-    def admitted(self, n: int) -> Iterator[None]:
-        """Counts n generations. Raises APIError 429 if they would have to wait behind too many others."""
+    def require_room(self, n: int = 1) -> None:
+        """Raises APIError 429 if n generations would have to wait behind too many others."""
         limit = self.settings.max_sequences
         if n > limit:
             raise ArgumentError(f"prompt asks for {n} generations, but this server takes {limit} at a time")
@@ -99,6 +98,11 @@ class ModelHost:
                 code="queue_full",
                 headers={"Retry-After": "1"},
             )
+
+    @contextmanager
+    def admitted(self, n: int) -> Iterator[None]:
+        """Counts n generations, if there is room for them: see require_room()."""
+        self.require_room(n)
         self.n_sequences += n
         try:
             yield
