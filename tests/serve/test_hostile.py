@@ -213,9 +213,9 @@ def test_a_full_queue_is_429(long_path: Path, start: Start) -> None:
             assert refused.status_code == 429
             assert refused.json()["error"]["type"] == "rate_limit_error"
             assert int(refused.headers["retry-after"]) >= 1
-        assert server.post("/v1/completions", {"prompt": "the", "n": 3}).status_code == 400  # never
         stack.close()
         assert server.idle()
+        assert server.post("/v1/completions", {"prompt": "the", "n": 3}).status_code == 400  # never
         assert works(server)
 
 
