@@ -37,6 +37,7 @@ from tokenizers import Tokenizer, decoders, models
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 PORT = 18500
+WARM_UP = 45  # seconds, until the KV cache is full of known prompts and memory no longer grows for that
 
 
 # --- files with tokenizers -------------------------------------------------------------------------------------------
@@ -232,7 +233,7 @@ def rss(pid: int) -> float:
 def load(model: Path, log: Path, seconds: float) -> list[dict[str, Any]]:
     """64 users of the server, then of the engine."""
     with serving(fixmin(model), "/health", log) as process:
-        asyncio.run(crowd(ask_http(PORT, {"ignore_eos": True}), 64, 5))  # warms up
+        asyncio.run(crowd(ask_http(PORT, {"ignore_eos": True}), 64, WARM_UP))
         seen = asyncio.run(crowd(ask_http(PORT, {"ignore_eos": True}), 64, seconds, lambda: rss(process.pid)))
     within = subprocess.run(
         [sys.executable, __file__, "--within", str(model), "--seconds", str(seconds)], capture_output=True, check=True
@@ -250,7 +251,7 @@ def within(model: Path, seconds: float) -> dict[str, Any]:
                 async for _ in pieces:
                     yield
 
-        await crowd(ask, 64, 5)
+        await crowd(ask, 64, WARM_UP)
         return await crowd(ask, 64, seconds, lambda: rss(os.getpid()))
 
     with Model(model, n_threads=2, n_parallel=64) as loaded:
