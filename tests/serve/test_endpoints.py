@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -60,7 +61,11 @@ def test_props(server: Server, model: fixmin_cpp.Model) -> None:
 def test_metrics(server: Server) -> None:
     def read() -> dict[str, float]:
         families = prometheus_parser.text_string_to_metric_families(server.get("/metrics").text)
-        return {sample.name: sample.value for family in families for sample in family.samples}
+        sums: Counter[str] = Counter()  # over labels
+        for family in families:
+            for sample in family.samples:
+                sums[sample.name] += sample.value
+        return sums
 
     before = read()
     answer = server.post("/v1/completions", {"prompt": ["the a", "abc"], "max_tokens": 7, "ignore_eos": True}).json()
