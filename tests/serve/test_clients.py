@@ -291,7 +291,7 @@ def test_cancelled_stream_frees_its_place(long_path: Path, start: Start) -> None
         assert server.metric("llamacpp:requests_processing") == 1
         stream.close()
         assert server.idle()
-        assert server.metric("llamacpp:tokens_predicted_total") < 20_000
+        assert server.metric("llamacpp:tokens_predicted_total") < 60_000
 
 
 def test_cancelled_whole_answer_frees_its_place(long_path: Path, start: Start) -> None:
@@ -305,7 +305,7 @@ def test_cancelled_whole_answer_frees_its_place(long_path: Path, start: Start) -
     with start(long_path) as server:
         asyncio.run(give_up(server.url))
         assert server.idle()
-        assert server.metric("llamacpp:tokens_predicted_total") < 20_000
+        assert server.metric("llamacpp:tokens_predicted_total") < 60_000
 
 
 @pytest.mark.parametrize(
