@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Server, Start
+from servers import Server, Start
 from toy_models import byte_level
 
 import fixmin_cpp

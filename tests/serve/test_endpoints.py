@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Server, httpx
+from servers import Server, httpx
 
 import fixmin_cpp
 from fixmin_cpp import _core

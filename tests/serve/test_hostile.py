@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Server, Start, httpx, serving
+from servers import Server, Start, httpx, serving
 
 from fixmin_cpp import ArgumentError
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Server, httpx
+from servers import Server, httpx
 
 import fixmin_cpp
 from fixmin_cpp import ArgumentError
