@@ -43,7 +43,7 @@ def test_curl_of_the_cards(demo_path: Path, start: Start) -> None:
     )
     assert [re.search(r":(\d+)/", command)[1] for command in commands] == ["8000", "30000"]
     with fixmin_cpp.Model(demo_path) as model:
-        vocabulary_reaches = model.info["n_ctx"]
+        n_ctx = model.info["n_ctx"]
     for command in commands:
         port = int(re.search(r":(\d+)/", command)[1])
         with start(demo_path, port=port if _is_free(port) else 0) as server:
@@ -56,7 +56,7 @@ def test_curl_of_the_cards(demo_path: Path, start: Start) -> None:
         assert len(choice["text"].split()) > 10
         used = answer["usage"]["total_tokens"]
         # The demo has a context of 256, the cards ask for 512 tokens: it ends there, or at the end of a text.
-        assert choice["finish_reason"] == ("length" if used >= vocabulary_reaches else "stop")
+        assert choice["finish_reason"] == ("length" if used >= n_ctx else "stop")
 
 
 def _is_free(port: int) -> bool:

@@ -30,6 +30,7 @@ class ModelHost:
         self.error: Exception | None = None  # of loading
         self.code: dict[str, Any] = {}  # as `fixmin inspect` describes it
         self.n_sequences = 0  # generations that are waiting or running
+        self._texts: dict[int, str] = {}  # of tokens that were asked for
         self._on_failure = on_failure
         self._model: Model | None = None
         self._closing = False
@@ -112,10 +113,6 @@ class ModelHost:
     async def compute(self, function: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
         """`function` in another thread: for what takes longer than the event loop should stand still."""
         return await asyncio.to_thread(functools.partial(function, *args, **kwargs))
-
-    @functools.cached_property
-    def _texts(self) -> dict[int, str]:
-        return {}
 
     def token_text(self, token_id: int) -> str:
         """Text of one token by itself; special tokens spelled out."""
