@@ -4,7 +4,7 @@
 // 16 times eight vpdpbusd, so the floats that follow are the same too. A vector loop then scales and adds them, block
 // after block, in the order of every other ISA.
 
-// Tiles: results 0 and 1 (16 tokens x 16 rows of int32), activations 2 and 3 (16 tokens x `depth` bytes), weights 4 and
+// Tiles: results 0 and 1 (tokens x 16 rows of int32), activations 2 and 3 (tokens x `depth` bytes), weights 4 and
 // 5 (depth / 4 groups of 4 consecutive k x 16 rows). Depth is 32, or 16 where 16 weights have a scale of their own.
 struct alignas(64) TileConfig {
     uint8_t palette;
@@ -15,10 +15,13 @@ struct alignas(64) TileConfig {
 };
 static_assert(sizeof(TileConfig) == 64);
 // In static memory: GCC 12 believes that _tile_loadconfig reads 8 bytes and drops stores to the others.
-template <uint8_t depth>
-constexpr TileConfig tile_config = {1, 0, {}, {64, 64, depth, depth, 64, 64}, {16, 16, 16, 16, depth / 4, depth / 4}};
+template <uint8_t depth, uint8_t tokens>
+constexpr TileConfig tile_config = {
+    1, 0, {}, {64, 64, depth, depth, 64, 64}, {tokens, tokens, tokens, tokens, depth / 4, depth / 4}};
 
-constexpr uint32_t tile_tokens = matmul_tile_tokens;
+constexpr uint32_t tile_tokens = matmul_tile_tokens, half_tile = tile_tokens / 2;
+// Fewer tokens than this that whole tiles leave over are faster on vectors (docs/kernels.md).
+constexpr uint32_t fewest_left_tokens = 9;
 
 template <WeightType Type, int... J>
 void store_codes(const WeightBlock<Type>& from, __m512i taken_off, int8_t* to, Indices<J...>) {
@@ -39,6 +42,8 @@ struct Tiles {
     static constexpr uint32_t depth = halves ? 16 : 32;
     // Whether panels have the layout of tiles as they are.
     static constexpr bool direct = Type == WeightType::q8_0;
+    // Fewer tokens than this are faster on vectors, which expand nothing.
+    static constexpr uint32_t fewest_tokens = direct ? 5 : 13;
     // Of a panel: scale, two half scales; offset, two half mins. Of tokens: WeightBlock::Factors.
     static constexpr uint32_t panel_floats = (halves ? 3 : 1) * (has_min ? 2 : 1);
     static constexpr uint32_t token_floats = has_min ? (halves ? 3 : 2) : 1;
@@ -65,8 +70,13 @@ struct Tiles {
         }
     }
 
-    static void pack_activations(const ActivationBlock* rows, uint32_t n_blocks, TileSide to) {
-        for (uint32_t c = 0; c < tile_tokens; ++c) {
+    // The tokens of a tile. Where there are fewer, the others' places are zeros, whose products nobody looks at.
+    static void pack_activations(const ActivationBlock* rows, uint32_t n_tokens, uint32_t n_blocks, TileSide to) {
+        if (n_tokens < tile_tokens) {
+            __builtin_memset(to.values, 0, size_t(n_blocks) * tile_tokens * block);
+            __builtin_memset(to.floats, 0, size_t(n_blocks) * tile_tokens * token_floats * sizeof(float));
+        }
+        for (uint32_t c = 0; c < n_tokens; ++c) {
             for (uint32_t b = 0; b < n_blocks; ++b) {
                 const ActivationBlock& from = rows[size_t(c) * n_blocks + b];
                 int8_t* values = to.values + size_t(b) * tile_tokens * block + c * depth;
@@ -136,16 +146,16 @@ struct Tiles {
         }
     }
 
-    // One panel times 16 tokens, block after block: WeightBlock::add_dots for every token. ahead: where a panel is
+    // One panel times N tokens, block after block: WeightBlock::add_dots for every token. ahead: where a panel is
     // fetched from memory meanwhile, with the first tokens.
-    template <bool First>
+    template <uint32_t N, bool First>
     static void columns(const Panel& panel, const TileSide& tokens, uint32_t n_blocks, const Stream& stream,
                         const uint8_t* ahead, VecF* result) {
-        constexpr size_t bytes = QuantizedTile<Type, 1, 1, true>::bytes;
+        constexpr size_t bytes = QuantizedTile<Type, 1, 1, true>::bytes, n_lines = (bytes + 63) / 64;
         alignas(64) int32_t dots[2][block / depth * tile_tokens * lanes];
-        VecF acc[tile_tokens];
+        VecF acc[N];
 #pragma GCC unroll 16
-        for (uint32_t c = 0; c < tile_tokens; ++c) acc[c] = zero();
+        for (uint32_t c = 0; c < N; ++c) acc[c] = zero();
         dot_block(panel, tokens, 0, dots[0]);
         for (uint32_t b = 0; b < n_blocks; ++b) {
             if (b + 1 < n_blocks) dot_block(panel, tokens, b + 1, dots[(b + 1) % 2]);
@@ -154,8 +164,11 @@ struct Tiles {
             WeightBlock<Type> weights;
             panel.load_scales(weights, b);
 #pragma GCC unroll 16
-            for (uint32_t c = 0; c < tile_tokens; ++c) {
-                if (First && c * 64 < bytes) prefetch_far(fetched + c * 64);
+            for (uint32_t c = 0; c < N; ++c) {
+                if constexpr (First) {
+#pragma GCC unroll 8
+                    for (size_t i = n_lines * c / N; i < n_lines * (c + 1) / N; ++i) prefetch_far(fetched + 64 * i);
+                }
                 VecI dot[2];
                 for (uint32_t h = 0; h < block / depth; ++h)
                     dot[h] = {_mm512_load_si512(dots[b % 2] + (h * tile_tokens + c) * lanes)};
@@ -165,16 +178,31 @@ struct Tiles {
             }
         }
 #pragma GCC unroll 16
-        for (uint32_t c = 0; c < tile_tokens; ++c) result[c] = acc[c];
+        for (uint32_t c = 0; c < N; ++c) result[c] = acc[c];
     }
 };
 
-// 16 tokens or more. Panels are taken, and expanded if need be, in groups that stay in the second-level cache. Inside,
-// tokens outside, so that results are written to neighbouring places; with the first ones the next group is fetched.
+// The tokens of a tile times one panel, and the results of those that there are.
+template <WeightType Type, uint32_t N>
+void tile_columns(const MatmulArgs& args, const typename Tiles<Type>::Panel& panel, const TileSide& tokens,
+                  uint32_t token, uint32_t n_tokens, uint32_t row, const Stream& stream, const uint8_t* ahead) {
+    const uint32_t n_blocks = args.inner / block;
+    VecF result[N];
+    if (token == 0)
+        Tiles<Type>::template columns<N, true>(panel, tokens, n_blocks, stream, ahead, result);
+    else
+        Tiles<Type>::template columns<N, false>(panel, tokens, n_blocks, stream, ahead, result);
+    for (uint32_t c = 0; c < n_tokens; ++c) finish(args, token + c, row, result[c]);
+}
+
+// Panels are taken, and expanded if need be, in groups that stay in the second-level cache. Inside, tokens outside, so
+// that results are written to neighbouring places; with the first ones the next group is fetched. The last tile may
+// have fewer tokens and does the work of 16 all the same; up to 8 tokens in all take half of it.
 template <WeightType Type>
 void tile_matmul(const MatmulArgs& args, const QuantizedMultiply<Type>& multiply) {
     using Tile = Tiles<Type>;
-    const uint32_t n_blocks = args.inner / block, n_tokens = args.n_tokens / tile_tokens * tile_tokens;
+    const uint32_t n_blocks = args.inner / block, rest = args.n_tokens % tile_tokens;
+    const uint32_t n_tokens = args.n_tokens - (args.n_tokens >= tile_tokens && rest < fewest_left_tokens ? rest : 0);
     // Scratch: panels, then tokens in groups of 16, each with its values and its floats.
     const size_t values = size_t(n_blocks) * lanes * block, floats = size_t(n_blocks) * lanes * sizeof(float);
     const size_t panel_bytes = values + Tile::panel_floats * floats, token_bytes = values + Tile::token_floats * floats;
@@ -186,9 +214,12 @@ void tile_matmul(const MatmulArgs& args, const QuantizedMultiply<Type>& multiply
     const auto tokens_at = [&](uint32_t t) {
         return side_at(matmul_tile_panels * panel_bytes + t / tile_tokens * token_bytes);
     };
+    const auto tokens_of = [&](uint32_t t) { return n_tokens - t < tile_tokens ? n_tokens - t : tile_tokens; };
     for (uint32_t t = 0; t < n_tokens && !args.same_tokens; t += tile_tokens)
-        Tile::pack_activations(args.quantized + size_t(t) * n_blocks, n_blocks, tokens_at(t));
-    _tile_loadconfig(&tile_config<Tile::depth>);
+        Tile::pack_activations(args.quantized + size_t(t) * n_blocks, tokens_of(t), n_blocks, tokens_at(t));
+    const bool half = n_tokens <= half_tile;
+    _tile_loadconfig(half ? &tile_config<Tile::depth, half_tile> : &tile_config<Tile::depth, tile_tokens>);
+    const auto columns = half ? tile_columns<Type, half_tile> : tile_columns<Type, tile_tokens>;
     const uint32_t n_panels = (args.n_rows + lanes - 1) / lanes;
     // Few tokens meet a panel while it is still in the first-level cache.
     const uint32_t group = n_tokens < 64 ? 2 : matmul_tile_panels;
@@ -200,16 +231,12 @@ void tile_matmul(const MatmulArgs& args, const QuantizedMultiply<Type>& multiply
                 Tile::expand_panel(panels + p * args.panel_stride, n_blocks, expanded_at(p));
         }
         for (uint32_t t = 0; t < n_tokens; t += tile_tokens) {
+            const uint32_t now = tokens_of(t);
             for (uint32_t p = 0; p < n; ++p) {
-                prefetch_results(args, t, tile_tokens, first + p, 1);
+                prefetch_results(args, t, now, first + p, 1);
                 const typename Tile::Panel panel{panels + p * args.panel_stride, expanded_at(p)};
                 const uint8_t* ahead = panel.packed + group * args.panel_stride;
-                VecF result[tile_tokens];
-                if (t == 0)
-                    Tile::template columns<true>(panel, tokens_at(t), n_blocks, multiply.stream, ahead, result);
-                else
-                    Tile::template columns<false>(panel, tokens_at(t), n_blocks, multiply.stream, ahead, result);
-                for (uint32_t c = 0; c < tile_tokens; ++c) finish(args, t + c, (first + p) * lanes, result[c]);
+                columns(args, panel, tokens_at(t), t, now, (first + p) * lanes, multiply.stream, ahead);
             }
         }
         group_of_tiles(args, multiply, first, first + n, n_tokens);

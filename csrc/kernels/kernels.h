@@ -52,7 +52,8 @@ inline constexpr uint32_t matmul_tile_floats = 6;  // most that are kept beside 
 /// Panels and all activations as bytes in the order of tiles.
 static constexpr size_t matmul_scratch_bytes(size_t inner, size_t n_tokens) {
     const size_t row_bytes = inner + inner / quant::block_size * matmul_tile_floats * sizeof(float);
-    return (matmul_tile_panels * lanes + n_tokens) * row_bytes;
+    const size_t tiles = (n_tokens + matmul_tile_tokens - 1) / matmul_tile_tokens;
+    return (matmul_tile_panels * lanes + tiles * matmul_tile_tokens) * row_bytes;
 }
 
 enum class KvType : uint8_t { f32, f16, q8_0 };

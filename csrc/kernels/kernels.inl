@@ -642,7 +642,7 @@ void quantized_matmul(const MatmulArgs& args) {
     using Multiply = QuantizedMultiply<Type>;
     const Multiply multiply{args};
 #ifdef FIXMIN_AMX
-    if (args.n_tokens >= tile_tokens) return tile_matmul<Type>(args, multiply);
+    if (args.n_tokens >= Tiles<Type>::fewest_tokens) return tile_matmul<Type>(args, multiply);
 #endif
     for_each_tile(args, multiply);
 }
