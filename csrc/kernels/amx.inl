@@ -24,9 +24,13 @@ constexpr uint32_t tile_tokens = matmul_tile_tokens, half_tile = tile_tokens / 2
 constexpr uint32_t fewest_left_tokens = 9;
 
 template <WeightType Type, int... J>
-void store_codes(const WeightBlock<Type>& from, __m512i taken_off, int8_t* to, Indices<J...>) {
+[[gnu::always_inline]] inline void store_codes(const WeightBlock<Type>& from, __m512i taken_off, int8_t* to,
+                                               Indices<J...>) {
     (_mm512_storeu_si512(to + 64 * J, _mm512_sub_epi8(from.template codes<J>().v, taken_off)), ...);
 }
+
+template <auto>
+struct Constant {};
 
 // A panel or 16 tokens, laid out for tiles.
 struct TileSide {
@@ -40,10 +44,13 @@ struct Tiles {
     static constexpr auto format = fixmin::quant::block_format(Type);
     static constexpr bool halves = WeightBlock<Type>::halves, has_min = format.has_min;
     static constexpr uint32_t depth = halves ? 16 : 32;
+    static constexpr int code_zero = format.table ? 128 : format.zero;
     // Whether panels have the layout of tiles as they are.
     static constexpr bool direct = Type == WeightType::q8_0;
+    // Whether a panel that meets one tile of tokens is expanded a few blocks at a time: scales are loaded twice then.
+    static constexpr bool passes = !direct && WeightBlock<Type>::per_record == 1;
     // Fewer tokens than this are faster on vectors, which expand nothing.
-    static constexpr uint32_t fewest_tokens = direct ? 5 : 13;
+    static constexpr uint32_t fewest_tokens = direct ? 5 : passes ? 13 : tile_tokens;
     // Of a panel: scale, two half scales; offset, two half mins. Of tokens: WeightBlock::Factors.
     static constexpr uint32_t panel_floats = (halves ? 3 : 1) * (has_min ? 2 : 1);
     static constexpr uint32_t token_floats = has_min ? (halves ? 3 : 2) : 1;
@@ -51,8 +58,7 @@ struct Tiles {
 
     // A panel as signed bytes in the order of the tiles, and its scales as floats.
     static void expand_panel(const uint8_t* panel, uint32_t n_blocks, TileSide to) {
-        constexpr int zero = format.table ? 128 : format.zero;
-        const __m512i taken_off = _mm512_set1_epi8(char(zero));
+        const __m512i taken_off = _mm512_set1_epi8(char(code_zero));
         WeightBlock<Type> from;
         for (uint32_t b = 0; b < n_blocks; ++b, to.values += 512, to.floats += panel_floats * lanes) {
             from.load_from(panel, b);
@@ -93,7 +99,7 @@ struct Tiles {
     // Dot products over `depth` into `dots` [16 tokens][16 rows]. Two sets of tiles, so that one product runs while the
     // one before is scaled.
     template <int set>
-    static void dot(const int8_t* activations, const int8_t* weights, int32_t* dots) {
+    [[gnu::always_inline]] static void dot(const int8_t* activations, const int8_t* weights, int32_t* dots) {
         if constexpr (set == 0) {  // the intrinsics take nothing but literals
             _tile_zero(0);
             _tile_loadd(2, activations, depth);
@@ -109,72 +115,109 @@ struct Tiles {
         }
     }
 
-    // A panel as it is and, unless it is `direct`, expanded.
-    struct Panel {
-        const uint8_t* packed;
-        TileSide expanded;
+    // Where `columns` finds block after block of a panel: as it came from memory, if that is the layout of tiles,
+    struct Direct {
+        const uint8_t* panel;
 
+        void prepare(uint32_t) {}
         const int8_t* values(uint32_t b) const {
-            if constexpr (direct) return (const int8_t*)packed + fixmin::quant::codes_at(WeightBlock<Type>::layout, b);
-            return expanded.values + b * 512;
+            return (const int8_t*)panel + fixmin::quant::codes_at(WeightBlock<Type>::layout, b);
         }
         // Everything of block b but its codes.
-        void load_scales(WeightBlock<Type>& block, uint32_t b) const {
-            if constexpr (direct) return block.load_from(packed, b);
-            const float* p = expanded.floats + size_t(b) * panel_floats * lanes;
-            block.scale = load(p);
-            if constexpr (has_min) block.offset = load(p + panel_floats / 2 * lanes);
+        void load_scales(WeightBlock<Type>& to, uint32_t b) const { to.load_from(panel, b); }
+    };
+
+    // a few blocks expanded at a time, if no other tokens need them,
+    struct Passing {
+        const uint8_t* panel;
+        WeightBlock<Type> coming;
+        alignas(64) int8_t codes[4][512];
+
+        explicit Passing(const uint8_t* panel) : panel(panel) {}
+        // Two blocks before its codes are multiplied.
+        void prepare(uint32_t b) {
+            coming.load_from(panel, b);
+            store_codes<Type>(coming, _mm512_set1_epi8(char(code_zero)), codes[b % 4], EachVector{});
+        }
+        const int8_t* values(uint32_t b) const { return codes[b % 4]; }
+        void load_scales(WeightBlock<Type>& to, uint32_t b) const { to.load_from(panel, b); }
+    };
+
+    // or what expand_panel has made of it.
+    struct Expanded {
+        const TileSide& panel;
+
+        void prepare(uint32_t) {}
+        const int8_t* values(uint32_t b) const { return panel.values + b * 512; }
+        void load_scales(WeightBlock<Type>& to, uint32_t b) const {
+            const float* p = panel.floats + size_t(b) * panel_floats * lanes;
+            to.scale = load(p);
+            if constexpr (has_min) to.offset = load(p + panel_floats / 2 * lanes);
             if constexpr (halves) {
                 for (uint32_t h = 0; h < 2; ++h) {
-                    block.half_scale[h] = load(p + (1 + h) * lanes);
-                    if constexpr (has_min) block.half_min[h] = load(p + (4 + h) * lanes);
+                    to.half_scale[h] = load(p + (1 + h) * lanes);
+                    if constexpr (has_min) to.half_min[h] = load(p + (4 + h) * lanes);
                 }
             }
         }
     };
 
-    // The products of block b, which go to one of two places.
-    static void dot_block(const Panel& panel, const TileSide& tokens, uint32_t b, int32_t* dots) {
-        const int8_t *activations = tokens.values + b * 512, *weights = panel.values(b);
+    // The products of block b with the tiles of a set, or of both.
+    [[gnu::always_inline]] static void dot_block(const int8_t* weights, const TileSide& tokens, uint32_t b,
+                                                 uint32_t set, int32_t* dots) {
+        const int8_t* activations = tokens.values + b * 512;
         if constexpr (halves) {
             dot<0>(activations, weights, dots);
             dot<1>(activations + 256, weights + 256, dots + tile_tokens * lanes);
-        } else if (b % 2) {
+        } else if (set == 1) {
             dot<1>(activations, weights, dots);
         } else {
             dot<0>(activations, weights, dots);
         }
     }
 
-    // One panel times N tokens, block after block: WeightBlock::add_dots for every token. ahead: where a panel is
-    // fetched from memory meanwhile, with the first tokens.
-    template <uint32_t N, bool First>
-    static void columns(const Panel& panel, const TileSide& tokens, uint32_t n_blocks, const Stream& stream,
+    // One panel times N tokens, block after block: WeightBlock::add_dots for every token. from_memory: with the first
+    // tokens, while the panel at `ahead` is fetched.
+    template <uint32_t N, bool from_memory, typename Source>
+    static void columns(Source source, const TileSide& tokens, uint32_t n_blocks, const Stream stream,
                         const uint8_t* ahead, VecF* result) {
-        constexpr size_t bytes = QuantizedTile<Type, 1, 1, true>::bytes, n_lines = (bytes + 63) / 64;
+        constexpr size_t bytes = QuantizedTile<Type, 1, 1, true>::bytes, n_lines = (bytes + 63) / 64,
+                         lines = (n_lines + N - 1) / N;
         alignas(64) int32_t dots[2][block / depth * tile_tokens * lanes];
         VecF acc[N];
 #pragma GCC unroll 16
         for (uint32_t c = 0; c < N; ++c) acc[c] = zero();
-        dot_block(panel, tokens, 0, dots[0]);
-        for (uint32_t b = 0; b < n_blocks; ++b) {
-            if (b + 1 < n_blocks) dot_block(panel, tokens, b + 1, dots[(b + 1) % 2]);
-            const uint8_t* fetched = First ? stream.after(ahead + b * bytes) : nullptr;
+        source.prepare(0);
+        if (n_blocks > 1) source.prepare(1);
+        dot_block(source.values(0), tokens, 0, 0, dots[0]);
+        // set: b % 2, a constant where that saves branches.
+        const auto step = [&](uint32_t b, uint32_t set) __attribute__((always_inline)) {
+            if (b + 2 < n_blocks) source.prepare(b + 2);
+            if (b + 1 < n_blocks) dot_block(source.values(b + 1), tokens, b + 1, 1 - set, dots[1 - set]);
+            const uint8_t* fetched = from_memory ? stream.after(ahead + b * bytes) : nullptr;
             const float* a = tokens.floats + size_t(b) * token_floats * lanes;
             WeightBlock<Type> weights;
-            panel.load_scales(weights, b);
+            source.load_scales(weights, b);
 #pragma GCC unroll 16
             for (uint32_t c = 0; c < N; ++c) {
-                if constexpr (First) {
+                if constexpr (from_memory) {
 #pragma GCC unroll 8
-                    for (size_t i = n_lines * c / N; i < n_lines * (c + 1) / N; ++i) prefetch_far(fetched + 64 * i);
+                    for (size_t i = c * lines; i < (c + 1) * lines && i < n_lines; ++i) prefetch_far(fetched + 64 * i);
                 }
                 VecI dot[2];
                 for (uint32_t h = 0; h < block / depth; ++h)
-                    dot[h] = {_mm512_load_si512(dots[b % 2] + (h * tile_tokens + c) * lanes)};
+                    dot[h] = {_mm512_load_si512(dots[set] + (h * tile_tokens + c) * lanes)};
                 typename WeightBlock<Type>::Factors factors{a[c], {}};
                 for (uint32_t i = 1; i < token_floats; ++i) factors.sums[i - 1] = a[i * lanes + c];
                 acc[c] = weights.add_dots(acc[c], dot, factors);
+            }
+        };
+        if constexpr (halves) {  // each block takes both sets
+            for (uint32_t b = 0; b < n_blocks; ++b) step(b, b % 2);
+        } else {
+            for (uint32_t b = 0; b < n_blocks; b += 2) {
+                step(b, 0);
+                if (b + 1 < n_blocks) step(b + 1, 1);
             }
         }
 #pragma GCC unroll 16
@@ -182,23 +225,35 @@ struct Tiles {
     }
 };
 
-// The tokens of a tile times one panel, and the results of those that there are.
-template <WeightType Type, uint32_t N>
-void tile_columns(const MatmulArgs& args, const typename Tiles<Type>::Panel& panel, const TileSide& tokens,
-                  uint32_t token, uint32_t n_tokens, uint32_t row, const Stream& stream, const uint8_t* ahead) {
-    const uint32_t n_blocks = args.inner / block;
+// One panel and N tokens, of which n_tokens exist, and their results.
+template <WeightType Type, uint32_t N, bool expands>
+[[gnu::always_inline]] inline void tile_columns(const MatmulArgs& args, const uint8_t* panel, const TileSide& expanded,
+                                                const TileSide& tokens, uint32_t token, uint32_t n_tokens, uint32_t row,
+                                                const Stream& stream, const uint8_t* ahead) {
+    using Tile = Tiles<Type>;
     VecF result[N];
-    if (token == 0)
-        Tiles<Type>::template columns<N, true>(panel, tokens, n_blocks, stream, ahead, result);
-    else
-        Tiles<Type>::template columns<N, false>(panel, tokens, n_blocks, stream, ahead, result);
+    const auto run = [&]<bool from_memory>(auto source, Constant<from_memory>) {
+        Tile::template columns<N, from_memory>(source, tokens, args.inner / block, stream, ahead, result);
+    };
+    if constexpr (expands) {
+        if (token == 0)
+            run(typename Tile::Expanded{expanded}, Constant<true>{});
+        else
+            run(typename Tile::Expanded{expanded}, Constant<false>{});
+    } else if constexpr (!Tile::direct) {
+        run(typename Tile::Passing(panel), Constant<true>{});
+    } else if (token == 0) {
+        run(typename Tile::Direct{panel}, Constant<true>{});
+    } else {
+        run(typename Tile::Direct{panel}, Constant<false>{});
+    }
     for (uint32_t c = 0; c < n_tokens; ++c) finish(args, token + c, row, result[c]);
 }
 
 // Panels are taken, and expanded if need be, in groups that stay in the second-level cache. Inside, tokens outside, so
 // that results are written to neighbouring places; with the first ones the next group is fetched. The last tile may
-// have fewer tokens and does the work of 16 all the same; up to 8 tokens in all take half of it.
-template <WeightType Type>
+// have fewer tokens and does the work of 16 all the same; where 8 or fewer are all there are, half of it.
+template <WeightType Type, bool expands>
 void tile_matmul(const MatmulArgs& args, const QuantizedMultiply<Type>& multiply) {
     using Tile = Tiles<Type>;
     const uint32_t n_blocks = args.inner / block, rest = args.n_tokens % tile_tokens;
@@ -217,28 +272,34 @@ void tile_matmul(const MatmulArgs& args, const QuantizedMultiply<Type>& multiply
     const auto tokens_of = [&](uint32_t t) { return n_tokens - t < tile_tokens ? n_tokens - t : tile_tokens; };
     for (uint32_t t = 0; t < n_tokens && !args.same_tokens; t += tile_tokens)
         Tile::pack_activations(args.quantized + size_t(t) * n_blocks, tokens_of(t), n_blocks, tokens_at(t));
-    const bool half = n_tokens <= half_tile;
+    constexpr bool halved = Tile::fewest_tokens <= half_tile;
+    const bool half = halved && n_tokens <= half_tile;
     _tile_loadconfig(half ? &tile_config<Tile::depth, half_tile> : &tile_config<Tile::depth, tile_tokens>);
-    const auto columns = half ? tile_columns<Type, half_tile> : tile_columns<Type, tile_tokens>;
     const uint32_t n_panels = (args.n_rows + lanes - 1) / lanes;
     // Few tokens meet a panel while it is still in the first-level cache.
     const uint32_t group = n_tokens < 64 ? 2 : matmul_tile_panels;
     for (uint32_t first = 0; first < n_panels; first += group) {
         const uint32_t n = n_panels - first < group ? n_panels - first : group;
         const uint8_t* panels = (const uint8_t*)args.panels + first * args.panel_stride;
-        if constexpr (!Tile::direct) {
+        if constexpr (expands) {
             for (uint32_t p = 0; p < n; ++p)
                 Tile::expand_panel(panels + p * args.panel_stride, n_blocks, expanded_at(p));
         }
-        for (uint32_t t = 0; t < n_tokens; t += tile_tokens) {
-            const uint32_t now = tokens_of(t);
+        const auto run = [&]<uint32_t N>(Constant<N>, uint32_t t, uint32_t now) {
             for (uint32_t p = 0; p < n; ++p) {
                 prefetch_results(args, t, now, first + p, 1);
-                const typename Tile::Panel panel{panels + p * args.panel_stride, expanded_at(p)};
-                const uint8_t* ahead = panel.packed + group * args.panel_stride;
-                columns(args, panel, tokens_at(t), t, now, (first + p) * lanes, multiply.stream, ahead);
+                const uint8_t* panel = panels + p * args.panel_stride;
+                const TileSide expanded = expands ? expanded_at(p) : TileSide{};
+                tile_columns<Type, N, expands>(args, panel, expanded, tokens_at(t), t, now, (first + p) * lanes,
+                                               multiply.stream, panel + group * args.panel_stride);
             }
+        };
+        uint32_t t = 0;
+        for (; t + tile_tokens <= n_tokens; t += tile_tokens) run(Constant<tile_tokens>{}, t, tile_tokens);
+        if constexpr (halved) {
+            if (half) run(Constant<half_tile>{}, 0, n_tokens);
         }
+        if (t < n_tokens && !half) run(Constant<tile_tokens>{}, t, n_tokens - t);
         group_of_tiles(args, multiply, first, first + n, n_tokens);
     }
     _tile_release();

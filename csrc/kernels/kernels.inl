@@ -642,7 +642,14 @@ void quantized_matmul(const MatmulArgs& args) {
     using Multiply = QuantizedMultiply<Type>;
     const Multiply multiply{args};
 #ifdef FIXMIN_AMX
-    if (args.n_tokens >= Tiles<Type>::fewest_tokens) return tile_matmul<Type>(args, multiply);
+    using Tile = Tiles<Type>;
+    if (args.n_tokens >= Tile::fewest_tokens) {
+        if constexpr (Tile::direct) return tile_matmul<Type, false>(args, multiply);
+        if constexpr (Tile::passes) {  // a single tile of tokens, and perhaps a few that are left over
+            if (args.n_tokens < tile_tokens + fewest_left_tokens) return tile_matmul<Type, false>(args, multiply);
+        }
+        return tile_matmul<Type, !Tile::direct>(args, multiply);
+    }
 #endif
     for_each_tile(args, multiply);
 }

@@ -137,10 +137,13 @@ def rounded_activations(kind, x):
 
 
 @pytest.mark.parametrize("kind", WEIGHT_TYPES)
-@pytest.mark.parametrize(("rows", "tokens"), [(1, 1), (16, 3), (40, 13), (33, 27), (100, 1), (33, 70)])
-def test_matmul(kind, rows, tokens):
+@pytest.mark.parametrize(
+    ("rows", "tokens", "least"),
+    [(1, 1, 160), (16, 3, 160), (40, 6, 160), (40, 13, 160), (16, 16, 32), (33, 27, 160), (100, 1, 160), (33, 70, 160)],
+)
+def test_matmul(kind, rows, tokens, least):
     rng = np.random.default_rng(rows * 100 + tokens)
-    inner = inner_for(kind, 160)
+    inner = inner_for(kind, least)
     data = quantized_rows(rng, kind, rows, inner)
     x, bias, residual = normal(rng, tokens, inner), normal(rng, rows), normal(rng, tokens, rows)
     got = on_every_isa(lambda k: k.matmul(kind, data, rows, x, bias, residual))
@@ -150,7 +153,7 @@ def test_matmul(kind, rows, tokens):
 
 
 @pytest.mark.parametrize("kind", QUANTIZED_TYPES)
-@pytest.mark.parametrize(("rows", "tokens"), [(16, 1), (37, 14)])
+@pytest.mark.parametrize(("rows", "tokens"), [(16, 1), (37, 8), (37, 14)])
 def test_matmul_of_any_bytes(kind, rows, tokens):
     rng = np.random.default_rng(rows)
     inner = inner_for(kind, 320)
@@ -191,7 +194,7 @@ def test_matmul_does_not_depend_on_the_batch(kind):
 
 
 @pytest.mark.parametrize("kind", WEIGHT_TYPES)
-@pytest.mark.parametrize("tokens", [1, 16, 37])
+@pytest.mark.parametrize("tokens", [1, 7, 16, 37, 43])
 def test_matmul_in_parts_lays_the_tokens_out_once(kind, tokens):
     rng = np.random.default_rng(6)
     inner = inner_for(kind, 64)
