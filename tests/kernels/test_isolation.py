@@ -45,9 +45,8 @@ def test_kernel_unit_defines_only_its_table(isa, tmp_path):
     compiler, nm = tools_for(isa)
     target = tmp_path / "unit.o"
     source = SOURCES / "kernels" / f"kernels_{isa}.cpp"
-    subprocess.run(
-        [compiler, "-std=c++20", "-O0", "-fno-exceptions", "-w", "-I", SOURCES, *FLAGS[isa], "-c", source, "-o", target], check=True
-    )
+    options = ["-std=c++20", "-O0", "-w", "-fno-exceptions", *FLAGS[isa]]
+    subprocess.run([compiler, *options, "-I", SOURCES, "-c", source, "-o", target], check=True)
     listing = subprocess.check_output([nm, "-C", "--defined-only", "--extern-only", target], text=True)
     symbols = [line.split(maxsplit=2)[1:] for line in listing.splitlines()]
     assert [name for _, name in symbols] == [f"fixmin::kernels::kernels_{isa}"]
