@@ -63,9 +63,10 @@ $(STAMP)/torch: $(STAMP)/venv
 	@touch $@
 
 # What pyproject.toml asks for to build. A plain `pip install .` brings these by itself into a folder that it deletes
-# afterwards, and so compiles everything again each time; from here the build folder stays valid.
+# afterwards, and so compiles everything again each time; from here the build folder stays valid. setuptools and wheel are for
+# rouge-score, which lm_eval depends on: it is published as source only, and --no-build-isolation holds for it too.
 $(STAMP)/build-tools: $(STAMP)/venv
-	$(PIP) install scikit-build-core pybind11 cmake ninja
+	$(PIP) install scikit-build-core pybind11 cmake ninja setuptools wheel
 	@touch $@
 
 $(STAMP)/package: $(STAMP)/torch $(STAMP)/build-tools $(SOURCES)

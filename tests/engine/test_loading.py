@@ -1,4 +1,4 @@
-"""Loading: what is told meanwhile, how it is cancelled, and how much memory the model takes."""
+"""Loading: what is told meanwhile, how it is cancelled; and how much memory a model and scoring take."""
 
 import itertools
 import json
@@ -158,3 +158,36 @@ def test_resident_memory_after_load(tmp_path, kind):
     assert size > 20e6
     assert 0.8 * size < grown <= 1.1 * size + found["kv_cache"]
     assert after["VmHWM"] - before["RssAnon"] - before["RssFile"] <= 1.1 * size + found["kv_cache"] + (16 << 20)
+
+
+SCORE_PROGRAM = """
+import sys
+import fixmin_cpp
+
+def peak():
+    return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+
+with fixmin_cpp.Model(sys.argv[1], n_ctx=1024, n_threads=2) as model:
+    size = model.info["vocab_size"]
+    tokens = [(7 * position + 3) % size for position in range(1001)]
+    model.score(tokens[:65])  # what is made only once
+    before = peak()
+    score = model.score(tokens)
+    grown = peak() - before
+    assert len(score.logprobs) == 1000
+    model.logits(tokens)
+    print(grown, peak() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc is Linux's")
+def test_score_never_holds_all_logits(tmp_path):
+    """A long text takes its keys and values and some rows of logits, not a row for every position."""
+    vocab = 65536
+    path = make_model(tmp_path / "m.gguf", weight_type="Q8_0", vocab_size=vocab, context_length=1024)
+    done = subprocess.run([sys.executable, "-c", SCORE_PROGRAM, path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    scoring, with_logits = map(int, done.stdout.split())
+    rows = 4 * vocab
+    assert scoring < 32 * rows
+    assert with_logits > 900 * rows  # the measure sees what it should
