@@ -18,7 +18,7 @@ import fixmin_cpp
 
 N_TOKENS = 40
 # Threads and tokens of a chunk: more threads than cores, a token at a time, chunks that leave some over.
-SPLITS = ((1, 40), (2, 7), (2, 40), (3, 16), (4, 17), (8, 1))
+SPLITS = ((1, 40), (2, 7), (3, 16), (4, 17), (8, 1))
 
 
 def digest(path: str, n_threads: int, n_batch: int, kv_type: str) -> str:

@@ -188,6 +188,6 @@ def test_score_never_holds_all_logits(tmp_path):
     done = subprocess.run([sys.executable, "-c", SCORE_PROGRAM, path], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     scoring, with_logits = map(int, done.stdout.split())
-    rows = 4 * vocab
-    assert scoring < 32 * rows
-    assert with_logits > 900 * rows  # the measure sees what it should
+    row = 4 * vocab  # bytes
+    assert scoring < 32 * row
+    assert with_logits > 900 * row  # the measure sees what it should
