@@ -51,8 +51,11 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def open_page(browser: Browser) -> Iterator[Open]:
-    """Opens the playground of a server. `refused`: statuses that the test provokes (the browser logs each). `fresh`: with
-    the story that a first look shows; else as in a tab that has been there before."""
+    """Opens the playground of a server.
+
+    `refused`: statuses that the test provokes (the browser logs each). `fresh`: with the story that a first look shows;
+    else as in a tab that has been there before.
+    """
     contexts, problems = [], []
 
     def open_(
@@ -548,7 +551,7 @@ def test_the_picture_follows_the_newest_and_the_hovered_token(open_page: Open, a
         assert strip_bits(page, file.cells) == file.lifted(codes[i]).tolist()
 
 
-# --- first look, examples, reload --------------------------------------------------------------------------------------
+# --- first look, examples, reload -------------------------------------------------------------------------------------
 
 
 def test_the_first_look_shows_a_story_and_a_reload_keeps_it(open_page: Open, demo_server: Any) -> None:
