@@ -21,7 +21,7 @@ import re
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -216,56 +216,13 @@ def token_bytes(tokenizer: TextTokenizer) -> dict[int, bytes]:
 
     Raises UnsupportedError for a tokenizer whose tokens stand for different text at different places.
     """
-    steps = _decoder_steps(json.loads(tokenizer.backend.to_str())["decoder"])
-    added = tokenizer.backend.get_added_tokens_decoder()
-    result = {}
-    for token, token_id in tokenizer.backend.get_vocab(with_added_tokens=True).items():
-        if token_id in tokenizer.special_ids:
-            continue
-        result[token_id] = token.encode() if token_id in added else _spelled(token, steps)
-    return result
-
-
-_Step: TypeAlias = tuple[str, str, str]  # what to do, and its two operands
-
-
-def _decoder_steps(decoder: Any) -> list[_Step]:
-    """The steps of a tokenizer.json's decoder that change what a token stands for."""
-    if decoder is None:
-        raise UnsupportedError("constrained output needs a tokenizer with a decoder; without one, words are spaced")
-    kind = decoder["type"]
-    if kind == "Sequence":
-        return [step for part in decoder["decoders"] for step in _decoder_steps(part)]
-    if kind == "Replace" and "String" in decoder["pattern"]:
-        return [("replace", decoder["pattern"]["String"], decoder["content"])]
-    if kind == "Metaspace":
-        return [("replace", decoder["replacement"], " ")]
-    if kind in ("ByteLevel", "ByteFallback"):
-        return [(kind, "", "")]
-    if kind in ("Fuse", "Strip"):  # Strip drops a space that starts or ends the whole text
-        return []
-    raise UnsupportedError(f"constrained output does not work with a tokenizer whose decoder has a step {kind!r}")
-
-
-def _spelled(token: str, steps: Iterable[_Step]) -> bytes:
-    for kind, old, new in steps:
-        if kind == "replace":
-            token = token.replace(old, new)
-        elif kind == "ByteFallback" and re.fullmatch("<0x[0-9A-Fa-f]{2}>", token):
-            return bytes([int(token[3:5], 16)])
-        elif kind == "ByteLevel" and all(letter in _BYTE_OF_LETTER for letter in token):
-            return bytes(_BYTE_OF_LETTER[letter] for letter in token)
-    return token.encode()
-
-
-def _byte_of_letter() -> dict[str, int]:
-    """GPT-2's letters for bytes: printable Latin-1 stands for itself, the rest follows from U+0100 on."""
-    itself = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in itself]
-    return {chr(byte): byte for byte in itself} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTE_OF_LETTER = _byte_of_letter()
+    if tokenizer.spelling is None:
+        raise UnsupportedError(
+            "constrained output needs a tokenizer whose tokens stand for the same text everywhere; "
+            "the decoder of this one puts spaces between tokens, or drops what repeats"
+        )
+    ids = tokenizer.backend.get_vocab(with_added_tokens=True).values()
+    return {i: tokenizer.token_bytes(i) for i in ids if i not in tokenizer.special_ids}
 
 
 class _Vocabulary:

@@ -1,8 +1,10 @@
 """The tokenizer that a GGUF file carries: the whole tokenizer.json under `tokenizer.huggingface.json`."""
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from .errors import ArgumentError, ArgumentTypeError, GGUFError
 
@@ -64,6 +66,25 @@ class TextTokenizer:
         """Text of every id by itself, [V]."""
         return [self.backend.decode([i], skip_special_tokens=False) for i in range(self.backend.get_vocab_size())]
 
+    @cached_property
+    def spelling(self) -> "list[_Step] | None":
+        """What the decoder does to a token by itself; None if what a token stands for depends on its neighbours."""
+        return _decoder_steps(json.loads(self.backend.to_str())["decoder"])
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token adds to a text, also those of a part of a character; a special token's are its name.
+
+        Exact for byte-level, byte-fallback and plain tokenizers: the bytes of a text's tokens make the text, but for
+        the space that some decoders drop at its beginning. Otherwise those of the token's own text. b"" for an id that
+        the tokenizer does not know.
+        """
+        token = self.backend.id_to_token(token_id)
+        if token is None:
+            return b""
+        if self.spelling is None:
+            return self.decode([token_id]).encode()
+        return _spelled(token, self.spelling)
+
     def sequences_with(self, text: str) -> list[list[int]]:
         """Sequences of ids in which `text` comes up: single tokens that hold it, and those that begin it in the middle
         or at the end of a token and go on with the tokens of the rest."""
@@ -80,6 +101,55 @@ class TextTokenizer:
                 self._sequences.clear()
             self._sequences[text] = sequences
         return self._sequences[text]
+
+
+_Step: TypeAlias = tuple[str, str, str]  # what to do, and its two operands
+
+
+def _decoder_steps(decoder: Any, fused: bool = False) -> list[_Step] | None:
+    """The steps of a tokenizer.json's decoder that change what a token stands for; None if others do too."""
+    if decoder is None:
+        return None  # tokenizers then puts spaces between tokens
+    kind = decoder["type"]
+    if kind == "Sequence":
+        steps: list[_Step] = []
+        for part in decoder["decoders"]:
+            found = _decoder_steps(part, fused)
+            if found is None:
+                return None
+            steps += found
+            fused = fused or part["type"] == "Fuse"
+        return steps
+    if fused and kind in ("Strip", "Fuse"):  # of the whole text: drops a space that starts or ends it
+        return []
+    if kind == "Replace" and "String" in decoder["pattern"] and (not fused or len(decoder["pattern"]["String"]) == 1):
+        return [("replace", decoder["pattern"]["String"], decoder["content"])]
+    if kind == "Metaspace":
+        return [("replace", decoder["replacement"], " ")]
+    if kind in ("ByteLevel", "ByteFallback"):
+        return [(kind, "", "")]
+    return [] if kind == "Fuse" else None
+
+
+def _spelled(token: str, steps: Sequence[_Step]) -> bytes:
+    for kind, old, new in steps:
+        if kind == "replace":
+            token = token.replace(old, new)
+        elif kind == "ByteFallback" and re.fullmatch("<0x[0-9A-Fa-f]{2}>", token):
+            return bytes([int(token[3:5], 16)])
+        elif kind == "ByteLevel" and all(letter in _BYTE_OF_LETTER for letter in token):
+            return bytes(_BYTE_OF_LETTER[letter] for letter in token)
+    return token.encode()
+
+
+def _byte_of_letter() -> dict[str, int]:
+    """GPT-2's letters for bytes: printable Latin-1 stands for itself, the rest follows from U+0100 on."""
+    itself = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in itself]
+    return {chr(byte): byte for byte in itself} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF_LETTER = _byte_of_letter()
 
 
 def end_of_text_id(metadata: Mapping[str, Any], vocab_size: int) -> int | None:
