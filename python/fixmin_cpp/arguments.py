@@ -87,6 +87,7 @@ class GenerationArguments(TypedDict, total=False):
     choices: Sequence[str] | None  # none. The output is one of these
 
     # The request
+    parse_special: bool  # True. In a prompt's text, names of special tokens, as "</s>", are those tokens; else text
     logprobs: int | None  # None. Log-probability of every generated token, and of so many of the most probable
     prompt_logprobs: int | None  # None. The same for the tokens of the prompt but the first; all of it is read then
     prompt_lookup_num_tokens: int  # 0. Guesses up to so many tokens, at most 31, from how the text went on before, and
@@ -138,6 +139,7 @@ class GenerationOptions:
     banned_ids: tuple[int, ...] = ()
     allowed_ids: tuple[int, ...] = ()  # empty: all
     constraint: Constraint | None = None
+    parse_special: bool = True
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     prompt_lookup_num_tokens: int = 0
@@ -458,6 +460,7 @@ _CHECKS: dict[str, _Check] = {
     "logit_bias": as_logit_bias,
     "banned_ids": as_id_tuple,
     "allowed_ids": as_allowed_ids,
+    "parse_special": lambda name, value, vocab_size: as_bool(name, value),
     "logprobs": _optional(_int(0, 1024)),
     "prompt_logprobs": _optional(_int(0, 1024)),
     "prompt_lookup_num_tokens": _int(0, 31),
@@ -476,6 +479,7 @@ _CHANGED = {
     "banned_ids",
     "allowed_ids",
     "constraint",
+    "parse_special",
     "logprobs",
     "prompt_logprobs",
     "prompt_lookup_num_tokens",

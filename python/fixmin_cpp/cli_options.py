@@ -75,6 +75,9 @@ OPTIONS: dict[str, _Option] = {
     "grammar": _Option(str, "The text is of this grammar, Lark or GBNF."),
     "grammar_file": _Option(Path, "The same, from a file.", argument="grammar"),
     "choice": _Option(list[str], "The text is this or another one given so; repeatable.", argument="choices"),
+    "no_parse_special": _Option(
+        bool, "Read names of special tokens in the prompt, as </s>, as plain text.", argument="parse_special"
+    ),
     "logprobs": _Option(int, "With --json: log-probabilities of the tokens, and of the k most probable."),
     "prompt_logprobs": _Option(int, "With --json: the same for the prompt."),
     "prompt_lookup_num_tokens": _Option(int, "Guess up to so many tokens from the text so far. Default: 0"),
@@ -124,7 +127,7 @@ def read_options(values: Mapping[str, Any], escape: bool) -> dict[str, Any]:
             raise typer.BadParameter(f"give --{argument.replace('_', '-')} or --{name.replace('_', '-')}, not both")
         if name == "logit_bias":
             value = _logit_bias(value)
-        elif name == "no_prefix_cache":
+        elif name in ("no_prefix_cache", "no_parse_special"):
             value = False
         elif name == "dry_sequence_breaker":
             value = [] if value == ["none"] else [plain(text) for text in value]

@@ -13,6 +13,7 @@ nothing of the engine:
 A mask holds exactly the tokens whose text the grammar can continue from, in whatever way the text is cut into tokens.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -28,7 +29,8 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import ArgumentError, ArgumentTypeError, FixminError, UnsupportedError
+from .errors import ArgumentError, ArgumentTypeError, BusyError, FixminError, UnsupportedError
+from .json_schema import literals, prepared
 from .tokenizer import TextTokenizer
 
 __all__ = ["Compiler", "Constraint", "Matcher", "token_bytes"]
@@ -37,13 +39,16 @@ Kind: TypeAlias = Literal["json_schema", "regex", "grammar", "choices"]
 
 _log = logging.getLogger(__name__)
 
-# Between the parts of a JSON text a model may write at most a space, or a line break and an indentation. llguidance's
-# own default is any amount, in which a weak model loses itself until its last token.
-_JSON_OPTIONS = {"whitespace_pattern": r" |\r?\n[ \t]{0,40}"}
-
 # Without this, forced text is masked down to the tokens of its one canonical segmentation, which goes wrong where a
 # vocabulary has no tokens for single bytes, and calls back into Python. Matcher.forced() does the same on request.
 _LARK_OPTIONS = '\n%llguidance {"no_forcing": true}\n'
+
+_MAX_TEXT = 1 << 18  # characters of a description: compiling this much takes seconds at most
+
+# What compiles at a time. What takes too long cannot be stopped and keeps its place, so as not to take all of the
+# machine; others then wait this long for one, seconds.
+_MAX_COMPILING = 4
+_PATIENCE = 0.5
 
 # A lexer state takes 1 to 2 kB and is kept as long as the compiled grammar: 100 MB at the very most. With llguidance's
 # 50,000 items per mask an ambiguous grammar (x: x x | ...) takes minutes to fail; 400 optional properties need 5,000.
@@ -71,7 +76,8 @@ class Constraint:
             choices: a list of texts, of which the output is one.
 
         Raises:
-            ArgumentError: more than one is given, or one is malformed. ArgumentTypeError: one has the wrong type.
+            ArgumentError: more than one is given, or one is malformed, or longer than 262,144 characters, or a schema
+                says what cannot be kept to. ArgumentTypeError: one has the wrong type.
                 What only llguidance can see, Compiler.matcher() raises as an ArgumentError.
         """
         given = {"json_schema": json_schema, "regex": regex, "grammar": grammar, "choices": choices}
@@ -97,6 +103,7 @@ def _as_text(name: str, value: Any) -> str:
         raise ArgumentTypeError(f"{name} must be a str, got {type(value).__name__}")
     if not value.strip():
         raise ArgumentError(f"{name} is empty")
+    _check_length(name, len(value))
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -104,8 +111,13 @@ def _as_text(name: str, value: Any) -> str:
     return value
 
 
+def _check_length(name: str, n: int) -> None:
+    if n > _MAX_TEXT:
+        raise ArgumentError(f"{name} has {n} characters, but at most {_MAX_TEXT} are compiled")
+
+
 def _schema_text(value: Any) -> str:
-    """The schema as JSON, with options for llguidance where it sets none itself."""
+    """The schema as JSON, as llguidance is given it."""
     if isinstance(value, type) and hasattr(value, "model_json_schema"):
         schema = value.model_json_schema()
     elif isinstance(value, str):
@@ -126,15 +138,15 @@ def _schema_text(value: Any) -> str:
             "json_schema must be a dict, its JSON text, a pydantic model class, or True for any JSON, "
             f"got {type(schema).__name__}"
         )
-    options = schema.get("x-guidance", {})
-    if isinstance(options, Mapping) and not {"whitespace_pattern", "whitespace_flexible"} & options.keys():
-        schema["x-guidance"] = {**_JSON_OPTIONS, **options}
     try:
-        text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(schema, ensure_ascii=False)
+        _check_length("json_schema", len(text))
         text.encode()
+        return json.dumps(prepared(json.loads(text)), ensure_ascii=False, allow_nan=False)
+    except ArgumentError:
+        raise
     except (TypeError, ValueError, RecursionError) as error:
         raise ArgumentError(f"json_schema cannot be written as JSON: {error}") from None
-    return text
 
 
 def _choices_text(choices: Any) -> str:
@@ -142,6 +154,7 @@ def _choices_text(choices: Any) -> str:
         raise ArgumentTypeError(f"choices must be a list of str, got {type(choices).__name__}")
     if not choices:
         raise ArgumentError("choices is empty")
+    _check_length("choices", sum(len(choice) if isinstance(choice, str) else 1 for choice in choices))
     for i, choice in enumerate(choices):
         if choice == "":
             raise ArgumentError(f"choices[{i}] must not be empty, got ''")
@@ -256,6 +269,8 @@ class _Vocabulary:
 
     def can_spell(self, text: bytes) -> bool:
         """Whether some sequence of tokens stands for these bytes."""
+        if len(text) > 64 and all(self.can_spell(letter.encode()) for letter in set(text.decode())):
+            return True
         ends = {0}  # lengths of the beginnings of `text` that can be spelled
         for end in range(1, len(text) + 1):
             starts = range(max(0, end - self._longest), end)
@@ -269,7 +284,7 @@ class _Vocabulary:
             text = data.decode()
         except UnicodeDecodeError as error:  # ends within a character
             text = data[: error.start].decode()
-        ids = self._tokenizer.encode(text)
+        ids = self._tokenizer.encode(text, parse_special=False)
         spelled = [self._ids_of.get(i, b"") for i in ids]
         if b"".join(spelled) != text.encode():
             return []  # a letter without a token, a special token's name, a space put before a text
@@ -318,7 +333,7 @@ class Compiler:
         *,
         n_threads: int = 1,
         cache_size: int = 64,
-        compile_timeout: float = 30.0,
+        compile_timeout: float = 10.0,
     ) -> None:
         try:
             import llguidance
@@ -339,6 +354,7 @@ class Compiler:
         self._cache_size = cache_size
         self._compile_timeout = compile_timeout
         self._too_complex: set[Constraint] = set()
+        self._places = threading.BoundedSemaphore(_MAX_COMPILING)
         self._executor: Any = None
         self._executor_pid = 0
 
@@ -346,7 +362,8 @@ class Compiler:
         """A matcher at the beginning of the text; a constraint that was used before needs no compiling.
 
         Raises ArgumentError, with llguidance's message, for a constraint that cannot be compiled, is too complex, or
-        allows no output. Compiling takes milliseconds, for large schemas up to a second, without the GIL.
+        allows no output; BusyError while others that take too long are still being compiled. Compiling takes
+        milliseconds, for large schemas up to a second, without the GIL.
         """
         return Matcher(self, constraint, self._compiled(constraint))
 
@@ -395,13 +412,13 @@ class Compiler:
         return compiled
 
     def _compile(self, constraint: Constraint) -> Any:
-        if constraint.kind == "choices":
-            self._check_choices(json.loads(constraint.text))
+        self._check_letters(constraint)
         native = self._compile_in_time(constraint)
         if native.is_error():
             raise ArgumentError(f"{constraint.kind} cannot be used: {_reason(native)}")
         for warning in native.get_grammar_warnings():
-            _log.warning("%s: %s", constraint.kind, warning)
+            if "oneOf" not in str(warning):  # which means anyOf here: see json_schema.py
+                _log.warning("%s: %s", constraint.kind, warning)
         try:
             mask = Matcher(self, constraint, native).mask()
         except FixminError as error:
@@ -415,23 +432,34 @@ class Compiler:
     def _compile_in_time(self, constraint: Constraint) -> Any:
         """llguidance's matcher, made by a thread that is left alone when the time is up.
 
-        Most of what compiling does has limits of its own. The intersection of patterns (allOf) has not: 25 of them
-        take minutes and twice as long with each one more, and nothing interrupts it.
+        Most of what compiling does has limits of its own, not all of it, and nothing interrupts it. Such a thread goes
+        on at the lowest priority.
         """
         source, results = self._source(constraint), queue.SimpleQueue[Any]()
+        if not self._places.acquire(timeout=_PATIENCE):
+            raise BusyError(
+                f"{constraint.kind} was not compiled: {_MAX_COMPILING} others that take long are; try again later"
+            )
 
         def work() -> None:
             try:
                 results.put(self._llguidance.LLMatcher(self._native, source, log_level=0, limits=self._limits))
             except BaseException as error:
                 results.put(error)
+            finally:
+                self._places.release()
 
-        threading.Thread(target=work, name="fixmin-grammar", daemon=True).start()
+        thread = threading.Thread(target=work, name="fixmin-grammar", daemon=True)
+        thread.start()
         try:
             result = results.get(timeout=self._compile_timeout)
         except queue.Empty:
             with self._lock:
+                if len(self._too_complex) >= self._cache_size:
+                    self._too_complex.clear()
                 self._too_complex.add(constraint)
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, thread.native_id or 0, 19)
             raise self._complexity(constraint) from None
         if isinstance(result, BaseException):
             raise result
@@ -453,12 +481,18 @@ class Compiler:
             return f"start: CHOICE\nCHOICE: {' | '.join(choices)}{_LARK_OPTIONS}"
         return constraint.text + _LARK_OPTIONS  # at the end, so that lines keep their numbers
 
-    def _check_choices(self, choices: Sequence[str]) -> None:
-        for i, choice in enumerate(choices):
-            if not self._vocabulary.can_spell(choice.encode()):
-                missing = [letter for letter in choice if not self._vocabulary.can_spell(letter.encode())]
+    def _check_letters(self, constraint: Constraint) -> None:
+        """What is demanded literally must be there to be written: a model with few letters would get stuck in it."""
+        given = json.loads(constraint.text) if constraint.kind in ("choices", "json_schema") else {}
+        if constraint.kind == "choices":
+            texts = [(f"choices[{i}] {choice!r}", choice) for i, choice in enumerate(given)]
+        else:
+            texts = [(f"json_schema has {text:.60} at {place}, which", text) for place, text in literals(given)]
+        for name, text in texts:
+            if not self._vocabulary.can_spell(text.encode()):
+                missing = [letter for letter in text if not self._vocabulary.can_spell(letter.encode())]
                 raise ArgumentError(
-                    f"choices[{i}] {choice!r} cannot be written with this model's tokens"
+                    f"{name} cannot be written with this model's tokens"
                     + (f": there is none for {missing[0]!r}" if missing else "")
                 )
 
@@ -511,7 +545,7 @@ class Matcher:
         """The tokens that may follow, uint32 [ceil(V/32)]: id i is bit i%32 of word i//32.
 
         Holds the end-of-text token exactly where the text may end. Empty only after the end.
-        Raises FixminError where no token of the vocabulary fits, or where the grammar exceeds llguidance's limits.
+        Raises ArgumentError where no token of the vocabulary fits, or where the grammar exceeds llguidance's limits.
         """
         out = np.empty((1, self._compiler.n_words), np.uint32)
         error = self._compiler.fill_masks([self], out)[0]
@@ -526,13 +560,14 @@ class Matcher:
         if not 0 <= token_id < self._compiler.vocab_size:
             raise ArgumentError(f"token_id is {token_id}, but token ids run from 0 to {self._compiler.vocab_size - 1}")
         if self._ended:
-            raise self._fail(f"token {token_id} cannot follow the end-of-text token")
+            raise self._fail(FixminError, f"token {token_id} cannot follow the end-of-text token")
         if token_id == self._compiler.eos_id:
             if not self._native.is_accepting():
-                raise self._fail(f"the {self._constraint.kind} is not complete, yet the text ends")
+                raise self._fail(FixminError, f"the {self._constraint.kind} is not complete, yet the text ends")
             self._ended = True
         elif self._native.is_stopped() or not self._consume(token_id):
-            raise self._fail(f"token {token_id} does not fit the {self._constraint.kind}: {_reason(self._native)}")
+            reason = _reason(self._native)
+            raise self._fail(FixminError, f"token {token_id} does not fit the {self._constraint.kind}: {reason}")
         else:
             self._ids.append(token_id)
 
@@ -552,7 +587,7 @@ class Matcher:
         if self._ended and n_tokens > 0:
             self._ended, n_tokens = False, n_tokens - 1
         if n_tokens and not self._native.rollback(n_tokens):
-            raise self._fail(f"cannot take back {n_tokens} tokens: {_reason(self._native)}")
+            raise self._fail(FixminError, f"cannot take back {n_tokens} tokens: {_reason(self._native)}")
         del self._ids[len(self._ids) - n_tokens :]
 
     def clone(self) -> "Matcher":
@@ -577,13 +612,14 @@ class Matcher:
             self._native.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
         if self._native.is_error():  # llguidance's mask is then the end of the text, as if all were well
             row[:] = 0
-            return self._fail(f"the {self._constraint.kind} leaves no way to go on: {_reason(self._native)}")
+            reason = _reason(self._native)
+            return self._fail(ArgumentError, f"the {self._constraint.kind} leaves no way to go on: {reason}")
         if not self._native.is_accepting() or self._compiler.eos_id is None:
             row[eos_id // 32] &= ~np.uint32(1 << eos_id % 32)
         if self._compiler._real is not None:
             row &= self._compiler._real
         if not row.any() and not self.finished:
-            return self._fail(f"the {self._constraint.kind} leaves no way to go on: no token fits")
+            return self._fail(ArgumentError, f"the {self._constraint.kind} leaves no way to go on: no token fits")
         return None
 
     def _consume(self, token_id: int) -> bool:
@@ -603,8 +639,8 @@ class Matcher:
         self._native = native
         return True
 
-    def _fail(self, message: str) -> FixminError:
-        self._error = FixminError(message)
+    def _fail(self, kind: type[FixminError], message: str) -> FixminError:
+        self._error = kind(message)
         return self._error
 
 

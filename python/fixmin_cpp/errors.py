@@ -5,6 +5,7 @@ from ._core import ArgumentError, ContextLengthError, FixminError, GGUFError, Un
 __all__ = [
     "ArgumentError",
     "ArgumentTypeError",
+    "BusyError",
     "CheckpointError",
     "ContextLengthError",
     "FixminError",
@@ -15,6 +16,10 @@ __all__ = [
 
 class CheckpointError(FixminError, ValueError):
     """A Hugging Face checkpoint cannot be read, is ambiguous, or does not compute what the converter can express."""
+
+
+class BusyError(FixminError):
+    """Nothing is wrong with what was asked for, but what it needs is taken by others: it may be asked again later."""
 
 
 class ArgumentTypeError(ArgumentError, TypeError):

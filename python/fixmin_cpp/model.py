@@ -258,6 +258,7 @@ class Model:
         length_penalty: float = 1.0,
         early_stopping: bool = False,
         ignore_eos: bool = False,
+        parse_special: bool = True,
     ) -> list[Beam]:
         """The most probable continuations as a whole, best first, at most num_beams.
 
@@ -268,13 +269,14 @@ class Model:
             length_penalty: a score is the log-probability divided by length ** length_penalty, as in transformers.
             early_stopping: ends as soon as num_beams continuations have ended, else when none is likely to do better.
             ignore_eos: goes on after the end-of-text token.
+            parse_special: as in encode().
         """
         num_beams = as_int("num_beams", num_beams, 1, 512)
         max_new_tokens = as_int("max_new_tokens", max_new_tokens, 1)
         penalty = as_float("length_penalty", length_penalty, -100.0, 100.0)
         early = as_bool("early_stopping", early_stopping)
         eos_ids = frozenset() if as_bool("ignore_eos", ignore_eos) or self._eos_id is None else {self._eos_id}
-        ids = self._ids_in_context("prompt", prompt, room=1)
+        ids = self._ids_in_context("prompt", prompt, 1, parse_special)
         with self._running() as engine:
             return beam_search(
                 engine,
@@ -289,15 +291,21 @@ class Model:
     # --- scores and insides ----------------------------------------------------------------------------------------
 
     def logits(
-        self, ids: Prompt, last: bool = False, *, rows: Sequence[int] | NDArray[np.integer[Any]] | None = None
+        self,
+        ids: Prompt,
+        last: bool = False,
+        *,
+        rows: Sequence[int] | NDArray[np.integer[Any]] | None = None,
+        parse_special: bool = True,
     ) -> NDArray[np.float32]:
         """Logits after each token, float32 [T, V]; after the last one only, [V]; or after those at `rows`, [n, V].
 
-        `ids` may be text. Negative rows count from the end, as NumPy's indices do. Nothing is computed or kept that the
-        rows do not need: no logits of others, no tokens behind the last of them.
+        `ids` may be text, for which parse_special is as in encode(). Negative rows count from the end, as NumPy's
+        indices do. Nothing is computed or kept that the rows do not need: no logits of others, no tokens behind the
+        last of them.
         """
         last = as_bool("last", last)
-        checked = self._ids_in_context("ids", ids)
+        checked = self._ids_in_context("ids", ids, 0, parse_special)
         if rows is None:
             with self._running() as engine:
                 return engine.logits(checked, last)
@@ -312,23 +320,33 @@ class Model:
             logits = engine.logits(checked[: rising[-1] + 1], rows=rising.tolist())
         return logits if np.array_equal(rising, wanted) else logits[back]
 
-    def hidden_states(self, ids: Prompt, layer: int) -> NDArray[np.float32]:
+    def hidden_states(self, ids: Prompt, layer: int, *, parse_special: bool = True) -> NDArray[np.float32]:
         """The residual stream, float32 [T, D]: layer 0 is the lifted code, layer i what block i-1 leaves."""
         layer = as_int("layer", layer, 0, self._info["block_count"])
-        checked = self._ids_in_context("ids", ids)
+        checked = self._ids_in_context("ids", ids, 0, parse_special)
         with self._running() as engine:
             return engine.hidden_states(checked, layer)
 
     @overload
     def score(  # type: ignore[overload-overlap]
-        self, text: Prompt, *, start: int = 1, progress: bool = False
+        self, text: Prompt, *, start: int = 1, progress: bool = False, parse_special: bool = True
     ) -> Score: ...
     @overload
     def score(
-        self, text: Sequence[Prompt], *, start: int | Sequence[int] = 1, progress: bool = False
+        self,
+        text: Sequence[Prompt],
+        *,
+        start: int | Sequence[int] = 1,
+        progress: bool = False,
+        parse_special: bool = True,
     ) -> list[Score]: ...
     def score(
-        self, text: Prompt | Sequence[Prompt], *, start: int | Sequence[int] = 1, progress: bool = False
+        self,
+        text: Prompt | Sequence[Prompt],
+        *,
+        start: int | Sequence[int] = 1,
+        progress: bool = False,
+        parse_special: bool = True,
     ) -> Score | list[Score]:
         """Log-probability of every token of `text` (or ids) but the first; never holds T x V logits.
 
@@ -337,12 +355,12 @@ class Model:
                 is answered by a list in the same order and read together.
             start: the first token that is scored, from 1. Those before it are only read, or found in the prefix cache;
                 texts of a list that are equal up to there read them once. For a list of texts also a list.
-            progress: as in generate().
+            progress: as in generate(). parse_special: as in encode().
         """
         silent = not as_bool("progress", progress)
         texts, many = split_prompts(text, "text")
         names = [f"text[{i}]" for i in range(len(texts))] if many else ["text"]
-        ids = [self._ids_in_context(name, one, room=-1) for name, one in zip(names, texts, strict=True)]
+        ids = [self._ids_in_context(name, one, -1, parse_special) for name, one in zip(names, texts, strict=True)]
         starts = _starts(start, names, ids) if many else _starts([start], names, ids)
         with bar("scoring", silent) as update, self._running() as engine:
             requests = self._submit_scores(engine, ids, starts)
@@ -373,15 +391,15 @@ class Model:
             requests.append(request)
         return requests
 
-    def codes(self, ids: Prompt) -> NDArray[np.uint8]:
+    def codes(self, ids: Prompt, *, parse_special: bool = True) -> NDArray[np.uint8]:
         """The K-bit code of each token, uint8 [T, K] of 0 and 1; column i is the bit with lift index i."""
-        checked = self._ids("ids", ids)
+        checked = self._ids("ids", ids, parse_special)
         with self._running() as engine:
             return engine.codes(checked)
 
     # --- state ------------------------------------------------------------------------------------------------------
 
-    def save_state(self, path: str | os.PathLike[str], text: Prompt) -> int:
+    def save_state(self, path: str | os.PathLike[str], text: Prompt, *, parse_special: bool = True) -> int:
         """Writes the keys and values of `text` (or ids) to a file: what has been computed of it, and the rest now.
 
         Returns:
@@ -391,7 +409,7 @@ class Model:
         Raises:
             OSError: the file cannot be written.
         """
-        ids = self._ids_in_context("text", text)
+        ids = self._ids_in_context("text", text, 0, parse_special)
         params = _core.SamplingParams()
         params.max_new_tokens = 0
         with self._running() as engine:
@@ -422,11 +440,17 @@ class Model:
 
     # --- text ------------------------------------------------------------------------------------------------------
 
-    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
-        """Token ids of `text`; by default without a start token or anything else added."""
+    def encode(self, text: str, *, add_special_tokens: bool = False, parse_special: bool = True) -> list[int]:
+        """Token ids of `text`; by default without a start token or anything else added.
+
+        parse_special: whether the name of a special token in the text, such as "</s>", stands for that token. False,
+        for text of strangers: it is text like any other, and decode() of the ids gives it back.
+        """
         self._check_open()
         return self._require_tokenizer().encode(
-            text, add_special_tokens=as_bool("add_special_tokens", add_special_tokens)
+            text,
+            add_special_tokens=as_bool("add_special_tokens", add_special_tokens),
+            parse_special=as_bool("parse_special", parse_special),
         )
 
     def decode(self, ids: TokenIds | int, *, skip_special_tokens: bool = False) -> str:
@@ -556,7 +580,8 @@ class Model:
         prompts, many = split_prompts(prompt)
         seeds = options.seeds(len(prompts), many)
         names = [f"prompt[{i}]" for i in range(len(prompts))] if many else ["prompt"]
-        ids = [self._ids_in_context(name, one, room=1) for name, one in zip(names, prompts, strict=True)]
+        special = options.parse_special
+        ids = [self._ids_in_context(name, one, 1, special) for name, one in zip(names, prompts, strict=True)]
         return Batch(self, ids, options, seeds, many, n, best_of, on_token)
 
     def _single_run(self, method: str, prompt: Any, arguments: GenerationArguments) -> Run:
@@ -595,16 +620,17 @@ class Model:
             )
         return self._tokenizer
 
-    def _ids(self, name: str, prompt: Any) -> NDArray[np.uint32]:
+    def _ids(self, name: str, prompt: Any, parse_special: bool = True) -> NDArray[np.uint32]:
         """Text or ids as checked ids, uint32 [T], T >= 1."""
         self._check_open()
+        special = as_bool("parse_special", parse_special)
         if isinstance(prompt, str):
-            prompt = self._require_tokenizer().encode(prompt)
+            prompt = self._require_tokenizer().encode(prompt, parse_special=special)
         return as_token_ids(name, prompt, self._vocab_size)
 
-    def _ids_in_context(self, name: str, prompt: Any, room: int = 0) -> NDArray[np.uint32]:
+    def _ids_in_context(self, name: str, prompt: Any, room: int = 0, parse_special: bool = True) -> NDArray[np.uint32]:
         """Checked ids that leave `room` positions of the context free."""
-        ids = self._ids(name, prompt)
+        ids = self._ids(name, prompt, parse_special)
         if len(ids) > self._n_ctx - room:
             raise ContextLengthError(
                 f"{name} has {len(ids)} tokens, but the context holds {self._n_ctx}"

@@ -2,6 +2,7 @@
 
 import json
 import re
+import secrets
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -15,19 +16,33 @@ __all__ = ["TextTokenizer", "end_of_text_id"]
 
 _JSON_KEY = "tokenizer.huggingface.json"
 _EOS_KEY = "tokenizer.ggml.eos_token_id"
+_BOS_KEY = "tokenizer.ggml.bos_token_id"
 _MAX_SEQUENCES = 64  # strings whose sequences of tokens are kept
 
 
 class TextTokenizer:
-    """Text to ids and back. Safe to use from several threads: the tokenizer inside is never modified."""
+    """Text to ids and back. Safe to use from several threads: the tokenizer inside is never modified.
 
-    def __init__(self, tokenizer: "Tokenizer") -> None:
+    Args:
+        tokenizer: of the tokenizers library.
+        bos_id, eos_id: what begins and ends texts. They are control tokens even if the tokenizer does not say so.
+    """
+
+    def __init__(self, tokenizer: "Tokenizer", *, bos_id: int | None = None, eos_id: int | None = None) -> None:
         # A tokenizer.json may carry truncation and padding from training; a prompt must not be cut in silence.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self.backend = tokenizer
         added = tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self.bos_token, self.eos_token = ("" if i is None else tokenizer.id_to_token(i) or "" for i in (bos_id, eos_id))
+        # What a text may name to get a token that is not text. Only added tokens are found so, and in some models words
+        # of the vocabulary.
+        ends = {i for i in (bos_id, eos_id) if i in added}
+        self.control_tokens: dict[str, int] = {
+            name: i for i in sorted(self.special_ids | ends) if (name := tokenizer.id_to_token(i))
+        }
+        self._single_words = {token.content for token in added.values() if token.single_word}
         self._sequences: dict[str, list[list[int]]] = {}
 
     @classmethod
@@ -41,21 +56,71 @@ class TextTokenizer:
         from tokenizers import Tokenizer
 
         try:
-            return cls(Tokenizer.from_str(text))
+            tokenizer = Tokenizer.from_str(text)
+            ids = (metadata.get(key) for key in (_BOS_KEY, _EOS_KEY))
+            bos_id, eos_id = (i if isinstance(i, int) and 0 <= i < 2**32 else None for i in ids)
+            return cls(tokenizer, bos_id=bos_id, eos_id=eos_id)
         except Exception as error:  # tokenizers raises plain Exception
             raise GGUFError(f"{_JSON_KEY} is not a tokenizer that this version of tokenizers reads: {error}") from error
 
-    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
-        """Token ids of `text`. By default nothing is put before or after it, as on the published model cards."""
-        if not isinstance(text, str):
-            raise ArgumentTypeError(f"text must be a str, got {type(text).__name__}")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ArgumentError(
-                f"text is not valid Unicode: lone surrogate {text[error.start]!a} at character {error.start}"
-            ) from None
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+    def encode(self, text: str, *, add_special_tokens: bool = False, parse_special: bool = True) -> list[int]:
+        """Token ids of `text`. By default nothing is put before or after it, as on the published model cards.
+
+        parse_special: whether the name of a special token in the text, such as "</s>", stands for that token. False:
+        it is text like any other. Tokens that a tokenizer has beside its vocabulary but does not call special always
+        are found.
+        """
+        _check(text)
+        backend = self.backend if parse_special else self._plain
+        return backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def encode_template(self, text: str, letters: Mapping[int, str]) -> list[int]:
+        """Token ids of what a template has made, with its special tokens read as such.
+
+        Args:
+            text: as the template gave it.
+            letters: code points that stand in it for other letters, which make no special token's name.
+        """
+        _check(text)
+        if self._names is not None:
+            text = self._names.sub(lambda match: self._secret_names[match[0]], text)
+        return self._plain.encode(text.translate(letters), add_special_tokens=False).ids
+
+    @cached_property
+    def _secret_names(self) -> dict[str, str]:
+        """Of control tokens, by name: what no text holds."""
+        return {name: f"{secrets.token_hex(16)}{i:08x}" for i, name in enumerate(self.control_tokens)}
+
+    @cached_property
+    def _names(self) -> re.Pattern[str] | None:
+        """Finds control tokens' names as the tokenizer itself does: the leftmost, and of several there the longest."""
+        names = sorted(self.control_tokens, key=len, reverse=True)
+        word = {name: r"(?<!\w)%s(?!\w)" if name in self._single_words else "%s" for name in names}
+        return re.compile("|".join(word[name] % re.escape(name) for name in names)) if names else None
+
+    @cached_property
+    def _plain(self) -> "Tokenizer":
+        """The same tokenizer, but for text that names no control token: they have secret names in it.
+
+        tokenizers' own encode_special_tokens leaves a name to the model, and one that knows it as a word finds it.
+        """
+        from tokenizers import Tokenizer
+
+        new = self._secret_names
+        data = json.loads(self.backend.to_str())
+        for token in data["added_tokens"]:
+            token["content"] = new.get(token["content"], token["content"])
+        model = data["model"]
+        if isinstance(model["vocab"], dict):
+            model["vocab"] = {new.get(token, token): i for token, i in model["vocab"].items()}
+        else:
+            model["vocab"] = [[new.get(token, token), score] for token, score in model["vocab"]]
+        if "unk_token" in model:
+            model["unk_token"] = new.get(model["unk_token"], model["unk_token"])
+        if "merges" in model:
+            pairs = (pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"])
+            model["merges"] = [pair for pair in pairs if not {*pair, "".join(pair)} & new.keys()]
+        return Tokenizer.from_str(json.dumps(data))
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Text of `ids`; ids that the tokenizer does not know have none."""
@@ -101,6 +166,17 @@ class TextTokenizer:
                 self._sequences.clear()
             self._sequences[text] = sequences
         return self._sequences[text]
+
+
+def _check(text: object) -> None:
+    if not isinstance(text, str):
+        raise ArgumentTypeError(f"text must be a str, got {type(text).__name__}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ArgumentError(
+            f"text is not valid Unicode: lone surrogate {text[error.start]!a} at character {error.start}"
+        ) from None
 
 
 _Step: TypeAlias = tuple[str, str, str]  # what to do, and its two operands

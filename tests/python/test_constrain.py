@@ -718,6 +718,8 @@ for arguments in [
     {"json_schema": {"type": "array", "items": {"type": "integer"}, "minItems": 10**9}},
     {"json_schema": {"type": "string", "minLength": 10**9}},
     {"json_schema": {"allOf": [{"pattern": f"[a-z]{{1,{i}}}"} for i in range(1, 200)]}},
+    {"json_schema": {"type": "integer", "const": -(2**63)}},
+    {"grammar": "start: A\\nA: " + " & ".join(f"/[a-z]*[a-z]{{1,{i}}}x.*/" for i in range(1, 200))},
 ]:
     try:
         matcher = compiler.matcher(Constraint.check(**arguments))
@@ -739,7 +741,7 @@ def test_hostile_descriptions_are_refused_or_run_in_bounded_time():
     )
     assert (result.returncode, result.stderr) == (0, "")
     assert len(re.findall("^(ran|refused)", result.stdout, re.MULTILINE)) == HOSTILE.count('    {"')
-    assert result.stdout.splitlines()[-1] == "refused json_schema is too complex: not compiled within 2 s"
+    assert result.stdout.splitlines()[-1] == "refused grammar is too complex: not compiled within 2 s"
 
 
 def test_equal_constraints_from_different_spellings_share_a_key():
