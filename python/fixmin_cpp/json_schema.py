@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from decimal import Decimal
 from fractions import Fraction
 from itertools import combinations
 from typing import Any, TypeAlias
@@ -27,6 +28,15 @@ _UNSUPPORTED = frozenset(
         *("$dynamicRef", "$recursiveRef", "contains", "minContains", "maxContains", "uniqueItems", "unevaluatedItems"),
         *("dependencies", "dependentRequired", "dependentSchemas", "propertyNames", "unevaluatedProperties"),
         *("disallow", "divisibleBy", "extends", "if", "then", "else", "not"),
+    }
+)
+_KNOWN = frozenset(
+    {
+        *("$ref", "$schema", "$id", "$defs", "definitions", "type", "const", "enum", "anyOf", "oneOf", "allOf"),
+        *("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
+        *("minLength", "maxLength", "pattern", "format"),
+        *("items", "prefixItems", "additionalItems", "minItems", "maxItems"),
+        *("properties", "patternProperties", "additionalProperties", "required", "minProperties", "maxProperties"),
     }
 )
 _FORMATS = frozenset(("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"))
@@ -96,6 +106,11 @@ class _Preparation:
         draft = re.search(r"draft-0[3467]|2019-09", str(root.get("$schema", "")))
         self.draft = draft[0] if draft else ""  # "": 2020-12, the latest
         self.has_one_of = False
+        self._in_references = {
+            part.replace("~1", "/").replace("~0", "~")
+            for reference in _references(root)
+            for part in unquote(reference).split("/")
+        }
         self._known: dict[int, list[_Facts]] = {}  # by the id of a subschema
         self._n_compared = 0
 
@@ -146,12 +161,14 @@ class _Preparation:
 
     def _target(self, reference: Any, place: str) -> tuple[str, Any]:
         """(place, subschema) that a $ref leads to."""
-        pointer = reference if isinstance(reference, str) else ""
+        if not isinstance(reference, str):
+            raise _refuse("$ref", place, f"must be a string, got {json.dumps(reference)[:60]}")
+        pointer = reference
         name = self.root.get("$id", "")
         if name and isinstance(name, str):
             pointer = pointer.removeprefix(name.removesuffix("#"))
         pointer = unquote(pointer)
-        if pointer in ("#", "") and reference:
+        if pointer in ("#", ""):
             return "#", self.root
         node: Any = self.root
         if not pointer.startswith("#/"):
@@ -169,6 +186,9 @@ class _Preparation:
     def _check_keywords(self, node: _Node, place: str) -> None:
         if node.get("uniqueItems") is False:
             del node["uniqueItems"]
+        for keyword in node.keys() - _KNOWN - _UNSUPPORTED:
+            if keyword not in self._in_references:  # llguidance takes a $ref with whatever stands beside it for two
+                del node[keyword]
         for keyword in sorted(_UNSUPPORTED & node.keys()):
             raise _refuse(keyword, place, "is not supported")
         if node is not self.root and isinstance(node.get("$id"), str):
@@ -234,16 +254,21 @@ class _Preparation:
         if id(node) in self._known:
             return self._known[id(node)]
         self._known[id(node)] = [_Facts()]  # all that a schema which leads to itself knows of itself
-        found = [_Facts.of(node)]
-        together = list(node.get("allOf", ()))
+        parts = list(node.get("allOf", ()))
         if "$ref" in node:
-            together.append(self._target(node["$ref"], "#")[1])
-        for part in together:
-            found = _joined(found, self._alternatives(part, depth + 1))
+            parts.append(self._target(node["$ref"], "#")[1])
+        found = _joined([_Facts.of(node)], self._together(parts, depth + 1))
         for keyword in ("anyOf", "oneOf"):
             if keyword in node:
                 found = _joined(found, [one for part in node[keyword] for one in self._alternatives(part, depth + 1)])
         self._known[id(node)] = found
+        return found
+
+    def _together(self, nodes: list[Any], depth: int = 0) -> "list[_Facts]":
+        """The same of a value that is valid under all of them."""
+        found = [_Facts()]
+        for node in nodes:
+            found = _joined(found, self._alternatives(node, depth))
         return found
 
     def _apart(self, a: "_Facts", b: "_Facts", depth: int = 0) -> bool:
@@ -261,7 +286,7 @@ class _Preparation:
         shared = [p for p in a.properties if p in b.properties]
         shared.sort(key=lambda p: p not in a.required | b.required)  # stable: those that are required first
         for p in shared:
-            left, right = (self._alternatives({"allOf": list(facts.properties[p].values())}) for facts in (a, b))
+            left, right = (self._together(list(facts.properties[p].values())) for facts in (a, b))
             if all(self._apart(x, y, depth + 1) for x in left for y in right):
                 if p not in a.required | b.required:
                     for facts in (a, b):
@@ -275,6 +300,18 @@ _KINDS: dict[str, type] = {"properties": dict, "patternProperties": dict, "requi
     name: int for name in ("minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties")
 }
 _KIND_NAMES = {dict: "an object", list: "an array", int: "an integer"}
+
+
+def _references(root: Any) -> Iterator[str]:
+    todo = [root]
+    while todo:
+        one = todo.pop()
+        if isinstance(one, dict):
+            if isinstance(one.get("$ref"), str):
+                yield one["$ref"]
+            todo += one.values()
+        elif isinstance(one, list):
+            todo += one
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -341,7 +378,22 @@ def _inward(low: int | float, exclusive: bool, whole: bool) -> int | float:
     limit = float(low)
     if limit < low or (exclusive and limit == low):
         limit = _SMALLEST if limit == 0.0 else math.nextafter(limit, math.inf)
-    return int(limit) if limit.is_integer() else limit
+    if limit.is_integer():
+        return int(limit)
+    while _as_read(limit) < limit:
+        limit = math.nextafter(limit, math.inf)
+    return limit
+
+
+def _as_read(value: float) -> float:
+    """What llguidance takes the shortest digits of `value` for: it rounds them, and once more when it scales them."""
+    digits, exponent = Decimal(repr(abs(value))).as_tuple().digits, int(Decimal(repr(value)).as_tuple().exponent)
+    read = float(int("".join(map(str, digits))))
+    while exponent < -308:
+        read, exponent = read / 1e308, exponent + 308
+    scale = float(f"1e{abs(exponent)}")
+    read = read / scale if exponent < 0 else read * scale
+    return math.copysign(read, value)
 
 
 def _divide(node: _Node, place: str) -> None:
@@ -381,20 +433,18 @@ def _check_value(value: Any, keyword: str, place: str) -> None:
                 raise ArgumentError(f"json_schema cannot be written as JSON: {keyword} at {place} holds {one}")
             if not _is_written_exactly(one):
                 raise _refuse(
-                    keyword, place, f"holds {one!r:.60}, which a double cannot hold exactly: ask for a string of digits"
+                    keyword, place, f"holds {one!r:.60}, which would not come out exactly: ask for a string of digits"
                 )
 
 
 def _is_written_exactly(value: int | float) -> bool:
-    if abs(value) <= 2**53:
-        return True
-    try:
-        double = float(value)
-    except OverflowError:
+    if abs(value) > _LARGEST:
         return False
-    if abs(value) <= _LARGEST and isinstance(value, int):
-        return int(double) == value
-    return int(Fraction(repr(double))) == value  # its shortest digits, filled up with zeros
+    if isinstance(value, int):
+        return int(float(value)) == value
+    if abs(value) > 2**53 and int(Fraction(repr(value))) != value:  # its shortest digits, filled up with zeros
+        return False
+    return _as_read(value) == value
 
 
 def _check_text(text: str, keyword: str, place: str) -> None:
