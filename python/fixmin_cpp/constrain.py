@@ -45,10 +45,19 @@ _LARK_OPTIONS = '\n%llguidance {"no_forcing": true}\n'
 
 _MAX_TEXT = 1 << 18  # characters of a description: compiling this much takes seconds at most
 
+# Of GBNF, whose translation takes four times as long for twice the rules: 0.4 s at most.
+_MAX_GBNF = 1 << 15
+_MAX_RULES = 300
+
 # What compiles at a time. What takes too long cannot be stopped and keeps its place, so as not to take all of the
 # machine; others then wait this long for one, seconds.
 _MAX_COMPILING = 4
 _PATIENCE = 0.5
+
+# llguidance goes down a chain of rules or references by recursion, up to 8 kB each; where its stack ends the process does.
+# Reserved, not used: enough for as long a chain as _MAX_TEXT holds.
+_STACK = 256 << 20
+_stack_lock = threading.Lock()  # the size is set for all threads that are made
 
 # A lexer state takes 1 to 2 kB and is kept as long as the compiled grammar: 100 MB at the very most. With llguidance's
 # 50,000 items per mask an ambiguous grammar (x: x x | ...) takes minutes to fail; 400 optional properties need 5,000.
@@ -175,8 +184,14 @@ def _without_anchors(regex: str) -> str:
 
 def _lark_text(grammar: str) -> str:
     """The grammar in llguidance's Lark, translated if it is GBNF: only there is a rule written with ::=."""
-    if not re.search(r"^[ \t]*[\w-]+[ \t]*::=", grammar, re.MULTILINE):
+    n_rules = len(re.findall(r"^[ \t]*[\w-]+[ \t]*::=", grammar, re.MULTILINE))
+    if n_rules == 0:
         return grammar
+    if len(grammar) > _MAX_GBNF or n_rules > _MAX_RULES:
+        raise ArgumentError(
+            f"grammar has {n_rules} rules of GBNF in {len(grammar)} characters, "
+            f"but at most {_MAX_RULES} in {_MAX_GBNF} are translated: write it in Lark"
+        )
     try:
         from llguidance.gbnf_to_lark import gbnf_to_lark
     except ImportError as error:
@@ -450,7 +465,15 @@ class Compiler:
                 self._places.release()
 
         thread = threading.Thread(target=work, name="fixmin-grammar", daemon=True)
-        thread.start()
+        with _stack_lock:
+            usual = threading.stack_size(_STACK)
+            try:
+                thread.start()
+            except BaseException:
+                self._places.release()
+                raise
+            finally:
+                threading.stack_size(usual)
         try:
             result = results.get(timeout=self._compile_timeout)
         except queue.Empty:

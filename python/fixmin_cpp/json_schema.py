@@ -54,7 +54,7 @@ _SMALLEST = 1e-60  # stands for "above 0": the regex for smaller ones is nested 
 _MAX_PATTERNS = 10  # that one string must match: an intersection takes twice as long with each one more, at 25 minutes
 _MAX_ALTERNATIVES = 64
 _MAX_DEPTH = 32  # of references and subschemas, in looking for what tells the branches of a oneOf apart
-_MAX_COMPARISONS = 50_000
+_MAX_STEPS = 50_000  # of work on what meets in one value, a second at most
 
 
 def prepared(schema: _Node) -> _Node:
@@ -112,7 +112,8 @@ class _Preparation:
             for part in unquote(reference).split("/")
         }
         self._known: dict[int, list[_Facts]] = {}  # by the id of a subschema
-        self._n_compared = 0
+        self._n_steps = 0
+        self._with_patterns: set[int] = set()  # ids of parts that hold a pattern
 
     def run(self) -> None:
         for place, node in self.nodes():
@@ -122,6 +123,7 @@ class _Preparation:
             for keyword in ("const", "enum"):
                 if keyword in node:
                     _check_value(node[keyword], keyword, place)
+        self._with_patterns = _with_patterns(self.root)
         for place, node in self.nodes():
             if "allOf" in node or ("$ref" in node and len(node) > 1):
                 self._check_patterns(node, place)
@@ -222,6 +224,7 @@ class _Preparation:
         n, todo, seen = 0, [node], set[int]()
         while todo:
             one = todo.pop()
+            self._spend(1)
             if not isinstance(one, dict) or id(one) in seen:
                 continue
             seen.add(id(one))
@@ -229,10 +232,15 @@ class _Preparation:
             todo += parts
             if "$ref" in one:
                 todo.append(self._target(one["$ref"], place)[1])
-            rest = {name: value for name, value in one.items() if name not in ("allOf", "$ref", "$defs", "definitions")}
-            n += _has_pattern(rest)
+            own = (value for name, value in one.items() if name not in ("allOf", "$ref", "$defs", "definitions"))
+            n += "pattern" in one or "format" in one or any(id(value) in self._with_patterns for value in own)
         if n > _MAX_PATTERNS:
             raise _refuse("allOf", place, f"joins {n} subschemas with patterns, but at most {_MAX_PATTERNS} may meet")
+
+    def _spend(self, n: int) -> None:
+        self._n_steps += n
+        if self._n_steps > _MAX_STEPS:
+            raise ArgumentError("json_schema is too complex: too much of it meets in one value")
 
     # --- oneOf -------------------------------------------------------------------------------------------------------
 
@@ -268,13 +276,13 @@ class _Preparation:
         """The same of a value that is valid under all of them."""
         found = [_Facts()]
         for node in nodes:
-            found = _joined(found, self._alternatives(node, depth))
+            more = self._alternatives(node, depth)
+            self._spend(sum(len(facts.properties) for facts in (*found, *more)) * max(len(found), len(more)))
+            found = _joined(found, more)
         return found
 
     def _apart(self, a: "_Facts", b: "_Facts", depth: int = 0) -> bool:
-        self._n_compared += 1
-        if self._n_compared > _MAX_COMPARISONS:
-            raise ArgumentError("json_schema is too complex: oneOf has too many branches to compare")
+        self._spend(1 + len(a.properties))
         if a.types.isdisjoint(b.types):
             return True
         if a.values is not None and b.values is not None:
@@ -284,11 +292,12 @@ class _Preparation:
         if any(names.isdisjoint({p}) for x, y in ((a, b), (b, a)) for p in x.required for names in y.closed):
             return True
         shared = [p for p in a.properties if p in b.properties]
-        shared.sort(key=lambda p: p not in a.required | b.required)  # stable: those that are required first
+        required = a.required | b.required
+        shared.sort(key=lambda p: p not in required)  # stable: those that are required first
         for p in shared:
             left, right = (self._together(list(facts.properties[p].values())) for facts in (a, b))
             if all(self._apart(x, y, depth + 1) for x in left for y in right):
-                if p not in a.required | b.required:
+                if p not in required:
                     for facts in (a, b):
                         facts.definers[p].setdefault("required", []).append(p)
                         facts.required |= {p}
@@ -322,18 +331,21 @@ def _escaped(name: str) -> str:
     return name.replace("~", "~0").replace("/", "~1")
 
 
-def _has_pattern(value: Any) -> bool:
-    """Whether a pattern or format is anywhere in it."""
-    todo = [value]
+def _with_patterns(root: Any) -> set[int]:
+    """The ids of all objects and arrays that have a pattern or format somewhere in them."""
+    order, todo = [], [root]
     while todo:
         one = todo.pop()
-        if isinstance(one, dict):
-            if "pattern" in one or "format" in one:
-                return True
-            todo += one.values()
-        elif isinstance(one, list):
-            todo += one
-    return False
+        if isinstance(one, dict | list):
+            order.append(one)
+            todo += one.values() if isinstance(one, dict) else one
+    found: set[int] = set()
+    for one in reversed(order):  # the inner ones first
+        inner = one.values() if isinstance(one, dict) else one
+        own = isinstance(one, dict) and ("pattern" in one or "format" in one)
+        if own or any(id(part) in found for part in inner):
+            found.add(id(one))
+    return found
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------

@@ -719,6 +719,11 @@ for arguments in [
     {"json_schema": {"type": "string", "minLength": 10**9}},
     {"json_schema": {"allOf": [{"pattern": f"[a-z]{{1,{i}}}"} for i in range(1, 200)]}},
     {"json_schema": {"type": "integer", "const": -(2**63)}},
+    {"grammar": "start: a0\\n" + "".join(f"a{i:x}: a{i + 1:x}\\n" for i in range(21000)) + "a5208: 'a'"},
+    {"grammar": "start: A0\\n" + "".join(f'A{i}: "a" A{i + 1}\\n' for i in range(12000)) + "A12000: 'a'"},
+    {"json_schema": {"$ref": "#/$defs/0", "$defs": {str(i): {"$ref": f"#/$defs/{i + 1}"} for i in range(7000)}}},
+    {"json_schema": {"$ref": "#/$defs/0", "$defs": {
+        str(i): {"items": {"$ref": f"#/$defs/{i + 1}"}} if i < 4500 else {} for i in range(4501)}}},
     {"grammar": "start: A\\nA: " + " & ".join(f"/[a-z]*[a-z]{{1,{i}}}x.*/" for i in range(1, 200))},
 ]:
     try:
@@ -740,7 +745,7 @@ def test_hostile_descriptions_are_refused_or_run_in_bounded_time():
         [sys.executable, "-c", HOSTILE, str(DEMO)], capture_output=True, text=True, timeout=300, check=False
     )
     assert (result.returncode, result.stderr) == (0, "")
-    assert len(re.findall("^(ran|refused)", result.stdout, re.MULTILINE)) == HOSTILE.count('    {"')
+    assert len(re.findall("^(ran|refused)", result.stdout, re.MULTILINE)) == HOSTILE.count('\n    {"')
     assert result.stdout.splitlines()[-1] == "refused grammar is too complex: not compiled within 2 s"
 
 
@@ -801,6 +806,15 @@ def test_descriptions_have_a_longest_length(argument):
     given = {"json_schema": {"const": long}, "choices": [long[:150_000], long[:150_001]]}.get(argument, long)
     with pytest.raises(ArgumentError, match=rf"{argument} has 3000\d\d characters, but at most 262144 are compiled"):
         Constraint.check(**{argument: given})
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    ['root ::= "' + "a" * 40_000 + '"', "root ::= r1\n" + "\n".join(f"r{i} ::= r{i + 1}" for i in range(400))],
+)
+def test_large_gbnf_is_refused_before_it_is_translated(grammar):
+    with pytest.raises(ArgumentError, match=r"grammar has .* are translated: write it in Lark"):
+        Constraint.check(grammar=grammar)
 
 
 @pytest.mark.parametrize(

@@ -242,7 +242,11 @@ REFUSED = [
     ({"allOf": [{"pattern": f"{i}$"} for i in range(25)]}, "allOf at # joins 25 subschemas with patterns"),
     ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "oneOf at # .* here 0 and 1"),
     ({"oneOf": [{"const": i % 300} for i in range(301)]}, "oneOf at # .* here 0 and 300"),
-    ({"oneOf": [{"const": i} for i in range(400)]}, "too complex: oneOf"),
+    ({"oneOf": [{"const": i} for i in range(900)]}, "too complex: too much of it meets"),
+    (
+        {"$ref": "#/$defs/0", "$defs": {f"{i}": {"$ref": f"#/$defs/{i + 1}", "type": "null"} for i in range(3000)}},
+        "too complex: too much of it meets|is '#/.defs/3000', which is not there",
+    ),
     ({"const": "x" * 300_000}, "json_schema has 3000.. characters, but at most 262144"),
 ]
 

@@ -1,7 +1,9 @@
 """Ids and bytes of text, against the tokenizers library's own answers."""
 
+import asyncio
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -175,6 +177,40 @@ def test_ids_that_a_post_processor_adds_are_the_same_either_way():
     tokenizer = TextTokenizer(backend)
     expected = [ends[0][1], *tokenizer.encode("ab<"), ends[1][1]]
     assert tokenizer.encode("ab<", add_special_tokens=True, parse_special=False) == expected
+
+
+# --- the same of a model -----------------------------------------------------------------------------------------
+
+NAMED = "a</s>b"
+
+
+def test_every_method_that_takes_text_may_read_names_as_text(model, tmp_path):
+    tokens, text = model.encode(NAMED), model.encode(NAMED, parse_special=False)
+    assert len(tokens) < len(text)
+    assert model.decode(text) == NAMED
+    for special, ids in ((True, tokens), (False, text)):
+        given = {"parse_special": special}
+        assert model.generate(NAMED, max_new_tokens=2, **given).timings.n_prompt == len(ids)
+        assert model.generate([NAMED], max_new_tokens=2, **given)[0].timings.n_prompt == len(ids)
+        with model.stream(NAMED, max_new_tokens=1, **given) as stream:
+            list(stream)
+        assert stream.completion.timings.n_prompt == len(ids)
+        assert asyncio.run(model.agenerate(NAMED, max_new_tokens=2, **given)).timings.n_prompt == len(ids)
+        assert model.score(NAMED, **given).token_ids == ids
+        assert model.score([NAMED], **given)[0].token_ids == ids
+        assert np.array_equal(model.logits(NAMED, **given), model.logits(ids))
+        assert np.array_equal(model.hidden_states(NAMED, 0, **given), model.hidden_states(ids, 0))
+        assert np.array_equal(model.codes(NAMED, **given), model.codes(ids))
+        assert model.beam_search(NAMED, max_new_tokens=2, **given) == model.beam_search(ids, max_new_tokens=2)
+        model.save_state(tmp_path / "state", NAMED, **given)
+        assert model.load_state(tmp_path / "state") == ids
+
+
+@pytest.mark.parametrize("wrong", [0, None, "no"])
+def test_parse_special_is_true_or_false(model, wrong):
+    for method in (model.encode, model.generate, model.score, model.logits, model.codes):
+        with pytest.raises(ArgumentTypeError, match="parse_special must be True or False"):
+            method("ab", parse_special=wrong)
 
 
 @pytest.mark.parametrize("wrong", [3, None, b"a"])
