@@ -20,11 +20,13 @@ CXX_ALL := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl'
 
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help setup demo test emulators browser test-emulated asan tsan lint format bench bench-peers clean distclean
+.PHONY: help setup demo test test-newest test-oldest lock emulators browser test-emulated asan tsan lint format bench bench-peers clean distclean
 
 help:
 	@echo 'make demo       install, convert and certify the demo checkpoints, generate text'
 	@echo 'make test       install and run all tests'
+	@echo 'make test-newest  the Python tests with the newest versions of all packages; make test-oldest: with the oldest allowed'
+	@echo 'make lock       write the newest versions of all packages into requirements/'
 	@echo 'make emulators  install what tests of other CPUs need (qemu, a cross compiler; they are skipped without it)'
 	@echo 'make browser    install chromium, which tests of the playground need (they are skipped without it)'
 	@echo 'make asan       tests of the C++ code with the address and undefined-behaviour sanitizers; make tsan: data races'
@@ -37,7 +39,7 @@ help:
 
 # --- installation ----------------------------------------------------------------------------------------------------
 
-setup: $(STAMP)/package
+setup: $(STAMP)/dev
 
 # Debian splits venv and the headers from python3: install them where we may, otherwise say how.
 $(STAMP)/venv:
@@ -58,24 +60,44 @@ $(STAMP)/venv:
 	$(PYTHON) -m venv --clear $(VENV)
 	@mkdir -p $(STAMP) && touch $@
 
-$(STAMP)/torch: $(STAMP)/venv
+# Exact versions with hashes, for CPython 3.10 to 3.13 on x86-64 and aarch64 Linux: `make lock` writes them. build.txt is what
+# compiles the package, and the few others that are published as source only; demo.txt what `make demo` needs, dev.txt
+# everything. A lock is complete, so that pip resolves nothing (--no-deps) and builds with what is there.
+LOCKED := $(PIP) install --no-deps --require-hashes --no-build-isolation
+$(STAMP)/build-tools: requirements/build.txt | $(STAMP)/venv
+	$(LOCKED) -r $<
+	@touch $@
+
+# PyTorch comes last: what it needs is in the lock already, so that pip adds nothing newer.
+$(STAMP)/packages: requirements/demo.txt $(STAMP)/build-tools
+	$(LOCKED) -r $<
 	$(PIP) install $(TORCH)
 	@touch $@
 
-# What pyproject.toml asks for to build. A plain `pip install .` brings these by itself into a folder that it deletes
-# afterwards, and so compiles everything again each time; from here the build folder stays valid. setuptools and wheel are for
-# rouge-score, which lm_eval depends on: it is published as source only, and --no-build-isolation holds for it too.
-$(STAMP)/build-tools: $(STAMP)/venv
-	$(PIP) install scikit-build-core pybind11 cmake ninja setuptools wheel
+# Compiled with the locked tools and not in a folder that pip deletes afterwards: the build folder stays valid.
+$(STAMP)/package: $(STAMP)/packages $(SOURCES)
+	$(PIP) install --no-deps --no-build-isolation --check-build-dependencies .
 	@touch $@
 
-$(STAMP)/package: $(STAMP)/torch $(STAMP)/build-tools $(SOURCES)
-	$(PIP) install --no-build-isolation --check-build-dependencies '.[test]'
+$(STAMP)/dev: requirements/dev.txt $(STAMP)/package
+	$(LOCKED) -r $<
 	@touch $@
 
-$(STAMP)/dev: $(STAMP)/package
-	$(PIP) install --no-build-isolation --check-build-dependencies '.[dev]'
-	@touch $@
+# The newest versions of everything that pyproject.toml allows, as published today. Locks and check that every package has a
+# wheel for every Python and processor (or is one of those that are published as source only).
+UV      := $(BIN)/uv
+COMPILE  = $(UV) pip compile --quiet --no-header --no-annotate --override requirements/overrides.txt
+LOCK     = $(COMPILE) --universal --python-version 3.10 --generate-hashes --upgrade
+SOURCE_ONLY := ggml-python rouge-score sqlitedict word2number
+lock: $(STAMP)/dev
+	$(LOCK) pyproject.toml requirements/build.in requirements/torch.in --extra dev -o requirements/dev.txt
+	$(LOCK) pyproject.toml requirements/build.in requirements/torch.in --extra convert -c requirements/dev.txt -o requirements/demo.txt
+	$(LOCK) requirements/build.in -c requirements/dev.txt -o requirements/build.txt
+	for python in 3.10 3.11 3.12 3.13; do for cpu in x86_64 aarch64; do \
+	    echo "checking CPython $$python on $$cpu"; \
+	    $(COMPILE) requirements/dev.txt --no-deps --python-version $$python --python-platform $$cpu-manylinux_2_31 \
+	        --only-binary :all: $(SOURCE_ONLY:%=--no-binary %) -o /dev/null || exit 1; \
+	done; done
 
 # --- demo ------------------------------------------------------------------------------------------------------------
 
@@ -89,8 +111,27 @@ out/demo/%.gguf: examples/demo/%/model.safetensors examples/demo/%/config.json |
 
 # --- checks ----------------------------------------------------------------------------------------------------------
 
-test: $(STAMP)/package
+test: $(STAMP)/dev
 	$(BIN)/python -m pytest $(ARGS)
+
+# The same Python tests with other versions of what they use: the newest that pip would bring today, and the oldest that
+# pyproject.toml allows (of what it names; what those draw in is the newest that they take). Each in an environment made
+# anew, the package compiled with the build tools of that age. Tests of the C++ code alone depend on none of it.
+PYTHON_TESTS := tests/python tests/convert tests/reference tests/serve tests/bench
+test-newest: RESOLUTION := highest
+test-oldest: RESOLUTION := lowest-direct
+test-newest test-oldest: $(STAMP)/dev
+	rm -rf .venv-$@ build/$@ && $(PYTHON) -m venv .venv-$@ && mkdir -p build/$@
+	$(COMPILE) pyproject.toml requirements/build.in requirements/torch.in --extra test --resolution $(RESOLUTION) \
+	    --python .venv-$@/bin/python -o build/$@/all.txt
+	$(COMPILE) requirements/build.in -c build/$@/all.txt --python .venv-$@/bin/python -o build/$@/build.txt
+	.venv-$@/bin/python -m pip --disable-pip-version-check install --no-deps -r build/$@/build.txt
+	.venv-$@/bin/python -m pip --disable-pip-version-check install --no-deps --no-build-isolation -r build/$@/all.txt
+	.venv-$@/bin/python -m pip --disable-pip-version-check install $(TORCH)
+	.venv-$@/bin/python -m pip --disable-pip-version-check install --no-deps --no-build-isolation \
+	    --config-settings=build-dir=build/$@/{wheel_tag} .
+	.venv-$@/bin/python -m pip freeze | tee build/$@/versions.txt
+	.venv-$@/bin/python -m pytest $(PYTHON_TESTS) $(ARGS)
 
 # Where we may not install them the tests are skipped, so this is no error.
 EMULATORS := qemu-user g++-aarch64-linux-gnu
@@ -123,7 +164,7 @@ EMULATED := tests/kernels tests/engine tests/model tests/codes --ignore=tests/co
             --deselect=tests/engine/test_engine.py::test_flush_to_zero_of_the_caller_changes_nothing \
             --deselect=tests/engine/test_engine.py::test_fork_keeps_working \
             --deselect=tests/engine/test_engine.py::test_ctrl_c_stops_a_computation
-test-emulated: $(STAMP)/package emulators
+test-emulated: $(STAMP)/dev emulators
 	for cpu in Nehalem Haswell; do \
 	    qemu-x86_64 -cpu $$cpu $(BIN)/python -m pytest -p no:cacheprovider -m 'not slow' $(EMULATED) $(ARGS) || exit 1; \
 	done
@@ -136,7 +177,7 @@ TESTS_asan    := tests/gguf tests/codes tests/model tests/kernels tests/engine
 SANITIZE_tsan := thread
 RUNTIME_tsan  := libtsan.so
 TESTS_tsan    := tests/engine
-asan tsan: $(STAMP)/package
+asan tsan: $(STAMP)/dev
 	$(BIN)/cmake -S . -B build/$@ -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DCMAKE_CXX_COMPILER=g++ \
 	    -DCMAKE_BUILD_TYPE=Debug -DFIXMIN_SANITIZE=$(SANITIZE_$@) -DSKBUILD_PROJECT_VERSION=0 \
 	    -DPython_EXECUTABLE=$(abspath $(BIN)/python) -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
@@ -162,12 +203,12 @@ format: $(STAMP)/dev
 # environment of its own; what cannot be had is left out, and the report says why.
 BENCH  := out/bench
 REPORT ?= $(BENCH)/report
-bench: $(STAMP)/package
+bench: $(STAMP)/dev
 	$(BIN)/python bench/prepare.py --data $(BENCH)
 	$(BIN)/python bench/compare.py --data $(BENCH) --resume --json $(REPORT)/speed.json --markdown $(REPORT)/speed.md \
 	    --plot $(REPORT)/speed.png $(ARGS)
 
-bench-peers: $(STAMP)/package
+bench-peers: $(STAMP)/dev
 	$(BIN)/python bench/prepare.py --data $(BENCH) --peers --torch '$(TORCH)'
 
 clean:
@@ -175,4 +216,4 @@ clean:
 	find . -name __pycache__ -not -path './$(VENV)/*' -type d -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venv-test-newest .venv-test-oldest
