@@ -17,6 +17,7 @@ from .beam import Beam
 from .errors import (
     ArgumentError,
     ArgumentTypeError,
+    BusyError,
     CheckpointError,
     ContextLengthError,
     FixminError,
@@ -33,6 +34,7 @@ __all__ = [
     "ArgumentTypeError",
     "AsyncTextStream",
     "Beam",
+    "BusyError",
     "CheckpointError",
     "Completion",
     "ContextLengthError",

@@ -54,8 +54,8 @@ _MAX_RULES = 300
 _MAX_COMPILING = 4
 _PATIENCE = 0.5
 
-# llguidance goes down a chain of rules or references by recursion, up to 8 kB each; where its stack ends the process does.
-# Reserved, not used: enough for as long a chain as _MAX_TEXT holds.
+# llguidance goes down a chain of rules or references by recursion, up to 8 kB each; if its stack ends, so does the
+# process. Reserved, not used: enough for as long a chain as _MAX_TEXT holds.
 _STACK = 256 << 20
 _stack_lock = threading.Lock()  # the size is set for all threads that are made
 

@@ -40,6 +40,12 @@ _KNOWN = frozenset(
     }
 )
 _FORMATS = frozenset(("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"))
+# What llguidance's formats allow too much: February 29 of any year, the year 0, second 60.
+_LEAP = r"(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[13579][26])00)"
+_YEAR = r"(?:[0-9]{3}[1-9]|[0-9]{2}[1-9][0-9]|[0-9][1-9][0-9]{2}|[1-9][0-9]{3})"
+_DATE = rf"(?:{_YEAR}-(?:0[13-9]|1[0-2]|02-(?:[01]|2[0-8]))|{_LEAP}-02-29)"
+_TIME = "[0-9]{2}:[0-9]{2}:[0-5]"
+_STRICTER = {"date": f"^{_DATE}", "date-time": f"^{_DATE}[^T]*T{_TIME}", "time": f"^{_TIME}"}
 _TYPES = ("null", "boolean", "integer", "number", "string", "array", "object")
 
 # White space between the parts of a JSON text: at most a space, or a line break and an indentation. llguidance's own
@@ -203,8 +209,10 @@ class _Preparation:
             raise _refuse(wrong, place, "is of older drafts: name one in $schema, or use prefixItems and items")
         if self.draft and "prefixItems" in node:
             raise _refuse("prefixItems", place, f"is not part of {self.draft}, which $schema names")
-        if "format" in node and self._may_be_string(node) and node["format"] not in _FORMATS:
+        if "format" in node and self._may_be_string(node) and node["format"] not in list(_FORMATS):
             raise _refuse("format", place, f"is {node['format']!r}, which is not supported")
+        if "format" in node and self._may_be_string(node) and node["format"] in _STRICTER:
+            node["allOf"] = [*node.get("allOf", []), {"pattern": _STRICTER[node["format"]]}]
         if node.get("minProperties", 0) > len(set(map(str, node.get("required", ())))) + 1:
             # llguidance does not notice a name that comes twice, unless it is in `properties`.
             raise _refuse("minProperties", place, "is not supported where names are free: list them in required")

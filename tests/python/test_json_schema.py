@@ -1,7 +1,11 @@
 """Whatever schema the compiler takes, outputs are valid as jsonschema judges them; what it does not take it refuses."""
 
+import contextlib
+import datetime
+import ipaddress
 import json
 import re
+import uuid
 
 import jsonschema
 import numpy as np
@@ -10,6 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_constrain import BYTES, COMPILERS, END, ids_in
 
+from fixmin_cpp import json_schema
 from fixmin_cpp.constrain import Constraint
 from fixmin_cpp.errors import ArgumentError
 
@@ -221,6 +226,7 @@ REFUSED = [
     ({"$ref": "#/$defs/x", "$defs": {"x": {"propertyNames": {}}}}, "propertyNames at #/\\$defs/x"),
     ({"unevaluatedProperties": False}, "unevaluatedProperties at #"),
     ({"type": "string", "format": "regex"}, "format at # is 'regex'"),
+    ({"format": {}}, "format at # is {}"),
     ({"type": "object", "minProperties": 2}, "minProperties at # is not supported where names are free"),
     ({"prefixItems": [{}], "additionalItems": False}, "additionalItems at # is of older drafts"),
     ({"items": [{}]}, "items at # is of older drafts"),
@@ -263,6 +269,7 @@ def test_a_keyword_that_is_not_supported_is_named_with_its_place(schema, message
         {"$defs": {"unused": {"not": {}}}, "type": "integer"},
         {"properties": {"not": {"type": "integer"}, "if": True}},
         {"type": "array", "uniqueItems": False, "items": {"type": "null"}},
+        {"type": "null", "format": {}},
         {"type": "integer", "format": "int64", "nullable": True, "default": 2**70, "examples": [2**70]},
         {"$schema": "http://json-schema.org/draft-07/schema#", "items": [{"type": "null"}], "additionalItems": False},
         {"$id": "http://a/b", "$ref": "http://a/b#/$defs/x~1%79", "$defs": {"x/y": {"const": 1}}},
@@ -277,6 +284,41 @@ def test_draft_4_limits_are_read_as_such():
     schema = {"$schema": "http://json-schema.org/draft-04/schema#", "type": "integer", "minimum": 3}
     assert accepts(schema, "3")
     assert not accepts({**schema, "exclusiveMinimum": True}, "3")
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "valid"),
+    [
+        ("date", "2024-02-29", True),
+        ("date", "2000-02-29", True),
+        ("date", "2023-02-28", True),
+        ("date", "2023-02-29", False),
+        ("date", "1900-02-29", False),
+        ("date", "2023-04-31", False),
+        ("date", "2023-12-31", True),
+        ("date", "0000-01-01", False),
+        ("date", "0004-02-29", True),
+        ("date-time", "2023-02-28T23:59:59Z", True),
+        ("date-time", "2023-02-29T23:59:59Z", False),
+        ("date-time", "2016-12-31T23:59:60Z", False),
+        ("time", "23:59:59Z", True),
+        ("time", "23:59:60Z", False),
+    ],
+)
+def test_dates_that_there_are(kind, text, valid):
+    assert accepts({"type": "string", "format": kind}, json.dumps(text)) == valid
+
+
+def test_formats_give_what_pydantic_reads():
+    pydantic = pytest.importorskip("pydantic")
+    types = (datetime.date, datetime.datetime, datetime.time, datetime.timedelta, uuid.UUID, ipaddress.IPv4Address)
+    for kind in (*types, ipaddress.IPv6Address):
+        adapter = pydantic.TypeAdapter(kind)
+        values = outputs(adapter.json_schema(), 12)
+        assert values
+        for value in values:
+            if kind is not datetime.timedelta:  # P9999999999999Y is a duration, but beyond Python's
+                adapter.validate_json(json.dumps(value))
 
 
 # --- names of properties -----------------------------------------------------------------------------------------
@@ -401,3 +443,24 @@ def test_deep_schemas_are_taken_or_refused(depth):
     for _ in range(depth):
         schema = {"type": "array", "items": schema, "maxItems": 1}
     assert "recursion" in refusal(schema, 1) or depth == 100
+
+
+# --- anything at all ---------------------------------------------------------------------------------------------
+
+KEYWORDS = sorted(json_schema._KNOWN | json_schema._UNSUPPORTED | {"x-guidance", "title"})
+junk = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 3)
+    | st.floats()
+    | st.sampled_from(["string", "#", "#/$defs/a", "date", "("]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*KEYWORDS, "a"]), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(schema=st.dictionaries(st.sampled_from(KEYWORDS), junk, max_size=5))
+def test_what_is_no_schema_is_an_argument_error(schema):
+    with contextlib.suppress(ArgumentError):
+        assert Constraint.check(json_schema=schema).kind == "json_schema"
