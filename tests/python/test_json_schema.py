@@ -269,7 +269,6 @@ def test_a_keyword_that_is_not_supported_is_named_with_its_place(schema, message
         {"$defs": {"unused": {"not": {}}}, "type": "integer"},
         {"properties": {"not": {"type": "integer"}, "if": True}},
         {"type": "array", "uniqueItems": False, "items": {"type": "null"}},
-        {"type": "null", "format": {}},
         {"type": "integer", "format": "int64", "nullable": True, "default": 2**70, "examples": [2**70]},
         {"$schema": "http://json-schema.org/draft-07/schema#", "items": [{"type": "null"}], "additionalItems": False},
         {"$id": "http://a/b", "$ref": "http://a/b#/$defs/x~1%79", "$defs": {"x/y": {"const": 1}}},
