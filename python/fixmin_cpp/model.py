@@ -51,6 +51,7 @@ from .state import file_sha256, read_state, write_state
 from .tokenizer import TextTokenizer, end_of_text_id
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from typing_extensions import Unpack  # in typing from Python 3.11
 
 __all__ = ["AsyncTextStream", "Completion", "Model", "Piece", "Score", "TextStream", "Timings", "TokenLogprob"]
@@ -80,8 +81,8 @@ class Model:
     Args:
         path: a GGUF file of architecture "fixmin", as `fixmin convert` writes it.
         n_threads: worker threads; None: the smallest of CPU affinity, cgroup quota and physical cores.
-        n_ctx: positions of the context, prompt and answer together; None: what the model was trained with, which is
-            also the most it can be.
+        n_ctx: positions of the context, prompt and answer together; None or 0: what the model was trained with, which
+            is also the most it can be.
         kv_type: type of the KV cache: "f16", "f32", or "q8_0", 8 bits and a scale for 32 values.
         n_batch: tokens of all requests that are processed at a time. Results do not depend on it.
         n_kv: positions of the KV cache, for all requests together and for what is remembered of earlier ones; None: 16
@@ -117,11 +118,19 @@ class Model:
         if progress is not None and not callable(progress):
             raise ArgumentTypeError(f"progress must be callable, got {type(progress).__name__}")
         self.path = os.fspath(path)
+        self._settings = {
+            "n_threads": n_threads,
+            "n_ctx": n_ctx,
+            "kv_type": kv_type,
+            "n_batch": n_batch,
+            "n_kv": n_kv,
+            "n_parallel": n_parallel,
+        }
         begin = time.monotonic()
         self._engine = _core.Engine(
             self.path,
             n_threads=0 if n_threads is None else as_int("n_threads", n_threads, 1, 1024),
-            n_ctx=0 if n_ctx is None else as_int("n_ctx", n_ctx, 1, _MAX_INT32),
+            n_ctx=0 if n_ctx is None else as_int("n_ctx", n_ctx, 0, _MAX_INT32),
             kv_type=kv_type,
             n_batch=as_int("n_batch", n_batch, 1, _MAX_INT32),
             n_kv=0 if n_kv is None else as_int("n_kv", n_kv, 1, _MAX_INT32),
@@ -133,9 +142,12 @@ class Model:
         self._n_ctx: int = self._info["n_ctx"]
         metadata = _core.GgufFile(self.path).metadata
         self._tokenizer = TextTokenizer.from_metadata(metadata)
+        self._tokenizer_copy: Tokenizer | None = None  # for the caller
         self._hash: str | None = None  # of the file, when it is first needed
         self._compiler: Compiler | None = None  # of grammars, likewise
         self._eos_id = end_of_text_id(metadata, self._vocab_size)
+        bos_id = metadata.get("tokenizer.ggml.bos_token_id")
+        self._bos_id = bos_id if isinstance(bos_id, int) and 0 <= bos_id < self._vocab_size else None
         self._reset_lock()
         self._closed = False
         _models.add(self)
@@ -176,7 +188,7 @@ class Model:
     def generate(
         self,
         prompt: Prompt | Sequence[Prompt],
-        *,
+        *unnamed: Any,
         n: int = 1,
         best_of: int | None = None,
         on_token: OnToken | None = None,
@@ -186,8 +198,10 @@ class Model:
         """Continues a prompt; greedy unless a temperature is given.
 
         Args:
-            prompt: text, token ids (a list or an integer array [T]), or a list of those. A list is answered by a list
-                in the same order; its prompts run together, each with the result that it has alone (same seed).
+            prompt: text, token ids (a list, an integer array [T] or [1, T], or what a tokenizer of Hugging Face gives),
+                or a list of those. A list is answered by a list in the same order; its prompts run together, each with
+                the result that it has alone (same seed).
+            unnamed: none; all other arguments have names.
             n: completions of each prompt, up to 1024; they need a temperature above 0. The prompt is read once. The
                 first has the given seed, the others have seeds made of it (docs/sampling.md): candidates[i].seed.
             best_of: so many are generated, at least n, and the n with the highest mean log-probability per token are
@@ -211,30 +225,33 @@ class Model:
             FixminError: no token is left to draw.
             KeyboardInterrupt: Ctrl-C ends a run in the main thread within one layer.
         """
+        _check_unnamed("generate", unnamed)
         batch = self._batch(prompt, arguments, n, best_of, on_token)
         silent = not as_bool("progress", progress)
         with bar("generating", silent) as update, self._running(batch.runs) as engine:
             drive(batch.runs, engine, update)
         return batch.result()
 
-    def stream(self, prompt: Prompt, **arguments: "Unpack[GenerationArguments]") -> "TextStream":
+    def stream(self, prompt: Prompt, *unnamed: Any, **arguments: "Unpack[GenerationArguments]") -> "TextStream":
         """Like generate() for one prompt, but gives each token as soon as it is there.
 
         Arguments are checked at the call; the run starts with the first piece asked for and does not wait for a slow
         reader. Leaving the loop, close(), or Ctrl-C cancels it.
         """
+        _check_unnamed("stream", unnamed)
         return TextStream(self._single_run("stream", prompt, arguments), self._start)
 
     async def agenerate(
         self,
         prompt: Prompt | Sequence[Prompt],
-        *,
+        *unnamed: Any,
         n: int = 1,
         best_of: int | None = None,
         on_token: OnToken | None = None,
         **arguments: "Unpack[GenerationArguments]",
     ) -> Completion | list[Completion]:
         """generate() for an event loop: does not block it. Cancelling the task cancels the generation."""
+        _check_unnamed("agenerate", unnamed)
         batch = self._batch(prompt, arguments, n, best_of, on_token)
         # Tasks begin in this order, so that a prompt's first run is queued before those that follow it.
         tasks = [asyncio.ensure_future(AsyncTextStream(run, self._start_async).complete()) for run in batch.runs]
@@ -245,8 +262,9 @@ class Model:
                 task.cancel()
         return batch.result()
 
-    def astream(self, prompt: Prompt, **arguments: "Unpack[GenerationArguments]") -> AsyncTextStream:
+    def astream(self, prompt: Prompt, *unnamed: Any, **arguments: "Unpack[GenerationArguments]") -> AsyncTextStream:
         """stream() for `async for`. Arguments are checked at the call; the first piece asked for starts the run."""
+        _check_unnamed("astream", unnamed)
         return AsyncTextStream(self._single_run("astream", prompt, arguments), self._start_async)
 
     def beam_search(
@@ -422,23 +440,58 @@ class Model:
 
     # --- text ------------------------------------------------------------------------------------------------------
 
-    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
-        """Token ids of `text`; by default without a start token or anything else added."""
-        self._check_open()
-        return self._require_tokenizer().encode(
-            text, add_special_tokens=as_bool("add_special_tokens", add_special_tokens)
-        )
+    @overload
+    def encode(  # type: ignore[overload-overlap]  # as in generate()
+        self, text: str, *, add_special_tokens: bool = False
+    ) -> list[int]: ...
+    @overload
+    def encode(self, text: Sequence[str], *, add_special_tokens: bool = False) -> list[list[int]]: ...
+    def encode(self, text: str | Sequence[str], *, add_special_tokens: bool = False) -> list[int] | list[list[int]]:
+        """Token ids of `text`, or of each of a list of texts; by default without a start token or anything else added.
 
-    def decode(self, ids: TokenIds | int, *, skip_special_tokens: bool = False) -> str:
-        """Text of token ids, special tokens such as "</s>" spelled out unless they are to be skipped."""
+        Raises:
+            ArgumentError, ArgumentTypeError: no str, or half of a surrogate pair. UnsupportedError: no tokenizer.
+        """
+        self._check_open()
+        tokenizer = self._require_tokenizer()
+        add = as_bool("add_special_tokens", add_special_tokens)
+        if isinstance(text, str) or not isinstance(text, Sequence) or isinstance(text, bytes | bytearray):
+            return tokenizer.encode(text, add_special_tokens=add)  # type: ignore[arg-type]  # which checks it
+        for i, one in enumerate(text):
+            if not isinstance(one, str):
+                raise ArgumentTypeError(f"text[{i}] must be a str, got {type(one).__name__}")
+        return [tokenizer.encode(one, add_special_tokens=add) for one in text]
+
+    @overload
+    def decode(self, ids: TokenIds | int, *, skip_special_tokens: bool = False) -> str: ...
+    @overload
+    def decode(
+        self, ids: Sequence[Sequence[int] | NDArray[np.integer[Any]]], *, skip_special_tokens: bool = False
+    ) -> list[str]: ...
+    def decode(
+        self,
+        ids: TokenIds | int | Sequence[Sequence[int] | NDArray[np.integer[Any]]],
+        *,
+        skip_special_tokens: bool = False,
+    ) -> str | list[str]:
+        """Text of token ids, special tokens such as "</s>" spelled out unless they are to be skipped.
+
+        Args:
+            ids: one id, ids (a list or an integer array [T]); or several texts' ids, a list of those or an array
+                [n, T], which give a list of n texts.
+        """
         self._check_open()
         tokenizer = self._require_tokenizer()
         skip = as_bool("skip_special_tokens", skip_special_tokens)
-        if isinstance(ids, Sequence) and len(ids) == 0:
-            return ""
-        one = isinstance(ids, int | np.integer)
-        checked = as_token_ids("ids", [ids] if one else ids, self._vocab_size)
-        return tokenizer.decode(checked.tolist(), skip_special_tokens=skip)
+        n_dimensions = getattr(ids, "ndim", None)
+        many = n_dimensions == 2 or (isinstance(ids, list | tuple) and len(ids) > 0 and _is_row(ids[0]))
+        rows = list(ids) if many else [[ids] if isinstance(ids, int) or n_dimensions == 0 else ids]  # type: ignore[arg-type]
+        texts = []
+        for i, row in enumerate(rows):
+            none = hasattr(row, "__len__") and len(row) == 0
+            checked = [] if none else as_token_ids(f"ids[{i}]" if many else "ids", row, self._vocab_size).tolist()
+            texts.append(tokenizer.decode(checked, skip_special_tokens=skip))
+        return texts if many else texts[0]
 
     # --- life ------------------------------------------------------------------------------------------------------
 
@@ -460,6 +513,36 @@ class Model:
         "bytes_per_token" and "kv_bytes_per_position" are what decoding reads: weights, and for each cached position.
         """
         return {**self._info, "path": self.path, "eos_token_id": self._eos_id, "tokenizer": self._tokenizer is not None}
+
+    @property
+    def vocab_size(self) -> int:
+        """V: token ids run from 0 to V - 1."""
+        return self._vocab_size
+
+    @property
+    def n_ctx(self) -> int:
+        """Positions of the context, prompt and answer together."""
+        return self._n_ctx
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """The token that the file says begins a text, None if it names none. Nothing here puts it before a prompt."""
+        return self._bos_id
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The token that ends a text, None if the file names none."""
+        return self._eos_id
+
+    @property
+    def tokenizer(self) -> "Tokenizer | None":
+        """The file's tokenizer as one of the package `tokenizers`, None if it holds none.
+
+        It is a copy, the same at every call: whatever is changed on it, encode() and prompts do not change.
+        """
+        if self._tokenizer_copy is None and self._tokenizer is not None:
+            self._tokenizer_copy = self._tokenizer.copy()
+        return self._tokenizer_copy
 
     def stats(self) -> dict[str, int]:
         """What the scheduler is doing and has done.
@@ -506,7 +589,19 @@ class Model:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<fixmin_cpp.Model {self.path!r} n_ctx={self._n_ctx}{' closed' if self._closed else ''}>"
+        facts = ["closed"] if self._closed else []
+        if hasattr(self, "_n_ctx"):  # it has been loaded
+            facts.append(f"vocab_size={self._vocab_size} n_ctx={self._n_ctx} kv_type={self._settings['kv_type']!r}")
+        return f"<fixmin_cpp.Model {getattr(self, 'path', None)!r} {' '.join(facts)}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A pickle holds where the file is and how it was loaded; reading it loads the file again, as copy.copy() does.
+
+        Raises:
+            FixminError: the model is closed.
+        """
+        self._check_open()
+        return _load, (type(self), os.path.abspath(self.path), self._settings)
 
     def _reset_lock(self) -> None:
         """Also called in the child of a fork, where the threads that were counted do not exist."""
@@ -600,19 +695,39 @@ class Model:
         self._check_open()
         if isinstance(prompt, str):
             prompt = self._require_tokenizer().encode(prompt)
+        elif isinstance(prompt, int):
+            raise ArgumentTypeError(f"{name} must be a str or token ids, got {prompt!r}")
         return as_token_ids(name, prompt, self._vocab_size)
 
     def _ids_in_context(self, name: str, prompt: Any, room: int = 0) -> NDArray[np.uint32]:
         """Checked ids that leave `room` positions of the context free."""
         ids = self._ids(name, prompt)
         if len(ids) > self._n_ctx - room:
+            holds = f"the context holds {self._n_ctx}" + (", the answer included" if room > 0 else "")
             raise ContextLengthError(
-                f"{name} has {len(ids)} tokens, but the context holds {self._n_ctx}"
-                + (", the answer included" if room else "")
+                f"{name} has {len(ids)} tokens, but "
+                + (holds if room >= 0 else f"at most {self._n_ctx - room} can be scored")
                 + ": shorten it"
                 + (" or load the model with a larger n_ctx" if self._n_ctx < self._info["context_length"] else "")
             )
         return ids
+
+
+def _load(cls: type[Model], path: str, settings: dict[str, Any]) -> Model:
+    return cls(path, **settings)
+
+
+def _check_unnamed(method: str, unnamed: tuple[Any, ...]) -> None:
+    if unnamed:
+        raise ArgumentTypeError(
+            f"{method}() takes the prompt alone without a name, got {unnamed[0]!r} too: write for instance "
+            "max_new_tokens=16"
+        )
+
+
+def _is_row(value: Any) -> bool:
+    """Whether this item of a list is itself a list or an array of ids."""
+    return isinstance(value, list | tuple) or getattr(value, "ndim", 0) == 1
 
 
 def _wait(requests: Sequence[_core.Request], on_end: Callable[[int, int], object] | None = None) -> None:

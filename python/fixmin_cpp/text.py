@@ -8,8 +8,10 @@ classes here release text only once it can no longer change, and lose none: with
 however the text is cut into tokens (tests/python/test_text.py states this as a property).
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from .tokenizer import TextTokenizer
 
@@ -88,10 +90,8 @@ class StopStrings:
     """
 
     def __init__(self, stops: Iterable[str] = ()) -> None:
-        self._stops = tuple(dict.fromkeys(stops))
-        if "" in self._stops:
-            raise ValueError("a stop string must not be empty")
-        self._longest = max(map(len, self._stops), default=0)
+        self._stops, self._longest = _sorted_stops(tuple(stops))
+        self._first = frozenset(stop[0] for stop in self._stops)
         self._held = ""
         self.matched = False
 
@@ -122,16 +122,39 @@ class StopStrings:
             return text[:match]
         return text
 
+    # A step costs a look at each character, however many strings there are: of those that are sorted and do not begin
+    # with one another only the neighbours of a text can begin it, or be begun by it.
+
     def _find(self, text: str) -> int:
         """Index of the leftmost complete stop string, or -1."""
-        return min((i for i in map(text.find, self._stops) if i >= 0), default=-1)
+        for start in range(len(text)):
+            if text[start] in self._first:
+                before = bisect_right(self._stops, text[start : start + self._longest]) - 1
+                if before >= 0 and text.startswith(self._stops[before], start):
+                    return start
+        return -1
 
     def _possible_start(self, text: str) -> int:
         """Index where the longest end of `text` that begins a stop string starts; len(text) if there is none."""
         for start in range(max(0, len(text) - self._longest + 1), len(text)):
-            if any(stop.startswith(text[start:]) for stop in self._stops):
-                return start
+            if text[start] in self._first:
+                end = text[start:]
+                after = bisect_left(self._stops, end)
+                if after < len(self._stops) and self._stops[after].startswith(end):
+                    return start
         return len(text)
+
+
+@lru_cache(maxsize=4)  # the runs of one call have the same ones
+def _sorted_stops(stops: tuple[str, ...]) -> tuple[list[str], int]:
+    """Rising, and the length of the longest. One that begins with another is left out: that one ends a text there."""
+    kept: list[str] = []
+    for stop in sorted(set(stops)):
+        if not stop:
+            raise ValueError("a stop string must not be empty")
+        if not kept or not stop.startswith(kept[-1]):
+            kept.append(stop)
+    return kept, max(map(len, kept), default=0)
 
 
 @dataclass

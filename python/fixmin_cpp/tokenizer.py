@@ -43,6 +43,10 @@ class TextTokenizer:
         except Exception as error:  # tokenizers raises plain Exception
             raise GGUFError(f"{_JSON_KEY} is not a tokenizer that this version of tokenizers reads: {error}") from error
 
+    def copy(self) -> "Tokenizer":
+        """The tokenizer as it is used here, to do with what one likes."""
+        return self.backend.from_str(self.backend.to_str())
+
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Token ids of `text`. By default nothing is put before or after it, as on the published model cards."""
         if not isinstance(text, str):
