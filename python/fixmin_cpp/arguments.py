@@ -285,8 +285,8 @@ def as_seeds(name: str, value: Any) -> int | tuple[int | None, ...] | None:
 
 
 def _as_seed(name: str, value: Any) -> int | None:
-    seed = as_int(name, value, -1)
-    if seed > _MAX_SEED:
+    seed = as_int(name, value, -(2**256))
+    if not -1 <= seed <= _MAX_SEED:
         raise ArgumentError(f"{name} must be between 0 and {_MAX_SEED}, or -1 for a random one, got {_digits(seed)}")
     return None if seed == -1 else seed
 

@@ -1,15 +1,17 @@
 """The tokenizer that a GGUF file carries: the whole tokenizer.json under `tokenizer.huggingface.json`."""
 
+import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from .errors import ArgumentError, ArgumentTypeError, GGUFError
+from . import _core
+from .errors import ArgumentError, ArgumentTypeError, GGUFError, UnsupportedError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["TextTokenizer", "end_of_text_id"]
+__all__ = ["TextTokenizer", "end_of_text_id", "file_tokenizer"]
 
 _JSON_KEY = "tokenizer.huggingface.json"
 _EOS_KEY = "tokenizer.ggml.eos_token_id"
@@ -84,6 +86,14 @@ class TextTokenizer:
                 self._sequences.clear()
             self._sequences[text] = sequences
         return self._sequences[text]
+
+
+def file_tokenizer(path: str | os.PathLike[str]) -> TextTokenizer:
+    """The tokenizer of a GGUF file of any architecture. UnsupportedError if it holds none; GGUFError, OSError."""
+    tokenizer = TextTokenizer.from_metadata(_core.GgufFile(os.fspath(path)).metadata)
+    if tokenizer is None:
+        raise UnsupportedError(f"{os.fspath(path)} holds no tokenizer (key {_JSON_KEY})")
+    return tokenizer
 
 
 def end_of_text_id(metadata: Mapping[str, Any], vocab_size: int) -> int | None:
