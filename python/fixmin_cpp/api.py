@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 from . import _core
-from .arguments import Prompt, as_bool
+from .arguments import Prompt, as_bool, as_path
 from .errors import ArgumentTypeError
 from .model import Completion, Model
 
@@ -52,10 +52,9 @@ def generate(
     Returns:
         A Completion, or a list of them for a list of prompts.
     """
-    if not isinstance(path, str | os.PathLike):
-        raise ArgumentTypeError(f"path must be a str or a path, got {type(path).__name__}")
+    path = as_path("path", path)
     settings = {name: arguments.pop(name) for name in _LOAD_ARGUMENTS if name in arguments}
-    return _load(os.fspath(path), settings).generate(prompt, **arguments)
+    return _load(path, settings).generate(prompt, **arguments)
 
 
 def convert(
@@ -89,9 +88,8 @@ def convert(
         CheckpointError: the checkpoint cannot be read, is ambiguous, or is not reproduced (CertificationError).
         ArgumentTypeError. OSError. ImportError: PyTorch or another package of the converter is not installed.
     """
-    for name, value in (("checkpoint_dir", checkpoint_dir), ("out", "" if out is None else out)):
-        if not isinstance(value, str | os.PathLike):
-            raise ArgumentTypeError(f"{name} must be a str or a path, got {type(value).__name__}")
+    checkpoint_dir = as_path("checkpoint_dir", checkpoint_dir)
+    out = None if out is None else as_path("out", out)
     if not isinstance(outtype, str):
         raise ArgumentTypeError(f"outtype must be a str, got {type(outtype).__name__}")
     # By name: a folder of its own in the source tree, part of the package once installed.

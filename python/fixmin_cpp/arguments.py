@@ -316,6 +316,16 @@ def as_text(name: str, value: Any) -> str:
     return value
 
 
+def as_path(name: str, value: Any) -> str:
+    """`value` as the name of a file."""
+    if not isinstance(value, str | os.PathLike) or not isinstance(os.fspath(value), str):
+        raise ArgumentTypeError(f"{name} must be a str or a path, got {type(value).__name__}")
+    path = as_text(name, os.fspath(value))
+    if "\0" in path:
+        raise ArgumentError(f"{name} must not hold a NUL character, got {_short.repr(path)}")
+    return path
+
+
 def as_id_tuple(name: str, value: Any, vocab_size: int) -> tuple[int, ...]:
     """Any number of token ids, also none: one id, a sequence, a set or an integer array."""
     if isinstance(value, Set):

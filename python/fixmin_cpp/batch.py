@@ -17,7 +17,7 @@ from . import __version__, _core
 from .arguments import as_int
 from .batch_lines import InputFile, Line, NativeEntry, Request, Settings, parse_line, write_record
 from .batch_output import OutputFile, Resumed
-from .errors import ArgumentError, FixminError
+from .errors import ArgumentError, FixminError, naming
 from .generation import TokenLogprob
 from .model import Model
 from .state import file_sha256
@@ -83,7 +83,8 @@ class ModelFile:
 
     def vocab_size(self) -> int:
         """From the header; beyond any token id if it does not say: loading it tells what is wrong with the file."""
-        return int(_core.GgufFile(self.path).metadata.get("fixmin.vocab_size", 2**32))
+        with naming(self.path):
+            return int(_core.GgufFile(self.path).metadata.get("fixmin.vocab_size", 2**32))
 
     def check(self) -> None:
         """Raises FixminError if the file of that name is another one here."""

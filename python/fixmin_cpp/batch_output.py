@@ -57,10 +57,12 @@ class OutputFile:
         self._source = source
         self._overwrite = overwrite
         self._fd = -1
+        self._is_new = False
 
     def __enter__(self) -> "OutputFile":
         if self.path.exists() and not self.path.is_file():
             raise ArgumentError(f"{self.path} must be a file: a job is resumed from it")
+        self._is_new = not self.path.exists()
         self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -85,6 +87,8 @@ class OutputFile:
     ) -> None:
         if os.fstat(self._fd).st_size == 0:
             self.sidecar.unlink(missing_ok=True)  # there is nothing to resume
+            if error is not None and self._is_new:
+                self.path.unlink(missing_ok=True)
         os.close(self._fd)  # and with it the lock
 
     def resume(self, lines: Iterator[Line]) -> Resumed:

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from . import __version__
 from .cli_help import App
-from .cli_options import read_options, read_prompt, read_text, with_options
+from .cli_options import from_argv, read_options, read_prompt, read_text, with_options
 from .cli_output import Stdout, guarded
 from .cli_output import bar as _bar
 from .cli_output import errors as _errors
@@ -215,7 +215,9 @@ def inspect(
 
     with _errors(debug):
         console = Stdout(highlight=False, emoji=False)
-        render(file, tokens or [], as_json=as_json, all_tensors=everything, console=console)
+        render(
+            file, [from_argv(text) for text in tokens or []], as_json=as_json, all_tensors=everything, console=console
+        )
 
 
 @app.command(rich_help_panel=_RUN)
@@ -569,8 +571,9 @@ def quantize(
     Metadata is kept; the certificate in it remains that of the source file. Norms and biases are F32.
     """
     with _errors(debug):
+        quantizer = _extra("convert.requantize", "quantize")
         with _bar("quantizing", as_json) as update:
-            report = _extra("convert.requantize", "quantize").quantize(
+            report = quantizer.quantize(
                 source,
                 target,
                 type,
@@ -707,9 +710,11 @@ def _forward(context: typer.Context, name: str) -> None:
     debug = "--debug" in arguments
     if debug:
         arguments.remove("--debug")
-    with _errors(debug):
-        if not {"-h", "--help"} & set(arguments):
-            _note("starting the converter (PyTorch and transformers take some seconds) ...")
+    with _errors(debug), _status(bool({"-h", "--help"} & set(arguments))) as tell:
+        if sys.stderr.isatty():
+            _note("starting the converter ...")
+        else:
+            tell("starting the converter: PyTorch and transformers take some seconds")
         code = getattr(_extra("convert.convert", "convert"), name)(arguments)
     raise typer.Exit(code or 0)
 

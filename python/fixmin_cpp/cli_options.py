@@ -1,6 +1,7 @@
 """The arguments of Model.generate() as options of the command line, each a row of one table."""
 
 import inspect
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -9,7 +10,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 
 import typer
 
-__all__ = ["OPTIONS", "read_options", "read_prompt", "read_stdin", "read_text", "unescape", "with_options"]
+__all__ = ["OPTIONS", "from_argv", "read_options", "read_prompt", "read_stdin", "read_text", "unescape", "with_options"]
 
 
 class _Option(NamedTuple):
@@ -147,6 +148,10 @@ def read_options(values: Mapping[str, Any], escape: bool) -> dict[str, Any]:
     for name, value in values.items():
         if value is None or value is False or value == []:
             continue
+        if isinstance(value, str):
+            value = from_argv(value)
+        elif isinstance(value, list) and isinstance(value[0], str):
+            value = [from_argv(text) for text in value]
         argument = OPTIONS[name].argument or name
         if argument in arguments:
             raise typer.BadParameter(f"give --{argument.replace('_', '-')} or --{name.replace('_', '-')}, not both")
@@ -183,11 +188,19 @@ def read_prompt(prompt: str | None, file: Path | None, escape: bool) -> str:
     if prompt is not None and file is not None:
         raise typer.BadParameter("give --prompt or --file, not both")
     if prompt is not None and prompt != "-":
+        prompt = from_argv(prompt)
         return unescape(prompt) if escape else prompt
     if prompt is None and file is None and (sys.stdin is None or sys.stdin.isatty()):
         raise typer.BadParameter("no prompt: give --prompt TEXT or --file FILE, or pipe text into stdin")
     text = read_stdin() if file is None else read_text(file)
     return text.removesuffix("\n").removesuffix("\r")  # the newline that editors and echo put at the end
+
+
+def from_argv(text: str) -> str:
+    """An argument as UTF-8, also where the locale has another encoding. ValueError: it is not UTF-8."""
+    if any("\udc80" <= letter <= "\udcff" for letter in text):  # bytes that the locale could not read
+        return decode(os.fsencode(text), "the command line")
+    return text
 
 
 def decode(data: bytes, source: str) -> str:

@@ -5,7 +5,7 @@ import importlib
 import json
 import os
 import sys
-import time
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -34,7 +34,7 @@ EXTRAS = {
     "eval": ("lm_eval",),
     "bench": ("matplotlib",),
 }
-_PATIENCE = 1.0  # seconds of loading after which a line says so where no bar can be seen
+_PATIENCE = 0.4  # seconds after which a line says what takes so long, where no bar can be seen
 
 
 class Stdout(Console):
@@ -54,6 +54,8 @@ def guarded(run: Callable[[], object]) -> None:
                 run()
             except SystemExit as end:  # what typer ends with
                 code = end.code
+                if type(sys.stdout).__name__ == "PacifyFlushWrapper":  # how it ends if the reader of help goes away
+                    code = 141
     except typer.Exit as end:
         code = end.exit_code
     sys.exit(code)
@@ -157,16 +159,9 @@ def load(path: Path, *, quiet: bool = False, **settings: Any) -> Any:
     if quiet:
         return Model(path, **settings)
     if not sys.stderr.isatty():
-        begin = time.monotonic()
-        told = False
-
-        def tell(done: float) -> None:
-            nonlocal told
-            if not told and time.monotonic() - begin > _PATIENCE:
-                told = True
-                note(f"loading {path} ...")
-
-        return Model(path, progress=tell, **settings)
+        with status(False) as tell:
+            tell(f"loading {path}")
+            return Model(path, **settings)
     columns = (TextColumn("loading"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("load", total=1.0)
@@ -175,23 +170,53 @@ def load(path: Path, *, quiet: bool = False, **settings: Any) -> Any:
 
 @contextmanager
 def bar(title: str, silent: bool) -> Iterator[Callable[..., None]]:
-    """A progress bar on stderr, in a pipe a line that says what has begun."""
-    if not silent and not sys.stderr.isatty():
-        note(f"{title} ...")
-    with _terminal_bar(title, silent) as update:
+    """A progress bar on stderr, in a pipe a line that says what is being done, if it takes a while."""
+    with status(silent or sys.stderr.isatty()) as tell, _terminal_bar(title, silent) as update:
+        tell(title)
         yield update
 
 
 @contextmanager
 def status(silent: bool) -> Iterator[Callable[[str], None]]:
-    """What is going on, on stderr: a line that changes on a terminal, in a pipe one line after the other."""
+    """What is going on, on stderr: a line that changes on a terminal, in a pipe one line after the other.
+
+    What is over at once, such as an error, comes without such lines there.
+    """
     if silent:
         yield lambda text: None
     elif sys.stderr.isatty():
         with Console(stderr=True).status("") as shown:
             yield shown.update
     else:
-        yield lambda text: note(f"{text} ...")
+        lines = _Lines()
+        try:
+            yield lines.tell
+        finally:
+            lines.timer.cancel()
+
+
+class _Lines:
+    """Shows the newest line once _PATIENCE is over, and from then on each as it comes."""
+
+    def __init__(self) -> None:
+        self._text = ""
+        self._lock = threading.Lock()
+        self._waiting = True
+        self.timer = threading.Timer(_PATIENCE, self._begin)
+        self.timer.daemon = True
+        self.timer.start()
+
+    def tell(self, text: str) -> None:
+        with self._lock:
+            self._text = text
+            if not self._waiting:
+                note(f"{text} ...")
+
+    def _begin(self) -> None:
+        with self._lock:
+            self._waiting = False
+            if self._text:
+                note(f"{self._text} ...")
 
 
 def report(facts: Mapping[str, Any], as_json: bool) -> None:

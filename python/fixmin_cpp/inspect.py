@@ -24,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import _core
-from .errors import ArgumentError, GGUFError
+from .errors import ArgumentError, GGUFError, naming
 from .tokenizer import TextTokenizer
 
 __all__ = ["describe", "describe_code", "printable", "render"]
@@ -50,6 +50,11 @@ def describe(path: str | os.PathLike[str], tokens: Sequence[str] = ()) -> dict[s
         OSError: the file cannot be opened.
     """
     path = Path(path)
+    with naming(path):
+        return _describe(path, tokens)
+
+
+def _describe(path: Path, tokens: Sequence[str]) -> dict[str, Any]:
     file = _core.GgufFile(str(path))
     metadata = file.metadata
     tensors = [
@@ -330,6 +335,8 @@ class _Screen:
 
     def __init__(self, console: Console) -> None:
         self._console = console
+        # Nothing is cut to the columns of a terminal, or to the 80 that rich assumes in a pipe.
+        console.width = max(console.width, 10_000)
         fancy = console.is_terminal and console.encoding.lower().startswith("utf")
         self._one, self._zero = ("██", "··") if fancy else ("##", "..")
         self._bar = " │ " if fancy else " | "
@@ -423,6 +430,4 @@ class _Screen:
         return table
 
     def _print(self, table: Table) -> None:
-        # In a pipe nothing may be cut to the 80 columns that rich assumes there.
-        width = self._console.width if self._fancy else 10_000
-        self._console.print(table, width=width, crop=False)
+        self._console.print(table, crop=False)

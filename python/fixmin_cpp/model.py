@@ -1,6 +1,7 @@
 """`Model`: a loaded GGUF file that generates, scores and shows its insides."""
 
 import asyncio
+import functools
 import logging
 import math
 import os
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,13 +27,14 @@ from .arguments import (
     as_bool,
     as_float,
     as_int,
+    as_path,
     as_token_ids,
     candidate_counts,
     split_prompts,
 )
 from .beam import Beam, beam_search
 from .constrain import Compiler, Constraint, Matcher
-from .errors import ArgumentError, ArgumentTypeError, ContextLengthError, FixminError, UnsupportedError
+from .errors import ArgumentError, ArgumentTypeError, ContextLengthError, FixminError, UnsupportedError, naming
 from .generation import (
     AsyncTextStream,
     Batch,
@@ -72,6 +74,18 @@ class Score:
     perplexity: float  # exp(nll); inf beyond the range of a double
 
 
+_Init = TypeVar("_Init", bound=Callable[..., None])
+
+
+def _naming_its_file(init: _Init) -> _Init:
+    @functools.wraps(init)
+    def named(self: "Model", path: Any, **settings: Any) -> None:
+        with naming(path):
+            init(self, path, **settings)
+
+    return cast(_Init, named)
+
+
 class Model:
     """A model in memory, ready to run. Safe to use from several threads and event loops: requests meet in one
     scheduler, which computes a step of all of them together. What one gives does not depend on what runs beside it.
@@ -98,6 +112,7 @@ class Model:
         ArgumentError: an argument is out of range (a ValueError; ArgumentTypeError, also a TypeError, for its type).
     """
 
+    @_naming_its_file
     def __init__(
         self,
         path: str | os.PathLike[str],
@@ -111,13 +126,11 @@ class Model:
         progress: Callable[[float], object] | None = None,
     ) -> None:
         self._closed = True  # until everything below has worked
-        if not isinstance(path, str | os.PathLike):
-            raise ArgumentTypeError(f"path must be a str or a path, got {type(path).__name__}")
+        self.path = as_path("path", path)
         if kv_type not in ("f16", "f32", "q8_0"):
             raise ArgumentError(f'kv_type must be "f16", "f32" or "q8_0", got {kv_type!r}')
         if progress is not None and not callable(progress):
             raise ArgumentTypeError(f"progress must be callable, got {type(progress).__name__}")
-        self.path = os.fspath(path)
         self._settings = {
             "n_threads": n_threads,
             "n_ctx": n_ctx,

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from . import _core
-from .errors import ArgumentError, ArgumentTypeError, GGUFError, UnsupportedError
+from .errors import ArgumentError, ArgumentTypeError, GGUFError, UnsupportedError, naming
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -90,7 +90,8 @@ class TextTokenizer:
 
 def file_tokenizer(path: str | os.PathLike[str]) -> TextTokenizer:
     """The tokenizer of a GGUF file of any architecture. UnsupportedError if it holds none; GGUFError, OSError."""
-    tokenizer = TextTokenizer.from_metadata(_core.GgufFile(os.fspath(path)).metadata)
+    with naming(path):
+        tokenizer = TextTokenizer.from_metadata(_core.GgufFile(os.fspath(path)).metadata)
     if tokenizer is None:
         raise UnsupportedError(f"{os.fspath(path)} holds no tokenizer (key {_JSON_KEY})")
     return tokenizer
