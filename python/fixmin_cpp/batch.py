@@ -69,6 +69,9 @@ class ModelFile:
     @classmethod
     def of(cls, path: str | os.PathLike[str], **settings: Any) -> "ModelFile":
         """Reads the file for its hash."""
+        if not os.path.isfile(path):
+            os.stat(path)  # raises the error that says what is missing
+            raise ArgumentError(f"{os.fspath(path)}: not a regular file")  # reading a pipe could wait for ever
         return cls(os.path.abspath(path), file_sha256(path), **settings)
 
     def load(self, n_threads: int | None = None) -> Model:
