@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,19 @@ class Reporter:
     def progress(self, title: str) -> Iterator[Progress]:
         """A context whose value is called with weights done, weights in all and the tensor being written."""
         yield lambda done, total, name: None
+
+
+class LogReporter(Reporter):
+    """Passes every line on to a function."""
+
+    def __init__(self, log: Callable[[str], object]) -> None:
+        self._log = log
+
+    def step(self, text: str) -> None:
+        self._log(f"{text} ...")
+
+    def line(self, text: str) -> None:
+        self._log(text)
 
 
 class ConsoleReporter(Reporter):

@@ -1,5 +1,9 @@
 """The errors that this package raises on purpose. A message says what was wrong, where, and what to do about it."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from ._core import ArgumentError, ContextLengthError, FixminError, GGUFError, UnsupportedError
 
 __all__ = [
@@ -11,6 +15,7 @@ __all__ = [
     "FixminError",
     "GGUFError",
     "UnsupportedError",
+    "naming",
 ]
 
 
@@ -24,3 +29,15 @@ class BusyError(FixminError):
 
 class ArgumentTypeError(ArgumentError, TypeError):
     """An argument has the wrong type (a bool for a count, an array of floats for token ids, ...)."""
+
+
+@contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Errors of a GGUF file say which file, if they do not already."""
+    try:
+        yield
+    except (GGUFError, UnsupportedError) as error:
+        name = os.fspath(path)
+        if str(error).startswith(name):
+            raise
+        raise type(error)(f"{name}: {error}") from None

@@ -12,8 +12,10 @@ letters of the name, but never by a part of it.
 """
 
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from .tokenizer import TextTokenizer
 
@@ -97,8 +99,6 @@ class StopStrings:
 
     def __init__(self, stops: Iterable[str] = (), names: Mapping[int, str] | None = None) -> None:
         stops = tuple(dict.fromkeys(stops))
-        if "" in stops:
-            raise ValueError("a stop string must not be empty")
         # A lone surrogate, which no text holds, stands for each special token that a stop string names.
         together = "\0".join(stops)
         named = {i: name for i, name in (names or {}).items() if name and name in together}
@@ -109,8 +109,8 @@ class StopStrings:
         spelled = re.compile("|".join(map(re.escape, longest_first))) if signs else None
         if spelled is not None:
             stops += tuple(spelled.sub(lambda match: signs[match[0]], stop) for stop in stops)
-        self._stops = tuple(dict.fromkeys(stops))
-        self._longest = max(map(len, self._stops), default=0)
+        self._stops, self._longest = _sorted_stops(stops)
+        self._first = frozenset(stop[0] for stop in self._stops)
         self._held = ""
         self.matched = False
 
@@ -148,16 +148,39 @@ class StopStrings:
     def _released(self, text: str) -> str:
         return text.translate(self._no_signs) if self._signs else text
 
+    # A step costs a look at each character, however many strings there are: of those that are sorted and do not begin
+    # with one another only the neighbours of a text can begin it, or be begun by it.
+
     def _find(self, text: str) -> int:
         """Index of the leftmost complete stop string, or -1."""
-        return min((i for i in map(text.find, self._stops) if i >= 0), default=-1)
+        for start in range(len(text)):
+            if text[start] in self._first:
+                before = bisect_right(self._stops, text[start : start + self._longest]) - 1
+                if before >= 0 and text.startswith(self._stops[before], start):
+                    return start
+        return -1
 
     def _possible_start(self, text: str) -> int:
         """Index where the longest end of `text` that begins a stop string starts; len(text) if there is none."""
         for start in range(max(0, len(text) - self._longest + 1), len(text)):
-            if any(stop.startswith(text[start:]) for stop in self._stops):
-                return start
+            if text[start] in self._first:
+                end = text[start:]
+                after = bisect_left(self._stops, end)
+                if after < len(self._stops) and self._stops[after].startswith(end):
+                    return start
         return len(text)
+
+
+@lru_cache(maxsize=4)  # the runs of one call have the same ones
+def _sorted_stops(stops: tuple[str, ...]) -> tuple[list[str], int]:
+    """Rising, and the length of the longest. One that begins with another is left out: that one ends a text there."""
+    kept: list[str] = []
+    for stop in sorted(set(stops)):
+        if not stop:
+            raise ValueError("a stop string must not be empty")
+        if not kept or not stop.startswith(kept[-1]):
+            kept.append(stop)
+    return kept, max(map(len, kept), default=0)
 
 
 @dataclass

@@ -1,18 +1,20 @@
 """The tokenizer that a GGUF file carries: the whole tokenizer.json under `tokenizer.huggingface.json`."""
 
 import json
+import os
 import re
 import secrets
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from .errors import ArgumentError, ArgumentTypeError, GGUFError
+from . import _core
+from .errors import ArgumentError, ArgumentTypeError, GGUFError, UnsupportedError, naming
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["TextTokenizer", "end_of_text_id"]
+__all__ = ["TextTokenizer", "end_of_text_id", "file_tokenizer"]
 
 _JSON_KEY = "tokenizer.huggingface.json"
 _EOS_KEY = "tokenizer.ggml.eos_token_id"
@@ -35,7 +37,7 @@ class TextTokenizer:
         self.backend = tokenizer
         added = tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
-        self.special_tokens = {i: tokenizer.id_to_token(i) for i in sorted(self.special_ids)}  # their names
+        self.special_tokens = {i: added[i].content for i in sorted(self.special_ids)}  # their names
         self.bos_token, self.eos_token = ("" if i is None else tokenizer.id_to_token(i) or "" for i in (bos_id, eos_id))
         # What a text may name to get a token that is not text. Only added tokens are found so, and in some models words
         # of the vocabulary.
@@ -63,6 +65,10 @@ class TextTokenizer:
             return cls(tokenizer, bos_id=bos_id, eos_id=eos_id)
         except Exception as error:  # tokenizers raises plain Exception
             raise GGUFError(f"{_JSON_KEY} is not a tokenizer that this version of tokenizers reads: {error}") from error
+
+    def copy(self) -> "Tokenizer":
+        """The tokenizer as it is used here, to do with what one likes."""
+        return self.backend.from_str(self.backend.to_str())
 
     def encode(self, text: str, *, add_special_tokens: bool = False, parse_special: bool = True) -> list[int]:
         """Token ids of `text`. By default nothing is put before or after it, as on the published model cards.
@@ -167,6 +173,15 @@ class TextTokenizer:
                 self._sequences.clear()
             self._sequences[text] = sequences
         return self._sequences[text]
+
+
+def file_tokenizer(path: str | os.PathLike[str]) -> TextTokenizer:
+    """The tokenizer of a GGUF file of any architecture. UnsupportedError if it holds none; GGUFError, OSError."""
+    with naming(path):
+        tokenizer = TextTokenizer.from_metadata(_core.GgufFile(os.fspath(path)).metadata)
+    if tokenizer is None:
+        raise UnsupportedError(f"{os.fspath(path)} holds no tokenizer (key {_JSON_KEY})")
+    return tokenizer
 
 
 def _check(text: object) -> None:

@@ -93,6 +93,17 @@ def test_stop_strings_longer_than_the_text_cost_nothing():
     assert finder.feed("y") == "xxy"
 
 
+def test_many_stop_strings_equal_the_oracle():
+    """More than could be looked for one by one; some begin with others, and some are a part of others."""
+    stops = [f"{a}{b}{c}" for a in "abcdefgh" for b in range(400) for c in ("", "x", "xyz")] + ["b7", "1a", "z" * 5000]
+    for text in ("abcdefgh", "a39b", "go to c399xy and d", "h401", "zz" * 100, "y1a0", "b399xyz", "g", "xyzb"):
+        for size in (1, 2, 5):
+            finder = StopStrings(stops)
+            released = "".join(finder.feed(text[i : i + size]) for i in range(0, len(text), size)) + finder.finish()
+            assert released == cut(text, stops)
+            assert finder.matched == (released != text)
+
+
 def test_empty_stop_string_is_refused():
     with pytest.raises(ValueError, match="empty"):
         StopStrings(["a", ""])

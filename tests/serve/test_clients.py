@@ -315,7 +315,7 @@ def test_cancelled_whole_answer_frees_its_place(long_path: Path, start: Start) -
         ({"prompt": []}, "prompt"),
         ({"prompt": [1, -1]}, "prompt"),
         ({"prompt": "a" * 300}, "prompt"),
-        ({"prompt": "a", "max_tokens": -1}, "max_tokens"),
+        ({"prompt": "a", "max_tokens": -5}, "max_tokens"),
         ({"prompt": "a", "max_tokens": 0}, "max_tokens"),
         ({"prompt": "a", "temperature": -1}, "temperature"),
         ({"prompt": "a", "top_p": 2}, "top_p"),
