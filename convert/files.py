@@ -50,6 +50,7 @@ class Files:
         self.mapped = mapped_recipes(source, self.mapping)
         self.width = self.roles.width
         self.vocab_size = self._vocab_size()
+        self.special = source.special_ids(self.vocab_size)
         # Checkpoints of our own reference model document their conventions in config.json.
         self.ours = self.config.get("model_type") == "fixmin"
 
@@ -375,7 +376,7 @@ class Files:
         kv = tensors["blk.0.attn_k.weight"].shape[0] * head_count / self.width
         if kv != int(self.stated.get("n_head_kv", kv)):
             raise CheckpointError(f"--n-head-kv {self.stated['n_head_kv']}: the shapes say {kv:g}")
-        source = self.source
+        source, special = self.source, self.special
         return ModelSpec(
             vocab_size=self.vocab_size,
             context_length=int(state["context_length"]),
@@ -397,9 +398,9 @@ class Files:
                 n: (" + ".join(t.sources), "name and shape") for n, t in tensors.items() if n.startswith("blk.0.")
             },
             name=source.directory.resolve().name,
-            bos_token_id=source.token_id("bos"),
-            eos_token_id=source.token_id("eos"),
-            pad_token_id=source.token_id("pad"),
+            bos_token_id=special.bos,
+            eos_token_ids=special.eos,
+            pad_token_id=special.pad,
             tokenizer_json=source.tokenizer_json(),
             weights_sha256=source.sha256,
         )

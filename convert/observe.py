@@ -224,6 +224,7 @@ class _Observation:
             recipe = tensors.get(f"blk.0.{name}.weight")
             if recipe is not None:
                 self.conventions[name] = (" + ".join(recipe.sources) or "computed", "operations of block 0")
+        special = self.source.special_ids(vocab_size)
         return ModelSpec(
             vocab_size=vocab_size,
             context_length=context,
@@ -243,9 +244,9 @@ class _Observation:
             tensors=tensors,
             conventions=self.conventions,
             name=self.source.directory.resolve().name,
-            bos_token_id=self.source.token_id("bos"),
-            eos_token_id=self.source.token_id("eos"),
-            pad_token_id=self.source.token_id("pad"),
+            bos_token_id=special.bos,
+            eos_token_ids=special.eos,
+            pad_token_id=special.pad,
             tokenizer_json=self.source.tokenizer_json(),
             weights_sha256=self.source.sha256,
         )

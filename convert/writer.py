@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 
 from ..atomic_file import AtomicFile
 from ..errors import CheckpointError
+from ..tokenizer import EOS_IDS_KEY
 from .quantize import OUT_TYPES, choose_type, quantize_rows, row_bytes
 from .spec import ModelSpec, TensorRecipe
 
@@ -157,7 +158,7 @@ def tokenizer_metadata(spec: ModelSpec) -> dict[str, Value]:
     BPE over characters): a tool that does not know it must refuse, not split text in another way.
     """
     if spec.tokenizer_json is None:
-        return {"tokenizer.ggml.model": _text("none")}
+        return {"tokenizer.ggml.model": _text("none"), **_special_metadata(spec, None)}
     text = spec.tokenizer_json.read_text(encoding="utf-8")
     try:
         tokenizer = json.loads(text)
@@ -176,14 +177,20 @@ def tokenizer_metadata(spec: ModelSpec) -> dict[str, Value]:
     }
     if merges:
         keys["tokenizer.ggml.merges"] = _texts(merges)
-    special = {"bos": spec.bos_token_id, "eos": spec.eos_token_id, "padding": spec.pad_token_id}
     unknown = model.get("unk_token")
-    if isinstance(unknown, str) and unknown in tokens:
-        special["unknown"] = tokens.index(unknown)
-    for name, token_id in special.items():
-        if token_id is not None:
-            keys[f"tokenizer.ggml.{name}_token_id"] = _u32(token_id)
+    is_known = isinstance(unknown, str) and unknown in tokens
+    keys |= _special_metadata(spec, tokens.index(unknown) if is_known else None)
     keys["tokenizer.huggingface.json"] = _text(text)
+    return keys
+
+
+def _special_metadata(spec: ModelSpec, unknown: int | None) -> dict[str, Value]:
+    """Ids of special tokens. GGUF's own key holds one end of text; `fixmin.eos_token_ids` all, if there are several."""
+    eos = next(iter(spec.eos_token_ids), None)
+    special = {"bos": spec.bos_token_id, "eos": eos, "padding": spec.pad_token_id, "unknown": unknown}
+    keys = {f"tokenizer.ggml.{name}_token_id": _u32(i) for name, i in special.items() if i is not None}
+    if len(spec.eos_token_ids) > 1:
+        keys[EOS_IDS_KEY] = Value(list(spec.eos_token_ids), GGUFValueType.ARRAY, GGUFValueType.UINT32)
     return keys
 
 

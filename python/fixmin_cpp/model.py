@@ -32,7 +32,7 @@ from .arguments import (
 )
 from .beam import Beam, beam_search
 from .constrain import Compiler, Constraint, Matcher
-from .errors import ArgumentError, ArgumentTypeError, ContextLengthError, FixminError, UnsupportedError
+from .errors import ArgumentError, ArgumentTypeError, ContextLengthError, FixminError, GGUFError, UnsupportedError
 from .generation import (
     AsyncTextStream,
     Batch,
@@ -47,8 +47,9 @@ from .generation import (
     drive,
 )
 from .progress import bar
+from .recognise import describe_wrong_model
 from .state import file_sha256, read_state, write_state
-from .tokenizer import TextTokenizer, end_of_text_id
+from .tokenizer import TextTokenizer, end_of_text_ids
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # in typing from Python 3.11
@@ -117,6 +118,8 @@ class Model:
         if progress is not None and not callable(progress):
             raise ArgumentTypeError(f"progress must be callable, got {type(progress).__name__}")
         self.path = os.fspath(path)
+        if (reason := describe_wrong_model(path)) is not None:
+            raise (FileNotFoundError if not os.path.exists(path) else GGUFError)(f"{self.path}: {reason}")
         begin = time.monotonic()
         self._engine = _core.Engine(
             self.path,
@@ -135,7 +138,7 @@ class Model:
         self._tokenizer = TextTokenizer.from_metadata(metadata)
         self._hash: str | None = None  # of the file, when it is first needed
         self._compiler: Compiler | None = None  # of grammars, likewise
-        self._eos_id = end_of_text_id(metadata, self._vocab_size)
+        self._eos_ids = end_of_text_ids(metadata, self._vocab_size)
         self._reset_lock()
         self._closed = False
         _models.add(self)
@@ -202,7 +205,7 @@ class Model:
 
         Returns:
             A Completion, or a list of them; with n > 1 its `candidates` are the n. finish_reason: "length"
-            (max_new_tokens or the context is used up), "stop" (a stop string, or on_token), "eos" (the end-of-text
+            (max_new_tokens or the context is used up), "stop" (a stop string, or on_token), "eos" (an end-of-text
             token, one of stop_ids, or a grammar that is complete), "timeout", "cancelled" (the model was closed
             meanwhile).
 
@@ -273,7 +276,7 @@ class Model:
         max_new_tokens = as_int("max_new_tokens", max_new_tokens, 1)
         penalty = as_float("length_penalty", length_penalty, -100.0, 100.0)
         early = as_bool("early_stopping", early_stopping)
-        eos_ids = frozenset() if as_bool("ignore_eos", ignore_eos) or self._eos_id is None else {self._eos_id}
+        eos_ids = frozenset[int]() if as_bool("ignore_eos", ignore_eos) else frozenset(self._eos_ids)
         ids = self._ids_in_context("prompt", prompt, room=1)
         with self._running() as engine:
             return beam_search(
@@ -283,7 +286,7 @@ class Model:
                 max_new_tokens=min(max_new_tokens, self._n_ctx - len(ids)),
                 length_penalty=penalty,
                 early_stopping=early,
-                eos_ids=frozenset(eos_ids),
+                eos_ids=eos_ids,
             )
 
     # --- scores and insides ----------------------------------------------------------------------------------------
@@ -457,9 +460,11 @@ class Model:
             mapped            of the file, left there: a learned embedding
             file              size of the file
 
+        "eos_token_ids" are the tokens that end a text, "eos_token_id" the first of them (None: the file names none).
         "bytes_per_token" and "kv_bytes_per_position" are what decoding reads: weights, and for each cached position.
         """
-        return {**self._info, "path": self.path, "eos_token_id": self._eos_id, "tokenizer": self._tokenizer is not None}
+        eos = {"eos_token_id": next(iter(self._eos_ids), None), "eos_token_ids": list(self._eos_ids)}
+        return {**self._info, "path": self.path, **eos, "tokenizer": self._tokenizer is not None}
 
     def stats(self) -> dict[str, int]:
         """What the scheduler is doing and has done.
@@ -567,7 +572,8 @@ class Model:
     def _compile(self, constraint: Constraint) -> Matcher:
         with self._idle:
             if self._compiler is None:
-                self._compiler = Compiler(self._require_tokenizer(), self._vocab_size, self._eos_id)
+                first, others = next(iter(self._eos_ids), None), self._eos_ids[1:]
+                self._compiler = Compiler(self._require_tokenizer(), self._vocab_size, first, other_eos_ids=others)
         return self._compiler.matcher(constraint)
 
     def _sampling_params(self, options: GenerationOptions, seed: int) -> _core.SamplingParams:
@@ -581,7 +587,7 @@ class Model:
                     breakers += self._require_tokenizer().sequences_with(item)
                 else:
                     breakers.append(list(item))
-        return options.native(seed=seed, eos_id=self._eos_id, breakers=breakers)
+        return options.native(seed=seed, eos_ids=self._eos_ids, breakers=breakers)
 
     def _check_open(self) -> None:
         if self._closed:
