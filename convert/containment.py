@@ -95,7 +95,10 @@ def _settings_restored() -> Iterator[None]:
     logs = root.level, list(root.handlers), logging.root.manager.disable
     dtype, device = torch.get_default_dtype(), torch.get_default_device()
     gradients, threads = torch.is_grad_enabled(), torch.get_num_threads()
-    exact, only_warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    exact, only_warn = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     main = threading.current_thread() is threading.main_thread()
     handlers = {n: signal.getsignal(n) for n in signal.valid_signals()} if main else {}
     try:

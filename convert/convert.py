@@ -191,7 +191,7 @@ def _load(file: AtomicFile) -> None:
     from ..model import Model
 
     try:
-        Model(file.path, n_kv=1, n_batch=1, n_parallel=1).close()
+        Model(file.path, n_ctx=1, n_kv=1, n_batch=1, n_parallel=1).close()
     except (GGUFError, UnsupportedError) as error:
         text = str(error).replace(str(file.path), str(file.target))
         raise CheckpointError(f"the finished file cannot be loaded, so it was not written: {text}") from error

@@ -18,8 +18,8 @@ from .conventions import Block, Interpretation, Norm, Reader
 from .memory import give_back
 from .probe import OwnModel, load_own_model
 from .recipes import Locator, Ref, constant, gather
-from .roles import Map, is_no_weight, leftovers_error, mapped_recipes, read_map
-from .source import Source, context_length, hyper
+from .roles import Map, leftovers_error, mapped_recipes, read_map
+from .source import Source, context_length, hyper, is_no_weight
 from .spec import CodeSpec, ModelSpec, Resolved, TensorRecipe
 from .trace import Product, Weight, model_tensors
 
@@ -330,12 +330,18 @@ class _Observation:
         """Every stored tensor is part of the result, unused by the code, or no weight; or it is an error."""
         consumed = {s for recipe in spec.tensors.values() for s in recipe.sources}
         open_names = []
+        ignorable = [
+            re.compile(p) for p in getattr(self.own.model, "_keys_to_ignore_on_load_unexpected", None) or []
+        ]  # what the code itself says it does not read
         for name in self.source.tensors:
             in_model = [m for m, stored in self.own.file_name.items() if stored == name]
             if name in consumed or name in mapping.ignored:
                 continue
+            if not in_model and self.source.allow_unexpected(name):
+                self.source.warn(f"tensor {name}: left out, the checkpoint's code does not know it (--allow-unexpected)")
+                continue
             if not in_model:
-                if not is_no_weight(name):
+                if not is_no_weight(name) and not any(p.search(name) for p in ignorable):
                     open_names.append(name)
                 continue
             reason = (

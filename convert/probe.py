@@ -27,8 +27,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from .containment import contained, random_state
 from .memory import InitialValuesUsed, Unwritten, give_back, map_weights
-from .roles import is_no_weight
-from .source import Source, some
+from .source import Source, is_no_weight, some
 from .trace import Tape, model_tensors
 
 Log = Callable[[str], None]
@@ -43,6 +42,10 @@ class _Stop(BaseException):
     """Ends a forward pass whose rest is not wanted; no `except Exception` of the checkpoint's code may catch it."""
 
 
+class _MissingWeights(CheckpointError):
+    """The files lack what the code needs, and hold nothing that could be it."""
+
+
 class OwnModel:
     """A checkpoint's model, run by its own code. Tensors are CPU float32; ids are sequences of their own, [T]."""
 
@@ -51,7 +54,7 @@ class OwnModel:
     ) -> None:
         self.model = model
         self._log, self._told = log, set[str]()
-        self._random_state = random_state()  # of whoever called, put back in the end
+        self.put_back: Callable[[], None] = lambda: None  # restores what whoever called had, see `load_own_model`
         self.source = source
         self.file_name = file_name  # name in the model -> name in the file
         self.unknown = unknown  # tensors of the file that the code does not know
@@ -201,7 +204,7 @@ class OwnModel:
         self.model = nn.Module()
         self._call_style = self._tap = None  # they hold the model too
         _forget_modules(self.source.directory)
-        self._random_state()
+        self.put_back()
 
 
 def _call_styles(model: nn.Module) -> Iterator[Callable[[Tensor], Any]]:
@@ -263,7 +266,9 @@ def load_own_model(source: Source, log: Log) -> OwnModel:
     try:
         with _unregistered(), contained(log):
             torch.set_default_dtype(torch.float32)
-            return _load(source, log)
+            own = _load(source, log)
+        own.put_back = put_back
+        return own
     except BaseException:
         _forget_modules(source.directory)
         raise
@@ -274,6 +279,8 @@ def load_own_model(source: Source, log: Log) -> OwnModel:
 def _load(source: Source, log: Log) -> OwnModel:
     try:
         return _load_by_constructor(source, log)
+    except _MissingWeights:
+        raise
     except Exception as error:
         first = error
         log(f"own code: constructing the class failed ({_line(error)}); trying from_pretrained")
@@ -356,13 +363,15 @@ def _load_by_from_pretrained(source: Source, log: Log) -> OwnModel:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
-    bars = transformers_logging.is_progress_bar_enabled()
+    bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # what is missing is said here, by name
     try:
         model = AutoModelForCausalLM.from_pretrained(
             source.directory, trust_remote_code=needs_trust(source), dtype=torch.float32, local_files_only=True
         )
     finally:
+        transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
     # Built on the meta device: what the constructor computes and no file holds has been left unwritten.
@@ -391,7 +400,7 @@ def _filled(model: nn.Module, source: Source, first_draw: dict[str, Tensor], log
     if missing and getattr(getattr(model, "config", None), "tie_word_embeddings", False):
         missing = _tie_output(model, missing, file_name)
     missing = [n for n in missing if state[n].numel() and state[n].data_ptr() not in loaded]
-    _check_missing(model, source, missing, state)
+    _check_missing(model, source, missing, unknown, state)
     for name, tensor in model_tensors(model):
         drawn = first_draw.get(name)
         if drawn is not None and name in missing + _unsaved(model) and not _same(drawn, tensor):
@@ -402,7 +411,9 @@ def _filled(model: nn.Module, source: Source, first_draw: dict[str, Tensor], log
     return OwnModel(model, source, file_name, unknown, log)
 
 
-def _check_missing(model: nn.Module, source: Source, missing: list[str], state: Mapping[str, Tensor]) -> None:
+def _check_missing(
+    model: nn.Module, source: Source, missing: list[str], unknown: list[str], state: Mapping[str, Tensor]
+) -> None:
     """CheckpointError for what the code reads from the files and no file holds, unless it is no weight or allowed.
 
     A constructor's value in its place would be certified: the file would compute what the checkpoint does not hold.
@@ -419,7 +430,8 @@ def _check_missing(model: nn.Module, source: Source, missing: list[str], state: 
         else:
             lacking.append(f"{name} {tuple(state[name].shape)}")
     if lacking:
-        raise CheckpointError(
+        error = CheckpointError if unknown else _MissingWeights  # transformers may know the unknown ones by other names
+        raise error(
             f"the files lack weights that the checkpoint's code needs: {some(lacking)}. If the values that its "
             "constructor gives them are right, say so with --allow-missing NAME (or a pattern with *)"
         )

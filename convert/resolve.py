@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import CheckpointError
-from .roles import is_no_weight, read_map
-from .source import Source, some
+from .source import Source, is_no_weight, some
 from .spec import Resolved
 
 Log = Callable[[str], None]
@@ -134,6 +133,8 @@ def check_finite(source: Source, map_file: str | os.PathLike[str] | None) -> Non
 
     Here, because further on such a number looks like a function that the file format does not have.
     """
+    from .roles import read_map  # imports torch
+
     ignored = read_map(source, map_file).ignored
     for name, tensor in source.tensors.items():
         square = len(tensor.shape) >= 2 and tensor.size == tensor.shape[-1] ** 2

@@ -100,6 +100,23 @@ def context_length(config: Mapping[str, Any]) -> tuple[int, str] | None:
     return None
 
 
+_NO_WEIGHT = re.compile(
+    r"(^|[._])(inv_freqs?|freqs?(_cis)?|rotary|rope|(cos|sin)(_(cached?|table|emb))?|masked_bias|mask|causal_mask|"
+    r"attn_mask|tril|triu|position_ids|positions|num_batches_tracked)([._]|$)"
+)
+
+
+def is_no_weight(name: str, values: NDArray[Any] | None = None) -> bool:
+    """Whether a tensor is a mask, a table of positions or the like, by its name or (if given) its values."""
+    if _NO_WEIGHT.search(name):
+        return True
+    if values is None or values.ndim < 2 or values.shape[-1] < 2 or values.size != values.shape[-1] ** 2:
+        return False
+    square = values.reshape(values.shape[-1], -1)
+    below, above = np.tril(np.ones(square.shape, bool)), np.triu(np.ones(square.shape, bool), 1)
+    return len(np.unique(square[below])) == 1 and len(np.unique(square[above])) == 1
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """Where one tensor lies. `offset` is from the start of the file; -1 for tensors of a .bin file."""
@@ -312,7 +329,9 @@ class Source:
 
                 found = Tokenizer.from_file(str(path)).token_to_id(text)
                 if found is not None and found >= vocab_size:
-                    self.warn(f"{kind}_token {text!r} ({file}) is id {found}, which the model of {vocab_size} ids lacks")
+                    self.warn(
+                        f"{kind}_token {text!r} ({file}) is id {found}, which the model of {vocab_size} ids lacks"
+                    )
                     found = None
                 return () if found is None else (found,)
         return ()

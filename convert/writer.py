@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from ..atomic_file import AtomicFile
 from ..errors import CheckpointError
 from ..tokenizer import EOS_IDS_KEY
-from .quantize import OUT_TYPES, choose_type, quantize_rows, row_bytes
+from .quantize import OUT_TYPES, NotFiniteError, choose_type, dequantize, quantize_rows, row_bytes
 from .spec import ModelSpec, TensorRecipe
 
 ARCHITECTURE = "fixmin"
@@ -356,9 +356,8 @@ class Layout:
                 step = max(1, _CHUNK // tensor.shape[-1])
                 for start in range(0, tensor.n_rows, step):
                     stop = min(start + step, tensor.n_rows)
-                    waiting.append(
-                        (tensor, pool.submit(_store, tensor, _read(tensor, start, stop)), stop == tensor.n_rows)
-                    )
+                    part = pool.submit(_store, tensor, _read(tensor, start, stop), start)
+                    waiting.append((tensor, part, stop == tensor.n_rows))
                     if len(waiting) >= window:
                         plan, part, is_last = waiting.popleft()
                         yield plan, part.result(), is_last
@@ -399,11 +398,25 @@ def _read(tensor: TensorPlan, start: int, stop: int) -> NDArray[Any]:
     return tensor.recipe.load_rows(start, stop)
 
 
-def _store(tensor: TensorPlan, rows: NDArray[Any]) -> NDArray[np.uint8]:
-    if tensor.is_stored:
-        return np.ascontiguousarray(rows).view(np.uint8)
+def _store(tensor: TensorPlan, rows: NDArray[Any], first: int) -> NDArray[np.uint8]:
+    """Rows as bytes; `first` is the number of the first one. CheckpointError for values that cannot be stored."""
     try:
-        return quantize_rows(rows, tensor.type, tensor.importance)
+        if not tensor.is_stored:
+            return quantize_rows(rows, tensor.type, tensor.importance)
+        stored = np.ascontiguousarray(rows).view(np.uint8)
+        if tensor.type != GGMLQuantizationType.I8:
+            values = dequantize(stored, tensor.type)
+            if not np.isfinite(values).all():
+                raise NotFiniteError(values.reshape(len(rows), -1))
+        return stored
+    except NotFiniteError as error:
+        row, column = error.index
+        index = [column] if len(tensor.shape) == 1 else [first + row, column]
+        origin = ", ".join(tensor.recipe.sources)
+        raise CheckpointError(
+            f"tensor {tensor.name} ({f'from {origin}' if origin else 'computed'}) {error} at {index}: the weights are "
+            "damaged"
+        ) from error
     except OverflowError as error:
         raise CheckpointError(
             f"tensor {tensor.name} (checkpoint: {', '.join(tensor.recipe.sources) or 'computed'}) {error}; "

@@ -213,9 +213,7 @@ def test_special_ids(tmp_path: Path) -> None:
     [(2, [2, 7], (2, 7)), ([2, 5], 7, (7,)), ([2, 5], None, (2, 5)), (None, 7, (7,)), (2, [], (2,)), (-1, None, ())],
 )
 def test_generation_config_counts_where_it_names_one(tmp_path: Path, config, generation, expected) -> None:
-    found, warnings = special(
-        tmp_path, config={"eos_token_id": config}, generation_config={"eos_token_id": generation}
-    )
+    found, warnings = special(tmp_path, config={"eos_token_id": config}, generation_config={"eos_token_id": generation})
     assert found.eos == expected
     assert any("first counts" in w for w in warnings) == (config is not None and bool(generation))
     assert any("-1" in w for w in warnings) == (config == -1)
@@ -290,7 +288,9 @@ def test_a_shard_is_missing_and_there_is_no_index(tmp_path: Path) -> None:
         Source(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "pytorch_model.bin", "config.json", "model.safetensors.index.json"]
+)
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -360,7 +360,9 @@ def test_paths_that_are_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("layout", ["safetensors", "bin"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_the_first_weight_that_is_no_number_is_named(tmp_path: Path, layout: str, dtype: torch.dtype, bad: float) -> None:
+def test_the_first_weight_that_is_no_number_is_named(
+    tmp_path: Path, layout: str, dtype: torch.dtype, bad: float
+) -> None:
     state = tensors(dtype)
     state["a.weight"][3, 1] = state["a.weight"][4, 2] = bad
     if layout == "bin":
@@ -369,7 +371,9 @@ def test_the_first_weight_that_is_no_number_is_named(tmp_path: Path, layout: str
         save_file(state, tmp_path / "model.safetensors")
     with Source(tmp_path) as source:
         source.check_finite("b")
-        with pytest.raises(CheckpointError, match=rf"tensor a\.weight .*holds {'NaN' if bad != bad else 'inf'}.* at \[3, 1\]"):
+        with pytest.raises(
+            CheckpointError, match=rf"tensor a\.weight .*holds {'NaN' if bad != bad else 'inf'}.* at \[3, 1\]"
+        ):
             source.check_finite("a.weight")
 
 
@@ -410,7 +414,12 @@ def test_a_tokenizer_is_built_where_its_class_is_known(tmp_path: Path, name: str
     assert not path.exists()
     assert sorted(tmp_path.iterdir()) == before, "nothing of the checkpoint is changed"
     rng = np.random.default_rng(0)
-    texts = ["the cat", " don't\n\n sat", "<|endoftext|>the", *("".join(map(chr, rng.integers(32, 3000, 30))) for _ in range(50))]
+    texts = [
+        "the cat",
+        " don't\n\n sat",
+        "<|endoftext|>the",
+        *("".join(map(chr, rng.integers(32, 3000, 30))) for _ in range(50)),
+    ]
     for text in texts:
         assert built.encode(text).ids == original.encode(text).ids
         assert built.decode(built.encode(text).ids, skip_special_tokens=False) == text
