@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType, quants
+from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
 from .. import _core
 from ..errors import GGUFError, naming
-from .quantize import row_bytes
+from .quantize import dequantize, row_bytes
 from .spec import CodeSpec, ModelSpec, TensorRecipe
 
 
@@ -121,12 +121,3 @@ def _recipe(path: Path, tensor: _core.GgufTensor, ggml_type: GGMLQuantizationTyp
         return dequantize(raw, ggml_type).reshape(stop - start, *shape[1:])
 
     return TensorRecipe(shape, (tensor.name,), read_rows)
-
-
-def dequantize(raw: NDArray[np.uint8], ggml_type: GGMLQuantizationType) -> NDArray[np.float32]:
-    """Bytes of whole rows -> float32 values, flat."""
-    if ggml_type == GGMLQuantizationType.F32:
-        return raw.view("<f4")
-    if ggml_type == GGMLQuantizationType.F16:
-        return raw.view("<f2").astype(np.float32)
-    return quants.dequantize(raw, ggml_type)

@@ -197,8 +197,8 @@ class GenerationOptions:
             raise ArgumentError(f"seed has {len(self.seed)} entries, but there are {n_prompts} prompts")
         return [_random_seed() if seed is None else seed for seed in self.seed]
 
-    def native(self, *, seed: int, eos_id: int | None, breakers: list[list[int]]) -> _core.SamplingParams:
-        """The same for the engine. `breakers`: dry_sequence_breakers as ids."""
+    def native(self, *, seed: int, eos_ids: Sequence[int], breakers: list[list[int]]) -> _core.SamplingParams:
+        """The same for the engine. eos_ids: those that end a text. breakers: dry_sequence_breakers as ids."""
         params = _core.SamplingParams()
         for name in _NATIVE:
             value = getattr(self, name)
@@ -207,9 +207,8 @@ class GenerationOptions:
         params.seed = seed
         params.logit_bias = dict(self.logit_bias)
         params.allowed_ids = list(self.allowed_ids)
-        end = [] if eos_id is None else [eos_id]
-        params.banned_ids = [*self.banned_ids, *(end if self.ignore_eos else [])]
-        params.stop_ids = [*self.stop_ids, *([] if self.ignore_eos else end)]
+        params.banned_ids = [*self.banned_ids, *(eos_ids if self.ignore_eos else [])]
+        params.stop_ids = [*self.stop_ids, *([] if self.ignore_eos else eos_ids)]
         params.dry_sequence_breakers = breakers
         return params
 

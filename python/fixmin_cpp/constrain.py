@@ -22,7 +22,7 @@ import re
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -262,10 +262,11 @@ class _Vocabulary:
     is_tokenizer_wrapper = True  # by this llguidance knows the attributes below, which have its names
     bos_token_id = None
 
-    def __init__(self, tokenizer: TextTokenizer, vocab_size: int, eos_id: int | None) -> None:
+    def __init__(self, tokenizer: TextTokenizer, vocab_size: int, eos_id: int | None, others: Collection[int]) -> None:
         self._tokenizer = tokenizer
-        spelled = {i: text for i, text in token_bytes(tokenizer).items() if i < vocab_size and i != eos_id}
-        special = {i for i in tokenizer.special_ids if i < vocab_size} | ({eos_id} if eos_id is not None else set())
+        ends = {*others, *(() if eos_id is None else (eos_id,))}
+        spelled = {i: text for i, text in token_bytes(tokenizer).items() if i < vocab_size and i not in ends}
+        special = {i for i in tokenizer.special_ids if i < vocab_size} | ends
         names = {i: (tokenizer.backend.id_to_token(i) or "<end>").encode() for i in special}
         self.eos_token_id = vocab_size if eos_id is None else eos_id
         self.n_ids = vocab_size + (eos_id is None)
@@ -332,6 +333,7 @@ class Compiler:
         tokenizer: the model's.
         vocab_size: V, the number of the model's logits; ids that the tokenizer does not know are never allowed.
         eos_id: the id that ends a text, None if the model has none.
+        other_eos_ids: further ids that end one as well.
         n_threads: how many threads fill_masks() may use for several matchers.
         cache_size: how many compiled constraints are kept.
         compile_timeout: seconds after which a constraint counts as too complex.
@@ -346,6 +348,7 @@ class Compiler:
         vocab_size: int,
         eos_id: int | None = None,
         *,
+        other_eos_ids: Collection[int] = (),
         n_threads: int = 1,
         cache_size: int = 64,
         compile_timeout: float = 10.0,
@@ -357,9 +360,10 @@ class Compiler:
         self._llguidance = llguidance
         self.vocab_size = vocab_size
         self.eos_id = eos_id
+        self.eos_ids = frozenset(() if eos_id is None else (eos_id, *other_eos_ids))
         self.n_words = -(-vocab_size // 32)  # of a mask
         self._n_threads = n_threads
-        self._vocabulary = _Vocabulary(tokenizer, vocab_size, eos_id)
+        self._vocabulary = _Vocabulary(tokenizer, vocab_size, eos_id, other_eos_ids)
         self._native = llguidance.LLTokenizer(self._vocabulary)  # type: ignore[arg-type]
         self._limits = llguidance.LLParserLimits(**_LIMITS)
         real = np.packbits(self._vocabulary.real, bitorder="little").view("<u4").astype(np.uint32)
@@ -438,8 +442,8 @@ class Compiler:
             mask = Matcher(self, constraint, native).mask()
         except FixminError as error:
             raise ArgumentError(f"{constraint.kind} allows no output: {error}") from None
-        if self.eos_id is not None:
-            mask[self.eos_id // 32] &= ~np.uint32(1 << self.eos_id % 32)
+        for end_id in self.eos_ids:
+            mask[end_id // 32] &= ~np.uint32(1 << end_id % 32)
         if not mask.any():
             raise ArgumentError(f"{constraint.kind} allows no output but the empty text")
         return native
@@ -584,7 +588,7 @@ class Matcher:
             raise ArgumentError(f"token_id is {token_id}, but token ids run from 0 to {self._compiler.vocab_size - 1}")
         if self._ended:
             raise self._fail(FixminError, f"token {token_id} cannot follow the end-of-text token")
-        if token_id == self._compiler.eos_id:
+        if token_id in self._compiler.eos_ids:
             if not self._native.is_accepting():
                 raise self._fail(FixminError, f"the {self._constraint.kind} is not complete, yet the text ends")
             self._ended = True
@@ -639,6 +643,9 @@ class Matcher:
             return self._fail(ArgumentError, f"the {self._constraint.kind} leaves no way to go on: {reason}")
         if not self._native.is_accepting() or self._compiler.eos_id is None:
             row[eos_id // 32] &= ~np.uint32(1 << eos_id % 32)
+        may_end = np.uint32(self._native.is_accepting())
+        for other in self._compiler.eos_ids - {eos_id}:  # llguidance knows of one; all others go with it
+            row[other // 32] = row[other // 32] & ~np.uint32(1 << other % 32) | may_end << np.uint32(other % 32)
         if self._compiler._real is not None:
             row &= self._compiler._real
         if not row.any() and not self.finished:

@@ -34,7 +34,15 @@ from .arguments import (
 )
 from .beam import Beam, beam_search
 from .constrain import Compiler, Constraint, Matcher
-from .errors import ArgumentError, ArgumentTypeError, ContextLengthError, FixminError, UnsupportedError, naming
+from .errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    ContextLengthError,
+    FixminError,
+    GGUFError,
+    UnsupportedError,
+    naming,
+)
 from .generation import (
     AsyncTextStream,
     Batch,
@@ -49,8 +57,9 @@ from .generation import (
     drive,
 )
 from .progress import bar
+from .recognise import describe_wrong_model
 from .state import file_sha256, read_state, write_state
-from .tokenizer import TextTokenizer, end_of_text_id
+from .tokenizer import TextTokenizer, end_of_text_ids
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -139,6 +148,8 @@ class Model:
             "n_kv": n_kv,
             "n_parallel": n_parallel,
         }
+        if (reason := describe_wrong_model(path)) is not None:
+            raise (FileNotFoundError if not os.path.exists(path) else GGUFError)(f"{self.path}: {reason}")
         begin = time.monotonic()
         self._engine = _core.Engine(
             self.path,
@@ -158,7 +169,7 @@ class Model:
         self._tokenizer_copy: Tokenizer | None = None  # for the caller
         self._hash: str | None = None  # of the file, when it is first needed
         self._compiler: Compiler | None = None  # of grammars, likewise
-        self._eos_id = end_of_text_id(metadata, self._vocab_size)
+        self._eos_ids = end_of_text_ids(metadata, self._vocab_size)
         bos_id = metadata.get("tokenizer.ggml.bos_token_id")
         self._bos_id = bos_id if isinstance(bos_id, int) and 0 <= bos_id < self._vocab_size else None
         self._reset_lock()
@@ -229,7 +240,7 @@ class Model:
 
         Returns:
             A Completion, or a list of them; with n > 1 its `candidates` are the n. finish_reason: "length"
-            (max_new_tokens or the context is used up), "stop" (a stop string, or on_token), "eos" (the end-of-text
+            (max_new_tokens or the context is used up), "stop" (a stop string, or on_token), "eos" (an end-of-text
             token, one of stop_ids, or a grammar that is complete), "timeout", "cancelled" (the model was closed
             meanwhile).
 
@@ -306,7 +317,7 @@ class Model:
         max_new_tokens = as_int("max_new_tokens", max_new_tokens, 1)
         penalty = as_float("length_penalty", length_penalty, -100.0, 100.0)
         early = as_bool("early_stopping", early_stopping)
-        eos_ids = frozenset() if as_bool("ignore_eos", ignore_eos) or self._eos_id is None else {self._eos_id}
+        eos_ids = frozenset[int]() if as_bool("ignore_eos", ignore_eos) else frozenset(self._eos_ids)
         ids = self._ids_in_context("prompt", prompt, 1, parse_special)
         with self._running() as engine:
             return beam_search(
@@ -316,7 +327,7 @@ class Model:
                 max_new_tokens=min(max_new_tokens, self._n_ctx - len(ids)),
                 length_penalty=penalty,
                 early_stopping=early,
-                eos_ids=frozenset(eos_ids),
+                eos_ids=eos_ids,
             )
 
     # --- scores and insides ----------------------------------------------------------------------------------------
@@ -553,9 +564,11 @@ class Model:
             mapped            of the file, left there: a learned embedding
             file              size of the file
 
+        "eos_token_ids" are the tokens that end a text, "eos_token_id" the first of them (None: the file names none).
         "bytes_per_token" and "kv_bytes_per_position" are what decoding reads: weights, and for each cached position.
         """
-        return {**self._info, "path": self.path, "eos_token_id": self._eos_id, "tokenizer": self._tokenizer is not None}
+        eos = {"eos_token_id": self.eos_token_id, "eos_token_ids": self.eos_token_ids}
+        return {**self._info, "path": self.path, **eos, "tokenizer": self._tokenizer is not None}
 
     @property
     def vocab_size(self) -> int:
@@ -574,8 +587,13 @@ class Model:
 
     @property
     def eos_token_id(self) -> int | None:
-        """The token that ends a text, None if the file names none."""
-        return self._eos_id
+        """The first of the tokens that end a text, None if the file names none."""
+        return next(iter(self._eos_ids), None)
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """All tokens that end a text."""
+        return list(self._eos_ids)
 
     @property
     def tokenizer(self) -> "Tokenizer | None":
@@ -706,7 +724,8 @@ class Model:
     def _compile(self, constraint: Constraint) -> Matcher:
         with self._idle:
             if self._compiler is None:
-                self._compiler = Compiler(self._require_tokenizer(), self._vocab_size, self._eos_id)
+                first, others = next(iter(self._eos_ids), None), self._eos_ids[1:]
+                self._compiler = Compiler(self._require_tokenizer(), self._vocab_size, first, other_eos_ids=others)
         return self._compiler.matcher(constraint)
 
     def _sampling_params(self, options: GenerationOptions, seed: int) -> _core.SamplingParams:
@@ -720,7 +739,7 @@ class Model:
                     breakers += self._require_tokenizer().sequences_with(item)
                 else:
                     breakers.append(list(item))
-        return options.native(seed=seed, eos_id=self._eos_id, breakers=breakers)
+        return options.native(seed=seed, eos_ids=self._eos_ids, breakers=breakers)
 
     def _check_open(self) -> None:
         if self._closed:

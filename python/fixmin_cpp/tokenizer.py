@@ -8,16 +8,19 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
+
 from . import _core
 from .errors import ArgumentError, ArgumentTypeError, GGUFError, UnsupportedError, naming
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["TextTokenizer", "end_of_text_id", "file_tokenizer"]
+__all__ = ["EOS_IDS_KEY", "TextTokenizer", "end_of_text_ids", "file_tokenizer"]
 
 _JSON_KEY = "tokenizer.huggingface.json"
 _EOS_KEY = "tokenizer.ggml.eos_token_id"
+EOS_IDS_KEY = "fixmin.eos_token_ids"  # all of them, where there are several
 _BOS_KEY = "tokenizer.ggml.bos_token_id"
 _MAX_SEQUENCES = 64  # strings whose sequences of tokens are kept
 
@@ -244,11 +247,21 @@ def _byte_of_letter() -> dict[str, int]:
 _BYTE_OF_LETTER = _byte_of_letter()
 
 
-def end_of_text_id(metadata: Mapping[str, Any], vocab_size: int) -> int | None:
-    """The id that ends a text according to the file; None if it names none. GGUFError if it is no token id."""
-    token_id = metadata.get(_EOS_KEY)
-    if token_id is None:
-        return None
-    if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < vocab_size:
-        raise GGUFError(f"{_EOS_KEY} is {token_id!r}, which is no token id of a vocabulary of {vocab_size}")
-    return token_id
+def end_of_text_ids(metadata: Mapping[str, Any], vocab_size: int) -> tuple[int, ...]:
+    """The ids that end a text according to the file, GGUF's own key first; () if it names none.
+
+    GGUFError if one is no token id.
+    """
+    found: dict[int, None] = {}
+    for key in (_EOS_KEY, EOS_IDS_KEY):
+        value = metadata.get(key)
+        if value is None:
+            continue
+        if key == EOS_IDS_KEY and not isinstance(value, Sequence | np.ndarray):
+            raise GGUFError(f"{key} must be an array, got {value!r}")
+        for token_id in [value] if key == _EOS_KEY else list(value):
+            is_integer = isinstance(token_id, int | np.integer) and not isinstance(token_id, bool)
+            if not is_integer or not 0 <= token_id < vocab_size:
+                raise GGUFError(f"{key} is {token_id!r}, which is no token id of a vocabulary of {vocab_size}")
+            found[int(token_id)] = None
+    return tuple(found)
