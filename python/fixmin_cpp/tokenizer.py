@@ -35,7 +35,7 @@ class TextTokenizer:
         self.backend = tokenizer
         added = tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
-        self.special_tokens = {i: tokenizer.id_to_token(i) for i in sorted(self.special_ids)}  # their names
+        self.special_tokens = {i: added[i].content for i in sorted(self.special_ids)}  # their names
         self.bos_token, self.eos_token = ("" if i is None else tokenizer.id_to_token(i) or "" for i in (bos_id, eos_id))
         # What a text may name to get a token that is not text. Only added tokens are found so, and in some models words
         # of the vocabulary.
