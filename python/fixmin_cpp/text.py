@@ -8,7 +8,7 @@ classes here release text only once it can no longer change, and lose none: with
 however the text is cut into tokens (tests/python/test_text.py states this as a property).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .tokenizer import TextTokenizer
@@ -93,6 +93,7 @@ class StopStrings:
             raise ValueError("a stop string must not be empty")
         self._longest = max(map(len, self._stops), default=0)
         self._held = ""
+        self._hidden = b""  # of _held: 1 for each character that is looked at but not returned
         self.matched = False
 
     @property
@@ -100,18 +101,22 @@ class StopStrings:
         """Whether text is held back."""
         return bool(self._held)
 
-    def feed(self, text: str) -> str:
-        """Adds text; returns what is certain to lie before any stop string. After a match nothing is returned."""
+    def feed(self, text: str, *, hidden: bool = False) -> str:
+        """Adds text; returns what is certain to lie before any stop string. After a match nothing is returned.
+
+        `hidden`: the text of a special token, which may match but is never returned.
+        """
         if self.matched or not text:
             return ""
+        marks = self._hidden + (b"\1" if hidden else b"\0") * len(text)
         text = self._held + text
         match, start = self._find(text), self._possible_start(text)
         if match >= 0 and match <= start:
             self.matched, self._held = True, ""
-            return text[:match]
+            return _visible(text[:match], marks)
         # A complete match behind a start that is still undecided waits: the leftmost one counts.
-        self._held = text[start:]
-        return text[:start]
+        self._held, self._hidden = text[start:], marks[start:]
+        return _visible(text[:start], marks)
 
     def finish(self) -> str:
         """The text has ended: returns what was held back, cut if it holds a complete stop string after all."""
@@ -119,8 +124,8 @@ class StopStrings:
         match = self._find(text)
         if match >= 0:
             self.matched = True
-            return text[:match]
-        return text
+            text = text[:match]
+        return _visible(text, self._hidden)
 
     def _find(self, text: str) -> int:
         """Index of the leftmost complete stop string, or -1."""
@@ -134,16 +139,27 @@ class StopStrings:
         return len(text)
 
 
+def _visible(text: str, hidden: bytes) -> str:
+    return text if 1 not in hidden else "".join(c for c, mark in zip(text, hidden, strict=False) if not mark)
+
+
 @dataclass
 class TextAssembler:
     """Token ids in, (token id, text) pairs out: one pair per token, in order, text released as soon as it is certain.
 
     A pair waits while any of the text up to its token is held back, so that the texts of all pairs concatenate to the
     whole result even if the run ends there. Without a decoder (a file without a tokenizer) every text is empty.
+
+    Args:
+        min_tokens: in the text of so many tokens no stop string is looked for.
+        special_texts: of special tokens, which have no text in the result, but end it if a stop string holds it.
     """
 
     decoder: IncrementalDecoder | None
     stops: StopStrings = field(default_factory=StopStrings)
+    min_tokens: int = 0
+    special_texts: Mapping[int, str] = field(default_factory=dict)
+    _n_tokens: int = 0
     _waiting: list[int] = field(default_factory=list)
     _text: str = ""
 
@@ -157,7 +173,9 @@ class TextAssembler:
         self._waiting.append(token_id)
         if self.decoder is None:
             return self._release()
-        self._text += self.stops.feed(self.decoder.step(token_id))
+        self._n_tokens += 1
+        self._add(self.decoder.step(token_id))
+        self._add(self.special_texts.get(token_id, ""), hidden=True)
         if not self.stopped and (self.decoder.pending or self.stops.pending):
             return []
         return self._release()
@@ -165,9 +183,15 @@ class TextAssembler:
     def finish(self) -> list[tuple[int, str]]:
         """No more tokens: returns the pairs that were waiting, with all the text that is left."""
         if self.decoder is not None:
-            self._text += self.stops.feed(self.decoder.finish())
+            self._add(self.decoder.finish())
             self._text += self.stops.finish()
         return self._release()
+
+    def _add(self, text: str, *, hidden: bool = False) -> None:
+        if self._n_tokens > self.min_tokens:
+            self._text += self.stops.feed(text, hidden=hidden)
+        elif not hidden:
+            self._text += text
 
     def _release(self) -> list[tuple[int, str]]:
         """Gives the collected text to the last waiting token: the one that made it certain."""

@@ -64,6 +64,14 @@ class TextTokenizer:
         """Text of every id by itself, [V]."""
         return [self.backend.decode([i], skip_special_tokens=False) for i in range(self.backend.get_vocab_size())]
 
+    def special_texts_in(self, strings: Sequence[str]) -> dict[int, str]:
+        """By id the texts of those special tokens that one of `strings` holds."""
+        if not strings:
+            return {}
+        added = self.backend.get_added_tokens_decoder()
+        texts = {i: added[i].content for i in self.special_ids}
+        return {i: text for i, text in texts.items() if any(text in string for string in strings)}
+
     def sequences_with(self, text: str) -> list[list[int]]:
         """Sequences of ids in which `text` comes up: single tokens that hold it, and those that begin it in the middle
         or at the end of a token and go on with the tokens of the rest."""
