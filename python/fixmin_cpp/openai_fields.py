@@ -148,7 +148,7 @@ def without_no_ops(body: Mapping[str, Any], known: Collection[str]) -> dict[str,
             raise FieldError(str(name)[:64], f"there is no such field{_similar(name, known)}")
         elif not _asks_nothing(name, value):
             why = f": {_WHY[name]}" if name in _WHY else ""
-            raise FieldError(name, f"{name} is not supported{why}")
+            raise FieldError(name, f"not supported{why}")
     return asked
 
 
