@@ -128,7 +128,7 @@ def test_entries_are_the_tokens_own(make: Any, tmp_path: Path) -> None:
         if not entry["token"].startswith(("bytes:", "token_id:")):
             assert entry["token"].encode() == data
             assert entry["token"].strip(" ") in {text.strip(" ") for text in single}
-        else:
+        elif entry["token"].startswith("bytes:"):
             with pytest.raises(UnicodeDecodeError):
                 data.decode()
     assert all(len({entry["token"] for entry in token["top_logprobs"]}) == 20 for token in tokens)
@@ -161,7 +161,7 @@ def test_lm_eval_over_http_is_lm_eval_in_process(demo_path: Path, demo_server: S
 
     from fixmin_cpp.lm_eval_model import FixMinLM
 
-    towns = {"France": " Paris", "Italy": " Rome", "Spain": " Madrid", "Japan": " Tokyo"}
+    towns = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo"}
     rows = [
         {
             "question": f"Question: What is the capital of {country}?\nAnswer:",
@@ -198,7 +198,7 @@ metric_list: [{{metric: acc}}]
         for one in (remote, here)
     )
     here.model.close()
-    assert far["results"]["capitals"]["acc,none"] == near["results"]["capitals"]["acc,none"] > 0.7
+    assert far["results"]["capitals"]["acc,none"] == near["results"]["capitals"]["acc,none"] == 1.0
     for one, other in zip(far["samples"]["capitals"], near["samples"]["capitals"], strict=True):
         for (a, a_greedy), (b, b_greedy) in zip(one["filtered_resps"], other["filtered_resps"], strict=True):
             assert float(a) == pytest.approx(float(b), rel=1e-6)
@@ -383,8 +383,8 @@ def test_a_stop_string_may_be_a_special_token(server: Server, model: fixmin_cpp.
 def test_breakers_as_json_text(server: Server) -> None:
     given = {"max_tokens": 20, "temperature": 0, "dry_multiplier": 1.0, "dry_allowed_length": 1}
     for breakers in ([], ["a"], ["\n", "t"]):
-        as_list = ask(server, **given, dry_sequence_breakers=breakers)["choices"]
-        assert ask(server, **given, dry_sequence_breakers=json.dumps(breakers))["choices"] == as_list
+        as_list = ask(server, **given, seed=1, dry_sequence_breakers=breakers)["choices"]
+        assert ask(server, **given, seed=1, dry_sequence_breakers=json.dumps(breakers))["choices"] == as_list
 
 
 @pytest.fixture(scope="module")
