@@ -162,8 +162,8 @@ class Job(ABC):
                         yield event([{"index": i, **choice, "finish_reason": None}])
                     for item in held[i]:
                         if isinstance(item, Piece):
-                            if (choice := writer.piece(item)) is not None:
-                                yield event([{"index": i, **choice, "finish_reason": None}])
+                            if (said := writer.piece(item)) is not None:
+                                yield event([{"index": i, **said, "finish_reason": None}])
                             continue
                         completions[i] = item
                         end = {"finish_reason": self._reason(item), "seed": item.seed}
