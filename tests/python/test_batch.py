@@ -157,7 +157,7 @@ BAD = [
     ({"id": "x", "prompt": "a", "repeat_penalty": 2, "repetition_penalty": 2}, "x", "are one argument"),
     ({"id": "x", "prompt": "a", "allowed_ids": [10**6]}, "x", "allowed_ids[0] is 1000000"),
     ({"id": "x", "prompt": "a", "allowed_ids": [5], "banned_ids": [5]}, "x", "no token is left to draw"),
-    ({**OPENAI, "body": {"prompt": "a", "tools": []}}, "x", "there is no argument 'tools'"),
+    ({**OPENAI, "body": {"prompt": "a", "tools": [{}]}}, "x", "tools: not supported"),
     ({**OPENAI, "body": {"max_tokens": 1}}, "x", "prompt is missing"),
 ]
 
