@@ -432,6 +432,7 @@ class RequestHandle {
         const engine::RequestCounters& c = request_->counters();
         py::dict d;
         d["finish_reason"] = name(request_->reason());
+        d["last"] = request_->last() ? py::object(as_tuple(*request_->last())) : py::none();
         d["n_prompt"] = c.n_prompt;
         d["n_cached"] = c.n_cached;
         d["n_drafted"] = c.n_drafted;
@@ -456,8 +457,10 @@ class RequestHandle {
         return out;
     }
 
+    bool prompt_scored() const { return request_->prompt_scored(); }
+
     py::list prompt_top_logprobs() const {
-        result();
+        if (!request_->prompt_scored()) result();
         py::list list;
         for (const auto& token : request_->prompt_logprobs()) list.append(as_tuple(token));
         return list;
@@ -630,6 +633,8 @@ void bind_engine(py::module_& m) {
         .def("result", &RequestHandle::result, "Reason, counters and times, or what went wrong; only once it has ended")
         .def("prompt_logprobs", &RequestHandle::prompt_logprobs, "float32 [n], of the tokens that were scored")
         .def("prompt_ranks", &RequestHandle::prompt_ranks, "uint32 [n], the same; 1: no token was more probable")
+        .def_property_readonly("prompt_scored", &RequestHandle::prompt_scored,
+                               "Whether prompt_top_logprobs() may be asked for before the end.")
         .def("prompt_top_logprobs", &RequestHandle::prompt_top_logprobs, "[(id, logprob, rank, [(id, logprob)])]");
 
     py::class_<EngineHandle>(m, "Engine", "A loaded model and its worker threads.")

@@ -131,6 +131,7 @@ class SamplingParams:
     frequency_penalty: float  # 0: off
     presence_penalty: float  # 0: off
     repeat_last_n: int  # tokens; -1: all
+    openai_penalties: bool  # frequency and presence count all generated tokens and nothing of the prompt
     dry_multiplier: float  # 0: off
     dry_base: float
     dry_allowed_length: int  # tokens
@@ -200,6 +201,8 @@ class Request:
 
     @property
     def number(self) -> int: ...
+    @property
+    def prompt_scored(self) -> bool: ...  # whether prompt_top_logprobs() may be asked for before the end
     def cancel(self) -> None: ...
     def wait(self, n_seen: int, timeout_s: float) -> bool: ...  # more than n_seen tokens, or the end; False: timeout
     def read(

@@ -403,7 +403,7 @@ def serve(
     max_body_bytes: Annotated[int, typer.Option(envvar="FIXMIN_MAX_BODY_BYTES", help="Of a request.")] = 4 << 20,
     max_n: Annotated[int, typer.Option(envvar="FIXMIN_MAX_N", help="Largest n and best_of.")] = 128,
     max_logprobs: Annotated[int, typer.Option(envvar="FIXMIN_MAX_LOGPROBS", help="Largest logprobs.")] = 20,
-    max_inputs: Annotated[int, typer.Option(envvar="FIXMIN_MAX_INPUTS", help="Most prompts of a request.")] = 256,
+    max_inputs: Annotated[int, typer.Option(envvar="FIXMIN_MAX_INPUTS", help="Most prompts of a request.")] = 2048,
     timeout: Annotated[float, typer.Option(envvar="FIXMIN_TIMEOUT", help="Seconds of a generation.")] = 600.0,
     read_timeout: Annotated[
         float, typer.Option(envvar="FIXMIN_READ_TIMEOUT", help="Seconds in which a request has to arrive.")

@@ -189,10 +189,15 @@ class TextAssembler:
 
     A pair waits while any of the text up to its token is held back, so that the texts of all pairs concatenate to the
     whole result even if the run ends there. Without a decoder (a file without a tokenizer) every text is empty.
+
+    Args:
+        min_tokens: in the text of so many tokens no stop string is looked for.
     """
 
     decoder: IncrementalDecoder | None
     stops: StopStrings = field(default_factory=StopStrings)
+    min_tokens: int = 0
+    _n_tokens: int = 0
     _waiting: list[int] = field(default_factory=list)
     _text: str = ""
 
@@ -206,8 +211,12 @@ class TextAssembler:
         self._waiting.append(token_id)
         if self.decoder is None:
             return self._release()
-        self._text += self.stops.feed(self.decoder.step(token_id))
-        self._text += self.stops.feed_special(token_id)
+        self._n_tokens += 1
+        text = self.decoder.step(token_id)
+        if self._n_tokens > self.min_tokens:
+            self._text += self.stops.feed(text) + self.stops.feed_special(token_id)
+        else:
+            self._text += text
         if not self.stopped and (self.decoder.pending or self.stops.pending):
             return []
         return self._release()
@@ -215,9 +224,98 @@ class TextAssembler:
     def finish(self) -> list[tuple[int, str]]:
         """No more tokens: returns the pairs that were waiting, with all the text that is left."""
         if self.decoder is not None:
-            self._text += self.stops.feed(self.decoder.finish())
-            self._text += self.stops.finish()
+            text = self.decoder.finish()
+            self._text += (self.stops.feed(text) if self._n_tokens > self.min_tokens else text) + self.stops.finish()
         return self._release()
+
+    def _released(self, text: str) -> str:
+        return text.translate(self._no_signs) if self._signs else text
+
+    # A step costs a look at each character, however many strings there are: of those that are sorted and do not begin
+    # with one another only the neighbours of a text can begin it, or be begun by it.
+
+    def _find(self, text: str) -> int:
+        """Index of the leftmost complete stop string, or -1."""
+        for start in range(len(text)):
+            if text[start] in self._first:
+                before = bisect_right(self._stops, text[start : start + self._longest]) - 1
+                if before >= 0 and text.startswith(self._stops[before], start):
+                    return start
+        return -1
+
+    def _possible_start(self, text: str) -> int:
+        """Index where the longest end of `text` that begins a stop string starts; len(text) if there is none."""
+        for start in range(max(0, len(text) - self._longest + 1), len(text)):
+            if text[start] in self._first:
+                end = text[start:]
+                after = bisect_left(self._stops, end)
+                if after < len(self._stops) and self._stops[after].startswith(end):
+                    return start
+        return len(text)
+
+
+@lru_cache(maxsize=4)  # the runs of one call have the same ones
+def _sorted_stops(stops: tuple[str, ...]) -> tuple[list[str], int]:
+    """Rising, and the length of the longest. One that begins with another is left out: that one ends a text there."""
+    kept: list[str] = []
+    for stop in sorted(set(stops)):
+        if not stop:
+            raise ValueError("a stop string must not be empty")
+        if not kept or not stop.startswith(kept[-1]):
+            kept.append(stop)
+    return kept, max(map(len, kept), default=0)
+
+
+@dataclass
+class TextAssembler:
+    """Token ids in, (token id, text) pairs out: one pair per token, in order, text released as soon as it is certain.
+
+    A pair waits while any of the text up to its token is held back, so that the texts of all pairs concatenate to the
+    whole result even if the run ends there. Without a decoder (a file without a tokenizer) every text is empty.
+
+    Args:
+        min_tokens: in the text of so many tokens no stop string is looked for.
+    """
+
+    decoder: IncrementalDecoder | None
+    stops: StopStrings = field(default_factory=StopStrings)
+    min_tokens: int = 0
+    _n_tokens: int = 0
+    _waiting: list[int] = field(default_factory=list)
+    _text: str = ""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has been met: no further token is wanted."""
+        return self.stops.matched
+
+    def push(self, token_id: int) -> list[tuple[int, str]]:
+        """Adds a token; returns the pairs that are complete."""
+        self._waiting.append(token_id)
+        if self.decoder is None:
+            return self._release()
+        self._n_tokens += 1
+        text = self.decoder.step(token_id)
+        if self._n_tokens > self.min_tokens:
+            self._text += self.stops.feed(text) + self.stops.feed_special(token_id)
+        else:
+            self._text += text
+        if not self.stopped and (self.decoder.pending or self.stops.pending):
+            return []
+        return self._release()
+
+    def finish(self) -> list[tuple[int, str]]:
+        """No more tokens: returns the pairs that were waiting, with all the text that is left."""
+        if self.decoder is not None:
+            text = self.decoder.finish()
+            self._text += (self.stops.feed(text) if self._n_tokens > self.min_tokens else text) + self.stops.finish()
+        return self._release()
+
+    def _add(self, text: str, *, hidden: bool = False) -> None:
+        if self._n_tokens > self.min_tokens:
+            self._text += self.stops.feed(text, hidden=hidden)
+        elif not hidden:
+            self._text += text
 
     def _release(self) -> list[tuple[int, str]]:
         """Gives the collected text to the last waiting token: the one that made it certain."""

@@ -33,7 +33,7 @@ class ServeSettings:
     max_body_bytes: int = 4 << 20
     max_n: int = 128  # n and best_of
     max_logprobs: int = 20
-    max_inputs: int = 256  # prompts of one completion, texts of one embedding
+    max_inputs: int = 2048  # prompts of one completion, texts of one embedding
     timeout: float = 600.0  # seconds until a generation ends, those in the queue included
 
     # Limits of all
