@@ -8,6 +8,7 @@ classes here release text only once it can no longer change, and lose none: with
 however the text is cut into tokens (tests/python/test_text.py states this as a property).
 """
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -91,6 +92,7 @@ class StopStrings:
         self._stops = tuple(dict.fromkeys(stops))
         if "" in self._stops:
             raise ValueError("a stop string must not be empty")
+        self._sorted = sorted(self._stops)
         self._longest = max(map(len, self._stops), default=0)
         self._held = ""
         self.matched = False
@@ -129,7 +131,9 @@ class StopStrings:
     def _possible_start(self, text: str) -> int:
         """Index where the longest end of `text` that begins a stop string starts; len(text) if there is none."""
         for start in range(max(0, len(text) - self._longest + 1), len(text)):
-            if any(stop.startswith(text[start:]) for stop in self._stops):
+            tail = text[start:]
+            at = bisect_left(self._sorted, tail)  # those that begin with it follow
+            if at < len(self._sorted) and self._sorted[at].startswith(tail):
                 return start
         return len(text)
 
