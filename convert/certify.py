@@ -33,6 +33,7 @@ from .. import _core
 from .quantize import BY_GGML_TYPE, OUT_TYPES
 from .readback import StoredModel, read_gguf
 from .resolve import OVERRIDES, resolve
+from .source import Source
 from .spec import ModelSpec, Resolved, TensorRecipe
 
 OWN_CODE = "the checkpoint's own code"
@@ -148,7 +149,9 @@ class Certificate:
         return {"passed": self.passed, **{k: v for k, v in numbers.items() if v is not None}}
 
     def lines(self) -> list[str]:
-        """For people: one line for each check and problem."""
+        """For people: one line for each check and problem; the problem alone if nothing was measured for it."""
+        if self.problems and not self.weights:
+            return [f"FAILED {problem}" for problem in self.problems]
         lines = [f"certified against {self.against}"]
         for check in self.checks:
             limit = "" if check.tolerance is None else f" (limit {check.tolerance:g})"
@@ -250,6 +253,8 @@ def verify(
 ) -> Certificate:
     """Certify a file anew, against the checkpoint it says it came from.
 
+    Of weights other than the file's own nothing is measured: `problems` says that it is another checkpoint.
+
     overrides and options: for `resolve`, as in the conversion. What was stated there as a plain value need not be
     repeated, the file remembers it; files and trust_remote_code must be: a GGUF file has no say in which code is run
     and which files are read.
@@ -258,14 +263,15 @@ def verify(
     """
     stored = read_gguf(gguf_path)
     overrides = {**remembered_overrides(stored.metadata), **(overrides or {})}
-    with resolve(checkpoint_dir, overrides=overrides, log=progress, **options) as resolved:
-        progress("hashing the weights")
-        sha256, expected = resolved.spec.weights_sha256(), stored.metadata.get("fixmin.convert.sha256")
-        certificate = certify(gguf_path, resolved, open_runner, progress)
+    progress("hashing the weights")
+    with Source(Path(checkpoint_dir)) as source:
+        sha256, expected = source.sha256(), stored.metadata.get("fixmin.convert.sha256")
     if sha256 != expected:
-        problem = f"the weights have SHA-256 {sha256}, the file was made from {expected or 'unknown ones'}"
-        certificate = replace(certificate, problems=(problem, *certificate.problems))
-    return certificate
+        made = f"the file was made from {stored.metadata.get('fixmin.convert.source')!r} ({expected or 'unknown'})"
+        problem = f"{checkpoint_dir} is another checkpoint: its weights have SHA-256 {sha256}, {made}"
+        return Certificate(against="nothing", outtype=_outtype(stored), problems=(problem,))
+    with resolve(checkpoint_dir, overrides=overrides, log=progress, **options) as resolved:
+        return certify(gguf_path, resolved, open_runner, progress)
 
 
 def remembered_overrides(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -435,7 +441,7 @@ def _with_tensors(conventions: ModelSpec, weights: ModelSpec) -> ModelSpec:
 def _differences(stored: ModelSpec, spec: ModelSpec) -> Iterator[str]:
     """Conventions and shapes in which a file differs from the checkpoint."""
     skip = ("code", "tensors", "conventions", "name", "tokenizer_json", "weights_sha256")
-    skip += ("bos_token_id", "eos_token_id", "pad_token_id")
+    skip += ("bos_token_id", "eos_token_ids", "pad_token_id")
     for item in fields(ModelSpec):
         ours, theirs = getattr(stored, item.name), getattr(spec, item.name)
         if item.name not in skip and ours != theirs and not _same_float32(ours, theirs):

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from .attention import Attention, AttentionReader, Hints
 from .fitting import difference, minimum, rounded
-from .roles import is_no_weight
+from .source import is_no_weight
 from .trace import Elementwise, Product, Tape, Weight
 
 # Largest difference, relative to the largest element, that counts as the same function. Float32 rounding leaves 1e-7 to

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,12 @@ from rich.console import Console
 from rich.text import Text
 
 from .. import _core
-from ..errors import CheckpointError
+from ..errors import CheckpointError, GGUFError, UnsupportedError
 from ..inspect import printable
 from .certify import Certificate, OpenRunner, certify, open_engine, pending, verify
 from .quantize import OUT_TYPES
 from .resolve import OVERRIDES, resolve
+from .source import check_directory
 from .spec import Resolved
 from .writer import AtomicFile, Layout, Progress, Provenance
 
@@ -57,6 +58,7 @@ class ConversionReport:
     types: dict[str, int]  # ggml type -> number of tensors
     notes: tuple[str, ...]  # tensors that are stored in another type than the one asked for
     conventions: tuple[str, ...]  # one line each: name, value, where it came from
+    warnings: tuple[str, ...]  # what to know before the file is used
     quantise_s: float  # seconds of reading, quantising and writing, without certification
     certificate: Certificate
 
@@ -74,6 +76,19 @@ class Reporter:
     def progress(self, title: str) -> Iterator[Progress]:
         """A context whose value is called with weights done, weights in all and the tensor being written."""
         yield lambda done, total, name: None
+
+
+class LogReporter(Reporter):
+    """Passes every line on to a function."""
+
+    def __init__(self, log: Callable[[str], object]) -> None:
+        self._log = log
+
+    def step(self, text: str) -> None:
+        self._log(f"{text} ...")
+
+    def line(self, text: str) -> None:
+        self._log(text)
 
 
 class ConsoleReporter(Reporter):
@@ -133,7 +148,8 @@ def convert(
         n_threads: threads that quantise, 0 for all CPUs of this process.
         open_runner: opens the file for certification; the native engine by default.
         reporter: what to tell on the way.
-        overrides, options: for `resolve`: what the user states, trust_remote_code, map_file, calibrate.
+        overrides, options: for `resolve`: what the user states, trust_remote_code, map_file, calibrate, allow_missing,
+            allow_unexpected.
 
     Raises:
         CheckpointError: the checkpoint cannot be read or resolved, or `out` is one of its files.
@@ -164,6 +180,7 @@ def convert(
                 file.commit(target)
                 kept = f" (kept as {target})"
             raise CertificationError(f"{out}: certification failed; no file was written{kept}", certificate)
+        _load(file)
         file.commit()
         return ConversionReport(
             path=out,
@@ -173,15 +190,29 @@ def convert(
             types=dict(Counter(t.type.name for t in layout.tensors)),
             notes=notes,
             conventions=tuple(resolved.report),
+            warnings=resolved.warnings,
             quantise_s=quantise_s,
             certificate=certificate,
         )
 
 
+def _load(file: AtomicFile) -> None:
+    """Load the finished file as whoever uses it does: tensors, tokenizer, special tokens.
+
+    Raises CheckpointError if that fails: such a file must not get its name.
+    """
+    from ..model import Model
+
+    try:
+        Model(file.path, n_ctx=1, n_kv=1, n_batch=1, n_parallel=1).close()
+    except (GGUFError, UnsupportedError) as error:
+        text = str(error).replace(str(file.path), str(file.target))
+        raise CheckpointError(f"the finished file cannot be loaded, so it was not written: {text}") from error
+
+
 def _output_path(out: Path | None, checkpoint_dir: Path, outtype: str) -> Path:
     """The file to write. Raises CheckpointError if it is one that the conversion reads, or has no folder."""
-    if not checkpoint_dir.is_dir():
-        raise CheckpointError(f"{checkpoint_dir}: there is no such checkpoint directory")
+    check_directory(checkpoint_dir)
     folder = checkpoint_dir if out is None else out
     if folder.is_dir():
         out = folder / f"{checkpoint_dir.resolve().name}-{outtype.upper()}.gguf"
@@ -251,6 +282,14 @@ def _add_resolve_options(parser: argparse.ArgumentParser) -> None:
         "--map", dest="map_file", type=Path, metavar="FILE", help="which tensor is which: lines GGUF = CHECKPOINT"
     )
     parser.add_argument("--calibrate", type=Path, metavar="FILE", help="text that decides what the files leave open")
+    for what, instead in (("missing", "use a new model's values"), ("unexpected", "leave it out")):
+        parser.add_argument(
+            f"--allow-{what}",
+            action="append",
+            default=[],
+            metavar="NAME",
+            help=f"{instead} where a tensor of this name (* and ? stand for any text) is {what}; may be repeated",
+        )
     group = parser.add_argument_group("what the checkpoint does not say")
     for name, what in OVERRIDES.items():
         arguments = {"default": None, "help": what.replace("%", "%%"), **_OVERRIDE_ARGUMENTS.get(name, {})}
@@ -267,6 +306,8 @@ def _resolve_options(args: argparse.Namespace) -> dict[str, Any]:
         "trust_remote_code": args.trust_remote_code,
         "map_file": args.map_file,
         "calibrate": args.calibrate,
+        "allow_missing": tuple(args.allow_missing),
+        "allow_unexpected": tuple(args.allow_unexpected),
         "overrides": overrides,
     }
 
@@ -320,6 +361,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     types = ", ".join(f"{count} {name}" for name, count in report.types.items())
     speed = report.n_weights / max(report.quantise_s, 1e-9) / 1e6
     reporter.line(f"{report.n_weights:,} weights in {report.quantise_s:.1f} s ({speed:,.0f} million per second)")
+    for warning in report.warnings:
+        reporter.line(f"warning: {warning}")
     reporter.line(f"wrote {report.path} ({report.n_bytes:,} bytes; tensors: {types})")
     return 0
 

@@ -36,6 +36,16 @@ class Item:
 
 State = dict[str, Any]  # item name -> value
 
+# Keys of config.json that promise biases, and the roles that have them.
+_BIASES = {
+    "lm_head_bias": ("output",),
+    "qkv_bias": ("attn_q", "attn_k", "attn_v", "attn_qkv"),
+    "attention_bias": ("attn_q", "attn_k", "attn_v", "attn_qkv"),
+    "attn_out_bias": ("attn_output",),
+    "mlp_bias": ("ffn_up", "ffn_gate", "ffn_gate_up", "ffn_down"),
+    "norm_bias": ("attn_norm", "ffn_norm", "output_norm"),
+}
+
 
 class Files:
     """The roles, the items, and the spec for each choice of values."""
@@ -50,8 +60,51 @@ class Files:
         self.mapped = mapped_recipes(source, self.mapping)
         self.width = self.roles.width
         self.vocab_size = self._vocab_size()
+        self.special = source.special_ids(self.vocab_size)
         # Checkpoints of our own reference model document their conventions in config.json.
         self.ours = self.config.get("model_type") == "fixmin"
+        self._check_declared()
+
+    def _check_declared(self) -> None:
+        """CheckpointError if config.json speaks of layers or biases that the files do not hold."""
+        count, top, first = hyper(self.config, "block_count"), self.roles.top, self.roles.blocks[0]
+        if count is not None and count != len(self.roles.blocks):
+            raise CheckpointError(
+                f"config.json: {spelling(self.config, 'block_count')} is {count}, but the files hold "
+                f"{len(self.roles.blocks)} blocks"
+            )
+        lacking = [("output_norm.weight", "the blocks have norms")] if "attn_norm" in first else []
+        lacking = [] if "output_norm" in top else lacking
+        for key, roles in _BIASES.items():
+            parts = [part for role, part in (*first.items(), *top.items()) if role in roles]
+            if self.config.get(key) is True and parts and not any(part.bias for part in parts):
+                lacking.append((f"{roles[0]}.bias", f"config.json: {key} is true"))
+        for name, why in lacking:
+            if any(gguf.endswith(name) for gguf in self.mapped):
+                continue
+            if not self.source.allow_missing(name):
+                raise CheckpointError(
+                    f"no tensor was found for {name}, but {why}: name it in a --map FILE, or give --allow-missing {name}"
+                )
+            self.source.warn(f"not in the files, so left out: {name} (--allow-missing)")
+        self._check_ends()
+
+    def _check_ends(self) -> None:
+        """CheckpointError if config.json contradicts the files about whether both ends share one matrix."""
+        ends = [self.roles.top[name].weight for name in ("token_embd", "output") if name in self.roles.top]
+        tied = self.config.get("tie_word_embeddings")
+        if len(ends) < 2 or "output.weight" in self.mapped:
+            return
+        if ends[0] == ends[1]:
+            if tied is False:
+                raise CheckpointError(
+                    f"config.json: tie_word_embeddings is false, but the files hold {ends[0]} and no output projection"
+                )
+        elif tied and not np.array_equal(*(self.source.read_raw(name) for name in ends)):
+            raise CheckpointError(
+                f"config.json: tie_word_embeddings is true, but {ends[0]} and {ends[1]} hold different values: which of "
+                "the two counts depends on who loads it"
+            )
 
     def _vocab_size(self) -> int:
         if "output.weight" in self.mapped:
@@ -375,7 +428,7 @@ class Files:
         kv = tensors["blk.0.attn_k.weight"].shape[0] * head_count / self.width
         if kv != int(self.stated.get("n_head_kv", kv)):
             raise CheckpointError(f"--n-head-kv {self.stated['n_head_kv']}: the shapes say {kv:g}")
-        source = self.source
+        source, special = self.source, self.special
         return ModelSpec(
             vocab_size=self.vocab_size,
             context_length=int(state["context_length"]),
@@ -397,9 +450,9 @@ class Files:
                 n: (" + ".join(t.sources), "name and shape") for n, t in tensors.items() if n.startswith("blk.0.")
             },
             name=source.directory.resolve().name,
-            bos_token_id=source.token_id("bos"),
-            eos_token_id=source.token_id("eos"),
-            pad_token_id=source.token_id("pad"),
+            bos_token_id=special.bos,
+            eos_token_ids=special.eos,
+            pad_token_id=special.pad,
             tokenizer_json=source.tokenizer_json(),
             weights_sha256=source.sha256,
         )

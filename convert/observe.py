@@ -18,8 +18,8 @@ from .conventions import Block, Interpretation, Norm, Reader
 from .memory import give_back
 from .probe import OwnModel, load_own_model
 from .recipes import Locator, Ref, constant, gather
-from .roles import Map, is_no_weight, leftovers_error, mapped_recipes, read_map
-from .source import Source, context_length, hyper
+from .roles import Map, leftovers_error, mapped_recipes, read_map
+from .source import Source, context_length, hyper, is_no_weight
 from .spec import CodeSpec, ModelSpec, Resolved, TensorRecipe
 from .trace import Product, Weight, model_tensors
 
@@ -224,6 +224,7 @@ class _Observation:
             recipe = tensors.get(f"blk.0.{name}.weight")
             if recipe is not None:
                 self.conventions[name] = (" + ".join(recipe.sources) or "computed", "operations of block 0")
+        special = self.source.special_ids(vocab_size)
         return ModelSpec(
             vocab_size=vocab_size,
             context_length=context,
@@ -243,9 +244,9 @@ class _Observation:
             tensors=tensors,
             conventions=self.conventions,
             name=self.source.directory.resolve().name,
-            bos_token_id=self.source.token_id("bos"),
-            eos_token_id=self.source.token_id("eos"),
-            pad_token_id=self.source.token_id("pad"),
+            bos_token_id=special.bos,
+            eos_token_ids=special.eos,
+            pad_token_id=special.pad,
             tokenizer_json=self.source.tokenizer_json(),
             weights_sha256=self.source.sha256,
         )
@@ -329,12 +330,20 @@ class _Observation:
         """Every stored tensor is part of the result, unused by the code, or no weight; or it is an error."""
         consumed = {s for recipe in spec.tensors.values() for s in recipe.sources}
         open_names = []
+        ignorable = [
+            re.compile(p) for p in getattr(self.own.model, "_keys_to_ignore_on_load_unexpected", None) or []
+        ]  # what the code itself says it does not read
         for name in self.source.tensors:
             in_model = [m for m, stored in self.own.file_name.items() if stored == name]
             if name in consumed or name in mapping.ignored:
                 continue
+            if not in_model and self.source.allow_unexpected(name):
+                self.source.warn(
+                    f"tensor {name}: left out, the checkpoint's code does not know it (--allow-unexpected)"
+                )
+                continue
             if not in_model:
-                if not is_no_weight(name):
+                if not is_no_weight(name) and not any(p.search(name) for p in ignorable):
                     open_names.append(name)
                 continue
             reason = (

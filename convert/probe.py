@@ -12,10 +12,9 @@ import contextlib
 import importlib
 import inspect
 import itertools
-import random
 import re
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,13 +25,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from .containment import contained, random_state
 from .memory import InitialValuesUsed, Unwritten, give_back, map_weights
-from .source import Source
+from .source import Source, is_no_weight, some
 from .trace import Tape, model_tensors
 
 Log = Callable[[str], None]
 
 _counter = itertools.count()
+_PACKAGE = "fixmin_checkpoint_"  # and a number: the package as which a checkpoint's files are imported
+_AUTO_MODELS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel")
 _WRAPPERS = ("_orig_mod.", "module.")  # left in names by torch.compile and DistributedDataParallel
 
 
@@ -40,11 +42,19 @@ class _Stop(BaseException):
     """Ends a forward pass whose rest is not wanted; no `except Exception` of the checkpoint's code may catch it."""
 
 
+class _MissingWeights(CheckpointError):
+    """The files lack what the code needs, and hold nothing that could be it."""
+
+
 class OwnModel:
     """A checkpoint's model, run by its own code. Tensors are CPU float32; ids are sequences of their own, [T]."""
 
-    def __init__(self, model: nn.Module, source: Source, file_name: dict[str, str], unknown: list[str]) -> None:
+    def __init__(
+        self, model: nn.Module, source: Source, file_name: dict[str, str], unknown: list[str], log: Log
+    ) -> None:
         self.model = model
+        self._log, self._told = log, set[str]()
+        self.put_back: Callable[[], None] = lambda: None  # restores what whoever called had, see `load_own_model`
         self.source = source
         self.file_name = file_name  # name in the model -> name in the file
         self.unknown = unknown  # tensors of the file that the code does not know
@@ -57,7 +67,7 @@ class OwnModel:
 
     def logits(self, ids: NDArray[Any]) -> NDArray[np.float32]:
         """ids [T] -> float32 [T, V]."""
-        with _quiet():
+        with self._running():
             out = self._forward(ids)
             if self._last_only and len(ids) > 1:
                 out = torch.cat([self._forward(ids[:n])[-1:] for n in range(1, len(ids))] + [out[-1:]])
@@ -65,7 +75,7 @@ class OwnModel:
 
     def trace(self, ids: NDArray[Any], inputs_of: Collection[int] | None = None) -> tuple[Tape, Tensor]:
         """Run ids [T] under a tape. The logits are [T, V], or [1, V] from code that returns only the last ones."""
-        with _quiet():
+        with self._running():
             if self._call_style is None:
                 self._forward(ids)
             tape = Tape(self.model, inputs_of)
@@ -110,6 +120,22 @@ class OwnModel:
                     return tensor.detach().float()
         raise TypeError("forward returned no tensor of logits [1, T, V]")
 
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[None]:
+        """No gradients, no fused encoder layers, no compilation: every operation reaches the dispatcher."""
+        fastpath = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            with contained(self._printed), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+                yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fastpath)
+
+    def _printed(self, line: str) -> None:
+        if line not in self._told:  # every forward pass prints it again
+            self._told.add(line)
+            self._log(line)
+
     # --- the input of the first block ----------------------------------------------------------------------------
 
     def tap(self, ids: NDArray[Any], rows: Tensor, order: int) -> None:
@@ -124,7 +150,7 @@ class OwnModel:
 
         handles = [m.register_forward_pre_hook(look, with_kwargs=True) for m in self.model.modules()]
         try:
-            with _quiet():
+            with self._running():
                 self._forward(ids)
         finally:
             for handle in handles:
@@ -152,7 +178,7 @@ class OwnModel:
 
         handle = module.register_forward_pre_hook(stop, with_kwargs=True)
         try:
-            with _quiet(), contextlib.suppress(_Stop):
+            with self._running(), contextlib.suppress(_Stop):
                 self._call_style(torch.as_tensor(np.asarray(ids, dtype=np.int64))[None])
         finally:
             handle.remove()
@@ -169,7 +195,7 @@ class OwnModel:
                     raise _Stop
 
         tape = StopAt(self.model)
-        with _quiet(), contextlib.suppress(_Stop), tape:
+        with self._running(), contextlib.suppress(_Stop), tape:
             self._call_style(torch.as_tensor(np.asarray(ids, dtype=np.int64))[None])
         return tape.rows.reshape(len(ids), -1).numpy()
 
@@ -178,6 +204,7 @@ class OwnModel:
         self.model = nn.Module()
         self._call_style = self._tap = None  # they hold the model too
         _forget_modules(self.source.directory)
+        self.put_back()
 
 
 def _call_styles(model: nn.Module) -> Iterator[Callable[[Tensor], Any]]:
@@ -214,18 +241,6 @@ def _call_styles(model: nn.Module) -> Iterator[Callable[[Tensor], Any]]:
         yield lambda tokens: call(tokens, required + optional, with_targets=True)
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No gradients, no fused encoder layers, no compilation: every operation reaches the dispatcher."""
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
-
-
 # --- loading -------------------------------------------------------------------------------------------------
 
 
@@ -247,26 +262,68 @@ def load_own_model(source: Source, log: Log) -> OwnModel:
     """
     if "quantization_config" in source.config:
         raise CheckpointError("config.json: a quantized checkpoint; convert the original weights instead")
+    put_back = random_state()
     try:
-        with _unregistered(), _seeds_restored():
-            try:
-                return _load_by_constructor(source, log)
-            except Exception as error:
-                first = error
-                log(f"own code: constructing the class failed ({_line(error)}); trying from_pretrained")
-            try:
-                return _load_by_from_pretrained(source, log)
-            except Exception as error:
-                if isinstance(first, CheckpointError):
-                    raise first from None
-                raise CheckpointError(
-                    f"the checkpoint's own code could not be loaded: {_line(first)} "
-                    f"(and from_pretrained: {_line(error)}). Without --trust-remote-code it is not run, and what "
-                    "the files leave open can be stated on the command line"
-                ) from first
+        with _unregistered(), contained(log):
+            torch.set_default_dtype(torch.float32)
+            own = _load(source, log)
+        own.put_back = put_back
+        return own
     except BaseException:
         _forget_modules(source.directory)
         raise
+    finally:
+        put_back()
+
+
+def _load(source: Source, log: Log) -> OwnModel:
+    try:
+        return _load_by_constructor(source, log)
+    except _MissingWeights:
+        raise
+    except Exception as error:
+        first = error
+        log(f"own code: constructing the class failed ({_line(error)}); trying from_pretrained")
+    try:
+        return _load_by_from_pretrained(source, log)
+    except Exception as error:
+        if isinstance(first, CheckpointError):
+            raise first from None
+        raise CheckpointError(
+            f"the checkpoint's own code could not be loaded: {_line(first)} (and from_pretrained: {_line(error)})."
+            f"{_advice(first, source)} Without --trust-remote-code it is not run, and what the files leave open can be "
+            "stated on the command line"
+        ) from first
+
+
+def _advice(error: BaseException, source: Source) -> str:
+    """What to do about code that cannot be imported or constructed: a package that is missing, another transformers."""
+    import transformers
+
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith(("transformers", "fixmin_")):
+        package = error.name.split(".")[0]
+        if (source.directory / f"{package}.py").is_file() or error.name.startswith(_PACKAGE):
+            return ""
+        return f" It imports the package {package}, which is not installed: pip install {package}."
+    text, origin = str(error), _origin(error)
+    written = source.config.get("transformers_version")
+    strange = isinstance(error, (ImportError, AttributeError, TypeError, KeyError, RuntimeError, NotImplementedError))
+    if strange and ("transformers" in text or "transformers" in origin or "meta tensor" in text):
+        said = f"; config.json says {written}" if isinstance(written, str) else ""
+        wanted = written.split(".")[0] if isinstance(written, str) else "4"
+        return (
+            f" It seems to be written for another release of transformers ({transformers.__version__} is installed"
+            f"{said}): convert it in an environment of its own, with pip install 'transformers=={wanted}.*'."
+        )
+    return ""
+
+
+def _origin(error: BaseException) -> str:
+    """The file in which an error was raised."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace.tb_frame.f_code.co_filename.replace("\\", "/") if trace is not None else ""
 
 
 def _load_by_constructor(source: Source, log: Log) -> OwnModel:
@@ -306,15 +363,20 @@ def _load_by_from_pretrained(source: Source, log: Log) -> OwnModel:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
-    bars = transformers_logging.is_progress_bar_enabled()
+    bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # what is missing is said here, by name
     try:
         model = AutoModelForCausalLM.from_pretrained(
             source.directory, trust_remote_code=needs_trust(source), dtype=torch.float32, local_files_only=True
         )
     finally:
+        transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
+    # Built on the meta device: what the constructor computes and no file holds has been left unwritten.
+    if computed := [name for name in _unsaved(model) if not is_no_weight(name)]:
+        raise CheckpointError(f"from_pretrained leaves {some(computed)} without the values of the constructor")
     return _filled(model, source, {}, log)
 
 
@@ -329,6 +391,7 @@ def _filled(model: nn.Module, source: Source, first_draw: dict[str, Tensor], log
         shape = source.tensors[stored].shape
         if tuple(state[name].shape) != shape:
             raise CheckpointError(f"tensor {stored}: {shape} in the file, {tuple(state[name].shape)} in the code")
+    _check_tied(model, source, file_name, state)
     mapped = map_weights(model, source, file_name)
     for name, stored in file_name.items():
         if name not in mapped:
@@ -337,11 +400,7 @@ def _filled(model: nn.Module, source: Source, first_draw: dict[str, Tensor], log
     if missing and getattr(getattr(model, "config", None), "tie_word_embeddings", False):
         missing = _tie_output(model, missing, file_name)
     missing = [n for n in missing if state[n].numel() and state[n].data_ptr() not in loaded]
-    parameters = [n for n, _ in model.named_parameters(remove_duplicate=False) if n in missing]
-    if parameters and not (first_draw and all(torch.equal(first_draw[n], state[n]) for n in parameters)):
-        raise CheckpointError(f"the files lack weights that the checkpoint's code needs: {', '.join(parameters)}")
-    if missing:
-        log(f"own code: not in the files, as the constructor computes them: {', '.join(missing)}")
+    _check_missing(model, source, missing, unknown, state)
     for name, tensor in model_tensors(model):
         drawn = first_draw.get(name)
         if drawn is not None and name in missing + _unsaved(model) and not _same(drawn, tensor):
@@ -349,7 +408,64 @@ def _filled(model: nn.Module, source: Source, first_draw: dict[str, Tensor], log
                 f"the checkpoint's code draws {name} {tuple(tensor.shape)} at random and no file holds it: "
                 "what the model computes differs from run to run"
             )
-    return OwnModel(model, source, file_name, unknown)
+    return OwnModel(model, source, file_name, unknown, log)
+
+
+def _check_missing(
+    model: nn.Module, source: Source, missing: list[str], unknown: list[str], state: Mapping[str, Tensor]
+) -> None:
+    """CheckpointError for what the code reads from the files and no file holds, unless it is no weight or allowed.
+
+    A constructor's value in its place would be certified: the file would compute what the checkpoint does not hold.
+    """
+    ignorable = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_missing", None) or []]
+    lacking, allowed = [], []
+    for name in missing:
+        if is_no_weight(name, state[name].detach().numpy() if state[name].ndim >= 2 else None):
+            continue  # a mask or a table of positions: the constructor's is the right one
+        if source.allow_missing(name):
+            allowed.append(f"{name} (--allow-missing)")
+        elif any(p.search(name) for p in ignorable):
+            allowed.append(f"{name} (its code says so: _keys_to_ignore_on_load_missing)")
+        else:
+            lacking.append(f"{name} {tuple(state[name].shape)}")
+    if lacking:
+        error = CheckpointError if unknown else _MissingWeights  # transformers may know the unknown ones by other names
+        raise error(
+            f"the files lack weights that the checkpoint's code needs: {some(lacking)}. If the values that its "
+            "constructor gives them are right, say so with --allow-missing NAME (or a pattern with *)"
+        )
+    for text in allowed:
+        source.warn(f"not in the files, so as the constructor makes it: {text}")
+
+
+def _check_tied(model: nn.Module, source: Source, file_name: Mapping[str, str], state: Mapping[str, Tensor]) -> None:
+    """CheckpointError where the code has one tensor and the files two, with different values."""
+    groups: dict[Any, list[str]] = {}
+    for name in file_name:
+        groups.setdefault((state[name].data_ptr(), tuple(state[name].shape)), []).append(name)
+    pairs = [(names[0], other) for (_, shape), names in groups.items() if 0 not in shape for other in names[1:]]
+    if getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        pairs += _ends(model, file_name, state)
+    for one, other in pairs:
+        a, b = file_name[one], file_name[other]
+        same = source.tensors[a].shape == source.tensors[b].shape
+        if a != b and not (same and np.array_equal(source.read_raw(a), source.read_raw(b))):
+            raise CheckpointError(
+                f"the checkpoint's code shares one tensor between {one} and {other}, but the files hold different "
+                f"values for them: which of the two counts depends on who loads it"
+            )
+
+
+def _ends(model: nn.Module, file_name: Mapping[str, str], state: Mapping[str, Tensor]) -> list[tuple[str, str]]:
+    """The names of the input and the output embedding, if the files hold both."""
+    try:
+        ends = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[operator]
+    except (AttributeError, NotImplementedError, TypeError):
+        return []
+    weights = [getattr(end, "weight", None) for end in ends]
+    names = [next((n for n in file_name if state[n] is weight), None) for weight in weights]
+    return [(names[0], names[1])] if names[0] and names[1] and names[0] != names[1] else []
 
 
 def _match_values(
@@ -398,10 +514,10 @@ def _match_names(model: nn.Module, source: Source) -> tuple[dict[str, str], list
         for add in _prefixes(wanted):
             stored = {}
             for name in source.tensors:
-                short = name[len(strip) :]
+                short = name.removeprefix(strip)
                 for wrapper in _WRAPPERS if add == "" else ():
                     short = short.replace(wrapper, "")
-                stored[add + short] = name
+                stored.setdefault(add + short, name)  # a second one stays over, and is reported
             match = {name: stored[name] for name in wanted if name in stored}
             plain = {name: name for name in wanted if name in source.tensors} if not strip and not add else {}
             match = plain if len(plain) >= len(match) and plain else match
@@ -431,15 +547,40 @@ def _prefixes(names: Any) -> list[str]:
 # --- classes -------------------------------------------------------------------------------------------------
 
 
+def check_code(source: Source, trusted: bool) -> None:
+    """CheckpointError, or without permission to run code a warning, if auto_map names code that is not there."""
+    auto_map = source.config.get("auto_map")
+    if auto_map is not None and not isinstance(auto_map, dict):
+        raise CheckpointError(f"config.json: auto_map is {auto_map!r}, but must map names to 'module.Class'")
+    for key in ("AutoConfig", *_AUTO_MODELS):
+        reference = (auto_map or {}).get(key)
+        reference = reference[0] if isinstance(reference, (list, tuple)) and reference else reference
+        if reference is None or _local_reference(source.directory, reference):
+            continue
+        text = f"config.json: auto_map names {reference!r} for {key}, "
+        if not isinstance(reference, str) or "." not in reference:
+            raise CheckpointError(text + "but it must be 'module.Class'")
+        module = reference.split("--")[-1].rpartition(".")[0]
+        file = module.replace(".", "/") + ".py"
+        text += f"but there is no {file} in {source.directory}"
+        if "--" in reference:
+            text += f": it lies in the repository {reference.split('--')[0]}, copy it from there"
+        if trusted:
+            raise CheckpointError(text)
+        source.warn(f"{text}; the code could not be run even with --trust-remote-code")
+    if trusted and not has_own_code(source):
+        source.warn("--trust-remote-code: the checkpoint has no code that could be run")
+
+
 def _own_class(source: Source) -> tuple[str, str] | None:
     """(module, class) of the model in the checkpoint's directory."""
     auto_map = source.config.get("auto_map")
     auto_map = auto_map if isinstance(auto_map, dict) else {}
-    for key in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel"):
+    for key in _AUTO_MODELS:
         if found := _local_reference(source.directory, auto_map.get(key)):
             return found
     for architecture in source.config.get("architectures") or []:
-        for path in sorted(source.directory.glob("*.py")):
+        for path in sorted(source.directory.glob("[!.]*.py")):
             with contextlib.suppress(SyntaxError, UnicodeDecodeError):
                 body = ast.parse(path.read_text(encoding="utf-8")).body
                 if any(isinstance(node, ast.ClassDef) and node.name == architecture for node in body):
@@ -479,7 +620,7 @@ def _constructor(source: Source) -> Callable[[], nn.Module]:
         model_class = getattr(transformers, name)
         return lambda: model_class(_config(model_class.config_class, fields))
     package = _import_package(source.directory)
-    model_class = getattr(importlib.import_module(f"{package}.{own[0]}"), own[1])
+    model_class = _named(importlib.import_module(f"{package}.{own[0]}"), own)
     for ancestor in model_class.__mro__:
         # transformers 4 listed the names of tied weights; transformers 5 wants a mapping and trips over a list.
         if isinstance(vars(ancestor).get("_tied_weights_keys"), (list, set, tuple)):
@@ -487,10 +628,16 @@ def _constructor(source: Source) -> Callable[[], nn.Module]:
     auto_map = source.config.get("auto_map") or {}
     reference = _local_reference(source.directory, auto_map.get("AutoConfig"))
     if reference is not None:
-        config_class = getattr(importlib.import_module(f"{package}.{reference[0]}"), reference[1])
+        config_class = _named(importlib.import_module(f"{package}.{reference[0]}"), reference)
     else:
         config_class = getattr(model_class, "config_class", None)
     return lambda: model_class(_config(config_class, fields))
+
+
+def _named(module: ModuleType, reference: tuple[str, str]) -> Any:
+    if not hasattr(module, reference[1]):
+        raise CheckpointError(f"config.json names the class {reference[1]}, which {reference[0]}.py does not define")
+    return getattr(module, reference[1])
 
 
 def _config(config_class: Any, fields: dict[str, Any]) -> Any:
@@ -506,7 +653,7 @@ def _config(config_class: Any, fields: dict[str, Any]) -> Any:
 def _import_package(directory: Path) -> str:
     """Make the directory importable as a package with a name of its own."""
     importlib.invalidate_caches()
-    package = ModuleType(f"fixmin_checkpoint_{next(_counter)}")
+    package = ModuleType(f"{_PACKAGE}{next(_counter)}")
     package.__path__ = [str(directory.resolve())]
     package.__file__ = str(directory.resolve() / "__init__.py")
     sys.modules[package.__name__] = package
@@ -546,20 +693,6 @@ def _unregistered() -> Iterator[None]:
         for mapping, content in zip(mappings, before, strict=True):
             mapping.clear()
             mapping.update(content)
-
-
-@contextlib.contextmanager
-def _seeds_restored() -> Iterator[None]:
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(dtype)
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-        random.setstate(states[2])
 
 
 def _line(error: BaseException) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import ggml
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType, quants
 from numpy.typing import NDArray
 
 F32 = GGMLQuantizationType.F32
@@ -56,6 +56,16 @@ OUT_TYPES: dict[str, OutType] = {
     "q4_0": OutType(Q4_0, LlamaFileType.MOSTLY_Q4_0, 8 * _F16_OVERFLOW, 1 / 8 + 2.0**-11, 8 * 2.0**-25, 0.5),
 }
 BY_GGML_TYPE: dict[GGMLQuantizationType, OutType] = {t.ggml: t for t in OUT_TYPES.values()}
+
+
+class NotFiniteError(OverflowError):
+    """Some of the values are NaN or infinite; `index` is where the first of them is among those given."""
+
+    def __init__(self, rows: NDArray[np.float32]) -> None:
+        flat = int(np.flatnonzero(~np.isfinite(rows))[0])
+        self.index = tuple(int(i) for i in np.unravel_index(flat, rows.shape))
+        value = rows[self.index]
+        super().__init__("holds NaN" if np.isnan(value) else "holds infinity")
 
 
 def row_bytes(n: int, ggml_type: GGMLQuantizationType) -> int:
@@ -115,7 +125,7 @@ def quantize_rows(
         low, high = float(rows.min()), float(rows.max())
         extreme = max(-low, high)
         if not np.isfinite(low) or not np.isfinite(high):
-            raise OverflowError("holds NaN or infinity")
+            raise NotFiniteError(rows)
         if extreme >= value_limit(ggml_type):
             raise OverflowError(f"holds the value {extreme:.6g}, which overflows {ggml_type.name}")
     if ggml_type == F32:
@@ -124,7 +134,7 @@ def quantize_rows(
     if importance is not None:
         if importance.shape != rows.shape[1:]:
             raise ValueError(f"importance {importance.shape} for rows of {rows.shape[1]}")
-        importance = np.ascontiguousarray(importance, dtype=np.float32)
+        importance = floored(importance)
         weights = importance.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
     out = np.empty((rows.shape[0], row_bytes(rows.shape[1], ggml_type)), dtype=np.uint8)
     written = ggml.ggml_quantize_chunk(
@@ -138,4 +148,30 @@ def quantize_rows(
     )
     if written != out.nbytes:
         raise RuntimeError(f"ggml_quantize_chunk wrote {written} bytes for {ggml_type.name}, expected {out.nbytes}")
+    if importance is not None and not np.isfinite(dequantize(out, ggml_type)).all():
+        raise OverflowError(f"and its importance give {ggml_type.name} scales that are not finite")
     return out
+
+
+def floored(importance: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Importance [n] without zeros, and of a size that float32 can compute with.
+
+    A column whose inputs were all zero in the text still has weights. ggml divides by the importance of a block and
+    writes NaN where that is zero: so such columns count a millionth of the mean. Only the ratio of the values matters.
+    """
+    values = np.asarray(importance, dtype=np.float64)
+    mean = values.mean()
+    if mean == 0:
+        return np.ones(values.shape, np.float32)
+    if not 1e-10 < mean < 1e10:
+        values, mean = values / mean, 1.0
+    return np.maximum(values, 1e-6 * mean).astype(np.float32)
+
+
+def dequantize(raw: NDArray[np.uint8], ggml_type: GGMLQuantizationType) -> NDArray[np.float32]:
+    """Bytes of whole rows -> float32 values, flat."""
+    if ggml_type == GGMLQuantizationType.F32:
+        return raw.view("<f4")
+    if ggml_type == GGMLQuantizationType.F16:
+        return raw.view("<f2").astype(np.float32)
+    return quants.dequantize(raw, ggml_type)

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType, quants
+from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
 from .. import _core
-from ..errors import GGUFError
-from .quantize import row_bytes
+from ..errors import GGUFError, naming
+from .quantize import dequantize, row_bytes
 from .spec import CodeSpec, ModelSpec, TensorRecipe
 
 
@@ -37,7 +37,8 @@ def read_gguf(path: str | os.PathLike[str]) -> StoredModel:
     Raises GGUFError for a file that is malformed, is of another architecture or lacks a key; OSError if unreadable.
     """
     path = Path(path)
-    file = _core.GgufFile(str(path))
+    with naming(path):
+        file = _core.GgufFile(str(path))
     metadata = file.metadata
     if metadata.get("general.architecture") != "fixmin":
         raise GGUFError(f"{path}: architecture {metadata.get('general.architecture')!a}, expected 'fixmin'")
@@ -120,12 +121,3 @@ def _recipe(path: Path, tensor: _core.GgufTensor, ggml_type: GGMLQuantizationTyp
         return dequantize(raw, ggml_type).reshape(stop - start, *shape[1:])
 
     return TensorRecipe(shape, (tensor.name,), read_rows)
-
-
-def dequantize(raw: NDArray[np.uint8], ggml_type: GGMLQuantizationType) -> NDArray[np.float32]:
-    """Bytes of whole rows -> float32 values, flat."""
-    if ggml_type == GGMLQuantizationType.F32:
-        return raw.view("<f4")
-    if ggml_type == GGMLQuantizationType.F16:
-        return raw.view("<f2").astype(np.float32)
-    return quants.dequantize(raw, ggml_type)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import CheckpointError
-from .source import Source
+from .source import Source, is_no_weight, some
 from .spec import Resolved
 
 Log = Callable[[str], None]
@@ -47,6 +47,8 @@ def resolve(
     map_file: str | os.PathLike[str] | None = None,
     calibrate: str | os.PathLike[str] | None = None,
     overrides: Mapping[str, Any] | None = None,
+    allow_missing: Sequence[str] = (),
+    allow_unexpected: Sequence[str] = (),
     log: Log | None = None,
 ) -> Resolved:
     """Read a checkpoint directory and settle every convention of DESIGN §2, each with its provenance.
@@ -57,6 +59,9 @@ def resolve(
         map_file: which checkpoint tensor is which GGUF tensor, see `roles.read_map`.
         calibrate: a text file; without code, what the files leave open is chosen by the model's loss on it.
         overrides: what the user states; keys and values as in `OVERRIDES`.
+        allow_missing: names, or patterns with * and ?, of tensors that the files may lack: they get what a new model
+            has there (the constructor's values; without code, biases of 0 and gains of 1).
+        allow_unexpected: the same for tensors that have no place in the model: they are left out.
         log: called with a line of text for every finding, as it is made.
 
     Returns:
@@ -77,10 +82,12 @@ def resolve(
         if log is not None:
             log(line)
 
-    source = Source(Path(checkpoint_dir))
+    source = Source(Path(checkpoint_dir), allow_missing=allow_missing, allow_unexpected=allow_unexpected)
     try:
         from . import probe
 
+        probe.check_code(source, trust_remote_code)
+        check_finite(source, map_file)
         if probe.has_own_code(source) and (trust_remote_code or not probe.needs_trust(source)):
             from .observe import resolve_by_code
 
@@ -89,13 +96,54 @@ def resolve(
             from .without_code import resolve_without_code
 
             resolved = resolve_without_code(source, stated, map_file, calibrate, tell)
+        source.allow_missing.check_used()
+        source.allow_unexpected.check_used()
     except BaseException:
         source.close()
         raise
     for name, (value, origin) in resolved.spec.conventions.items():
         tell(f"{name} = {_short(value)} ({origin})")
-    resolved.report = report
+    _check_tokenizer(resolved)
+    for text in source.warnings:
+        tell(f"warning: {text}")
+    resolved.report, resolved.warnings = report, tuple(source.warnings)
     return resolved
+
+
+def _check_tokenizer(resolved: Resolved) -> None:
+    """A warning if texts can have ids that the model does not have. CheckpointError for an unreadable tokenizer."""
+    path, size = resolved.spec.tokenizer_json, resolved.spec.vocab_size
+    if path is None:
+        return
+    from tokenizers import Tokenizer
+
+    try:
+        beyond = [token for token, i in Tokenizer.from_file(str(path)).get_vocab().items() if i >= size]
+    except Exception as error:  # tokenizers raises plain Exception
+        raise CheckpointError(f"{path}: not a tokenizer.json of the tokenizers library: {error}") from error
+    if beyond:
+        resolved.source.warn(
+            f"{path.name} has {len(beyond)} tokens beyond the {size} of the model ({some(sorted(beyond), 3)}): texts "
+            "with them cannot be read"
+        )
+
+
+def check_finite(source: Source, map_file: str | os.PathLike[str] | None) -> None:
+    """CheckpointError that names the first weight that is NaN or infinite. Reads all weights once.
+
+    Here, because further on such a number looks like a function that the file format does not have.
+    """
+    from .roles import read_map  # imports torch
+
+    ignored = read_map(source, map_file).ignored
+    for name, tensor in source.tensors.items():
+        square = len(tensor.shape) >= 2 and tensor.size == tensor.shape[-1] ** 2
+        if name not in ignored and not is_no_weight(name) and not source.allow_unexpected(name):
+            try:
+                source.check_finite(name)
+            except CheckpointError:
+                if not (square and is_no_weight(name, source.read_raw(name))):  # a mask may hold -inf
+                    raise
 
 
 _CHOICES = {

@@ -20,32 +20,16 @@ from numpy.typing import NDArray
 
 from ..errors import CheckpointError
 from .recipes import gather, stored_ref
-from .source import Source, hyper
+from .source import Source, hyper, is_no_weight, some
 from .spec import TensorRecipe
-
-_NO_WEIGHT = re.compile(
-    r"(^|[._])(inv_freqs?|freqs?(_cis)?|rotary|rope|(cos|sin)(_(cached?|table|emb))?|masked_bias|mask|causal_mask|"
-    r"attn_mask|tril|triu|position_ids|positions|num_batches_tracked)([._]|$)"
-)
-
-
-def is_no_weight(name: str, values: NDArray[Any] | None = None) -> bool:
-    """Whether a tensor is a mask, a table of positions or the like, by its name or (if given) its values."""
-    if _NO_WEIGHT.search(name):
-        return True
-    if values is None or values.ndim < 2 or values.shape[-1] < 2 or values.size != values.shape[-1] ** 2:
-        return False
-    square = values.reshape(values.shape[-1], -1)
-    below, above = np.tril(np.ones(square.shape, bool)), np.triu(np.ones(square.shape, bool), 1)
-    return len(np.unique(square[below])) == 1 and len(np.unique(square[above])) == 1
 
 
 def leftovers_error(source: Source, names: Iterable[str], why: str) -> CheckpointError:
     """The refusal of tensors that have no role."""
     listed = "; ".join(f"{n} {source.tensors[n].shape}" for n in sorted(names))
     return CheckpointError(
-        f"tensors without a place in the model ({why}): {listed}. Give each a place in a --map FILE, or a line "
-        "'NAME = ignore'"
+        f"tensors without a place in the model ({why}): {listed}. Give each a place in a --map FILE, or leave "
+        "them out with --allow-unexpected NAME"
     )
 
 
@@ -193,6 +177,8 @@ def assign_roles(source: Source, mapping: Map, vocab_size: int | None, transpose
             ignored[name] = "a mask or a table of positions"
         elif name not in ignored and name not in mapped:
             names.append(name)
+    if not mapping.places:
+        names += complete_blocks(source, names)
     placed = {int(m[1]) for gguf in mapping.places if (m := re.match(r"blk\.(\d+)\.", gguf))}
     try:
         blocks_at, rest = split_blocks(source, names)
@@ -209,11 +195,13 @@ def assign_roles(source: Source, mapping: Map, vocab_size: int | None, transpose
         alternatives.append(options)
         left += unknown
     top, unknown = top_roles(source, rest, width, vocab_size)
-    if left or unknown:
+    for name in [n for n in (*left, *unknown) if source.allow_unexpected(n)]:
+        ignored[name] = "--allow-unexpected"
+    if any(name not in ignored for name in (*left, *unknown)):
         why = "their names and shapes do not say what they are"
         if transposed is None:
             why += ", nor whether matrices are stored [out, in] or [in, out], which --transposed settles"
-        raise leftovers_error(source, [*left, *unknown], why)
+        raise leftovers_error(source, [n for n in (*left, *unknown) if n not in ignored], why)
     norms = [[r for r in ("attn_norm", "ffn_norm") if r in b or f"blk.{i}.{r}.weight" in mapping.places]
              for i, b in enumerate(blocks)]  # fmt: skip
     if len({tuple(n) for n in norms}) > 1 or len(norms[0]) == 1:
@@ -230,17 +218,80 @@ def assign_roles(source: Source, mapping: Map, vocab_size: int | None, transpose
     return Roles(width, blocks, top, transposed, options, ignored)
 
 
+def complete_blocks(source: Source, names: list[str]) -> list[str]:
+    """Refuse a block that lacks what the others have, or fill it where the user allows it; returns what was filled.
+
+    A bias or a norm that one block alone lacks is not one that its author left out.
+    """
+    members = max(_families(names).values(), default={}, key=lambda m: _size(source, m))
+    period = 1 if _regularity(members, 1) >= _regularity(members, 2) else 2
+    filled, lacking = [], []
+    for phase in range(period):
+        group = {i: paths for i, paths in members.items() if i % period == phase}
+        counts = Counter(suffix for paths in group.values() for suffix in paths)
+        for suffix in [s for s, n in counts.items() if len(group) / 2 <= n < len(group)]:
+            like = next(paths[suffix] for paths in group.values() if suffix in paths)
+            number = next(i for i, paths in group.items() if suffix in paths)
+            for i in sorted(i for i, paths in group.items() if suffix not in paths):
+                name = _renumbered(like, number, i, suffix)
+                shape = source.tensors[like].shape
+                if len(shape) == 1 and source.allow_missing(name):
+                    value = 0.0 if _is_bias(suffix) else 1.0
+                    source.fill(name, shape, value)
+                    source.warn(f"not in the files, so filled with {value:g}: {name} (--allow-missing)")
+                    filled.append(name)
+                else:
+                    lacking.append(f"{name} {shape}")
+    gaps = sorted(set(range(min(members, default=0), max(members, default=-1) + 1)) - set(members))
+    if gaps and not lacking:
+        like = next(iter(members[min(members)].values()))
+        lacking = [f"all of block {i} (as {_renumbered(like, min(members), i, '')})" for i in gaps]
+    if lacking and len(members) > 1:
+        raise CheckpointError(
+            f"the files lack weights that other blocks have: {some(lacking)}. Vectors that are zero (biases) or one "
+            "(gains) may be left out with --allow-missing NAME (or a pattern with *)"
+        )
+    return filled
+
+
+def _families(names: Iterable[str]) -> dict[str, dict[int, dict[str, str]]]:
+    """What stands before a number in the names -> number -> what stands behind it -> name."""
+    families: dict[str, dict[int, dict[str, str]]] = {}
+    for name in names:
+        for match in re.finditer(r"\d+", name):
+            suffix = name[match.end() :].lstrip("._")
+            families.setdefault(name[: match.start()], {}).setdefault(int(match[0]), {})[suffix] = name
+    return families
+
+
+def _size(source: Source, members: Mapping[int, Mapping[str, str]]) -> int:
+    return sum(source.tensors[n].size for paths in members.values() for n in paths.values()) if len(members) > 1 else 0
+
+
+def _regularity(members: Mapping[int, Mapping[str, str]], period: int) -> float:
+    """Fraction of the tensors that most blocks of the same phase have."""
+    regular = 0
+    for phase in range(period):
+        group = [paths for i, paths in members.items() if i % period == phase]
+        counts = Counter(suffix for paths in group for suffix in paths)
+        regular += sum(n for n in counts.values() if n > len(group) / 2)
+    return regular / max(sum(map(len, members.values())), 1)
+
+
+def _renumbered(name: str, number: int, new: int, suffix: str) -> str:
+    """The name of the same tensor in another block."""
+    end = len(name) - len(suffix)
+    start = name.rindex(str(number), 0, end)
+    return name[:start] + str(new) + name[start + len(str(number)) :]
+
+
 def split_blocks(source: Source, names: list[str]) -> tuple[list[dict[str, str]], list[str]]:
     """(per block: path in the block -> tensor name, all other names).
 
     The number of the block is the one in the names that repeats the most weights. Sequences that alternate between
     attention and MLP count as blocks in pairs; then paths begin with "0." or "1.".
     """
-    families: dict[str, dict[int, dict[str, str]]] = {}
-    for name in names:
-        for match in re.finditer(r"\d+", name):
-            suffix = name[match.end() :].lstrip("._")
-            families.setdefault(name[: match.start()], {}).setdefault(int(match[0]), {})[suffix] = name
+    families = _families(names)
     best: tuple[int, list[dict[str, str]]] = (0, [])
     for members in families.values():
         shape_of = {i: {(s, source.tensors[n].shape) for s, n in paths.items()} for i, paths in members.items()}

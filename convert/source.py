@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CheckpointError
+from ..recognise import describe_content, describe_path
+from .tokenizer_files import build_tokenizer
 
 F32 = NDArray[np.float32]
 
@@ -28,6 +31,13 @@ _DTYPES = {
 }  # fmt: skip
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
+_CHUNK = 1 << 22  # elements of a tensor looked at together
+
+# Weight files in the order in which transformers looks for them: the first one that is there counts.
+_STANDARD = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+# Without any of those, every *.safetensors or pytorch_model*.bin is read, but for these: the weights once more in
+# another layout, and what is no model.
+_OTHER_LAYOUT = re.compile(r"consolidated|adapter_model|optimizer|scheduler|training_args|rng_state", re.IGNORECASE)
 
 # One fact, many spellings. The first one present in config.json counts.
 _HYPER = {
@@ -90,6 +100,23 @@ def context_length(config: Mapping[str, Any]) -> tuple[int, str] | None:
     return None
 
 
+_NO_WEIGHT = re.compile(
+    r"(^|[._])(inv_freqs?|freqs?(_cis)?|rotary|rope|(cos|sin)(_(cached?|table|emb))?|masked_bias|mask|causal_mask|"
+    r"attn_mask|tril|triu|position_ids|positions|num_batches_tracked)([._]|$)"
+)
+
+
+def is_no_weight(name: str, values: NDArray[Any] | None = None) -> bool:
+    """Whether a tensor is a mask, a table of positions or the like, by its name or (if given) its values."""
+    if _NO_WEIGHT.search(name):
+        return True
+    if values is None or values.ndim < 2 or values.shape[-1] < 2 or values.size != values.shape[-1] ** 2:
+        return False
+    square = values.reshape(values.shape[-1], -1)
+    below, above = np.tril(np.ones(square.shape, bool)), np.triu(np.ones(square.shape, bool), 1)
+    return len(np.unique(square[below])) == 1 and len(np.unique(square[above])) == 1
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """Where one tensor lies. `offset` is from the start of the file; -1 for tensors of a .bin file."""
@@ -110,21 +137,70 @@ class StoredTensor:
         return self.dtype in _FLOATS
 
 
-class Source:
-    """A checkpoint directory: `config`, `tensors` (name -> StoredTensor) and their values. A context manager."""
+@dataclass(frozen=True)
+class SpecialIds:
+    """Ids of special tokens: None or () where there is none."""
 
-    def __init__(self, directory: Path | str) -> None:
+    bos: int | None
+    eos: tuple[int, ...]  # each of them ends a text
+    pad: int | None
+
+
+@dataclass
+class Allowance:
+    """Names, or patterns with * and ?, that the user gave to an option, and which of them named something."""
+
+    option: str
+    patterns: tuple[str, ...] = ()
+    used: set[str] = field(default_factory=set)
+
+    def __call__(self, name: str) -> bool:
+        """Whether `name` is allowed."""
+        fitting = [p for p in self.patterns if fnmatchcase(name, p)]
+        self.used.update(fitting)
+        return bool(fitting)
+
+    def check_used(self) -> None:
+        """CheckpointError for a pattern that named nothing: a misspelt one must not look like one that worked."""
+        for pattern in self.patterns:
+            if pattern not in self.used:
+                what = self.option.removeprefix("--allow-")
+                raise CheckpointError(f"{self.option} {pattern}: no {what} tensor has such a name")
+
+
+def check_directory(directory: Path) -> None:
+    """CheckpointError, with what it is instead, for a path that is no directory."""
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: {describe_path(directory)}")
+
+
+class Source:
+    """A checkpoint directory: `config`, `tensors` (name -> StoredTensor) and their values. A context manager.
+
+    `warnings`: what whoever converts should know of it, filled while it is read.
+    """
+
+    def __init__(
+        self, directory: Path | str, *, allow_missing: Sequence[str] = (), allow_unexpected: Sequence[str] = ()
+    ) -> None:
         """Read config.json and the headers of the weight files.
+
+        allow_missing, allow_unexpected: names or patterns of tensors, for whoever reads the model, see `Allowance`.
 
         Raises CheckpointError for anything missing, truncated or contradictory.
         """
         self.directory = Path(directory)
-        if not self.directory.is_dir():
-            raise CheckpointError(f"{self.directory}: not a directory with a checkpoint")
+        check_directory(self.directory)
+        self.allow_missing = Allowance("--allow-missing", tuple(allow_missing))
+        self.allow_unexpected = Allowance("--allow-unexpected", tuple(allow_unexpected))
+        self.warnings: list[str] = []
         self.config: dict[str, Any] = self._json("config.json", {})
         self.tensors: dict[str, StoredTensor] = {}
         self.on_close: list[Callable[[], None]] = []
         self._bin: dict[str, Any] = {}  # tensors of .bin files, torch tensors over a mapping
+        self._filled: dict[str, F32] = {}  # tensors that no file holds, see `fill`
+        self._tokenizer: Path | None = None
+        self._tokenizer_known = False
         self.files = self._find_files()
         for path, expected in self.files.items():
             self._read_header(path, expected)
@@ -141,6 +217,16 @@ class Source:
             self.on_close.pop()()
         self._bin.clear()
 
+    def warn(self, text: str) -> None:
+        """Something that whoever converts should know."""
+        if text not in self.warnings:
+            self.warnings.append(text)
+
+    def fill(self, name: str, shape: tuple[int, ...], value: float) -> None:
+        """Add a tensor that no file holds, all its elements the same."""
+        self.tensors[name] = StoredTensor(name, "F32", shape, self.directory, -1)
+        self._filled[name] = np.full(shape, value, np.float32)
+
     def read_raw(self, name: str, view: Callable[[NDArray[Any]], NDArray[Any]] = lambda a: a) -> NDArray[Any]:
         """A copy of `view(tensor)` in the stored type (BF16 as float32).
 
@@ -155,10 +241,34 @@ class Source:
 
     def read(self, name: str, view: Callable[[NDArray[Any]], NDArray[Any]] = lambda a: a) -> F32:
         """The same as float32. CheckpointError if a weight is NaN or infinite."""
-        part = self.read_raw(name, view).astype(np.float32, copy=False)
+        with np.errstate(over="ignore"):  # float64 beyond float32
+            part = self.read_raw(name, view).astype(np.float32, copy=False)
         if not np.isfinite(part).all():
+            self.check_finite(name)
             raise CheckpointError(f"tensor {name} holds NaN or infinity")
         return part
+
+    def check_finite(self, name: str) -> None:
+        """CheckpointError that names the first element of a tensor that is no finite float32."""
+        tensor = self.tensors[name]
+        if not tensor.is_float or not tensor.size:
+            return
+        for start in range(0, tensor.size, _CHUNK):
+            part = self.read_raw(name, lambda a, start=start: a.reshape(-1)[start : start + _CHUNK])
+            # min and max propagate NaN and need no temporary array.
+            if max(-float(part.min()), float(part.max())) < 2.0**128 * (1 - 2.0**-25):
+                continue
+            with np.errstate(over="ignore"):
+                bad = np.flatnonzero(~np.isfinite(part.astype(np.float32)))
+            if len(bad):
+                value = float(part[bad[0]])
+                index = [int(i) for i in np.unravel_index(start + int(bad[0]), tensor.shape)]
+                what = "NaN" if value != value else "infinity" if np.isinf(value) else f"{value:g}, beyond float32"
+                where = f" at {index}" if index else ""
+                raise CheckpointError(
+                    f"tensor {name} {tensor.shape} ({tensor.file.name}) holds {what}{where}: the checkpoint is damaged "
+                    "(a training that diverged, a broken download?)"
+                )
 
     def sha256(self) -> str:
         """SHA-256 of the weight files, one after the other in order of their names, hexadecimal."""
@@ -170,26 +280,78 @@ class Source:
         return digest.hexdigest()
 
     def tokenizer_json(self) -> Path | None:
-        path = self.directory / "tokenizer.json"
-        return path if path.is_file() else None
+        """tokenizer.json of the checkpoint, or one that is built of its vocab.json and merges.txt (until `close`)."""
+        if not self._tokenizer_known:
+            self._tokenizer_known = True
+            path = self.directory / "tokenizer.json"
+            if path.is_file():
+                if (what := describe_content(path)) is not None:
+                    raise CheckpointError(f"{path}: {what}")
+                self._tokenizer = path
+            else:
+                self._tokenizer = build_tokenizer(
+                    self.directory, self._json("tokenizer_config.json", {}), self.warn, self.on_close
+                )
+        return self._tokenizer
 
-    def token_id(self, kind: str) -> int | None:
-        """Id of the "bos", "eos" or "pad" token: from the configuration files, else looked up in tokenizer.json."""
-        special = self._json("special_tokens_map.json", {})
-        for config in (self.config, self._json("generation_config.json", {})):
+    def special_ids(self, vocab_size: int) -> SpecialIds:
+        """Ids of the tokens that begin, end and pad a text, each below vocab_size.
+
+        As in transformers, generation_config.json counts where it names one; then config.json; then the text of the
+        token in the tokenizer's configuration. CheckpointError for an id that the model does not have.
+        """
+        bos, pad = self._token_ids("bos", vocab_size), self._token_ids("pad", vocab_size)
+        for kind, ids in (("bos", bos), ("pad", pad)):
+            if len(ids) > 1:
+                raise CheckpointError(f"{kind}_token_id is {list(ids)}, but one id was expected")
+        eos = self._token_ids("eos", vocab_size)
+        return SpecialIds(next(iter(bos), None), eos, next(iter(pad), None))
+
+    def _token_ids(self, kind: str, vocab_size: int) -> tuple[int, ...]:
+        stated: list[tuple[str, tuple[int, ...]]] = []
+        for file in ("generation_config.json", "config.json"):
+            config = self.config if file == "config.json" else self._json(file, {})
             for key in (f"{kind}_token_id", f"{kind}_id"):
-                value = config.get(key)
-                value = value[0] if isinstance(value, list) and value else value
-                if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-                    return value
-        for config in (self.config, self._json("tokenizer_config.json", {}), special):
+                ids = self._checked_ids(f"{self.directory / file}: {key}", config.get(key), vocab_size)
+                if ids:
+                    stated.append((file, ids))
+        if stated:
+            if any(set(ids) != set(stated[0][1]) for _, ids in stated):
+                said = ", ".join(f"{list(ids)} in {file}" for file, ids in stated)
+                self.warn(f"{kind}_token_id is {said}: the first counts, as in transformers")
+            return stated[0][1]
+        for file in ("config.json", "tokenizer_config.json", "special_tokens_map.json"):
+            config = self.config if file == "config.json" else self._json(file, {})
             text = config.get(f"{kind}_token")
             text = text.get("content") if isinstance(text, dict) else text
             if isinstance(text, str) and (path := self.tokenizer_json()) is not None:
                 from tokenizers import Tokenizer
 
-                return Tokenizer.from_file(str(path)).token_to_id(text)
-        return None
+                found = Tokenizer.from_file(str(path)).token_to_id(text)
+                if found is not None and found >= vocab_size:
+                    self.warn(
+                        f"{kind}_token {text!r} ({file}) is id {found}, which the model of {vocab_size} ids lacks"
+                    )
+                    found = None
+                return () if found is None else (found,)
+        return ()
+
+    def _checked_ids(self, where: str, value: Any, vocab_size: int) -> tuple[int, ...]:
+        """The ids in a value of a configuration; none for null, [] and the -1 with which some files say "none"."""
+        if value is None:
+            return ()
+        ids = value if isinstance(value, list) else [value]
+        for one in ids:
+            if not isinstance(one, int) or isinstance(one, bool):
+                raise CheckpointError(f"{where} is {value!r}: a token id must be a whole number")
+            if one == -1 and len(ids) == 1:
+                self.warn(f"{where} is -1: taken as none")
+                return ()
+            if not 0 <= one < vocab_size:
+                raise CheckpointError(
+                    f"{where} is {value!r}, but the ids of this model run from 0 to {vocab_size - 1}: correct the file"
+                )
+        return tuple(dict.fromkeys(ids))
 
     # --- files -----------------------------------------------------------------------------------------------------
 
@@ -199,26 +361,69 @@ class Source:
             return default
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CheckpointError(f"{path}: not valid JSON: {error}") from None
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path}: {describe_content(path) or f'not valid JSON: {error}'}") from None
         if not isinstance(value, dict):
             raise CheckpointError(f"{path}: expected a JSON object")
         return value
 
     def _find_files(self) -> dict[Path, set[str] | None]:
         """Weight files, each with the names that an index promises for it (None: no index)."""
-        for suffix, pattern in ((".safetensors", "*.safetensors"), (".bin", "pytorch_model*.bin")):
-            indexes = sorted(self.directory.glob(f"*{suffix}.index.json"))
+        # "._x" is what macOS writes beside x on foreign disks.
+        present = sorted(p for p in self.directory.iterdir() if not p.name.startswith(".") and p.is_file())
+        weights = [p for p in present if p.name.endswith(".safetensors") or re.match(r"pytorch_model.*\.bin$", p.name)]
+        chosen = self._standard_files() or self._other_files(present, weights)
+        if not chosen:
+            raise CheckpointError(f"{self.directory}: {self._why_no_weights(present)}")
+        kind = next(iter(chosen)).suffix
+        unread = [p.name for p in weights if p not in chosen and p.suffix == kind]
+        if unread:
+            self.warn(f"weights are read from {some([p.name for p in chosen], 3)}, not from {some(unread)}")
+        if (self.directory / "adapter_config.json").is_file():
+            self.warn("adapter_config.json: there is an adapter beside the weights, which is not applied")
+        return chosen
+
+    def _standard_files(self) -> dict[Path, set[str] | None]:
+        for name in _STANDARD:
+            path = self.directory / name
+            if path.is_file():
+                return self._indexed(path) if name.endswith(".json") else {path: None}
+        return {}
+
+    def _other_files(self, present: list[Path], weights: list[Path]) -> dict[Path, set[str] | None]:
+        """Files that are named in another way than transformers does."""
+        for suffix in (".safetensors", ".bin"):
+            indexes = [p for p in present if p.name.endswith(f"{suffix}.index.json")]
+            if len(indexes) > 1:
+                raise CheckpointError(f"more than one index: {', '.join(p.name for p in indexes)}")
             if indexes:
-                if len(indexes) > 1:
-                    raise CheckpointError(f"more than one index: {', '.join(p.name for p in indexes)}")
                 return self._indexed(indexes[0])
-            files = sorted(self.directory.glob(pattern))
+            files = [p for p in weights if p.suffix == suffix]
+            files = [p for p in files if not _OTHER_LAYOUT.match(p.name)] or [
+                p for p in files if p.name.startswith("consolidated")
+            ]
             if files:
+                _check_numbering(files)
                 return dict.fromkeys(files)
-        raise CheckpointError(
-            f"{self.directory}: no weights: neither *.safetensors nor pytorch_model*.bin (with or without an index)"
-        )
+        return {}
+
+    def _why_no_weights(self, present: list[Path]) -> str:
+        names = {p.name for p in present}
+        if not any(self.directory.iterdir()):
+            return "the folder is empty"
+        if "adapter_config.json" in names:
+            base = self._json("adapter_config.json", {}).get("base_model_name_or_path")
+            return (
+                f"an adapter (of {base}), not a model: merge it first (peft: merge_and_unload, then save_pretrained) and "
+                "convert the result"
+            )
+        found = [n for n in sorted(names) if n.endswith((".gguf", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx"))]
+        text = "no weights: neither *.safetensors nor pytorch_model*.bin (with or without an index)"
+        if found:
+            return f"{text}; {some(found)} cannot be converted"
+        folders = [p.parent for pattern in ("*/config.json", "snapshots/*/config.json") for p in
+                   sorted(self.directory.glob(pattern))]  # fmt: skip
+        return f"{text}; is {folders[0]} meant?" if folders else text
 
     def _indexed(self, index: Path) -> dict[Path, set[str] | None]:
         weight_map = self._json(index.name, {}).get("weight_map")
@@ -233,18 +438,20 @@ class Source:
             names.add(name)
         missing = sorted(path.name for path in files if not path.is_file())
         if missing:
-            raise CheckpointError(f"{index.name} names files that are not there: {', '.join(missing)}")
+            raise CheckpointError(f"{index.name} names files that are not there: {some(missing)}")
+        if not files:
+            raise CheckpointError(f"{index}: its weight_map is empty")
         return files
 
     def _read_header(self, path: Path, expected: set[str] | None) -> None:
         tensors = self._bin_header(path) if path.suffix == ".bin" else self._safetensors_header(path)
         names = set(tensors)
         if expected is not None and not expected <= names:
-            raise CheckpointError(f"{path.name} lacks tensors its index names: {_some(sorted(expected - names))}")
+            raise CheckpointError(f"{path.name} lacks tensors its index names: {some(sorted(expected - names))}")
         twice = sorted(names & set(self.tensors))
         if twice:
             raise CheckpointError(
-                f"tensors stored in both {self.tensors[twice[0]].file.name} and {path.name}: {_some(twice)}"
+                f"tensors stored in both {self.tensors[twice[0]].file.name} and {path.name}: {some(twice)}"
             )
         self.tensors.update(tensors)
 
@@ -253,7 +460,8 @@ class Source:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= min(size - 8, _MAX_HEADER):
-                raise CheckpointError(f"{path.name}: truncated or not a safetensors file ({size} bytes)")
+                what = describe_content(path) or f"truncated or not a safetensors file ({size} bytes)"
+                raise CheckpointError(f"{path.name}: {what}")
             text = file.read(length)
         try:
             header = json.loads(text, object_pairs_hook=_no_duplicates)
@@ -286,7 +494,8 @@ class Source:
             except RuntimeError:  # files of torch < 1.6 are no zip archives and cannot be mapped
                 state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
-            raise CheckpointError(f"{path.name}: torch could not read it: {_first_line(error)}") from None
+            what = describe_content(path) or f"torch could not read it: {_first_line(error)}"
+            raise CheckpointError(f"{path.name}: {what}") from None
         for wrapper in ("state_dict", "model", "module"):
             if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
                 state = state[wrapper]
@@ -306,6 +515,8 @@ class Source:
 
     def _mapped(self, tensor: StoredTensor) -> NDArray[Any]:
         """The tensor in its stored type (BF16 as uint16), read-only; its pages are released with the array."""
+        if tensor.name in self._filled:
+            return self._filled[tensor.name]
         if tensor.offset < 0:
             import torch
 
@@ -338,10 +549,21 @@ def _no_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
+def _check_numbering(files: list[Path]) -> None:
+    """CheckpointError for shards "-00001-of-00003" of which some are not there."""
+    for path in files:
+        if match := re.search(r"-(\d+)-of-(\d+)\.", path.name):
+            numbers = {int(m[1]) for p in files if (m := re.search(r"-(\d+)-of-" + match[2] + r"\.", p.name))}
+            missing = [str(n) for n in range(1, int(match[2]) + 1) if n not in numbers]
+            if missing:
+                raise CheckpointError(f"{path.name}: of {int(match[2])} files these are missing: {some(missing)}")
+
+
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _some(names: list[str], limit: int = 8) -> str:
+def some(names: list[str], limit: int = 8) -> str:
+    """The first names of a list, and how many more there are."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

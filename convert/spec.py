@@ -106,7 +106,7 @@ class ModelSpec:
     conventions: dict[str, tuple[Any, str]]  # name -> (value, where it came from)
     name: str
     bos_token_id: int | None = None
-    eos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()  # each of them ends a text
     pad_token_id: int | None = None
     tokenizer_json: Path | None = None
     weights_sha256: Callable[[], str] = field(default=lambda: "", repr=False)  # reads the weight files when called
@@ -121,6 +121,7 @@ class Resolved:
     reference_logits: Callable[[NDArray[Any]], F32] | None  # ids [T] -> float32 [T, V] by the checkpoint's own code
     reference_input: Callable[[NDArray[Any]], F32] | None = None  # ids [T] -> input of block 0 by own code, [T, D]
     report: list[str] = field(default_factory=list)  # one line per convention: name, value, provenance
+    warnings: tuple[str, ...] = ()  # what whoever converts should know
 
     def close(self) -> None:
         """Release the files and the checkpoint's model."""

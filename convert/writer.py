@@ -33,7 +33,8 @@ from numpy.typing import NDArray
 
 from ..atomic_file import AtomicFile
 from ..errors import CheckpointError
-from .quantize import OUT_TYPES, choose_type, quantize_rows, row_bytes
+from ..tokenizer import EOS_IDS_KEY
+from .quantize import OUT_TYPES, NotFiniteError, choose_type, dequantize, quantize_rows, row_bytes
 from .spec import ModelSpec, TensorRecipe
 
 ARCHITECTURE = "fixmin"
@@ -157,7 +158,7 @@ def tokenizer_metadata(spec: ModelSpec) -> dict[str, Value]:
     BPE over characters): a tool that does not know it must refuse, not split text in another way.
     """
     if spec.tokenizer_json is None:
-        return {"tokenizer.ggml.model": _text("none")}
+        return {"tokenizer.ggml.model": _text("none"), **_special_metadata(spec, None)}
     text = spec.tokenizer_json.read_text(encoding="utf-8")
     try:
         tokenizer = json.loads(text)
@@ -176,14 +177,20 @@ def tokenizer_metadata(spec: ModelSpec) -> dict[str, Value]:
     }
     if merges:
         keys["tokenizer.ggml.merges"] = _texts(merges)
-    special = {"bos": spec.bos_token_id, "eos": spec.eos_token_id, "padding": spec.pad_token_id}
     unknown = model.get("unk_token")
-    if isinstance(unknown, str) and unknown in tokens:
-        special["unknown"] = tokens.index(unknown)
-    for name, token_id in special.items():
-        if token_id is not None:
-            keys[f"tokenizer.ggml.{name}_token_id"] = _u32(token_id)
+    is_known = isinstance(unknown, str) and unknown in tokens
+    keys |= _special_metadata(spec, tokens.index(unknown) if is_known else None)
     keys["tokenizer.huggingface.json"] = _text(text)
+    return keys
+
+
+def _special_metadata(spec: ModelSpec, unknown: int | None) -> dict[str, Value]:
+    """Ids of special tokens. GGUF's own key holds one end of text; `fixmin.eos_token_ids` all, if there are several."""
+    eos = next(iter(spec.eos_token_ids), None)
+    special = {"bos": spec.bos_token_id, "eos": eos, "padding": spec.pad_token_id, "unknown": unknown}
+    keys = {f"tokenizer.ggml.{name}_token_id": _u32(i) for name, i in special.items() if i is not None}
+    if len(spec.eos_token_ids) > 1:
+        keys[EOS_IDS_KEY] = Value(list(spec.eos_token_ids), GGUFValueType.ARRAY, GGUFValueType.UINT32)
     return keys
 
 
@@ -349,9 +356,8 @@ class Layout:
                 step = max(1, _CHUNK // tensor.shape[-1])
                 for start in range(0, tensor.n_rows, step):
                     stop = min(start + step, tensor.n_rows)
-                    waiting.append(
-                        (tensor, pool.submit(_store, tensor, _read(tensor, start, stop)), stop == tensor.n_rows)
-                    )
+                    part = pool.submit(_store, tensor, _read(tensor, start, stop), start)
+                    waiting.append((tensor, part, stop == tensor.n_rows))
                     if len(waiting) >= window:
                         plan, part, is_last = waiting.popleft()
                         yield plan, part.result(), is_last
@@ -392,11 +398,25 @@ def _read(tensor: TensorPlan, start: int, stop: int) -> NDArray[Any]:
     return tensor.recipe.load_rows(start, stop)
 
 
-def _store(tensor: TensorPlan, rows: NDArray[Any]) -> NDArray[np.uint8]:
-    if tensor.is_stored:
-        return np.ascontiguousarray(rows).view(np.uint8)
+def _store(tensor: TensorPlan, rows: NDArray[Any], first: int) -> NDArray[np.uint8]:
+    """Rows as bytes; `first` is the number of the first one. CheckpointError for values that cannot be stored."""
     try:
-        return quantize_rows(rows, tensor.type, tensor.importance)
+        if not tensor.is_stored:
+            return quantize_rows(rows, tensor.type, tensor.importance)
+        stored = np.ascontiguousarray(rows).view(np.uint8)
+        if tensor.type != GGMLQuantizationType.I8:
+            values = dequantize(stored, tensor.type)
+            if not np.isfinite(values).all():
+                raise NotFiniteError(values.reshape(len(rows), -1))
+        return stored
+    except NotFiniteError as error:
+        row, column = error.index
+        index = [column] if len(tensor.shape) == 1 else [first + row, column]
+        origin = ", ".join(tensor.recipe.sources)
+        raise CheckpointError(
+            f"tensor {tensor.name} ({f'from {origin}' if origin else 'computed'}) {error} at {index}: the weights are "
+            "damaged"
+        ) from error
     except OverflowError as error:
         raise CheckpointError(
             f"tensor {tensor.name} (checkpoint: {', '.join(tensor.recipe.sources) or 'computed'}) {error}; "

@@ -56,6 +56,17 @@ class InputFile:
                 n_lines += not data.isspace()
         return cls(path, n_bytes, n_lines, digest.hexdigest())
 
+    def goes_on(self, n_bytes: Any, sha256: Any) -> bool:
+        """Whether the file is what had that size and hash, ending with a line feed, and more lines after it."""
+        if not isinstance(n_bytes, int) or not 0 < n_bytes < self.n_bytes:
+            return False
+        digest, left, data = hashlib.sha256(), n_bytes, b""
+        with open(self.path, "rb") as file:
+            while left > 0 and (data := file.read(min(left, 1 << 20))):
+                digest.update(data)
+                left -= len(data)
+        return data.endswith(b"\n") and digest.hexdigest() == sha256
+
     def lines(self, number: int = 1, offset: int = 0) -> Iterator[Line]:
         """The lines from `offset` on, where line `number` begins."""
         with open(self.path, "rb") as file:
@@ -278,11 +289,7 @@ def _prompts(fields: Mapping[str, Any]) -> list[Any]:
 
 def _arguments(fields: Mapping[str, Any]) -> dict[str, Any]:
     """GenerationArguments as JSON has them, under their main names. ArgumentTypeError for unknown ones."""
-    arguments = main_names(fields)
-    bias = arguments.get("logit_bias")
-    if isinstance(bias, Mapping):  # JSON has only texts as keys
-        arguments["logit_bias"] = {int(key) if key.isdecimal() else key: value for key, value in bias.items()}
-    return arguments
+    return main_names(fields)
 
 
 def _no_constant(name: str) -> None:

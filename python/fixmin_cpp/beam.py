@@ -30,6 +30,7 @@ class _Search:
     n_beams: int
     length_penalty: float
     early_stopping: bool
+    n_candidates: int  # most probable tokens that are looked at in a step
     live: list[tuple[list[int], float]] = field(default_factory=lambda: [([], 0.0)])  # tokens, log-probability
     found: list[Beam] = field(default_factory=list)  # the best n_beams, falling
 
@@ -50,7 +51,7 @@ class _Search:
         return self.score(best, len(self.live[0][0])) <= self.found[-1].score
 
     def advance(self, tops: Sequence[Sequence[tuple[int, float]]], eos_ids: frozenset[int]) -> None:
-        """One more token: `tops` has the 2 * n_beams most probable ones after each live beam."""
+        """One more token: `tops` has the n_candidates most probable ones after each live beam."""
         candidates = [
             (logprob + more, beam, token_id)
             for beam, (_, logprob) in enumerate(self.live)
@@ -58,7 +59,7 @@ class _Search:
         ]
         candidates.sort(key=lambda c: (-c[0], c[1], c[2]))
         live: list[tuple[list[int], float]] = []
-        for rank, (logprob, beam, token_id) in enumerate(candidates[: 2 * self.n_beams]):
+        for rank, (logprob, beam, token_id) in enumerate(candidates[: self.n_candidates]):
             before = self.live[beam][0]
             if token_id in eos_ids:
                 if rank < self.n_beams:
@@ -79,12 +80,14 @@ def beam_search(
     eos_ids: frozenset[int],
 ) -> list[Beam]:
     """The best n_beams continuations of `prompt` [T], falling; scores and ends as in transformers' beam search."""
-    search = _Search(n_beams, length_penalty, early_stopping)
+    # So many that n_beams go on even if every end-of-text token is among the best of each beam; as in transformers.
+    n_candidates = max(2, 1 + len(eos_ids)) * n_beams
+    search = _Search(n_beams, length_penalty, early_stopping, n_candidates)
     params = _core.SamplingParams()
     params.max_new_tokens = 1
     for _ in range(max_new_tokens):
         requests = [
-            engine.submit(np.append(prompt, np.array(ids, np.uint32)), params, n_logprobs=2 * n_beams)
+            engine.submit(np.append(prompt, np.array(ids, np.uint32)), params, n_logprobs=n_candidates)
             for ids, _ in search.live
         ]
         tops = []

@@ -60,6 +60,32 @@ class BenchReport:
         float  # operations per second / mean int8 peak before and after the turn: median of the turns
     )
 
+    def summary(self) -> list[str]:
+        """The figures that most readers want, a line each; units and ceilings are in it."""
+        cached = self.decode_roofline > 1.0
+        read, roofline = (
+            (self.cached_read_gb_s, self.decode_cached_roofline)
+            if cached
+            else (self.read_ceiling_gb_s, self.decode_roofline)
+        )
+        depth = f" after {self.depth:,}" if self.depth else ""
+        return [
+            f"{self.file}: {self.isa}, {self.threads} thread{'s' * (self.threads > 1)}, KV cache {self.kv_type}, "
+            f"median of {self.repeat} run{'s' * (self.repeat > 1)}",
+            f"prefill {self.prefill_tok_s:10,.1f} tok/s {_spread(self.prefill_tok_s_runs)}, {self.n_prompt:,} tokens: "
+            f"{100 * self.prefill_peak_fraction:.0f} % of {self.int8_peak_tops:.2f} TOPS (8-bit integers)",
+            f"decode  {self.decode_tok_s:10,.1f} tok/s {_spread(self.decode_tok_s_runs)}, "
+            f"{self.n_generate:,} tokens{depth}: {100 * roofline:.0f} % of {read:.1f} GB/s "
+            f"({'cache' if cached else 'memory'}), "
+            f"{self.decode_bytes_per_token / 1e6:,.1f} MB each",
+            f"loaded in {self.load_s:.2f} s, {self.rss_bytes / 1e6:,.0f} MB resident (--all and --json: every figure)",
+        ]
+
+
+def _spread(runs: Sequence[float]) -> str:
+    """The slowest and the fastest run."""
+    return f"({min(runs):,.1f} to {max(runs):,.1f})"
+
 
 def bench(
     path: str | os.PathLike[str],

@@ -147,7 +147,8 @@ class Run:
         self._mask = None if options.constraint is None else _Mask(model._compile(options.constraint))
         tokenizer = model._require_tokenizer() if options.stop else model._tokenizer
         decoder = IncrementalDecoder(tokenizer, ids.tolist()) if tokenizer is not None else None
-        self._assembler = TextAssembler(decoder, StopStrings(options.stop))
+        names = tokenizer.special_tokens if tokenizer is not None and options.stop else None
+        self._assembler = TextAssembler(decoder, StopStrings(options.stop, names))
         self._texts: list[str] = []  # of the pieces
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprob] = []

@@ -87,6 +87,8 @@ class FixMinGgufConfig(PretrainedConfig):
             "name_or_path": model.path,
         }
         sizes |= _special_ids(_core.GgufFile(model.path).metadata)
+        if len(info["eos_token_ids"]) > 1:
+            sizes["eos_token_id"] = info["eos_token_ids"]
         return cls(**sizes)
 
 
@@ -399,11 +401,11 @@ class FixMinForCausalLM(PreTrainedModel, GenerationMixin):
         if streamer is not None and len(input_ids) > 1:
             raise _NotNativeError("a streamer and several rows")
         mask = model_kwargs.get("attention_mask")
-        eos_id = self.engine.info["eos_token_id"]
+        eos_ids = self.engine.info["eos_token_ids"]
         begins = [0] * len(input_ids) if mask is None else mask.int().argmax(dim=1).tolist()
-        setting = _Setting(input_ids.shape[1], begins, eos_id)
+        setting = _Setting(input_ids.shape[1], begins, eos_ids)
         plan = _Plan(_sampling(processors, config.do_sample, setting), sampled=config.do_sample)
-        plan.read_criteria(criteria, input_ids.shape[1], eos_id)
+        plan.read_criteria(criteria, input_ids.shape[1], eos_ids)
         if plan.criteria and plan.eos_id is None and len(input_ids) > 1:
             raise _NotNativeError("stop_strings and several rows without an end-of-text token")
         return plan
@@ -494,7 +496,7 @@ class _Plan:
     eos_id: int | None = None
     criteria: list[StopStringCriteria] = field(default_factory=list)  # asked after every token
 
-    def read_criteria(self, criteria: StoppingCriteriaList, n_prompt: int, file_eos_id: int | None) -> None:
+    def read_criteria(self, criteria: StoppingCriteriaList, n_prompt: int, file_eos_ids: Sequence[int]) -> None:
         """Adds where to stop: n_prompt is the width of the batch, padding included."""
         max_length: int | None = None
         eos_ids: set[int] = set()
@@ -509,12 +511,15 @@ class _Plan:
                 raise _NotNativeError(type(criterion).__name__)
         if max_length is None:
             raise _NotNativeError("no max_length")
-        if eos_ids - {file_eos_id}:
-            raise _NotNativeError(f"eos_token_id {sorted(eos_ids)}: that of the file is {file_eos_id}")
-        if file_eos_id is not None and not eos_ids:
+        if file_eos_ids and not eos_ids:
             # The engine's ignore_eos never draws it; transformers draws it and goes on.
             raise _NotNativeError("no eos_token_id")
-        self.eos_id = file_eos_id
+        if eos_ids != set(file_eos_ids):
+            raise _NotNativeError(f"eos_token_id {sorted(eos_ids)}: that of the file is {list(file_eos_ids)}")
+        if len(file_eos_ids) > 1:
+            # The engine does not say at which of them it ended; transformers' answers end with it.
+            raise _NotNativeError("several end-of-text tokens")
+        self.eos_id = next(iter(file_eos_ids), None)
         n = self.options["max_new_tokens"] = max_length - n_prompt
         self.options["min_new_tokens"] = min(n, self.options["min_new_tokens"])
 
@@ -532,7 +537,7 @@ class _Setting:
 
     width: int  # of the batch, padding included
     begins: list[int]  # the column of each row's first token
-    eos_id: int | None  # the file's
+    eos_ids: list[int]  # the file's
 
 
 _Options: TypeAlias = dict[str, Any]  # arguments of Model.generate()
@@ -592,7 +597,7 @@ def _read_repetition_penalty(processor: Any, options: _Options, setting: _Settin
 
 
 def _read_min_length(processor: Any, options: _Options, setting: _Setting) -> None:
-    if processor.eos_token_id.flatten().tolist() != [setting.eos_id]:
+    if set(processor.eos_token_id.flatten().tolist()) != set(setting.eos_ids):
         raise _NotNativeError(f"{type(processor).__name__} with another end-of-text token")
     n = processor.min_length - setting.width if hasattr(processor, "min_length") else processor.min_new_tokens
     options["min_new_tokens"] = max(n, options["min_new_tokens"])

@@ -120,14 +120,14 @@ def test_an_empty_completion_is_the_worst(model):
     [
         ({"n": 0}, ArgumentError, "n must be between 1 and 1024, got 0"),
         ({"n": True}, ArgumentTypeError, "n must be an integer, got True"),
-        ({"n": None}, ArgumentTypeError, "n must be an integer, got NoneType"),
+        ({"n": 2.0}, ArgumentTypeError, "n must be an integer, got float"),
         ({"n": 2}, ArgumentError, "n=2 needs a temperature above 0"),
         ({"best_of": 3}, ArgumentError, "best_of=3 needs a temperature above 0"),
         ({"n": 3, "best_of": 2, "temperature": 1.0}, ArgumentError, "best_of is 2, below n, which is 3"),
         ({"best_of": 1025}, ArgumentError, "best_of must be between 1 and 1024"),
         ({"seed": [1]}, ArgumentTypeError, "seed must be an integer for a single prompt"),
         ({"seed": ["1"]}, ArgumentTypeError, r"seed\[0\] must be an integer, got str '1'"),
-        ({"seed": [1, -1]}, ArgumentError, r"seed\[1\] must be between 0 and .*, got -1"),
+        ({"seed": [1, -2]}, ArgumentError, r"seed\[1\] must be between 0 and .*, got -2"),
         ({"seed": "12"}, ArgumentTypeError, "seed must be an integer, got str '12'"),
     ],
 )

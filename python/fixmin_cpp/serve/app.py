@@ -197,7 +197,7 @@ def _add_generation(app: FastAPI, host: ModelHost, metrics: Metrics, template: C
         """Answers a chat through the server's template."""
         _ = host.model
         host.require_room()
-        prompt = await host.compute(template.render, [message.plain() for message in body.messages])
+        prompt = await host.compute(_chat_prompt, host, template, body)
         preparing = ChatJob.prepare(host, metrics, body, prompt, template.stop)
         job = await _unless_disconnected(preparing, request.receive)
         return _JSON(None) if job is None else await answer(request, job)
@@ -215,7 +215,7 @@ def _add_generation(app: FastAPI, host: ModelHost, metrics: Metrics, template: C
             for i, one in enumerate(inputs):
                 if await request.is_disconnected():
                     break
-                vector, n = await host.compute(_embed, host, one)
+                vector, n = await host.compute(_embed, host, one, body.parse_special is not False)
                 n_tokens += n
                 numbers = (
                     base64.b64encode(vector.tobytes()).decode() if body.encoding_format == "base64" else vector.tolist()
@@ -225,10 +225,24 @@ def _add_generation(app: FastAPI, host: ModelHost, metrics: Metrics, template: C
         return {"object": "list", "data": data, "model": host.settings.name, "usage": usage}
 
 
-def _embed(host: ModelHost, text: Any) -> tuple[NDArray[np.float32], int]:
+def _chat_prompt(host: ModelHost, template: ChatTemplate, body: ChatRequest) -> list[int]:
+    tokenizer = host.model._require_tokenizer()
+    messages = [message.plain() for message in body.messages]
+    host.check_texts("messages", [str(message["content"]) for message in messages])
+    prompt = template.render(
+        messages,
+        tokenizer,
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
+        parse_special=bool(body.parse_special),
+    )
+    return prompt.ids(tokenizer)
+
+
+def _embed(host: ModelHost, text: Any, parse_special: bool) -> tuple[NDArray[np.float32], int]:
     model = host.model
     host.check_texts("input", [text])
-    states = model.hidden_states(text, model.info["block_count"])
+    states = model.hidden_states(text, model.info["block_count"], parse_special=parse_special)
     return states.mean(axis=0, dtype=np.float64).astype(np.float32), len(states)
 
 
@@ -240,7 +254,8 @@ def _add_tokens(app: FastAPI, host: ModelHost) -> None:
         if text is None:
             raise ArgumentError("content is missing (or prompt, as vLLM calls it)")
         special = body.add_special or body.add_special_tokens
-        ids = await host.compute(host.model.encode, text, add_special_tokens=special)
+        parse = body.parse_special is not False
+        ids = await host.compute(host.model.encode, text, add_special_tokens=special, parse_special=parse)
         tokens: list[Any] = [_piece(host, i) for i in ids] if body.with_pieces else ids
         return {"tokens": tokens, "count": len(ids), "max_model_len": host.model.info["n_ctx"]}
 
@@ -256,7 +271,9 @@ def _add_tokens(app: FastAPI, host: ModelHost) -> None:
         if (body.text is None) == (body.tokens is None):
             raise ArgumentError("text or tokens is needed, one of them")
         model = host.model
-        given = body.tokens if body.text is None else await host.compute(model.encode, body.text)
+        given: Any = body.tokens
+        if body.text is not None:
+            given = await host.compute(model.encode, body.text, parse_special=body.parse_special is not False)
         if not given:
             return {"tokens": []}
         ids = as_token_ids("tokens", given, model.info["vocab_size"])

@@ -349,9 +349,9 @@ class ChatJob(Job):
 
     @classmethod
     async def prepare(
-        cls, host: ModelHost, metrics: Metrics, request: ChatRequest, prompt: str, stop: Sequence[str]
+        cls, host: ModelHost, metrics: Metrics, request: ChatRequest, prompt: list[int], stop: Sequence[str]
     ) -> "ChatJob":
-        """`prompt`: of the template, `stop`: what ends an answer in it."""
+        """`prompt`: ids of what the template made, `stop`: what ends an answer in it."""
         job = cls(host, metrics)
         job.request = request
         arguments = {"max_new_tokens": host.model.info["n_ctx"], **request.arguments()}

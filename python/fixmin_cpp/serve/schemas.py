@@ -40,6 +40,21 @@ class JsonSchema(_Body):
 class ResponseFormat(_Body):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema", description="llama-server's place for a schema.")
+
+    def constraint(self) -> dict[str, Any] | None:
+        """The schema that is asked for; None: any text will do."""
+        inner = None if self.json_schema is None else self.json_schema.json_schema
+        if inner is not None and self.schema_ is not None:
+            raise ArgumentError("response_format.schema and response_format.json_schema.schema are the same: give one")
+        schema = self.schema_ if inner is None else inner
+        if self.type == "text":
+            if schema is not None:
+                raise ArgumentError("response_format has a schema, but its type is 'text': say 'json_schema'")
+            return None
+        if self.type == "json_schema" and schema is None:
+            raise ArgumentError("response_format.json_schema.schema is missing")
+        return {"type": "object"} if schema is None else schema
 
 
 class GenerationRequest(_Body):
@@ -80,6 +95,11 @@ class GenerationRequest(_Body):
     min_new_tokens: int | None = None
     min_p: float | None = None
     min_tokens: int | None = Field(None, description="The same as min_new_tokens.")
+    parse_special: bool | None = Field(
+        None,
+        description="Whether names of special tokens in the text given, as </s>, are such tokens. By default yes, "
+        "but not in the messages of a chat.",
+    )
     mirostat: int | None = None
     mirostat_eta: float | None = None
     mirostat_tau: float | None = None
@@ -115,14 +135,11 @@ class GenerationRequest(_Body):
             given["logit_bias"] = _bias(given["logit_bias"])
         if "seed" in given and -(2**63) <= given["seed"] < 0:
             given["seed"] += 2**64  # OpenAI's are signed
-        if self.response_format is not None and self.response_format.type != "text":
-            form = self.response_format
-            schema = form.json_schema.json_schema if form.json_schema is not None else None
-            if form.type == "json_schema" and schema is None:
-                raise ArgumentError("response_format.json_schema.schema is missing")
+        schema = None if self.response_format is None else self.response_format.constraint()
+        if schema is not None:
             if "json_schema" in given:
                 raise ArgumentError("response_format and json_schema are the same: give one")
-            given["json_schema"] = True if schema is None else schema
+            given["json_schema"] = schema
         return given
 
 
@@ -135,7 +152,7 @@ ALIASES: Mapping[str, str] = {
 }
 _NOT_ARGUMENTS = {
     *("model", "n", "best_of", "stream", "stream_options", "user", "prompt", "messages", "echo", "suffix"),
-    *("logprobs", "top_logprobs", "return_token_ids"),
+    *("logprobs", "top_logprobs", "return_token_ids", "add_generation_prompt", "continue_final_message"),
 }
 
 
@@ -172,6 +189,12 @@ class Message(BaseModel):
 class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions."""
 
+    add_generation_prompt: bool | None = Field(
+        None, description="Whether the beginning of an answer follows. By default, unless a message is continued."
+    )
+    continue_final_message: bool | None = Field(
+        None, description="Whether the model goes on with the last message. By default, if it is the assistant's."
+    )
     messages: list[Message] = Field(min_length=1)
     logprobs: bool | None = None
     max_completion_tokens: int | None = None
@@ -185,6 +208,7 @@ class EmbeddingRequest(_Body):
     model: str | None = None
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = None
+    parse_special: bool | None = None
     user: str | None = None
 
 
@@ -197,7 +221,7 @@ class TokenizeRequest(_Body):
     add_special: bool = False
     add_special_tokens: bool = False
     with_pieces: bool = False
-    parse_special: bool | None = Field(None, description="Accepted: special tokens in a text are always read as such.")
+    parse_special: bool | None = Field(None, description="false: names of special tokens are text like any other.")
 
 
 class DetokenizeRequest(_Body):
@@ -210,6 +234,7 @@ class DetokenizeRequest(_Body):
 class CodesRequest(_Body):
     """POST /codes: text or token ids."""
 
+    parse_special: bool | None = None
     text: str | None = None
     tokens: _Ids | None = None
 
