@@ -8,6 +8,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
