@@ -59,11 +59,15 @@ class Job(ABC):
         timeout = arguments.get("timeout")
         limited = settings.timeout if timeout is None else min(timeout, settings.timeout)
         model = self.host.model
+        constrained = any(name in arguments for name in ("json_schema", "regex", "grammar", "choices"))
+        self.host.check_texts("prompt", [prompts] if isinstance(prompts, str) else prompts)
+        n_prompts = 1 if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)) else len(prompts)
+        self.host.require_room(n_prompts * self._best_of)
         if "logprobs" in arguments:
             self.names = await self.host.compute(TokenNames.of, model)
         try:
             self._batch = await self.host.compute(
-                model._batch, prompts, {**USUAL, **arguments, "timeout": limited}, n, best_of
+                model._batch, prompts, {**USUAL, **arguments, "timeout": limited}, n, best_of, slow=constrained
             )
         except (ArgumentError, ContextLengthError) as error:
             fields = {name: field for field, name in ALIASES.items() if getattr(self.request, field, None) is not None}
