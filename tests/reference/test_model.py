@@ -246,10 +246,12 @@ def test_every_step_with_padding_and_a_cache(make_model, name):
         for i, logits in enumerate(whole):
             assert_allclose(got[i, -4:].numpy(), logits[-4:].numpy(), rtol=0, atol=2e-5)
         cache.reorder_cache(torch.tensor([2, 0, 1]))
-        again = model(ids[[2, 0, 1], -1:], torch.nn.functional.pad(mask[[2, 0, 1]], (0, 1), value=1), **{name: cache})
-        longer = model(torch.cat((rows[2], ids[2:, -1:]), 1), use_cache=False).logits[0, -1]
-    positions_of_rows = again.logits[0, -1]
-    assert (positions_of_rows - longer).abs().max() < 1  # finite and of the right row; positions were not given
+        order = [2, 0, 1]
+        mask = torch.nn.functional.pad(mask[order], (0, 1), value=1)
+        again = model(ids[order, -1:], mask, positions[order, -1:] + 1, **{name: cache}).logits[:, -1]
+        for i, logits in zip(order, again, strict=True):
+            longer = model(torch.cat((rows[i], rows[i][:, -1:]), 1), use_cache=False).logits[0, -1]
+            assert_allclose(logits.numpy(), longer.numpy(), rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
