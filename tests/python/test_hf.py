@@ -287,7 +287,7 @@ def test_processors_that_are_native(pair, arguments):
         forms |= {"sequence_bias": {(first[1],): -3.0, (first[0],): 1.0}}
         given = {name: forms[name] if value == "first" else value for name, value in arguments.items()}
         got = pair.model.generate(**batch, **on, **given)
-        # Old releases (5.0, 5.4) count padding as a repetition, which only their own loop does.
+        # Releases before 5.23 count padding as a repetition, which only their own loop does.
         assert pair.model.last_decoding.reason in ("", "prompt_ignore_length")
         assert pair.model.last_decoding.native or not batch["attention_mask"].all()
         assert torch.equal(got, pair.reference.generate(**batch, **on, **given))
