@@ -34,6 +34,7 @@ from .quantize import BY_GGML_TYPE, OUT_TYPES
 from .readback import StoredModel, read_gguf
 from .resolve import OVERRIDES, resolve
 from .spec import ModelSpec, Resolved, TensorRecipe
+from .torch_threads import torch_threads
 
 OWN_CODE = "the checkpoint's own code"
 REFERENCE = "the reference implementation (the checkpoint's code was not run)"
@@ -258,7 +259,10 @@ def verify(
     """
     stored = read_gguf(gguf_path)
     overrides = {**remembered_overrides(stored.metadata), **(overrides or {})}
-    with resolve(checkpoint_dir, overrides=overrides, log=progress, **options) as resolved:
+    with (
+        torch_threads(Path(checkpoint_dir)),
+        resolve(checkpoint_dir, overrides=overrides, log=progress, **options) as resolved,
+    ):
         progress("hashing the weights")
         sha256, expected = resolved.spec.weights_sha256(), stored.metadata.get("fixmin.convert.sha256")
         certificate = certify(gguf_path, resolved, open_runner, progress)

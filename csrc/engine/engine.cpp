@@ -311,7 +311,8 @@ bool Engine::forward(const model::Batch& batch, std::span<const uint32_t> rows, 
                 decoder_.project(rows, logits_.data(), team);
         },
         n_threads);
-    if (done) team_size_.record(std::chrono::duration<double, std::nano>(std::chrono::steady_clock::now() - start).count());
+    if (done)
+        team_size_.record(std::chrono::duration<double, std::nano>(std::chrono::steady_clock::now() - start).count());
     return done;
 }
 

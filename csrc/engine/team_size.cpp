@@ -8,32 +8,34 @@ namespace {
 
 constexpr double ms = 1e6;
 
-// A kind of step begins with a thread for each of these. A thread that another process keeps from running stays away for
-// a time slice, 3 ms and more: shorter steps begin alone.
+// A kind of step begins with a thread for each of these. A thread that another process keeps from running stays away
+// for a time slice, 3 ms and more: shorter steps begin alone.
 constexpr double work_per_thread_ns = 1 * ms;
 
 // Long enough that a wake of the threads (0.05 ms) says nothing, short enough to be spared.
 constexpr double block_ns = 5 * ms;
 
-// Between trials: doubled whenever the usual size has proved the best, so that what changes later is found within seconds.
+// Between trials: doubled whenever the usual size has proved the best, so that what changes later is found within
+// seconds.
 constexpr double first_interval_ns = 100 * ms, longest_interval_ns = 4000 * ms;
 
 // What trying may cost: at once, and as a part of the time computed.
 constexpr double first_credit_ns = 30 * ms, credit_share = 0.03;
 
-// Another size must be so much faster, else noise would change it all the time; a block so much slower ends a trial, and
-// one that is so much slower than usual calls for one.
+// Another size must be so much faster, else noise would change it all the time; a block so much slower ends a trial,
+// and one that is so much slower than usual calls for one.
 constexpr double faster = 0.95, slower = 1.05, disturbed = 1.5;
 
-// 1, 2, 3, 4, 6, 8, 12, ..., and one less than all: the best where one CPU is taken.
+// 1, 2, 3, 4, 6, 8, 12, ..., and one and two less than all: the best where as many CPUs are taken.
 std::vector<uint32_t> steps_to(uint32_t most) {
     std::vector<uint32_t> sizes;
     for (uint32_t power = 1; power < most; power *= 2) {
         sizes.push_back(power);
         if (power >= 2 && power / 2 * 3 < most) sizes.push_back(power / 2 * 3);
     }
-    if (most > 1 && sizes.back() < most - 1) sizes.push_back(most - 1);
-    sizes.push_back(most);
+    for (const uint32_t busy : {2u, 1u, 0u}) {
+        if (most > busy && (sizes.empty() || sizes.back() < most - busy)) sizes.push_back(most - busy);
+    }
     return sizes;
 }
 

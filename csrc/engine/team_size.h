@@ -12,10 +12,11 @@ namespace fixmin::engine {
 /// Finds the team's size for each kind of step (by the number of its tokens, in powers of two) by trying. No clock is
 /// read here: times are given, so that a test can make them up.
 ///
-/// A kind begins with a guess from its work. Now and then a few steps are taken with the next smaller or larger team, in
-/// blocks that take turns with the usual size: A B A B. A size that was clearly faster becomes the usual one. What trying
-/// costs is bounded by a credit that grows with the time computed: beside a busy process one step of a small model with a
-/// second thread can take as long as eighty with one, since a barrier waits for a thread that is not running.
+/// A kind begins with a guess from its work. Now and then a few steps are taken with the next smaller or larger team,
+/// in blocks that take turns with the usual size: A B A B. A size that was clearly faster becomes the usual one. What
+/// trying costs is bounded by a credit that grows with the time computed: beside a busy process one step of a small
+/// model with a second thread can take as long as eighty with one, since a barrier waits for a thread that is not
+/// running.
 class TeamSize {
   public:
     /// @param most   largest team
@@ -42,15 +43,15 @@ class TeamSize {
         bool used = false, tried = false;
         size_t size = 0, candidate = 0;  // in sizes_
         Stage stage = Stage::usual;
-        Block block;                      // of steps with the same size, until it is long enough
-        double usual_rate = 0;            // smoothed
-        double before = 0, after = 0;     // of the usual size in a trial
-        double first = 0;                 // of the candidate
-        double since_trial_ns = 0;        // computed with the usual size
-        double interval_ns = 0;           // until the next trial
-        double credit_ns = 0;             // that trying may cost
-        double loss_ns = 0;               // of this trial so far
-        double loss_before_ns[2] = {};    // of the last trial of a smaller, a larger team
+        Block block;                    // of steps with the same size, until it is long enough
+        double usual_rate = 0;          // smoothed
+        double before = 0, after = 0;   // of the usual size in a trial
+        double first = 0;               // of the candidate
+        double since_trial_ns = 0;      // computed with the usual size
+        double interval_ns = 0;         // until the next trial
+        double credit_ns = 0;           // that trying may cost
+        double loss_ns = 0;             // of this trial so far
+        double loss_before_ns[2] = {};  // of the last trial of a smaller, a larger team
         bool larger_next = true;
     };
 

@@ -40,10 +40,10 @@ class ThreadPool {
 
     static constexpr uint32_t all = UINT32_MAX;
 
-    /// Runs job(team) once on each of n threads (at least 1, at most size()) and returns when all have finished; one call
-    /// at a time. The other threads sleep on: with n = 1 nothing is woken and no barrier waits.
-    /// The floating-point environment is the default one inside. In a forked child the workers are made anew.
-    /// An exception of the job ends up here; a job that uses team.barrier() must not throw.
+    /// Runs job(team) once on each of n threads (at least 1, at most size()) and returns when all have finished; one
+    /// call at a time. The other threads sleep on: with n = 1 nothing is woken and no barrier waits. The floating-point
+    /// environment is the default one inside. In a forked child the workers are made anew. An exception of the job ends
+    /// up here; a job that uses team.barrier() must not throw.
     void run(const std::function<void(model::Team&)>& job, uint32_t n = all);
 
     /// body(begin, end) on contiguous shares of 0..n, one for each of n_threads.
