@@ -87,7 +87,7 @@ void TeamSize::end_block(Kind& kind, double rate, double ns) {
             kind.since_trial_ns += ns;
             if (kind.usual_rate > 0 && rate > disturbed * kind.usual_rate) kind.since_trial_ns = kind.interval_ns;
             kind.usual_rate = kind.usual_rate > 0 ? 0.75 * kind.usual_rate + 0.25 * rate : rate;
-            if (!may_try(kind, ns)) return;
+            if (!may_try(kind, ns, ns / rate)) return;
             kind.before = rate;
             kind.loss_ns = 0;
             kind.stage = Stage::first_try;
@@ -114,12 +114,13 @@ void TeamSize::end_block(Kind& kind, double rate, double ns) {
 }
 
 // Whether the next block is one of another size, and of which.
-bool TeamSize::may_try(Kind& kind, double block_ns) {
+bool TeamSize::may_try(Kind& kind, double block_ns, double work_ns) {
     if (kind.since_trial_ns < kind.interval_ns) return false;
     const bool larger = kind.size == 0 || (kind.larger_next && kind.size + 1 < sizes_.size());
     kind.candidate = larger ? kind.size + 1 : kind.size - 1;
     const double fewer = larger ? 0.5 : double(sizes_[kind.size]) / sizes_[kind.candidate] - 1;
-    const double cost = std::max(block_ns * fewer, kind.loss_before_ns[larger]);
+    // Where steps take far longer than the guess, a smaller team has little to lose.
+    const double cost = std::max(std::min(block_ns, 3 * work_ns) * fewer, kind.loss_before_ns[larger]);
     kind.credit_ns = std::min(kind.credit_ns, std::max(first_credit_ns, 2 * cost));
     return kind.credit_ns >= cost;
 }

@@ -57,7 +57,7 @@ class TeamSize {
 
     void begin(Kind& kind, double work_ns);
     void end_block(Kind& kind, double rate, double ns);
-    bool may_try(Kind& kind, double block_ns);
+    bool may_try(Kind& kind, double block_ns, double work_ns);
     void end_trial(Kind& kind, bool better, double rate);
 
     std::vector<uint32_t> sizes_;  // rising, from 1

@@ -124,3 +124,14 @@ def test_unknown_team(tmp_path, monkeypatch):
     monkeypatch.setenv("FIXMIN_TEAM", "many")
     with pytest.raises(ArgumentError, match="FIXMIN_TEAM is 'many'; known: auto, fixed"):
         _core.Engine(str(make_model(tmp_path / "m.gguf")))
+
+
+def test_a_disturbed_team_is_left_soon():
+    """Two threads take 500 ms on a crowded machine where one takes 50: credit for a step as long as that is not needed."""
+    team = _core.TeamSize(2)
+    sizes = []
+    for _ in range(40):
+        sizes.append(team.choose(1, 2.6 * MS))
+        team.record((500 if sizes[-1] == 2 else 50) * MS)
+    assert sizes.index(1) <= 2
+    assert sizes[-20:].count(1) >= 18
