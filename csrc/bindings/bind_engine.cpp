@@ -681,6 +681,11 @@ void bind_engine(py::module_& m) {
              "8-bit multiplications and additions per second of the threads, in each pass.")
         .def("close", &EngineHandle::close, "Frees the model once running calls have ended.");
 
+    py::class_<engine::TeamSize>(m, "TeamSize", "How many threads take a step; see csrc/engine/team_size.h. For tests.")
+        .def(py::init<uint32_t>(), py::arg("most"))
+        .def("choose", &engine::TeamSize::choose, py::arg("n_tokens"), py::arg("work_ns"))
+        .def("record", &engine::TeamSize::record, py::arg("elapsed_ns"));
+
     py::class_<InputSquares>(m, "InputSquares", "Sums of squared inputs of every matrix product: an importance matrix.")
         .def(py::init<const EngineHandle&>(), py::arg("engine"))
         .def("add", &InputSquares::add, py::arg("engine"), py::arg("ids"),

@@ -272,6 +272,13 @@ class Engine:
     def int8_ceiling(self, passes: int = 3) -> list[float]: ...  # 8-bit multiplications and additions per second
     def close(self) -> None: ...
 
+class TeamSize:
+    """How many threads take a step; times are given, so that tests can make them up. See csrc/engine/team_size.h."""
+
+    def __init__(self, most: int) -> None: ...
+    def choose(self, n_tokens: int, work_ns: float) -> int: ...
+    def record(self, elapsed_ns: float) -> None: ...  # of the step last chosen for
+
 class InputSquares:
     """Sums over tokens of the squared inputs of every matrix product, per input channel: an importance matrix."""
 
