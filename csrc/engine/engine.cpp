@@ -7,10 +7,9 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
-#include <fstream>
-#include <future>
 #include <numeric>
 
+#include "engine/machine.h"
 #include "error.h"
 #include "kernels/isa.h"
 
@@ -23,6 +22,8 @@ constexpr uint32_t rows_at_a_time = 64;
 // A draft and the token before it are handed out together.
 constexpr uint32_t max_draft = 31;
 
+constexpr const char* closed = "the model was closed";
+
 uint32_t checked_n_ctx(uint32_t wanted, const model::Hyperparams& hp) {
     if (wanted > hp.context_length) {
         throw ArgumentError("n_ctx is " + std::to_string(wanted) + " but the model was made for a context of " +
@@ -33,11 +34,8 @@ uint32_t checked_n_ctx(uint32_t wanted, const model::Hyperparams& hp) {
 
 // Of the machine, or of the control group if that has less.
 double memory_bytes() {
-    double bytes = double(sysconf(_SC_PHYS_PAGES)) * double(sysconf(_SC_PAGESIZE));
-    std::string limit;
-    if (std::ifstream("/sys/fs/cgroup/memory.max") >> limit && limit != "max")
-        bytes = std::min(bytes, std::stod(limit));
-    return bytes;
+    const double bytes = double(sysconf(_SC_PHYS_PAGES)) * double(sysconf(_SC_PAGESIZE));
+    return std::min(bytes, cgroup_limits().memory_bytes);
 }
 
 // Sixteen full contexts, if that is an eighth of the memory at the most. It becomes resident as it is used.
@@ -98,16 +96,23 @@ Engine::~Engine() {
         scheduler_.release();
         return;
     }
+    stop();
+}
+
+void Engine::stop() {
+    stopped_ = true;
+    if (owner_ != getpid()) return;
     {
         const std::lock_guard lock(shared_->mutex);
         shared_->quit = true;
         shared_->changed.notify_all();
     }
-    thread_.join();
+    const std::lock_guard lock(stopping_);
+    if (thread_.joinable()) thread_.join();
 }
 
 void Engine::start_thread() {
-    if (owner_ == getpid()) return;
+    if (owner_ == getpid() || stopped_) return;
     if (thread_.joinable()) {
         // A forked child. The parent's requests, the thread and perhaps a lock that it held are of no use here.
         new std::thread(std::move(thread_));
@@ -115,11 +120,15 @@ void Engine::start_thread() {
         scheduler_.release();
         kv_.clear();
     }
-    owner_ = getpid();
     shared_ = std::make_unique<Shared>();
     scheduler_ =
         std::make_unique<Scheduler>(kv_, SchedulerLimits{n_ctx_, n_batch_, n_parallel_}, hyperparams(), kernels_);
-    thread_ = std::thread([this] { serve(); });
+    try {
+        thread_ = std::thread([this] { serve(); });
+    } catch (const std::system_error& error) {
+        throw Error(std::string("the system starts no thread for the engine: ") + error.what());
+    }
+    owner_ = getpid();
 }
 
 void Engine::check_ids(std::span<const uint32_t> ids) const {
@@ -158,30 +167,46 @@ std::shared_ptr<Request> Engine::submit(std::span<const uint32_t> prompt, Reques
     options.n_draft = std::min(options.n_draft, max_draft);
     start_thread();
     auto request = std::make_shared<Request>(n_requests_++, prompt, std::move(options), kernels_, std::move(mailbox));
-    const std::lock_guard lock(shared_->mutex);
-    shared_->arrived.push_back(request);
-    shared_->changed.notify_all();
+    if (!stopped_) {
+        const std::lock_guard lock(shared_->mutex);
+        if (!shared_->quit) {
+            shared_->arrived.push_back(request);
+            shared_->changed.notify_all();
+            return request;
+        }
+    }
+    Scheduler::refuse(*request);
     return request;
 }
 
 void Engine::exclusively(const std::function<void(const Stop&)>& job, const Stop& stop) {
     start_thread();
     std::atomic<bool> stopped = false;
-    std::packaged_task<void()> task([&] { job([&] { return stopped.load(); }); });
-    std::future<void> ended = task.get_future();
+    const auto queued = std::make_shared<Job>();
+    // The engine's own end is asked too: the calling thread may be the one that waits for it, in a signal handler.
+    queued->run = [&] { job([&] { return stopped || stopped_; }); };
+    std::future<void> ended = queued->ended.get_future();
     {
+        if (stopped_) throw Error(closed);
         const std::lock_guard lock(shared_->mutex);
-        shared_->jobs.push_back([&] { task(); });
+        if (shared_->quit) throw Error(closed);
+        shared_->jobs.push_back(queued);
         shared_->changed.notify_all();
     }
     while (ended.wait_for(std::chrono::milliseconds(20)) != std::future_status::ready) {
-        if (stop && stop()) stopped = true;
+        if (!stop || !stop()) continue;
+        stopped = true;
+        const std::lock_guard lock(shared_->mutex);
+        if (std::erase(shared_->jobs, queued)) {
+            shared_->changed.notify_all();
+            throw Cancelled();  // it need not wait for its turn
+        }
     }
     ended.get();
 }
 
-void Engine::clear_prefix_cache() {
-    exclusively([this](const Stop&) { scheduler_->clear_prefix_cache(); }, {});
+void Engine::clear_prefix_cache(const Stop& stop) {
+    exclusively([this](const Stop&) { scheduler_->clear_prefix_cache(); }, stop);
 }
 
 EngineStats Engine::stats() const {
@@ -193,7 +218,7 @@ EngineStats Engine::stats() const {
 void Engine::serve() {
     Shared& shared = *shared_;
     for (bool idle = false;;) {
-        std::function<void()> job;
+        std::shared_ptr<Job> job;
         bool admit;
         tell_ended();
         {
@@ -212,15 +237,33 @@ void Engine::serve() {
                 shared.jobs.pop_front();
             }
         }
-        if (job)
-            job();
-        else
+        if (!job) {
             idle = !step(admit);
+            continue;
+        }
+        try {
+            job->run();
+            job->ended.set_value();
+        } catch (...) {
+            job->ended.set_exception(std::current_exception());
+        }
     }
-    scheduler_->end_all(FinishReason::cancelled);
-    for (const auto& request : shared.arrived) scheduler_->add(request);
+    end_everything();
+}
+
+// Nothing arrives any more.
+void Engine::end_everything() {
+    std::deque<std::shared_ptr<Request>> arrived;
+    std::deque<std::shared_ptr<Job>> jobs;
+    {
+        const std::lock_guard lock(shared_->mutex);
+        arrived.swap(shared_->arrived);
+        jobs.swap(shared_->jobs);
+    }
+    for (auto& request : arrived) scheduler_->add(std::move(request));
     scheduler_->end_all(FinishReason::cancelled);
     tell_ended();
+    for (const auto& job : jobs) job->ended.set_exception(std::make_exception_ptr(Error(closed)));
 }
 
 // Who hears of an end finds it in the statistics.
@@ -254,7 +297,7 @@ bool Engine::step(bool admit) {
 
 void Engine::compute(const Scheduler::Step& step) {
     decoder_.prepare_positions(step.end_position);
-    const Stop given_up = [this] { return scheduler_->given_up(); };
+    const Stop given_up = [this] { return stopped_ || scheduler_->given_up(); };
     const model::Batch batch{step.ids, step.chunks, kv_.layout(), &given_up, nullptr};
     const size_t v = hyperparams().vocab_size;
 
@@ -290,6 +333,7 @@ void Engine::compute(const Scheduler::Step& step) {
     };
 
     if (!forward(batch, group.rows, n_threads)) return scheduler_->abandon(nullptr);
+    weights_.check_readable();
     hand_out(group);
     while (group.end < step.units.size()) {
         group = group_from(group.end);
@@ -316,7 +360,7 @@ bool Engine::forward(const model::Batch& batch, std::span<const uint32_t> rows, 
     return done;
 }
 
-std::vector<std::byte> Engine::export_prefix(std::span<const uint32_t> ids) {
+std::vector<std::byte> Engine::export_prefix(std::span<const uint32_t> ids, const Stop& stop) {
     std::vector<std::byte> bytes;
     exclusively(
         [&](const Stop&) {
@@ -330,11 +374,11 @@ std::vector<std::byte> Engine::export_prefix(std::span<const uint32_t> ids) {
             }
             if (known.n_more) kv_.remove_user(known.more);
         },
-        {});
+        stop);
     return bytes;
 }
 
-void Engine::import_prefix(std::span<const uint32_t> ids, std::span<const std::byte> blocks) {
+void Engine::import_prefix(std::span<const uint32_t> ids, std::span<const std::byte> blocks, const Stop& stop) {
     const size_t size = kv_.block_bytes(), n = blocks.size() / size;
     if (blocks.size() != n * size || ids.size() != n * kernels::kv_block_tokens)
         throw ArgumentError("the keys and values do not belong to as many tokens, or not to this model and cache type");
@@ -352,7 +396,7 @@ void Engine::import_prefix(std::span<const uint32_t> ids, std::span<const std::b
             cache.insert(ids, taken);
             for (const uint32_t block : taken) kv_.remove_user(block);
         },
-        {});
+        stop);
 }
 
 void Engine::collect_squares(std::span<const uint32_t> ids, float* logprobs, const Stop& stop,
@@ -373,6 +417,7 @@ void Engine::collect_squares(std::span<const uint32_t> ids, float* logprobs, con
                 const model::Batch batch{ids.subspan(first, n), {&chunk, 1}, kv_.layout(), &stopped, &squares};
                 const uint32_t n_threads = team_size_.choose(n, guessed_ns(weights_, batch, 0));
                 if (!forward(batch, {}, n_threads)) throw Cancelled();
+                weights_.check_readable();
                 // The last token predicts nothing known.
                 const uint32_t wanted = std::min(n, uint32_t(ids.size()) - 1 - first);
                 for (uint32_t row = 0; row < wanted; row += rows_at_a_time) {

@@ -1,5 +1,7 @@
 // One sequence of tokens that somebody wants continued, scored or looked into.
 #pragma once
+#include <sys/types.h>
+
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -69,20 +71,31 @@ struct RequestCounters {
     double decode_s = 0;   // the rest
 };
 
-/// Told of new tokens and of the end of requests: one reader can wait for many.
+/// Told of new tokens and of the end of requests: one reader can wait for many. In a forked child nobody posts, and
+/// its lock may be held by a thread that is not there: wait() throws, the rest does nothing.
 class Mailbox {
   public:
+    Mailbox();
+    ~Mailbox();
+    Mailbox(const Mailbox&) = delete;
     void post(uint64_t request);
     /// Numbers of requests with news since the last call; waits for the first until the timeout. Empty once closed.
     std::vector<uint64_t> wait(double timeout_s);
     void close();
 
   private:
-    std::mutex mutex_;
-    std::condition_variable changed_;
-    std::set<uint64_t> news_;
-    bool closed_ = false;
+    struct State {
+        std::mutex mutex;
+        std::condition_variable changed;
+        std::set<uint64_t> news;
+        bool closed = false;
+    };
+    const pid_t owner_;
+    std::unique_ptr<State> state_;
 };
+
+inline constexpr const char* stays_in_parent =
+    "this generation was begun before the process was forked: it goes on in the parent, not here";
 
 /// Made by Engine::submit. The reading half may be used from any thread.
 class Request {

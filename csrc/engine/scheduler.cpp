@@ -151,6 +151,11 @@ void Scheduler::end(const Shared& shared, FinishReason reason, std::exception_pt
     ended_.push_back(shared);
 }
 
+void Scheduler::refuse(Request& request) {
+    request.end(FinishReason::cancelled, nullptr);
+    request.tell_end();
+}
+
 void Scheduler::tell_ended() {
     for (const Shared& request : ended_) request->tell_end();
     ended_.clear();

@@ -15,6 +15,8 @@
 #include <string>
 #include <thread>
 
+#include "engine/machine.h"
+
 namespace fixmin::engine {
 namespace {
 
@@ -207,26 +209,11 @@ std::vector<int> affinity_cpus() {
 }
 #endif
 
-// CPUs that the cgroup's quota amounts to (version 2, then 1), or a large number.
-double cgroup_quota() {
-    double quota = 1e9;
-    if (std::ifstream file("/sys/fs/cgroup/cpu.max"); file) {
-        std::string limit;
-        double period = 0;
-        if (file >> limit >> period && limit != "max" && period > 0) quota = std::stod(limit) / period;
-    } else {
-        double limit = -1, period = 0;
-        std::ifstream("/sys/fs/cgroup/cpu/cpu.cfs_quota_us") >> limit;
-        std::ifstream("/sys/fs/cgroup/cpu/cpu.cfs_period_us") >> period;
-        if (limit > 0 && period > 0) quota = limit / period;
-    }
-    return quota;
-}
-
 }  // namespace
 
 uint32_t usable_cpus() {
-    const double n = std::min(double(affinity_cpus().size()), std::floor(cgroup_quota()));
+    const CgroupLimits limits = cgroup_limits();
+    const double n = std::min({double(affinity_cpus().size()), double(limits.cpuset), std::floor(limits.cpus)});
     return uint32_t(std::max(n, 1.0));
 }
 

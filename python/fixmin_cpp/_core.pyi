@@ -40,7 +40,7 @@ class GgufFile:
     def metadata_types(self) -> dict[str, tuple[int, int | None]]: ...  # type, element type; the file's numbers
     @property
     def tensors(self) -> list[GgufTensor]: ...
-    def tensor_data(self, name: str) -> NDArray[np.uint8]: ...  # raw bytes, a read-only view; KeyError
+    def tensor_data(self, name: str) -> NDArray[np.uint8]: ...  # raw bytes, read-only; KeyError
 
 # --- bind_codes.cpp --------------------------------------------------------------------------------------------
 
@@ -270,6 +270,11 @@ class Engine:
     def clear_prefix_cache(self) -> None: ...
     def read_ceiling(self, n_bytes: int, passes: int = 3) -> list[float]: ...  # bytes per second, all threads, per pass
     def int8_ceiling(self, passes: int = 3) -> list[float]: ...  # 8-bit multiplications and additions per second
+    def take_metadata(self) -> dict[str, Any]: ...  # GgufFile.metadata of what was loaded; empty when taken
+    @property
+    def file_changed(self) -> bool: ...  # what was loaded has been written to since
+    def read_file(self, offset: int, n: int) -> bytes: ...  # of what was loaded
+    def lease(self) -> Engine: ...  # the same engine: close() ends what it runs, not its memory
     def close(self) -> None: ...
 
 class TeamSize:
@@ -287,6 +292,7 @@ class InputSquares:
     @property
     def sums(self) -> dict[str, tuple[NDArray[np.float64], int]]: ...  # tensor -> (sums [inputs], tokens)
 
+def cgroup_limits(root: str = "") -> dict[str, float]: ...  # cpus, memory_bytes, cpuset
 def system_info() -> dict[str, Any]: ...
 
 # --- bind_kernels.cpp: for tests -------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import logging
 import math
+import os
 import threading
 import weakref
 from collections import deque
@@ -404,6 +405,8 @@ class TextStream(Iterator[Piece]):
         self._run = run
         self._start = start
         self._lock = threading.Lock()  # guards what follows
+        self._holder: int | None = None  # the thread that has it
+        self._process = os.getpid()  # that it was started in
         self._pieces: deque[Piece] = deque()
         self._started = False
         self._closed = False
@@ -417,8 +420,9 @@ class TextStream(Iterator[Piece]):
         return self
 
     def __next__(self) -> Piece:
+        self._notice_fork()
         while True:
-            with self._lock:
+            with self._locked():
                 if self._closed:
                     raise StopIteration
                 try:
@@ -437,6 +441,22 @@ class TextStream(Iterator[Piece]):
                 self.close()
                 raise
 
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        with self._lock:
+            self._holder = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._holder = None
+
+    def _notice_fork(self) -> None:
+        """A started run stays in the parent, as does a thread that may hold the lock."""
+        if self._process != os.getpid():
+            self._process = os.getpid()
+            self._lock = threading.Lock()
+            self._holder = None
+
     def _read(self) -> None:
         if not self._started:
             self._start(self._run)
@@ -447,12 +467,17 @@ class TextStream(Iterator[Piece]):
     def close(self) -> None:
         """Cancels the run, if it has not ended, and waits for its end. May be called again."""
         self._run.cancel()
-        with self._lock:
+        if self._holder == threading.get_ident():  # a signal handler in the midst of a read, which ends after it
+            self._closed = True
+            return
+        self._notice_fork()
+        with self._locked():
             self._closed = True
             self._pieces.clear()
-            while self._started and not self._run.ended:
-                self._run.wait(for_end=True)
-                with contextlib.suppress(FixminError):  # nobody wants to know any more
+            # What went wrong nobody wants to know any more; in a forked child nothing is there to wait for.
+            with contextlib.suppress(FixminError):
+                while self._started and not self._run.ended:
+                    self._run.wait(for_end=True)
                     self._run.take()
 
     def __enter__(self) -> "TextStream":
@@ -491,6 +516,12 @@ class Dispatcher:
         with self._lock:
             self._listeners.pop(run.number, None)
 
+    def wake_all(self) -> None:
+        """In a forked child, without the lock: who waits for news there learns that none will come."""
+        for loop, listener in list(self._listeners.values()):
+            with contextlib.suppress(RuntimeError):  # the loop has been closed
+                loop.call_soon(listener)
+
     def close(self) -> None:
         """Ends the thread."""
         self.closed = True
@@ -528,6 +559,7 @@ class AsyncTextStream(AsyncIterator[Piece]):
         self._start = start
         self._dispatcher: Dispatcher | None = None
         self._news = asyncio.Event()
+        self._process = os.getpid()  # that it was started in
         self._pieces: deque[Piece] = deque()
         self._closed = False
 
@@ -542,13 +574,15 @@ class AsyncTextStream(AsyncIterator[Piece]):
     async def __anext__(self) -> Piece:
         while not self._closed:
             if self._dispatcher is None:
+                self._process = os.getpid()
                 self._dispatcher = self._start(self._run, self._news.set)
             if self._pieces:
                 return self._pieces.popleft()
             if self._run.ended:
                 break
             try:
-                await self._news.wait()
+                if self._process == os.getpid():  # else the run stays in the parent, as take() says
+                    await self._news.wait()
                 self._news.clear()
                 self._pieces.extend(self._run.take())
             except BaseException:  # the task was cancelled, or the run failed
@@ -566,7 +600,7 @@ class AsyncTextStream(AsyncIterator[Piece]):
     def _end(self) -> None:
         self._closed = True
         self._run.cancel()
-        if self._dispatcher is not None:
+        if self._dispatcher is not None and self._process == os.getpid():
             self._dispatcher.forget(self._run)
 
     async def aclose(self) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import hashlib
 import logging
 import math
 import os
@@ -58,7 +59,7 @@ from .generation import (
 )
 from .progress import bar
 from .recognise import describe_wrong_model
-from .state import file_sha256, read_state, write_state
+from .state import read_state, write_state
 from .tokenizer import TextTokenizer, end_of_text_ids
 
 if TYPE_CHECKING:
@@ -164,7 +165,7 @@ class Model:
         self._info = dict(self._engine.info)
         self._vocab_size: int = self._info["vocab_size"]
         self._n_ctx: int = self._info["n_ctx"]
-        metadata = _core.GgufFile(self.path).metadata
+        metadata = self._engine.take_metadata()  # of the bytes that were loaded, whatever the path names by now
         self._tokenizer = TextTokenizer.from_metadata(metadata)
         self._tokenizer_copy: Tokenizer | None = None  # for the caller
         self._hash: str | None = None  # of the file, when it is first needed
@@ -252,7 +253,7 @@ class Model:
         _check_unnamed("generate", unnamed)
         batch = self._batch(prompt, arguments, n, best_of, on_token)
         silent = not as_bool("progress", progress)
-        with bar("generating", silent) as update, self._running(batch.runs) as engine:
+        with bar("generating", silent) as update, self._running() as engine:
             drive(batch.runs, engine, update)
         return batch.result()
 
@@ -467,6 +468,7 @@ class Model:
 
         Raises:
             ArgumentError: the file is damaged, or belongs to another model file or cache type. OSError.
+            FixminError: the model file has been written to since it was loaded. (Replacing it does no harm.)
         """
         with self._running() as engine:
             ids, blocks = read_state(path, self._sha256(), self._info)
@@ -476,9 +478,20 @@ class Model:
         return ids.tolist()
 
     def _sha256(self) -> str:
-        if self._hash is None:
-            self._hash = file_sha256(self.path)
-        return self._hash
+        """Of the bytes that were loaded: the file is still open, even if its path names another one by now."""
+        with self._running() as engine, self._lock:
+            if self._hash is None:
+                digest, position = hashlib.sha256(), 0
+                while not engine.file_changed and (part := engine.read_file(position, 1 << 22)):
+                    digest.update(part)
+                    position += len(part)
+                if engine.file_changed:
+                    raise FixminError(
+                        f"{self.path} has been written to since it was loaded: what was loaded is no longer known, so "
+                        "no state can be saved or loaded. Load the model again"
+                    )
+                self._hash = digest.hexdigest()
+            return self._hash
 
     # --- text ------------------------------------------------------------------------------------------------------
 
@@ -627,17 +640,22 @@ class Model:
         return self._closed
 
     def close(self) -> None:
-        """Cancels generations, waits until calls of other threads return, frees the memory. May be called again."""
-        with self._idle:
-            if self._closed:
-                return
-            self._closed = True
-            for run in list(self._runs):
-                run.cancel()
-            self._idle.wait_for(lambda: self._n_running == 0)
-            self._engine.close()
-            if self._dispatcher is not None:
-                self._dispatcher.close()  # passes on how the last requests ended
+        """Ends all requests within a layer and returns; the memory is free once the last call has returned too.
+
+        From any thread, any callback (on_token), a signal handler or __del__; a second call waits for the first one's
+        end. It waits for no caller, so no caller's lock can hold it up. What becomes of calls that are under way, in
+        this thread or in others: generate(), agenerate() and streams end with finish_reason "cancelled" and what there
+        was, beam_search() gives the best so far; score(), logits(), hidden_states() and the rest raise FixminError.
+        Later calls raise FixminError.
+        """
+        engine = self.__dict__.get("_engine")
+        if engine is None:  # it never was open
+            return
+        first, self._closed = not self._closed, True
+        engine.close()
+        if self._dispatcher is not None:
+            self._dispatcher.close()  # passes on how the last requests ended
+        if first:
             _log.debug("closed %s", self.path)
 
     def __enter__(self) -> "Model":
@@ -665,37 +683,28 @@ class Model:
         return _load, (type(self), os.path.abspath(self.path), self._settings)
 
     def _reset_lock(self) -> None:
-        """Also called in the child of a fork, where the threads that were counted do not exist."""
-        self._idle = threading.Condition()
-        self._n_running = 0
-        self._runs: weakref.WeakSet[Run] = weakref.WeakSet()  # those that close() must cancel
+        """Also called in the child of a fork, where a thread that held the lock does not exist."""
+        self._lock = threading.RLock()  # a signal handler may come while it is held
         self._dispatcher: Dispatcher | None = None
 
     @contextmanager
-    def _running(self, runs: Sequence[Run] = ()) -> Iterator[_core.Engine]:
-        """The engine, which close() does not take away inside the with block; it cancels the runs."""
-        with self._idle:
-            self._check_open()
-            self._n_running += 1
-            self._runs.update(runs)
-        try:
-            yield self._engine
-        finally:
-            with self._idle:
-                self._n_running -= 1
-                self._idle.notify_all()
+    def _running(self) -> Iterator[_core.Engine]:
+        """The engine, which stays usable inside the with block; close() ends the requests."""
+        self._check_open()
+        yield self._engine.lease()
 
     def _start(self, run: Run) -> None:
-        with self._running([run]) as engine:
+        with self._running() as engine:
             run.start(engine)
 
     def _start_async(self, run: Run, listener: Callable[[], None]) -> Dispatcher:
-        with self._running([run]) as engine:
-            with self._idle:
+        with self._running() as engine:
+            with self._lock:
                 if self._dispatcher is None:
                     self._dispatcher = Dispatcher()
-            self._dispatcher.start(run, engine, listener)
-            return self._dispatcher
+                dispatcher = self._dispatcher
+            dispatcher.start(run, engine, listener)
+            return dispatcher
 
     def _batch(
         self,
@@ -722,7 +731,7 @@ class Model:
         return self._batch(prompt, arguments).runs[0]
 
     def _compile(self, constraint: Constraint) -> Matcher:
-        with self._idle:
+        with self._lock:
             if self._compiler is None:
                 first, others = next(iter(self._eos_ids), None), self._eos_ids[1:]
                 self._compiler = Compiler(self._require_tokenizer(), self._vocab_size, first, other_eos_ids=others)
@@ -835,7 +844,10 @@ _models: "weakref.WeakSet[Model]" = weakref.WeakSet()
 
 def _reset_locks_after_fork() -> None:
     for model in list(_models):
+        dispatcher = model._dispatcher
         model._reset_lock()
+        if dispatcher is not None:
+            dispatcher.wake_all()
 
 
 os.register_at_fork(after_in_child=_reset_locks_after_fork)
