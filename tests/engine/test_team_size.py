@@ -127,7 +127,7 @@ def test_unknown_team(tmp_path, monkeypatch):
 
 
 def test_a_disturbed_team_is_left_soon():
-    """Two threads take 500 ms on a crowded machine where one takes 50: credit for a step as long as that is not needed."""
+    """Two threads take 500 ms on a crowded machine where one takes 50: that needs no credit for so long a step."""
     team = _core.TeamSize(2)
     sizes = []
     for _ in range(40):

@@ -111,7 +111,7 @@ class ResponseFormat(_Body):
     json_schema: JsonSchema | None = None
     schema_: dict[str, Any] | None = Field(None, alias="schema", description="llama-server's place for a schema.")
 
-    def constraint(self) -> dict[str, Any] | None:
+    def constraint(self) -> dict[str, Any] | bool | None:
         """The schema that is asked for; None: any text will do."""
         inner = None if self.json_schema is None else self.json_schema.json_schema
         if inner is not None and self.schema_ is not None:
