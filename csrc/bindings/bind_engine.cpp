@@ -512,6 +512,7 @@ class RequestHandle {
         const engine::RequestCounters& c = request_->counters();
         py::dict d;
         d["finish_reason"] = name(request_->reason());
+        d["last"] = request_->last() ? py::object(as_tuple(*request_->last())) : py::none();
         d["n_prompt"] = c.n_prompt;
         d["n_cached"] = c.n_cached;
         d["n_drafted"] = c.n_drafted;
@@ -536,8 +537,10 @@ class RequestHandle {
         return out;
     }
 
+    bool prompt_scored() const { return request_->prompt_scored(); }
+
     py::list prompt_top_logprobs() const {
-        result();
+        if (!request_->prompt_scored()) result();
         py::list list;
         for (const auto& token : request_->prompt_logprobs()) list.append(as_tuple(token));
         return list;
@@ -713,6 +716,8 @@ void bind_engine(py::module_& m) {
         .def("result", &RequestHandle::result, "Reason, counters and times, or what went wrong; only once it has ended")
         .def("prompt_logprobs", &RequestHandle::prompt_logprobs, "float32 [n], of the tokens that were scored")
         .def("prompt_ranks", &RequestHandle::prompt_ranks, "uint32 [n], the same; 1: no token was more probable")
+        .def_property_readonly("prompt_scored", &RequestHandle::prompt_scored,
+                               "Whether prompt_top_logprobs() may be asked for before the end.")
         .def("prompt_top_logprobs", &RequestHandle::prompt_top_logprobs, "[(id, logprob, rank, [(id, logprob)])]");
 
     py::class_<EngineHandle>(m, "Engine", "A loaded model and its worker threads.")
@@ -774,6 +779,11 @@ void bind_engine(py::module_& m) {
             py::arg("offset"), py::arg("n"), "Bytes of the file that was loaded, fewer than n at its end.")
         .def("lease", &EngineHandle::lease, "The same engine for one call: close() ends what it runs, not its memory.")
         .def("close", &EngineHandle::close, "Ends all requests; frees the model once running calls have returned.");
+
+    py::class_<engine::TeamSize>(m, "TeamSize", "How many threads take a step; see csrc/engine/team_size.h. For tests.")
+        .def(py::init<uint32_t>(), py::arg("most"))
+        .def("choose", &engine::TeamSize::choose, py::arg("n_tokens"), py::arg("work_ns"))
+        .def("record", &engine::TeamSize::record, py::arg("elapsed_ns"));
 
     py::class_<InputSquares>(m, "InputSquares", "Sums of squared inputs of every matrix product: an importance matrix.")
         .def(py::init<const EngineHandle&>(), py::arg("engine"))

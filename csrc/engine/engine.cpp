@@ -3,7 +3,9 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <numeric>
 
@@ -53,13 +55,30 @@ uint32_t n_kv_blocks(uint32_t n_kv, uint32_t n_ctx, const model::Hyperparams& hp
     return uint32_t(blocks(n_kv));
 }
 
+// No more threads than there are CPUs for them, unless the environment wants them all: more are never faster.
+TeamSize team_size(uint32_t n_threads) {
+    const char* team = std::getenv("FIXMIN_TEAM");
+    const std::string wanted = team && *team ? team : "auto";
+    if (wanted == "fixed") return TeamSize(n_threads, true);
+    if (wanted == "auto") return TeamSize(std::min(n_threads, usable_cpus()));
+    throw ArgumentError("FIXMIN_TEAM is '" + wanted + "'; known: auto, fixed");
+}
+
+// A small file is packed faster than a thread is awaited that another process keeps from running.
+model::Weights load(gguf::GgufFile file, ThreadPool& pool, const std::function<void(double)>& progress) {
+    constexpr size_t alone = size_t(32) << 20;
+    const uint32_t n_threads = file.bytes().size() < alone ? 1 : ThreadPool::all;
+    const auto parallel_for = [&](uint32_t n, const auto& body) { pool.parallel_for(n, body, n_threads); };
+    return model::load_weights(std::move(file), parallel_for, progress);
+}
+
 }  // namespace
 
 Engine::Engine(gguf::GgufFile file, const EngineOptions& options, const std::function<void(double)>& progress)
     : kernels_(options.isa.empty() ? kernels::default_kernels() : kernels::select(options.isa)),
       pool_(options.n_threads ? options.n_threads : default_threads()),
-      weights_(model::load_weights(
-          std::move(file), [this](uint32_t n, const auto& body) { pool_.parallel_for(n, body); }, progress)),
+      team_size_(team_size(pool_.size())),
+      weights_(load(std::move(file), pool_, progress)),
       n_ctx_(checked_n_ctx(options.n_ctx, weights_.hyperparams)),
       n_batch_(std::max(options.n_batch, 1u)),
       decoder_(weights_, kernels_, n_batch_, n_ctx_, pool_.size()),
@@ -296,6 +315,9 @@ void Engine::compute(const Scheduler::Step& step) {
         if (logits_.size() < n_rows * v) logits_.resize(n_rows * v);
         return Group{begin, end, std::span(step.rows).subspan(first, n_rows)};
     };
+    Group group = group_from(0);
+    const double work = guessed_ns(weights_, batch, group.rows.size());
+    const uint32_t n_threads = team_size_.choose(uint32_t(step.ids.size()), work);
     const auto hand_out = [&](const Group& group) {
         const auto some = [&](uint32_t begin, uint32_t end) {
             for (size_t i = group.begin + begin; i < group.begin + end; ++i) {
@@ -307,26 +329,35 @@ void Engine::compute(const Scheduler::Step& step) {
         if (n == 1)
             some(0, 1);
         else if (n > 1)
-            pool_.parallel_for(n, some);
+            pool_.parallel_for(n, some, n_threads);
     };
 
-    Group group = group_from(0);
-    std::atomic<bool> done = true;
-    pool_.run([&](model::Team& team) {
-        if (!decoder_.forward(batch, team))
-            done = false;
-        else if (!group.rows.empty())
-            decoder_.project(group.rows, logits_.data(), team);
-    });
-    if (!done) return scheduler_->abandon(nullptr);
+    if (!forward(batch, group.rows, n_threads)) return scheduler_->abandon(nullptr);
     weights_.check_readable();
     hand_out(group);
     while (group.end < step.units.size()) {
         group = group_from(group.end);
-        pool_.run([&](model::Team& team) { decoder_.project(group.rows, logits_.data(), team); });
+        pool_.run([&](model::Team& team) { decoder_.project(group.rows, logits_.data(), team); }, n_threads);
         hand_out(group);
     }
     scheduler_->finish();
+}
+
+// Logits of `rows` too, if there are any. False if the batch's should_stop said so.
+bool Engine::forward(const model::Batch& batch, std::span<const uint32_t> rows, uint32_t n_threads) {
+    std::atomic<bool> done = true;
+    const auto start = std::chrono::steady_clock::now();
+    pool_.run(
+        [&](model::Team& team) {
+            if (!decoder_.forward(batch, team))
+                done = false;
+            else if (!rows.empty())
+                decoder_.project(rows, logits_.data(), team);
+        },
+        n_threads);
+    if (done)
+        team_size_.record(std::chrono::duration<double, std::nano>(std::chrono::steady_clock::now() - start).count());
+    return done;
 }
 
 std::vector<std::byte> Engine::export_prefix(std::span<const uint32_t> ids, const Stop& stop) {
@@ -384,25 +415,24 @@ void Engine::collect_squares(std::span<const uint32_t> ids, float* logprobs, con
                 const uint32_t n = std::min(n_batch_, uint32_t(ids.size()) - first);
                 const model::Chunk chunk{0, n, first, blocks.data()};
                 const model::Batch batch{ids.subspan(first, n), {&chunk, 1}, kv_.layout(), &stopped, &squares};
-                std::atomic<bool> done = true;
-                pool_.run([&](model::Team& team) {
-                    if (!decoder_.forward(batch, team)) done = false;
-                });
-                if (!done) throw Cancelled();
+                const uint32_t n_threads = team_size_.choose(n, guessed_ns(weights_, batch, 0));
+                if (!forward(batch, {}, n_threads)) throw Cancelled();
                 weights_.check_readable();
                 // The last token predicts nothing known.
                 const uint32_t wanted = std::min(n, uint32_t(ids.size()) - 1 - first);
                 for (uint32_t row = 0; row < wanted; row += rows_at_a_time) {
                     std::vector<uint32_t> rows(std::min(rows_at_a_time, wanted - row));
                     std::iota(rows.begin(), rows.end(), row);
-                    pool_.run([&](model::Team& team) { decoder_.project(rows, logits_.data(), team, &squares); });
-                    pool_.parallel_for(uint32_t(rows.size()), [&](uint32_t begin, uint32_t end) {
+                    pool_.run([&](model::Team& team) { decoder_.project(rows, logits_.data(), team, &squares); },
+                              n_threads);
+                    const auto score = [&](uint32_t begin, uint32_t end) {
                         for (uint32_t r = begin; r < end; ++r) {
                             logprobs[first + row + r] =
                                 top_logprobs({logits_.data() + r * v, v}, 0, ids[first + row + r + 1], kernels_)
                                     .chosen.logprob;
                         }
-                    });
+                    };
+                    pool_.parallel_for(uint32_t(rows.size()), score, n_threads);
                 }
             }
         },

@@ -16,6 +16,7 @@
 #include "engine/kv_pool.h"
 #include "engine/request.h"
 #include "engine/scheduler.h"
+#include "engine/team_size.h"
 #include "engine/thread_pool.h"
 #include "gguf/gguf_file.h"
 #include "model/decoder.h"
@@ -23,7 +24,7 @@
 namespace fixmin::engine {
 
 struct EngineOptions {
-    uint32_t n_threads = 0;  // 0: default_threads()
+    uint32_t n_threads = 0;  // at most, see TeamSize; 0: default_threads()
     uint32_t n_ctx = 0;      // of one request; 0: the model's context_length
     uint32_t n_batch = 512;  // tokens in a step
     kernels::KvType kv_type = kernels::KvType::f16;
@@ -116,9 +117,11 @@ class Engine {
     void tell_ended();
     bool step(bool admit);
     void compute(const Scheduler::Step& step);
+    bool forward(const model::Batch& batch, std::span<const uint32_t> rows, uint32_t n_threads);
 
     const kernels::Kernels& kernels_;
     ThreadPool pool_;
+    TeamSize team_size_;
     const model::Weights weights_;
     const uint32_t n_ctx_;
     const uint32_t n_batch_;

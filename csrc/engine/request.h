@@ -124,6 +124,10 @@ class Request {
     std::exception_ptr error() const { return error_; }  // null unless it failed
     /// Of the tokens behind first_row, `next` included; fewer if it ended before they were read.
     const std::vector<TopLogprobs>& prompt_logprobs() const { return prompt_logprobs_; }
+    /// Whether prompt_logprobs() is complete, and may be read before the end.
+    bool prompt_scored() const { return prompt_scored_; }
+    /// The stop id that ended it, if there was one; no probabilities if n_logprobs asks for none.
+    const std::optional<TopLogprobs>& last() const { return last_; }
     const RequestCounters& counters() const { return counters_; }
 
   private:
@@ -153,6 +157,7 @@ class Request {
     const Clock::time_point deadline_;
     std::atomic<bool> cancelled_ = false;
     std::atomic<bool> prompt_read_ = false;
+    std::atomic<bool> prompt_scored_ = false;  // all of it: nothing changes prompt_logprobs_ any more
 
     mutable std::mutex mutex_;  // of the part that both sides use
     std::condition_variable changed_;
@@ -173,8 +178,9 @@ class Request {
     uint32_t n_handed_ = 0;    // rows of the prompt that have been scored or copied
     std::vector<uint32_t> blocks_;
     std::vector<std::byte*> block_data_;
-    uint32_t n_kept_ = 0;  // blocks that the prefix cache has been given
-    bool done_ = false;    // no further token is wanted
+    uint32_t n_kept_ = 0;              // blocks that the prefix cache has been given
+    bool done_ = false;                // no further token is wanted
+    std::optional<TopLogprobs> last_;  // the stop id that was drawn
     FinishReason done_reason_ = FinishReason::length;
     std::exception_ptr failure_;
     Drafter drafter_;

@@ -131,6 +131,7 @@ class SamplingParams:
     frequency_penalty: float  # 0: off
     presence_penalty: float  # 0: off
     repeat_last_n: int  # tokens; -1: all
+    openai_penalties: bool  # frequency and presence count all generated tokens and nothing of the prompt
     dry_multiplier: float  # 0: off
     dry_base: float
     dry_allowed_length: int  # tokens
@@ -200,6 +201,8 @@ class Request:
 
     @property
     def number(self) -> int: ...
+    @property
+    def prompt_scored(self) -> bool: ...  # whether prompt_top_logprobs() may be asked for before the end
     def cancel(self) -> None: ...
     def wait(self, n_seen: int, timeout_s: float) -> bool: ...  # more than n_seen tokens, or the end; False: timeout
     def read(
@@ -273,6 +276,13 @@ class Engine:
     def read_file(self, offset: int, n: int) -> bytes: ...  # of what was loaded
     def lease(self) -> Engine: ...  # the same engine: close() ends what it runs, not its memory
     def close(self) -> None: ...
+
+class TeamSize:
+    """How many threads take a step; times are given, so that tests can make them up. See csrc/engine/team_size.h."""
+
+    def __init__(self, most: int) -> None: ...
+    def choose(self, n_tokens: int, work_ns: float) -> int: ...
+    def record(self, elapsed_ns: float) -> None: ...  # of the step last chosen for
 
 class InputSquares:
     """Sums over tokens of the squared inputs of every matrix product, per input channel: an importance matrix."""

@@ -48,7 +48,8 @@ class GenerationArguments(TypedDict, total=False):
     max_new_tokens: Int  # 128. Upper limit, at least 1; -1: until the context ends. Prompt and answer share its n_ctx
     #                      positions
     min_new_tokens: Int  # 0. Before so many, neither the end-of-text token nor one of stop_ids can be drawn
-    stop: Texts  # none. One or several: text ends before the leftmost of these, wherever token borders fall
+    stop: Texts  # none. One or several: text ends before the leftmost of these, wherever token borders fall; those
+    #              of min_new_tokens are not looked at. May name special tokens
     stop_ids: Ids  # none. Ends at one of these tokens, as at the end-of-text token; it is not part of the result
     ignore_eos: Flag  # False. The end-of-text token is never drawn
 
@@ -79,6 +80,8 @@ class GenerationArguments(TypedDict, total=False):
     presence_penalty: Float  # 0. Subtracted from the logits of tokens that came up
     frequency_penalty: Float  # 0. The same, for every time
     repeat_last_n: Int  # 64. -1: all
+    openai_penalties: Flag  # False. True: presence and frequency are counted as OpenAI does, over all generated tokens
+    #                         and none of the prompt, whatever repeat_last_n says
     dry_multiplier: Float  # 0. DRY: multiplier * base^(n - allowed_length) is taken from the logit of a token that
     dry_base: Float  # 1.75.   would continue a repetition of n tokens, if n is at least allowed_length
     dry_allowed_length: Int  # 2
@@ -141,6 +144,7 @@ class GenerationOptions:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repeat_last_n: int = 64
+    openai_penalties: bool = False
     dry_multiplier: float = 0.0
     dry_base: float = 1.75
     dry_allowed_length: int = 2
@@ -228,14 +232,15 @@ def candidate_counts(n: Any, best_of: Any, options: GenerationOptions) -> tuple[
 def candidate_seed(seed: int, candidate: int) -> int:
     """The seed of completion 0, 1, ... of a prompt: the given one, then number 8i + 7 of its SplitMix64 sequence.
 
-    Of eight numbers of the sequence a step draws from the first ones only.
+    Of eight numbers of the sequence a step draws from the first ones only. The upper 53 bits: other readers of JSON
+    hold numbers as doubles.
     """
     if candidate == 0:
         return seed
     z = (seed + (8 * candidate + 8) * 0x9E3779B97F4A7C15) & _MAX_SEED
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MAX_SEED
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MAX_SEED
-    return z ^ (z >> 31)
+    return (z ^ (z >> 31)) >> 11
 
 
 def as_int(name: str, value: Any, low: int, high: int | None = None) -> int:
@@ -664,6 +669,7 @@ _CHECKS: dict[str, _Check] = {
     "presence_penalty": _any_float,
     "frequency_penalty": _any_float,
     "repeat_last_n": _int(-1),
+    "openai_penalties": lambda name, value, vocab_size: as_bool(name, value),
     "dry_multiplier": _not_negative,
     "dry_base": _float(1.0, _MAX_FLOAT32),
     "dry_allowed_length": _int(0),

@@ -7,10 +7,11 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
-from .arguments import GenerationOptions, as_int, main_names, split_prompts
+from .arguments import GenerationArguments, GenerationOptions, as_int, main_names, split_prompts
 from .errors import ArgumentError, ArgumentTypeError
+from .openai_fields import ALIASES, USUAL, FieldError, as_arguments, without_no_ops
 
 __all__ = ["TASKS", "Entry", "InputFile", "Line", "Request", "Settings", "parse_line", "read_record", "write_record"]
 
@@ -169,22 +170,17 @@ class NativeEntry(Entry):
 class OpenAIEntry(Entry):
     """{"custom_id", "method": "POST", "url": "/v1/completions", "body": {...}}, as OpenAI's batch interface has it."""
 
-    # What a completion is there unless the body says otherwise.
-    _USUAL = {"max_new_tokens": 16, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}  # noqa: RUF012
-    # Fields of a body that ask for what is not here, with the value that does not ask for it.
-    _NEUTRAL = {"best_of": 1, "echo": False, "logprobs": None, "n": 1, "stream": False, "suffix": ""}  # noqa: RUF012
-    _IGNORED = ("model", "user")  # the job has one model
+    _USUAL: ClassVar[Mapping[str, Any]] = {"max_new_tokens": 16, **USUAL}
+    _KNOWN = frozenset({*GenerationArguments.__annotations__, *ALIASES, "prompt", "model"} - {"logprobs"})
 
     def requests(self, settings: Settings) -> list[Request]:
         body = self._body(settings.task)
-        own = {}
-        for name, value in body.items():
-            if name in self._NEUTRAL:
-                if value != self._NEUTRAL[name]:
-                    raise ArgumentError(f"body: {name} is not supported, got {value!r}")
-            elif name not in ("prompt", *self._IGNORED):
-                own["max_new_tokens" if name == "max_tokens" else name] = value
-        arguments = _arguments(own)
+        try:
+            asked = without_no_ops(body, self._KNOWN)
+        except FieldError as error:
+            raise ArgumentError(f"body: {error.field}: {error}") from None
+        own = {name: value for name, value in asked.items() if name not in ("prompt", "model")}  # the job has one model
+        arguments = _arguments(as_arguments(own))
         return [
             Request(prompt, settings.arguments(self.line, i, arguments, self._USUAL))
             for i, prompt in enumerate(_prompts(body))

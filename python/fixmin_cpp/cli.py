@@ -8,6 +8,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ from .cli_output import note as _note
 from .cli_output import report as _report
 from .cli_output import status as _status
 from .cli_output import write as _write
+from .errors import ArgumentError
 from .inspect import printable
 
 __all__ = ["app", "main"]
@@ -389,6 +391,16 @@ def serve(
         list[str] | None,
         typer.Option(envvar="FIXMIN_API_KEY", help="Requests must bring it; repeatable. Default: none needed."),
     ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(envvar="FIXMIN_API_KEY_FILE", help="Keys, one a line; empty lines do not count.")
+    ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar="FIXMIN_ALLOWED_HOST",
+            help="Name by which the server may be asked besides its own; repeatable. Default on 127.0.0.1: localhost.",
+        ),
+    ] = None,
     cors_origin: Annotated[
         list[str] | None,
         typer.Option(envvar="FIXMIN_CORS_ORIGIN", help="Site whose pages may ask, or *; repeatable. Default: none."),
@@ -403,8 +415,14 @@ def serve(
     max_body_bytes: Annotated[int, typer.Option(envvar="FIXMIN_MAX_BODY_BYTES", help="Of a request.")] = 4 << 20,
     max_n: Annotated[int, typer.Option(envvar="FIXMIN_MAX_N", help="Largest n and best_of.")] = 128,
     max_logprobs: Annotated[int, typer.Option(envvar="FIXMIN_MAX_LOGPROBS", help="Largest logprobs.")] = 20,
-    max_inputs: Annotated[int, typer.Option(envvar="FIXMIN_MAX_INPUTS", help="Most prompts of a request.")] = 256,
+    max_inputs: Annotated[int, typer.Option(envvar="FIXMIN_MAX_INPUTS", help="Most prompts of a request.")] = 2048,
     timeout: Annotated[float, typer.Option(envvar="FIXMIN_TIMEOUT", help="Seconds of a generation.")] = 600.0,
+    max_connections: Annotated[
+        int, typer.Option(envvar="FIXMIN_MAX_CONNECTIONS", help="Open at a time; more get 503.")
+    ] = 1000,
+    keep_alive: Annotated[
+        float, typer.Option(envvar="FIXMIN_KEEP_ALIVE", help="Seconds that a connection may be idle.")
+    ] = 75.0,
     read_timeout: Annotated[
         float, typer.Option(envvar="FIXMIN_READ_TIMEOUT", help="Seconds in which a request has to arrive.")
     ] = 30.0,
@@ -441,12 +459,17 @@ def serve(
     with _errors(debug):
         package = _extra("serve", "serve")
         _log_to_stderr(quiet)
+        if os.environ.get("FIXMIN_API_KEY", "x").strip() == "":
+            raise ArgumentError("FIXMIN_API_KEY is empty: unset it for a server without keys")
         settings = package.ServeSettings(
             model=str(model),
             model_name=model_name,
             host=host,
             port=port,
-            api_keys=tuple(api_key or ()),
+            api_keys=(*(api_key or ()), *_keys_of(api_key_file)),
+            allowed_hosts=tuple(allowed_host or ()),
+            max_connections=max_connections,
+            keep_alive=keep_alive,
             cors_origins=tuple(cors_origin or ()),
             chat_template=None if chat_template is None else read_text(chat_template),
             max_queue=max_queue,
@@ -465,6 +488,16 @@ def serve(
             n_parallel=n_parallel,
         )
         package.run(settings)
+
+
+def _keys_of(path: Path | None) -> tuple[str, ...]:
+    """The keys in a file; at least one, so that an empty file does not open the server."""
+    if path is None:
+        return ()
+    keys = tuple(line.strip() for line in read_text(path).splitlines() if line.strip())
+    if not keys:
+        raise ArgumentError(f"{path} holds no API key")
+    return keys
 
 
 def _log_to_stderr(quiet: bool) -> None:

@@ -73,6 +73,9 @@ _GROUPS: dict[str, dict[str, _Option]] = {
         "presence_penalty": _Option(float, "Subtracted from logits of recent tokens. Default: 0"),
         "frequency_penalty": _Option(float, "The same, for every time. Default: 0"),
         "repeat_last_n": _Option(int, "Which are recent, prompt included. Default: 64; -1: all"),
+        "openai_penalties": _Option(
+            bool, "Presence and frequency: of all generated tokens and none of the prompt, as OpenAI's."
+        ),
         "dry_multiplier": _Option(float, "DRY, against repeated sequences. Default: 0, off"),
         "dry_base": _Option(float, "DRY: growth with their length. Default: 1.75"),
         "dry_allowed_length": _Option(int, "DRY: length that costs nothing yet. Default: 2"),

@@ -84,6 +84,8 @@ class Completion:
     timings: Timings
     logprobs: list[TokenLogprob] | None = None  # of token_ids, if asked for
     prompt_logprobs: list[TokenLogprob] | None = None  # of the prompt's tokens but the first, if asked for
+    stop_id: int | None = None  # the end-of-text token or the one of stop_ids that ended it
+    stop_logprob: TokenLogprob | None = None  # its own, if asked for
     candidates: "list[Completion] | None" = None  # if n > 1 were asked for: all n, the first being this one
 
 
@@ -149,7 +151,7 @@ class Run:
         tokenizer = model._require_tokenizer() if options.stop else model._tokenizer
         decoder = IncrementalDecoder(tokenizer, ids.tolist()) if tokenizer is not None else None
         names = tokenizer.special_tokens if tokenizer is not None and options.stop else None
-        self._assembler = TextAssembler(decoder, StopStrings(options.stop, names))
+        self._assembler = TextAssembler(decoder, StopStrings(options.stop, names), options.min_new_tokens)
         self._texts: list[str] = []  # of the pieces
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprob] = []
@@ -245,6 +247,19 @@ class Run:
         return pieces
 
     @property
+    def prompt_logprobs(self) -> list[TokenLogprob] | None:
+        """Those of the completion, as soon as the prompt has been read; None until then."""
+        if self._request is None or not (self._request.prompt_scored or self.completion is not None):
+            return None
+        return [TokenLogprob(*token) for token in self._request.prompt_top_logprobs()]
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """The tokens of the prompt."""
+        ids: list[int] = self._ids.tolist()
+        return ids
+
+    @property
     def mean_logprob(self) -> float:
         """Of the generated tokens, nats, before any sampling setting; an end-of-text token is not counted."""
         return math.fsum(t.logprob for t in self._logprobs) / len(self._logprobs) if self._logprobs else -math.inf
@@ -277,6 +292,7 @@ class Run:
         # A stop string may turn up only at the end, where nothing can precede it any more.
         reason: Any = "stop" if self._done else result["finish_reason"]
         timings = _timings(result, len(self._token_ids), reason)
+        last = TokenLogprob(*result["last"]) if result["last"] is not None and reason == "eos" else None
         self.completion = Completion(
             "".join(self._texts),
             self._token_ids,
@@ -287,6 +303,8 @@ class Run:
             [TokenLogprob(*token) for token in self._started.prompt_top_logprobs()]
             if self._options.prompt_logprobs is not None
             else None,
+            None if last is None else last.token_id,
+            None if self._options.logprobs is None else last,
         )
         _log.debug("request %d ended: %s, %s", self.number, reason, timings)
 

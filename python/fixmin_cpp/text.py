@@ -189,10 +189,15 @@ class TextAssembler:
 
     A pair waits while any of the text up to its token is held back, so that the texts of all pairs concatenate to the
     whole result even if the run ends there. Without a decoder (a file without a tokenizer) every text is empty.
+
+    Args:
+        min_tokens: in the text of so many tokens no stop string is looked for.
     """
 
     decoder: IncrementalDecoder | None
     stops: StopStrings = field(default_factory=StopStrings)
+    min_tokens: int = 0
+    _n_tokens: int = 0
     _waiting: list[int] = field(default_factory=list)
     _text: str = ""
 
@@ -206,8 +211,12 @@ class TextAssembler:
         self._waiting.append(token_id)
         if self.decoder is None:
             return self._release()
-        self._text += self.stops.feed(self.decoder.step(token_id))
-        self._text += self.stops.feed_special(token_id)
+        self._n_tokens += 1
+        text = self.decoder.step(token_id)
+        if self._n_tokens > self.min_tokens:
+            self._text += self.stops.feed(text) + self.stops.feed_special(token_id)
+        else:
+            self._text += text
         if not self.stopped and (self.decoder.pending or self.stops.pending):
             return []
         return self._release()
@@ -215,8 +224,8 @@ class TextAssembler:
     def finish(self) -> list[tuple[int, str]]:
         """No more tokens: returns the pairs that were waiting, with all the text that is left."""
         if self.decoder is not None:
-            self._text += self.stops.feed(self.decoder.finish())
-            self._text += self.stops.finish()
+            text = self.decoder.finish()
+            self._text += (self.stops.feed(text) if self._n_tokens > self.min_tokens else text) + self.stops.finish()
         return self._release()
 
     def _release(self) -> list[tuple[int, str]]:

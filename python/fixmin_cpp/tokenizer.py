@@ -4,6 +4,7 @@ import json
 import os
 import re
 import secrets
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -164,18 +165,32 @@ class TextTokenizer:
         """Sequences of ids in which `text` comes up: single tokens that hold it, and those that begin it in the middle
         or at the end of a token and go on with the tokens of the rest."""
         if text not in self._sequences:
-            sequences = []
-            for token_id, token in enumerate(self.token_texts):
-                if text in token:
-                    sequences.append([token_id])
-                    continue
-                for n in range(min(len(text) - 1, len(token)), 0, -1):
-                    if token.endswith(text[:n]):
-                        sequences.append([token_id, *self.encode(text[n:])])
+            sequences = [(i, 0, [i]) for i, token in enumerate(self.token_texts) if text in token]
+            for n in range(1, len(text)):
+                rest = None
+                for i in self._ending(text[:n]):
+                    if text not in self.token_texts[i]:
+                        rest = self.encode(text[n:]) if rest is None else rest
+                        sequences.append((i, -n, [i, *rest]))
             if len(self._sequences) >= _MAX_SEQUENCES:
                 self._sequences.clear()
-            self._sequences[text] = sequences
+            self._sequences[text] = [ids for _, _, ids in sorted(sequences)]
         return self._sequences[text]
+
+    @cached_property
+    def _reversed_texts(self) -> list[tuple[str, int]]:
+        """Texts of all ids from their ends, sorted: those that end alike lie side by side."""
+        return sorted((token[::-1], i) for i, token in enumerate(self.token_texts))
+
+    def _ending(self, text: str) -> list[int]:
+        """Ids of the tokens that end with `text`."""
+        end, found = text[::-1], []
+        for at in range(bisect_left(self._reversed_texts, (end, -1)), len(self._reversed_texts)):
+            token, token_id = self._reversed_texts[at]
+            if not token.startswith(end):
+                break
+            found.append(token_id)
+        return found
 
 
 def file_tokenizer(path: str | os.PathLike[str]) -> TextTokenizer:

@@ -37,7 +37,10 @@ def test_seeds_of_candidates():
     # The first numbers of the sequence of 1234567, as published with the reference implementation.
     assert [splitmix64(1234567, i) for i in range(2)] == [6457827717110365317, 3203168211198807973]
     for seed in (0, 7, MASK):
-        assert [candidate_seed(seed, i) for i in range(4)] == [seed, *(splitmix64(seed, 8 * i + 7) for i in (1, 2, 3))]
+        assert [candidate_seed(seed, i) for i in range(4)] == [
+            seed,
+            *(splitmix64(seed, 8 * i + 7) >> 11 for i in (1, 2, 3)),
+        ]
 
 
 def test_n_completions_are_those_of_their_seeds(model):

@@ -96,7 +96,10 @@ def test_defaults_are_openais(client: Any, model: fixmin_cpp.Model) -> None:
     [
         ({"temperature": 0}, {"temperature": 0.0}),
         ({"top_p": 0.5}, {"top_p": 0.5}),
-        ({"presence_penalty": 1.5, "frequency_penalty": 0.5}, {"presence_penalty": 1.5, "frequency_penalty": 0.5}),
+        (
+            {"presence_penalty": 1.5, "frequency_penalty": 0.5},
+            {"presence_penalty": 1.5, "frequency_penalty": 0.5, "openai_penalties": True},
+        ),
         ({"logit_bias": {"5": 100}}, {"logit_bias": {5: 100.0}}),
         (
             {"extra_body": {"top_k": 3, "min_p": 0.1, "repetition_penalty": 1.3}},
@@ -330,7 +333,7 @@ def test_cancelled_whole_answer_frees_its_place(long_path: Path, start: Start) -
         ({"prompt": "a", "stop": ""}, "stop"),
         ({"prompt": "a", "regex": "("}, None),
         ({"prompt": "a", "temprature": 1}, "temprature"),
-        ({"prompt": "a", "max_tokens": 1, "max_new_tokens": 1}, "max_tokens"),
+        ({"prompt": "a", "max_tokens": 1, "max_new_tokens": 2}, "max_tokens"),
         ({"prompt": 3}, "prompt"),
         ({}, "prompt"),
     ],
