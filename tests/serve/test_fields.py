@@ -73,10 +73,7 @@ def test_ids_of_an_echoed_prompt(server: Server, model: fixmin_cpp.Model) -> Non
     wanted = [model.encode(prompt) for prompt in body["prompt"]]
     assert [choice["prompt_token_ids"] for choice in server.post(COMPLETIONS, body).json()["choices"]] == wanted
     openings = {
-        choice["index"]: choice["prompt_token_ids"]
-        for event in events(server, **body)
-        for choice in event["choices"]
-        if "prompt_token_ids" in choice
+        choice["index"]: choice["prompt_token_ids"] for choice in events(server, **body) if "prompt_token_ids" in choice
     }
     assert [openings[i] for i in range(2)] == wanted
 
