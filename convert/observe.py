@@ -338,7 +338,9 @@ class _Observation:
             if name in consumed or name in mapping.ignored:
                 continue
             if not in_model and self.source.allow_unexpected(name):
-                self.source.warn(f"tensor {name}: left out, the checkpoint's code does not know it (--allow-unexpected)")
+                self.source.warn(
+                    f"tensor {name}: left out, the checkpoint's code does not know it (--allow-unexpected)"
+                )
                 continue
             if not in_model:
                 if not is_no_weight(name) and not any(p.search(name) for p in ignorable):

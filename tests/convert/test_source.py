@@ -10,7 +10,6 @@ import pytest
 
 torch = pytest.importorskip("torch")
 from safetensors.torch import save_file  # noqa: E402
-
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 
 from fixmin_cpp.convert.source import Source, SpecialIds, context_length, hyper  # noqa: E402
