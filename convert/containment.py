@@ -1,8 +1,7 @@
 """Run a checkpoint's code without letting it end this process, write into its output or change its settings.
 
-This contains accidents, not malice: code that is run can do anything. What cannot be caught from within the process, a
-crash in native code and a loop without end, the command line catches by converting in a process of its own (see
-child.py).
+This contains accidents, not malice: code that is run can do anything. A crash in native code and a loop without end
+cannot be caught from within the process; both leave no file behind, and Ctrl-C ends the latter.
 """
 
 from __future__ import annotations
@@ -36,27 +35,27 @@ class _Ended(BaseException):
 
 @contextlib.contextmanager
 def contained(tell: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Within it, ending the process is a CheckpointError; what the code prints goes to `tell`, line by line; and folder,
-    environment, signal handlers, logging, warnings and PyTorch's settings are put back at the end.
+    """Within it, ending the process is a CheckpointError; what the code prints goes to `tell`, line by line; and
+    folder, environment, signal handlers, logging, warnings and PyTorch's settings are put back at the end.
 
     Random numbers are not: see `random_state`.
     """
     output = io.StringIO()
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_in_use)
-        stack.enter_context(_settings_restored())
-        stack.enter_context(contextlib.redirect_stdout(output))
-        for name in ("_exit", "abort", "execv", "execve"):
-            stack.enter_context(_replaced(os, name, _refuse(f"os.{name}")))
-        try:
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_in_use)
+            stack.enter_context(_settings_restored())
+            stack.enter_context(contextlib.redirect_stdout(output))
+            for name in ("_exit", "abort", "execv", "execve"):
+                stack.enter_context(_replaced(os, name, _refuse(f"os.{name}")))
             yield
-        except SystemExit as error:
-            status = "" if error.code is None else f" (status {error.code})"
-            raise CheckpointError(f"the checkpoint's code ended the process{status}: sys.exit or exit") from error
-        except _Ended as error:
-            raise CheckpointError(f"the checkpoint's code ended the process: {error}") from error
-        finally:
-            _show(output.getvalue(), tell)
+    except SystemExit as error:
+        status = "" if error.code is None else f" (status {error.code})"
+        raise CheckpointError(f"the checkpoint's code ended the process{status}: sys.exit or exit") from error
+    except _Ended as error:
+        raise CheckpointError(f"the checkpoint's code ended the process: {error}") from error
+    finally:
+        _show(output.getvalue(), tell)  # only now: within, what `tell` prints would count as the code's
 
 
 def _show(printed: str, tell: Callable[[str], None] | None) -> None:
@@ -89,7 +88,7 @@ def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
 def _settings_restored() -> Iterator[None]:
     """Put back what belongs to the process."""
     folder, environment = os.getcwd(), dict(os.environ)
-    streams = sys.stdout, sys.stderr, sys.stdin, sys.argv, sys.excepthook, sys.getrecursionlimit()
+    streams, arguments = (sys.stdout, sys.stderr, sys.stdin, sys.excepthook, sys.getrecursionlimit()), list(sys.argv)
     numbers, place = np.geterr(), locale.setlocale(locale.LC_ALL)
     root = logging.getLogger()
     logs = root.level, list(root.handlers), logging.root.manager.disable
@@ -110,8 +109,9 @@ def _settings_restored() -> Iterator[None]:
         if dict(os.environ) != environment:
             os.environ.clear()
             os.environ.update(environment)
-        sys.stdout, sys.stderr, sys.stdin, sys.argv, sys.excepthook = streams[:5]
-        sys.setrecursionlimit(streams[5])
+        sys.stdout, sys.stderr, sys.stdin, sys.excepthook = streams[:4]
+        sys.setrecursionlimit(streams[4])
+        sys.argv[:] = arguments
         np.seterr(**numbers)
         if locale.setlocale(locale.LC_ALL) != place:
             locale.setlocale(locale.LC_ALL, place)

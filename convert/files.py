@@ -84,7 +84,8 @@ class Files:
                 continue
             if not self.source.allow_missing(name):
                 raise CheckpointError(
-                    f"no tensor was found for {name}, but {why}: name it in a --map FILE, or give --allow-missing {name}"
+                    f"no tensor was found for {name}, but {why}: name it in a --map FILE, or give "
+                    f"--allow-missing {name}"
                 )
             self.source.warn(f"not in the files, so left out: {name} (--allow-missing)")
         self._check_ends()
@@ -102,8 +103,8 @@ class Files:
                 )
         elif tied and not np.array_equal(*(self.source.read_raw(name) for name in ends)):
             raise CheckpointError(
-                f"config.json: tie_word_embeddings is true, but {ends[0]} and {ends[1]} hold different values: which of "
-                "the two counts depends on who loads it"
+                f"config.json: tie_word_embeddings is true, but {ends[0]} and {ends[1]} hold different values: which "
+                "of the two counts depends on who loads it"
             )
 
     def _vocab_size(self) -> int:

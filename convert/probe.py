@@ -42,8 +42,8 @@ class _Stop(BaseException):
     """Ends a forward pass whose rest is not wanted; no `except Exception` of the checkpoint's code may catch it."""
 
 
-class _MissingWeights(CheckpointError):
-    """The files lack what the code needs, and hold nothing that could be it."""
+class _FinalError(CheckpointError):
+    """What is wrong with the files themselves, so that no other way of loading them may be tried."""
 
 
 class OwnModel:
@@ -53,7 +53,7 @@ class OwnModel:
         self, model: nn.Module, source: Source, file_name: dict[str, str], unknown: list[str], log: Log
     ) -> None:
         self.model = model
-        self._log, self._told = log, set[str]()
+        self.log, self._told = log, set[str]()
         self.put_back: Callable[[], None] = lambda: None  # restores what whoever called had, see `load_own_model`
         self.source = source
         self.file_name = file_name  # name in the model -> name in the file
@@ -134,7 +134,7 @@ class OwnModel:
     def _printed(self, line: str) -> None:
         if line not in self._told:  # every forward pass prints it again
             self._told.add(line)
-            self._log(line)
+            self.log(line)
 
     # --- the input of the first block ----------------------------------------------------------------------------
 
@@ -263,11 +263,16 @@ def load_own_model(source: Source, log: Log) -> OwnModel:
     if "quantization_config" in source.config:
         raise CheckpointError("config.json: a quantized checkpoint; convert the original weights instead")
     put_back = random_state()
+    lines: list[str] = []
     try:
-        with _unregistered(), contained(log):
-            torch.set_default_dtype(torch.float32)
-            own = _load(source, log)
-        own.put_back = put_back
+        try:
+            with _unregistered(), contained(log):
+                torch.set_default_dtype(torch.float32)
+                own = _load(source, lines.append)
+        finally:
+            for line in lines:
+                log(line)
+        own.put_back, own.log = put_back, log
         return own
     except BaseException:
         _forget_modules(source.directory)
@@ -279,7 +284,7 @@ def load_own_model(source: Source, log: Log) -> OwnModel:
 def _load(source: Source, log: Log) -> OwnModel:
     try:
         return _load_by_constructor(source, log)
-    except _MissingWeights:
+    except _FinalError:
         raise
     except Exception as error:
         first = error
@@ -430,7 +435,7 @@ def _check_missing(
         else:
             lacking.append(f"{name} {tuple(state[name].shape)}")
     if lacking:
-        error = CheckpointError if unknown else _MissingWeights  # transformers may know the unknown ones by other names
+        error = CheckpointError if unknown else _FinalError  # transformers may know the unknown ones by other names
         raise error(
             f"the files lack weights that the checkpoint's code needs: {some(lacking)}. If the values that its "
             "constructor gives them are right, say so with --allow-missing NAME (or a pattern with *)"
@@ -451,7 +456,7 @@ def _check_tied(model: nn.Module, source: Source, file_name: Mapping[str, str], 
         a, b = file_name[one], file_name[other]
         same = source.tensors[a].shape == source.tensors[b].shape
         if a != b and not (same and np.array_equal(source.read_raw(a), source.read_raw(b))):
-            raise CheckpointError(
+            raise _FinalError(
                 f"the checkpoint's code shares one tensor between {one} and {other}, but the files hold different "
                 f"values for them: which of the two counts depends on who loads it"
             )

@@ -13,10 +13,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..errors import CheckpointError
 from .recipes import gather, stored_ref
@@ -175,6 +173,8 @@ def assign_roles(source: Source, mapping: Map, vocab_size: int | None, transpose
         values = source.read_raw(name) if small and tensor.size == tensor.shape[-1] ** 2 else None
         if name not in ignored and is_no_weight(name, values):
             ignored[name] = "a mask or a table of positions"
+        elif name not in ignored and name not in mapped and source.allow_unexpected(name):
+            ignored[name] = "--allow-unexpected"
         elif name not in ignored and name not in mapped:
             names.append(name)
     if not mapping.places:
@@ -195,13 +195,11 @@ def assign_roles(source: Source, mapping: Map, vocab_size: int | None, transpose
         alternatives.append(options)
         left += unknown
     top, unknown = top_roles(source, rest, width, vocab_size)
-    for name in [n for n in (*left, *unknown) if source.allow_unexpected(n)]:
-        ignored[name] = "--allow-unexpected"
-    if any(name not in ignored for name in (*left, *unknown)):
+    if left or unknown:
         why = "their names and shapes do not say what they are"
         if transposed is None:
             why += ", nor whether matrices are stored [out, in] or [in, out], which --transposed settles"
-        raise leftovers_error(source, [n for n in (*left, *unknown) if n not in ignored], why)
+        raise leftovers_error(source, [*left, *unknown], why)
     norms = [[r for r in ("attn_norm", "ffn_norm") if r in b or f"blk.{i}.{r}.weight" in mapping.places]
              for i, b in enumerate(blocks)]  # fmt: skip
     if len({tuple(n) for n in norms}) > 1 or len(norms[0]) == 1:
