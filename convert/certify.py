@@ -35,6 +35,7 @@ from .readback import StoredModel, read_gguf
 from .resolve import OVERRIDES, resolve
 from .source import Source
 from .spec import ModelSpec, Resolved, TensorRecipe
+from .torch_threads import torch_threads
 
 OWN_CODE = "the checkpoint's own code"
 REFERENCE = "the reference implementation (the checkpoint's code was not run)"
@@ -270,7 +271,10 @@ def verify(
         made = f"the file was made from {stored.metadata.get('fixmin.convert.source')!r} ({expected or 'unknown'})"
         problem = f"{checkpoint_dir} is another checkpoint: its weights have SHA-256 {sha256}, {made}"
         return Certificate(against="nothing", outtype=_outtype(stored), problems=(problem,))
-    with resolve(checkpoint_dir, overrides=overrides, log=progress, **options) as resolved:
+    with (
+        torch_threads(Path(checkpoint_dir)),
+        resolve(checkpoint_dir, overrides=overrides, log=progress, **options) as resolved,
+    ):
         return certify(gguf_path, resolved, open_runner, progress)
 
 

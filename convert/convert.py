@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from .quantize import OUT_TYPES
 from .resolve import OVERRIDES, resolve
 from .source import check_directory
 from .spec import Resolved
+from .torch_threads import torch_threads
 from .writer import AtomicFile, Layout, Progress, Provenance
 
 UNCERTIFIED_SUFFIX = ".uncertified"
@@ -76,6 +77,19 @@ class Reporter:
     def progress(self, title: str) -> Iterator[Progress]:
         """A context whose value is called with weights done, weights in all and the tensor being written."""
         yield lambda done, total, name: None
+
+
+class LogReporter(Reporter):
+    """Passes every line on to a function."""
+
+    def __init__(self, log: Callable[[str], object]) -> None:
+        self._log = log
+
+    def step(self, text: str) -> None:
+        self._log(f"{text} ...")
+
+    def line(self, text: str) -> None:
+        self._log(text)
 
 
 class ConsoleReporter(Reporter):
@@ -149,7 +163,11 @@ def convert(
         raise CheckpointError(f"outtype {outtype!r} is not one of {', '.join(OUT_TYPES)}")
     out = _output_path(None if out is None else Path(out), checkpoint_dir, outtype)
     stated = {name: value for name, value in (overrides or {}).items() if value is not None}
-    with AtomicFile(out) as file, resolve(checkpoint_dir, overrides=stated, log=reporter.line, **options) as resolved:
+    with (
+        torch_threads(checkpoint_dir),
+        AtomicFile(out) as file,
+        resolve(checkpoint_dir, overrides=stated, log=reporter.line, **options) as resolved,
+    ):
         layout = Layout.plan(resolved.spec, outtype, _provenance(checkpoint_dir, resolved, outtype, stated, reporter))
         notes = tuple(f"{t.name} is stored as {t.type.name}: {t.note}" for t in layout.tensors if t.note)
         for note in notes:

@@ -17,7 +17,7 @@ from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
 from .. import _core
-from ..errors import GGUFError
+from ..errors import GGUFError, naming
 from .quantize import dequantize, row_bytes
 from .spec import CodeSpec, ModelSpec, TensorRecipe
 
@@ -37,7 +37,8 @@ def read_gguf(path: str | os.PathLike[str]) -> StoredModel:
     Raises GGUFError for a file that is malformed, is of another architecture or lacks a key; OSError if unreadable.
     """
     path = Path(path)
-    file = _core.GgufFile(str(path))
+    with naming(path):
+        file = _core.GgufFile(str(path))
     metadata = file.metadata
     if metadata.get("general.architecture") != "fixmin":
         raise GGUFError(f"{path}: architecture {metadata.get('general.architecture')!a}, expected 'fixmin'")

@@ -14,10 +14,10 @@ def fixmin(*arguments: object, stdin: bytes = b"") -> subprocess.CompletedProces
     return subprocess.run(command, input=stdin, capture_output=True, timeout=TIMEOUT, check=False)
 
 
-def on_terminal(command: list[str]) -> str:
-    """What a program that succeeds writes to a terminal of 200 columns."""
+def on_terminal(command: list[str], columns: int = 200, **variables: str) -> str:
+    """What a program that succeeds writes to a terminal of so many columns."""
     parent, child = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "200"}
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": str(columns), **variables}
     with subprocess.Popen(command, stdin=child, stdout=child, stderr=child, env=environment) as process:
         os.close(child)
         output = b""

@@ -30,13 +30,16 @@ using codes::Lift;
 template <typename T>
 using CArray = py::array_t<T, py::array::c_style>;
 
+// Through a handle: to pybind11 before 3.1 str(dtype) is ambiguous.
+std::string text_of(const py::dtype& dtype) { return py::str(py::handle(dtype)); }
+
 /// `array` as a C-contiguous array of T, after its dtype and its number of dimensions have been checked.
 template <typename T>
 CArray<T> checked(const py::array& array, const char* name, py::ssize_t n_dims) {
     const py::dtype expected = py::dtype::of<T>();
     if (!array.dtype().equal(expected)) {
-        throw ArgumentError(std::string(name) + " must have dtype " + std::string(py::str(expected)) + ", got " +
-                            std::string(py::str(array.dtype())));
+        throw ArgumentError(std::string(name) + " must have dtype " + text_of(expected) + ", got " +
+                            text_of(array.dtype()));
     }
     if (array.ndim() != n_dims) {
         throw ArgumentError(std::string(name) + " must have " + std::to_string(n_dims) + " dimension" +

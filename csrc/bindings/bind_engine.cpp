@@ -3,6 +3,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <chrono>
@@ -10,9 +11,11 @@
 #include <limits>
 #include <optional>
 #include <set>
+#include <thread>
 
 #include "bindings/bindings.h"
 #include "engine/engine.h"
+#include "engine/machine.h"
 #include "error.h"
 #include "kernels/isa.h"
 
@@ -52,6 +55,7 @@ class Interruption {
         asked_ = now;
         const py::gil_scoped_acquire gil;
         raised_ = raised_ || PyErr_CheckSignals() != 0;
+        asked_ = std::chrono::steady_clock::now();  // a handler may take its time
         return raised_;
     }
 
@@ -121,33 +125,46 @@ class PythonMask : public engine::TokenMask {
     ~PythonMask() override {
         // Not left to the members' destructors, which run without the GIL.
         const py::gil_scoped_acquire gil;
+        const Calling inside;
         words_.release().dec_ref();
         object_.release().dec_ref();
     }
 
+    /// Whether this thread is calling one: whatever Python runs there, a collected object's __del__ too, must not wait
+    /// for the engine.
+    static inline thread_local bool calling = false;
+
     const uint32_t* allowed() override {
         const py::gil_scoped_acquire gil;
+        const Calling inside;
         words_ = object_.attr("allowed")().cast<Words>();
         if (size_t(words_.size()) < n_words_) throw ArgumentError("a mask of tokens is shorter than the vocabulary");
         return words_.data();
     }
     void accept(uint32_t id) override {
         const py::gil_scoped_acquire gil;
+        const Calling inside;
         object_.attr("accept")(id);
     }
     bool finished() override {
         const py::gil_scoped_acquire gil;
+        const Calling inside;
         return object_.attr("finished")().cast<bool>();
     }
 
   private:
+    struct Calling {
+        Calling() { calling = true; }
+        ~Calling() { calling = before; }
+        const bool before = calling;
+    };
     using Words = py::array_t<uint32_t, py::array::c_style>;
     py::object object_;
     Words words_;
     const size_t n_words_;
 };
 
-/// An Engine that can be closed: calls hold a reference of their own, so one that runs in another thread ends first.
+/// An Engine that can be closed: calls and leases hold references of their own, so the memory outlives them.
 class EngineHandle {
   public:
     EngineHandle(const std::string& path, const engine::EngineOptions& options, const py::object& progress) {
@@ -160,11 +177,18 @@ class EngineHandle {
             refused = progress(fraction).is(py::bool_(false));
             if (refused) throw engine::Cancelled();
         };
+        gguf::GgufFile file = open_gguf(path);
+        source_ = file.source();
+        metadata_ = metadata(file);
         {
             const py::gil_scoped_release release;
             try {
-                engine_ = std::make_shared<Engine>(gguf::GgufFile::open(path), options, report);
+                engine_ = std::make_shared<Engine>(std::move(file), options, report);
             } catch (const engine::Cancelled&) {
+            } catch (const GgufError& error) {
+                throw GgufError(with_path(error.what()));
+            } catch (const UnsupportedError& error) {
+                throw UnsupportedError(with_path(error.what()));
             }
         }
         interruption.rethrow();
@@ -173,29 +197,73 @@ class EngineHandle {
     }
 
     std::shared_ptr<Engine> get() const {
-        if (!engine_) throw ArgumentError("the engine is closed");
+        if (closed_) throw ArgumentError("the engine is closed");
+        engine_->start_thread();
         return engine_;
     }
 
-    /// Cancels the requests; their masks need the GIL while the engine's thread ends.
+    /// Of the file that was loaded, whatever its path names by now; empty the second time.
+    py::dict take_metadata() { return std::exchange(metadata_, py::dict()); }
+    const gguf::Source& source() const { return *source_; }
+
+    /// The same engine; closing this one ends what the lease began, and the lease keeps the memory.
+    std::unique_ptr<EngineHandle> lease() const {
+        return std::unique_ptr<EngineHandle>(new EngineHandle(get(), source_));
+    }
+
+    /// Ends the requests; their masks need the GIL while the engine's thread ends.
     void close() {
-        std::shared_ptr<Engine> last = std::move(engine_);
-        const py::gil_scoped_release release;
-        last.reset();
+        closed_ = true;
+        let_go(owner_);
     }
     ~EngineHandle() {
         open_handles().erase(this);
-        if (engine_) close();
+        let_go(owner_);
     }
     EngineHandle(const EngineHandle&) = delete;
 
     /// At the end of the interpreter, while masks can still be called: a thread that asks for the GIL later is ended by
     /// Python in a way that C++ must not catch.
     static void close_all() {
-        for (EngineHandle* handle : open_handles()) handle->close();
+        const std::set<EngineHandle*> handles = open_handles();  // others may go meanwhile
+        for (EngineHandle* handle : handles) {
+            if (open_handles().contains(handle)) handle->close();
+        }
     }
 
   private:
+    EngineHandle(std::shared_ptr<Engine> engine, std::shared_ptr<const gguf::Source> source)
+        : engine_(std::move(engine)), source_(std::move(source)), owner_(false) {}
+
+    static gguf::GgufFile open_gguf(const std::string& path) {
+        const py::gil_scoped_release release;
+        return gguf::GgufFile::open(path);
+    }
+    std::string with_path(const std::string& what) const {
+        return what.starts_with(source_->path()) ? what : source_->path() + ": " + what;
+    }
+
+    // A second caller waits for the first one: both return when the requests have ended.
+    void let_go(bool stop) {
+        std::shared_ptr<Engine> last = engine_;
+        if (!last) return;
+        if (PythonMask::calling) {
+            engine_.reset();
+            std::thread([last = std::move(last), stop]() mutable {
+                if (stop) last->stop();
+                last.reset();
+            }).detach();
+            return;
+        }
+        {
+            const py::gil_scoped_release release;
+            if (stop) last->stop();
+        }
+        engine_.reset();
+        const py::gil_scoped_release release;
+        last.reset();
+    }
+
     // With the GIL held.
     static std::set<EngineHandle*>& open_handles() {
         static std::set<EngineHandle*> handles;
@@ -203,6 +271,10 @@ class EngineHandle {
     }
 
     std::shared_ptr<Engine> engine_;
+    std::shared_ptr<const gguf::Source> source_;
+    py::dict metadata_;
+    const bool owner_ = true;
+    bool closed_ = false;
 };
 
 py::dict bytes_by_kind(const Engine& engine) {
@@ -399,12 +471,18 @@ std::vector<double> int8_ceiling(const EngineHandle& handle, uint32_t passes) {
 class RequestHandle {
   public:
     explicit RequestHandle(std::shared_ptr<engine::Request> request) : request_(std::move(request)) {}
+    RequestHandle(RequestHandle&&) = default;
+    ~RequestHandle() {
+        // In a forked child: its lock may be held, its condition waited for, by threads that are not there.
+        if (request_ && !here()) new std::shared_ptr(std::move(request_));
+    }
 
     uint64_t number() const { return request_->number; }
     void cancel() const { request_->cancel(); }
     const std::shared_ptr<engine::Request>& request() const { return request_; }
 
     bool wait(size_t n_seen, double timeout_s) const {
+        check_here();
         Interruption interruption(nullptr);
         const auto until = std::chrono::steady_clock::now() + std::chrono::duration<double>(std::min(timeout_s, 1e6));
         bool news = false;
@@ -419,6 +497,7 @@ class RequestHandle {
     }
 
     py::tuple read(size_t from) const {
+        check_here();
         engine::Request::News news = request_->read(from);
         py::list ids, logprobs;
         for (const uint32_t id : news.ids) ids.append(id);
@@ -427,11 +506,13 @@ class RequestHandle {
     }
 
     py::dict result() const {
+        check_here();
         if (!request_->read(SIZE_MAX).ended) throw ArgumentError("the request has not ended");
         if (request_->error()) std::rethrow_exception(request_->error());
         const engine::RequestCounters& c = request_->counters();
         py::dict d;
         d["finish_reason"] = name(request_->reason());
+        d["last"] = request_->last() ? py::object(as_tuple(*request_->last())) : py::none();
         d["n_prompt"] = c.n_prompt;
         d["n_cached"] = c.n_cached;
         d["n_drafted"] = c.n_drafted;
@@ -456,8 +537,10 @@ class RequestHandle {
         return out;
     }
 
+    bool prompt_scored() const { return request_->prompt_scored(); }
+
     py::list prompt_top_logprobs() const {
-        result();
+        if (!request_->prompt_scored()) result();
         py::list list;
         for (const auto& token : request_->prompt_logprobs()) list.append(as_tuple(token));
         return list;
@@ -470,7 +553,13 @@ class RequestHandle {
         return py::make_tuple(token.chosen.id, token.chosen.logprob, token.rank, top);
     }
 
-    const std::shared_ptr<engine::Request> request_;
+    bool here() const { return made_in_ == getpid(); }
+    void check_here() const {
+        if (!here()) throw Error(engine::stays_in_parent);
+    }
+
+    const pid_t made_in_ = getpid();
+    std::shared_ptr<engine::Request> request_;
 };
 
 RequestHandle submit(const EngineHandle& handle, const Ids& ids, const engine::SamplingParams& params,
@@ -489,6 +578,7 @@ RequestHandle submit(const EngineHandle& handle, const Ids& ids, const engine::S
     options.n_draft = n_draft;
     options.timeout_s = timeout_s;
     if (after) options.after = after->request();
+    if (!(timeout_s >= 0)) throw ArgumentError("timeout_s must be 0 or more");
     options.first_row = first_row;
     options.next = next;
     return RequestHandle(engine->submit(id_span(ids), std::move(options), mailbox));
@@ -537,10 +627,7 @@ py::array_t<uint8_t> export_prefix(const EngineHandle& handle, const Ids& ids) {
     const auto engine = handle.get();
     const auto span = id_span(ids);
     std::vector<std::byte> bytes;
-    {
-        const py::gil_scoped_release release;
-        bytes = engine->export_prefix(span);
-    }
+    compute([&](const Engine::Stop& stop) { bytes = engine->export_prefix(span, stop); });
     py::array_t<uint8_t> out(py::ssize_t(bytes.size()));
     if (!bytes.empty()) std::memcpy(out.mutable_data(), bytes.data(), bytes.size());
     return out;
@@ -550,8 +637,7 @@ void import_prefix(const EngineHandle& handle, const Ids& ids, const py::array_t
     const auto engine = handle.get();
     const auto span = id_span(ids);
     const std::span bytes(reinterpret_cast<const std::byte*>(blocks.data()), size_t(blocks.size()));
-    const py::gil_scoped_release release;
-    engine->import_prefix(span, bytes);
+    compute([&](const Engine::Stop& stop) { engine->import_prefix(span, bytes, stop); });
 }
 
 py::dict stats(const EngineHandle& handle) {
@@ -630,6 +716,8 @@ void bind_engine(py::module_& m) {
         .def("result", &RequestHandle::result, "Reason, counters and times, or what went wrong; only once it has ended")
         .def("prompt_logprobs", &RequestHandle::prompt_logprobs, "float32 [n], of the tokens that were scored")
         .def("prompt_ranks", &RequestHandle::prompt_ranks, "uint32 [n], the same; 1: no token was more probable")
+        .def_property_readonly("prompt_scored", &RequestHandle::prompt_scored,
+                               "Whether prompt_top_logprobs() may be asked for before the end.")
         .def("prompt_top_logprobs", &RequestHandle::prompt_top_logprobs, "[(id, logprob, rank, [(id, logprob)])]");
 
     py::class_<EngineHandle>(m, "Engine", "A loaded model and its worker threads.")
@@ -667,14 +755,35 @@ void bind_engine(py::module_& m) {
         .def("clear_prefix_cache",
              [](const EngineHandle& handle) {
                  const auto engine = handle.get();
-                 const py::gil_scoped_release release;
-                 engine->clear_prefix_cache();
+                 compute([&](const Engine::Stop& stop) { engine->clear_prefix_cache(stop); });
              })
         .def("read_ceiling", &read_ceiling, py::arg("n_bytes"), py::arg("passes") = 3,
              "Bytes per second that the threads read of n_bytes of memory, in each pass.")
         .def("int8_ceiling", &int8_ceiling, py::arg("passes") = 3,
              "8-bit multiplications and additions per second of the threads, in each pass.")
-        .def("close", &EngineHandle::close, "Frees the model once running calls have ended.");
+        .def("take_metadata", &EngineHandle::take_metadata, "GgufFile.metadata of what was loaded; empty when taken")
+        .def_property_readonly(
+            "file_changed", [](const EngineHandle& handle) { return handle.source().changed(); },
+            "Whether the file that was loaded has been written to since.")
+        .def(
+            "read_file",
+            [](const EngineHandle& handle, uint64_t offset, size_t n) {
+                const uint64_t size = handle.source().size();
+                std::string bytes(std::min<uint64_t>(n, size - std::min(offset, size)), 0);
+                {
+                    const py::gil_scoped_release release;
+                    handle.source().read(offset, std::as_writable_bytes(std::span(bytes)));
+                }
+                return py::bytes(bytes);
+            },
+            py::arg("offset"), py::arg("n"), "Bytes of the file that was loaded, fewer than n at its end.")
+        .def("lease", &EngineHandle::lease, "The same engine for one call: close() ends what it runs, not its memory.")
+        .def("close", &EngineHandle::close, "Ends all requests; frees the model once running calls have returned.");
+
+    py::class_<engine::TeamSize>(m, "TeamSize", "How many threads take a step; see csrc/engine/team_size.h. For tests.")
+        .def(py::init<uint32_t>(), py::arg("most"))
+        .def("choose", &engine::TeamSize::choose, py::arg("n_tokens"), py::arg("work_ns"))
+        .def("record", &engine::TeamSize::record, py::arg("elapsed_ns"));
 
     py::class_<InputSquares>(m, "InputSquares", "Sums of squared inputs of every matrix product: an importance matrix.")
         .def(py::init<const EngineHandle&>(), py::arg("engine"))
@@ -683,6 +792,18 @@ void bind_engine(py::module_& m) {
         .def_property_readonly("sums", &InputSquares::sums, "tensor name -> (float64 [inputs], tokens)");
 
     py::module_::import("atexit").attr("register")(py::cpp_function(&EngineHandle::close_all));
+    m.def(
+        "cgroup_limits",
+        [](const std::string& root) {
+            const engine::CgroupLimits limits = engine::cgroup_limits(root);
+            py::dict d;
+            d["cpus"] = limits.cpus;
+            d["memory_bytes"] = limits.memory_bytes;
+            d["cpuset"] = limits.cpuset;
+            return d;
+        },
+        py::arg("root") = "",
+        "What the control groups of this process allow; root stands before /proc and the mounts.");
     m.def("system_info", &system_info, "What this machine offers and what was chosen.");
 }
 

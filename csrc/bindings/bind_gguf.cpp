@@ -97,12 +97,6 @@ py::object to_python(const Number& number) {
     return py::cast(number);
 }
 
-py::dict metadata(const PyGgufFile& self) {
-    py::dict result;
-    self.file().visit([&result](std::string_view key, const auto& value) { result[decode(key)] = to_python(value); });
-    return result;
-}
-
 py::dict metadata_types(const PyGgufFile& self) {
     py::dict result;
     for (const gguf::KeyValue& entry : self.file().key_values()) {
@@ -119,14 +113,27 @@ py::tuple shape(const gguf::TensorInfo& tensor) {
     return result;
 }
 
-/// The tensor's blocks as they are stored: [n_bytes] uint8, without a copy; `self` lives as long as the
-/// array.
+/// The tensor's blocks as they are stored: [n_bytes] uint8; without a copy if the file was given as bytes, which live
+/// as long as the array. A view of a mapped file would end the process if that was cut.
 py::array tensor_data(const py::object& self, const std::string& name) {
     const auto& file = self.cast<const PyGgufFile&>().file();
     const gguf::TensorInfo* tensor = file.find_tensor(name);
     if (tensor == nullptr) throw py::key_error("no tensor " + name);
-    py::array array(py::dtype::of<uint8_t>(), static_cast<py::ssize_t>(tensor->data.size()), tensor->data.data(), self);
-    array.attr("flags").attr("writeable") = false;  // NumPy refuses to set it back: `self` has no buffer
+    const auto n = static_cast<py::ssize_t>(tensor->data.size());
+    const void* data = tensor->data.data();
+    py::object owner = self;
+    if (file.source()) {
+        owner = py::reinterpret_steal<py::object>(PyBytes_FromStringAndSize(nullptr, n));
+        if (!owner) throw py::error_already_set();
+        auto* const out = reinterpret_cast<std::byte*>(PyBytes_AS_STRING(owner.ptr()));
+        {
+            const py::gil_scoped_release release;
+            file.read(tensor->data, out);
+        }
+        data = out;
+    }
+    py::array array(py::dtype::of<uint8_t>(), n, data, owner);
+    array.attr("flags").attr("writeable") = false;  // NumPy refuses to set it back: the owner is not writable
     return array;
 }
 
@@ -144,6 +151,12 @@ void translate_system_error(std::exception_ptr raised) {
 }
 
 }  // namespace
+
+py::dict metadata(const gguf::GgufFile& file) {
+    py::dict result;
+    file.visit([&result](std::string_view key, const auto& value) { result[decode(key)] = to_python(value); });
+    return result;
+}
 
 void bind_gguf(py::module_& m) {
     py::register_local_exception_translator(&translate_system_error);
@@ -165,20 +178,21 @@ void bind_gguf(py::module_& m) {
     py::class_<PyGgufFile>(m, "GgufFile",
                            "A validated GGUF file. Raises GGUFError for anything malformed, OSError if the "
                            "path cannot be opened.\n\n"
-                           "The file is mapped, not read: do not truncate it while it is open.")
+                           "Tensors are read when they are asked for; GGUFError if the file was cut meanwhile.")
         .def(py::init(&open_file), py::arg("path"))
         .def_static("from_bytes", &parse_bytes, py::arg("data"), "Parses the content of a file; keeps `data` alive.")
         .def_property_readonly("version", [](const PyGgufFile& self) { return self.file().version(); })
         .def_property_readonly("alignment", [](const PyGgufFile& self) { return self.file().alignment(); })
-        .def_property_readonly("metadata", &metadata,
-                               "A new dict in file order. Arrays of numbers are ndarrays of the stored type, arrays of "
-                               "strings lists; bytes that are not UTF-8 become U+FFFD.")
+        .def_property_readonly(
+            "metadata", [](const PyGgufFile& self) { return metadata(self.file()); },
+            "A new dict in file order. Arrays of numbers are ndarrays of the stored type, arrays of "
+            "strings lists; bytes that are not UTF-8 become U+FFFD.")
         .def_property_readonly("metadata_types", &metadata_types,
                                "Key -> (type, element type of an array or None), as the file numbers them.")
         .def_property_readonly(
             "tensors", [](const PyGgufFile& self) { return self.file().tensors(); }, py::return_value_policy::copy)
         .def("tensor_data", &tensor_data, py::arg("name"),
-             "The stored bytes of a tensor, uint8 [n_bytes]: a read-only view that keeps the file alive. "
+             "The stored bytes of a tensor, uint8 [n_bytes], read-only. "
              "KeyError if there is no such tensor.");
 }
 

@@ -85,6 +85,8 @@ void bind_params(py::module_& m) {
         .def_readwrite("frequency_penalty", &SamplingParams::frequency_penalty, "0: off")
         .def_readwrite("presence_penalty", &SamplingParams::presence_penalty, "0: off")
         .def_readwrite("repeat_last_n", &SamplingParams::repeat_last_n, "tokens; -1: all")
+        .def_readwrite("openai_penalties", &SamplingParams::openai_penalties,
+                       "whether frequency and presence count all generated tokens and nothing of the prompt")
         .def_readwrite("dry_multiplier", &SamplingParams::dry_multiplier, "0: off")
         .def_readwrite("dry_base", &SamplingParams::dry_base)
         .def_readwrite("dry_allowed_length", &SamplingParams::dry_allowed_length, "tokens")

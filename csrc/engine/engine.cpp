@@ -3,12 +3,13 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
-#include <fstream>
-#include <future>
 #include <numeric>
 
+#include "engine/machine.h"
 #include "error.h"
 #include "kernels/isa.h"
 
@@ -21,6 +22,8 @@ constexpr uint32_t rows_at_a_time = 64;
 // A draft and the token before it are handed out together.
 constexpr uint32_t max_draft = 31;
 
+constexpr const char* closed = "the model was closed";
+
 uint32_t checked_n_ctx(uint32_t wanted, const model::Hyperparams& hp) {
     if (wanted > hp.context_length) {
         throw ArgumentError("n_ctx is " + std::to_string(wanted) + " but the model was made for a context of " +
@@ -31,11 +34,8 @@ uint32_t checked_n_ctx(uint32_t wanted, const model::Hyperparams& hp) {
 
 // Of the machine, or of the control group if that has less.
 double memory_bytes() {
-    double bytes = double(sysconf(_SC_PHYS_PAGES)) * double(sysconf(_SC_PAGESIZE));
-    std::string limit;
-    if (std::ifstream("/sys/fs/cgroup/memory.max") >> limit && limit != "max")
-        bytes = std::min(bytes, std::stod(limit));
-    return bytes;
+    const double bytes = double(sysconf(_SC_PHYS_PAGES)) * double(sysconf(_SC_PAGESIZE));
+    return std::min(bytes, cgroup_limits().memory_bytes);
 }
 
 // Sixteen full contexts, if that is an eighth of the memory at the most. It becomes resident as it is used.
@@ -55,13 +55,30 @@ uint32_t n_kv_blocks(uint32_t n_kv, uint32_t n_ctx, const model::Hyperparams& hp
     return uint32_t(blocks(n_kv));
 }
 
+// No more threads than there are CPUs for them, unless the environment wants them all: more are never faster.
+TeamSize team_size(uint32_t n_threads) {
+    const char* team = std::getenv("FIXMIN_TEAM");
+    const std::string wanted = team && *team ? team : "auto";
+    if (wanted == "fixed") return TeamSize(n_threads, true);
+    if (wanted == "auto") return TeamSize(std::min(n_threads, usable_cpus()));
+    throw ArgumentError("FIXMIN_TEAM is '" + wanted + "'; known: auto, fixed");
+}
+
+// A small file is packed faster than a thread is awaited that another process keeps from running.
+model::Weights load(gguf::GgufFile file, ThreadPool& pool, const std::function<void(double)>& progress) {
+    constexpr size_t alone = size_t(32) << 20;
+    const uint32_t n_threads = file.bytes().size() < alone ? 1 : ThreadPool::all;
+    const auto parallel_for = [&](uint32_t n, const auto& body) { pool.parallel_for(n, body, n_threads); };
+    return model::load_weights(std::move(file), parallel_for, progress);
+}
+
 }  // namespace
 
 Engine::Engine(gguf::GgufFile file, const EngineOptions& options, const std::function<void(double)>& progress)
     : kernels_(options.isa.empty() ? kernels::default_kernels() : kernels::select(options.isa)),
       pool_(options.n_threads ? options.n_threads : default_threads()),
-      weights_(model::load_weights(
-          std::move(file), [this](uint32_t n, const auto& body) { pool_.parallel_for(n, body); }, progress)),
+      team_size_(team_size(pool_.size())),
+      weights_(load(std::move(file), pool_, progress)),
       n_ctx_(checked_n_ctx(options.n_ctx, weights_.hyperparams)),
       n_batch_(std::max(options.n_batch, 1u)),
       decoder_(weights_, kernels_, n_batch_, n_ctx_, pool_.size()),
@@ -79,16 +96,23 @@ Engine::~Engine() {
         scheduler_.release();
         return;
     }
+    stop();
+}
+
+void Engine::stop() {
+    stopped_ = true;
+    if (owner_ != getpid()) return;
     {
         const std::lock_guard lock(shared_->mutex);
         shared_->quit = true;
         shared_->changed.notify_all();
     }
-    thread_.join();
+    const std::lock_guard lock(stopping_);
+    if (thread_.joinable()) thread_.join();
 }
 
 void Engine::start_thread() {
-    if (owner_ == getpid()) return;
+    if (owner_ == getpid() || stopped_) return;
     if (thread_.joinable()) {
         // A forked child. The parent's requests, the thread and perhaps a lock that it held are of no use here.
         new std::thread(std::move(thread_));
@@ -96,11 +120,15 @@ void Engine::start_thread() {
         scheduler_.release();
         kv_.clear();
     }
-    owner_ = getpid();
     shared_ = std::make_unique<Shared>();
     scheduler_ =
         std::make_unique<Scheduler>(kv_, SchedulerLimits{n_ctx_, n_batch_, n_parallel_}, hyperparams(), kernels_);
-    thread_ = std::thread([this] { serve(); });
+    try {
+        thread_ = std::thread([this] { serve(); });
+    } catch (const std::system_error& error) {
+        throw Error(std::string("the system starts no thread for the engine: ") + error.what());
+    }
+    owner_ = getpid();
 }
 
 void Engine::check_ids(std::span<const uint32_t> ids) const {
@@ -139,30 +167,46 @@ std::shared_ptr<Request> Engine::submit(std::span<const uint32_t> prompt, Reques
     options.n_draft = std::min(options.n_draft, max_draft);
     start_thread();
     auto request = std::make_shared<Request>(n_requests_++, prompt, std::move(options), kernels_, std::move(mailbox));
-    const std::lock_guard lock(shared_->mutex);
-    shared_->arrived.push_back(request);
-    shared_->changed.notify_all();
+    if (!stopped_) {
+        const std::lock_guard lock(shared_->mutex);
+        if (!shared_->quit) {
+            shared_->arrived.push_back(request);
+            shared_->changed.notify_all();
+            return request;
+        }
+    }
+    Scheduler::refuse(*request);
     return request;
 }
 
 void Engine::exclusively(const std::function<void(const Stop&)>& job, const Stop& stop) {
     start_thread();
     std::atomic<bool> stopped = false;
-    std::packaged_task<void()> task([&] { job([&] { return stopped.load(); }); });
-    std::future<void> ended = task.get_future();
+    const auto queued = std::make_shared<Job>();
+    // The engine's own end is asked too: the calling thread may be the one that waits for it, in a signal handler.
+    queued->run = [&] { job([&] { return stopped || stopped_; }); };
+    std::future<void> ended = queued->ended.get_future();
     {
+        if (stopped_) throw Error(closed);
         const std::lock_guard lock(shared_->mutex);
-        shared_->jobs.push_back([&] { task(); });
+        if (shared_->quit) throw Error(closed);
+        shared_->jobs.push_back(queued);
         shared_->changed.notify_all();
     }
     while (ended.wait_for(std::chrono::milliseconds(20)) != std::future_status::ready) {
-        if (stop && stop()) stopped = true;
+        if (!stop || !stop()) continue;
+        stopped = true;
+        const std::lock_guard lock(shared_->mutex);
+        if (std::erase(shared_->jobs, queued)) {
+            shared_->changed.notify_all();
+            throw Cancelled();  // it need not wait for its turn
+        }
     }
     ended.get();
 }
 
-void Engine::clear_prefix_cache() {
-    exclusively([this](const Stop&) { scheduler_->clear_prefix_cache(); }, {});
+void Engine::clear_prefix_cache(const Stop& stop) {
+    exclusively([this](const Stop&) { scheduler_->clear_prefix_cache(); }, stop);
 }
 
 EngineStats Engine::stats() const {
@@ -174,7 +218,7 @@ EngineStats Engine::stats() const {
 void Engine::serve() {
     Shared& shared = *shared_;
     for (bool idle = false;;) {
-        std::function<void()> job;
+        std::shared_ptr<Job> job;
         bool admit;
         tell_ended();
         {
@@ -193,15 +237,33 @@ void Engine::serve() {
                 shared.jobs.pop_front();
             }
         }
-        if (job)
-            job();
-        else
+        if (!job) {
             idle = !step(admit);
+            continue;
+        }
+        try {
+            job->run();
+            job->ended.set_value();
+        } catch (...) {
+            job->ended.set_exception(std::current_exception());
+        }
     }
-    scheduler_->end_all(FinishReason::cancelled);
-    for (const auto& request : shared.arrived) scheduler_->add(request);
+    end_everything();
+}
+
+// Nothing arrives any more.
+void Engine::end_everything() {
+    std::deque<std::shared_ptr<Request>> arrived;
+    std::deque<std::shared_ptr<Job>> jobs;
+    {
+        const std::lock_guard lock(shared_->mutex);
+        arrived.swap(shared_->arrived);
+        jobs.swap(shared_->jobs);
+    }
+    for (auto& request : arrived) scheduler_->add(std::move(request));
     scheduler_->end_all(FinishReason::cancelled);
     tell_ended();
+    for (const auto& job : jobs) job->ended.set_exception(std::make_exception_ptr(Error(closed)));
 }
 
 // Who hears of an end finds it in the statistics.
@@ -235,7 +297,7 @@ bool Engine::step(bool admit) {
 
 void Engine::compute(const Scheduler::Step& step) {
     decoder_.prepare_positions(step.end_position);
-    const Stop given_up = [this] { return scheduler_->given_up(); };
+    const Stop given_up = [this] { return stopped_ || scheduler_->given_up(); };
     const model::Batch batch{step.ids, step.chunks, kv_.layout(), &given_up, nullptr};
     const size_t v = hyperparams().vocab_size;
 
@@ -253,6 +315,9 @@ void Engine::compute(const Scheduler::Step& step) {
         if (logits_.size() < n_rows * v) logits_.resize(n_rows * v);
         return Group{begin, end, std::span(step.rows).subspan(first, n_rows)};
     };
+    Group group = group_from(0);
+    const double work = guessed_ns(weights_, batch, group.rows.size());
+    const uint32_t n_threads = team_size_.choose(uint32_t(step.ids.size()), work);
     const auto hand_out = [&](const Group& group) {
         const auto some = [&](uint32_t begin, uint32_t end) {
             for (size_t i = group.begin + begin; i < group.begin + end; ++i) {
@@ -264,28 +329,38 @@ void Engine::compute(const Scheduler::Step& step) {
         if (n == 1)
             some(0, 1);
         else if (n > 1)
-            pool_.parallel_for(n, some);
+            pool_.parallel_for(n, some, n_threads);
     };
 
-    Group group = group_from(0);
-    std::atomic<bool> done = true;
-    pool_.run([&](model::Team& team) {
-        if (!decoder_.forward(batch, team))
-            done = false;
-        else if (!group.rows.empty())
-            decoder_.project(group.rows, logits_.data(), team);
-    });
-    if (!done) return scheduler_->abandon(nullptr);
+    if (!forward(batch, group.rows, n_threads)) return scheduler_->abandon(nullptr);
+    weights_.check_readable();
     hand_out(group);
     while (group.end < step.units.size()) {
         group = group_from(group.end);
-        pool_.run([&](model::Team& team) { decoder_.project(group.rows, logits_.data(), team); });
+        pool_.run([&](model::Team& team) { decoder_.project(group.rows, logits_.data(), team); }, n_threads);
         hand_out(group);
     }
     scheduler_->finish();
 }
 
-std::vector<std::byte> Engine::export_prefix(std::span<const uint32_t> ids) {
+// Logits of `rows` too, if there are any. False if the batch's should_stop said so.
+bool Engine::forward(const model::Batch& batch, std::span<const uint32_t> rows, uint32_t n_threads) {
+    std::atomic<bool> done = true;
+    const auto start = std::chrono::steady_clock::now();
+    pool_.run(
+        [&](model::Team& team) {
+            if (!decoder_.forward(batch, team))
+                done = false;
+            else if (!rows.empty())
+                decoder_.project(rows, logits_.data(), team);
+        },
+        n_threads);
+    if (done)
+        team_size_.record(std::chrono::duration<double, std::nano>(std::chrono::steady_clock::now() - start).count());
+    return done;
+}
+
+std::vector<std::byte> Engine::export_prefix(std::span<const uint32_t> ids, const Stop& stop) {
     std::vector<std::byte> bytes;
     exclusively(
         [&](const Stop&) {
@@ -299,11 +374,11 @@ std::vector<std::byte> Engine::export_prefix(std::span<const uint32_t> ids) {
             }
             if (known.n_more) kv_.remove_user(known.more);
         },
-        {});
+        stop);
     return bytes;
 }
 
-void Engine::import_prefix(std::span<const uint32_t> ids, std::span<const std::byte> blocks) {
+void Engine::import_prefix(std::span<const uint32_t> ids, std::span<const std::byte> blocks, const Stop& stop) {
     const size_t size = kv_.block_bytes(), n = blocks.size() / size;
     if (blocks.size() != n * size || ids.size() != n * kernels::kv_block_tokens)
         throw ArgumentError("the keys and values do not belong to as many tokens, or not to this model and cache type");
@@ -321,7 +396,7 @@ void Engine::import_prefix(std::span<const uint32_t> ids, std::span<const std::b
             cache.insert(ids, taken);
             for (const uint32_t block : taken) kv_.remove_user(block);
         },
-        {});
+        stop);
 }
 
 void Engine::collect_squares(std::span<const uint32_t> ids, float* logprobs, const Stop& stop,
@@ -340,24 +415,24 @@ void Engine::collect_squares(std::span<const uint32_t> ids, float* logprobs, con
                 const uint32_t n = std::min(n_batch_, uint32_t(ids.size()) - first);
                 const model::Chunk chunk{0, n, first, blocks.data()};
                 const model::Batch batch{ids.subspan(first, n), {&chunk, 1}, kv_.layout(), &stopped, &squares};
-                std::atomic<bool> done = true;
-                pool_.run([&](model::Team& team) {
-                    if (!decoder_.forward(batch, team)) done = false;
-                });
-                if (!done) throw Cancelled();
+                const uint32_t n_threads = team_size_.choose(n, guessed_ns(weights_, batch, 0));
+                if (!forward(batch, {}, n_threads)) throw Cancelled();
+                weights_.check_readable();
                 // The last token predicts nothing known.
                 const uint32_t wanted = std::min(n, uint32_t(ids.size()) - 1 - first);
                 for (uint32_t row = 0; row < wanted; row += rows_at_a_time) {
                     std::vector<uint32_t> rows(std::min(rows_at_a_time, wanted - row));
                     std::iota(rows.begin(), rows.end(), row);
-                    pool_.run([&](model::Team& team) { decoder_.project(rows, logits_.data(), team, &squares); });
-                    pool_.parallel_for(uint32_t(rows.size()), [&](uint32_t begin, uint32_t end) {
+                    pool_.run([&](model::Team& team) { decoder_.project(rows, logits_.data(), team, &squares); },
+                              n_threads);
+                    const auto score = [&](uint32_t begin, uint32_t end) {
                         for (uint32_t r = begin; r < end; ++r) {
                             logprobs[first + row + r] =
                                 top_logprobs({logits_.data() + r * v, v}, 0, ids[first + row + r + 1], kernels_)
                                     .chosen.logprob;
                         }
-                    });
+                    };
+                    pool_.parallel_for(uint32_t(rows.size()), score, n_threads);
                 }
             }
         },

@@ -5,6 +5,7 @@
 #include <condition_variable>
 #include <deque>
 #include <functional>
+#include <future>
 #include <memory>
 #include <mutex>
 #include <span>
@@ -15,6 +16,7 @@
 #include "engine/kv_pool.h"
 #include "engine/request.h"
 #include "engine/scheduler.h"
+#include "engine/team_size.h"
 #include "engine/thread_pool.h"
 #include "gguf/gguf_file.h"
 #include "model/decoder.h"
@@ -22,7 +24,7 @@
 namespace fixmin::engine {
 
 struct EngineOptions {
-    uint32_t n_threads = 0;  // 0: default_threads()
+    uint32_t n_threads = 0;  // at most, see TeamSize; 0: default_threads()
     uint32_t n_ctx = 0;      // of one request; 0: the model's context_length
     uint32_t n_batch = 512;  // tokens in a step
     kernels::KvType kv_type = kernels::KvType::f16;
@@ -41,8 +43,15 @@ class Engine {
     /// Takes the file apart; throws GgufError, UnsupportedError, ArgumentError, std::bad_alloc.
     Engine(gguf::GgufFile file, const EngineOptions& options, const std::function<void(double)>& progress);
 
-    /// Cancels what runs.
+    /// As stop(), and frees the memory.
     ~Engine();
+
+    /// Ends the engine's thread within a layer: requests that run or wait end as cancelled, and so do later ones at
+    /// once; exclusive jobs throw. Returns when that is done, also to a second caller. Not to be called by a mask.
+    void stop();
+
+    /// In a forked child: makes the thread anew. The callers of the others take turns with this one.
+    void start_thread();
 
     const model::Hyperparams& hyperparams() const { return weights_.hyperparams; }
     const model::Weights& weights() const { return weights_; }
@@ -65,14 +74,14 @@ class Engine {
     void exclusively(const std::function<void(const Stop&)>& job, const Stop& stop);
 
     /// Forgets what earlier requests have computed.
-    void clear_prefix_cache();
+    void clear_prefix_cache(const Stop& stop);
 
     /// Keys and values of the tokens of `ids`, as far as the prefix cache has them in whole blocks: [n][block_bytes()].
-    std::vector<std::byte> export_prefix(std::span<const uint32_t> ids);
+    std::vector<std::byte> export_prefix(std::span<const uint32_t> ids, const Stop& stop);
 
     /// Puts what export_prefix gave into the prefix cache: ids are the tokens of the blocks, all of them. Throws
     /// ArgumentError if the sizes do not match or there is no room.
-    void import_prefix(std::span<const uint32_t> ids, std::span<const std::byte> blocks);
+    void import_prefix(std::span<const uint32_t> ids, std::span<const std::byte> blocks, const Stop& stop);
 
     size_t block_bytes() const { return kv_.block_bytes(); }
 
@@ -89,24 +98,30 @@ class Engine {
 
   private:
     // What callers and the engine's thread share.
+    struct Job {
+        std::function<void()> run;
+        std::promise<void> ended;
+    };
     struct Shared {
         std::mutex mutex;
         std::condition_variable changed;
         std::deque<std::shared_ptr<Request>> arrived;
-        std::deque<std::function<void()>> jobs;
+        std::deque<std::shared_ptr<Job>> jobs;
         EngineStats stats;
         bool quit = false;
     };
 
     void check_ids(std::span<const uint32_t> ids) const;
-    void start_thread();
     void serve();
+    void end_everything();
     void tell_ended();
     bool step(bool admit);
     void compute(const Scheduler::Step& step);
+    bool forward(const model::Batch& batch, std::span<const uint32_t> rows, uint32_t n_threads);
 
     const kernels::Kernels& kernels_;
     ThreadPool pool_;
+    TeamSize team_size_;
     const model::Weights weights_;
     const uint32_t n_ctx_;
     const uint32_t n_batch_;
@@ -118,7 +133,9 @@ class Engine {
     model::Buffer<float> logits_;
     std::unique_ptr<Shared> shared_;
     std::thread thread_;
-    pid_t owner_ = 0;  // the process that the thread lives in
+    std::mutex stopping_;
+    std::atomic<bool> stopped_ = false;  // asked by whatever the engine's thread does
+    pid_t owner_ = 0;                    // the process that the thread lives in
 };
 
 /// Thrown when `stop` ended a computation.

@@ -42,16 +42,23 @@ Repetition::Repetition(const SamplingParams& p, std::span<const uint32_t> prompt
       dry_allowed_length_(p.dry_allowed_length),
       window_(window_of(p.repeat_last_n)),
       dry_window_(window_of(p.dry_penalty_last_n)),
-      counts_(window_ > 0 && (p.repeat_penalty != 1 || p.frequency_penalty != 0 || p.presence_penalty != 0)),
+      generated_only_(p.openai_penalties && (p.frequency_penalty != 0 || p.presence_penalty != 0)),
+      counts_(window_ > 0 &&
+              (p.repeat_penalty != 1 || (!generated_only_ && (p.frequency_penalty != 0 || p.presence_penalty != 0)))),
       dry_(dry_window_ > 0 && p.dry_multiplier > 0) {
     for (const std::vector<uint32_t>& sequence : p.dry_sequence_breakers) {
         if (!sequence.empty()) breakers_[sequence[0]].emplace_back(sequence.begin() + 1, sequence.end());
     }
-    for (const uint32_t id : prompt_ids) accept(id);
+    for (const uint32_t id : prompt_ids) remember(id);
 }
 
 void Repetition::accept(uint32_t id) {
-    if (!active()) return;
+    if (generated_only_) ++generated_[id];
+    remember(id);
+}
+
+void Repetition::remember(uint32_t id) {
+    if (!counts_ && !dry_) return;
     history_.push_back(id);
     if (!counts_) return;
     ++counted_[id];
@@ -62,6 +69,7 @@ void Repetition::accept(uint32_t id) {
 
 void Repetition::penalize(std::span<float> logits) {
     if (counts_) penalize_window(logits);
+    if (generated_only_) penalize_generated(logits);
     if (dry_) penalize_continuations(logits);
 }
 
@@ -70,7 +78,13 @@ void Repetition::penalize_window(std::span<float> logits) const {
         if (id >= logits.size()) continue;
         float& logit = logits[id];
         logit = logit > 0 ? logit / repeat_penalty_ : logit * repeat_penalty_;
-        logit -= float(count) * frequency_penalty_ + presence_penalty_;
+        if (!generated_only_) logit -= float(count) * frequency_penalty_ + presence_penalty_;
+    }
+}
+
+void Repetition::penalize_generated(std::span<float> logits) const {
+    for (const auto& [id, count] : generated_) {
+        if (id < logits.size()) logits[id] -= float(count) * frequency_penalty_ + presence_penalty_;
     }
 }
 

@@ -1,6 +1,10 @@
 #include "engine/request.h"
 
+#include <unistd.h>
+
 #include <algorithm>
+
+#include "error.h"
 
 namespace fixmin::engine {
 namespace {
@@ -16,24 +20,34 @@ Clock::time_point after(Clock::time_point start, double timeout_s) {
 
 }  // namespace
 
+Mailbox::Mailbox() : owner_(getpid()), state_(std::make_unique<State>()) {}
+
+Mailbox::~Mailbox() {
+    // Destroying a condition waits for those that wait for it.
+    if (owner_ != getpid()) state_.release();
+}
+
 void Mailbox::post(uint64_t request) {
-    const std::lock_guard lock(mutex_);
-    news_.insert(request);
-    changed_.notify_one();
+    const std::lock_guard lock(state_->mutex);
+    state_->news.insert(request);
+    state_->changed.notify_one();
 }
 
 std::vector<uint64_t> Mailbox::wait(double timeout_s) {
-    std::unique_lock lock(mutex_);
-    changed_.wait_until(lock, after(Clock::now(), std::min(timeout_s, 1e6)), [&] { return closed_ || !news_.empty(); });
-    const std::vector<uint64_t> news(news_.begin(), news_.end());
-    news_.clear();
+    if (owner_ != getpid()) throw Error(stays_in_parent);
+    std::unique_lock lock(state_->mutex);
+    state_->changed.wait_until(lock, after(Clock::now(), std::min(timeout_s, 1e6)),
+                               [&] { return state_->closed || !state_->news.empty(); });
+    const std::vector<uint64_t> news(state_->news.begin(), state_->news.end());
+    state_->news.clear();
     return news;
 }
 
 void Mailbox::close() {
-    const std::lock_guard lock(mutex_);
-    closed_ = true;
-    changed_.notify_all();
+    if (owner_ != getpid()) return;
+    const std::lock_guard lock(state_->mutex);
+    state_->closed = true;
+    state_->changed.notify_all();
 }
 
 Request::Request(uint64_t number, std::span<const uint32_t> prompt, RequestOptions options,

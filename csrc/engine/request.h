@@ -1,5 +1,7 @@
 // One sequence of tokens that somebody wants continued, scored or looked into.
 #pragma once
+#include <sys/types.h>
+
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -69,20 +71,31 @@ struct RequestCounters {
     double decode_s = 0;   // the rest
 };
 
-/// Told of new tokens and of the end of requests: one reader can wait for many.
+/// Told of new tokens and of the end of requests: one reader can wait for many. In a forked child nobody posts, and
+/// its lock may be held by a thread that is not there: wait() throws, the rest does nothing.
 class Mailbox {
   public:
+    Mailbox();
+    ~Mailbox();
+    Mailbox(const Mailbox&) = delete;
     void post(uint64_t request);
     /// Numbers of requests with news since the last call; waits for the first until the timeout. Empty once closed.
     std::vector<uint64_t> wait(double timeout_s);
     void close();
 
   private:
-    std::mutex mutex_;
-    std::condition_variable changed_;
-    std::set<uint64_t> news_;
-    bool closed_ = false;
+    struct State {
+        std::mutex mutex;
+        std::condition_variable changed;
+        std::set<uint64_t> news;
+        bool closed = false;
+    };
+    const pid_t owner_;
+    std::unique_ptr<State> state_;
 };
+
+inline constexpr const char* stays_in_parent =
+    "this generation was begun before the process was forked: it goes on in the parent, not here";
 
 /// Made by Engine::submit. The reading half may be used from any thread.
 class Request {
@@ -111,6 +124,10 @@ class Request {
     std::exception_ptr error() const { return error_; }  // null unless it failed
     /// Of the tokens behind first_row, `next` included; fewer if it ended before they were read.
     const std::vector<TopLogprobs>& prompt_logprobs() const { return prompt_logprobs_; }
+    /// Whether prompt_logprobs() is complete, and may be read before the end.
+    bool prompt_scored() const { return prompt_scored_; }
+    /// The stop id that ended it, if there was one; no probabilities if n_logprobs asks for none.
+    const std::optional<TopLogprobs>& last() const { return last_; }
     const RequestCounters& counters() const { return counters_; }
 
   private:
@@ -140,6 +157,7 @@ class Request {
     const Clock::time_point deadline_;
     std::atomic<bool> cancelled_ = false;
     std::atomic<bool> prompt_read_ = false;
+    std::atomic<bool> prompt_scored_ = false;  // all of it: nothing changes prompt_logprobs_ any more
 
     mutable std::mutex mutex_;  // of the part that both sides use
     std::condition_variable changed_;
@@ -160,8 +178,9 @@ class Request {
     uint32_t n_handed_ = 0;    // rows of the prompt that have been scored or copied
     std::vector<uint32_t> blocks_;
     std::vector<std::byte*> block_data_;
-    uint32_t n_kept_ = 0;  // blocks that the prefix cache has been given
-    bool done_ = false;    // no further token is wanted
+    uint32_t n_kept_ = 0;              // blocks that the prefix cache has been given
+    bool done_ = false;                // no further token is wanted
+    std::optional<TopLogprobs> last_;  // the stop id that was drawn
     FinishReason done_reason_ = FinishReason::length;
     std::exception_ptr failure_;
     Drafter drafter_;

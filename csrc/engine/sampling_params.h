@@ -16,8 +16,10 @@ struct SamplingParams {
     float frequency_penalty = 0;           // subtracted for every time a token came up recently
     float presence_penalty = 0;            // subtracted once if it did
     int32_t repeat_last_n = 64;            // recent: so many tokens, prompt included; -1: all
-    float dry_multiplier = 0;              // above 0: a token that would continue a repetition of n tokens loses
-    float dry_base = 1.75f;                //   multiplier * base ^ (n - allowed_length) if n >= allowed_length
+    // Whether frequency and presence are counted over all generated tokens and nothing of the prompt, as OpenAI does.
+    bool openai_penalties = false;
+    float dry_multiplier = 0;  // above 0: a token that would continue a repetition of n tokens loses
+    float dry_base = 1.75f;    //   multiplier * base ^ (n - allowed_length) if n >= allowed_length
     uint32_t dry_allowed_length = 2;
     int32_t dry_penalty_last_n = -1;                           // repetitions in the last so many tokens; -1: in all
     std::vector<std::vector<uint32_t>> dry_sequence_breakers;  // a repetition does not reach across one of these

@@ -151,6 +151,11 @@ void Scheduler::end(const Shared& shared, FinishReason reason, std::exception_pt
     ended_.push_back(shared);
 }
 
+void Scheduler::refuse(Request& request) {
+    request.end(FinishReason::cancelled, nullptr);
+    request.tell_end();
+}
+
 void Scheduler::tell_ended() {
     for (const Shared& request : ended_) request->tell_end();
     ended_.clear();
@@ -293,6 +298,8 @@ void Scheduler::sample(Request& request, const float* logits, uint32_t n_rows) {
         const uint32_t id = request.sampler_.sample(row, request.n_generated_, allowed);
         ++request.n_computed_;  // the token that this row belongs to
         if (std::find(stops.begin(), stops.end(), id) != stops.end()) {
+            request.last_ = options.n_logprobs >= 0 ? top_logprobs(row, uint32_t(options.n_logprobs), id, kernels_)
+                                                    : TopLogprobs{{id, 0}, 0, {}};
             stop(FinishReason::stop);
             break;
         }
@@ -333,6 +340,7 @@ void Scheduler::finish() {
         if (known_end >= n_prompt && !request.prompt_read_) {
             request.prompt_done_ = Clock::now();
             request.prompt_read_ = true;
+            request.prompt_scored_ = true;
         }
         if (request.failure_) {
             end(step_.requests[i], FinishReason::cancelled, request.failure_);

@@ -73,6 +73,9 @@ class Scheduler {
     /// The step was not finished; `error`, if not null, ends its requests.
     void abandon(std::exception_ptr error);
 
+    /// Ends a request that no scheduler has been given.
+    static void refuse(Request& request);
+
     /// Ends every request.
     void end_all(FinishReason reason, std::exception_ptr error = nullptr);
     /// Tells those that wait for requests which have ended since the last call.

@@ -13,7 +13,11 @@
 #include <set>
 #include <sstream>
 #include <string>
+#include <system_error>
 #include <thread>
+
+#include "engine/machine.h"
+#include "error.h"
 
 namespace fixmin::engine {
 namespace {
@@ -65,17 +69,28 @@ void Barrier::wait() {
 }
 
 struct ThreadPool::Shared {
-    Shared(uint32_t size, uint32_t spins) : spins(spins), barrier(size, spins), counters(size) {}
+    Shared(uint32_t size, uint32_t spins) : spins(spins), barrier(spins), counters(size), calls(size) {}
+
+    // Counts the jobs of one worker: those that a smaller team leaves out sleep on.
+    struct alignas(64) Calls {
+        std::atomic<uint32_t> n = 0;
+    };
 
     const uint32_t spins;
     Barrier barrier;
     model::Team::Counters counters;
-    std::atomic<uint32_t> epoch = 0;    // counts jobs
+    std::vector<Calls> calls;
     std::atomic<uint32_t> running = 0;  // workers still in the job
     std::atomic<bool> quit = false;
+    uint32_t team_size = 0;
     const std::function<void(model::Team&)>* job = nullptr;
     std::mutex error_mutex;
     std::exception_ptr error;  // the first one of a job
+
+    void wake(uint32_t worker) {
+        calls[worker].n.fetch_add(1, std::memory_order_release);
+        calls[worker].n.notify_one();
+    }
 
     void call(uint32_t index, uint32_t size) {
         class PoolTeam final : public model::Team {
@@ -108,35 +123,46 @@ void ThreadPool::start() {
     owner_ = getpid();
     // Spinning pays only if every thread has a CPU to itself.
     shared_ = std::make_unique<Shared>(size_, size_ <= usable_cpus() ? default_spins : 0);
-    for (uint32_t i = 1; i < size_; ++i) {
-        workers_.emplace_back([shared = shared_.get(), i, size = size_] {
-            for (uint32_t epoch = 0;;) {
-                wait_for_change(shared->epoch, epoch, shared->spins);
-                epoch = shared->epoch.load(std::memory_order_acquire);
+    const auto start_worker = [this](uint32_t i) {
+        workers_.emplace_back([shared = shared_.get(), i] {
+            std::atomic<uint32_t>& calls = shared->calls[i].n;
+            for (uint32_t seen = 0;;) {
+                wait_for_change(calls, seen, shared->spins);
+                seen = calls.load(std::memory_order_acquire);
                 if (shared->quit) return;
-                shared->call(i, size);
+                shared->call(i, shared->team_size);
                 if (shared->running.fetch_sub(1, std::memory_order_acq_rel) == 1) shared->running.notify_one();
             }
         });
+    };
+    try {
+        for (uint32_t i = 1; i < size_; ++i) start_worker(i);
+    } catch (const std::system_error& error) {
+        const size_t started = workers_.size() + 1;
+        stop();
+        owner_ = 0;  // so that the next job tries again
+        throw Error("the system refuses thread " + std::to_string(started + 1) + " of " + std::to_string(size_) + " (" +
+                    error.code().message() + "): use fewer threads, or raise the limit of processes");
     }
 }
 
 void ThreadPool::stop() {
     if (owner_ != getpid()) {
-        // A forked child: the threads are not here. Joining or destroying their handles would end the process.
+        // A forked child, or threads that could not be started: the threads are not here. Joining or destroying their
+        // handles would end the process.
         for (std::thread& worker : workers_) new std::thread(std::move(worker));
         shared_.release();
         workers_.clear();
         return;
     }
     shared_->quit = true;
-    shared_->epoch.fetch_add(1, std::memory_order_release);
-    shared_->epoch.notify_all();
+    for (uint32_t i = 1; i <= workers_.size(); ++i) shared_->wake(i);
     for (std::thread& worker : workers_) worker.join();
     workers_.clear();
 }
 
-void ThreadPool::run(const std::function<void(model::Team&)>& job) {
+void ThreadPool::run(const std::function<void(model::Team&)>& job, uint32_t n) {
+    n = std::min(n, size_);
     if (owner_ != getpid()) {
         stop();
         start();
@@ -145,21 +171,24 @@ void ThreadPool::run(const std::function<void(model::Team&)>& job) {
     shared.job = &job;
     shared.error = nullptr;
     shared.counters.clear();
-    shared.running.store(size_ - 1, std::memory_order_relaxed);
-    shared.epoch.fetch_add(1, std::memory_order_release);
-    shared.epoch.notify_all();
-    shared.call(0, size_);
+    shared.barrier.reset(n);
+    shared.team_size = n;
+    shared.running.store(n - 1, std::memory_order_relaxed);
+    for (uint32_t i = 1; i < n; ++i) shared.wake(i);
+    shared.call(0, n);
     for (uint32_t left; (left = shared.running.load(std::memory_order_acquire)) != 0;) {
         wait_for_change(shared.running, left, shared.spins);
     }
     if (shared.error) std::rethrow_exception(shared.error);
 }
 
-void ThreadPool::parallel_for(uint32_t n, const std::function<void(uint32_t, uint32_t)>& body) {
-    run([&](model::Team& team) {
-        const auto [begin, end] = team.share(n);
-        if (begin < end) body(begin, end);
-    });
+void ThreadPool::parallel_for(uint32_t n, const std::function<void(uint32_t, uint32_t)>& body, uint32_t n_threads) {
+    run(
+        [&](model::Team& team) {
+            const auto [begin, end] = team.share(n);
+            if (begin < end) body(begin, end);
+        },
+        n_threads);
 }
 
 namespace {
@@ -192,26 +221,11 @@ std::vector<int> affinity_cpus() {
 }
 #endif
 
-// CPUs that the cgroup's quota amounts to (version 2, then 1), or a large number.
-double cgroup_quota() {
-    double quota = 1e9;
-    if (std::ifstream file("/sys/fs/cgroup/cpu.max"); file) {
-        std::string limit;
-        double period = 0;
-        if (file >> limit >> period && limit != "max" && period > 0) quota = std::stod(limit) / period;
-    } else {
-        double limit = -1, period = 0;
-        std::ifstream("/sys/fs/cgroup/cpu/cpu.cfs_quota_us") >> limit;
-        std::ifstream("/sys/fs/cgroup/cpu/cpu.cfs_period_us") >> period;
-        if (limit > 0 && period > 0) quota = limit / period;
-    }
-    return quota;
-}
-
 }  // namespace
 
 uint32_t usable_cpus() {
-    const double n = std::min(double(affinity_cpus().size()), std::floor(cgroup_quota()));
+    const CgroupLimits limits = cgroup_limits();
+    const double n = std::min({double(affinity_cpus().size()), double(limits.cpuset), std::floor(limits.cpus)});
     return uint32_t(std::max(n, 1.0));
 }
 

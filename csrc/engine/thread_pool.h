@@ -16,11 +16,13 @@ namespace fixmin::engine {
 /// Sense-reversing barrier: spins for a bounded time, then sleeps in the kernel.
 class Barrier {
   public:
-    Barrier(uint32_t size, uint32_t spins) : size_(size), spins_(spins) {}
+    explicit Barrier(uint32_t spins) : spins_(spins) {}
+    /// For `size` threads; while none is in wait().
+    void reset(uint32_t size) { size_ = size; }
     void wait();
 
   private:
-    const uint32_t size_;
+    uint32_t size_ = 1;
     const uint32_t spins_;
     std::atomic<uint32_t> arrived_ = 0;
     std::atomic<uint32_t> phase_ = 0;
@@ -29,6 +31,7 @@ class Barrier {
 /// The calling thread is member 0 of the team; size - 1 workers wait for it between calls.
 class ThreadPool {
   public:
+    /// Throws Error if the system refuses a thread; run() in a forked child does so too.
     explicit ThreadPool(uint32_t size);
     ~ThreadPool();
     ThreadPool(const ThreadPool&) = delete;
@@ -36,13 +39,16 @@ class ThreadPool {
 
     uint32_t size() const { return size_; }
 
-    /// Runs job(team) once on every thread and returns when all have finished; one call at a time.
-    /// The floating-point environment is the default one inside. In a forked child the workers are made anew.
-    /// An exception of the job ends up here; a job that uses team.barrier() must not throw.
-    void run(const std::function<void(model::Team&)>& job);
+    static constexpr uint32_t all = UINT32_MAX;
 
-    /// body(begin, end) on contiguous shares of 0..n.
-    void parallel_for(uint32_t n, const std::function<void(uint32_t, uint32_t)>& body);
+    /// Runs job(team) once on each of n threads (at least 1, at most size()) and returns when all have finished; one
+    /// call at a time. The other threads sleep on: with n = 1 nothing is woken and no barrier waits. The floating-point
+    /// environment is the default one inside. In a forked child the workers are made anew. An exception of the job ends
+    /// up here; a job that uses team.barrier() must not throw.
+    void run(const std::function<void(model::Team&)>& job, uint32_t n = all);
+
+    /// body(begin, end) on contiguous shares of 0..n, one for each of n_threads.
+    void parallel_for(uint32_t n, const std::function<void(uint32_t, uint32_t)>& body, uint32_t n_threads = all);
 
   private:
     struct Shared;

@@ -10,6 +10,7 @@
 #include <cfloat>
 #include <cmath>
 #include <limits>
+#include <new>
 #include <numeric>
 #include <system_error>
 #include <type_traits>
@@ -417,11 +418,11 @@ std::vector<std::string_view> ArrayView::strings() const {
 // ---- opening
 // ------------------------------------------------------------------------------------------------
 
-// The mapping shares its pages with the file.  If another process truncates the file while it is mapped,
-// touching a page beyond the new end raises SIGBUS; no check can prevent that, short of copying the file.
-// What is prevented: every extent is checked against the size that was mapped, `open` refuses a file whose
-// size changes while it is being validated, and a file replaced by rename (as the converter does) leaves the
-// mapped one intact.
+// The mapping shares its pages with the file. If another process truncates the file while it is mapped, touching a page
+// beyond the new end raises SIGBUS. So tensors are read, not touched (GgufFile::read), and keys and tensor infos are
+// copied once they have been parsed. Every extent is checked against the size that was mapped, `open` refuses a file
+// that changes while it is being validated, and a file replaced by rename (as the converter does) leaves the mapped one
+// intact.
 GgufFile::Mapping::Mapping(int fd, size_t size) : size_(size) {
     void* base = mmap(nullptr, size, PROT_READ, MAP_PRIVATE, fd, 0);
     if (base == MAP_FAILED) throw std::system_error(errno, std::generic_category(), "mmap");
@@ -432,38 +433,92 @@ GgufFile::Mapping::~Mapping() {
     if (base_ != nullptr) munmap(const_cast<std::byte*>(base_), size_);
 }
 
-GgufFile GgufFile::open(const std::string& path) {
-    struct Descriptor {
-        int fd;
-        ~Descriptor() {
-            if (fd >= 0) close(fd);
-        }
-    };
-    const auto file_size = [&path](int fd) -> uint64_t {
-        struct stat status{};
-        if (fstat(fd, &status) != 0) throw std::system_error(errno, std::generic_category(), path);
-        if (!S_ISREG(status.st_mode)) {
-            const int error = S_ISDIR(status.st_mode) ? EISDIR : EINVAL;
-            throw std::system_error(error, std::generic_category(), path + ": not a regular file");
-        }
-        return static_cast<uint64_t>(status.st_size);
-    };
+namespace {
 
-    // Without O_NONBLOCK the opening of a named pipe would wait for a writer.
-    const Descriptor file{::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)};
-    if (file.fd < 0) throw std::system_error(errno, std::generic_category(), path);
-    const uint64_t size = file_size(file.fd);
-    if (size == 0) throw GgufError("GGUF header at byte 0: the file is empty");
+int64_t nanoseconds(const struct stat& status) {
+#if defined(__APPLE__)
+    const timespec& t = status.st_mtimespec;
+#else
+    const timespec& t = status.st_mtim;
+#endif
+    return int64_t(t.tv_sec) * 1'000'000'000 + t.tv_nsec;
+}
 
-    GgufFile result;
-    result.mapping_ = Mapping(file.fd, size);
-    result.bytes_ = result.mapping_.bytes();
-    result.parse_all();
-    if (const uint64_t now = file_size(file.fd); now != size) {
-        throw GgufError("the file's size changed from " + std::to_string(size) + " to " + std::to_string(now) +
-                        " bytes while it was being read");
+}  // namespace
+
+// Without O_NONBLOCK the opening of a named pipe would wait for a writer.
+Source::Source(const std::string& path) : path_(path), fd_(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)) {
+    if (fd_ < 0) throw std::system_error(errno, std::generic_category(), path);
+    struct stat status{};
+    int error = fstat(fd_, &status) != 0 ? errno : 0;
+    std::string what = path;
+    if (!error && !S_ISREG(status.st_mode)) {
+        error = S_ISDIR(status.st_mode) ? EISDIR : EINVAL;
+        what += ": not a regular file";
     }
+    if (error) {
+        close(fd_);
+        throw std::system_error(error, std::generic_category(), what);
+    }
+    size_ = uint64_t(status.st_size);
+    modified_ns_ = nanoseconds(status);
+}
+
+Source::~Source() { close(fd_); }
+
+bool Source::changed() const noexcept {
+    struct stat status{};
+    return fstat(fd_, &status) != 0 || uint64_t(status.st_size) != size_ || nanoseconds(status) != modified_ns_;
+}
+
+void Source::read(uint64_t offset, std::span<std::byte> out) const {
+    for (size_t done = 0; done < out.size();) {
+        const ssize_t n = pread(fd_, out.data() + done, out.size() - done, off_t(offset + done));
+        if (n < 0 && errno == EINTR) continue;
+        if (n < 0) throw std::system_error(errno, std::generic_category(), path_);
+        if (n == 0) {
+            throw GgufError(path_ + ": the file was cut while it was in use: it had " + std::to_string(size_) +
+                            " bytes and ends at byte " + std::to_string(offset + done));
+        }
+        done += size_t(n);
+    }
+}
+
+void GgufFile::read(std::span<const std::byte> range, std::byte* out) const {
+    if (source_)
+        source_->read(uint64_t(range.data() - bytes_.data()), {out, range.size()});
+    else
+        std::memcpy(out, range.data(), range.size());
+}
+
+GgufFile GgufFile::open(const std::string& path) {
+    GgufFile result;
+    result.source_ = std::make_shared<const Source>(path);
+    const Source& source = *result.source_;
+    try {
+        if (source.size() == 0) throw GgufError("GGUF header at byte 0: the file is empty");
+        result.mapping_ = Mapping(source.fd(), source.size());
+        result.bytes_ = result.mapping_.bytes();
+        result.parse_all();
+    } catch (const GgufError& error) {
+        throw GgufError(path + ": " + error.what());
+    }
+    result.keep_header();
+    if (source.changed()) throw GgufError(path + ": the file was changed while it was being read");
     return result;
+}
+
+// Puts memory of the process, with the same bytes, where the mapping has the pages of the header.
+void GgufFile::keep_header() {
+    const size_t page = size_t(sysconf(_SC_PAGESIZE));
+    const size_t n = std::min<size_t>(align_up(header_end_, page), bytes_.size());
+    std::vector<std::byte> copy(n);
+    source_->read(0, copy);
+    void* const base = const_cast<std::byte*>(bytes_.data());
+    if (mmap(base, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == MAP_FAILED)
+        throw std::bad_alloc();
+    std::memcpy(base, copy.data(), n);
+    mprotect(base, n, PROT_READ);
 }
 
 GgufFile GgufFile::parse(std::span<const std::byte> bytes) {
@@ -508,7 +563,8 @@ void GgufFile::parse_all() {
         in.begin_entry("tensor", i);
         tensors_.push_back(read_tensor_info(in));
     }
-    place_tensors(bytes_, in.position(), alignment_, tensors_);
+    header_end_ = in.position();
+    place_tensors(bytes_, header_end_, alignment_, tensors_);
     tensor_index_ = build_index(tensors_, name_of, "tensor");
 }
 
@@ -603,7 +659,9 @@ bool advise(uintptr_t begin, uintptr_t end, int advice) noexcept {
 void GgufFile::release(std::span<const std::byte> range) const noexcept {
     // A page at the edge may hold the neighbour's data, so only whole pages go.
     const auto [begin, end] = overlap(range, mapping_.bytes());
-    advise(align_up(begin, page_size()), end & ~(page_size() - 1), MADV_DONTNEED);
+    // The header's pages are a copy that nothing could bring back.
+    const uintptr_t first = reinterpret_cast<uintptr_t>(bytes_.data()) + align_up(header_end_, page_size());
+    advise(std::max(first, align_up(begin, page_size())), end & ~(page_size() - 1), MADV_DONTNEED);
 }
 
 void GgufFile::prefetch(std::span<const std::byte> range) const noexcept {

@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <optional>
 #include <span>
 #include <string>
@@ -87,11 +88,36 @@ struct TensorInfo {
     uint64_t n_elements() const noexcept { return ne[0] * ne[1] * ne[2] * ne[3]; }
 };
 
+/// The open file behind a GgufFile: the same bytes even when its path names another file by now.
+class Source {
+  public:
+    /// Throws std::system_error if it cannot be opened or is not a regular file.
+    explicit Source(const std::string& path);
+    ~Source();
+    Source(const Source&) = delete;
+
+    const std::string& path() const noexcept { return path_; }
+    int fd() const noexcept { return fd_; }
+    /// When it was opened, bytes.
+    uint64_t size() const noexcept { return size_; }
+    /// Whether it has been written to, or cut, since it was opened.
+    bool changed() const noexcept;
+    /// Fills `out` from byte `offset` on. Throws GgufError if the file has become shorter, std::system_error. Unlike a
+    /// mapping this never raises SIGBUS.
+    void read(uint64_t offset, std::span<std::byte> out) const;
+
+  private:
+    std::string path_;
+    int fd_;
+    uint64_t size_ = 0;
+    int64_t modified_ns_ = 0;
+};
+
 class GgufFile {
   public:
     /// Maps the file at `path` and validates it.
-    /// Throws std::system_error if it cannot be opened or mapped or is not a regular file, GgufError if it is
-    /// malformed.
+    /// Throws std::system_error if it cannot be opened or mapped or is not a regular file, GgufError, which names the
+    /// path, if it is malformed.
     static GgufFile open(const std::string& path);
 
     /// Validates `bytes` in place; the caller keeps them alive and unchanged.  Throws GgufError.
@@ -103,6 +129,13 @@ class GgufFile {
     GgufFile(const GgufFile&) = delete;
     GgufFile& operator=(const GgufFile&) = delete;
     ~GgufFile() = default;
+
+    /// Null after `parse`.
+    const std::shared_ptr<const Source>& source() const noexcept { return source_; }
+
+    /// Copies bytes of `range`, a part of a tensor's data, to `out` of the same size; safe against a file that is cut
+    /// meanwhile, which throws GgufError.
+    void read(std::span<const std::byte> range, std::byte* out) const;
 
     uint32_t version() const noexcept { return version_; }
     /// Of tensor data in the file; bytes, a power of two.
@@ -185,7 +218,10 @@ class GgufFile {
 
     GgufFile() = default;
     void parse_all();
+    void keep_header();
 
+    std::shared_ptr<const Source> source_;
+    uint64_t header_end_ = 0;  // of keys and tensor infos
     Mapping mapping_;
     std::span<const std::byte> bytes_;
     uint32_t version_ = 0;

@@ -29,10 +29,25 @@ void Pages::Unmap::operator()(std::byte* p) const { munmap(p, bytes); }
 
 void Weights::embed(uint32_t id, float* x) const {
     const uint32_t d = hyperparams.embedding_length;
-    if (hyperparams.code_kind == CodeKind::learned)
-        quant::dequantize_row(embedding_type, embedding.data() + id * quant::row_bytes(embedding_type, d), d, x);
-    else
-        hyperparams.lift.apply(code_map.code(id), x);
+    if (hyperparams.code_kind != CodeKind::learned) return hyperparams.lift.apply(code_map.code(id), x);
+    const size_t row = quant::row_bytes(embedding_type, d);
+    thread_local std::vector<std::byte> stored;
+    try {
+        stored.resize(row);
+        file->read(embedding.subspan(id * row, row), stored.data());
+        quant::dequantize_row(embedding_type, stored.data(), d, x);
+    } catch (...) {  // the threads of a team wait for each other
+        std::fill_n(x, d, 0.0f);
+        *unreadable = true;
+    }
+}
+
+void Weights::check_readable() const {
+    if (!file || !file->source()) return;
+    if (unreadable->exchange(false) || file->source()->changed()) {
+        throw GgufError(file->source()->path() +
+                        ": the file was cut or written to while the model was in use, which reads its embedding there");
+    }
 }
 
 WeightBytes Weights::bytes() const {
@@ -129,7 +144,10 @@ class Loader {
         const gguf::TensorInfo* tensor = find(name, n, 1);
         if (!tensor) return {};
         std::vector<float> out((size_t(n) + padding - 1) / padding * padding);
-        if (!quant::dequantize_row(weight_type(*tensor), tensor->data.data(), n, out.data())) not_finite(*tensor);
+        const WeightType type = weight_type(*tensor);
+        std::vector<std::byte> stored(tensor->data.size());
+        file_.read(tensor->data, stored.data());
+        if (!quant::dequantize_row(type, stored.data(), n, out.data())) not_finite(*tensor);
         return out;
     }
 
@@ -205,17 +223,19 @@ class Loader {
         std::atomic<bool> finite = true;
         parallel_for(w.n_panels(), [&](uint32_t begin, uint32_t end) {
             const uint32_t piece = uint32_t(std::max<size_t>(1, piece_bytes / (quant::panel_rows * row)));
+            std::vector<std::byte> stored;
             for (uint32_t p = begin; p < end; p += piece) {
                 const uint32_t first = p * quant::panel_rows;
                 const uint32_t last = std::min(std::min(p + piece, end) * quant::panel_rows, w.rows);
                 const auto rows = tensor.data.subspan(first * row, (last - first) * row);
-                file_.prefetch(rows);
+                stored.resize(rows.size());
+                file_.read(rows, stored.data());
                 for (uint32_t r = first; r < last; r += quant::panel_rows) {
                     const uint32_t n = std::min(quant::panel_rows, last - r);
                     std::byte* panel = panels + r / quant::panel_rows * w.panel_stride;
-                    if (!quant::pack_panel(w.type, tensor.data.data() + r * row, n, w.inner, panel)) finite = false;
+                    const std::byte* from = stored.data() + (r - first) * row;
+                    if (!quant::pack_panel(w.type, from, n, w.inner, panel)) finite = false;
                 }
-                file_.release(rows);
             }
         });
         if (!finite) not_finite(tensor);
@@ -229,12 +249,13 @@ class Loader {
         std::atomic<bool> finite = true;
         parallel_for(uint32_t(tensor.ne[1]), [&](uint32_t begin, uint32_t end) {
             std::vector<float> weights(inner);
+            std::vector<std::byte> stored(row);
             for (uint32_t r = begin; r < end; ++r) {
-                if (!quant::dequantize_row(type, tensor.data.data() + r * row, inner, weights.data())) finite = false;
+                file_.read(tensor.data.subspan(r * row, row), stored.data());
+                if (!quant::dequantize_row(type, stored.data(), inner, weights.data())) finite = false;
                 builder.add_rows(first + r, 1, weights.data(), bias.empty() ? nullptr : &bias[r]);
             }
         });
-        file_.release(tensor.data);
         if (!finite) not_finite(tensor);
     }
 
@@ -253,8 +274,10 @@ codes::CodeMap read_code_map(const gguf::GgufFile& file, Loader& loader, const H
         const gguf::TensorInfo& rows =
             loader.get("token_code.weight", codes::packed_row_bytes(hp.code_width), hp.vocab_size);
         if (rows.type != gguf::GgmlType::I8) throw GgufError("tensor 'token_code.weight' must have type I8");
+        std::vector<std::byte> stored(rows.data.size());
+        file.read(rows.data, stored.data());
         return codes::CodeMap::table(hp.vocab_size, hp.code_width,
-                                     {reinterpret_cast<const uint8_t*>(rows.data.data()), rows.data.size()});
+                                     {reinterpret_cast<const uint8_t*>(stored.data()), stored.size()});
     } catch (const ArgumentError& error) {
         throw GgufError(std::string("fixmin.code.*: ") + error.what());
     }

@@ -1,6 +1,7 @@
 // The weights of one model in memory, in the layout that the kernels read.
 #pragma once
 #include <array>
+#include <atomic>
 #include <cstddef>
 #include <functional>
 #include <map>
@@ -86,6 +87,11 @@ struct Weights {
     std::optional<gguf::GgufFile> file;
     std::span<const std::byte> embedding;  // [V][row_bytes(embedding_type, D)]
     quant::WeightType embedding_type = quant::WeightType::f32;
+
+    std::unique_ptr<std::atomic<bool>> unreadable = std::make_unique<std::atomic<bool>>(false);  // a row of it
+
+    /// Throws GgufError if the rows that embed() has given since the last call may be wrong.
+    void check_readable() const;
 
     size_t file_bytes = 0;  // of the whole file that this came from
 

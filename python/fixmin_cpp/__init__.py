@@ -5,10 +5,11 @@
 ...     print(model.generate("Question: What is the capital of France?\\nAnswer:", max_new_tokens=3).text)
 
 Importing this package loads NumPy and the native module only; `tokenizers` is loaded with the first model and
-PyTorch never (only `fixmin_cpp.convert` and `fixmin_cpp.reference` use it).
+PyTorch never (only `fixmin_cpp.convert()` and `fixmin_cpp.reference` use it).
 """
 
 import logging
+from typing import TYPE_CHECKING
 
 from ._core import __version__
 from .api import clear_cache, generate, quantize, system_info
@@ -17,6 +18,7 @@ from .beam import Beam
 from .errors import (
     ArgumentError,
     ArgumentTypeError,
+    BusyError,
     CheckpointError,
     ContextLengthError,
     FixminError,
@@ -26,6 +28,11 @@ from .errors import (
 from .evaluate import Divergence, Perplexity, perplexity
 from .model import AsyncTextStream, Completion, Model, Piece, Score, TextStream, Timings, TokenLogprob
 
+if TYPE_CHECKING:
+    from .api import convert
+else:
+    from . import convert  # the package, which can be called like api.convert()
+
 logging.getLogger(__name__).addHandler(logging.NullHandler())  # silent until the program that uses it says otherwise
 
 __all__ = [
@@ -33,6 +40,7 @@ __all__ = [
     "ArgumentTypeError",
     "AsyncTextStream",
     "Beam",
+    "BusyError",
     "CheckpointError",
     "Completion",
     "ContextLengthError",
@@ -50,6 +58,7 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "clear_cache",
+    "convert",
     "generate",
     "perplexity",
     "quantize",

@@ -40,7 +40,7 @@ class GgufFile:
     def metadata_types(self) -> dict[str, tuple[int, int | None]]: ...  # type, element type; the file's numbers
     @property
     def tensors(self) -> list[GgufTensor]: ...
-    def tensor_data(self, name: str) -> NDArray[np.uint8]: ...  # raw bytes, a read-only view; KeyError
+    def tensor_data(self, name: str) -> NDArray[np.uint8]: ...  # raw bytes, read-only; KeyError
 
 # --- bind_codes.cpp --------------------------------------------------------------------------------------------
 
@@ -131,6 +131,7 @@ class SamplingParams:
     frequency_penalty: float  # 0: off
     presence_penalty: float  # 0: off
     repeat_last_n: int  # tokens; -1: all
+    openai_penalties: bool  # frequency and presence count all generated tokens and nothing of the prompt
     dry_multiplier: float  # 0: off
     dry_base: float
     dry_allowed_length: int  # tokens
@@ -200,6 +201,8 @@ class Request:
 
     @property
     def number(self) -> int: ...
+    @property
+    def prompt_scored(self) -> bool: ...  # whether prompt_top_logprobs() may be asked for before the end
     def cancel(self) -> None: ...
     def wait(self, n_seen: int, timeout_s: float) -> bool: ...  # more than n_seen tokens, or the end; False: timeout
     def read(
@@ -267,7 +270,19 @@ class Engine:
     def clear_prefix_cache(self) -> None: ...
     def read_ceiling(self, n_bytes: int, passes: int = 3) -> list[float]: ...  # bytes per second, all threads, per pass
     def int8_ceiling(self, passes: int = 3) -> list[float]: ...  # 8-bit multiplications and additions per second
+    def take_metadata(self) -> dict[str, Any]: ...  # GgufFile.metadata of what was loaded; empty when taken
+    @property
+    def file_changed(self) -> bool: ...  # what was loaded has been written to since
+    def read_file(self, offset: int, n: int) -> bytes: ...  # of what was loaded
+    def lease(self) -> Engine: ...  # the same engine: close() ends what it runs, not its memory
     def close(self) -> None: ...
+
+class TeamSize:
+    """How many threads take a step; times are given, so that tests can make them up. See csrc/engine/team_size.h."""
+
+    def __init__(self, most: int) -> None: ...
+    def choose(self, n_tokens: int, work_ns: float) -> int: ...
+    def record(self, elapsed_ns: float) -> None: ...  # of the step last chosen for
 
 class InputSquares:
     """Sums over tokens of the squared inputs of every matrix product, per input channel: an importance matrix."""
@@ -277,6 +292,7 @@ class InputSquares:
     @property
     def sums(self) -> dict[str, tuple[NDArray[np.float64], int]]: ...  # tensor -> (sums [inputs], tokens)
 
+def cgroup_limits(root: str = "") -> dict[str, float]: ...  # cpus, memory_bytes, cpuset
 def system_info() -> dict[str, Any]: ...
 
 # --- bind_kernels.cpp: for tests -------------------------------------------------------------------------------

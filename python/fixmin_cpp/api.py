@@ -1,22 +1,28 @@
-"""One-call interface: generate() keeps the models that it loads; system_info() says what this build runs on."""
+"""One-call interface: generate() keeps the models that it loads; convert() and quantize() write files; system_info()
+says what this build runs on."""
 
 import os
 import platform
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
 from . import _core
-from .arguments import Prompt
+from .arguments import Prompt, as_bool, as_path
 from .errors import ArgumentTypeError
 from .model import Completion, Model
 
-__all__ = ["clear_cache", "generate", "quantize", "system_info"]
+if TYPE_CHECKING:
+    # In the source tree they lie elsewhere, where mypy does not look.
+    from fixmin_cpp.convert.convert import ConversionReport  # type: ignore[import-untyped, unused-ignore]
+    from fixmin_cpp.convert.requantize import QuantizeReport  # type: ignore[import-untyped, unused-ignore]
+
+__all__ = ["clear_cache", "convert", "generate", "quantize", "system_info"]
 
 # Two, so that a script which compares two files does not load one of them for every prompt.
 _MAX_MODELS = 2
@@ -46,20 +52,79 @@ def generate(
     Returns:
         A Completion, or a list of them for a list of prompts.
     """
-    if not isinstance(path, str | os.PathLike):
-        raise ArgumentTypeError(f"path must be a str or a path, got {type(path).__name__}")
+    path = as_path("path", path)
     settings = {name: arguments.pop(name) for name in _LOAD_ARGUMENTS if name in arguments}
-    return _load(os.fspath(path), settings).generate(prompt, **arguments)
+    return _load(path, settings).generate(prompt, **arguments)
 
 
-def quantize(source: str | os.PathLike[str], target: str | os.PathLike[str], type: str, **arguments: Any) -> Any:
+def convert(
+    checkpoint_dir: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    outtype: str = "q8_0",
+    *,
+    trust_remote_code: bool = False,
+    log: Callable[[str], object] | None = None,
+    **options: Any,
+) -> "ConversionReport":
+    """Converts a Hugging Face checkpoint to a GGUF file and certifies it: `fixmin convert` (needs fixmin-cpp[convert]).
+
+    >>> report = fixmin_cpp.convert("checkpoint/", "model.gguf", "q8_0", trust_remote_code=True)
+    >>> report.path, report.certificate.passed
+
+    `fixmin_cpp.convert` is the package of the converter too: `from fixmin_cpp.convert import ...` works beside this.
+
+    Args:
+        checkpoint_dir: the folder with config.json, weights, tokenizer.json and modeling code.
+        out: the file to write, or the folder for it; None: in the checkpoint's folder. It appears when it is certified.
+        outtype: f32, f16, bf16, q8_0 or q4_0.
+        trust_remote_code: run the Python code of the checkpoint, which could do anything, to see what it computes.
+        log: called with a line of text for every step and finding, such as print. None: nothing is told.
+        **options: map_file, calibrate, overrides, keep_uncertified, n_threads: see fixmin_cpp.convert.convert.convert.
+
+    Returns:
+        A ConversionReport: path, sizes, types, the conventions with their origins, and the certificate.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read, is ambiguous, or is not reproduced (CertificationError).
+        ArgumentTypeError. OSError. ImportError: PyTorch or another package of the converter is not installed.
+    """
+    checkpoint_dir = as_path("checkpoint_dir", checkpoint_dir)
+    out = None if out is None else as_path("out", out)
+    if not isinstance(outtype, str):
+        raise ArgumentTypeError(f"outtype must be a str, got {type(outtype).__name__}")
+    # By name: a folder of its own in the source tree, part of the package once installed.
+    converter = import_module(".convert.convert", __package__)
+    reporter = None if log is None else converter.LogReporter(log)
+    report: ConversionReport = converter.convert(
+        checkpoint_dir,
+        out,
+        outtype.lower(),
+        trust_remote_code=as_bool("trust_remote_code", trust_remote_code),
+        reporter=reporter,
+        **options,
+    )
+    return report
+
+
+def quantize(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    type: str,
+    *,
+    imatrix: str | os.PathLike[str] | None = None,
+    tensor_types: Mapping[str, str] | None = None,
+    output_tensor_type: str | None = None,
+    allow_requantize: bool = False,
+    n_threads: int | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> "QuantizeReport":
     """Writes the GGUF file `source` as `target` in another number format (needs fixmin-cpp[quantize]).
 
     Args:
         source: a GGUF file, in F32, F16 or BF16.
         target: the file to write; it appears when it is complete.
         type: a type for every matrix, such as "q8_0" or "q4_k", or a mixed recipe such as "q4_k_m".
-        **arguments: imatrix, tensor_types, output_tensor_type, allow_requantize, n_threads, progress: see
+        imatrix, tensor_types, output_tensor_type, allow_requantize, n_threads, progress: see
             fixmin_cpp.convert.requantize.quantize.
 
     Returns:
@@ -69,8 +134,18 @@ def quantize(source: str | os.PathLike[str], target: str | os.PathLike[str], typ
         ArgumentError, ArgumentTypeError: before anything is written. GGUFError: a malformed file. CheckpointError: a
             weight that the type cannot hold. OSError. ImportError: gguf or ggml-python is not installed.
     """
-    # By name: a folder of its own in the source tree, part of the package once installed.
-    return import_module(".convert.requantize", __package__).quantize(source, target, type, **arguments)
+    report: QuantizeReport = import_module(".convert.requantize", __package__).quantize(
+        source,
+        target,
+        type,
+        imatrix=imatrix,
+        tensor_types=tensor_types,
+        output_tensor_type=output_tensor_type,
+        allow_requantize=allow_requantize,
+        n_threads=n_threads,
+        progress=progress,
+    )
+    return report
 
 
 def clear_cache() -> None:

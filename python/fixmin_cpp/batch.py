@@ -17,7 +17,7 @@ from . import __version__, _core
 from .arguments import as_int
 from .batch_lines import InputFile, Line, NativeEntry, Request, Settings, parse_line, write_record
 from .batch_output import OutputFile, Resumed
-from .errors import ArgumentError, FixminError
+from .errors import ArgumentError, FixminError, naming
 from .generation import TokenLogprob
 from .model import Model
 from .state import file_sha256
@@ -27,7 +27,10 @@ __all__ = ["BatchReport", "ModelFile", "Result", "run_batch", "run_lines"]
 
 @dataclass(frozen=True)
 class BatchReport:
-    """How far a job is; at its end, what it did. Tokens and seconds are those of this run."""
+    """How far a job is; at its end, what it did. Tokens and seconds are those of this run.
+
+    n_resumed == n_lines: there was nothing left to do.
+    """
 
     path: str  # the output
     n_lines: int  # of input, blank ones not counted
@@ -66,6 +69,9 @@ class ModelFile:
     @classmethod
     def of(cls, path: str | os.PathLike[str], **settings: Any) -> "ModelFile":
         """Reads the file for its hash."""
+        if not os.path.isfile(path):
+            os.stat(path)  # raises the error that says what is missing
+            raise ArgumentError(f"{os.fspath(path)}: not a regular file")  # reading a pipe could wait for ever
         return cls(os.path.abspath(path), file_sha256(path), **settings)
 
     def load(self, n_threads: int | None = None) -> Model:
@@ -80,7 +86,8 @@ class ModelFile:
 
     def vocab_size(self) -> int:
         """From the header; beyond any token id if it does not say: loading it tells what is wrong with the file."""
-        return int(_core.GgufFile(self.path).metadata.get("fixmin.vocab_size", 2**32))
+        with naming(self.path):
+            return int(_core.GgufFile(self.path).metadata.get("fixmin.vocab_size", 2**32))
 
     def check(self) -> None:
         """Raises FixminError if the file of that name is another one here."""
@@ -111,12 +118,13 @@ def run_batch(
     """Answers every line of a JSON Lines file by a line of another one, in the same order; see docs/batch.md.
 
     A run that was ended, however, is continued by the same call: the output is then that of a run without a break,
-    timings and dates apart.
+    timings and dates apart. A job that is done already is left as it is; lines that its input has got since are
+    answered.
 
     Args:
         model: a GGUF file; with Ray, of the same path on every node.
         source: the input, a regular file. Memory does not depend on its size.
-        target: the output. Until the job is done, `target`.resume beside it says which job it belongs to.
+        target: the output. `target`.resume beside it says which job it belongs to, once that is done `target`.done.
         task: "generate", "score" (log-probability of every token), or "embed" (mean of the last hidden states).
         options: GenerationArguments for lines that do not give them.
         seed: 0 to 2^64-1. A line without a seed gets one that depends on this one and its number only.
@@ -131,7 +139,8 @@ def run_batch(
         progress: called after each line.
 
     Raises:
-        ArgumentError: an argument is wrong, or `target` belongs to another job: other input, model, options or version.
+        ArgumentError: an argument is wrong, or `target` belongs to another job (other input, model, options or version)
+            or was changed after its job had ended.
         FixminError: a bad line with fail_fast, "FILE, line N: ...". OSError, GGUFError: a file cannot be used.
     """
     n_parallel = as_int("n_parallel", n_parallel, 1, 4096)
@@ -143,7 +152,7 @@ def run_batch(
     file = ModelFile.of(model, n_threads=n_threads, n_ctx=n_ctx, kv_type=kv_type, n_parallel=n_parallel)
     settings = Settings.check(task, seed, options or {}, token_ids, file.vocab_size())
     with contextlib.ExitStack() as stack:
-        output = stack.enter_context(OutputFile(target, _identity(settings, lines, file), overwrite=overwrite))
+        output = stack.enter_context(OutputFile(target, _identity(settings, lines, file), lines, overwrite=overwrite))
         resumed = output.resume(lines.lines())
         tally = _Tally(os.fspath(target), lines, resumed, task)
         if resumed.n_records < lines.n_lines:

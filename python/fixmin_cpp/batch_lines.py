@@ -7,10 +7,11 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
-from .arguments import GenerationOptions, as_int, main_names, split_prompts
+from .arguments import GenerationArguments, GenerationOptions, as_int, main_names, split_prompts
 from .errors import ArgumentError, ArgumentTypeError
+from .openai_fields import ALIASES, USUAL, FieldError, as_arguments, without_no_ops
 
 __all__ = ["TASKS", "Entry", "InputFile", "Line", "Request", "Settings", "parse_line", "read_record", "write_record"]
 
@@ -55,6 +56,17 @@ class InputFile:
                 n_bytes += len(data)
                 n_lines += not data.isspace()
         return cls(path, n_bytes, n_lines, digest.hexdigest())
+
+    def goes_on(self, n_bytes: Any, sha256: Any) -> bool:
+        """Whether the file is what had that size and hash, ending with a line feed, and more lines after it."""
+        if not isinstance(n_bytes, int) or not 0 < n_bytes < self.n_bytes:
+            return False
+        digest, left, data = hashlib.sha256(), n_bytes, b""
+        with open(self.path, "rb") as file:
+            while left > 0 and (data := file.read(min(left, 1 << 20))):
+                digest.update(data)
+                left -= len(data)
+        return data.endswith(b"\n") and digest.hexdigest() == sha256
 
     def lines(self, number: int = 1, offset: int = 0) -> Iterator[Line]:
         """The lines from `offset` on, where line `number` begins."""
@@ -158,22 +170,17 @@ class NativeEntry(Entry):
 class OpenAIEntry(Entry):
     """{"custom_id", "method": "POST", "url": "/v1/completions", "body": {...}}, as OpenAI's batch interface has it."""
 
-    # What a completion is there unless the body says otherwise.
-    _USUAL = {"max_new_tokens": 16, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}  # noqa: RUF012
-    # Fields of a body that ask for what is not here, with the value that does not ask for it.
-    _NEUTRAL = {"best_of": 1, "echo": False, "logprobs": None, "n": 1, "stream": False, "suffix": ""}  # noqa: RUF012
-    _IGNORED = ("model", "user")  # the job has one model
+    _USUAL: ClassVar[Mapping[str, Any]] = {"max_new_tokens": 16, **USUAL}
+    _KNOWN = frozenset({*GenerationArguments.__annotations__, *ALIASES, "prompt", "model"} - {"logprobs"})
 
     def requests(self, settings: Settings) -> list[Request]:
         body = self._body(settings.task)
-        own = {}
-        for name, value in body.items():
-            if name in self._NEUTRAL:
-                if value != self._NEUTRAL[name]:
-                    raise ArgumentError(f"body: {name} is not supported, got {value!r}")
-            elif name not in ("prompt", *self._IGNORED):
-                own["max_new_tokens" if name == "max_tokens" else name] = value
-        arguments = _arguments(own)
+        try:
+            asked = without_no_ops(body, self._KNOWN)
+        except FieldError as error:
+            raise ArgumentError(f"body: {error.field}: {error}") from None
+        own = {name: value for name, value in asked.items() if name not in ("prompt", "model")}  # the job has one model
+        arguments = _arguments(as_arguments(own))
         return [
             Request(prompt, settings.arguments(self.line, i, arguments, self._USUAL))
             for i, prompt in enumerate(_prompts(body))
@@ -278,11 +285,7 @@ def _prompts(fields: Mapping[str, Any]) -> list[Any]:
 
 def _arguments(fields: Mapping[str, Any]) -> dict[str, Any]:
     """GenerationArguments as JSON has them, under their main names. ArgumentTypeError for unknown ones."""
-    arguments = main_names(fields)
-    bias = arguments.get("logit_bias")
-    if isinstance(bias, Mapping):  # JSON has only texts as keys
-        arguments["logit_bias"] = {int(key) if key.isdecimal() else key: value for key, value in bias.items()}
-    return arguments
+    return main_names(fields)
 
 
 def _no_constant(name: str) -> None:

@@ -10,8 +10,9 @@ from types import TracebackType
 from typing import Any
 
 from .atomic_file import AtomicFile
-from .batch_lines import Line, read_record
+from .batch_lines import InputFile, Line, read_record
 from .errors import ArgumentError, FixminError
+from .state import file_sha256
 
 __all__ = ["OutputFile", "Resumed"]
 
@@ -33,34 +34,47 @@ class OutputFile:
     answer the input lines one to one in their order: how far a job got is what the file holds, there is no second
     account that could differ from it. The file is locked while it is open.
 
+    `finish` gives the account of the job the name `NAME.done` and adds the hash of the output, so that the same job is
+    not taken for another one when it is started again.
+
     Args:
         path: the file; its folder must exist.
         identity: what must be the same for a job to be resumed: JSON values by name.
+        source: the input, whose hash is "input" in the identity.
         overwrite: start again whatever the file holds.
 
     Raises:
-        ArgumentError: the file is another job's, or another run is writing it.
+        ArgumentError: the file is another job's, was changed after its job had ended, or another run is writing it.
     """
 
-    def __init__(self, path: str | os.PathLike[str], identity: Mapping[str, Any], *, overwrite: bool) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], identity: Mapping[str, Any], source: InputFile, *, overwrite: bool
+    ) -> None:
         self.path = Path(path)
         self.sidecar = Path(f"{self.path}.resume")
+        self.done = Path(f"{self.path}.done")
         self._identity = json.loads(json.dumps(identity))  # as it reads back
+        self._source = source
         self._overwrite = overwrite
         self._fd = -1
+        self._is_new = False
 
     def __enter__(self) -> "OutputFile":
         if self.path.exists() and not self.path.is_file():
             raise ArgumentError(f"{self.path} must be a file: a job is resumed from it")
+        self._is_new = not self.path.exists()
         self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if self._overwrite:
                 os.ftruncate(self._fd, 0)
             if os.fstat(self._fd).st_size == 0:  # nothing that could be another job's
-                self._begin()
+                self._write(self.sidecar)
+                self.done.unlink(missing_ok=True)
+            elif self.sidecar.exists() or not self.done.exists():
+                self._check_identity(self.sidecar)
             else:
-                self._check_identity()
+                self._check_identity(self.done)
         except BaseException as error:
             os.close(self._fd)
             if isinstance(error, BlockingIOError):
@@ -73,6 +87,8 @@ class OutputFile:
     ) -> None:
         if os.fstat(self._fd).st_size == 0:
             self.sidecar.unlink(missing_ok=True)  # there is nothing to resume
+            if error is not None and self._is_new:
+                self.path.unlink(missing_ok=True)
         os.close(self._fd)  # and with it the lock
 
     def resume(self, lines: Iterator[Line]) -> Resumed:
@@ -104,24 +120,25 @@ class OutputFile:
             raise FixminError(f"{self.path}: {n_written} of {len(record)} bytes could be written; is the disk full?")
 
     def finish(self) -> None:
-        """Puts everything on the disk; the job is done and can be resumed no more."""
+        """Puts everything on the disk; the job is done."""
         os.fsync(self._fd)
+        if os.fstat(self._fd).st_size > 0:
+            self._write(self.done, output=file_sha256(self.path))
         self.sidecar.unlink(missing_ok=True)
 
-    def _begin(self) -> None:
-        with AtomicFile(self.sidecar) as file:
-            file.write(json.dumps(self._identity, indent=2).encode() + b"\n")
+    def _write(self, path: Path, **more: Any) -> None:
+        account = {**self._identity, "input_bytes": self._source.n_bytes, **more}
+        with AtomicFile(path) as file:
+            file.write(json.dumps(account, indent=2).encode() + b"\n")
             file.commit()
 
-    def _check_identity(self) -> None:
-        try:
-            before = json.loads(self.sidecar.read_bytes())
-        except FileNotFoundError:
-            raise ArgumentError(
-                f"{self.path} exists and is not the beginning of a job: give another name, or overwrite it"
-            ) from None
-        except ValueError as error:
-            raise ArgumentError(f"{self.sidecar} is damaged ({error}): overwrite the output to start again") from None
+    def _check_identity(self, path: Path) -> None:
+        """Raises ArgumentError unless the output is the one that the account in `path` speaks of, and of this job."""
+        before = self._read(path)
+        n_bytes, output = before.pop("input_bytes", None), before.pop("output", None)
+        grown = before.get("input") != self._identity["input"] and self._source.goes_on(n_bytes, before.get("input"))
+        if grown:
+            before["input"] = self._identity["input"]
         names = [*before, *(name for name in self._identity if name not in before)]
         changes = [
             f"{name} was {before.get(name)!r} and is {self._identity.get(name)!r}"
@@ -133,3 +150,23 @@ class OutputFile:
                 f"{self.path} was begun with other settings: {'; '.join(changes)}. Use those, or overwrite it to "
                 "start again"
             )
+        if path == self.done and file_sha256(self.path) != output:
+            raise ArgumentError(
+                f"{self.path} was changed after its job had ended: give another name, or overwrite it to start again"
+            )
+        if grown:
+            self._write(self.sidecar)  # the job is now that of the longer input, and not done
+            self.done.unlink(missing_ok=True)
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        try:
+            before = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            raise ArgumentError(
+                f"{self.path} exists and is not the beginning of a job: give another name, or overwrite it"
+            ) from None
+        except ValueError as error:
+            raise ArgumentError(f"{path} is damaged ({error}): overwrite the output to start again") from None
+        if not isinstance(before, dict):
+            raise ArgumentError(f"{path} is damaged (no object): overwrite the output to start again")
+        return before

@@ -45,7 +45,7 @@ class BenchReport:
     read_ceiling_gb_s: float  # median of the runs
     read_ceiling_gb_s_runs: list[float]  # before the first turn and after each: the mean over a few passes
     read_ceiling_best_gb_s: float  # the fastest pass of all
-    read_buffer_bytes: int  # what those reads go over: more than the last-level cache
+    read_buffer_bytes: int  # what those reads go over
     last_level_cache_bytes: int  # 0: unknown
     decode_roofline: (
         float  # decoded bytes per second / mean read ceiling before and after the turn: median of the turns
@@ -59,6 +59,32 @@ class BenchReport:
     prefill_peak_fraction: (
         float  # operations per second / mean int8 peak before and after the turn: median of the turns
     )
+
+    def summary(self) -> list[str]:
+        """The figures that most readers want, a line each; units and ceilings are in it."""
+        cached = self.decode_roofline > 1.0
+        read, roofline = (
+            (self.cached_read_gb_s, self.decode_cached_roofline)
+            if cached
+            else (self.read_ceiling_gb_s, self.decode_roofline)
+        )
+        depth = f" after {self.depth:,}" if self.depth else ""
+        return [
+            f"{self.file}: {self.isa}, {self.threads} thread{'s' * (self.threads > 1)}, KV cache {self.kv_type}, "
+            f"median of {self.repeat} run{'s' * (self.repeat > 1)}",
+            f"prefill {self.prefill_tok_s:10,.1f} tok/s {_spread(self.prefill_tok_s_runs)}, {self.n_prompt:,} tokens: "
+            f"{100 * self.prefill_peak_fraction:.0f} % of {self.int8_peak_tops:.2f} TOPS (8-bit integers)",
+            f"decode  {self.decode_tok_s:10,.1f} tok/s {_spread(self.decode_tok_s_runs)}, "
+            f"{self.n_generate:,} tokens{depth}: {100 * roofline:.0f} % of {read:.1f} GB/s "
+            f"({'cache' if cached else 'memory'}), "
+            f"{self.decode_bytes_per_token / 1e6:,.1f} MB each",
+            f"loaded in {self.load_s:.2f} s, {self.rss_bytes / 1e6:,.0f} MB resident (--all and --json: every figure)",
+        ]
+
+
+def _spread(runs: Sequence[float]) -> str:
+    """The slowest and the fastest run."""
+    return f"({min(runs):,.1f} to {max(runs):,.1f})"
 
 
 def bench(
@@ -89,7 +115,8 @@ def bench(
         depth: tokens in the context before the first decoded one (at least one is always there).
         repeat: how often both are measured, after a run that warms up and does not count.
         read_buffer_bytes: memory that the read ceiling goes over; None: four times the last-level cache, between
-            256 MiB and 1 GiB, but no more than a quarter of the memory that is free.
+            256 MiB and 1 GiB, but no more than a quarter of the memory that is free, nor than four times the file (at
+            least 16 MiB): how fast weights in a cache can be read is not told by a gigabyte that does not fit there.
         progress: called with what is being done.
 
     Returns:
@@ -101,15 +128,15 @@ def bench(
     repeat = as_int("repeat", repeat, 1, 10_000)
     depth = as_int("depth", depth, 0, _MAX)
     cache = last_level_cache_bytes()
-    buffer = default_read_buffer()
     if read_buffer_bytes is not None:
-        buffer = as_int("read_buffer_bytes", read_buffer_bytes, _MIB, 1 << 40)
+        read_buffer_bytes = as_int("read_buffer_bytes", read_buffer_bytes, _MIB, 1 << 40)
     tell = progress or (lambda text: None)
 
     tell("loading")
     start = time.perf_counter()
     with Model(path, n_threads=n_threads, kv_type=kv_type) as model, model._running() as engine:
         load_s = time.perf_counter() - start
+        buffer = read_buffer_bytes or default_read_buffer(os.path.getsize(path))
         info = model.info
         context = info["n_ctx"]
         first = max(depth, 1)
@@ -226,9 +253,13 @@ def prefill_operations(info: dict[str, Any], n_tokens: int) -> int:
     return 2 * products + 4 * info["head_dim"] * info["head_count"] * info["block_count"] * pairs
 
 
-def default_read_buffer() -> int:
-    """Bytes that the read ceiling goes over: too many for the caches, and no more than the machine can spare."""
-    return min(max(4 * last_level_cache_bytes(), 256 * _MIB), 1024 * _MIB, max(spare_memory() // 4, 16 * _MIB))
+def default_read_buffer(file_bytes: int | None = None) -> int:
+    """Bytes that the read ceiling goes over: too many for the caches, and no more than the machine can spare.
+
+    With file_bytes no more than four times that: a small file's weights stay in a cache, and so may the buffer.
+    """
+    most = 1024 * _MIB if file_bytes is None else max(4 * file_bytes, 16 * _MIB)
+    return min(max(4 * last_level_cache_bytes(), 256 * _MIB), 1024 * _MIB, most, max(spare_memory() // 4, 16 * _MIB))
 
 
 def last_level_cache_bytes() -> int:

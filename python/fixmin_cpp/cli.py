@@ -5,12 +5,12 @@ Exit codes: 0 success, 1 an error (one line on stderr; --debug adds the tracebac
 """
 
 import dataclasses
-import importlib
 import json
 import logging
+import math
 import os
 import sys
-import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -18,36 +18,83 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.progress import BarColumn, Progress, TextColumn
 
 from . import __version__
-from .cli_options import decode, read_options, read_text, unescape, with_options
-from .errors import FixminError
-from .progress import bar as _bar
+from .cli_help import App
+from .cli_options import from_argv, read_options, read_prompt, read_text, with_options
+from .cli_output import Stdout, guarded
+from .cli_output import bar as _bar
+from .cli_output import errors as _errors
+from .cli_output import extra as _extra
+from .cli_output import load as _load
+from .cli_output import note as _note
+from .cli_output import report as _report
+from .cli_output import status as _status
+from .cli_output import write as _write
+from .errors import ArgumentError
+from .inspect import printable
 
 __all__ = ["app", "main"]
 
-app = typer.Typer(
+app = App(
     name="fixmin",
     help="Language models without an input embedding table: convert, run and inspect them.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich" if sys.stdout.isatty() else None,
 )
 # Commands whose arguments are parsed where they are implemented.
 _FORWARD: dict[str, Any] = {
     "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
     "add_help_option": False,
 }
+_MAKE, _RUN, _MEASURE = "Make a file", "Run a model", "Look and measure"
+_INPUT, _MACHINE, _JOB, _CLUSTER = "Input and output", "Model and machine", "The job", "On Ray (needs fixmin-cpp[ray])"
+
 _Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+_All = Annotated[bool, typer.Option("--all", help="Show everything, not a summary.")]
+_Model = Annotated[
+    Path, typer.Option("-m", "--model", metavar="FILE.gguf", help="File of the model.", rich_help_panel=_MACHINE)
+]
+_Prompt = Annotated[
+    str | None,
+    typer.Option("-p", "--prompt", metavar="TEXT", help="The text. Default, or -: stdin.", rich_help_panel=_INPUT),
+]
+_File = Annotated[
+    Path | None,
+    typer.Option(
+        "-f", "--file", help="Read the text from a file (without its last newline; -: stdin).", rich_help_panel=_INPUT
+    ),
+]
+_Text = Annotated[Path, typer.Option("-f", "--file", help="Text, UTF-8; -: stdin.")]
+_Escape = Annotated[
+    bool,
+    typer.Option(
+        "--escape/--no-escape",
+        help=r"Read \n, \t, \r, \" and \\ in --prompt, --stop and --choice as the characters they stand for.",
+        rich_help_panel=_INPUT,
+    ),
+]
+_Threads = Annotated[
+    int | None,
+    typer.Option("-t", "--threads", help="Default: what the machine offers.", rich_help_panel=_MACHINE),
+]
+_Ctx = Annotated[
+    int | None,
+    typer.Option("-c", "--ctx", help="Context positions. Default, or 0: the model's.", rich_help_panel=_MACHINE),
+]
+_KvType = Annotated[str, typer.Option(help="Type of the KV cache: f16, f32 or q8_0.", rich_help_panel=_MACHINE)]
+
+
+def _gguf(text: str) -> Any:
+    return typer.Argument(metavar="FILE.gguf", help=text)
 
 
 def main() -> None:
     """Entry point of the `fixmin` script."""
-    app()
+    guarded(app)
 
 
 @app.callback(invoke_without_command=True)
@@ -59,55 +106,137 @@ def _root(
         raise typer.Exit
 
 
-@app.command(**_FORWARD)
+@app.command(**_FORWARD, rich_help_panel=_MAKE)
 def convert(context: typer.Context) -> None:
     """Convert a Hugging Face checkpoint to GGUF and certify the result (needs fixmin-cpp[convert])."""
     _forward(context, "main")
 
 
-@app.command(**_FORWARD)
+@app.command(**_FORWARD, rich_help_panel=_MAKE)
 def verify(context: typer.Context) -> None:
     """Certify a GGUF file against its checkpoint again (needs fixmin-cpp[convert])."""
     _forward(context, "verify_main")
 
 
-@app.command()
-def inspect(
-    file: Annotated[Path, typer.Argument(help="GGUF file, of any architecture.")],
-    tokens: Annotated[
-        list[str] | None,
-        typer.Option("-t", "--token", help="Show the code of these ids or of the tokens of this text; repeatable."),
-    ] = None,
+@app.command(rich_help_panel=_MEASURE)
+def tokenize(
+    model: Annotated[
+        Path,
+        typer.Option("-m", "--model", metavar="FILE.gguf", help="File with the tokenizer. Nothing else of it is read."),
+    ],
+    prompt: _Prompt = None,
+    file: _File = None,
+    escape: _Escape = True,
+    ids: Annotated[bool, typer.Option("--ids", help="Print the ids alone, in one line.")] = False,
     as_json: _Json = False,
     debug: _Debug = False,
 ) -> None:
-    """Show a GGUF file: hyper-parameters, the code and its matrix, certificate, tensors."""
+    """Show the tokens of a text: a line for each, with its id and the text that it stands for.
+
+    A token that is a part of a character shows the bytes that it has of it.
+    """
+    from .tokenizer import file_tokenizer
+
+    with _errors(debug):
+        text = read_prompt(prompt, file, escape)
+        tokenizer = file_tokenizer(model)
+        token_ids = tokenizer.encode(text)
+        pieces = [tokenizer.decode([i]) for i in token_ids]
+        if as_json:
+            facts = {"text": text, "n_tokens": len(token_ids), "token_ids": token_ids, "pieces": pieces}
+            _write(json.dumps(facts, ensure_ascii=False) + "\n")
+        elif ids:
+            _write(" ".join(map(str, token_ids)) + "\n")
+        else:
+            _write("".join(f"{i:6}  {printable(repr(piece))}\n" for i, piece in zip(token_ids, pieces, strict=True)))
+            _note(f"{len(token_ids):,} tokens")
+
+
+@app.command(rich_help_panel=_MEASURE)
+def score(
+    model: _Model,
+    prompt: _Prompt = None,
+    file: _File = None,
+    escape: _Escape = True,
+    threads: _Threads = None,
+    ctx: _Ctx = None,
+    kv_type: _KvType = "f16",
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No table of the tokens.")] = False,
+    as_json: _Json = False,
+    debug: _Debug = False,
+) -> None:
+    """Show how probable the model finds a text: its perplexity, and each token's probability and rank.
+
+    The rank is 1 where the token was the most probable one; the first token is not predicted. A text longer than the
+    context is for `fixmin perplexity`.
+    """
+    with _errors(debug):
+        text = read_prompt(prompt, file, escape)
+        with _load(model, quiet=quiet or as_json, n_threads=threads, n_ctx=ctx, kv_type=kv_type) as loaded:
+            found = loaded.score(text)
+            pieces = [loaded.decode(i) for i in found.token_ids]
+        if as_json:
+            facts = dataclasses.asdict(found)
+            facts |= {"logprobs": found.logprobs.tolist(), "ranks": found.ranks.tolist()}
+            facts["perplexity"] = found.perplexity if math.isfinite(found.perplexity) else None
+            _write(json.dumps({"text": text, "pieces": pieces, **facts}, ensure_ascii=False, allow_nan=False) + "\n")
+            return
+        if not quiet:
+            _write(f"    id  {'logprob':>8} {'p':>8} {'rank':>6}  token\n")
+            _write(f"{found.token_ids[0]:6}  {'':8} {'':8} {'':6}  {printable(repr(pieces[0]))}\n")
+            scored = zip(found.token_ids[1:], found.logprobs, found.ranks, pieces[1:], strict=True)
+            for i, logprob, rank, piece in scored:
+                _write(f"{i:6}  {logprob:8.3f} {math.exp(logprob):8.2%} {rank:6}  {printable(repr(piece))}\n")
+        _write(
+            f"{len(found.token_ids):,} tokens, perplexity {found.perplexity:.6g}, "
+            f"{found.nll:.6g} nats per token over {len(found.logprobs):,}\n"
+        )
+
+
+@app.command(rich_help_panel=_MEASURE)
+def inspect(
+    file: Annotated[Path, _gguf("File of any architecture.")],
+    tokens: Annotated[
+        list[str] | None,
+        typer.Option(
+            "-t",
+            "--token",
+            metavar="TEXT",
+            help="Show the code of these ids or of the tokens of this text; repeatable.",
+        ),
+    ] = None,
+    everything: _All = False,
+    as_json: _Json = False,
+    debug: _Debug = False,
+) -> None:
+    """Show a GGUF file: hyper-parameters, the code and its matrix, certificate, tensors.
+
+    Tensors that all blocks have are one line, with --all each has its own.
+    """
     from .inspect import render
 
     with _errors(debug):
-        render(file, tokens or [], as_json=as_json)
+        console = Stdout(highlight=False, emoji=False)
+        render(
+            file, [from_argv(text) for text in tokens or []], as_json=as_json, all_tensors=everything, console=console
+        )
 
 
-@app.command()
-@with_options(before="threads")
+@app.command(rich_help_panel=_RUN)
+@with_options(before="debug")
 def generate(
-    model: Annotated[Path, typer.Option("-m", "--model", help="GGUF file.")],
-    prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="Text to continue. Default: stdin.")] = None,
-    file: Annotated[
-        Path | None, typer.Option("-f", "--file", help="Read the prompt from a file (without its last newline).")
-    ] = None,
-    escape: Annotated[
-        bool,
-        typer.Option(
-            help=r"Read \n, \t, \r, \" and \\ in --prompt, --stop and --choice as the characters they stand for."
-        ),
+    model: _Model,
+    prompt: _Prompt = None,
+    file: _File = None,
+    escape: _Escape = True,
+    stream: Annotated[
+        bool, typer.Option("--stream/--no-stream", help="Print text as it is generated.", rich_help_panel=_INPUT)
     ] = True,
-    threads: Annotated[int | None, typer.Option("-t", "--threads", help="Default: what the machine offers.")] = None,
-    ctx: Annotated[int | None, typer.Option("-c", "--ctx", help="Context positions. Default: the model's.")] = None,
-    kv_type: Annotated[str, typer.Option(help="Type of the KV cache: f16, f32 or q8_0.")] = "f16",
-    stream: Annotated[bool, typer.Option(help="Print text as it is generated.")] = True,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No timings on stderr.")] = False,
-    as_json: _Json = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No timings on stderr.", rich_help_panel=_INPUT)] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.", rich_help_panel=_INPUT)] = False,
+    threads: _Threads = None,
+    ctx: _Ctx = None,
+    kv_type: _KvType = "f16",
     debug: _Debug = False,
     **options: Any,
 ) -> None:
@@ -117,12 +246,12 @@ def generate(
     narrow the choice have no effect. docs/sampling.md explains each.
     """
     with _errors(debug):
-        text = _read_prompt(prompt, file, escape)
+        text = read_prompt(prompt, file, escape)
         arguments = read_options(options, escape)
         if not as_json and {"logprobs", "prompt_logprobs"} & arguments.keys():
             raise typer.BadParameter("--logprobs and --prompt-logprobs need --json")
         one = arguments.get("n", 1) == 1 and "best_of" not in arguments
-        with _load(model, n_threads=threads, n_ctx=ctx, kv_type=kv_type) as loaded:
+        with _load(model, quiet=quiet or as_json, n_threads=threads, n_ctx=ctx, kv_type=kv_type) as loaded:
             if one:
                 arguments.pop("n", None)
                 completion = _stream(loaded, text, arguments, show=stream and not as_json)
@@ -131,10 +260,27 @@ def generate(
             if as_json:
                 _write(json.dumps({"prompt": text, **dataclasses.asdict(completion)}, ensure_ascii=False) + "\n")
                 return
-            for each in completion.candidates or [completion]:
+            answers = completion.candidates or [completion]
+            for i, each in enumerate(answers):
+                if len(answers) > 1:  # a line that tells where one ends and the next begins
+                    _write(f"--- {i + 1} of {len(answers)}, seed {each.seed} ---\n")
                 _write("\n" if one and stream else each.text + "\n")
                 if not quiet:
                     _note(_summary(each, sampled=arguments.get("temperature", 0.0) > 0))
+            if not quiet:
+                _tell_without_effect(arguments)
+
+
+# What does nothing while the most probable token is taken.
+_OF_CHANCE = (
+    "seed top_n_sigma top_k typical_p top_p min_p xtc_probability xtc_threshold min_keep mirostat dynatemp_range"
+)
+
+
+def _tell_without_effect(arguments: dict[str, Any]) -> None:
+    given = [f"--{name.replace('_', '-')}" for name in _OF_CHANCE.split() if name in arguments]
+    if given and "temperature" not in arguments:
+        _note(f"{', '.join(given)} had no effect: without --temp the most probable token is taken")
 
 
 def _stream(model: Any, text: str, arguments: dict[str, Any], *, show: bool) -> Any:
@@ -155,25 +301,42 @@ def _summary(completion: Any, *, sampled: bool) -> str:
     )
 
 
-@app.command()
-@with_options(before="token_ids")
+@app.command(rich_help_panel=_RUN)
+@with_options(before="debug")
 def batch(
     source: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="One JSON object per line.")],
     target: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="One record per line of input, in its order.")],
-    model: Annotated[Path, typer.Option("-m", "--model", help="GGUF file.")],
-    task: Annotated[str, typer.Option(help="generate, score (log-probabilities) or embed (mean state).")] = "generate",
-    token_ids: Annotated[bool, typer.Option("--token-ids", help="Write the ids of generated tokens too.")] = False,
-    n_parallel: Annotated[int, typer.Option("--parallel", help="Lines that a model works on at a time.")] = 64,
-    fail_fast: Annotated[bool, typer.Option("--fail-fast", help="End at the first bad line.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start again, whatever OUT.jsonl holds.")] = False,
+    model: _Model,
+    task: Annotated[
+        str, typer.Option(help="generate, score (log-probabilities) or embed (mean state).", rich_help_panel=_JOB)
+    ] = "generate",
+    token_ids: Annotated[
+        bool, typer.Option("--token-ids", help="Write the ids of generated tokens too.", rich_help_panel=_JOB)
+    ] = False,
+    n_parallel: Annotated[
+        int, typer.Option("--parallel", help="Lines that a model works on at a time.", rich_help_panel=_JOB)
+    ] = 64,
+    fail_fast: Annotated[
+        bool, typer.Option("--fail-fast", help="End at the first bad line.", rich_help_panel=_JOB)
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Start again, whatever OUT.jsonl holds.", rich_help_panel=_JOB)
+    ] = False,
     ray: Annotated[
-        str | None, typer.Option(metavar="ADDRESS", help="Run on a Ray cluster: auto, HOST:PORT, or local.")
+        str | None,
+        typer.Option(
+            metavar="ADDRESS", help="Run on a Ray cluster: auto, HOST:PORT, or local.", rich_help_panel=_CLUSTER
+        ),
     ] = None,
-    ray_actors: Annotated[int | None, typer.Option(help="Models in the cluster. Default: one per node.")] = None,
-    ray_lines: Annotated[int | None, typer.Option(help="Lines of a Ray task. Default: 4 times --parallel.")] = None,
-    threads: Annotated[int | None, typer.Option("-t", "--threads", help="Default: what the machine offers.")] = None,
-    ctx: Annotated[int | None, typer.Option("-c", "--ctx", help="Context positions. Default: the model's.")] = None,
-    kv_type: Annotated[str, typer.Option(help="Type of the KV cache: f16, f32 or q8_0.")] = "f16",
+    ray_actors: Annotated[
+        int | None, typer.Option(help="Models in the cluster. Default: one per node.", rich_help_panel=_CLUSTER)
+    ] = None,
+    ray_lines: Annotated[
+        int | None, typer.Option(help="Lines of a Ray task. Default: 4 times --parallel.", rich_help_panel=_CLUSTER)
+    ] = None,
+    threads: _Threads = None,
+    ctx: _Ctx = None,
+    kv_type: _KvType = "f16",
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Neither progress nor a summary.")] = False,
     as_json: _Json = False,
     debug: _Debug = False,
@@ -203,18 +366,20 @@ def batch(
                 fail_fast=fail_fast,
                 overwrite=overwrite,
                 n_threads=threads,
-                n_ctx=ctx,
+                n_ctx=ctx or None,  # 0 and no option are the same job
                 kv_type=kv_type,
                 ray_address=ray,
                 ray_actors=ray_actors,
                 ray_lines=ray_lines,
                 progress=update,
             )
+        if report.n_resumed == report.n_lines > 0 and not as_json and not quiet:
+            _note(f"already done: {target} has all {report.n_lines} lines")
         if as_json or not quiet:
             _report(dataclasses.asdict(report), as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=_RUN)
 def serve(
     model: Annotated[Path, typer.Argument(metavar="MODEL.gguf", help="GGUF file.", envvar="FIXMIN_MODEL")],
     host: Annotated[str, typer.Option(envvar="FIXMIN_HOST", help="Address to listen on; 0.0.0.0: all.")] = "127.0.0.1",
@@ -225,6 +390,16 @@ def serve(
     api_key: Annotated[
         list[str] | None,
         typer.Option(envvar="FIXMIN_API_KEY", help="Requests must bring it; repeatable. Default: none needed."),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(envvar="FIXMIN_API_KEY_FILE", help="Keys, one a line; empty lines do not count.")
+    ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar="FIXMIN_ALLOWED_HOST",
+            help="Name by which the server may be asked besides its own; repeatable. Default on 127.0.0.1: localhost.",
+        ),
     ] = None,
     cors_origin: Annotated[
         list[str] | None,
@@ -240,8 +415,14 @@ def serve(
     max_body_bytes: Annotated[int, typer.Option(envvar="FIXMIN_MAX_BODY_BYTES", help="Of a request.")] = 4 << 20,
     max_n: Annotated[int, typer.Option(envvar="FIXMIN_MAX_N", help="Largest n and best_of.")] = 128,
     max_logprobs: Annotated[int, typer.Option(envvar="FIXMIN_MAX_LOGPROBS", help="Largest logprobs.")] = 20,
-    max_inputs: Annotated[int, typer.Option(envvar="FIXMIN_MAX_INPUTS", help="Most prompts of a request.")] = 256,
+    max_inputs: Annotated[int, typer.Option(envvar="FIXMIN_MAX_INPUTS", help="Most prompts of a request.")] = 2048,
     timeout: Annotated[float, typer.Option(envvar="FIXMIN_TIMEOUT", help="Seconds of a generation.")] = 600.0,
+    max_connections: Annotated[
+        int, typer.Option(envvar="FIXMIN_MAX_CONNECTIONS", help="Open at a time; more get 503.")
+    ] = 1000,
+    keep_alive: Annotated[
+        float, typer.Option(envvar="FIXMIN_KEEP_ALIVE", help="Seconds that a connection may be idle.")
+    ] = 75.0,
     read_timeout: Annotated[
         float, typer.Option(envvar="FIXMIN_READ_TIMEOUT", help="Seconds in which a request has to arrive.")
     ] = 30.0,
@@ -278,12 +459,17 @@ def serve(
     with _errors(debug):
         package = _extra("serve", "serve")
         _log_to_stderr(quiet)
+        if os.environ.get("FIXMIN_API_KEY", "x").strip() == "":
+            raise ArgumentError("FIXMIN_API_KEY is empty: unset it for a server without keys")
         settings = package.ServeSettings(
             model=str(model),
             model_name=model_name,
             host=host,
             port=port,
-            api_keys=tuple(api_key or ()),
+            api_keys=(*(api_key or ()), *_keys_of(api_key_file)),
+            allowed_hosts=tuple(allowed_host or ()),
+            max_connections=max_connections,
+            keep_alive=keep_alive,
             cors_origins=tuple(cors_origin or ()),
             chat_template=None if chat_template is None else read_text(chat_template),
             max_queue=max_queue,
@@ -304,6 +490,16 @@ def serve(
         package.run(settings)
 
 
+def _keys_of(path: Path | None) -> tuple[str, ...]:
+    """The keys in a file; at least one, so that an empty file does not open the server."""
+    if path is None:
+        return ()
+    keys = tuple(line.strip() for line in read_text(path).splitlines() if line.strip())
+    if not keys:
+        raise ArgumentError(f"{path} holds no API key")
+    return keys
+
+
 def _log_to_stderr(quiet: bool) -> None:
     """Shows what a server does and what went wrong in it."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
@@ -311,10 +507,9 @@ def _log_to_stderr(quiet: bool) -> None:
         logging.getLogger(name).setLevel(logging.WARNING if quiet else logging.INFO)
 
 
-@app.command()
+@app.command(rich_help_panel=_MEASURE)
 def bench(
-    model: Annotated[Path, typer.Option("-m", "--model", help="GGUF file.")],
-    threads: Annotated[int | None, typer.Option("-t", "--threads", help="Default: what the machine offers.")] = None,
+    model: _Model,
     prompt: Annotated[
         int | None, typer.Option("-p", "--prompt", help="Tokens of a prefill. Default: 512, or what fits the context.")
     ] = None,
@@ -323,11 +518,15 @@ def bench(
     ] = None,
     depth: Annotated[int, typer.Option("-d", "--depth", help="Tokens in the context before decoding begins.")] = 0,
     repeat: Annotated[int, typer.Option("-r", "--repeat", help="How often prefill and decode take turns.")] = 5,
-    kv_type: Annotated[str, typer.Option(help="Type of the KV cache: f16, f32 or q8_0.")] = "f16",
+    threads: _Threads = None,
+    kv_type: _KvType = "f16",
+    everything: _All = False,
     as_json: _Json = False,
     debug: _Debug = False,
 ) -> None:
     """Measure prefill and decode, and how much of the machine that is.
+
+    What --all and --json have:
 
     prefill_tok_s: tokens of a prompt read per second, from an empty context to the last token's logits.
 
@@ -366,10 +565,13 @@ def bench(
                 repeat=repeat,
                 progress=tell,
             )
-        _report(dataclasses.asdict(report), as_json)
+        if as_json or everything:
+            _report(dataclasses.asdict(report), as_json)
+        else:
+            _write("".join(line + "\n" for line in report.summary()))
 
 
-@app.command()
+@app.command(rich_help_panel=_MAKE)
 def quantize(
     source: Annotated[Path, typer.Argument(metavar="IN.gguf", help="F32, F16 or BF16 file of the model.")],
     target: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="File to write; appears when it is complete.")],
@@ -393,6 +595,7 @@ def quantize(
         bool, typer.Option("--allow-requantize", help="Take a quantised source too; its errors add to the new ones.")
     ] = False,
     threads: Annotated[int | None, typer.Option("-t", "--threads", help="Default: the CPUs of this process.")] = None,
+    everything: _All = False,
     as_json: _Json = False,
     debug: _Debug = False,
 ) -> None:
@@ -401,8 +604,9 @@ def quantize(
     Metadata is kept; the certificate in it remains that of the source file. Norms and biases are F32.
     """
     with _errors(debug):
+        quantizer = _extra("convert.requantize", "quantize")
         with _bar("quantizing", as_json) as update:
-            report = _extra("convert.requantize", "quantize").quantize(
+            report = quantizer.quantize(
                 source,
                 target,
                 type,
@@ -418,10 +622,8 @@ def quantize(
         if as_json:
             _write(json.dumps(facts, indent=2) + "\n")
             return
-        for tensor in report.tensors:
-            note = f"  ({tensor.note})" if tensor.note else ""
-            change = tensor.type if tensor.type == tensor.source_type else f"{tensor.source_type} -> {tensor.type}"
-            _write(f"{tensor.name}: {change}{note}\n")
+        for line in _each_tensor(report) if everything else _kinds_of_tensors(report):
+            _write(line + "\n")
         _write(
             f"{report.path}: {report.source_bytes / 1e6:,.1f} -> {report.n_bytes / 1e6:,.1f} MB, "
             f"{report.bits_per_weight:.2f} bits per weight, {report.seconds:.1f} s. "
@@ -429,13 +631,33 @@ def quantize(
         )
 
 
-@app.command()
+def _change(tensor: Any) -> str:
+    note = f"  ({tensor.note})" if tensor.note else ""
+    change = tensor.type if tensor.type == tensor.source_type else f"{tensor.source_type} -> {tensor.type}"
+    return change + note
+
+
+def _each_tensor(report: Any) -> list[str]:
+    return [f"{tensor.name}: {_change(tensor)}" for tensor in report.tensors]
+
+
+def _kinds_of_tensors(report: Any) -> list[str]:
+    """How many became what; the one with the most first."""
+    return [f"{n} x {change}" for change, n in Counter(map(_change, report.tensors)).most_common()]
+
+
+@app.command(rich_help_panel=_MAKE)
 def imatrix(
-    model: Annotated[Path, typer.Option("-m", "--model", help="GGUF file, best in F32 or F16.")],
-    file: Annotated[Path, typer.Option("-f", "--file", help="Text, UTF-8.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="GGUF file to write, for `fixmin quantize --imatrix`.")],
+    model: Annotated[
+        Path, typer.Option("-m", "--model", metavar="FILE.gguf", help="File of the model, best in F32 or F16.")
+    ],
+    file: _Text,
+    out: Annotated[
+        Path,
+        typer.Option("-o", "--out", metavar="OUT.gguf", help="File to write, for `fixmin quantize --imatrix`."),
+    ],
     ctx: Annotated[int | None, typer.Option("-c", "--ctx", help="Tokens of a chunk. Default: 512 at most.")] = None,
-    threads: Annotated[int | None, typer.Option("-t", "--threads", help="Default: what the machine offers.")] = None,
+    threads: _Threads = None,
     as_json: _Json = False,
     debug: _Debug = False,
 ) -> None:
@@ -446,15 +668,15 @@ def imatrix(
     with _errors(debug):
         collector = _extra("convert.imatrix", "quantize")
         text = read_text(file)
-        with _load(model, n_threads=threads) as loaded, _bar("reading", as_json) as update:
-            report = collector.collect(loaded, text, out, ctx=ctx, dataset=file.name, progress=update)
+        with _load(model, quiet=as_json, n_threads=threads) as loaded, _bar("reading", as_json) as update:
+            report = collector.collect(loaded, text, out, ctx=ctx or None, dataset=file.name, progress=update)
         _report({**dataclasses.asdict(report), "path": str(report.path)}, as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=_MEASURE)
 def perplexity(
-    model: Annotated[Path, typer.Option("-m", "--model", help="GGUF file.")],
-    file: Annotated[Path, typer.Option("-f", "--file", help="Text, UTF-8.")],
+    model: _Model,
+    file: _Text,
     ctx: Annotated[int | None, typer.Option("-c", "--ctx", help="Tokens of a window. Default: the model's.")] = None,
     stride: Annotated[
         int | None, typer.Option(help="Tokens from one window to the next. Default: ctx, without overlap.")
@@ -465,9 +687,11 @@ def perplexity(
         Path | None, typer.Option(help="Write the logits: 4 bytes per token and vocabulary.")
     ] = None,
     kl: Annotated[Path | None, typer.Option(help="Compare with logits saved before, of another model.")] = None,
-    kv_type: Annotated[str, typer.Option(help="Type of the KV cache: f16, f32 or q8_0.")] = "f16",
-    base_kv_type: Annotated[str | None, typer.Option(help="The base model's. Default: the same.")] = None,
-    threads: Annotated[int | None, typer.Option("-t", "--threads", help="Default: what the machine offers.")] = None,
+    kv_type: _KvType = "f16",
+    base_kv_type: Annotated[
+        str | None, typer.Option(help="The base model's. Default: the same.", rich_help_panel=_MACHINE)
+    ] = None,
+    threads: _Threads = None,
     as_json: _Json = False,
     debug: _Debug = False,
 ) -> None:
@@ -481,15 +705,16 @@ def perplexity(
 
     with _errors(debug), ExitStack() as stack:
         text = read_text(file)
-        loaded = stack.enter_context(_load(model, n_threads=threads, kv_type=kv_type))
+        loaded = stack.enter_context(_load(model, quiet=as_json, n_threads=threads, kv_type=kv_type))
         base = None
         if base_model is not None:
-            base = stack.enter_context(_load(base_model, n_threads=threads, kv_type=base_kv_type or kv_type))
+            settings = {"n_threads": threads, "kv_type": base_kv_type or kv_type}
+            base = stack.enter_context(_load(base_model, quiet=as_json, **settings))
         with _bar("reading", as_json) as update:
             report = measure(
                 loaded,
                 text,
-                ctx=ctx,
+                ctx=ctx or None,
                 stride=stride,
                 max_windows=max_windows,
                 base=base,
@@ -503,7 +728,7 @@ def perplexity(
         _report(facts, as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=_MEASURE)
 def info(as_json: _Json = False, debug: _Debug = False) -> None:
     """Show the CPU, the instruction sets and the versions that this installation uses."""
     from .api import system_info
@@ -512,75 +737,19 @@ def info(as_json: _Json = False, debug: _Debug = False) -> None:
         _report(system_info(), as_json)
 
 
-def _report(facts: dict[str, Any], as_json: bool) -> None:
-    """To stdout: one JSON object, a table on a terminal, lines in a pipe."""
-    if as_json:
-        _write(json.dumps(facts, indent=2) + "\n")
-    elif sys.stdout.isatty():
-        table = Table(show_header=False)
-        for key, value in facts.items():
-            table.add_row(key, _plain(value))
-        Console().print(table)
-    else:
-        _write("".join(f"{key}: {_plain(value)}\n" for key, value in facts.items()))
-
-
-@contextmanager
-def _errors(debug: bool) -> Iterator[None]:
-    """Turns exceptions into a line on stderr and an exit code."""
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Python flushes stdout once more at exit: let that write go nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(141) from None
-    except KeyboardInterrupt:
-        _note("interrupted")
-        raise typer.Exit(130) from None
-    except (FixminError, OSError, ValueError, MemoryError, ImportError) as error:
-        if debug:
-            traceback.print_exc()
-        _note(f"error: {_one_line(error)}", "bold red")
-        raise typer.Exit(1) from None
-
-
 def _forward(context: typer.Context, name: str) -> None:
     """Runs a command of fixmin_cpp.convert.convert, which parses its own arguments."""
     arguments = list(context.args)
     debug = "--debug" in arguments
     if debug:
         arguments.remove("--debug")
-    with _errors(debug):
+    with _errors(debug), _status(bool({"-h", "--help"} & set(arguments))) as tell:
+        if sys.stderr.isatty():
+            _note("starting the converter ...")
+        else:
+            tell("starting the converter: PyTorch and transformers take some seconds")
         code = getattr(_extra("convert.convert", "convert"), name)(arguments)
     raise typer.Exit(code or 0)
-
-
-def _extra(module: str, extra: str) -> Any:
-    """A module of this package, or an error that names the extra to install."""
-    try:
-        # By name: it is a folder of its own in the source tree and part of the package once that is installed.
-        return importlib.import_module(f".{module}", __package__)
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith(str(__package__)):
-            raise
-        raise ImportError(
-            f"this command needs the Python package {error.name!r}: pip install 'fixmin-cpp[{extra}]'"
-        ) from error
-
-
-def _read_prompt(prompt: str | None, file: Path | None, escape: bool) -> str:
-    if prompt is not None and file is not None:
-        raise typer.BadParameter("give --prompt or --file, not both")
-    if prompt is not None:
-        return unescape(prompt) if escape else prompt
-    if file is not None:
-        text = read_text(file)
-    else:
-        if sys.stdin.isatty():
-            raise typer.BadParameter("no prompt: give --prompt TEXT or --file FILE, or pipe text into stdin")
-        text = decode(sys.stdin.buffer.read(), "stdin")
-    return text.removesuffix("\n").removesuffix("\r")  # the newline that editors and echo put at the end
 
 
 def _tensor_types(options: list[str]) -> dict[str, str]:
@@ -592,18 +761,6 @@ def _tensor_types(options: list[str]) -> dict[str, str]:
             raise typer.BadParameter(f"--tensor-type must be REGEX=TYPE, got {option!r}")
         rules.setdefault(expression, wanted)
     return rules
-
-
-def _load(path: Path, **settings: Any) -> Any:
-    """The model, with a progress bar if someone is watching."""
-    from .model import Model
-
-    if not sys.stderr.isatty():
-        return Model(path, **settings)
-    columns = (TextColumn("loading"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("load", total=1.0)
-        return Model(path, progress=lambda done: progress.update(task, completed=done), **settings)
 
 
 @contextmanager
@@ -636,42 +793,6 @@ def _pace(report: Any) -> str:
     hours, minutes = divmod(minutes, 60)
     errors = f"{report.n_errors} errors, " if report.n_errors else ""
     return f"{report.tok_s:,.0f} tok/s, {errors}{hours}:{minutes:02}:{seconds:02} left"
-
-
-@contextmanager
-def _status(silent: bool) -> Iterator[Callable[[str], None]]:
-    """A line on stderr that says what is going on, if someone is watching."""
-    if silent or not sys.stderr.isatty():
-        yield lambda text: None
-        return
-    with Console(stderr=True).status("") as status:
-        yield status.update
-
-
-def _write(text: str) -> None:
-    """To stdout at once, as UTF-8 whatever the locale says."""
-    sys.stdout.buffer.write(text.encode("utf-8"))
-    sys.stdout.buffer.flush()
-
-
-def _note(text: str, style: str = "dim") -> None:
-    if sys.stderr.isatty():
-        Console(stderr=True).print(text, style=style, markup=False, highlight=False)
-    else:
-        print(text, file=sys.stderr)
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return "not enough memory" if isinstance(error, MemoryError) else text
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key}: {_plain(item)}" for key, item in value.items())
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return ", ".join(map(_plain, value)) if isinstance(value, list | tuple) else str(value)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ nothing of the engine:
 A mask holds exactly the tokens whose text the grammar can continue from, in whatever way the text is cut into tokens.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -21,14 +22,15 @@ import re
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import ArgumentError, ArgumentTypeError, FixminError, UnsupportedError
+from .errors import ArgumentError, ArgumentTypeError, BusyError, FixminError, UnsupportedError
+from .json_schema import literals, prepared
 from .tokenizer import TextTokenizer
 
 __all__ = ["Compiler", "Constraint", "Matcher", "token_bytes"]
@@ -37,13 +39,25 @@ Kind: TypeAlias = Literal["json_schema", "regex", "grammar", "choices"]
 
 _log = logging.getLogger(__name__)
 
-# Between the parts of a JSON text a model may write at most a space, or a line break and an indentation. llguidance's
-# own default is any amount, in which a weak model loses itself until its last token.
-_JSON_OPTIONS = {"whitespace_pattern": r" |\r?\n[ \t]{0,40}"}
-
 # Without this, forced text is masked down to the tokens of its one canonical segmentation, which goes wrong where a
 # vocabulary has no tokens for single bytes, and calls back into Python. Matcher.forced() does the same on request.
 _LARK_OPTIONS = '\n%llguidance {"no_forcing": true}\n'
+
+_MAX_TEXT = 1 << 18  # characters of a description: compiling this much takes seconds at most
+
+# Of GBNF, whose translation takes four times as long for twice the rules: 0.4 s at most.
+_MAX_GBNF = 1 << 15
+_MAX_RULES = 300
+
+# What compiles at a time. What takes too long cannot be stopped and keeps its place, so as not to take all of the
+# machine; others then wait this long for one, seconds.
+_MAX_COMPILING = 4
+_PATIENCE = 0.5
+
+# llguidance goes down a chain of rules or references by recursion, up to 8 kB each; if its stack ends, so does the
+# process. Reserved, not used: enough for as long a chain as _MAX_TEXT holds.
+_STACK = 256 << 20
+_stack_lock = threading.Lock()  # the size is set for all threads that are made
 
 # A lexer state takes 1 to 2 kB and is kept as long as the compiled grammar: 100 MB at the very most. With llguidance's
 # 50,000 items per mask an ambiguous grammar (x: x x | ...) takes minutes to fail; 400 optional properties need 5,000.
@@ -71,7 +85,8 @@ class Constraint:
             choices: a list of texts, of which the output is one.
 
         Raises:
-            ArgumentError: more than one is given, or one is malformed. ArgumentTypeError: one has the wrong type.
+            ArgumentError: more than one is given, or one is malformed, or longer than 262,144 characters, or a schema
+                says what cannot be kept to. ArgumentTypeError: one has the wrong type.
                 What only llguidance can see, Compiler.matcher() raises as an ArgumentError.
         """
         given = {"json_schema": json_schema, "regex": regex, "grammar": grammar, "choices": choices}
@@ -97,6 +112,7 @@ def _as_text(name: str, value: Any) -> str:
         raise ArgumentTypeError(f"{name} must be a str, got {type(value).__name__}")
     if not value.strip():
         raise ArgumentError(f"{name} is empty")
+    _check_length(name, len(value))
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -104,8 +120,13 @@ def _as_text(name: str, value: Any) -> str:
     return value
 
 
+def _check_length(name: str, n: int) -> None:
+    if n > _MAX_TEXT:
+        raise ArgumentError(f"{name} has {n} characters, but at most {_MAX_TEXT} are compiled")
+
+
 def _schema_text(value: Any) -> str:
-    """The schema as JSON, with options for llguidance where it sets none itself."""
+    """The schema as JSON, as llguidance is given it."""
     if isinstance(value, type) and hasattr(value, "model_json_schema"):
         schema = value.model_json_schema()
     elif isinstance(value, str):
@@ -126,15 +147,15 @@ def _schema_text(value: Any) -> str:
             "json_schema must be a dict, its JSON text, a pydantic model class, or True for any JSON, "
             f"got {type(schema).__name__}"
         )
-    options = schema.get("x-guidance", {})
-    if isinstance(options, Mapping) and not {"whitespace_pattern", "whitespace_flexible"} & options.keys():
-        schema["x-guidance"] = {**_JSON_OPTIONS, **options}
     try:
-        text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(schema, ensure_ascii=False)
+        _check_length("json_schema", len(text))
         text.encode()
+        return json.dumps(prepared(json.loads(text)), ensure_ascii=False, allow_nan=False)
+    except ArgumentError:
+        raise
     except (TypeError, ValueError, RecursionError) as error:
         raise ArgumentError(f"json_schema cannot be written as JSON: {error}") from None
-    return text
 
 
 def _choices_text(choices: Any) -> str:
@@ -142,6 +163,7 @@ def _choices_text(choices: Any) -> str:
         raise ArgumentTypeError(f"choices must be a list of str, got {type(choices).__name__}")
     if not choices:
         raise ArgumentError("choices is empty")
+    _check_length("choices", sum(len(choice) if isinstance(choice, str) else 1 for choice in choices))
     for i, choice in enumerate(choices):
         if choice == "":
             raise ArgumentError(f"choices[{i}] must not be empty, got ''")
@@ -162,8 +184,14 @@ def _without_anchors(regex: str) -> str:
 
 def _lark_text(grammar: str) -> str:
     """The grammar in llguidance's Lark, translated if it is GBNF: only there is a rule written with ::=."""
-    if not re.search(r"^[ \t]*[\w-]+[ \t]*::=", grammar, re.MULTILINE):
+    n_rules = len(re.findall(r"^[ \t]*[\w-]+[ \t]*::=", grammar, re.MULTILINE))
+    if n_rules == 0:
         return grammar
+    if len(grammar) > _MAX_GBNF or n_rules > _MAX_RULES:
+        raise ArgumentError(
+            f"grammar has {n_rules} rules of GBNF in {len(grammar)} characters, "
+            f"but at most {_MAX_RULES} in {_MAX_GBNF} are translated: write it in Lark"
+        )
     try:
         from llguidance.gbnf_to_lark import gbnf_to_lark
     except ImportError as error:
@@ -216,56 +244,13 @@ def token_bytes(tokenizer: TextTokenizer) -> dict[int, bytes]:
 
     Raises UnsupportedError for a tokenizer whose tokens stand for different text at different places.
     """
-    steps = _decoder_steps(json.loads(tokenizer.backend.to_str())["decoder"])
-    added = tokenizer.backend.get_added_tokens_decoder()
-    result = {}
-    for token, token_id in tokenizer.backend.get_vocab(with_added_tokens=True).items():
-        if token_id in tokenizer.special_ids:
-            continue
-        result[token_id] = token.encode() if token_id in added else _spelled(token, steps)
-    return result
-
-
-_Step: TypeAlias = tuple[str, str, str]  # what to do, and its two operands
-
-
-def _decoder_steps(decoder: Any) -> list[_Step]:
-    """The steps of a tokenizer.json's decoder that change what a token stands for."""
-    if decoder is None:
-        raise UnsupportedError("constrained output needs a tokenizer with a decoder; without one, words are spaced")
-    kind = decoder["type"]
-    if kind == "Sequence":
-        return [step for part in decoder["decoders"] for step in _decoder_steps(part)]
-    if kind == "Replace" and "String" in decoder["pattern"]:
-        return [("replace", decoder["pattern"]["String"], decoder["content"])]
-    if kind == "Metaspace":
-        return [("replace", decoder["replacement"], " ")]
-    if kind in ("ByteLevel", "ByteFallback"):
-        return [(kind, "", "")]
-    if kind in ("Fuse", "Strip"):  # Strip drops a space that starts or ends the whole text
-        return []
-    raise UnsupportedError(f"constrained output does not work with a tokenizer whose decoder has a step {kind!r}")
-
-
-def _spelled(token: str, steps: Iterable[_Step]) -> bytes:
-    for kind, old, new in steps:
-        if kind == "replace":
-            token = token.replace(old, new)
-        elif kind == "ByteFallback" and re.fullmatch("<0x[0-9A-Fa-f]{2}>", token):
-            return bytes([int(token[3:5], 16)])
-        elif kind == "ByteLevel" and all(letter in _BYTE_OF_LETTER for letter in token):
-            return bytes(_BYTE_OF_LETTER[letter] for letter in token)
-    return token.encode()
-
-
-def _byte_of_letter() -> dict[str, int]:
-    """GPT-2's letters for bytes: printable Latin-1 stands for itself, the rest follows from U+0100 on."""
-    itself = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in itself]
-    return {chr(byte): byte for byte in itself} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTE_OF_LETTER = _byte_of_letter()
+    if tokenizer.spelling is None:
+        raise UnsupportedError(
+            "constrained output needs a tokenizer whose tokens stand for the same text everywhere; "
+            "the decoder of this one puts spaces between tokens, or drops what repeats"
+        )
+    ids = tokenizer.backend.get_vocab(with_added_tokens=True).values()
+    return {i: tokenizer.token_bytes(i) for i in ids if i not in tokenizer.special_ids}
 
 
 class _Vocabulary:
@@ -300,6 +285,8 @@ class _Vocabulary:
 
     def can_spell(self, text: bytes) -> bool:
         """Whether some sequence of tokens stands for these bytes."""
+        if len(text) > 64 and all(self.can_spell(letter.encode()) for letter in set(text.decode())):
+            return True
         ends = {0}  # lengths of the beginnings of `text` that can be spelled
         for end in range(1, len(text) + 1):
             starts = range(max(0, end - self._longest), end)
@@ -313,7 +300,7 @@ class _Vocabulary:
             text = data.decode()
         except UnicodeDecodeError as error:  # ends within a character
             text = data[: error.start].decode()
-        ids = self._tokenizer.encode(text)
+        ids = self._tokenizer.encode(text, parse_special=False)
         spelled = [self._ids_of.get(i, b"") for i in ids]
         if b"".join(spelled) != text.encode():
             return []  # a letter without a token, a special token's name, a space put before a text
@@ -364,7 +351,7 @@ class Compiler:
         other_eos_ids: Collection[int] = (),
         n_threads: int = 1,
         cache_size: int = 64,
-        compile_timeout: float = 30.0,
+        compile_timeout: float = 10.0,
     ) -> None:
         try:
             import llguidance
@@ -386,6 +373,7 @@ class Compiler:
         self._cache_size = cache_size
         self._compile_timeout = compile_timeout
         self._too_complex: set[Constraint] = set()
+        self._places = threading.BoundedSemaphore(_MAX_COMPILING)
         self._executor: Any = None
         self._executor_pid = 0
 
@@ -393,7 +381,8 @@ class Compiler:
         """A matcher at the beginning of the text; a constraint that was used before needs no compiling.
 
         Raises ArgumentError, with llguidance's message, for a constraint that cannot be compiled, is too complex, or
-        allows no output. Compiling takes milliseconds, for large schemas up to a second, without the GIL.
+        allows no output; BusyError while others that take too long are still being compiled. Compiling takes
+        milliseconds, for large schemas up to a second, without the GIL.
         """
         return Matcher(self, constraint, self._compiled(constraint))
 
@@ -442,13 +431,13 @@ class Compiler:
         return compiled
 
     def _compile(self, constraint: Constraint) -> Any:
-        if constraint.kind == "choices":
-            self._check_choices(json.loads(constraint.text))
+        self._check_letters(constraint)
         native = self._compile_in_time(constraint)
         if native.is_error():
             raise ArgumentError(f"{constraint.kind} cannot be used: {_reason(native)}")
         for warning in native.get_grammar_warnings():
-            _log.warning("%s: %s", constraint.kind, warning)
+            if "oneOf" not in str(warning):  # which means anyOf here: see json_schema.py
+                _log.warning("%s: %s", constraint.kind, warning)
         try:
             mask = Matcher(self, constraint, native).mask()
         except FixminError as error:
@@ -462,23 +451,42 @@ class Compiler:
     def _compile_in_time(self, constraint: Constraint) -> Any:
         """llguidance's matcher, made by a thread that is left alone when the time is up.
 
-        Most of what compiling does has limits of its own. The intersection of patterns (allOf) has not: 25 of them
-        take minutes and twice as long with each one more, and nothing interrupts it.
+        Most of what compiling does has limits of its own, not all of it, and nothing interrupts it. Such a thread goes
+        on at the lowest priority.
         """
         source, results = self._source(constraint), queue.SimpleQueue[Any]()
+        if not self._places.acquire(timeout=_PATIENCE):
+            raise BusyError(
+                f"{constraint.kind} was not compiled: {_MAX_COMPILING} others that take long are; try again later"
+            )
 
         def work() -> None:
             try:
                 results.put(self._llguidance.LLMatcher(self._native, source, log_level=0, limits=self._limits))
             except BaseException as error:
                 results.put(error)
+            finally:
+                self._places.release()
 
-        threading.Thread(target=work, name="fixmin-grammar", daemon=True).start()
+        thread = threading.Thread(target=work, name="fixmin-grammar", daemon=True)
+        with _stack_lock:
+            usual = threading.stack_size(_STACK)
+            try:
+                thread.start()
+            except BaseException:
+                self._places.release()
+                raise
+            finally:
+                threading.stack_size(usual)
         try:
             result = results.get(timeout=self._compile_timeout)
         except queue.Empty:
             with self._lock:
+                if len(self._too_complex) >= self._cache_size:
+                    self._too_complex.clear()
                 self._too_complex.add(constraint)
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, thread.native_id or 0, 19)
             raise self._complexity(constraint) from None
         if isinstance(result, BaseException):
             raise result
@@ -500,12 +508,18 @@ class Compiler:
             return f"start: CHOICE\nCHOICE: {' | '.join(choices)}{_LARK_OPTIONS}"
         return constraint.text + _LARK_OPTIONS  # at the end, so that lines keep their numbers
 
-    def _check_choices(self, choices: Sequence[str]) -> None:
-        for i, choice in enumerate(choices):
-            if not self._vocabulary.can_spell(choice.encode()):
-                missing = [letter for letter in choice if not self._vocabulary.can_spell(letter.encode())]
+    def _check_letters(self, constraint: Constraint) -> None:
+        """What is demanded literally must be there to be written: a model with few letters would get stuck in it."""
+        given = json.loads(constraint.text) if constraint.kind in ("choices", "json_schema") else {}
+        if constraint.kind == "choices":
+            texts = [(f"choices[{i}] {choice!r}", choice) for i, choice in enumerate(given)]
+        else:
+            texts = [(f"json_schema has {text:.60} at {place}, which", text) for place, text in literals(given)]
+        for name, text in texts:
+            if not self._vocabulary.can_spell(text.encode()):
+                missing = [letter for letter in text if not self._vocabulary.can_spell(letter.encode())]
                 raise ArgumentError(
-                    f"choices[{i}] {choice!r} cannot be written with this model's tokens"
+                    f"{name} cannot be written with this model's tokens"
                     + (f": there is none for {missing[0]!r}" if missing else "")
                 )
 
@@ -558,7 +572,7 @@ class Matcher:
         """The tokens that may follow, uint32 [ceil(V/32)]: id i is bit i%32 of word i//32.
 
         Holds the end-of-text token exactly where the text may end. Empty only after the end.
-        Raises FixminError where no token of the vocabulary fits, or where the grammar exceeds llguidance's limits.
+        Raises ArgumentError where no token of the vocabulary fits, or where the grammar exceeds llguidance's limits.
         """
         out = np.empty((1, self._compiler.n_words), np.uint32)
         error = self._compiler.fill_masks([self], out)[0]
@@ -573,13 +587,14 @@ class Matcher:
         if not 0 <= token_id < self._compiler.vocab_size:
             raise ArgumentError(f"token_id is {token_id}, but token ids run from 0 to {self._compiler.vocab_size - 1}")
         if self._ended:
-            raise self._fail(f"token {token_id} cannot follow the end-of-text token")
+            raise self._fail(FixminError, f"token {token_id} cannot follow the end-of-text token")
         if token_id in self._compiler.eos_ids:
             if not self._native.is_accepting():
-                raise self._fail(f"the {self._constraint.kind} is not complete, yet the text ends")
+                raise self._fail(FixminError, f"the {self._constraint.kind} is not complete, yet the text ends")
             self._ended = True
         elif self._native.is_stopped() or not self._consume(token_id):
-            raise self._fail(f"token {token_id} does not fit the {self._constraint.kind}: {_reason(self._native)}")
+            reason = _reason(self._native)
+            raise self._fail(FixminError, f"token {token_id} does not fit the {self._constraint.kind}: {reason}")
         else:
             self._ids.append(token_id)
 
@@ -599,7 +614,7 @@ class Matcher:
         if self._ended and n_tokens > 0:
             self._ended, n_tokens = False, n_tokens - 1
         if n_tokens and not self._native.rollback(n_tokens):
-            raise self._fail(f"cannot take back {n_tokens} tokens: {_reason(self._native)}")
+            raise self._fail(FixminError, f"cannot take back {n_tokens} tokens: {_reason(self._native)}")
         del self._ids[len(self._ids) - n_tokens :]
 
     def clone(self) -> "Matcher":
@@ -624,7 +639,8 @@ class Matcher:
             self._native.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
         if self._native.is_error():  # llguidance's mask is then the end of the text, as if all were well
             row[:] = 0
-            return self._fail(f"the {self._constraint.kind} leaves no way to go on: {_reason(self._native)}")
+            reason = _reason(self._native)
+            return self._fail(ArgumentError, f"the {self._constraint.kind} leaves no way to go on: {reason}")
         if not self._native.is_accepting() or self._compiler.eos_id is None:
             row[eos_id // 32] &= ~np.uint32(1 << eos_id % 32)
         may_end = np.uint32(self._native.is_accepting())
@@ -633,7 +649,7 @@ class Matcher:
         if self._compiler._real is not None:
             row &= self._compiler._real
         if not row.any() and not self.finished:
-            return self._fail(f"the {self._constraint.kind} leaves no way to go on: no token fits")
+            return self._fail(ArgumentError, f"the {self._constraint.kind} leaves no way to go on: no token fits")
         return None
 
     def _consume(self, token_id: int) -> bool:
@@ -653,8 +669,8 @@ class Matcher:
         self._native = native
         return True
 
-    def _fail(self, message: str) -> FixminError:
-        self._error = FixminError(message)
+    def _fail(self, kind: type[FixminError], message: str) -> FixminError:
+        self._error = kind(message)
         return self._error
 
 

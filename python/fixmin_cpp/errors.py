@@ -1,15 +1,21 @@
 """The errors that this package raises on purpose. A message says what was wrong, where, and what to do about it."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from ._core import ArgumentError, ContextLengthError, FixminError, GGUFError, UnsupportedError
 
 __all__ = [
     "ArgumentError",
     "ArgumentTypeError",
+    "BusyError",
     "CheckpointError",
     "ContextLengthError",
     "FixminError",
     "GGUFError",
     "UnsupportedError",
+    "naming",
 ]
 
 
@@ -17,5 +23,21 @@ class CheckpointError(FixminError, ValueError):
     """A Hugging Face checkpoint cannot be read, is ambiguous, or does not compute what the converter can express."""
 
 
+class BusyError(FixminError):
+    """Nothing is wrong with what was asked for, but what it needs is taken by others: it may be asked again later."""
+
+
 class ArgumentTypeError(ArgumentError, TypeError):
     """An argument has the wrong type (a bool for a count, an array of floats for token ids, ...)."""
+
+
+@contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Errors of a GGUF file say which file, if they do not already."""
+    try:
+        yield
+    except (GGUFError, UnsupportedError) as error:
+        name = os.fspath(path)
+        if str(error).startswith(name):
+            raise
+        raise type(error)(f"{name}: {error}") from None

@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import logging
 import math
+import os
 import threading
 import weakref
 from collections import deque
@@ -83,6 +84,8 @@ class Completion:
     timings: Timings
     logprobs: list[TokenLogprob] | None = None  # of token_ids, if asked for
     prompt_logprobs: list[TokenLogprob] | None = None  # of the prompt's tokens but the first, if asked for
+    stop_id: int | None = None  # the end-of-text token or the one of stop_ids that ended it
+    stop_logprob: TokenLogprob | None = None  # its own, if asked for
     candidates: "list[Completion] | None" = None  # if n > 1 were asked for: all n, the first being this one
 
 
@@ -147,7 +150,8 @@ class Run:
         self._mask = None if options.constraint is None else _Mask(model._compile(options.constraint))
         tokenizer = model._require_tokenizer() if options.stop else model._tokenizer
         decoder = IncrementalDecoder(tokenizer, ids.tolist()) if tokenizer is not None else None
-        self._assembler = TextAssembler(decoder, StopStrings(options.stop))
+        names = tokenizer.special_tokens if tokenizer is not None and options.stop else None
+        self._assembler = TextAssembler(decoder, StopStrings(options.stop, names), options.min_new_tokens)
         self._texts: list[str] = []  # of the pieces
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprob] = []
@@ -243,6 +247,19 @@ class Run:
         return pieces
 
     @property
+    def prompt_logprobs(self) -> list[TokenLogprob] | None:
+        """Those of the completion, as soon as the prompt has been read; None until then."""
+        if self._request is None or not (self._request.prompt_scored or self.completion is not None):
+            return None
+        return [TokenLogprob(*token) for token in self._request.prompt_top_logprobs()]
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """The tokens of the prompt."""
+        ids: list[int] = self._ids.tolist()
+        return ids
+
+    @property
     def mean_logprob(self) -> float:
         """Of the generated tokens, nats, before any sampling setting; an end-of-text token is not counted."""
         return math.fsum(t.logprob for t in self._logprobs) / len(self._logprobs) if self._logprobs else -math.inf
@@ -275,6 +292,7 @@ class Run:
         # A stop string may turn up only at the end, where nothing can precede it any more.
         reason: Any = "stop" if self._done else result["finish_reason"]
         timings = _timings(result, len(self._token_ids), reason)
+        last = TokenLogprob(*result["last"]) if result["last"] is not None and reason == "eos" else None
         self.completion = Completion(
             "".join(self._texts),
             self._token_ids,
@@ -285,6 +303,8 @@ class Run:
             [TokenLogprob(*token) for token in self._started.prompt_top_logprobs()]
             if self._options.prompt_logprobs is not None
             else None,
+            None if last is None else last.token_id,
+            None if self._options.logprobs is None else last,
         )
         _log.debug("request %d ended: %s, %s", self.number, reason, timings)
 
@@ -385,6 +405,8 @@ class TextStream(Iterator[Piece]):
         self._run = run
         self._start = start
         self._lock = threading.Lock()  # guards what follows
+        self._holder: int | None = None  # the thread that has it
+        self._process = os.getpid()  # that it was started in
         self._pieces: deque[Piece] = deque()
         self._started = False
         self._closed = False
@@ -398,8 +420,9 @@ class TextStream(Iterator[Piece]):
         return self
 
     def __next__(self) -> Piece:
+        self._notice_fork()
         while True:
-            with self._lock:
+            with self._locked():
                 if self._closed:
                     raise StopIteration
                 try:
@@ -418,6 +441,22 @@ class TextStream(Iterator[Piece]):
                 self.close()
                 raise
 
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        with self._lock:
+            self._holder = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._holder = None
+
+    def _notice_fork(self) -> None:
+        """A started run stays in the parent, as does a thread that may hold the lock."""
+        if self._process != os.getpid():
+            self._process = os.getpid()
+            self._lock = threading.Lock()
+            self._holder = None
+
     def _read(self) -> None:
         if not self._started:
             self._start(self._run)
@@ -428,12 +467,17 @@ class TextStream(Iterator[Piece]):
     def close(self) -> None:
         """Cancels the run, if it has not ended, and waits for its end. May be called again."""
         self._run.cancel()
-        with self._lock:
+        if self._holder == threading.get_ident():  # a signal handler in the midst of a read, which ends after it
+            self._closed = True
+            return
+        self._notice_fork()
+        with self._locked():
             self._closed = True
             self._pieces.clear()
-            while self._started and not self._run.ended:
-                self._run.wait(for_end=True)
-                with contextlib.suppress(FixminError):  # nobody wants to know any more
+            # What went wrong nobody wants to know any more; in a forked child nothing is there to wait for.
+            with contextlib.suppress(FixminError):
+                while self._started and not self._run.ended:
+                    self._run.wait(for_end=True)
                     self._run.take()
 
     def __enter__(self) -> "TextStream":
@@ -472,6 +516,12 @@ class Dispatcher:
         with self._lock:
             self._listeners.pop(run.number, None)
 
+    def wake_all(self) -> None:
+        """In a forked child, without the lock: who waits for news there learns that none will come."""
+        for loop, listener in list(self._listeners.values()):
+            with contextlib.suppress(RuntimeError):  # the loop has been closed
+                loop.call_soon(listener)
+
     def close(self) -> None:
         """Ends the thread."""
         self.closed = True
@@ -509,6 +559,7 @@ class AsyncTextStream(AsyncIterator[Piece]):
         self._start = start
         self._dispatcher: Dispatcher | None = None
         self._news = asyncio.Event()
+        self._process = os.getpid()  # that it was started in
         self._pieces: deque[Piece] = deque()
         self._closed = False
 
@@ -523,13 +574,15 @@ class AsyncTextStream(AsyncIterator[Piece]):
     async def __anext__(self) -> Piece:
         while not self._closed:
             if self._dispatcher is None:
+                self._process = os.getpid()
                 self._dispatcher = self._start(self._run, self._news.set)
             if self._pieces:
                 return self._pieces.popleft()
             if self._run.ended:
                 break
             try:
-                await self._news.wait()
+                if self._process == os.getpid():  # else the run stays in the parent, as take() says
+                    await self._news.wait()
                 self._news.clear()
                 self._pieces.extend(self._run.take())
             except BaseException:  # the task was cancelled, or the run failed
@@ -547,7 +600,7 @@ class AsyncTextStream(AsyncIterator[Piece]):
     def _end(self) -> None:
         self._closed = True
         self._run.cancel()
-        if self._dispatcher is not None:
+        if self._dispatcher is not None and self._process == os.getpid():
             self._dispatcher.forget(self._run)
 
     async def aclose(self) -> None:

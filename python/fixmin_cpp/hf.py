@@ -13,7 +13,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
@@ -61,6 +61,9 @@ __all__ = ["Decoding", "FixMinForCausalLM", "FixMinGgufConfig", "TokenCache", "l
 
 _log = logging.getLogger(__name__)
 
+# transformers calls the cache "cache" from 5.24 on and "past_key_values" before, where it passes and where it reads it.
+_CACHE = next(f.name for f in fields(CausalLMOutputWithPast) if f.name in ("cache", "past_key_values"))
+
 # What generate(native=...) asks for, as _sample() sees it: transformers passes on no arguments that it does not know.
 _wish: ContextVar[bool | None] = ContextVar("fixmin_native", default=None)
 
@@ -69,7 +72,7 @@ class FixMinGgufConfig(PretrainedConfig):
     """The sizes of a loaded GGUF file under the names of transformers; max_position_embeddings is the model's n_ctx."""
 
     model_type = "fixmin_gguf"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - the base class declares it as a plain attribute
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012 - the base class declares it as a plain attribute
 
     @classmethod
     def of(cls, model: Model) -> "FixMinGgufConfig":
@@ -138,6 +141,7 @@ class TokenCache:
 
     is_compileable = False  # transformers asks before it would compile a forward pass
     is_croppable = True
+    is_linear = is_sliding = (False,)  # one kind of layer, which remembers everything
 
     def __init__(self) -> None:
         self.ids: Tensor | None = None  # [B, S] int64
@@ -161,6 +165,19 @@ class TokenCache:
         """Row i becomes what row beam_idx[i] was."""
         if self.ids is not None and self.mask is not None:
             self.ids, self.mask = self.ids[beam_idx], self.mask[beam_idx]
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """-1: it grows."""
+        return -1
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row becomes so many."""
+        if self.ids is not None and self.mask is not None:
+            self.replace(self.ids.repeat_interleave(repeats, dim=0), self.mask.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps these rows."""
+        self.reorder_cache(indices)
 
     def activate_past_recording(self) -> None:
         """Nothing to do: tokens can always be dropped again."""
@@ -215,6 +232,8 @@ class FixMinForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
+        cache: TokenCache | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         **others: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits of the next token at every position, computed by the engine.
@@ -226,37 +245,44 @@ class FixMinForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids: [B, T] integers below V, on the CPU.
             attention_mask: [B, S] of 0 (padding) and 1, S counting the tokens of the cache too. Padding may stand on
                 the left or on the right of a row, but not between its tokens. None: no new token is padding.
-            past_key_values: what an earlier call returned: the tokens before; extended in place.
+            past_key_values, cache: what an earlier call returned: the tokens before; extended in place. Two names for
+                one thing, as releases of transformers differ.
             labels: [B, T], the ids themselves (they are shifted here); -100 is left out of the loss, and so is a token
                 that follows padding: nothing predicts it.
             use_cache: whether to return a cache (None: True).
             logits_to_keep: how many of the last positions to compute logits for (0: all), or which, [n] indices into T.
             return_dict: False for a plain tuple.
+            num_items_in_batch: what Trainer passes: the loss is the sum divided by this number instead of the mean.
 
         Returns:
-            loss (mean, nats per token; None without labels), logits float32 [B, n, V] (0 at padding) and the cache.
+            loss (mean, nats per token; None without labels), logits float32 [B, n, V] (0 at padding) and the cache,
+            under the name that this release of transformers has for it.
 
         Raises:
             ArgumentError, ArgumentTypeError, ContextLengthError, UnsupportedError (all ValueErrors).
         """
+        # No argument of its own: transformers warns of models that have one.
+        places = others.pop("cache_position", None)
         _refuse_unknown(others)
         if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise ArgumentError("labels need the logits of all positions: leave out logits_to_keep")
-        cache: Any = past_key_values
-        if cache is not None and not isinstance(cache, TokenCache):
-            raise ArgumentTypeError(
-                f"past_key_values must be what an earlier call returned (a TokenCache), got {type(cache).__name__}"
-            )
+        cache = _one_cache(cache, past_key_values)
         new = self._checked_ids(input_ids)
         ids, mask = _extend(cache, new, attention_mask)
         past = ids.shape[1] - new.shape[1]
+        if places is not None and places.tolist() != list(range(past, ids.shape[1])):
+            raise ArgumentError(
+                f"cache_position must be {past} to {ids.shape[1] - 1}, the places behind the cache, got "
+                f"{places.tolist()}"
+            )
         logits = self._logits(ids, mask, [past + i for i in _kept(new.shape[1], logits_to_keep)])
-        loss = None if labels is None else _loss(logits, labels, mask[:, past:])
+        loss = None if labels is None else _loss(logits, labels, mask[:, past:], num_items_in_batch)
         use_cache = True if use_cache is None else use_cache
         if use_cache:
             cache = TokenCache() if cache is None else cache
             cache.replace(ids, mask)
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache if use_cache else None)
+        returned: dict[str, Any] = {_CACHE: cache if use_cache else None}
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, **returned)
         return output if return_dict is not False else output.to_tuple()
 
     def _checked_ids(self, input_ids: Any) -> Tensor:
@@ -329,8 +355,9 @@ class FixMinForCausalLM(PreTrainedModel, GenerationMixin):
             self._note_transformers(generation_mode.value)
         # The context ends where it ends; Model.generate() stops there too.
         generation_config.max_length = min(generation_config.max_length, self.config.max_position_embeddings)
-        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = TokenCache()
+        given = _one_cache(model_kwargs.get("cache"), model_kwargs.get("past_key_values"))
+        if given is None and generation_config.use_cache:
+            model_kwargs[_CACHE] = TokenCache()
 
     def _sample(
         self,
@@ -370,9 +397,10 @@ class FixMinForCausalLM(PreTrainedModel, GenerationMixin):
         sequences: Any = _append(input_ids, answers, generation_config._pad_token_tensor)
         if not generation_config.return_dict_in_generate:
             return sequences
-        cache: Any = TokenCache()
+        cache = TokenCache()
         cache.replace(sequences[:, :-1], F.pad(mask, (0, sequences.shape[1] - 1 - mask.shape[1]), value=True))
-        return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=cache)
+        returned: dict[str, Any] = {_CACHE: cache}
+        return GenerateDecoderOnlyOutput(sequences=sequences, **returned)
 
     def _note_transformers(self, reason: str) -> None:
         if _wish.get():
@@ -395,9 +423,9 @@ class FixMinForCausalLM(PreTrainedModel, GenerationMixin):
         for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
             if getattr(config, name):
                 raise _NotNativeError(name)
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(_CACHE)
         if cache is not None and cache.get_seq_length():
-            raise _NotNativeError("past_key_values with tokens")
+            raise _NotNativeError("a cache with tokens")
         if streamer is not None and len(input_ids) > 1:
             raise _NotNativeError("a streamer and several rows")
         mask = model_kwargs.get("attention_mask")
@@ -691,6 +719,18 @@ def _refuse_unknown(arguments: dict[str, Any]) -> None:
             raise UnsupportedError(f"forward() of the native engine does not take {name}{reason}")
 
 
+def _one_cache(cache: Any, past_key_values: Any) -> TokenCache | None:
+    """The cache under whichever of its two names it came."""
+    if cache is not None and past_key_values is not None:
+        raise ArgumentError("cache and past_key_values are two names of one argument: give one of them")
+    name, given = ("cache", cache) if cache is not None else ("past_key_values", past_key_values)
+    if given is not None and not isinstance(given, TokenCache):
+        raise ArgumentTypeError(
+            f"{name} must be what an earlier call returned (a TokenCache), got {type(given).__name__}"
+        )
+    return given
+
+
 def _check_matrix(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise ArgumentTypeError(f"{name} must be a tensor, got {type(value).__name__}")
@@ -705,7 +745,7 @@ def _extend(cache: TokenCache | None, new: Tensor, attention_mask: Tensor | None
     ids, mask = new, torch.ones(new.shape, dtype=torch.bool)
     if cache is not None and cache.ids is not None and cache.mask is not None:
         if len(cache.ids) != len(new):
-            raise ArgumentError(f"input_ids has {len(new)} rows, but past_key_values {len(cache.ids)}")
+            raise ArgumentError(f"input_ids has {len(new)} rows, but the cache {len(cache.ids)}")
         ids, mask = torch.cat((cache.ids, new), dim=1), torch.cat((cache.mask, mask), dim=1)
     if attention_mask is None:
         return ids, mask
@@ -713,7 +753,7 @@ def _extend(cache: TokenCache | None, new: Tensor, attention_mask: Tensor | None
     if attention_mask.shape != ids.shape:
         raise ArgumentError(
             f"attention_mask has the shape {list(attention_mask.shape)}, but there are {list(ids.shape)} tokens"
-            + (", those of past_key_values included" if ids is not new else "")
+            + (", those of the cache included" if ids is not new else "")
         )
     if not ((attention_mask == 0) | (attention_mask == 1)).all():
         raise ArgumentError("attention_mask must hold 1 for a token and 0 for padding, and nothing else")
@@ -766,11 +806,17 @@ class _WithoutGradient(torch.autograd.Function):
         raise UnsupportedError("the native engine computes no gradients: train the PyTorch checkpoint")
 
 
-def _loss(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-    """Mean over logits [B, T, V] and labels [B, T]; mask [B, T] is False at padding, which has no logits."""
+def _loss(logits: Tensor, labels: Tensor, mask: Tensor, n_items: Tensor | int | None) -> Tensor:
+    """Mean over logits [B, T, V] and labels [B, T], or their sum divided by n_items.
+
+    mask [B, T] is False at padding, which has no logits.
+    """
     _check_matrix("labels", labels)
     if labels.shape != logits.shape[:2]:
         raise ArgumentError(f"labels has the shape {list(labels.shape)}, but input_ids {list(logits.shape[:2])}")
     targets = labels.masked_fill(~F.pad(mask[:, :-1], (1, 0)), -100)[:, 1:]
-    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten())
+    reduction = "mean" if n_items is None else "sum"
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), reduction=reduction)
+    if n_items is not None:
+        loss = loss / n_items
     return _WithoutGradient.apply(loss, torch.zeros((), requires_grad=True))

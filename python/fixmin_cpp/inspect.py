@@ -10,6 +10,7 @@ import csv
 import json
 import math
 import os
+import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import _core
-from .errors import ArgumentError, GGUFError
+from .errors import ArgumentError, GGUFError, naming
 from .tokenizer import TextTokenizer
 
 __all__ = ["describe", "describe_code", "printable", "render"]
@@ -49,6 +50,11 @@ def describe(path: str | os.PathLike[str], tokens: Sequence[str] = ()) -> dict[s
         OSError: the file cannot be opened.
     """
     path = Path(path)
+    with naming(path):
+        return _describe(path, tokens)
+
+
+def _describe(path: Path, tokens: Sequence[str]) -> dict[str, Any]:
     file = _core.GgufFile(str(path))
     metadata = file.metadata
     tensors = [
@@ -83,11 +89,13 @@ def render(
     tokens: Sequence[str] = (),
     *,
     as_json: bool = False,
+    all_tensors: bool = False,
     console: Console | None = None,
 ) -> None:
     """Print a file's description: tables on a terminal, plain ASCII in a pipe, one JSON object with as_json.
 
-    Arguments and errors as for `describe`.
+    Arguments and errors as for `describe`. Tensors that differ only in the number of their block are one line, unless
+    all_tensors is true.
     """
     description = describe(path, tokens)
     console = console or Console(highlight=False, emoji=False)
@@ -105,7 +113,7 @@ def render(
     screen.facts("Converted from", description["provenance"])
     screen.certificate(description["certificate"])
     screen.facts("Quantised from", description["quantized"])
-    screen.tensors(description["tensors"])
+    screen.tensors(description["tensors"] if all_tensors else summarise(description["tensors"]), all_tensors)
     screen.totals(description["file"])
 
 
@@ -143,6 +151,25 @@ def _totals(tensors: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "bits_per_weight": 8 * sum(t["bytes"] for t in matrices) / weights if weights else None,
         "types": types,
     }
+
+
+def summarise(tensors: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One row for tensors of the same shape and type whose names differ only in a number, such as that of the block.
+
+    Rows are in the order of the first of each; "name" has * for the number, "count" says how many there are, "bytes" is
+    the sum.
+    """
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for tensor in tensors:
+        name = re.sub(r"(?<![^.])\d+(?![^.])", "*", tensor["name"])
+        row = rows.setdefault(
+            (name, *tensor["shape"], tensor["type"]), {**tensor, "name": name, "count": 0, "bytes": 0}
+        )
+        row["count"] += 1
+        row["bytes"] += tensor["bytes"]
+        if row["count"] == 1:
+            row["first"] = tensor["name"]
+    return [{**row, "name": row["first"] if row["count"] == 1 else row["name"]} for row in rows.values()]
 
 
 def _plain_metadata(metadata: Mapping[str, Any], only: str = "", excluded: Sequence[str] = ()) -> dict[str, Any]:
@@ -308,6 +335,8 @@ class _Screen:
 
     def __init__(self, console: Console) -> None:
         self._console = console
+        # Nothing is cut to the columns of a terminal, or to the 80 that rich assumes in a pipe.
+        console.width = max(console.width, 10_000)
         fancy = console.is_terminal and console.encoding.lower().startswith("utf")
         self._one, self._zero = ("██", "··") if fancy else ("##", "..")
         self._bar = " │ " if fancy else " | "
@@ -375,11 +404,16 @@ class _Screen:
         if certificate.get("passed") is not True:
             self._line("  NOT PASSED", "bold red")
 
-    def tensors(self, tensors: Sequence[Mapping[str, Any]]) -> None:
-        table = self._table("Tensors", ("name", "left"), ("shape", "left"), ("type", "left"), ("bytes", "right"))
+    def tensors(self, tensors: Sequence[Mapping[str, Any]], each: bool) -> None:
+        """A row for each tensor, or for each of the rows of `summarise`."""
+        title = "Tensors" if each else "Tensors (--all: each one)"
+        number: list[tuple[str, Literal["left", "right"]]] = [] if each else [("number", "right")]
+        columns = [("name", "left"), *number, ("shape", "left"), ("type", "left"), ("bytes", "right")]
+        table = self._table(title, *columns)  # type: ignore[arg-type]
         for tensor in tensors:
             shape = " x ".join(map(str, tensor["shape"]))
-            table.add_row(Text(printable(tensor["name"])), shape, tensor["type"], f"{tensor['bytes']:,}")
+            cells = [] if each else [str(tensor["count"])]
+            table.add_row(Text(printable(tensor["name"])), *cells, shape, tensor["type"], f"{tensor['bytes']:,}")
         self._print(table)
 
     def totals(self, file: Mapping[str, Any]) -> None:
@@ -396,6 +430,4 @@ class _Screen:
         return table
 
     def _print(self, table: Table) -> None:
-        # In a pipe nothing may be cut to the 80 columns that rich assumes there.
-        width = self._console.width if self._fancy else 10_000
-        self._console.print(table, width=width, crop=False)
+        self._console.print(table, crop=False)

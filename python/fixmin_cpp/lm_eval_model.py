@@ -6,6 +6,8 @@ A harness that knows plugins (after 0.4.13) finds the model by itself: `lm_eval 
 """
 
 import json
+import logging
+import math
 import os
 import random
 from collections.abc import Iterator, Sequence
@@ -22,10 +24,12 @@ from tqdm import tqdm
 
 from . import _core
 from .arguments import as_int
-from .errors import ArgumentError, ContextLengthError, UnsupportedError
+from .errors import ArgumentError, UnsupportedError
 from .model import Model
 
 __all__ = ["FixMinLM"]
+
+_log = logging.getLogger(__name__)
 
 # What TemplateLM hands over: texts of context and continuation (the key for the harness' cache), and their ids.
 _Request: TypeAlias = tuple[tuple[str, str] | None, list[int], list[int]]
@@ -133,6 +137,13 @@ class FixMinLM(TemplateLM):
             add_special_tokens = self.add_bos_token is not False and not has_bos_prefix(string, self._prefix_text)
         return self.model.encode(string, add_special_tokens=add_special_tokens)
 
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Ids of both; where a token reaches across the border and nothing is left, the continuation's own ids."""
+        context_ids, continuation_ids = super()._encode_pair(context, continuation)
+        if not continuation_ids:
+            continuation_ids = self.model.encode(continuation, add_special_tokens=False)
+        return context_ids, continuation_ids
+
     # --- log-likelihoods --------------------------------------------------------------------------------------------
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -157,10 +168,11 @@ class FixMinLM(TemplateLM):
         self, requests: Sequence[_Request], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
         """For each request the log-probability of the continuation (nats), and whether greedy decoding gives it."""
-        answers: dict[int, tuple[float, bool]] = {}
+        answers = {i: answer for i, request in enumerate(requests) if (answer := self._without_model(*request))}
         # Requests with the same beginning next to each other: what was computed for one serves the next.
-        order = sorted(range(len(requests)), key=lambda i: requests[i][1] + requests[i][2])
-        with tqdm(total=len(requests), desc="Running loglikelihood requests", disable=disable_tqdm) as bar:
+        rest = (i for i in range(len(requests)) if i not in answers)
+        order = sorted(rest, key=lambda i: requests[i][1] + requests[i][2])
+        with tqdm(total=len(order), desc="Running loglikelihood requests", disable=disable_tqdm) as bar:
             for chunk in _chunks(order, self.batch_size):
                 scored = self._score_many([self._fitted(*requests[i][1:]) for i in chunk])
                 for i, (logprobs, greedy) in zip(chunk, scored, strict=True):
@@ -170,15 +182,26 @@ class FixMinLM(TemplateLM):
                 bar.update(len(chunk))
         return [answers[i] for i in range(len(requests))]
 
+    def _without_model(
+        self, texts: tuple[str, str] | None, context: list[int], continuation: list[int]
+    ) -> tuple[float, bool] | None:
+        """The answer to a request that cannot be scored, which must not end a task of thousands; else None."""
+        if not continuation:
+            _log.warning("a continuation has no tokens, its log-probability is 0: %r", texts)
+            return 0.0, True
+        if len(continuation) > self.max_length:
+            _log.warning(
+                "a continuation has %d tokens, but max_length is %d: nothing predicts its first ones, so its "
+                "log-probability is given as -inf: %.200r",
+                len(continuation),
+                self.max_length,
+                texts,
+            )
+            return -math.inf, False
+        return None
+
     def _fitted(self, context: list[int], continuation: list[int]) -> tuple[list[int], int]:
         """What is left of context and continuation, cut from the left, and how many tokens of it are to be scored."""
-        if not continuation:
-            raise ArgumentError("a continuation has no tokens: there is nothing to score")
-        if len(continuation) > self.max_length:
-            raise ContextLengthError(
-                f"a continuation has {len(continuation)} tokens, but max_length is {self.max_length}: nothing predicts "
-                "its first ones"
-            )
         # One more than the model sees: the last token is predicted, not read.
         return (context + continuation)[-(self.max_length + 1) :], len(continuation)
 

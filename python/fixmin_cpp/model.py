@@ -1,6 +1,8 @@
 """`Model`: a loaded GGUF file that generates, scores and shows its insides."""
 
 import asyncio
+import functools
+import hashlib
 import logging
 import math
 import os
@@ -11,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,13 +28,22 @@ from .arguments import (
     as_bool,
     as_float,
     as_int,
+    as_path,
     as_token_ids,
     candidate_counts,
     split_prompts,
 )
 from .beam import Beam, beam_search
 from .constrain import Compiler, Constraint, Matcher
-from .errors import ArgumentError, ArgumentTypeError, ContextLengthError, FixminError, GGUFError, UnsupportedError
+from .errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    ContextLengthError,
+    FixminError,
+    GGUFError,
+    UnsupportedError,
+    naming,
+)
 from .generation import (
     AsyncTextStream,
     Batch,
@@ -48,10 +59,11 @@ from .generation import (
 )
 from .progress import bar
 from .recognise import describe_wrong_model
-from .state import file_sha256, read_state, write_state
+from .state import read_state, write_state
 from .tokenizer import TextTokenizer, end_of_text_ids
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from typing_extensions import Unpack  # in typing from Python 3.11
 
 __all__ = ["AsyncTextStream", "Completion", "Model", "Piece", "Score", "TextStream", "Timings", "TokenLogprob"]
@@ -72,6 +84,18 @@ class Score:
     perplexity: float  # exp(nll); inf beyond the range of a double
 
 
+_Init = TypeVar("_Init", bound=Callable[..., None])
+
+
+def _naming_its_file(init: _Init) -> _Init:
+    @functools.wraps(init)
+    def named(self: "Model", path: Any, **settings: Any) -> None:
+        with naming(path):
+            init(self, path, **settings)
+
+    return cast(_Init, named)
+
+
 class Model:
     """A model in memory, ready to run. Safe to use from several threads and event loops: requests meet in one
     scheduler, which computes a step of all of them together. What one gives does not depend on what runs beside it.
@@ -81,8 +105,8 @@ class Model:
     Args:
         path: a GGUF file of architecture "fixmin", as `fixmin convert` writes it.
         n_threads: worker threads; None: the smallest of CPU affinity, cgroup quota and physical cores.
-        n_ctx: positions of the context, prompt and answer together; None: what the model was trained with, which is
-            also the most it can be.
+        n_ctx: positions of the context, prompt and answer together; None or 0: what the model was trained with, which
+            is also the most it can be.
         kv_type: type of the KV cache: "f16", "f32", or "q8_0", 8 bits and a scale for 32 values.
         n_batch: tokens of all requests that are processed at a time. Results do not depend on it.
         n_kv: positions of the KV cache, for all requests together and for what is remembered of earlier ones; None: 16
@@ -98,6 +122,7 @@ class Model:
         ArgumentError: an argument is out of range (a ValueError; ArgumentTypeError, also a TypeError, for its type).
     """
 
+    @_naming_its_file
     def __init__(
         self,
         path: str | os.PathLike[str],
@@ -111,20 +136,26 @@ class Model:
         progress: Callable[[float], object] | None = None,
     ) -> None:
         self._closed = True  # until everything below has worked
-        if not isinstance(path, str | os.PathLike):
-            raise ArgumentTypeError(f"path must be a str or a path, got {type(path).__name__}")
+        self.path = as_path("path", path)
         if kv_type not in ("f16", "f32", "q8_0"):
             raise ArgumentError(f'kv_type must be "f16", "f32" or "q8_0", got {kv_type!r}')
         if progress is not None and not callable(progress):
             raise ArgumentTypeError(f"progress must be callable, got {type(progress).__name__}")
-        self.path = os.fspath(path)
+        self._settings = {
+            "n_threads": n_threads,
+            "n_ctx": n_ctx,
+            "kv_type": kv_type,
+            "n_batch": n_batch,
+            "n_kv": n_kv,
+            "n_parallel": n_parallel,
+        }
         if (reason := describe_wrong_model(path)) is not None:
             raise (FileNotFoundError if not os.path.exists(path) else GGUFError)(f"{self.path}: {reason}")
         begin = time.monotonic()
         self._engine = _core.Engine(
             self.path,
             n_threads=0 if n_threads is None else as_int("n_threads", n_threads, 1, 1024),
-            n_ctx=0 if n_ctx is None else as_int("n_ctx", n_ctx, 1, _MAX_INT32),
+            n_ctx=0 if n_ctx is None else as_int("n_ctx", n_ctx, 0, _MAX_INT32),
             kv_type=kv_type,
             n_batch=as_int("n_batch", n_batch, 1, _MAX_INT32),
             n_kv=0 if n_kv is None else as_int("n_kv", n_kv, 1, _MAX_INT32),
@@ -134,11 +165,14 @@ class Model:
         self._info = dict(self._engine.info)
         self._vocab_size: int = self._info["vocab_size"]
         self._n_ctx: int = self._info["n_ctx"]
-        metadata = _core.GgufFile(self.path).metadata
+        metadata = self._engine.take_metadata()  # of the bytes that were loaded, whatever the path names by now
         self._tokenizer = TextTokenizer.from_metadata(metadata)
+        self._tokenizer_copy: Tokenizer | None = None  # for the caller
         self._hash: str | None = None  # of the file, when it is first needed
         self._compiler: Compiler | None = None  # of grammars, likewise
         self._eos_ids = end_of_text_ids(metadata, self._vocab_size)
+        bos_id = metadata.get("tokenizer.ggml.bos_token_id")
+        self._bos_id = bos_id if isinstance(bos_id, int) and 0 <= bos_id < self._vocab_size else None
         self._reset_lock()
         self._closed = False
         _models.add(self)
@@ -179,7 +213,7 @@ class Model:
     def generate(
         self,
         prompt: Prompt | Sequence[Prompt],
-        *,
+        *unnamed: Any,
         n: int = 1,
         best_of: int | None = None,
         on_token: OnToken | None = None,
@@ -189,8 +223,10 @@ class Model:
         """Continues a prompt; greedy unless a temperature is given.
 
         Args:
-            prompt: text, token ids (a list or an integer array [T]), or a list of those. A list is answered by a list
-                in the same order; its prompts run together, each with the result that it has alone (same seed).
+            prompt: text, token ids (a list, an integer array [T] or [1, T], or what a tokenizer of Hugging Face gives),
+                or a list of those. A list is answered by a list in the same order; its prompts run together, each with
+                the result that it has alone (same seed).
+            unnamed: none; all other arguments have names.
             n: completions of each prompt, up to 1024; they need a temperature above 0. The prompt is read once. The
                 first has the given seed, the others have seeds made of it (docs/sampling.md): candidates[i].seed.
             best_of: so many are generated, at least n, and the n with the highest mean log-probability per token are
@@ -214,30 +250,33 @@ class Model:
             FixminError: no token is left to draw.
             KeyboardInterrupt: Ctrl-C ends a run in the main thread within one layer.
         """
+        _check_unnamed("generate", unnamed)
         batch = self._batch(prompt, arguments, n, best_of, on_token)
         silent = not as_bool("progress", progress)
-        with bar("generating", silent) as update, self._running(batch.runs) as engine:
+        with bar("generating", silent) as update, self._running() as engine:
             drive(batch.runs, engine, update)
         return batch.result()
 
-    def stream(self, prompt: Prompt, **arguments: "Unpack[GenerationArguments]") -> "TextStream":
+    def stream(self, prompt: Prompt, *unnamed: Any, **arguments: "Unpack[GenerationArguments]") -> "TextStream":
         """Like generate() for one prompt, but gives each token as soon as it is there.
 
         Arguments are checked at the call; the run starts with the first piece asked for and does not wait for a slow
         reader. Leaving the loop, close(), or Ctrl-C cancels it.
         """
+        _check_unnamed("stream", unnamed)
         return TextStream(self._single_run("stream", prompt, arguments), self._start)
 
     async def agenerate(
         self,
         prompt: Prompt | Sequence[Prompt],
-        *,
+        *unnamed: Any,
         n: int = 1,
         best_of: int | None = None,
         on_token: OnToken | None = None,
         **arguments: "Unpack[GenerationArguments]",
     ) -> Completion | list[Completion]:
         """generate() for an event loop: does not block it. Cancelling the task cancels the generation."""
+        _check_unnamed("agenerate", unnamed)
         batch = self._batch(prompt, arguments, n, best_of, on_token)
         # Tasks begin in this order, so that a prompt's first run is queued before those that follow it.
         tasks = [asyncio.ensure_future(AsyncTextStream(run, self._start_async).complete()) for run in batch.runs]
@@ -248,8 +287,9 @@ class Model:
                 task.cancel()
         return batch.result()
 
-    def astream(self, prompt: Prompt, **arguments: "Unpack[GenerationArguments]") -> AsyncTextStream:
+    def astream(self, prompt: Prompt, *unnamed: Any, **arguments: "Unpack[GenerationArguments]") -> AsyncTextStream:
         """stream() for `async for`. Arguments are checked at the call; the first piece asked for starts the run."""
+        _check_unnamed("astream", unnamed)
         return AsyncTextStream(self._single_run("astream", prompt, arguments), self._start_async)
 
     def beam_search(
@@ -261,6 +301,7 @@ class Model:
         length_penalty: float = 1.0,
         early_stopping: bool = False,
         ignore_eos: bool = False,
+        parse_special: bool = True,
     ) -> list[Beam]:
         """The most probable continuations as a whole, best first, at most num_beams.
 
@@ -271,13 +312,14 @@ class Model:
             length_penalty: a score is the log-probability divided by length ** length_penalty, as in transformers.
             early_stopping: ends as soon as num_beams continuations have ended, else when none is likely to do better.
             ignore_eos: goes on after the end-of-text token.
+            parse_special: as in encode().
         """
         num_beams = as_int("num_beams", num_beams, 1, 512)
         max_new_tokens = as_int("max_new_tokens", max_new_tokens, 1)
         penalty = as_float("length_penalty", length_penalty, -100.0, 100.0)
         early = as_bool("early_stopping", early_stopping)
         eos_ids = frozenset[int]() if as_bool("ignore_eos", ignore_eos) else frozenset(self._eos_ids)
-        ids = self._ids_in_context("prompt", prompt, room=1)
+        ids = self._ids_in_context("prompt", prompt, 1, parse_special)
         with self._running() as engine:
             return beam_search(
                 engine,
@@ -292,15 +334,21 @@ class Model:
     # --- scores and insides ----------------------------------------------------------------------------------------
 
     def logits(
-        self, ids: Prompt, last: bool = False, *, rows: Sequence[int] | NDArray[np.integer[Any]] | None = None
+        self,
+        ids: Prompt,
+        last: bool = False,
+        *,
+        rows: Sequence[int] | NDArray[np.integer[Any]] | None = None,
+        parse_special: bool = True,
     ) -> NDArray[np.float32]:
         """Logits after each token, float32 [T, V]; after the last one only, [V]; or after those at `rows`, [n, V].
 
-        `ids` may be text. Negative rows count from the end, as NumPy's indices do. Nothing is computed or kept that the
-        rows do not need: no logits of others, no tokens behind the last of them.
+        `ids` may be text, for which parse_special is as in encode(). Negative rows count from the end, as NumPy's
+        indices do. Nothing is computed or kept that the rows do not need: no logits of others, no tokens behind the
+        last of them.
         """
         last = as_bool("last", last)
-        checked = self._ids_in_context("ids", ids)
+        checked = self._ids_in_context("ids", ids, 0, parse_special)
         if rows is None:
             with self._running() as engine:
                 return engine.logits(checked, last)
@@ -315,23 +363,33 @@ class Model:
             logits = engine.logits(checked[: rising[-1] + 1], rows=rising.tolist())
         return logits if np.array_equal(rising, wanted) else logits[back]
 
-    def hidden_states(self, ids: Prompt, layer: int) -> NDArray[np.float32]:
+    def hidden_states(self, ids: Prompt, layer: int, *, parse_special: bool = True) -> NDArray[np.float32]:
         """The residual stream, float32 [T, D]: layer 0 is the lifted code, layer i what block i-1 leaves."""
         layer = as_int("layer", layer, 0, self._info["block_count"])
-        checked = self._ids_in_context("ids", ids)
+        checked = self._ids_in_context("ids", ids, 0, parse_special)
         with self._running() as engine:
             return engine.hidden_states(checked, layer)
 
     @overload
     def score(  # type: ignore[overload-overlap]
-        self, text: Prompt, *, start: int = 1, progress: bool = False
+        self, text: Prompt, *, start: int = 1, progress: bool = False, parse_special: bool = True
     ) -> Score: ...
     @overload
     def score(
-        self, text: Sequence[Prompt], *, start: int | Sequence[int] = 1, progress: bool = False
+        self,
+        text: Sequence[Prompt],
+        *,
+        start: int | Sequence[int] = 1,
+        progress: bool = False,
+        parse_special: bool = True,
     ) -> list[Score]: ...
     def score(
-        self, text: Prompt | Sequence[Prompt], *, start: int | Sequence[int] = 1, progress: bool = False
+        self,
+        text: Prompt | Sequence[Prompt],
+        *,
+        start: int | Sequence[int] = 1,
+        progress: bool = False,
+        parse_special: bool = True,
     ) -> Score | list[Score]:
         """Log-probability of every token of `text` (or ids) but the first; never holds T x V logits.
 
@@ -340,12 +398,12 @@ class Model:
                 is answered by a list in the same order and read together.
             start: the first token that is scored, from 1. Those before it are only read, or found in the prefix cache;
                 texts of a list that are equal up to there read them once. For a list of texts also a list.
-            progress: as in generate().
+            progress: as in generate(). parse_special: as in encode().
         """
         silent = not as_bool("progress", progress)
         texts, many = split_prompts(text, "text")
         names = [f"text[{i}]" for i in range(len(texts))] if many else ["text"]
-        ids = [self._ids_in_context(name, one, room=-1) for name, one in zip(names, texts, strict=True)]
+        ids = [self._ids_in_context(name, one, -1, parse_special) for name, one in zip(names, texts, strict=True)]
         starts = _starts(start, names, ids) if many else _starts([start], names, ids)
         with bar("scoring", silent) as update, self._running() as engine:
             requests = self._submit_scores(engine, ids, starts)
@@ -376,15 +434,15 @@ class Model:
             requests.append(request)
         return requests
 
-    def codes(self, ids: Prompt) -> NDArray[np.uint8]:
+    def codes(self, ids: Prompt, *, parse_special: bool = True) -> NDArray[np.uint8]:
         """The K-bit code of each token, uint8 [T, K] of 0 and 1; column i is the bit with lift index i."""
-        checked = self._ids("ids", ids)
+        checked = self._ids("ids", ids, parse_special)
         with self._running() as engine:
             return engine.codes(checked)
 
     # --- state ------------------------------------------------------------------------------------------------------
 
-    def save_state(self, path: str | os.PathLike[str], text: Prompt) -> int:
+    def save_state(self, path: str | os.PathLike[str], text: Prompt, *, parse_special: bool = True) -> int:
         """Writes the keys and values of `text` (or ids) to a file: what has been computed of it, and the rest now.
 
         Returns:
@@ -394,7 +452,7 @@ class Model:
         Raises:
             OSError: the file cannot be written.
         """
-        ids = self._ids_in_context("text", text)
+        ids = self._ids_in_context("text", text, 0, parse_special)
         params = _core.SamplingParams()
         params.max_new_tokens = 0
         with self._running() as engine:
@@ -410,6 +468,7 @@ class Model:
 
         Raises:
             ArgumentError: the file is damaged, or belongs to another model file or cache type. OSError.
+            FixminError: the model file has been written to since it was loaded. (Replacing it does no harm.)
         """
         with self._running() as engine:
             ids, blocks = read_state(path, self._sha256(), self._info)
@@ -419,29 +478,87 @@ class Model:
         return ids.tolist()
 
     def _sha256(self) -> str:
-        if self._hash is None:
-            self._hash = file_sha256(self.path)
-        return self._hash
+        """Of the bytes that were loaded: the file is still open, even if its path names another one by now."""
+        with self._running() as engine, self._lock:
+            if self._hash is None:
+                digest, position = hashlib.sha256(), 0
+                while not engine.file_changed and (part := engine.read_file(position, 1 << 22)):
+                    digest.update(part)
+                    position += len(part)
+                if engine.file_changed:
+                    raise FixminError(
+                        f"{self.path} has been written to since it was loaded: what was loaded is no longer known, so "
+                        "no state can be saved or loaded. Load the model again"
+                    )
+                self._hash = digest.hexdigest()
+            return self._hash
 
     # --- text ------------------------------------------------------------------------------------------------------
 
-    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
-        """Token ids of `text`; by default without a start token or anything else added."""
-        self._check_open()
-        return self._require_tokenizer().encode(
-            text, add_special_tokens=as_bool("add_special_tokens", add_special_tokens)
-        )
+    @overload
+    def encode(  # type: ignore[overload-overlap]  # as in generate()
+        self, text: str, *, add_special_tokens: bool = False, parse_special: bool = True
+    ) -> list[int]: ...
+    @overload
+    def encode(
+        self, text: Sequence[str], *, add_special_tokens: bool = False, parse_special: bool = True
+    ) -> list[list[int]]: ...
+    def encode(
+        self, text: str | Sequence[str], *, add_special_tokens: bool = False, parse_special: bool = True
+    ) -> list[int] | list[list[int]]:
+        """Token ids of `text`, or of each of a list of texts; by default without a start token or anything else added.
 
-    def decode(self, ids: TokenIds | int, *, skip_special_tokens: bool = False) -> str:
-        """Text of token ids, special tokens such as "</s>" spelled out unless they are to be skipped."""
+        parse_special: whether the name of a special token in the text, such as "</s>", stands for that token. False,
+            for text of strangers: it is text like any other, and decode() of the ids gives it back.
+
+        Raises:
+            ArgumentError, ArgumentTypeError: no str, or half of a surrogate pair. UnsupportedError: no tokenizer.
+        """
+        self._check_open()
+        tokenizer = self._require_tokenizer()
+        add = as_bool("add_special_tokens", add_special_tokens)
+        special = as_bool("parse_special", parse_special)
+        if isinstance(text, str) or not isinstance(text, Sequence) or isinstance(text, bytes | bytearray):
+            return tokenizer.encode(  # which checks it
+                text,  # type: ignore[arg-type]
+                add_special_tokens=add,
+                parse_special=special,
+            )
+        for i, one in enumerate(text):
+            if not isinstance(one, str):
+                raise ArgumentTypeError(f"text[{i}] must be a str, got {type(one).__name__}")
+        return [tokenizer.encode(one, add_special_tokens=add, parse_special=special) for one in text]
+
+    @overload
+    def decode(self, ids: TokenIds | int, *, skip_special_tokens: bool = False) -> str: ...
+    @overload
+    def decode(
+        self, ids: Sequence[Sequence[int] | NDArray[np.integer[Any]]], *, skip_special_tokens: bool = False
+    ) -> list[str]: ...
+    def decode(
+        self,
+        ids: TokenIds | int | Sequence[Sequence[int] | NDArray[np.integer[Any]]],
+        *,
+        skip_special_tokens: bool = False,
+    ) -> str | list[str]:
+        """Text of token ids, special tokens such as "</s>" spelled out unless they are to be skipped.
+
+        Args:
+            ids: one id, ids (a list or an integer array [T]); or several texts' ids, a list of those or an array
+                [n, T], which give a list of n texts.
+        """
         self._check_open()
         tokenizer = self._require_tokenizer()
         skip = as_bool("skip_special_tokens", skip_special_tokens)
-        if isinstance(ids, Sequence) and len(ids) == 0:
-            return ""
-        one = isinstance(ids, int | np.integer)
-        checked = as_token_ids("ids", [ids] if one else ids, self._vocab_size)
-        return tokenizer.decode(checked.tolist(), skip_special_tokens=skip)
+        n_dimensions = getattr(ids, "ndim", None)
+        many = n_dimensions == 2 or (isinstance(ids, list | tuple) and len(ids) > 0 and _is_row(ids[0]))
+        rows = list(ids) if many else [[ids] if isinstance(ids, int) or n_dimensions == 0 else ids]  # type: ignore[arg-type]
+        texts = []
+        for i, row in enumerate(rows):
+            none = hasattr(row, "__len__") and len(row) == 0
+            checked = [] if none else as_token_ids(f"ids[{i}]" if many else "ids", row, self._vocab_size).tolist()
+            texts.append(tokenizer.decode(checked, skip_special_tokens=skip))
+        return texts if many else texts[0]
 
     # --- life ------------------------------------------------------------------------------------------------------
 
@@ -463,8 +580,43 @@ class Model:
         "eos_token_ids" are the tokens that end a text, "eos_token_id" the first of them (None: the file names none).
         "bytes_per_token" and "kv_bytes_per_position" are what decoding reads: weights, and for each cached position.
         """
-        eos = {"eos_token_id": next(iter(self._eos_ids), None), "eos_token_ids": list(self._eos_ids)}
+        eos = {"eos_token_id": self.eos_token_id, "eos_token_ids": self.eos_token_ids}
         return {**self._info, "path": self.path, **eos, "tokenizer": self._tokenizer is not None}
+
+    @property
+    def vocab_size(self) -> int:
+        """V: token ids run from 0 to V - 1."""
+        return self._vocab_size
+
+    @property
+    def n_ctx(self) -> int:
+        """Positions of the context, prompt and answer together."""
+        return self._n_ctx
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """The token that the file says begins a text, None if it names none. Nothing here puts it before a prompt."""
+        return self._bos_id
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The first of the tokens that end a text, None if the file names none."""
+        return next(iter(self._eos_ids), None)
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """All tokens that end a text."""
+        return list(self._eos_ids)
+
+    @property
+    def tokenizer(self) -> "Tokenizer | None":
+        """The file's tokenizer as one of the package `tokenizers`, None if it holds none.
+
+        It is a copy, the same at every call: whatever is changed on it, encode() and prompts do not change.
+        """
+        if self._tokenizer_copy is None and self._tokenizer is not None:
+            self._tokenizer_copy = self._tokenizer.copy()
+        return self._tokenizer_copy
 
     def stats(self) -> dict[str, int]:
         """What the scheduler is doing and has done.
@@ -488,17 +640,22 @@ class Model:
         return self._closed
 
     def close(self) -> None:
-        """Cancels generations, waits until calls of other threads return, frees the memory. May be called again."""
-        with self._idle:
-            if self._closed:
-                return
-            self._closed = True
-            for run in list(self._runs):
-                run.cancel()
-            self._idle.wait_for(lambda: self._n_running == 0)
-            self._engine.close()
-            if self._dispatcher is not None:
-                self._dispatcher.close()  # passes on how the last requests ended
+        """Ends all requests within a layer and returns; the memory is free once the last call has returned too.
+
+        From any thread, any callback (on_token), a signal handler or __del__; a second call waits for the first one's
+        end. It waits for no caller, so no caller's lock can hold it up. What becomes of calls that are under way, in
+        this thread or in others: generate(), agenerate() and streams end with finish_reason "cancelled" and what there
+        was, beam_search() gives the best so far; score(), logits(), hidden_states() and the rest raise FixminError.
+        Later calls raise FixminError.
+        """
+        engine = self.__dict__.get("_engine")
+        if engine is None:  # it never was open
+            return
+        first, self._closed = not self._closed, True
+        engine.close()
+        if self._dispatcher is not None:
+            self._dispatcher.close()  # passes on how the last requests ended
+        if first:
             _log.debug("closed %s", self.path)
 
     def __enter__(self) -> "Model":
@@ -511,40 +668,43 @@ class Model:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<fixmin_cpp.Model {self.path!r} n_ctx={self._n_ctx}{' closed' if self._closed else ''}>"
+        facts = ["closed"] if self._closed else []
+        if hasattr(self, "_n_ctx"):  # it has been loaded
+            facts.append(f"vocab_size={self._vocab_size} n_ctx={self._n_ctx} kv_type={self._settings['kv_type']!r}")
+        return f"<fixmin_cpp.Model {getattr(self, 'path', None)!r} {' '.join(facts)}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A pickle holds where the file is and how it was loaded; reading it loads the file again, as copy.copy() does.
+
+        Raises:
+            FixminError: the model is closed.
+        """
+        self._check_open()
+        return _load, (type(self), os.path.abspath(self.path), self._settings)
 
     def _reset_lock(self) -> None:
-        """Also called in the child of a fork, where the threads that were counted do not exist."""
-        self._idle = threading.Condition()
-        self._n_running = 0
-        self._runs: weakref.WeakSet[Run] = weakref.WeakSet()  # those that close() must cancel
+        """Also called in the child of a fork, where a thread that held the lock does not exist."""
+        self._lock = threading.RLock()  # a signal handler may come while it is held
         self._dispatcher: Dispatcher | None = None
 
     @contextmanager
-    def _running(self, runs: Sequence[Run] = ()) -> Iterator[_core.Engine]:
-        """The engine, which close() does not take away inside the with block; it cancels the runs."""
-        with self._idle:
-            self._check_open()
-            self._n_running += 1
-            self._runs.update(runs)
-        try:
-            yield self._engine
-        finally:
-            with self._idle:
-                self._n_running -= 1
-                self._idle.notify_all()
+    def _running(self) -> Iterator[_core.Engine]:
+        """The engine, which stays usable inside the with block; close() ends the requests."""
+        self._check_open()
+        yield self._engine.lease()
 
     def _start(self, run: Run) -> None:
-        with self._running([run]) as engine:
+        with self._running() as engine:
             run.start(engine)
 
     def _start_async(self, run: Run, listener: Callable[[], None]) -> Dispatcher:
-        with self._running([run]) as engine:
-            with self._idle:
+        with self._running() as engine:
+            with self._lock:
                 if self._dispatcher is None:
                     self._dispatcher = Dispatcher()
-            self._dispatcher.start(run, engine, listener)
-            return self._dispatcher
+                dispatcher = self._dispatcher
+            dispatcher.start(run, engine, listener)
+            return dispatcher
 
     def _batch(
         self,
@@ -561,7 +721,8 @@ class Model:
         prompts, many = split_prompts(prompt)
         seeds = options.seeds(len(prompts), many)
         names = [f"prompt[{i}]" for i in range(len(prompts))] if many else ["prompt"]
-        ids = [self._ids_in_context(name, one, room=1) for name, one in zip(names, prompts, strict=True)]
+        special = options.parse_special
+        ids = [self._ids_in_context(name, one, 1, special) for name, one in zip(names, prompts, strict=True)]
         return Batch(self, ids, options, seeds, many, n, best_of, on_token)
 
     def _single_run(self, method: str, prompt: Any, arguments: GenerationArguments) -> Run:
@@ -570,7 +731,7 @@ class Model:
         return self._batch(prompt, arguments).runs[0]
 
     def _compile(self, constraint: Constraint) -> Matcher:
-        with self._idle:
+        with self._lock:
             if self._compiler is None:
                 first, others = next(iter(self._eos_ids), None), self._eos_ids[1:]
                 self._compiler = Compiler(self._require_tokenizer(), self._vocab_size, first, other_eos_ids=others)
@@ -601,24 +762,45 @@ class Model:
             )
         return self._tokenizer
 
-    def _ids(self, name: str, prompt: Any) -> NDArray[np.uint32]:
+    def _ids(self, name: str, prompt: Any, parse_special: bool = True) -> NDArray[np.uint32]:
         """Text or ids as checked ids, uint32 [T], T >= 1."""
         self._check_open()
+        special = as_bool("parse_special", parse_special)
         if isinstance(prompt, str):
-            prompt = self._require_tokenizer().encode(prompt)
+            prompt = self._require_tokenizer().encode(prompt, parse_special=special)
+        elif isinstance(prompt, int):
+            raise ArgumentTypeError(f"{name} must be a str or token ids, got {prompt!r}")
         return as_token_ids(name, prompt, self._vocab_size)
 
-    def _ids_in_context(self, name: str, prompt: Any, room: int = 0) -> NDArray[np.uint32]:
+    def _ids_in_context(self, name: str, prompt: Any, room: int = 0, parse_special: bool = True) -> NDArray[np.uint32]:
         """Checked ids that leave `room` positions of the context free."""
-        ids = self._ids(name, prompt)
+        ids = self._ids(name, prompt, parse_special)
         if len(ids) > self._n_ctx - room:
+            holds = f"the context holds {self._n_ctx}" + (", the answer included" if room > 0 else "")
             raise ContextLengthError(
-                f"{name} has {len(ids)} tokens, but the context holds {self._n_ctx}"
-                + (", the answer included" if room else "")
+                f"{name} has {len(ids)} tokens, but "
+                + (holds if room >= 0 else f"at most {self._n_ctx - room} can be scored")
                 + ": shorten it"
                 + (" or load the model with a larger n_ctx" if self._n_ctx < self._info["context_length"] else "")
             )
         return ids
+
+
+def _load(cls: type[Model], path: str, settings: dict[str, Any]) -> Model:
+    return cls(path, **settings)
+
+
+def _check_unnamed(method: str, unnamed: tuple[Any, ...]) -> None:
+    if unnamed:
+        raise ArgumentTypeError(
+            f"{method}() takes the prompt alone without a name, got {unnamed[0]!r} too: write for instance "
+            "max_new_tokens=16"
+        )
+
+
+def _is_row(value: Any) -> bool:
+    """Whether this item of a list is itself a list or an array of ids."""
+    return isinstance(value, list | tuple) or getattr(value, "ndim", 0) == 1
 
 
 def _wait(requests: Sequence[_core.Request], on_end: Callable[[int, int], object] | None = None) -> None:
@@ -662,7 +844,10 @@ _models: "weakref.WeakSet[Model]" = weakref.WeakSet()
 
 def _reset_locks_after_fork() -> None:
     for model in list(_models):
+        dispatcher = model._dispatcher
         model._reset_lock()
+        if dispatcher is not None:
+            dispatcher.wake_all()
 
 
 os.register_at_fork(after_in_child=_reset_locks_after_fork)

@@ -5,11 +5,17 @@ classes here release text only once it can no longer change, and lose none: with
 
     released text == full[: min(full.find(s) for s in stops if s in full)]      (`full` itself without a match)
 
-however the text is cut into tokens (tests/python/test_text.py states this as a property).
+however the text is cut into tokens (tests/python/test_text_assembly.py states this as a property).
+
+A special token has no text that is released. A stop string that holds its name is met by it all the same, as by the
+letters of the name, but never by a part of it.
 """
 
-from collections.abc import Iterable, Sequence
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from .tokenizer import TextTokenizer
 
@@ -85,13 +91,26 @@ class StopStrings:
     """Cuts a text that arrives in pieces before the leftmost occurrence of any stop string.
 
     The longest end of the text that could still become a stop string is held back.
+
+    Args:
+        stops: the stop strings.
+        names: of special tokens, by id.
     """
 
-    def __init__(self, stops: Iterable[str] = ()) -> None:
-        self._stops = tuple(dict.fromkeys(stops))
-        if "" in self._stops:
-            raise ValueError("a stop string must not be empty")
-        self._longest = max(map(len, self._stops), default=0)
+    def __init__(self, stops: Iterable[str] = (), names: Mapping[int, str] | None = None) -> None:
+        stops = tuple(dict.fromkeys(stops))
+        # A lone surrogate, which no text holds, stands for each special token that a stop string names.
+        together = "\0".join(stops)
+        named = {i: name for i, name in (names or {}).items() if name and name in together}
+        self._signs = {token_id: chr(0xD800 + n % 0x800) for n, token_id in enumerate(named)}
+        self._no_signs = str.maketrans(dict.fromkeys(self._signs.values(), ""))
+        signs = {name: self._signs[i] for i, name in named.items()}
+        longest_first = sorted(signs, key=len, reverse=True)
+        spelled = re.compile("|".join(map(re.escape, longest_first))) if signs else None
+        if spelled is not None:
+            stops += tuple(spelled.sub(lambda match: signs[match[0]], stop) for stop in stops)
+        self._stops, self._longest = _sorted_stops(stops)
+        self._first = frozenset(stop[0] for stop in self._stops)
         self._held = ""
         self.matched = False
 
@@ -99,6 +118,10 @@ class StopStrings:
     def pending(self) -> bool:
         """Whether text is held back."""
         return bool(self._held)
+
+    def feed_special(self, token_id: int) -> str:
+        """Adds a special token; returns as feed() does."""
+        return self.feed(self._signs.get(token_id, ""))
 
     def feed(self, text: str) -> str:
         """Adds text; returns what is certain to lie before any stop string. After a match nothing is returned."""
@@ -108,10 +131,10 @@ class StopStrings:
         match, start = self._find(text), self._possible_start(text)
         if match >= 0 and match <= start:
             self.matched, self._held = True, ""
-            return text[:match]
+            return self._released(text[:match])
         # A complete match behind a start that is still undecided waits: the leftmost one counts.
         self._held = text[start:]
-        return text[:start]
+        return self._released(text[:start])
 
     def finish(self) -> str:
         """The text has ended: returns what was held back, cut if it holds a complete stop string after all."""
@@ -119,19 +142,45 @@ class StopStrings:
         match = self._find(text)
         if match >= 0:
             self.matched = True
-            return text[:match]
-        return text
+            text = text[:match]
+        return self._released(text)
+
+    def _released(self, text: str) -> str:
+        return text.translate(self._no_signs) if self._signs else text
+
+    # A step costs a look at each character, however many strings there are: of those that are sorted and do not begin
+    # with one another only the neighbours of a text can begin it, or be begun by it.
 
     def _find(self, text: str) -> int:
         """Index of the leftmost complete stop string, or -1."""
-        return min((i for i in map(text.find, self._stops) if i >= 0), default=-1)
+        for start in range(len(text)):
+            if text[start] in self._first:
+                before = bisect_right(self._stops, text[start : start + self._longest]) - 1
+                if before >= 0 and text.startswith(self._stops[before], start):
+                    return start
+        return -1
 
     def _possible_start(self, text: str) -> int:
         """Index where the longest end of `text` that begins a stop string starts; len(text) if there is none."""
         for start in range(max(0, len(text) - self._longest + 1), len(text)):
-            if any(stop.startswith(text[start:]) for stop in self._stops):
-                return start
+            if text[start] in self._first:
+                end = text[start:]
+                after = bisect_left(self._stops, end)
+                if after < len(self._stops) and self._stops[after].startswith(end):
+                    return start
         return len(text)
+
+
+@lru_cache(maxsize=4)  # the runs of one call have the same ones
+def _sorted_stops(stops: tuple[str, ...]) -> tuple[list[str], int]:
+    """Rising, and the length of the longest. One that begins with another is left out: that one ends a text there."""
+    kept: list[str] = []
+    for stop in sorted(set(stops)):
+        if not stop:
+            raise ValueError("a stop string must not be empty")
+        if not kept or not stop.startswith(kept[-1]):
+            kept.append(stop)
+    return kept, max(map(len, kept), default=0)
 
 
 @dataclass
@@ -140,10 +189,15 @@ class TextAssembler:
 
     A pair waits while any of the text up to its token is held back, so that the texts of all pairs concatenate to the
     whole result even if the run ends there. Without a decoder (a file without a tokenizer) every text is empty.
+
+    Args:
+        min_tokens: in the text of so many tokens no stop string is looked for.
     """
 
     decoder: IncrementalDecoder | None
     stops: StopStrings = field(default_factory=StopStrings)
+    min_tokens: int = 0
+    _n_tokens: int = 0
     _waiting: list[int] = field(default_factory=list)
     _text: str = ""
 
@@ -157,7 +211,12 @@ class TextAssembler:
         self._waiting.append(token_id)
         if self.decoder is None:
             return self._release()
-        self._text += self.stops.feed(self.decoder.step(token_id))
+        self._n_tokens += 1
+        text = self.decoder.step(token_id)
+        if self._n_tokens > self.min_tokens:
+            self._text += self.stops.feed(text) + self.stops.feed_special(token_id)
+        else:
+            self._text += text
         if not self.stopped and (self.decoder.pending or self.stops.pending):
             return []
         return self._release()
@@ -165,8 +224,8 @@ class TextAssembler:
     def finish(self) -> list[tuple[int, str]]:
         """No more tokens: returns the pairs that were waiting, with all the text that is left."""
         if self.decoder is not None:
-            self._text += self.stops.feed(self.decoder.finish())
-            self._text += self.stops.finish()
+            text = self.decoder.finish()
+            self._text += (self.stops.feed(text) if self._n_tokens > self.min_tokens else text) + self.stops.finish()
         return self._release()
 
     def _release(self) -> list[tuple[int, str]]:

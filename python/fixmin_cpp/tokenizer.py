@@ -1,34 +1,55 @@
 """The tokenizer that a GGUF file carries: the whole tokenizer.json under `tokenizer.huggingface.json`."""
 
+import json
+import os
+import re
+import secrets
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from .errors import ArgumentError, ArgumentTypeError, GGUFError
+from . import _core
+from .errors import ArgumentError, ArgumentTypeError, GGUFError, UnsupportedError, naming
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["EOS_IDS_KEY", "TextTokenizer", "end_of_text_ids"]
+__all__ = ["EOS_IDS_KEY", "TextTokenizer", "end_of_text_ids", "file_tokenizer"]
 
 _JSON_KEY = "tokenizer.huggingface.json"
 _EOS_KEY = "tokenizer.ggml.eos_token_id"
 EOS_IDS_KEY = "fixmin.eos_token_ids"  # all of them, where there are several
+_BOS_KEY = "tokenizer.ggml.bos_token_id"
 _MAX_SEQUENCES = 64  # strings whose sequences of tokens are kept
 
 
 class TextTokenizer:
-    """Text to ids and back. Safe to use from several threads: the tokenizer inside is never modified."""
+    """Text to ids and back. Safe to use from several threads: the tokenizer inside is never modified.
 
-    def __init__(self, tokenizer: "Tokenizer") -> None:
+    Args:
+        tokenizer: of the tokenizers library.
+        bos_id, eos_id: what begins and ends texts. They are control tokens even if the tokenizer does not say so.
+    """
+
+    def __init__(self, tokenizer: "Tokenizer", *, bos_id: int | None = None, eos_id: int | None = None) -> None:
         # A tokenizer.json may carry truncation and padding from training; a prompt must not be cut in silence.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self.backend = tokenizer
         added = tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self.special_tokens = {i: added[i].content for i in sorted(self.special_ids)}  # their names
+        self.bos_token, self.eos_token = ("" if i is None else tokenizer.id_to_token(i) or "" for i in (bos_id, eos_id))
+        # What a text may name to get a token that is not text. Only added tokens are found so, and in some models words
+        # of the vocabulary.
+        ends = {i for i in (bos_id, eos_id) if i in added}
+        self.control_tokens: dict[str, int] = {
+            name: i for i in sorted(self.special_ids | ends) if (name := tokenizer.id_to_token(i))
+        }
+        self._single_words = {token.content for token in added.values() if token.single_word}
         self._sequences: dict[str, list[list[int]]] = {}
 
     @classmethod
@@ -42,21 +63,75 @@ class TextTokenizer:
         from tokenizers import Tokenizer
 
         try:
-            return cls(Tokenizer.from_str(text))
+            tokenizer = Tokenizer.from_str(text)
+            ids = (metadata.get(key) for key in (_BOS_KEY, _EOS_KEY))
+            bos_id, eos_id = (i if isinstance(i, int) and 0 <= i < 2**32 else None for i in ids)
+            return cls(tokenizer, bos_id=bos_id, eos_id=eos_id)
         except Exception as error:  # tokenizers raises plain Exception
             raise GGUFError(f"{_JSON_KEY} is not a tokenizer that this version of tokenizers reads: {error}") from error
 
-    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
-        """Token ids of `text`. By default nothing is put before or after it, as on the published model cards."""
-        if not isinstance(text, str):
-            raise ArgumentTypeError(f"text must be a str, got {type(text).__name__}")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ArgumentError(
-                f"text is not valid Unicode: lone surrogate {text[error.start]!a} at character {error.start}"
-            ) from None
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+    def copy(self) -> "Tokenizer":
+        """The tokenizer as it is used here, to do with what one likes."""
+        return self.backend.from_str(self.backend.to_str())
+
+    def encode(self, text: str, *, add_special_tokens: bool = False, parse_special: bool = True) -> list[int]:
+        """Token ids of `text`. By default nothing is put before or after it, as on the published model cards.
+
+        parse_special: whether the name of a special token in the text, such as "</s>", stands for that token. False:
+        it is text like any other. Tokens that a tokenizer has beside its vocabulary but does not call special always
+        are found.
+        """
+        _check(text)
+        backend = self.backend if parse_special else self._plain
+        return backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def encode_template(self, text: str, letters: Mapping[int, str]) -> list[int]:
+        """Token ids of what a template has made, with its special tokens read as such.
+
+        Args:
+            text: as the template gave it.
+            letters: code points that stand in it for other letters, which make no special token's name.
+        """
+        _check(text)
+        if self._names is not None:
+            text = self._names.sub(lambda match: self._secret_names[match[0]], text)
+        return self._plain.encode(text.translate(letters), add_special_tokens=False).ids
+
+    @cached_property
+    def _secret_names(self) -> dict[str, str]:
+        """Of control tokens, by name: what no text holds."""
+        return {name: f"{secrets.token_hex(16)}{i:08x}" for i, name in enumerate(self.control_tokens)}
+
+    @cached_property
+    def _names(self) -> re.Pattern[str] | None:
+        """Finds control tokens' names as the tokenizer itself does: the leftmost, and of several there the longest."""
+        names = sorted(self.control_tokens, key=len, reverse=True)
+        word = {name: r"(?<!\w)%s(?!\w)" if name in self._single_words else "%s" for name in names}
+        return re.compile("|".join(word[name] % re.escape(name) for name in names)) if names else None
+
+    @cached_property
+    def _plain(self) -> "Tokenizer":
+        """The same tokenizer, but for text that names no control token: they have secret names in it.
+
+        tokenizers' own encode_special_tokens leaves a name to the model, and one that knows it as a word finds it.
+        """
+        from tokenizers import Tokenizer
+
+        new = self._secret_names
+        data = json.loads(self.backend.to_str())
+        for token in data["added_tokens"]:
+            token["content"] = new.get(token["content"], token["content"])
+        model = data["model"]
+        if isinstance(model["vocab"], dict):
+            model["vocab"] = {new.get(token, token): i for token, i in model["vocab"].items()}
+        else:
+            model["vocab"] = [[new.get(token, token), score] for token, score in model["vocab"]]
+        if "unk_token" in model:
+            model["unk_token"] = new.get(model["unk_token"], model["unk_token"])
+        if "merges" in model:
+            pairs = (pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"])
+            model["merges"] = [pair for pair in pairs if not {*pair, "".join(pair)} & new.keys()]
+        return Tokenizer.from_str(json.dumps(data))
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Text of `ids`; ids that the tokenizer does not know have none."""
@@ -67,22 +142,124 @@ class TextTokenizer:
         """Text of every id by itself, [V]."""
         return [self.backend.decode([i], skip_special_tokens=False) for i in range(self.backend.get_vocab_size())]
 
+    @cached_property
+    def spelling(self) -> "list[_Step] | None":
+        """What the decoder does to a token by itself; None if what a token stands for depends on its neighbours."""
+        return _decoder_steps(json.loads(self.backend.to_str())["decoder"])
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token adds to a text, also those of a part of a character; a special token's are its name.
+
+        Exact for byte-level, byte-fallback and plain tokenizers: the bytes of a text's tokens make the text, but for
+        the space that some decoders drop at its beginning. Otherwise those of the token's own text. b"" for an id that
+        the tokenizer does not know.
+        """
+        token = self.backend.id_to_token(token_id)
+        if token is None:
+            return b""
+        if self.spelling is None:
+            return self.decode([token_id]).encode()
+        return _spelled(token, self.spelling)
+
     def sequences_with(self, text: str) -> list[list[int]]:
         """Sequences of ids in which `text` comes up: single tokens that hold it, and those that begin it in the middle
         or at the end of a token and go on with the tokens of the rest."""
         if text not in self._sequences:
-            sequences = []
-            for token_id, token in enumerate(self.token_texts):
-                if text in token:
-                    sequences.append([token_id])
-                    continue
-                for n in range(min(len(text) - 1, len(token)), 0, -1):
-                    if token.endswith(text[:n]):
-                        sequences.append([token_id, *self.encode(text[n:])])
+            sequences = [(i, 0, [i]) for i, token in enumerate(self.token_texts) if text in token]
+            for n in range(1, len(text)):
+                rest = None
+                for i in self._ending(text[:n]):
+                    if text not in self.token_texts[i]:
+                        rest = self.encode(text[n:]) if rest is None else rest
+                        sequences.append((i, -n, [i, *rest]))
             if len(self._sequences) >= _MAX_SEQUENCES:
                 self._sequences.clear()
-            self._sequences[text] = sequences
+            self._sequences[text] = [ids for _, _, ids in sorted(sequences)]
         return self._sequences[text]
+
+    @cached_property
+    def _reversed_texts(self) -> list[tuple[str, int]]:
+        """Texts of all ids from their ends, sorted: those that end alike lie side by side."""
+        return sorted((token[::-1], i) for i, token in enumerate(self.token_texts))
+
+    def _ending(self, text: str) -> list[int]:
+        """Ids of the tokens that end with `text`."""
+        end, found = text[::-1], []
+        for at in range(bisect_left(self._reversed_texts, (end, -1)), len(self._reversed_texts)):
+            token, token_id = self._reversed_texts[at]
+            if not token.startswith(end):
+                break
+            found.append(token_id)
+        return found
+
+
+def file_tokenizer(path: str | os.PathLike[str]) -> TextTokenizer:
+    """The tokenizer of a GGUF file of any architecture. UnsupportedError if it holds none; GGUFError, OSError."""
+    with naming(path):
+        tokenizer = TextTokenizer.from_metadata(_core.GgufFile(os.fspath(path)).metadata)
+    if tokenizer is None:
+        raise UnsupportedError(f"{os.fspath(path)} holds no tokenizer (key {_JSON_KEY})")
+    return tokenizer
+
+
+def _check(text: object) -> None:
+    if not isinstance(text, str):
+        raise ArgumentTypeError(f"text must be a str, got {type(text).__name__}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ArgumentError(
+            f"text is not valid Unicode: lone surrogate {text[error.start]!a} at character {error.start}"
+        ) from None
+
+
+_Step: TypeAlias = tuple[str, str, str]  # what to do, and its two operands
+
+
+def _decoder_steps(decoder: Any, fused: bool = False) -> list[_Step] | None:
+    """The steps of a tokenizer.json's decoder that change what a token stands for; None if others do too."""
+    if decoder is None:
+        return None  # tokenizers then puts spaces between tokens
+    kind = decoder["type"]
+    if kind == "Sequence":
+        steps: list[_Step] = []
+        for part in decoder["decoders"]:
+            found = _decoder_steps(part, fused)
+            if found is None:
+                return None
+            steps += found
+            fused = fused or part["type"] == "Fuse"
+        return steps
+    if fused and kind in ("Strip", "Fuse"):  # of the whole text: drops a space that starts or ends it
+        return []
+    if kind == "Replace" and "String" in decoder["pattern"] and (not fused or len(decoder["pattern"]["String"]) == 1):
+        return [("replace", decoder["pattern"]["String"], decoder["content"])]
+    if kind == "Metaspace":
+        return [("replace", decoder["replacement"], " ")]
+    if kind in ("ByteLevel", "ByteFallback"):
+        return [(kind, "", "")]
+    return [] if kind == "Fuse" else None
+
+
+def _spelled(token: str, steps: Sequence[_Step]) -> bytes:
+    for kind, old, new in steps:
+        if kind == "replace":
+            token = token.replace(old, new)
+        elif kind == "ByteFallback" and re.fullmatch("<0x[0-9A-Fa-f]{2}>", token):
+            return bytes([int(token[3:5], 16)])
+        elif kind == "ByteLevel" and all(letter in _BYTE_OF_LETTER for letter in token):
+            return bytes(_BYTE_OF_LETTER[letter] for letter in token)
+    return token.encode()
+
+
+def _byte_of_letter() -> dict[str, int]:
+    """GPT-2's letters for bytes: printable Latin-1 stands for itself, the rest follows from U+0100 on."""
+    itself = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in itself]
+    return {chr(byte): byte for byte in itself} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF_LETTER = _byte_of_letter()
 
 
 def end_of_text_ids(metadata: Mapping[str, Any], vocab_size: int) -> tuple[int, ...]:

@@ -121,7 +121,8 @@ def test_file_against_the_oracle(tmp_path, options):
         np.testing.assert_array_equal(means[name], sums.data[0] / np.float32(count))
 
 
-def test_same_bits_for_any_threads_batch_and_isa(tmp_path):
+def test_same_bits_for_any_threads_batch_and_isa(tmp_path, monkeypatch):
+    monkeypatch.setenv("FIXMIN_TEAM", "fixed")
     path = make_model(tmp_path / "m.gguf", weight_type="Q8_0", activation="swiglu")
     ids = np.random.default_rng(2).integers(0, 100, 40).astype(np.uint32)
     results = []

@@ -27,6 +27,8 @@ DEFAULTS = dict(
     frequency_penalty=0.0,
     presence_penalty=0.0,
     repeat_last_n=64,
+    openai_penalties=False,
+    n_prompt=0,  # of history, tokens that are the prompt's: for openai_penalties
     dry_multiplier=0.0,
     dry_base=1.75,
     dry_allowed_length=2,
@@ -101,8 +103,10 @@ def window(history, last_n):
 
 
 def penalties(x, p, history):
-    for token, count in Counter(window(history, p["repeat_last_n"])).items():
+    recent = Counter(window(history, p["repeat_last_n"]))
+    for token in recent:
         x[token] = x[token] / p["repeat_penalty"] if x[token] > 0 else x[token] * p["repeat_penalty"]
+    for token, count in (Counter(history[p["n_prompt"] :]) if p["openai_penalties"] else recent).items():
         x[token] -= count * p["frequency_penalty"] + p["presence_penalty"]
 
 

@@ -128,7 +128,7 @@ def test_one_truncation_alone_on_a_large_vocabulary(chain, scale):
 
 def test_defaults_are_those_of_llama_cpp():
     for name, value in oracle.DEFAULTS.items():
-        if name not in ("temperature", "dry_sequence_breakers", "banned_ids", "allowed_ids", "stop_ids"):
+        if name not in ("temperature", "dry_sequence_breakers", "banned_ids", "allowed_ids", "stop_ids", "n_prompt"):
             assert getattr(_core.SamplingParams(), name) == pytest.approx(value), name
     assert _core.SamplingParams().temperature == 0
 
@@ -213,13 +213,14 @@ def test_dry_of_an_endless_repetition_is_finite():
     presence=st.sampled_from([-0.5, 0.0, 1.0]),
     frequency=st.sampled_from([-0.25, 0.0, 0.5]),
     split=st.integers(0, 50),
+    openai=st.booleans(),
 )
-def test_penalties_against_brute_force(history, last_n, repeat, presence, frequency, split):
+def test_penalties_against_brute_force(history, last_n, repeat, presence, frequency, split, openai):
     chain = dict(
         repeat_penalty=repeat, presence_penalty=presence, frequency_penalty=frequency, repeat_last_n=last_n, top_k=0
-    )
+    ) | dict(openai_penalties=openai)
     logits = row(8, len(history))
-    ids, probabilities, _ = oracle.distribution(logits, expectation(**OFF | chain), history)
+    ids, probabilities, _ = oracle.distribution(logits, expectation(**OFF | chain, n_prompt=split), history)
     tested = sampler(history[:split], **OFF | chain)
     for token in history[split:]:
         tested.accept(token)

@@ -1,16 +1,24 @@
 """fixmin_cpp.generate() and its cache, system_info(), and what the package offers."""
 
+import copy
+import inspect
 import json
+import multiprocessing
 import os
+import pickle
 import shutil
+import subprocess
+import sys
 import threading
 
 import numpy as np
 import pytest
+from gguf_factory import make_model
 from toy_models import byte_level, write_model
 
 import fixmin_cpp
-from fixmin_cpp import api
+from fixmin_cpp import ArgumentTypeError, api
+from fixmin_cpp.convert import requantize
 
 
 @pytest.fixture(autouse=True)
@@ -121,3 +129,116 @@ def test_everything_named_is_there():
     for name in fixmin_cpp.__all__:
         assert getattr(fixmin_cpp, name) is not None
     assert fixmin_cpp.__version__.count(".") >= 2
+
+
+# --- what a model says of itself, and pickling -------------------------------------------------------------------
+
+
+def test_facts_of_a_model(model, model_path, bare_model):
+    metadata = fixmin_cpp._core.GgufFile(str(model_path)).metadata
+    assert model.vocab_size == metadata["fixmin.vocab_size"] == model.info["vocab_size"]
+    assert model.n_ctx == metadata["fixmin.context_length"] == model.info["n_ctx"]
+    assert model.eos_token_id == metadata["tokenizer.ggml.eos_token_id"] == model.info["eos_token_id"]
+    assert (model.bos_token_id, bare_model.bos_token_id, bare_model.eos_token_id) == (None, None, None)
+    assert bare_model.tokenizer is None
+    assert repr(model) == f"<fixmin_cpp.Model '{model_path}' vocab_size=269 n_ctx=64 kv_type='f16'>"
+
+
+@pytest.mark.parametrize(("given", "found"), [(1, 1), (0, 0), (269, None), (2**32 - 1, None)])
+def test_token_that_begins_a_text(tmp_path, given, found):
+    def add(writer):
+        writer.add_uint32("tokenizer.ggml.bos_token_id", given)
+
+    path = make_model(tmp_path / "m.gguf", vocab_size=269, edit=add)
+    with fixmin_cpp.Model(path) as model:
+        assert model.bos_token_id == found
+
+
+def test_the_tokenizer_is_a_copy(model):
+    tokenizer = model.tokenizer
+    assert tokenizer is model.tokenizer
+    assert tokenizer.encode("the cat", add_special_tokens=False).ids == model.encode("the cat")
+    before = model.encode("the cat")
+    tokenizer.enable_truncation(1)
+    assert len(tokenizer.encode("the cat").ids) == 1
+    assert model.encode("the cat") == before
+    tokenizer.no_truncation()
+
+
+def test_a_closed_model_and_one_that_was_never_loaded_have_a_name(model_path, tmp_path):
+    model = fixmin_cpp.Model(model_path)
+    model.close()
+    assert repr(model).startswith(f"<fixmin_cpp.Model '{model_path}' closed")
+    assert (model.vocab_size, model.n_ctx) == (269, 64)
+    unborn = fixmin_cpp.Model.__new__(fixmin_cpp.Model)
+    with pytest.raises(OSError, match="missing"):
+        unborn.__init__(tmp_path / "missing.gguf")
+    assert "missing.gguf" in repr(unborn)
+
+
+@pytest.mark.parametrize("again", [lambda m: pickle.loads(pickle.dumps(m)), copy.copy, copy.deepcopy])
+def test_a_copy_is_loaded_again_as_the_first_was(model_path, monkeypatch, again):
+    monkeypatch.chdir(model_path.parent)
+    settings = {"n_threads": 1, "n_ctx": 48, "kv_type": "f32", "n_batch": 16, "n_kv": 96, "n_parallel": 3}
+    with fixmin_cpp.Model(model_path.name, **settings) as first, again(first) as second:
+        assert second is not first
+        assert second.path == str(model_path)  # wherever the other process is
+        ours, theirs = first.info, second.info
+        assert {name: theirs[name] for name in ours if name != "path"} == {n: ours[n] for n in ours if n != "path"}
+        assert second._settings == settings
+        expected = first.generate("the cat", max_new_tokens=5).token_ids
+        first.close()  # each has its own engine
+        assert second.generate("the cat", max_new_tokens=5).token_ids == expected
+
+
+def test_a_subclass_and_a_closed_model_as_pickles(model_path):
+    with Named(model_path) as named, pickle.loads(pickle.dumps(named)) as again:
+        assert type(again) is Named
+    with pytest.raises(fixmin_cpp.FixminError, match="closed"):
+        pickle.dumps(named)
+
+
+class Named(fixmin_cpp.Model):
+    """Of module level, as pickle wants it."""
+
+
+def test_a_model_is_sent_to_a_spawned_process(model_path):
+    with fixmin_cpp.Model(model_path, n_threads=1) as model:
+        expected = model.generate("the cat", max_new_tokens=5).token_ids
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            assert pool.apply(answer_of, (model,)) == expected
+
+
+def answer_of(model):
+    return model.generate("the cat", max_new_tokens=5).token_ids
+
+
+# --- converting and quantizing -----------------------------------------------------------------------------------
+
+
+def test_convert_is_the_package_and_can_be_called(tmp_path):
+    from fixmin_cpp.convert import ModelSpec  # the package
+
+    assert ModelSpec.__module__ == "fixmin_cpp.convert.spec"
+    assert inspect.signature(fixmin_cpp.convert) == inspect.signature(api.convert)
+    lines = []
+    with pytest.raises(fixmin_cpp.CheckpointError, match="no such checkpoint directory"):
+        fixmin_cpp.convert(tmp_path / "missing", log=lines.append)
+    for wrong in ({"checkpoint_dir": 5}, {"out": b"x"}, {"outtype": None}, {"trust_remote_code": 1}):
+        with pytest.raises(ArgumentTypeError, match=next(iter(wrong))):
+            fixmin_cpp.convert(**{"checkpoint_dir": tmp_path, **wrong})
+
+
+def test_importing_the_package_imports_no_converter():
+    code = (
+        "import sys, fixmin_cpp; fixmin_cpp.convert;"
+        "print([m for m in ('torch', 'gguf', 'ggml', 'rich', 'tokenizers', 'transformers') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "[]\n"
+
+
+def test_quantize_checks_its_arguments(tmp_path):
+    assert inspect.signature(api.quantize).parameters.keys() == inspect.signature(requantize.quantize).parameters.keys()
+    with pytest.raises(fixmin_cpp.ArgumentError, match="type"):
+        fixmin_cpp.quantize(tmp_path / "a.gguf", tmp_path / "b.gguf", "q9")

@@ -1,5 +1,6 @@
 """What a caller can get wrong is refused before it reaches native code, naming the argument and the value."""
 
+import asyncio
 import dataclasses
 import inspect
 import math
@@ -16,22 +17,23 @@ INF, NAN = math.inf, math.nan
 
 # argument, value, part of the message
 OUT_OF_RANGE = [
-    ("max_new_tokens", 0, "at least 1, got 0"),
-    ("max_new_tokens", -1, "got -1"),
+    ("max_new_tokens", 0, "at least 1, or -1: until the context ends, got 0"),
+    ("max_new_tokens", -3, "got -3"),
     ("temperature", -0.1, "got -0.1"),
     ("temperature", NAN, "got nan"),
     ("temperature", INF, "got inf"),
     ("temperature", 1e39, "got 1e\\+39"),
     ("temperature", np.float32("nan"), "nan"),
     ("temperature", 10**400, "temperature must be between"),
-    ("top_k", -1, "got -1"),
-    ("top_p", 0, "above 0"),
+    ("top_k", -2, "got -2"),
     ("top_p", -0.5, "got -0.5"),
     ("top_p", 1.5, "got 1.5"),
     ("top_p", NAN, "got nan"),
     ("min_p", -0.1, "got -0.1"),
     ("min_p", 1.1, "got 1.1"),
-    ("typical_p", 0.0, "above 0"),
+    ("typical_p", -0.1, "got -0.1"),
+    ("timeout", -1, "got -1"),
+    ("timeout", NAN, "got nan"),
     ("top_n_sigma", NAN, "got nan"),
     ("xtc_probability", 2, "got 2"),
     ("xtc_threshold", -1, "got -1"),
@@ -59,13 +61,19 @@ OUT_OF_RANGE = [
     ("logit_bias", {-1: 1.0}, "got -1"),
     ("logit_bias", {3: NAN}, r"logit_bias\[3\].*got nan"),
     ("logit_bias", {3: INF}, r"logit_bias\[3\].*got inf"),
+    ("logit_bias", {3: 1.0, "3": 2.0}, "token id 3 twice"),
+    ("logit_bias", {"269": 1.0}, "token id 269"),
+    ("logit_bias", dict.fromkeys(range(269), -INF), "no token is left to draw.*logit_bias"),
+    ("banned_ids", range(269), "no token is left to draw.*banned_ids"),
     ("banned_ids", [1, 269], r"banned_ids\[1\] is 269, but token ids run from 0 to 268"),
     ("banned_ids", [-1], r"banned_ids\[0\] is -1"),
     ("allowed_ids", [], "allowed_ids is empty"),
     ("allowed_ids", [10**30], r"allowed_ids\[0\] is 10{30}"),
     ("stop_ids", [2**32], r"stop_ids\[0\] is 4294967296"),
-    ("seed", -1, "got -1"),
-    ("seed", 2**64, "got 18446744073709551616"),
+    ("seed", -2, "got -2"),
+    ("seed", 2**64, "or -1 for a random one, got 18446744073709551616"),
+    ("dry_sequence_breakers", ["a", "\ud800"], r"dry_sequence_breakers\[1\] is not valid Unicode"),
+    ("stop", "a\udfffb", r"stop\[0\] is not valid Unicode: lone surrogate '\\udfff' at character 1"),
     ("stop", "", "must not be empty"),
     ("stop", ["a", ""], r"stop\[1\] must not be empty"),
 ]
@@ -73,25 +81,31 @@ WRONG_TYPE = [
     ("max_new_tokens", True, "got True"),
     ("max_new_tokens", 3.0, "got float 3.0"),
     ("max_new_tokens", "3", "got str '3'"),
-    ("max_new_tokens", None, "got NoneType None"),
     ("temperature", True, "got bool True"),
     ("temperature", "hot", "got str 'hot'"),
     ("temperature", 1j, "complex"),
     ("top_k", False, "got False"),
     ("top_k", 2.5, "got float 2.5"),
-    ("top_p", None, "NoneType"),
     ("top_p", [0.5], "list"),
     ("min_p", "0.1", "got str '0.1'"),
     ("mirostat", 2.0, "got float 2.0"),
     ("mirostat", True, "got True"),
-    ("repeat_last_n", None, "NoneType"),
     ("dry_sequence_breakers", "ab", "must be a list of str or token ids, got str 'ab'"),
-    ("dry_sequence_breakers", [5], r"dry_sequence_breakers\[0\] must be token ids, got int 5"),
-    ("logit_bias", [(3, 1.0)], "must be a dict of token id to bias, got list"),
-    ("logit_bias", {"3": 1.0}, "logit_bias key must be an integer, got str '3'"),
+    ("dry_sequence_breakers", [5], r"dry_sequence_breakers\[0\] must be a list or .* got int 5"),
+    ("logit_bias", [(3, 1.0, 2)], "must be a dict of token id to bias, got list"),
+    ("logit_bias", [3], "must be a dict of token id to bias, got list"),
+    ("logit_bias", {"three": 1.0}, "logit_bias key must be an integer, got str 'three'"),
+    ("logit_bias", {"³": 1.0}, "logit_bias key must be an integer, got str '³'"),
+    ("logit_bias", {3: False}, r"logit_bias\[3\] must be a number, got bool False"),
+    ("banned_ids", True, "banned_ids must be a list .* got bool True"),
+    ("banned_ids", 2.5, "banned_ids must be a list .* got float 2.5"),
+    ("stop_ids", {3, "a"}, r"stop_ids\[.\] must be an integer, got str 'a'"),
+    ("stop_ids", {"a": 1}, "got dict"),
+    ("seed", [[1]], r"seed\[0\] must be an integer, got list"),
+    ("stop", {"a", 5}, r"stop\[.\] must be a str, got int 5"),
+    ("stop", (text for text in "ab"), "got generator"),
+    ("timeout", "1", "got str '1'"),
     ("logit_bias", {3: "1"}, r"logit_bias\[3\] must be a number, got str '1'"),
-    ("banned_ids", 5, "banned_ids must be token ids, got int 5"),
-    ("banned_ids", None, "NoneType"),
     ("banned_ids", [1.0], r"banned_ids\[0\] must be an integer, got float 1.0"),
     ("banned_ids", "ab", "got str 'ab'"),
     ("allowed_ids", [True], r"allowed_ids\[0\] must be an integer, got bool True"),
@@ -102,7 +116,6 @@ WRONG_TYPE = [
     ("stop", b"a", "bytes"),
     ("stop", ["a", 5], r"stop\[1\] must be a str, got int 5"),
     ("ignore_eos", 1, "got int 1"),
-    ("ignore_eos", None, "NoneType"),
     ("do_sample", "no", "got str 'no'"),
 ]
 
@@ -125,6 +138,31 @@ def test_value_of_the_wrong_type(model, call, name, value, message):
     assert isinstance(caught.value, ArgumentTypeError)
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda n: {"max_new_tokens": -n},
+        lambda n: {"min_new_tokens": n},
+        lambda n: {"temperature": n},
+        lambda n: {"seed": n},
+        lambda n: {"seed": [n]},
+        lambda n: {"mirostat": n},
+        lambda n: {"logit_bias": {n: 1.0}},
+        lambda n: {"logit_bias": {3: n}},
+        lambda n: {"banned_ids": [n]},
+        lambda n: {"stop": n},
+        lambda n: {"stop": [[n]]},
+        lambda n: {"do_sample": n},
+    ],
+)
+def test_numbers_that_python_does_not_write(model, given):
+    """More than 4,300 digits, of which str() makes an error of its own."""
+    with pytest.raises(ArgumentError, match=r"must|an integer of 16610 bits"):
+        model.generate("a", **given(10**5000))
+    with pytest.raises(ArgumentError, match=r"prompt.*an integer of 16610 bits"):
+        model.generate([10**5000])
+
+
 def test_sampling_at_temperature_zero_contradicts_itself(model):
     with pytest.raises(ArgumentError, match="do_sample=True"):
         model.generate("a", do_sample=True, temperature=0.0)
@@ -141,6 +179,13 @@ def test_sampling_at_temperature_zero_contradicts_itself(model):
         ("dry_sequence_breaker", "dry_sequence_breakers"),
         ("do_samples", "do_sample"),
         ("bad_id", "bad_ids"),
+        ("max_length", "max_new_tokens"),
+        ("n_predict", "max_new_tokens"),
+        ("num_return_sequences", "n"),
+        ("eos_token_id", "stop_ids"),
+        ("stop_sequences", "stop"),
+        ("streamer", "on_token"),
+        ("temp", "temperature"),
     ],
 )
 def test_unknown_argument(model, name, meant):
@@ -150,8 +195,39 @@ def test_unknown_argument(model, name, meant):
 
 
 def test_unknown_argument_unlike_any(model):
-    with pytest.raises(TypeError, match=r"no argument 'zzz'; there are max_new_tokens, .*allowed_ids"):
+    with pytest.raises(ArgumentTypeError, match=r"no argument 'zzz'; fixmin_cpp.GenerationArguments lists all"):
         model.generate("a", zzz=3)
+    with pytest.raises(ArgumentTypeError, match="there is no argument 'zz") as caught:
+        model.generate("a", **{"z" * 1_000_000: 3})
+    assert len(str(caught.value)) < 200
+
+
+def test_hints_name_arguments_that_there_are():
+    known = {*fixmin_cpp.GenerationArguments.__annotations__, *inspect.signature(Model.generate).parameters}
+    assert set(arguments._OTHER_NAMES.values()) <= known
+    assert not known & {*arguments._OTHER_NAMES, *arguments._OTHER_WAYS}
+
+
+@pytest.mark.parametrize(
+    ("given", "way"),
+    [
+        ({"num_beams": 4}, r"Model.beam_search\(prompt, num_beams=...\)"),
+        ({"stream": True}, r"Model.stream\(prompt\)"),
+        ({"n_ctx": 8}, r"Model\(path, ...\)"),
+        ({"attention_mask": [1]}, "need no padding"),
+    ],
+)
+def test_what_is_done_in_another_way(model, given, way):
+    with pytest.raises(ArgumentTypeError, match=way):
+        model.generate("a", **given)
+
+
+def test_arguments_have_names(model):
+    for call in (model.generate, model.stream, model.astream):
+        with pytest.raises(ArgumentTypeError, match=r"takes the prompt alone without a name, got 5 too"):
+            call("a", 5)
+    with pytest.raises(ArgumentTypeError, match=r"agenerate\(\) takes the prompt alone"):
+        asyncio.run(model.agenerate("a", 5))
 
 
 @pytest.mark.parametrize(
@@ -187,25 +263,69 @@ def test_what_is_too_large_for_the_engine_means_the_same(model):
     huge = {"top_k": 10**30, "min_keep": 10**20, "repeat_last_n": 10**20, "dry_allowed_length": 10**20, "top_p": 1e-300}
     huge |= {"dry_penalty_last_n": 10**20, "max_new_tokens": 10**20, "repeat_penalty": 1e-300, "dry_multiplier": 1.0}
     options = GenerationOptions.check(huge, 269)
-    params = options.native(seed=1, eos_id=None, breakers=[])
+    params = options.native(seed=1, eos_ids=(), breakers=[])
     assert params.top_k == params.min_keep == params.repeat_last_n == params.max_new_tokens == 2**31 - 1
     _core.Sampler(params)
 
 
 @pytest.mark.parametrize("ids", [[3, 4], (3, 4), {3, 4}, range(3, 5), np.array([3, 4]), frozenset([4, 3])])
 def test_ids_may_come_in_any_form(ids):
-    options = GenerationOptions.check({"banned_ids": ids, "allowed_ids": ids, "stop_ids": ids}, 269)
-    assert options.banned_ids == options.allowed_ids == options.stop_ids == (3, 4)
-    params = options.native(seed=2, eos_id=7, breakers=[[1]])
+    options = GenerationOptions.check({"banned_ids": ids, "stop_ids": ids}, 269)
+    assert options.banned_ids == options.stop_ids == GenerationOptions.check({"allowed_ids": ids}, 269).allowed_ids
+    assert options.banned_ids == (3, 4)
+    with pytest.raises(ArgumentError, match="no token is left to draw"):
+        GenerationOptions.check({"banned_ids": ids, "allowed_ids": ids}, 269)
+    params = options.native(seed=2, eos_ids=(7,), breakers=[[1]])
     assert (params.banned_ids, params.stop_ids, params.seed) == ([3, 4], [3, 4, 7], 2)
-    params = dataclasses.replace(options, ignore_eos=True).native(seed=2, eos_id=7, breakers=[])
+    params = dataclasses.replace(options, ignore_eos=True).native(seed=2, eos_ids=(7,), breakers=[])
     assert (params.banned_ids, params.stop_ids) == ([3, 4, 7], [3, 4])
 
 
-def test_none_where_it_stands_for_a_default():
-    names = ("temperature", "do_sample", "seed", "stop", "allowed_ids")
+def test_one_id_and_none_at_all():
+    options = GenerationOptions.check({"banned_ids": 3, "stop_ids": np.int64(4), "allowed_ids": 5}, 269)
+    assert (options.banned_ids, options.stop_ids, options.allowed_ids) == ((3,), (4,), (5,))
+    for none in ([], (), set(), range(0), np.array([])):
+        assert GenerationOptions.check({"banned_ids": none, "stop_ids": none}, 269) == GenerationOptions()
+
+
+def test_none_stands_for_the_default():
+    names = fixmin_cpp.GenerationArguments.__annotations__.keys() - {"repetition_penalty", "bad_ids"}
     assert GenerationOptions.check(dict.fromkeys(names), 269) == GenerationOptions()
     assert GenerationOptions.check({"banned_ids": [], "stop_ids": (), "logit_bias": {}}, 269) == GenerationOptions()
+
+
+def test_values_of_other_programs(model):
+    """llama.cpp's, transformers' and OpenAI's, with what they mean there."""
+
+    def check(**given):
+        return GenerationOptions.check(given, 269)
+
+    assert check(top_k=-1).top_k == check(top_k=0).top_k == 0
+    assert 0 < check(top_p=0).top_p == check(typical_p=0.0).typical_p < 1e-30
+    assert check(timeout=INF) == check()
+    assert check(seed=-1) == check()
+    assert check(seed=[7, -1, None]).seed == (7, None, None)
+    assert check(logit_bias={"3": 1}).logit_bias == check(logit_bias=[[3, 1.0]]).logit_bias == ((3, 1.0),)
+    assert check(stop={"b", "a"}).stop in (("a", "b"), ("b", "a"))
+    full = model.generate("the cat", max_new_tokens=10**9, ignore_eos=True)
+    for value in (-1, -2):
+        assert model.generate("the cat", max_new_tokens=value, ignore_eos=True).token_ids == full.token_ids
+    assert len(full.token_ids) + len(model.encode("the cat")) == model.n_ctx
+
+
+def test_a_share_of_nothing_is_greedy(model):
+    greedy = model.generate("the cat", max_new_tokens=12).token_ids
+    assert model.generate("the cat", max_new_tokens=12, temperature=5.0, seed=1, top_p=0).token_ids == greedy
+
+
+def test_seeds_at_random_differ(model):
+    completions = [model.generate("the", max_new_tokens=9, temperature=3.0, seed=-1) for _ in range(4)]
+    assert len({c.seed for c in completions}) > 1  # equal ones: once in 2^96
+    for completion in completions:
+        again = model.generate("the", max_new_tokens=9, temperature=3.0, seed=completion.seed)
+        assert again.token_ids == completion.token_ids
+    first, second = model.generate(["the", "the"], max_new_tokens=1, temperature=1.0, seed=[-1, 8])
+    assert (0 <= first.seed < 2**32, second.seed) == (True, 8)
 
 
 # prompt, error, part of the message; V = 269
@@ -222,8 +342,25 @@ PROMPTS = [
     (np.array([2**63], dtype=np.uint64), ArgumentError, "9223372036854775808"),
     (np.array([1.0, 2.0]), ArgumentTypeError, "float64"),
     (np.array([True, False]), ArgumentTypeError, "bool"),
-    (np.array(["a"]), ArgumentTypeError, "array of integers"),
-    (np.array([[1, 2]]), ArgumentError, r"shape \(1, 2\)"),
+    (np.array(["a", 5], dtype=object), ArgumentTypeError, r"prompt\[1\] must be a str or token ids, got 5"),
+    (np.array([b"a"]), ArgumentTypeError, "array of integers"),
+    (np.array([[1, 2], [3, 4]]), ArgumentError, r"shape \(2, 2\).*without padding"),
+    (np.array([[[1, 2]]]), ArgumentError, r"shape \(1, 1, 2\)"),
+    (np.zeros((1, 0), int), ArgumentError, "prompt is empty"),
+    ([np.array(1), np.array(1.5)], ArgumentTypeError, r"prompt\[1\] must be an integer, got ndarray"),
+    ([1, np.array([2])], ArgumentTypeError, r"prompt\[1\] must be an integer"),
+    (np.array([1, None]), ArgumentTypeError, "dtype object"),
+    (iter([1, 2]), ArgumentTypeError, "pass a list"),
+    ({1, 2}, ArgumentTypeError, "got set {1, 2}: pass a list"),
+    ({"input_ids": []}, ArgumentError, "prompt is empty"),
+    ({"input_ids": [1, 269]}, ArgumentError, r"prompt\[1\] is 269"),
+    ({"input_ids": "ab"}, ArgumentTypeError, "input_ids that are no token ids: str 'ab'"),
+    ({"input_ids": None}, ArgumentTypeError, "input_ids that are no token ids"),
+    ({"input_ids": ["a"]}, ArgumentTypeError, "input_ids that are no token ids"),
+    ({"input_ids": [None]}, ArgumentTypeError, r"prompt\[0\] must be a list"),
+    ({"input_ids": [1, 2], "attention_mask": [1]}, ArgumentError, "2 input_ids, but an attention_mask of shape"),
+    ({"input_ids": [[1], [2]], "attention_mask": [[1]]}, ArgumentError, "2 rows of input_ids, but 1"),
+    ({"input_ids": [1, 2], "attention_mask": [0, 0]}, ArgumentError, "prompt is empty"),
     (np.array(1), ArgumentError, r"shape \(\)"),
     (np.int64(1), ArgumentError, r"shape \(\)"),
     ([1, 2.0], ArgumentTypeError, r"prompt\[1\] must be an integer, got float 2.0"),
@@ -231,7 +368,7 @@ PROMPTS = [
     ([1, "a"], ArgumentTypeError, r"prompt\[1\] must be an integer, got str 'a'"),
     ([1, None], ArgumentTypeError, r"prompt\[1\]"),
     ([1, [2]], ArgumentTypeError, r"prompt\[1\]"),
-    (["a", 1], ArgumentTypeError, r"prompt\[1\] must be token ids, got int 1"),
+    (["a", 1], ArgumentTypeError, r"prompt\[1\] must be a str or token ids, got 1"),
     (["a", ""], ArgumentError, r"prompt\[1\] is empty"),
     (["a", []], ArgumentError, r"prompt\[1\] is empty"),
     (["a", [1, 300]], ArgumentError, r"prompt\[1\]\[1\] is 300"),
@@ -249,6 +386,72 @@ PROMPTS = [
 def test_prompt(model, prompt, error, message):
     with pytest.raises(error, match=message):
         model.generate(prompt)
+
+
+class _Unreadable:
+    """As a tensor on a device that this process cannot read."""
+
+    def __array__(self, *arguments, **keywords):
+        raise RuntimeError("elsewhere")
+
+
+def test_array_that_cannot_be_read(model):
+    with pytest.raises(ArgumentTypeError, match="prompt cannot be read as an array of token ids: elsewhere"):
+        model.generate(_Unreadable())
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        np.array([[5, 6]]),
+        np.array([5, 6], dtype=">i8"),
+        np.array([0, 5, 0, 6])[1::2],
+        [np.array(5), np.int32(6)],
+        range(5, 7),
+        memoryview(np.array([5, 6])),
+        {"input_ids": [5, 6]},
+        {"input_ids": np.array([[5, 6]]), "attention_mask": np.array([[1, 1]])},
+        {"input_ids": np.array([[9, 9, 5, 6]]), "attention_mask": np.array([[0, 0, 1, 1]])},
+        {"input_ids": [5, 6, 9], "attention_mask": [1, 1, 0]},
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+def test_forms_of_one_prompt(model, prompt):
+    assert model.generate(prompt, max_new_tokens=4).token_ids == model.generate([5, 6], max_new_tokens=4).token_ids
+    assert np.array_equal(model.logits(prompt), model.logits([5, 6]))
+    if not isinstance(prompt, dict):
+        assert np.array_equal(model.codes(prompt), model.codes([5, 6]))
+
+
+def test_tensors_and_encodings_of_other_libraries(model):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    expected = model.generate("the cat", max_new_tokens=4).token_ids
+    ids = model.encode("the cat")
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=model.tokenizer, pad_token="<pad>")
+    one = fast("the cat", return_tensors="pt")
+    for prompt in (
+        torch.tensor(ids),
+        one.input_ids,
+        one,
+        fast("the cat"),
+        list(torch.tensor(ids)),
+        model.tokenizer.encode("the cat"),
+    ):
+        assert model.generate(prompt, max_new_tokens=4).token_ids == expected
+    padded = fast(["the cat", "a"], return_tensors="pt", padding=True)
+    assert padded.input_ids.shape[0] == 2
+    for prompts in (padded, fast(["the cat", "a"]), [torch.tensor(ids), torch.tensor([model.encode("a")])]):
+        answers = model.generate(prompts, max_new_tokens=4)
+        assert [a.token_ids for a in answers] == [expected, model.generate("a", max_new_tokens=4).token_ids]
+    with pytest.raises(ArgumentTypeError, match=r"prompt\[0\] must be an integer, got Tensor"):
+        model.generate(list(torch.tensor([1.5])))
+
+
+def test_columns_of_texts(model):
+    expected = [c.token_ids for c in model.generate(["the", "cat"], max_new_tokens=3)]
+    for column in (np.array(["the", "cat"]), np.array(["the", "cat"], dtype=object), ("the", "cat")):
+        assert [c.token_ids for c in model.generate(column, max_new_tokens=3)] == expected
 
 
 def test_wrong_prompt_in_a_list_runs_nothing(model, monkeypatch):
@@ -280,16 +483,49 @@ def test_score_needs_two_tokens(model):
         model.score([1])
 
 
-@pytest.mark.parametrize("ids", [[-1], [269], ["a"], [True], None, 1.5])
+@pytest.mark.parametrize(
+    "ids", [[-1], [269], ["a"], [True], None, 1.5, True, "ab", b"ab", {3, 4}, [[1], [269]], [[1], None], iter([1])]
+)
 def test_decode(model, ids):
     with pytest.raises(ArgumentError, match="ids"):
         model.decode(ids)
 
 
-@pytest.mark.parametrize("text", [None, 5, b"a", ["a"]])
+def test_decode_one_id_one_text_or_several(model):
+    ids, more = model.encode("the cat"), model.encode("a")
+    assert model.decode(ids) == model.decode(np.array(ids)) == model.decode({"input_ids": ids}) == "the cat"
+    assert (
+        model.decode(ids[0])
+        == model.decode(np.array(ids[0]))
+        == model.decode(np.int64(ids[0]))
+        == model.decode(ids[:1])
+    )
+    assert model.decode([]) == model.decode(np.array([])) == ""
+    assert model.decode([ids, more, []]) == model.decode((tuple(ids), np.array(more), ())) == ["the cat", "a", ""]
+    assert model.decode(np.array([ids, ids])) == ["the cat", "the cat"]
+    assert model.decode(np.array([ids])) == ["the cat"]
+
+
+@pytest.mark.parametrize("text", [None, 5, b"a", {"a"}])
 def test_encode(model, text):
     with pytest.raises(ArgumentTypeError, match="text must be a str"):
         model.encode(text)
+
+
+def test_encode_several(model):
+    texts = ["the cat", "", "é日"]
+    assert model.encode(texts) == model.encode(tuple(texts)) == [model.encode(text) for text in texts]
+    assert model.encode([]) == []
+    with pytest.raises(ArgumentTypeError, match=r"text\[1\] must be a str, got int"):
+        model.encode(["a", 5])
+
+
+def test_length_of_what_is_scored(model):
+    with pytest.raises(
+        fixmin_cpp.ContextLengthError,
+        match=f"text has {model.n_ctx + 2} tokens, but at most {model.n_ctx + 1} can be scored",
+    ):
+        model.score([5] * (model.n_ctx + 2))
 
 
 @pytest.mark.parametrize(
@@ -300,7 +536,7 @@ def test_encode(model, text):
         ({"n_threads": 10**6}, "n_threads"),
         ({"n_threads": 2.0}, "n_threads must be an integer"),
         ({"n_threads": True}, "n_threads"),
-        ({"n_ctx": 0}, "n_ctx"),
+        ({"n_ctx": -1}, "n_ctx"),
         ({"n_ctx": 65}, "n_ctx"),
         ({"n_ctx": 2**31}, "n_ctx"),
         ({"n_ctx": "64"}, "n_ctx"),
@@ -313,6 +549,11 @@ def test_encode(model, text):
 def test_settings_of_a_model(model_path, arguments, message):
     with pytest.raises(ArgumentError, match=message):
         Model(model_path, **arguments)
+
+
+def test_a_context_of_0_is_the_models(model, model_path):
+    with Model(model_path, n_ctx=0) as whole:
+        assert whole.n_ctx == model.n_ctx
 
 
 @pytest.mark.parametrize("path", [None, 5, b"model.gguf", ["a"]])

@@ -144,20 +144,21 @@ BAD = [
     ({"id": "x", "prompt": [1] * 10_000}, "x", "the context holds"),
     ({"id": "x", "prompt": "a", "max_tokens": 4}, "x", "there is no argument 'max_tokens'"),
     ({"id": "x", "prompt": "a", "temperature": "hot"}, "x", "temperature must be a number"),
-    ({"id": "x", "prompt": "a", "seed": -1}, "x", "seed must be between"),
+    ({"id": "x", "prompt": "a", "seed": -2}, "x", "seed must be between"),
     ({"id": "x", "prompt": "a", "stop": [""]}, "x", "stop[0] must not be empty"),
     ({**OPENAI, "url": "/v1/chat/completions", "body": {}}, "x", "/v1/chat/completions"),
     ({**OPENAI, "method": "GET", "body": {"prompt": "a"}}, "x", "method must be POST"),
     ({**OPENAI, "body": [1]}, "x", "body must be an object"),
     ({**OPENAI, "custom_id": 5, "body": {"prompt": "a"}}, 5, "custom_id must be a text"),
     ({**OPENAI, "body": {"prompt": "a"}, "priority": 1}, "x", "there is no field 'priority'"),
-    ({**OPENAI, "body": {"prompt": "a", "n": 2}}, "x", "n is not supported, got 2"),
-    ({**OPENAI, "body": {"prompt": "a", "logprobs": 1}}, "x", "logprobs is not supported, got 1"),
+    ({**OPENAI, "body": {"prompt": "a", "n": 2}}, "x", "n: not supported"),
+    ({**OPENAI, "body": {"prompt": "a", "logprobs": 1}}, "x", "logprobs: not supported"),
     ({"id": "x", "prompt": "a", "logit_bias": {"b": 1}}, "x", "logit_bias key must be an integer"),
+    ({"id": "x", "prompt": "a", "logit_bias": {"9" * 5000: 1}}, "x", "logit_bias key must be an integer"),
     ({"id": "x", "prompt": "a", "repeat_penalty": 2, "repetition_penalty": 2}, "x", "are one argument"),
     ({"id": "x", "prompt": "a", "allowed_ids": [10**6]}, "x", "allowed_ids[0] is 1000000"),
     ({"id": "x", "prompt": "a", "allowed_ids": [5], "banned_ids": [5]}, "x", "no token is left to draw"),
-    ({**OPENAI, "body": {"prompt": "a", "tools": []}}, "x", "there is no argument 'tools'"),
+    ({**OPENAI, "body": {"prompt": "a", "tools": [{}]}}, "x", "tools: not supported"),
     ({**OPENAI, "body": {"max_tokens": 1}}, "x", "prompt is missing"),
 ]
 
@@ -371,6 +372,7 @@ def test_what_is_no_unfinished_job_is_left_alone(model_path, tmp_path, out):
     source = write_lines(tmp_path / "in", mixed_lines(10))
     run_job(model_path, source, out)
     done = out.read_bytes()
+    out.with_name("out.jsonl.done").unlink()
     with pytest.raises(fixmin_cpp.ArgumentError, match="not the beginning of a job"):
         run_job(model_path, source, out)
     assert out.read_bytes() == done
@@ -387,6 +389,81 @@ def test_what_is_no_unfinished_job_is_left_alone(model_path, tmp_path, out):
         run_job(model_path, source, out)
     assert run_job(model_path, source, out, overwrite=True).n_resumed == 0
     assert len(records(out)) == 10
+
+
+def test_a_job_that_is_done(model_path, tmp_path, out, monkeypatch):
+    source = write_lines(tmp_path / "in", mixed_lines(10))
+    run_job(model_path, source, out)
+    done, account = out.read_bytes(), out.with_name("out.jsonl.done")
+    with monkeypatch.context() as patch:
+        patch.setattr("fixmin_cpp.batch.ModelFile.load", None)  # it is not loaded again
+        for _ in range(2):
+            report = run_job(model_path, source, out)
+            assert (report.n_lines, report.n_done, report.n_resumed, report.n_errors) == (10, 10, 10, 1)
+            assert (out.read_bytes(), report.completion_tokens) == (done, 0)
+    for change, message in CHANGES:
+        arguments = {"model": model_path, "source": source, "target": out, "options": {"max_new_tokens": 7}}
+        run_job(**arguments, overwrite=True)
+        before = out.read_bytes()
+        with pytest.raises(fixmin_cpp.ArgumentError, match="begun with other settings") as error:
+            run_job(**{**arguments, **(change(model_path) if callable(change) else change)})
+        assert message in str(error.value)
+        assert out.read_bytes() == before
+    account.write_bytes(b'["input"]')
+    with pytest.raises(fixmin_cpp.ArgumentError, match=r"out.jsonl.done is damaged"):
+        run_job(model_path, source, out)
+
+
+@pytest.mark.parametrize("edit", [lambda d: d.replace(b'"id"', b'"ID"', 1), lambda d: d[:-9], lambda d: d + b"\n"])
+def test_output_that_was_changed_after_its_job_had_ended(model_path, tmp_path, out, edit):
+    source = write_lines(tmp_path / "in", mixed_lines(5))
+    run_job(model_path, source, out)
+    edited = edit(out.read_bytes())
+    out.write_bytes(edited)
+    with pytest.raises(fixmin_cpp.ArgumentError, match="was changed after its job had ended"):
+        run_job(model_path, source, out)
+    assert out.read_bytes() == edited
+    assert run_job(model_path, source, out, overwrite=True).n_resumed == 0
+    assert run_job(model_path, source, out).n_resumed == 5
+
+
+def test_output_of_a_job_that_was_done_is_gone(model_path, tmp_path, out):
+    source = write_lines(tmp_path / "in", mixed_lines(5))
+    run_job(model_path, source, out)
+    whole = records(out)
+    out.unlink()
+    assert run_job(model_path, source, out).n_resumed == 0
+    assert records(out) == whole
+
+
+@pytest.mark.parametrize("n_before", [4, 10])
+def test_an_input_that_has_grown(model_path, tmp_path, out, n_before):
+    """The answers are those of one run over all of it, whether the job was done before or not."""
+    lines = mixed_lines(14)
+    source = write_lines(tmp_path / "in", lines[:10])
+    if n_before < 10:
+        interrupt(model_path, source, out, n_before)
+    else:
+        run_job(model_path, source, out)
+    write_lines(source, lines)
+    report = run_job(model_path, source, out)
+    assert (report.n_lines, report.n_done, report.n_resumed) == (14, 14, n_before)
+    assert not out.with_name("out.jsonl.resume").exists()
+    run_job(model_path, source, tmp_path / "whole")
+    assert records(out) == records(tmp_path / "whole")
+    assert run_job(model_path, source, out).n_resumed == 14
+
+
+def test_an_input_whose_last_line_has_grown(model_path, tmp_path, out):
+    source = tmp_path / "in"
+    source.write_bytes(b'{"prompt": "a", "max_new_tokens": 1')
+    run_job(model_path, source, out)
+    done = out.read_bytes()
+    for more in (b"2}\n", b'}\n{"prompt": "b"}\n'):
+        source.write_bytes(b'{"prompt": "a", "max_new_tokens": 1' + more)
+        with pytest.raises(fixmin_cpp.ArgumentError, match="input was"):
+            run_job(model_path, source, out)
+        assert out.read_bytes() == done
 
 
 def test_one_run_at_a_time(model_path, tmp_path, out):
@@ -584,6 +661,14 @@ def test_command_quiet_and_refused(model, tmp_path, out):
     source = write_lines(tmp_path / "in", [{"prompt": "a", "max_new_tokens": 2}])
     assert fixmin("batch", source, out, "-m", model.path, "-t", 1, "-q").stdout == b""
     result = fixmin("batch", source, out, "-m", model.path, "-t", 1, "-q")
+    assert (result.returncode, result.stdout, result.stderr) == (0, b"", b"")
+    result = fixmin("batch", source, out, "-m", model.path, "-t", 1, "-c", 0)
+    assert (result.returncode, result.stderr.decode()) == (0, f"already done: {out} has all 1 lines\n")
+    result = fixmin("batch", source, out, "-m", model.path, "-t", 1, "-n", 3)
+    assert (result.returncode, result.stdout) == (1, b"")
+    assert result.stderr.decode().startswith(f"error: {out} was begun with other settings: option max_new_tokens")
+    out.with_name("out.jsonl.done").unlink()
+    result = fixmin("batch", source, out, "-m", model.path, "-t", 1)
     assert (result.returncode, result.stdout) == (1, b"")
     assert result.stderr.decode().startswith(f"error: {out} exists and is not the beginning of a job")
     assert fixmin("batch", source, out, "-m", model.path, "-t", 1, "--overwrite").returncode == 0

@@ -9,7 +9,7 @@ from fixmin_cli import fixmin
 from gguf_factory import make_model
 
 from fixmin_cpp import _core
-from fixmin_cpp.benchmark import bench, decode_bytes, prefill_operations
+from fixmin_cpp.benchmark import bench, decode_bytes, default_read_buffer, prefill_operations
 from fixmin_cpp.errors import ArgumentError, ArgumentTypeError
 
 SMALL = {"n_prompt": 7, "n_generate": 3, "repeat": 2, "read_buffer_bytes": 1 << 20, "n_threads": 2}
@@ -122,3 +122,11 @@ def test_command(bare_model_path):
     helped = fixmin("bench", "--help").stdout
     assert all(name.encode() in helped for name in required.split()[:-2])
     assert fixmin("bench", *options, "--depth", 1000).stderr.startswith(b"error: depth 1000 leaves no room")
+
+
+def test_no_gigabyte_for_a_small_file(bare_model_path):
+    mib = 1 << 20
+    options = SMALL | {"read_buffer_bytes": None, "repeat": 1}
+    assert bench(bare_model_path, **options).read_buffer_bytes == 16 * mib
+    assert default_read_buffer(10 * mib) <= 40 * mib
+    assert default_read_buffer(1 << 40) == pytest.approx(default_read_buffer(), rel=0.2)  # memory comes and goes

@@ -1,25 +1,69 @@
 """The command `fixmin` in processes of its own: through pipes, on a terminal, with everything that goes wrong."""
 
+import ast
+import contextlib
 import dataclasses
+import importlib.metadata
 import json
 import math
 import os
 import pty
 import re
+import shlex
 import subprocess
+import sys
+from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
+import typer.main
 from fixmin_cli import FIXMIN, TIMEOUT, fixmin, on_terminal
+from typer.testing import CliRunner
 
 import fixmin_cpp
 from fixmin_cpp import GenerationArguments
+from fixmin_cpp.cli import app
 from fixmin_cpp.cli_options import OPTIONS
+from fixmin_cpp.cli_output import EXTRAS
+
+DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo" / "fixed"
+COMMANDS = typer.main.get_command(app).commands
 
 
 def test_version_and_help():
     assert fixmin("--version").stdout.decode() == f"fixmin {fixmin_cpp.__version__}\n"
-    assert b"generate" in fixmin("--help").stdout
-    assert b"--max-new-tokens" in fixmin("generate", "--help").stdout
+    shown = fixmin("--help").stdout.decode()
+    assert re.findall(r"^  (\w+) ", shown, re.MULTILINE)[1:] == sorted(
+        COMMANDS, key=lambda name: shown.index(f"\n  {name} ")
+    )
+    for extra in ("convert", "quantize", "serve"):
+        assert f"fixmin-cpp[{extra}])" in shown
+    assert fixmin("-h").stdout.decode() == shown
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("name", ["generate", "batch", "serve", "bench"])
+def test_help_has_headings_and_whole_names(name, terminal):
+    """At 80 columns, where names of options must not be cut."""
+    if terminal:
+        shown = re.sub("\x1b\\[[0-9;]*m", "", on_terminal([*FIXMIN, name, "--help"], columns=80))
+    else:
+        shown = fixmin(name, "--help").stdout.decode()
+    assert max(map(len, shown.splitlines())) <= 80
+    for parameter in COMMANDS[name].params:
+        if parameter.param_type_name == "option":
+            joined = ", ".join(sorted(parameter.opts, key=lambda opt: len(opt) > 2))
+            assert re.search(rf"^  {re.escape(joined)}( |$)", shown, re.MULTILINE), joined
+            heading = getattr(parameter, "rich_help_panel", None) or "Other options"
+            assert f"\n{heading}:\n" in shown
+    assert shown.index("Other options:") > shown.rindex("\n\n", 0, shown.index("--help  "))
+
+
+def test_every_row_of_the_table_has_a_heading_of_its_own():
+    panels = {p.name: p.rich_help_panel for p in COMMANDS["generate"].params if p.name in OPTIONS}
+    assert panels.keys() == OPTIONS.keys()
+    assert len(set(panels.values())) > 5
 
 
 def test_generate_writes_the_text_and_nothing_else_to_stdout(letters_model):
@@ -125,7 +169,9 @@ def test_several_completions(letters_model):
     best = letters_model.generate("the cat", best_of=3, **arguments)
     options = ["-m", letters_model.path, "-p", "the cat", "-n", 6, "--temp", 1, "-s", 3]
     result = fixmin("generate", *options, "--n", 3)
-    assert result.stdout.decode() == "".join(candidate.text + "\n" for candidate in everyone)
+    assert result.stdout.decode() == "".join(
+        f"--- {i + 1} of 3, seed {candidate.seed} ---\n{candidate.text}\n" for i, candidate in enumerate(everyone)
+    )
     assert [line.split()[-1] for line in result.stderr.decode().splitlines()] == [str(c.seed) for c in everyone]
     answer = json.loads(fixmin("generate", *options, "--n", 3, "--json").stdout)
     assert [c["token_ids"] for c in answer["candidates"]] == [c.token_ids for c in everyone]
@@ -158,7 +204,11 @@ WRONG = [
     (["-m", "{model}", "-p", ""], 1, "prompt is empty"),
     (["-m", "{model}"], 1, "prompt is empty"),
     (["-m", "{model}", "-f", "missing.txt"], 1, "missing.txt"),
-    (["-m", "{model}", "-p", "a", "-n", "-5"], 1, "max_new_tokens must be at least 1, got -5"),
+    (
+        ["-m", "{model}", "-p", "a", "-n", "-5"],
+        1,
+        "max_new_tokens must be at least 1, or -1: until the context ends, got -5",
+    ),
     (["-m", "{model}", "-p", "a", "--temperature", "nan"], 1, "temperature"),
     (["-m", "{model}", "-p", "a", "--min-p", "2"], 1, "min_p must be between 0 and 1, got 2"),
     (["-m", "{model}", "-p", "a", "--logit-bias", "5"], 2, "ID+BIAS"),
@@ -258,7 +308,11 @@ def test_inspect(letters_model):
     assert [token["id"] for token in description["tokens"]] == [0, 3]
     plain = fixmin("inspect", letters_model.path)
     assert plain.returncode == 0
-    assert b"blk.0.attn_q.weight" in plain.stdout
+    assert re.search(rb" blk\.\*\.attn_q\.weight +\| +2 \| ", plain.stdout)
+    assert b"blk.0.attn_q.weight" not in plain.stdout
+    everything = fixmin("inspect", letters_model.path, "--all").stdout
+    for name in (tensor["name"] for tensor in description["tensors"]):
+        assert everything.count(f" {name} ".encode()) == 1
     assert b"\x1b[" not in plain.stdout
     failed = fixmin("inspect", __file__)
     assert failed.returncode == 1
@@ -281,3 +335,338 @@ def test_converter_is_reached(command):
     failed = fixmin(command, "no/such/checkpoint.gguf", "no/such/folder")
     assert failed.returncode != 0
     assert b"Traceback" not in failed.stderr
+
+
+# --- what goes wrong around a command -----------------------------------------------------------------------------
+
+
+def shell(command: str, **arguments: object) -> subprocess.CompletedProcess[bytes]:
+    """A line of bash in which fixmin is a function; stdin is closed to nobody."""
+    line = f'fixmin() {{ {shlex.join(FIXMIN)} "$@"; }}; set -o pipefail; {command}'
+    return subprocess.run(["bash", "-c", line], capture_output=True, timeout=TIMEOUT, check=False, **arguments)  # type: ignore[call-overload]
+
+
+# command, exit code, stderr
+ENDS = [
+    ("fixmin generate -qm $M -p a -n 2 >&-", 1, "error: stdout: Bad file descriptor\n"),
+    ("fixmin generate -qm $M -p a -n 2 >/dev/full", 1, "error: stdout: No space left on device\n"),
+    ("fixmin generate -m $M -p a -n 2 2>&- | cmp - $EXPECTED", 0, ""),
+    ("fixmin generate -m $M -p a -n 2 2>/dev/full | cmp - $EXPECTED", 0, ""),
+    ("fixmin generate -m $M -n 2 <&-", 2, "no prompt"),
+    ("fixmin --help >/dev/full", 1, "error: No space left on device\n"),
+    ("fixmin --version >&-", 1, "error: Bad file descriptor\n"),
+    ("fixmin info >/dev/full", 1, "error: stdout: No space left on device\n"),
+    ("fixmin inspect $M >/dev/full", 1, "error: No space left on device\n"),
+    ("fixmin inspect $M --json >&-", 1, "error: Bad file descriptor\n"),
+    ("fixmin inspect $M --all | head -1", 141, ""),
+    ("fixmin inspect $M --json | true", 141, ""),
+    ("fixmin --help | true", 141, ""),
+    ("fixmin tokenize -m $M -p a | true", 141, ""),
+]
+
+
+@pytest.mark.parametrize(("command", "code", "message"), ENDS, ids=[command for command, *_ in ENDS])
+def test_streams_that_are_closed_or_full(model, model_path, tmp_path, command, code, message):
+    expected = tmp_path / "expected"
+    expected.write_text(model.generate("a", max_new_tokens=2).text + "\n")
+    result = shell(command, env={**os.environ, "M": str(model_path), "EXPECTED": str(expected)})
+    errors = result.stderr.decode()
+    assert result.returncode == code
+    assert errors == message or (code == 2 and message in errors)
+    assert "Traceback" not in errors
+
+
+def test_what_is_written_to_a_closed_stdout_does_not_land_in_a_file(model_path, tmp_path):
+    """The number 1 is free then, and the first file that is opened would get it."""
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "a", "max_new_tokens": 2}\n')
+    result = shell(f"fixmin batch {source} {target} -m {model_path} >&- 2>&-")
+    assert result.returncode == 1
+    assert [json.loads(line)["line"] for line in target.read_text().splitlines()] == [1]
+
+
+LOCALES = [
+    {"PYTHONIOENCODING": "ascii"},
+    {"PYTHONIOENCODING": "latin-1"},
+    {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+]
+
+
+@pytest.mark.parametrize("locale", LOCALES, ids=str)
+def test_text_is_utf8_whatever_the_locale(letters_model, locale):
+    environment = {**os.environ, "M": letters_model.path, **locale}
+    expected = letters_model.generate("日é", max_new_tokens=9, stop="é")
+    result = shell("fixmin generate -m $M -p 日é -n 9 --stop é --json", env=environment)
+    answer = json.loads(result.stdout.decode())
+    assert (answer["prompt"], answer["token_ids"]) == ("日é", expected.token_ids)
+    for command in ("tokenize -m $M -p 日é", "score -m $M -p 日é", "inspect $M -t 日é", "generate --help"):
+        result = shell(f"fixmin {command}", env=environment)
+        assert (result.returncode, b"Traceback" in result.stderr) == (0, False), command
+    result = shell("fixmin tokenize -m $M --json -p 日é", env=environment)
+    assert json.loads(result.stdout.decode())["pieces"] == ["日", "é"]
+
+
+def test_an_argument_that_is_not_utf8(model_path):
+    result = shell(rf"fixmin generate -m {model_path} -p $'a\xffb'")
+    assert (result.returncode, result.stderr) == (1, b"error: the command line is not UTF-8: byte 0xff at offset 1\n")
+
+
+def test_a_narrow_terminal_and_one_without_colours(model_path):
+    environment = {"COLUMNS": "20", "NO_COLOR": "1"}
+    for command in (["inspect", str(model_path)], ["generate", "--help"], ["info"]):
+        shown = on_terminal([*FIXMIN, *command], **environment)
+        assert not re.search("\x1b\\[[0-9;]*3[0-9]m", shown)  # a colour
+    assert " blk.*.attn_q.weight " in on_terminal([*FIXMIN, "inspect", str(model_path)], **environment)
+
+
+def test_stdin_under_the_name_of_a_file(letters_model):
+    expected = letters_model.generate("the cat", max_new_tokens=5).text + "\n"
+    for option in ("-f", "-p"):
+        result = fixmin("generate", "-m", letters_model.path, "-n", 5, option, "-", stdin=b"the cat\n")
+        assert result.stdout.decode() == expected
+
+
+def test_options_that_do_nothing_without_a_temperature(letters_model):
+    options = ["-m", letters_model.path, "-p", "the", "-n", 2, "--top-k", 4, "-s", 1]
+    assert b"--seed, --top-k had no effect: without --temp" in fixmin("generate", *options).stderr
+    assert b"no effect" not in fixmin("generate", *options, "--temp", 0).stderr
+
+
+# --- tokenize and score -------------------------------------------------------------------------------------------
+
+
+def test_tokenize(letters_model, model, model_path, bare_model_path, tmp_path):
+    text = "the 日本\n cat"
+    (tmp_path / "text").write_text(text + "\n")
+    ids = letters_model.encode(text)
+    for source in (["-p", text], ["-p", text.replace("\n", r"\n")], ["-f", tmp_path / "text"]):
+        result = fixmin("tokenize", "-m", letters_model.path, *source)
+        assert [int(line.split()[0]) for line in result.stdout.decode().splitlines()] == ids
+        pieces = [ast.literal_eval(line.split(maxsplit=1)[1]) for line in result.stdout.decode().splitlines()]
+        assert "".join(pieces) == text
+        assert result.stderr.decode() == f"{len(ids)} tokens\n"
+    result = fixmin("tokenize", "-m", letters_model.path, "--ids", stdin=text.encode())
+    assert result.stdout.decode() == " ".join(map(str, ids)) + "\n"
+    answer = json.loads(fixmin("tokenize", "-m", model_path, "--json", "-p", "éé").stdout)
+    assert answer["token_ids"] == model.encode("éé")
+    assert (answer["text"], answer["n_tokens"], len(answer["pieces"])) == (
+        "éé",
+        len(answer["token_ids"]),
+        answer["n_tokens"],
+    )
+    failed = fixmin("tokenize", "-m", bare_model_path, "-p", "a")
+    assert (failed.returncode, failed.stderr.count(b"\n")) == (1, 1)
+    assert b"bare.gguf holds no tokenizer" in failed.stderr
+    assert fixmin("tokenize", "-m", model_path, "-p", "").stdout == b""
+
+
+def test_score(letters_model, tmp_path):
+    text = "the 日本 cat"
+    expected = letters_model.score(text)
+    answer = json.loads(fixmin("score", "-m", letters_model.path, "-p", text, "--json").stdout)
+    assert answer["text"] == text
+    assert (answer["token_ids"], answer["ranks"]) == (expected.token_ids, expected.ranks.tolist())
+    assert (answer["logprobs"], answer["nll"], answer["perplexity"]) == (
+        expected.logprobs.tolist(),
+        expected.nll,
+        expected.perplexity,
+    )
+    assert "".join(answer["pieces"]) == text
+    head, first, *rows, last = (
+        fixmin("score", "-m", letters_model.path, stdin=text.encode()).stdout.decode().splitlines()
+    )
+    assert head.split() == ["id", "logprob", "p", "rank", "token"]
+    assert int(first.split()[0]) == expected.token_ids[0]
+    found = [(int(row.split()[0]), float(row.split()[1]), int(row.split()[3])) for row in rows]
+    assert found == [
+        (i, pytest.approx(p, abs=6e-4), r)
+        for i, p, r in zip(expected.token_ids[1:], expected.logprobs.tolist(), expected.ranks, strict=True)
+    ]
+    assert last.startswith(f"{len(expected.token_ids)} tokens, perplexity {expected.perplexity:.6g}, ")
+    assert fixmin("score", "-qm", letters_model.path, "-p", text).stdout.decode() == last + "\n"
+    failed = fixmin("score", "-m", letters_model.path, "-p", "a")
+    assert (failed.returncode, b"at least 2 tokens" in failed.stderr) == (1, True)
+
+
+# --- wrong files, wrong numbers, missing packages -----------------------------------------------------------------
+
+
+def invoke(*arguments: object) -> tuple[int, list[str]]:
+    """A command in this process: its exit code and the lines of stderr."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.stderr.splitlines()
+
+
+@pytest.fixture
+def bad_files(tmp_path, model_path):
+    whole = model_path.read_bytes()
+    (tmp_path / "folder").mkdir()
+    for name, data in (
+        ("empty", b""),
+        ("text", b"hello\n" * 100),
+        ("cut", whole[:3000]),
+        ("changed", whole[:8] + bytes(16) + whole[24:]),
+    ):
+        (tmp_path / name).write_bytes(data)
+    writer = gguf.GGUFWriter(tmp_path / "other", "llama")
+    writer.add_tensor("output.weight", np.zeros((4, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    os.symlink("nowhere", tmp_path / "dangling")
+    os.mkfifo(tmp_path / "pipe")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["missing", "folder", "empty", "text", "cut", "changed", "other", "dangling", "pipe"])
+def test_files_that_are_no_model(bad_files, model_path, name):
+    file, text, lines = bad_files / name, bad_files / "text", bad_files / "in.jsonl"
+    lines.write_text('{"prompt": "a"}\n')
+    commands = [
+        ["generate", "-m", file, "-p", "a"],
+        ["tokenize", "-m", file, "-p", "a"],
+        ["score", "-m", file, "-p", "a b"],
+        ["batch", lines, bad_files / "out.jsonl", "-m", file],
+        ["bench", "-m", file],
+        ["imatrix", "-m", file, "-f", text, "-o", bad_files / "out"],
+        ["perplexity", "-m", file, "-f", text],
+        ["perplexity", "-m", model_path, "-f", text, "--base-model", file],
+        ["quantize", file, bad_files / "out", "q4_0"],
+    ]
+    for command in [*commands, *([["inspect", file]] if name not in ("other", "changed") else [])]:
+        code, lines_of_errors = invoke(*command)
+        assert (code, len(lines_of_errors)) == (1, 1), (command, lines_of_errors)
+        assert lines_of_errors[0].startswith(f"error: {file}"), command
+        assert not (bad_files / "out").exists()
+        assert not (bad_files / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize("name", ["missing", "folder", "empty"])
+def test_files_that_are_no_text(bad_files, model_path, name):
+    file = bad_files / name
+    commands = [["generate"], ["score"], ["perplexity"], ["imatrix", "-o", bad_files / "out"]]
+    for command in commands:
+        code, errors = invoke(*command, "-m", model_path, "-f", file)
+        assert (code, len(errors)) == (1, 1), (command, errors)
+        assert "empty" in errors[0] or errors[0].startswith(f"error: {file}: ")
+
+
+NUMBERS = ["-1", "0", "-" + "9" * 30, "9" * 30, "9" * 5000, "nan", "inf", "-inf", "1e400", "0x10", "", "three"]
+CALLS = {
+    "generate": ["-m", "{model}", "-p", "a", "-q"],
+    "score": ["-m", "{model}", "-p", "a cat", "-q"],
+    "batch": ["{in}", "{out}", "-m", "{model}", "--overwrite", "-q"],
+    "imatrix": ["-m", "{model}", "-f", "{text}", "-o", "{out}.gguf"],
+    "perplexity": ["-m", "{model}", "-f", "{text}"],
+}
+
+
+def is_number(parameter) -> bool:
+    kind = str(getattr(parameter, "type_descriptor", None) or parameter.type)
+    return re.search("int|float|INTEGER|FLOAT", kind) is not None
+
+
+def test_every_numeric_option_is_tried():
+    assert sum(is_number(p) for p in COMMANDS["generate"].params) >= 35
+    assert not any(is_number(p) for name in ("inspect", "tokenize") for p in COMMANDS[name].params)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_any_number_for_any_option(model, model_path, tmp_path, name, monkeypatch):
+    """It works, or it is refused in one line that names what is wrong: usage (2), or the value (1)."""
+
+    def loaded(path, *, quiet=False, **settings):  # once, where no setting asks for another one
+        usual = {name: value for name, value in settings.items() if value not in (None, "f16")} == {}
+        return contextlib.nullcontext(model) if usual else fixmin_cpp.Model(path, **settings)
+
+    monkeypatch.setattr("fixmin_cpp.cli._load", loaded)
+    files = {"model": model_path, "in": tmp_path / "in", "out": tmp_path / "out", "text": tmp_path / "text"}
+    files["in"].write_text('{"prompt": "a", "max_new_tokens": 2}\n')
+    files["text"].write_text("the cat " * 9)
+    call = [part.format(**files) for part in CALLS[name]]
+    for parameter in filter(is_number, COMMANDS[name].params):
+        if name == "batch" and parameter.name in OPTIONS:
+            continue  # as generate has them
+        option = max(parameter.opts, key=len)
+        for value in NUMBERS:
+            code, errors = invoke(name, *call, f"{option}={value}")
+            if code == 1:
+                assert len(errors) == 1, (option, value[:40], errors)
+                assert errors[0].startswith("error: "), (option, value[:40])
+                assert "--debug" not in errors[0]
+                assert len(errors[0]) < 400
+            else:
+                assert code in (0, 2), (option, value[:40], errors)
+
+
+def test_wrong_usage_is_short_and_suggests():
+    for arguments, meant in (
+        (["generat"], "generate"),
+        (["generate", "--temprature", "1"], "--temperature"),
+        (["batch", "--fail-fats"], "--fail-fast"),
+        (["generate", "-p", "a"], "--model"),
+    ):
+        code, errors = invoke(*arguments)
+        assert (code, meant in errors[-1]) == (2, True), errors
+        assert len(errors) <= 4
+
+
+def test_options_given_twice_and_a_double_dash(letters_model):
+    base = ["generate", "-m", letters_model.path, "-q", "-p", "ab"]
+    result = fixmin(*base, "-p", "the cat", "-n", 1, "-n", 4)  # the last one counts, as everywhere
+    assert result.stdout.decode() == letters_model.generate("the cat", max_new_tokens=4).text + "\n"
+    assert invoke(*base, "--", "-n")[0] == 2
+    assert invoke(*base[:-1], "-abc", "-n", 2)[0] == 0  # a prompt may begin with a dash
+
+
+def test_very_long_and_binary_input(model_path):
+    result = fixmin("generate", "-m", model_path, stdin=b"the cat " * 250_000)
+    assert (result.returncode, result.stderr.count(b"\n")) == (1, 1)
+    assert re.match(rb"error: prompt has \d+ tokens, but the context holds 64, ", result.stderr)
+    result = fixmin("generate", "-m", model_path, stdin=bytes(range(256)) * 4096)
+    assert result.stderr == b"error: stdin is not UTF-8: byte 0x80 at offset 128\n"
+
+
+def test_extras_are_those_of_the_package():
+    """Every package that an extra names is known under the name with which it is imported."""
+    names = {"ggml-python": "ggml", "prometheus-client": "prometheus_client", "fixmin-cpp": "llguidance"}
+    wanted: dict[str, set[str]] = {}
+    for requirement in importlib.metadata.requires("fixmin-cpp"):
+        match = re.fullmatch(r"([\w-]+).*extra == .(\w+)..*", requirement)
+        if match and match[2] in EXTRAS:
+            wanted.setdefault(match[2], set()).add(names.get(match[1], match[1]))
+    assert wanted.keys() == EXTRAS.keys()
+    for extra, packages in wanted.items():
+        assert packages <= set(EXTRAS[extra]), extra
+
+
+WITHOUT = [
+    ("torch", "convert", ["convert", "{demo}", "-o", "{out}"]),
+    ("transformers", "convert", ["convert", "{demo}", "-o", "{out}", "--trust-remote-code"]),
+    ("safetensors", "convert", ["convert", "{demo}", "-o", "{out}", "--trust-remote-code"]),
+    ("gguf", "convert", ["verify", "{model}", "{demo}"]),
+    ("gguf", "quantize", ["quantize", "{model}", "{out}", "q8_0"]),
+    ("ggml", "quantize", ["quantize", "{model}", "{out}", "q8_0"]),
+    ("gguf", "quantize", ["imatrix", "-m", "{model}", "-f", __file__, "-o", "{out}"]),
+    ("fastapi", "serve", ["serve", "{model}"]),
+    ("uvicorn", "serve", ["serve", "{model}"]),
+    ("prometheus_client", "serve", ["serve", "{model}"]),
+    ("llguidance", "grammar", ["generate", "-m", "{model}", "-p", "a", "--regex", "a"]),
+    ("ray", "ray", ["batch", "{in}", "{out}", "-m", "{model}", "--ray", "local"]),
+]
+
+
+@pytest.mark.parametrize(("package", "extra", "command"), WITHOUT)
+def test_missing_package(model_path, tmp_path, package, extra, command):
+    files = {"demo": DEMO, "out": tmp_path / "out", "model": model_path, "in": tmp_path / "in"}
+    files["in"].write_text('{"prompt": "a"}\n')
+    code = f"import sys; sys.modules[{package!r}] = None; from fixmin_cpp.cli import main; main()"
+    filled = [part.format(**files) for part in command]
+    result = subprocess.run([sys.executable, "-c", code, *filled], capture_output=True, timeout=TIMEOUT, check=False)
+    *before, last = result.stderr.decode().splitlines()
+    assert result.returncode == 1
+    assert re.search(rf"needs (the Python package )?'?{package}'?: pip install 'fixmin-cpp\[{extra}\]'", last)
+    assert [line for line in before if not line.startswith("starting the converter")] == []
+    assert not files["out"].exists()

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders
 from toy_models import SPECIALS, byte_fallback, byte_level, concatenating
 
 from fixmin_cpp.constrain import Compiler, Constraint, Matcher, token_bytes
-from fixmin_cpp.errors import ArgumentError, ArgumentTypeError, FixminError, UnsupportedError
+from fixmin_cpp.errors import ArgumentError, ArgumentTypeError, BusyError, FixminError, UnsupportedError
 from fixmin_cpp.tokenizer import TextTokenizer
 
 llguidance = pytest.importorskip("llguidance")
@@ -718,6 +718,13 @@ for arguments in [
     {"json_schema": {"type": "array", "items": {"type": "integer"}, "minItems": 10**9}},
     {"json_schema": {"type": "string", "minLength": 10**9}},
     {"json_schema": {"allOf": [{"pattern": f"[a-z]{{1,{i}}}"} for i in range(1, 200)]}},
+    {"json_schema": {"type": "integer", "const": -(2**63)}},
+    {"grammar": "start: a0\\n" + "".join(f"a{i:x}: a{i + 1:x}\\n" for i in range(21000)) + "a5208: 'a'"},
+    {"grammar": "start: A0\\n" + "".join(f'A{i}: "a" A{i + 1}\\n' for i in range(12000)) + "A12000: 'a'"},
+    {"json_schema": {"$ref": "#/$defs/0", "$defs": {str(i): {"$ref": f"#/$defs/{i + 1}"} for i in range(7000)}}},
+    {"json_schema": {"$ref": "#/$defs/0", "$defs": {
+        str(i): {"items": {"$ref": f"#/$defs/{i + 1}"}} if i < 4500 else {} for i in range(4501)}}},
+    {"grammar": "start: A\\nA: " + " & ".join(f"/[a-z]*[a-z]{{1,{i}}}x.*/" for i in range(1, 200))},
 ]:
     try:
         matcher = compiler.matcher(Constraint.check(**arguments))
@@ -738,8 +745,127 @@ def test_hostile_descriptions_are_refused_or_run_in_bounded_time():
         [sys.executable, "-c", HOSTILE, str(DEMO)], capture_output=True, text=True, timeout=300, check=False
     )
     assert (result.returncode, result.stderr) == (0, "")
-    assert len(re.findall("^(ran|refused)", result.stdout, re.MULTILINE)) == HOSTILE.count('    {"')
-    assert result.stdout.splitlines()[-1] == "refused json_schema is too complex: not compiled within 2 s"
+    assert len(re.findall("^(ran|refused)", result.stdout, re.MULTILINE)) == HOSTILE.count('\n    {"')
+    assert result.stdout.splitlines()[-1] == "refused grammar is too complex: not compiled within 2 s"
+
+
+class Stuck:
+    """In place of llguidance: compiles constraints that say so only when it is let go."""
+
+    def __init__(self, real) -> None:
+        self._real = real
+        self.go_on = threading.Event()
+
+    def __getattr__(self, name: str):
+        return getattr(self._real, name)
+
+    def LLMatcher(self, tokenizer, source, **options):
+        if "stuck" in source:
+            assert self.go_on.wait(60)
+        return self._real.LLMatcher(tokenizer, source, **options)
+
+
+def test_few_compile_at_a_time_and_others_are_told_so():
+    compiler = Compiler(TOKENIZERS["demo"], SIZE["demo"], END["demo"], compile_timeout=0.2)
+    known = compiler.matcher(Constraint.check(regex="known"))
+    compiler._llguidance = stuck = Stuck(compiler._llguidance)
+
+    def compile_(i: int) -> str:
+        with pytest.raises(FixminError) as caught:
+            compiler.matcher(Constraint.check(regex=f"stuck{i}"))
+        return f"{type(caught.value).__name__}: {caught.value}"
+
+    with ThreadPoolExecutor(10) as pool:
+        messages = sorted(pool.map(compile_, range(10)))
+    assert messages[0] == "ArgumentError: regex is too complex: not compiled within 0.2 s"
+    assert len(set(messages)) == 2
+    assert messages[-1] == "BusyError: regex was not compiled: 4 others that take long are; try again later"
+    assert [message[:4] for message in messages] == ["Argu"] * 4 + ["Busy"] * 6
+    assert ids_in(known.mask()) == ids_in(compiler.matcher(Constraint.check(regex="known")).mask())  # needs no place
+    stuck.go_on.set()
+    for _ in range(100):
+        try:
+            compiler.matcher(Constraint.check(regex="free"))
+            return
+        except BusyError:
+            continue
+    raise AssertionError("places are not given back")
+
+
+def test_what_failed_to_compile_gives_its_place_back():
+    compiler = Compiler(TOKENIZERS["demo"], SIZE["demo"], END["demo"])
+    for i in range(6):
+        with pytest.raises(ArgumentError, match="unclosed group"):
+            compiler.matcher(Constraint.check(regex=f"a{i}("))
+    compiler.matcher(Constraint.check(regex="a"))
+
+
+@pytest.mark.parametrize("argument", ["json_schema", "regex", "grammar", "choices"])
+def test_descriptions_have_a_longest_length(argument):
+    long = "a" * 300_000
+    given = {"json_schema": {"const": long}, "choices": [long[:150_000], long[:150_001]]}.get(argument, long)
+    with pytest.raises(ArgumentError, match=rf"{argument} has 3000\d\d characters, but at most 262144 are compiled"):
+        Constraint.check(**{argument: given})
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    ['root ::= "' + "a" * 40_000 + '"', "root ::= r1\n" + "\n".join(f"r{i} ::= r{i + 1}" for i in range(400))],
+)
+def test_large_gbnf_is_refused_before_it_is_translated(grammar):
+    with pytest.raises(ArgumentError, match=r"grammar has .* are translated: write it in Lark"):
+        Constraint.check(grammar=grammar)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"json_schema": {"const": "ü"}}, "json_schema has \"ü\" at #/const, which cannot be written .* none for 'ü'"),
+        ({"json_schema": {"items": {"enum": ["a", {"b": ["ü"]}]}}}, "at #/items/enum, which cannot be written"),
+        ({"json_schema": {"properties": {"aü": True}}}, 'json_schema has "aü" at #/properties'),
+    ],
+)
+def test_a_literal_that_the_tokens_cannot_spell_is_refused(arguments, message):
+    with pytest.raises(ArgumentError, match=message):
+        start("letters", **arguments)
+    start("byte_level", **arguments)
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [{"regex": "a(ü)b"}, {"grammar": 'start: "a" "ü"'}, {"json_schema": {"pattern": "^aü$", "type": "string"}}],
+)
+def test_where_the_tokens_cannot_go_on_the_constraint_is_at_fault(constraint):
+    matcher = start("letters", **constraint)
+    with pytest.raises(ArgumentError, match="leaves no way to go on"):
+        walk(matcher, np.random.default_rng(0), END["letters"], 50)
+
+
+SPELLED = [
+    {"choices": ["a</s>b"]},
+    {"regex": "a</s>b"},
+    {"grammar": 'start: "a</s>b"'},
+    {"json_schema": {"const": "</s>"}},
+]
+
+
+@pytest.mark.parametrize("constraint", SPELLED)
+@pytest.mark.parametrize("kind", ["byte_level", "byte_fallback", "demo"])
+def test_the_name_of_a_special_token_is_written_in_letters(kind, constraint):
+    text = finished_text(kind, 0, **constraint)
+    assert text in ("a</s>b", '"</s>"')
+    ids = TOKENIZERS[kind].encode(text, parse_special=False)
+    forced = start(kind, **constraint).forced()
+    assert forced == ids[: len(forced)]
+    assert not set(forced) & TOKENIZERS[kind].special_ids
+
+
+def test_many_choices_are_checked_letter_by_letter():
+    choices = [f"number {i}" for i in range(5000)]
+    matcher = start("demo", choices=choices)
+    assert "".join(TOKENIZERS["demo"].decode(matcher.forced())).startswith("number")
+    with pytest.raises(ArgumentError, match=r"choices\[5000\] .* cannot be written .* none for 'ü'"):
+        start("letters", choices=[*choices, "x" * 100 + "ü"])
 
 
 def test_equal_constraints_from_different_spellings_share_a_key():

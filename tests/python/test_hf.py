@@ -26,6 +26,7 @@ from transformers.generation.logits_process import (  # noqa: E402
 )
 from transformers.generation.streamers import BaseStreamer, TextIteratorStreamer  # noqa: E402
 
+from fixmin_cpp.hf import _CACHE as CACHE  # noqa: E402
 from fixmin_cpp.hf import Decoding, FixMinForCausalLM, TokenCache, load_tokenizer  # noqa: E402
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo"
@@ -155,24 +156,25 @@ def test_padding_changes_nothing(pair, side):
     assert torch.equal(last, logits[:, -2:])
 
 
-def test_continues_from_a_cache(pair):
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_continues_from_a_cache(pair, name):
     ids = torch.tensor([pair.tokenizer.encode(PROMPT)[:9]] * 2)
     ids[1, 4:] += 1
     mask = torch.ones_like(ids)
     mask[0, :2] = 0
     whole = pair.model(ids, mask).logits
     first = pair.model(ids[:, :4], mask[:, :4])
-    cache = first.past_key_values
+    cache = first[CACHE]
     assert torch.equal(first.logits, whole[:, :4])
     assert cache.get_seq_length() == 4
-    assert torch.equal(pair.model(ids[:, 4:6], mask[:, :6], past_key_values=cache).logits, whole[:, 4:6])
-    assert torch.equal(pair.model(ids[:, 6:], past_key_values=cache).logits, whole[:, 6:]), "the mask is remembered"
+    assert torch.equal(pair.model(ids[:, 4:6], mask[:, :6], **{name: cache}).logits, whole[:, 4:6])
+    assert torch.equal(pair.model(ids[:, 6:], **{name: cache}).logits, whole[:, 6:]), "the mask is remembered"
     cache.crop(-3)
-    assert torch.equal(pair.model(ids[:, 6:], past_key_values=cache).logits, whole[:, 6:])
+    assert torch.equal(pair.model(ids[:, 6:], **{name: cache}).logits, whole[:, 6:])
     cache.crop(5)
     cache.reorder_cache(torch.tensor([1, 0]))
-    assert torch.equal(pair.model(ids.flip(0)[:, 5:], past_key_values=cache).logits, whole.flip(0)[:, 5:])
-    assert pair.model(ids, use_cache=False).past_key_values is None
+    assert torch.equal(pair.model(ids.flip(0)[:, 5:], **{name: cache}).logits, whole.flip(0)[:, 5:])
+    assert CACHE not in pair.model(ids, use_cache=False)
 
 
 def test_loss_is_that_of_the_checkpoint(pair):
@@ -192,6 +194,25 @@ def test_loss_is_that_of_the_checkpoint(pair):
     assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-5)
     with pytest.raises(UnsupportedError, match="no gradients"):
         loss.backward()
+
+
+def test_trainer_evaluates_as_the_checkpoint(pair, tmp_path):
+    """Trainer passes num_items_in_batch and drops what config says of the outputs, under either name."""
+    ids = [pair.tokenizer.encode(PROMPT + " Paris")[:n] for n in (12, 12, 12, 12)]
+    rows = [{"input_ids": row, "labels": [-100] * k + row[k:]} for k, row in enumerate(ids)]
+    losses = []
+    for model in (pair.model, pair.reference):
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path), per_device_eval_batch_size=2, report_to=[], use_cpu=True, disable_tqdm=True
+        )
+        losses.append(transformers.Trainer(model, args=arguments, eval_dataset=rows).evaluate()["eval_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    with torch.no_grad():
+        batch = {name: torch.tensor([row[name] for row in rows]) for name in ("input_ids", "labels")}
+        expected = pair.reference(**batch, num_items_in_batch=7).loss
+        got = pair.model(**batch, num_items_in_batch=torch.tensor(7)).loss
+        assert float(got) == pytest.approx(float(expected), rel=1e-5)
+        assert float(got) > 2 * float(pair.model(**batch).loss)
 
 
 # --- generate() -----------------------------------------------------------------------------------------------------
@@ -265,7 +286,10 @@ def test_processors_that_are_native(pair, arguments):
         forms = {"suppress_tokens": first[:2], "bad_words_ids": [[first[0]], [first[2]]]}
         forms |= {"sequence_bias": {(first[1],): -3.0, (first[0],): 1.0}}
         given = {name: forms[name] if value == "first" else value for name, value in arguments.items()}
-        got = pair.model.generate(**batch, **on, **given, native=True)
+        got = pair.model.generate(**batch, **on, **given)
+        # Releases before 5.23 count padding as a repetition, which only their own loop does.
+        assert pair.model.last_decoding.reason in ("", "prompt_ignore_length")
+        assert pair.model.last_decoding.native or not batch["attention_mask"].all()
         assert torch.equal(got, pair.reference.generate(**batch, **on, **given))
 
 
@@ -289,13 +313,11 @@ def test_a_dict_goes_on_from_its_cache(pair, native):
     arguments = {"do_sample": False, "return_dict_in_generate": True}
     batch = pair.batch(PROMPTS[1:])  # whose answers do not end before that
     got = pair.model.generate(**batch, max_new_tokens=5, **arguments, native=native)
-    assert got.past_key_values.get_seq_length() == got.sequences.shape[1] - 1
+    assert got[CACHE].get_seq_length() == got.sequences.shape[1] - 1
     more = {"attention_mask": torch.nn.functional.pad(batch["attention_mask"], (0, 5), value=1), "max_new_tokens": 6}
     whole = pair.model.generate(**batch, max_new_tokens=11, **arguments).sequences
-    assert torch.equal(
-        pair.model.generate(got.sequences, past_key_values=got.past_key_values, **more, **arguments).sequences, whole
-    )
-    assert "past_key_values" in pair.model.last_decoding.reason
+    assert torch.equal(pair.model.generate(got.sequences, **{CACHE: got[CACHE]}, **more, **arguments).sequences, whole)
+    assert "a cache with tokens" in pair.model.last_decoding.reason
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -473,7 +495,11 @@ def pipelines(pair) -> SimpleNamespace:
     """The pipeline on the engine with the file's tokenizer, and on PyTorch with the checkpoint's."""
     return SimpleNamespace(
         native=pipeline("text-generation", model=pair.model, tokenizer=pair.tokenizer),
-        torch=pipeline("text-generation", model=pair.reference, tokenizer=AutoTokenizer.from_pretrained(pair.folder)),
+        torch=pipeline(
+            "text-generation",
+            model=pair.reference,
+            tokenizer=AutoTokenizer.from_pretrained(pair.folder, padding_side="left"),
+        ),
     )
 
 
@@ -567,7 +593,11 @@ def test_file_without_a_tokenizer(bare_model_path):
         ({"attention_mask": torch.tensor([[0, 0, 0]])}, ArgumentError, "row 0 of attention_mask hides every token"),
         ({"attention_mask": torch.tensor([[0.0, -1e9, 0.0]])}, ArgumentError, "1 for a token and 0 for padding"),
         ({"attention_mask": torch.ones(1, 3, device="meta")}, ArgumentError, "attention_mask is on meta"),
-        ({"past_key_values": DynamicCache()}, ArgumentError, "got DynamicCache"),
+        ({"past_key_values": DynamicCache()}, ArgumentError, "past_key_values must be .* got DynamicCache"),
+        ({"cache": DynamicCache()}, ArgumentError, "cache must be .* got DynamicCache"),
+        ({"cache": TokenCache(), "past_key_values": TokenCache()}, ArgumentError, "two names of one argument"),
+        ({"cahce": TokenCache()}, UnsupportedError, "does not take cahce"),
+        ({"cache_position": torch.tensor([1, 2, 3])}, ArgumentError, "cache_position must be 0 to 2"),
         ({"labels": torch.tensor([[1, 2]])}, ArgumentError, r"labels has the shape \[1, 2\]"),
         ({"labels": torch.tensor([[1, 2, 3]]), "logits_to_keep": 1}, ArgumentError, "leave out logits_to_keep"),
         ({"logits_to_keep": -1}, ArgumentError, "logits_to_keep must be at least 0"),
@@ -584,12 +614,12 @@ def test_refused_by_forward(pair, arguments, error, message):
 
 
 def test_refused_by_a_cache(pair):
-    cache = pair.model(torch.tensor([[1, 2, 3]]), torch.tensor([[1, 1, 0]])).past_key_values
+    cache = pair.model(torch.tensor([[1, 2, 3]]), torch.tensor([[1, 1, 0]]))[CACHE]
     with pytest.raises(ArgumentError, match=r"attention_mask\[0, 2\] is 0 between tokens"):
         pair.model(torch.tensor([[4]]), past_key_values=cache)
-    with pytest.raises(ArgumentError, match="2 rows, but past_key_values 1"):
+    with pytest.raises(ArgumentError, match="2 rows, but the cache 1"):
         pair.model(torch.tensor([[4], [5]]), past_key_values=cache)
-    with pytest.raises(ArgumentError, match="those of past_key_values included"):
+    with pytest.raises(ArgumentError, match="those of the cache included"):
         pair.model(torch.tensor([[4]]), torch.tensor([[1]]), past_key_values=cache)
     assert TokenCache().get_seq_length() == 0
 

@@ -17,7 +17,7 @@ import pytest
 from toy_models import byte_level, write_model
 
 import fixmin_cpp
-from fixmin_cpp import ArgumentError, ContextLengthError, UnsupportedError
+from fixmin_cpp import ArgumentError, UnsupportedError
 
 # Before the first import of datasets and evaluate, which read them once.
 for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE"):
@@ -213,7 +213,7 @@ def test_greedy_answers_are_greedy(bench):
     ]
 
 
-def test_long_requests_lose_their_beginning(bench):
+def test_long_requests_lose_their_beginning(bench, caplog):
     """With max_length 8 the model sees the last 8 tokens before each predicted one, at most."""
     short = FixMinLM(bench.native.model, max_length=8)
     context, continuation = "Once upon a time, there was a young girl called", " Olivia"
@@ -223,8 +223,16 @@ def test_long_requests_lose_their_beginning(bench):
     assert loglikelihoods(short, [(context, continuation)])[0][0] == pytest.approx(
         float(score.logprobs[-n:].sum()), rel=1e-5
     )
-    with pytest.raises(ContextLengthError, match="max_length is 8"):
-        loglikelihoods(short, [("a", context)])
+    # One request that cannot be scored says so and leaves the others what they are.
+    plain = loglikelihoods(short, [("a", " b")])
+    with caplog.at_level("WARNING", logger="fixmin_cpp.lm_eval_model"):
+        assert loglikelihoods(short, [("a", context), ("a", " b"), ("a", "")]) == [
+            (-math.inf, False),
+            *plain,
+            (0.0, True),
+        ]
+    assert "max_length is 8" in caplog.text
+    assert "no tokens" in caplog.text
     text = bench.native.model.generate(short.tok_encode(context)[-5:], max_new_tokens=3).text
     assert continuations(short, [context], max_gen_toks=3) == [text]
 
@@ -342,3 +350,14 @@ def test_refused_files(bare_model_path, tmp_path):
     model.model.close()
     with pytest.raises(fixmin_cpp.FixminError, match="closed"):
         loglikelihoods(model, [("a", "b")])
+
+
+def test_a_token_across_context_and_continuation(tmp_path):
+    """ "th" is one token: nothing is left of the continuation, which is then encoded alone after the whole context."""
+    with fixmin_cpp.Model(write_model(tmp_path / "model.gguf", byte_level())) as model:
+        lm = FixMinLM(model)
+        assert len(lm.tok_encode("t")) == len(lm.tok_encode("th")) == 1
+        score = model.score([*lm.tok_encode("t"), *lm.tok_encode("h")], start=1)
+        got = loglikelihoods(lm, [("t", "h"), ("a", "b c")])
+        assert got[0][0] == pytest.approx(float(score.logprobs.sum()), rel=1e-5)
+        assert got[1] == loglikelihoods(lm, [("a", "b c")])[0]

@@ -93,6 +93,17 @@ def test_stop_strings_longer_than_the_text_cost_nothing():
     assert finder.feed("y") == "xxy"
 
 
+def test_many_stop_strings_equal_the_oracle():
+    """More than could be looked for one by one; some begin with others, and some are a part of others."""
+    stops = [f"{a}{b}{c}" for a in "abcdefgh" for b in range(400) for c in ("", "x", "xyz")] + ["b7", "1a", "z" * 5000]
+    for text in ("abcdefgh", "a39b", "go to c399xy and d", "h401", "zz" * 100, "y1a0", "b399xyz", "g", "xyzb"):
+        for size in (1, 2, 5):
+            finder = StopStrings(stops)
+            released = "".join(finder.feed(text[i : i + size]) for i in range(0, len(text), size)) + finder.finish()
+            assert released == cut(text, stops)
+            assert finder.matched == (released != text)
+
+
 def test_empty_stop_string_is_refused():
     with pytest.raises(ValueError, match="empty"):
         StopStrings(["a", ""])
@@ -225,3 +236,44 @@ def test_character_over_three_tokens_and_stop_string_over_two():
 def test_without_a_tokenizer_tokens_pass_through():
     assembler = TextAssembler(None)
     assert run(assembler, [5, 6]) == [(5, ""), (6, "")]
+
+
+# --- special tokens in stop strings ------------------------------------------------------------------------------
+
+NAMED = {900: "<end>", 901: "<e", 902: "b"}
+
+
+@given(
+    parts=st.lists(st.sampled_from(["a", "b", "<", "end>", "<end>", "e", 900, 901, 902]), max_size=8),
+    stops=st.lists(st.sampled_from(["<end>", "a<end>", "<end>a", "<e", "nd>", "ab", "b<end><e"]), max_size=3),
+)
+def test_a_stop_string_is_met_by_the_special_token_that_it_names(parts, stops):
+    """The oracle: a text and stop strings in which each token is one letter, and stop strings as they are."""
+    finder, released = StopStrings(stops, NAMED), ""
+    for part in parts:
+        released += finder.feed(part) if isinstance(part, str) else finder.feed_special(part)
+    released += finder.finish()
+    named = {i: name for i, name in NAMED.items() if any(name in stop for stop in stops)}
+    sign = {i: chr(0x100000 + i) for i in named}
+    full = "".join(part if isinstance(part, str) else sign.get(part, "") for part in parts)
+    wanted = set(stops)
+    for stop in stops:
+        for i in sorted(named, key=lambda i: -len(named[i])):
+            stop = stop.replace(named[i], sign[i])
+        wanted.add(stop)
+    expected = cut(full, sorted(wanted))
+    assert released == "".join(letter for letter in expected if letter not in sign.values())
+    assert finder.matched == any(stop in full for stop in wanted)
+
+
+def test_a_special_token_ends_a_text_that_names_it_in_a_stop_string():
+    tokenizer = KINDS["byte_level"]
+    pad, a, th = (tokenizer.backend.token_to_id(name) for name in ("<pad>", "a", "th"))
+    for stops, text in (["<pad>"], "a"), (["a<pad>"], ""), (["<pad>th"], "a"), (["pad"], "atha"), (["a<pad>t"], ""):
+        assembler = TextAssembler(IncrementalDecoder(tokenizer), StopStrings(stops, tokenizer.special_tokens))
+        pairs = run(assembler, [a, pad, th, a])
+        assert "".join(part for _, part in pairs) == text
+        assert assembler.stopped == (text != "atha")
+    spelled = tokenizer.encode("a<pad>a", parse_special=False)
+    assembler = TextAssembler(IncrementalDecoder(tokenizer), StopStrings(["<pad>"], tokenizer.special_tokens))
+    assert "".join(part for _, part in run(assembler, spelled)) == "a"

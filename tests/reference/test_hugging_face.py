@@ -84,6 +84,29 @@ def test_greedy_generation_with_and_without_cache(make_model):
     assert torch.equal(cached, expected)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"num_beams": 3},
+        {"num_beams": 2, "num_return_sequences": 2},
+        {"no_repeat_ngram_size": 2},
+        {"cache_implementation": "static"},
+        {"prompt_lookup_num_tokens": 3},
+    ],
+    ids=str,
+)
+def test_every_way_to_decode_with_and_without_cache(make_model, arguments):
+    """Random weights, a padded batch: the tokens of transformers' loop over whole sequences."""
+    model = make_model()
+    ids, mask = torch.tensor([[5, 6, 7, 5, 6], [0, 0, 9, 8, 7]]), torch.tensor([[1] * 5, [0, 0, 1, 1, 1]])
+    if "prompt_lookup_num_tokens" in arguments:  # transformers does that for one row only
+        ids, mask = ids[:1], mask[:1]
+    on = {"attention_mask": mask, "max_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
+    without = {k: v for k, v in arguments.items() if not k.startswith(("cache", "prompt"))}
+    expected = model.generate(ids, use_cache=False, **on, **without)
+    assert torch.equal(model.generate(ids, use_cache=True, **on, **arguments), expected)
+
+
 def test_made_checkpoint_answers_the_way_the_cards_ask(make_checkpoint, tokenizer_file, tmp_path):
     make_checkpoint.main(
         tmp_path, variant="affine", layers=2, width=32, heads=2, vocab_size=300, tokenizer=tokenizer_file

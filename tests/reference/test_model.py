@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
+from transformers import DynamicCache, StaticCache
 
 from fixmin_cpp.reference.configuration_fixmin import FixMinConfig
-from fixmin_cpp.reference.modeling_fixmin import TokenCode, lift, rope_tables, rotate
+from fixmin_cpp.reference.modeling_fixmin import CACHE_FIELD, TokenCode, lift, rope_tables, rotate
 
 OPTIONS = {
     "as published": {},
@@ -206,19 +207,101 @@ def test_rotated_products_depend_on_the_distance_only(style):
 @pytest.mark.parametrize("options", [{}, {"num_key_value_heads": 1, "rope_style": "interleaved", "rope_dim": 6}])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("chunks", [[1] * 11, [4, 7], [3, 1, 7]])
-def test_cache_gives_the_logits_of_the_whole_sequence(make_model, options, attention, chunks):
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_cache_gives_the_logits_of_the_whole_sequence(make_model, options, attention, chunks, name):
+    """Under both of its names; the last logits without what was before them are others, so none can be ignored."""
     model = make_model(attn_implementation=attention, **options)
     ids = ids_of(11)
     cache, parts, start = None, [], 0
     with torch.no_grad():
         whole = model(ids, use_cache=False)
         for length in chunks:
-            out = model(ids[:, start : start + length], past_key_values=cache, use_cache=True)
-            cache, start = out.past_key_values, start + length
+            out = model(ids[:, start : start + length], **{name: cache}, use_cache=True)
+            cache, start = out[CACHE_FIELD], start + length
             parts.append(out.logits)
-    assert whole.past_key_values is None
+        alone = model(ids[:, -chunks[-1] :], use_cache=False).logits[:, -1]
+    assert CACHE_FIELD not in whole
     assert cache.get_seq_length() == 11
+    assert (alone - whole.logits[:, -1]).abs().max() > 1e-2
     assert_allclose(torch.cat(parts, 1).numpy(), whole.logits.numpy(), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_every_step_with_padding_and_a_cache(make_model, name):
+    """Rows of several lengths, padded on the left, token by token and with a rejected draft: as each row alone."""
+    model, rows = make_model(), [ids_of(n, rows=1) for n in (9, 7, 4)]
+    ids = torch.stack([torch.nn.functional.pad(row[0], (9 - row.shape[1], 0)) for row in rows])
+    mask = torch.stack([torch.nn.functional.pad(torch.ones_like(row[0]), (9 - row.shape[1], 0)) for row in rows])
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache = DynamicCache()
+    with torch.no_grad():
+        whole = [model(row, use_cache=False).logits[0] for row in rows]
+        model(ids[:, :5], mask[:, :5], positions[:, :5], **{name: cache})
+        model(ids[:, 1:4], torch.cat((mask[:, :5], mask[:, 1:4]), 1), positions[:, 1:4], **{name: cache})
+        cache.crop(-3)
+        steps = [
+            model(ids[:, t : t + 1], mask[:, : t + 1], positions[:, t : t + 1], **{name: cache}) for t in range(5, 9)
+        ]
+        got = torch.cat([step.logits for step in steps], 1)
+        for i, logits in enumerate(whole):
+            assert_allclose(got[i, -4:].numpy(), logits[-4:].numpy(), rtol=0, atol=2e-5)
+        cache.reorder_cache(torch.tensor([2, 0, 1]))
+        order = [2, 0, 1]
+        mask = torch.nn.functional.pad(mask[order], (0, 1), value=1)
+        again = model(ids[order, -1:], mask, positions[order, -1:] + 1, **{name: cache}).logits[:, -1]
+        for i, logits in zip(order, again, strict=True):
+            longer = model(torch.cat((rows[i], rows[i][:, -1:]), 1), use_cache=False).logits[0, -1]
+            assert_allclose(logits.numpy(), longer.numpy(), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_static_cache(make_model, name):
+    model, ids = make_model(), ids_of(9)
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+        parts = [model(ids[:, a:b], **{name: cache}).logits for a, b in ((0, 4), (4, 5), (5, 9))]
+    assert_allclose(torch.cat(parts, 1).numpy(), whole.numpy(), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"cache": DynamicCache(), "past_key_values": DynamicCache()}, ValueError, "two names of one argument"),
+        ({"cache": ((torch.ones(1), torch.ones(1)),)}, TypeError, "cache must be a Cache .* got tuple"),
+        ({"past_key_values": [1]}, TypeError, "past_key_values must be a Cache .* got list"),
+        ({"cahce": DynamicCache()}, TypeError, "does not take cahce"),
+        ({"inputs_embeds": torch.ones(1, 1, 36)}, TypeError, "does not take inputs_embeds"),
+        ({"output_attentions": True}, TypeError, "does not take output_attentions"),
+        ({"cache_position": torch.tensor([1, 2, 3])}, ValueError, "cache_position must be 0 to 2"),
+        ({"attention_mask": torch.ones(2, 2)}, ValueError, r"attention_mask must have the shape \[2, 3\]"),
+        ({"attention_mask": torch.ones(2, 1, 3, 3)}, ValueError, r"\[2, 3\] .* got \[2, 1, 3, 3\]"),
+        ({"labels": ids_of(3), "logits_to_keep": 1}, ValueError, "leave out logits_to_keep"),
+    ],
+)
+def test_arguments_that_are_refused(make_model, arguments, error, words):
+    with pytest.raises(error, match=words):
+        make_model()(ids_of(3), **arguments)
+
+
+def test_arguments_that_ask_for_nothing(make_model):
+    model, ids = make_model(), ids_of(3)
+    with torch.no_grad():
+        got = model(ids, output_attentions=False, inputs_embeds=None, cache_position=torch.arange(3)).logits
+        assert torch.equal(got, model(ids).logits)
+        assert torch.equal(model(ids, logits_to_keep=torch.tensor([0, 2])).logits, got[:, [0, 2]])
+
+
+def test_loss_of_a_part_of_a_batch(make_model):
+    """As Trainer asks for it when it gathers gradients: the parts' losses add up to that of the whole."""
+    model, ids = make_model(), ids_of(8)
+    labels = ids.clone()
+    labels[0, 2:5] = -100
+    n = int((labels[:, 1:] != -100).sum())
+    with torch.no_grad():
+        whole = model(ids, labels=labels).loss
+        parts = [model(ids[i : i + 1], labels=labels[i : i + 1], num_items_in_batch=n).loss for i in range(2)]
+    assert float(sum(parts)) == pytest.approx(float(whole), rel=1e-6)
 
 
 def test_left_padding_does_not_change_the_sequence(make_model):

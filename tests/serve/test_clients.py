@@ -96,7 +96,10 @@ def test_defaults_are_openais(client: Any, model: fixmin_cpp.Model) -> None:
     [
         ({"temperature": 0}, {"temperature": 0.0}),
         ({"top_p": 0.5}, {"top_p": 0.5}),
-        ({"presence_penalty": 1.5, "frequency_penalty": 0.5}, {"presence_penalty": 1.5, "frequency_penalty": 0.5}),
+        (
+            {"presence_penalty": 1.5, "frequency_penalty": 0.5},
+            {"presence_penalty": 1.5, "frequency_penalty": 0.5, "openai_penalties": True},
+        ),
         ({"logit_bias": {"5": 100}}, {"logit_bias": {5: 100.0}}),
         (
             {"extra_body": {"top_k": 3, "min_p": 0.1, "repetition_penalty": 1.3}},
@@ -105,7 +108,7 @@ def test_defaults_are_openais(client: Any, model: fixmin_cpp.Model) -> None:
         ({"extra_body": {"min_tokens": 20, "ignore_eos": True}}, {"min_new_tokens": 20, "ignore_eos": True}),
         ({"extra_body": {"stop_token_ids": [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]}}, {"stop_ids": list(range(10))}),
         ({"extra_body": {"regex": "(abc|the)+"}}, {"regex": "(abc|the)+"}),
-        ({"extra_body": {"response_format": {"type": "json_object"}}}, {"json_schema": True}),
+        ({"extra_body": {"response_format": {"type": "text"}}}, {}),
     ],
 )
 def test_settings_mean_what_they_say(
@@ -315,7 +318,7 @@ def test_cancelled_whole_answer_frees_its_place(long_path: Path, start: Start) -
         ({"prompt": []}, "prompt"),
         ({"prompt": [1, -1]}, "prompt"),
         ({"prompt": "a" * 300}, "prompt"),
-        ({"prompt": "a", "max_tokens": -1}, "max_tokens"),
+        ({"prompt": "a", "max_tokens": -5}, "max_tokens"),
         ({"prompt": "a", "max_tokens": 0}, "max_tokens"),
         ({"prompt": "a", "temperature": -1}, "temperature"),
         ({"prompt": "a", "top_p": 2}, "top_p"),
@@ -330,7 +333,7 @@ def test_cancelled_whole_answer_frees_its_place(long_path: Path, start: Start) -
         ({"prompt": "a", "stop": ""}, "stop"),
         ({"prompt": "a", "regex": "("}, None),
         ({"prompt": "a", "temprature": 1}, "temprature"),
-        ({"prompt": "a", "max_tokens": 1, "max_new_tokens": 1}, "max_tokens"),
+        ({"prompt": "a", "max_tokens": 1, "max_new_tokens": 2}, "max_tokens"),
         ({"prompt": 3}, "prompt"),
         ({}, "prompt"),
     ],

@@ -18,8 +18,9 @@ from servers import Server, Start, httpx, serving
 from fixmin_cpp import ArgumentError
 
 serve = pytest.importorskip("fixmin_cpp.serve")
+schemas = pytest.importorskip("fixmin_cpp.serve.schemas")
 
-HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
 @pytest.fixture(scope="module")
@@ -145,8 +146,12 @@ def test_large_bodies_are_413(strict: Server) -> None:
         for _ in range(50):
             yield b"a" * 10_000
 
+    as_json = {"Content-Type": "application/json"}
     with contextlib.suppress(httpx.WriteError, httpx.ReadError):  # it need not read on
-        assert httpx.post(f"{strict.url}/v1/completions", content=endless(), timeout=30).status_code == 413
+        assert (
+            httpx.post(f"{strict.url}/v1/completions", content=endless(), headers=as_json, timeout=30).status_code
+            == 413
+        )
     lies = HEAD + b"Content-Length: " + b"9" * 30 + b"\r\n\r\n"
     assert answer_to(strict, lies).startswith(b"HTTP/1.1 4")
     assert works(strict)
@@ -196,6 +201,95 @@ def test_connection_that_is_dropped_while_it_waits(long_path: Path, start: Start
             assert server.metric("llamacpp:requests_deferred") == 1
         assert server.idle()
         assert works(server)
+
+
+# --- work before limits ----------------------------------------------------------------------------------------------
+
+BODIES = {
+    "/v1/completions": schemas.CompletionRequest,
+    "/v1/chat/completions": schemas.ChatRequest,
+    "/v1/embeddings": schemas.EmbeddingRequest,
+    "/tokenize": schemas.TokenizeRequest,
+    "/detokenize": schemas.DetokenizeRequest,
+    "/codes": schemas.CodesRequest,
+}
+PARTS = (b"1.5,", b"{},", b"[],", b"[1],", b'"",', b'"zz",')
+REQUIRED = {"prompt": "a", "messages": [{"role": "user", "content": "a"}], "input": "a", "tokens": [1]}
+
+
+def hostile_bodies(path: str) -> Iterator[tuple[str, bytes]]:
+    """Every field of an endpoint, with more than anybody needs."""
+    fields = BODIES[path].model_fields
+    own = {name: value for name, value in REQUIRED.items() if name in fields and name != "tokens"}
+    for i, name in enumerate(fields):
+        head = json.dumps({k: v for k, v in own.items() if k != name})[:-1].encode()
+        head += (b"," if len(head) > 1 else b"") + json.dumps(name).encode() + b":"
+        part = PARTS[i % len(PARTS)]
+        yield (
+            name,
+            (
+                head + b"[" + part * (190_000 if i % 2 else 1_000_000 // len(part)) + part[:-1] + b"]}",
+                head + b"{" + b",".join(b'"%d":1' % k for k in range(100_000)) + b"}}",
+                head + b'"' + b"ab " * 1_000_000 + b'"}',
+            )[i // 2 % 3],
+        )
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_no_field_takes_all_of_the_server(server: Server, path: str) -> None:
+    if not Path("/proc/self/status").exists():
+        pytest.skip("memory is read from /proc")
+    before = memory(server)
+    for name, body in hostile_bodies(path):
+        answer = httpx.post(server.url + path, content=body, headers={"Content-Type": "application/json"}, timeout=60)
+        assert answer.status_code in (200, 400), (name, answer.status_code, answer.text[:200])
+        assert len(answer.content) < 10_000, name
+    assert memory(server) - before < 200, "MB"
+    assert works(server)
+
+
+def memory(server: Server) -> float:
+    """The most that the process had in memory, MB."""
+    status = Path(f"/proc/{server.process.pid}/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{}, {"Content-Type": "text/plain"}, {"Content-Type": "application/json", "Content-Encoding": "gzip"}],
+)
+def test_bodies_that_are_not_said_to_be_json_are_415(server: Server, headers: dict[str, str]) -> None:
+    answer = httpx.post(f"{server.url}/v1/completions", content=b'{"prompt":"a"}', headers=headers)
+    assert answer.status_code == 415
+    assert "Content-" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(("host", "status"), [("localhost:1", 200), ("[::1]", 200), ("evil.example", 421)])
+def test_foreign_names_are_not_served(server: Server, host: str, status: int) -> None:
+    assert server.get("/v1/models", headers={"Host": host}).status_code == status
+
+
+def test_empty_keys_do_not_open_a_server(served_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FIXMIN_API_KEY", "")
+    assert "FIXMIN_API_KEY is empty" in _serve(served_path).stderr
+    monkeypatch.delenv("FIXMIN_API_KEY")
+    (tmp_path / "keys").write_text("\n")
+    assert "no API key" in _serve(served_path, "--api-key-file", str(tmp_path / "keys")).stderr
+
+
+def test_keys_from_a_file(served_path: Path, start: Start, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("one\n\ntwo\n")
+    with start(served_path, "--api-key-file", str(tmp_path / "keys")) as server:
+        assert server.get("/v1/models").status_code == 401
+        assert server.get("/v1/models", headers={"Authorization": "Bearer two"}).status_code == 200
+        assert "2 are known" in server.log.read_text()
+
+
+def test_head(server: Server) -> None:
+    for path in ("/", "/health"):
+        answer = httpx.head(server.url + path)
+        assert answer.status_code == 200
+        assert answer.content == b""
 
 
 # --- limits ----------------------------------------------------------------------------------------------------------

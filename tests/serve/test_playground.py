@@ -5,11 +5,13 @@ file's own matrix. Every page is watched: an error on the console or a request t
 """
 
 import contextlib
+import io
 import json
 import math
 import os
 import re
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -49,12 +51,20 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def open_page(browser: Browser) -> Iterator[Open]:
-    """Opens the playground of a server. `refused`: statuses that the test provokes (the browser logs each)."""
+    """Opens the playground of a server.
+
+    `refused`: statuses that the test provokes (the browser logs each). `fresh`: with the story that a first look shows;
+    else as in a tab that has been there before.
+    """
     contexts, problems = [], []
 
-    def open_(server: Any, refused: tuple[str, ...] = (), ready: bool = True, **options: Any) -> Page:
+    def open_(
+        server: Any, refused: tuple[str, ...] = (), ready: bool = True, fresh: bool = False, **options: Any
+    ) -> Page:
         context = browser.new_context(**options)
         contexts.append(context)
+        if not fresh:
+            context.add_init_script("sessionStorage['fixmin-page'] ??= '{}'")
         page = context.new_page()
         page.set_default_timeout(20_000)
 
@@ -117,6 +127,17 @@ def percent(share: float) -> str:
     return f"{share * 100:.0f} %" if share >= 0.0995 else f"{float(f'{share * 100:.2g}'):.9g} %"
 
 
+def shades(page: Page, place: str) -> list[float]:
+    """Of the tokens there, 0 to 1."""
+    tokens = page.locator(f"{place} .token")
+    return tokens.evaluate_all("spans => spans.map(span => +span.style.getPropertyValue('--s'))")
+
+
+def strength(logprobs: list[float]) -> np.ndarray:
+    """How strongly the page shades tokens: by their log-probabilities, those below 1/400 all the same."""
+    return np.minimum(1, -np.array(logprobs) / math.log(400))
+
+
 # --- generating -------------------------------------------------------------------------------------------------------
 
 
@@ -142,7 +163,7 @@ def test_answer_comes_in_pieces_and_is_the_apis(page: Page, demo_server: Any) ->
     page.evaluate(SLOW_STREAM)
     page.evaluate(
         """() => {
-            const answer = document.getElementById("answer");
+            const answer = document.getElementById("new");
             window.seen = [];
             new MutationObserver(() => seen.push(answer.textContent)).observe(answer, { childList: true });
         }"""
@@ -151,13 +172,12 @@ def test_answer_comes_in_pieces_and_is_the_apis(page: Page, demo_server: Any) ->
     wait_for_end(page)
     expected = complete(demo_server, "Once upon a time,", temperature=0.8, max_tokens=60, seed=11)
 
-    assert text_of(page, "#answer") == expected["text"]
+    assert text_of(page, "#new") == expected["text"]
     pieces = page.evaluate("[...new Set(seen)]")
     assert len(pieces) > 30
     assert all(expected["text"].startswith(piece) for piece in pieces)
 
-    shades = page.locator(".token").evaluate_all("spans => spans.map(span => +span.style.getPropertyValue('--p'))")
-    np.testing.assert_allclose(shades, np.exp(expected["logprobs"]["token_logprobs"]), rtol=1e-6)
+    np.testing.assert_allclose(shades(page, "#new"), strength(expected["logprobs"]["token_logprobs"]), rtol=1e-6)
     assert text_of(page, "#count") == "60"
     assert text_of(page, "#used-seed") == "11"
     assert re.fullmatch(r"\d+ tokens/s", text_of(page, "#speed"))
@@ -168,20 +188,20 @@ def test_answer_comes_in_pieces_and_is_the_apis(page: Page, demo_server: Any) ->
 def test_shade_is_stronger_for_less_probable_tokens(page: Page) -> None:
     generate(page, "Once upon a time,", temperature=1.2, max_tokens=40, seed=3)
     wait_for_end(page)
-    drawn = page.locator(".token").evaluate_all(
-        """spans => spans.map(span => [+span.style.getPropertyValue("--p"),
+    drawn = page.locator("#new .token").evaluate_all(
+        """spans => spans.map(span => [+span.style.getPropertyValue("--s"),
             +getComputedStyle(span).backgroundColor.match(/([\\d.]+)\\)$/)[1]])"""
     )
-    share, alpha = np.array(drawn).T
-    assert share.min() < 0.5 < share.max()
-    np.testing.assert_allclose(alpha, 1 - share, atol=0.01)
+    strong, alpha = np.array(drawn).T
+    assert strong.min() < 0.1 < 0.4 < strong.max()
+    np.testing.assert_allclose(alpha, strong, atol=0.01)
 
 
 def test_a_random_seed_is_shown_and_repeats_the_answer(page: Page, demo_server: Any) -> None:
     generate(page, "Once upon a time,", temperature=1, seed="")
     wait_for_end(page)
     seed = int(text_of(page, "#used-seed"))
-    assert text_of(page, "#answer") == complete(demo_server, "Once upon a time,", temperature=1, seed=seed)["text"]
+    assert text_of(page, "#new") == complete(demo_server, "Once upon a time,", temperature=1, seed=seed)["text"]
 
 
 def test_stop_strings_are_lines_with_escapes(page: Page, demo_server: Any) -> None:
@@ -190,7 +210,7 @@ def test_stop_strings_are_lines_with_escapes(page: Page, demo_server: Any) -> No
     expected = complete(demo_server, CAPITAL, max_tokens=30, stop=["never", "\nAns"])
     assert "\nAns" in complete(demo_server, CAPITAL, max_tokens=30)["text"]
     assert "\n" not in expected["text"]
-    assert text_of(page, "#answer") == expected["text"]
+    assert text_of(page, "#new") == expected["text"]
 
 
 def test_parts_of_characters(open_page: Open, start: Start, bytes_path: Path) -> None:
@@ -199,16 +219,16 @@ def test_parts_of_characters(open_page: Open, start: Start, bytes_path: Path) ->
         generate(page, "日本", temperature=1, max_tokens=80, seed=2)
         wait_for_end(page)
         expected = complete(server, "日本", temperature=1, max_tokens=80, seed=2)
-    assert text_of(page, "#answer") == expected["text"]
-    assert page.locator(".token").count() == len(expected["token_ids"]) > 40
-    assert page.locator(".token[data-mark='·']").count() > 0
+    assert text_of(page, "#new") == expected["text"]
+    assert page.locator("#new .token").count() == len(expected["token_ids"]) > 40
+    assert page.locator("#new .token[data-mark='·']").count() > 0
 
 
 @pytest.mark.parametrize("how", ["click", "Escape"])
 def test_stop(open_page: Open, long_server: Any, how: str) -> None:
     page = open_page(long_server)
     generate(page, "a", max_tokens=90_000)
-    expect(page.locator(".token").nth(20)).to_be_attached()
+    expect(page.locator("#new .token").nth(20)).to_be_attached()
     assert long_server.metric("vllm:num_requests_running") == 1
     if how == "click":
         page.click("#stop")
@@ -217,24 +237,24 @@ def test_stop(open_page: Open, long_server: Any, how: str) -> None:
     wait_for_end(page, "you stopped it")
     count = int(text_of(page, "#count").replace(",", ""))
     assert 20 < count < 90_000
-    assert page.locator(".token").count() == count
+    assert page.locator("#new .token").count() == count
     assert long_server.idle()
     generate(page, "a", max_tokens=5)  # the page goes on
     wait_for_end(page)
-    assert text_of(page, "#answer") == complete(long_server, "a", max_tokens=5)["text"]
+    assert text_of(page, "#new") == complete(long_server, "a", max_tokens=5)["text"]
 
 
-# --- alternatives of a token ------------------------------------------------------------------------------------------
+# --- details of a token ----------------------------------------------------------------------------------------------
 
 
 def to_token_by_keyboard(page: Page, index: int) -> Locator:
-    """Tab from the Generate button to the answer, then arrows."""
+    """Tab from the Generate button to the tokens, then arrows to one of the answer."""
     page.focus("#generate")
     page.keyboard.press("Tab")
     page.keyboard.press("Home")
-    for _ in range(index):
+    for _ in range(page.locator("#given .token").count() + index):
         page.keyboard.press("ArrowRight")
-    token = page.locator(".token").nth(index)
+    token = page.locator("#new .token").nth(index)
     expect(token).to_be_focused()
     return token
 
@@ -246,48 +266,88 @@ def test_alternatives(page: Page, demo_server: Any, how: str) -> None:
     expected = complete(demo_server, "Once upon a time,", temperature=1.5, top_k=0, top_p=1, min_p=0)
     lists = expected["logprobs"]
     for index in (0, 3, 11):
-        token = page.locator(".token").nth(index)
         if how == "hover":
-            token.hover()
+            page.locator("#new .token").nth(index).hover()
         else:
             to_token_by_keyboard(page, index)
-        expect(token).to_have_attribute("aria-describedby", "tip")
-        tip = page.get_by_role("tooltip")
-        expect(tip).to_be_visible()
-        assert f"id {expected['token_ids'][index]}" in tip.inner_text()
+        expect(page.locator("#token-facts")).to_contain_text(f"id {expected['token_ids'][index]},")
         top = sorted(lists["top_logprobs"][index].items(), key=lambda item: -item[1])
-        rows = tip.locator("li")
-        assert rows.locator("code").all_text_contents() == [
+        rows = page.locator("#alternatives li")
+        assert rows.locator("button").all_text_contents() == [
             text.replace(" ", "␣").replace("\n", "↵") for text, _ in top
         ]
         assert rows.locator(".share").all_text_contents() == [percent(math.exp(value)) for _, value in top]
         widths = rows.locator(".bar span").evaluate_all("bars => bars.map(bar => parseFloat(bar.style.width))")
         np.testing.assert_allclose(widths, [100 * math.exp(value) for _, value in top], rtol=1e-3)
-        assert tip.locator("li.chosen").count() == 1
-    page.keyboard.press("Escape")
-    expect(page.locator("#tip")).to_be_hidden()
+        assert page.locator("#alternatives li.chosen").count() == 1
 
 
-def test_pointer_may_move_onto_the_tooltip(page: Page) -> None:
+def test_details_stay_and_cover_nothing(page: Page) -> None:
     generate(page, FRANCE)
     wait_for_end(page)
-    page.locator(".token").first.hover()
-    page.locator("#tip li").first.hover()
-    page.wait_for_timeout(500)  # longer than it stays open by itself
-    expect(page.locator("#tip")).to_be_visible()
+    page.locator("#new .token").first.hover()
+    before = page.locator("#details").inner_text()
     page.hover("h1")
-    expect(page.locator("#tip")).to_be_hidden()
+    assert page.locator("#details").inner_text() == before
+    answer, details = page.locator("#answer").bounding_box(), page.locator("#details").bounding_box()
+    assert answer is not None
+    assert details is not None
+    assert answer["x"] + answer["width"] <= details["x"]
+
+
+@pytest.mark.parametrize("place", ["new", "given"])
+def test_an_alternative_is_gone_on_from(page: Page, demo_server: Any, place: str) -> None:
+    prompt = "Once upon a time,"
+    generate(page, prompt, max_tokens=20)
+    wait_for_end(page)
+    given = complete(demo_server, prompt, max_tokens=20, echo=True)
+    at = 4 if place == "new" else 2
+    lists = given["logprobs"]
+    index = at + (len(lists["tokens"]) - 20 if place == "new" else 0)
+    other = sorted(lists["top_logprobs"][index].items(), key=lambda item: -item[1])[1][0]
+    page.locator(f"#{place} .token").nth(at).hover()
+    page.locator("#alternatives button").nth(1).click()
+    wait_for_end(page)
+    continued = given["text"][: lists["text_offset"][index]] + other
+    assert page.locator("#prompt").input_value() == continued
+    assert text_of(page, "#given") == continued
+    assert text_of(page, "#new") == complete(demo_server, continued, max_tokens=20)["text"]
+
+
+def test_an_alternative_after_characters_of_two_units(open_page: Open, start: Start, tmp_path: Path) -> None:
+    """JavaScript counts an emoji as two; offsets count it as one."""
+    with start(write_model(tmp_path / "model.gguf", concatenating())) as server:
+        page = open_page(server)
+        generate(page, "😀😀ab", max_tokens=3)
+        wait_for_end(page)
+        page.locator("#new .token").nth(1).hover()
+        second = page.locator("#alternatives button").nth(1)
+        text = second.inner_text().replace("␣", " ")
+        kept = "😀😀ab" + (page.locator("#new .token").first.text_content() or "")
+        second.click()
+        wait_for_end(page)
+        assert page.locator("#prompt").input_value() == kept + text
+
+
+def test_the_prompt_is_shaded_too(page: Page, demo_server: Any) -> None:
+    generate(page, FRANCE)
+    wait_for_end(page)
+    echoed = complete(demo_server, FRANCE, max_tokens=0, echo=True)["logprobs"]
+    assert text_of(page, "#given") == FRANCE
+    np.testing.assert_allclose(shades(page, "#given"), strength([0.0, *echoed["token_logprobs"][1:]]), rtol=1e-6)
+    page.locator("#given .token").first.hover()
+    expect(page.locator("#token-facts")).to_contain_text("no probability")
 
 
 def test_line_breaks_can_be_seen(page: Page, demo_server: Any) -> None:
     generate(page, CAPITAL, max_tokens=20)
     wait_for_end(page)
     tokens = complete(demo_server, CAPITAL, max_tokens=20)["logprobs"]["tokens"]
-    token = page.locator(".token").nth(tokens.index("\n"))
+    token = page.locator("#new .token").nth(tokens.index("\n"))
     assert token.get_attribute("data-mark") == "↵"
     assert token.get_attribute("aria-label") == "↵"
     token.focus()
-    expect(page.locator("#tip li.chosen code")).to_have_text("↵")
+    expect(page.locator("#alternatives li.chosen button")).to_have_text("↵")
 
 
 @pytest.mark.parametrize("how", ["click", "Enter"])
@@ -297,7 +357,7 @@ def test_a_token_goes_to_the_inspector(page: Page, demo_server: Any, how: str) -
     expected = complete(demo_server, CAPITAL)
     for index in (0, 4):
         if how == "click":
-            page.locator(".token").nth(index).click()
+            page.locator("#new .token").nth(index).click()
         else:
             to_token_by_keyboard(page, index)
             page.keyboard.press("Enter")
@@ -437,7 +497,7 @@ def test_a_model_with_an_ordinary_table_has_no_inspector(open_page: Open, start:
         expect(page.locator("#codes")).to_be_hidden()
         generate(page, "the")
         wait_for_end(page)
-        page.locator(".token").first.click()  # must not ask for codes
+        page.locator("#new .token").first.click()  # must not ask for codes
         expect(page.locator("#inspector-error")).to_be_empty()
 
 
@@ -474,6 +534,115 @@ def test_typing_asks_once(page: Page) -> None:
     assert [json.loads(body) for body in asked] == [{"text": "France"}]
 
 
+def test_the_picture_follows_the_newest_and_the_hovered_token(open_page: Open, affine: tuple[File, Any]) -> None:
+    file, server = affine
+    page = open_page(server)
+    expect(page.locator("#codes")).to_be_visible()
+    generate(page, "cat", temperature=1, top_k=0, max_tokens=8)
+    wait_for_end(page)
+    ids = complete(server, "cat", temperature=1, top_k=0, max_tokens=8)["token_ids"]
+    codes = file.bits(ids) @ file.matrix.T % 2 ^ file.shift
+    for i in (len(ids) - 1, 0):
+        if i == 0:
+            page.locator("#new .token").nth(i).hover()
+        expect(page.locator("#entering")).to_contain_text(f"→ {ids[i]:,}")
+        assert drawn_bits(page, "bits-row") == file.bits(ids)[i].tolist()
+        assert drawn_bits(page, "code") == codes[i].tolist()
+        assert strip_bits(page, file.cells) == file.lifted(codes[i]).tolist()
+
+
+# --- first look, examples, reload -------------------------------------------------------------------------------------
+
+
+def test_the_first_look_shows_a_story_and_a_reload_keeps_it(open_page: Open, demo_server: Any) -> None:
+    page = open_page(demo_server, fresh=True)
+    expect(page.locator("#new .token").nth(40)).to_be_attached()
+    wait_for_end(page)
+    story = complete(demo_server, "Once upon a time,", temperature=0.8, max_tokens=64, seed=38347918)
+    assert text_of(page, "#new") == story["text"]
+    assert max(shades(page, "#new")) > 0.5
+
+    page.fill("#prompt", "another")
+    page.evaluate("document.getElementById('settings').open = true")
+    page.fill("#temperature", "0.5")
+    sent: list[str] = []
+    page.on("request", lambda request: sent.append(request.url))
+    figures = text_of(page, ".figures")
+    shaded = shades(page, "#new")
+    page.reload()
+    expect(page.locator("#codes")).to_be_visible()
+    assert text_of(page, "#new") == story["text"]
+    assert shades(page, "#new") == shaded
+    assert text_of(page, ".figures") == figures
+    assert page.locator("#prompt").input_value() == "another"
+    assert page.locator("#temperature").input_value() == "0.5"
+    assert not [url for url in sent if url.endswith("completions")]
+    page.locator("#new .token").nth(2).hover()
+    expect(page.locator("#token-facts")).to_contain_text(f"id {story['token_ids'][2]},")
+
+
+def test_examples(page: Page, demo_server: Any) -> None:
+    examples = page.locator("#examples button")
+    for i in range(examples.count()):
+        examples.nth(i).click()
+        wait_for_end(page)
+        assert text_of(page, "#given") == page.locator("#prompt").input_value()
+        assert text_of(page, "#new") != ""
+    page.get_by_role("button", name="Capital of UK").click()
+    wait_for_end(page, "end of the text, or a stop string")
+    assert text_of(page, "#new") == " London"
+
+
+def test_copy_and_the_same_request_elsewhere(open_page: Open, demo_server: Any) -> None:
+    page = open_page(demo_server, permissions=["clipboard-read", "clipboard-write"])
+    prompt = 'It\'s a "day" in $HOME,\nOnce \\ upon'
+    generate(page, prompt, temperature=0.7, stop_strings="\\n\nnever")
+    wait_for_end(page)
+    answer = text_of(page, "#new")
+    page.click("#copy")
+    expect(page.locator("#copy")).to_have_text("Copied")
+    assert page.evaluate("navigator.clipboard.readText()") == answer
+
+    page.click("#elsewhere summary")
+    page.click("#copy-curl")
+    said = subprocess.run(
+        ["bash", "-c", page.evaluate("navigator.clipboard.readText()")], capture_output=True, check=True
+    )
+    assert json.loads(said.stdout)["choices"][0]["text"] == answer
+    page.click("#copy-python")
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(page.evaluate("navigator.clipboard.readText()"), {})
+    assert printed.getvalue() == answer + "\n"
+    page.fill("#api-key", "secret")
+    for place in ("#curl", "#python"):
+        expect(page.locator(place)).to_contain_text("FIXMIN_API_KEY")
+        assert "secret" not in text_of(page, place)
+
+
+def test_another_model_behind_the_same_address(open_page: Open, start: Start, demo_path: Path, tmp_path: Path) -> None:
+    """No false equation: the old matrix is never drawn beside new codes."""
+    with start(demo_path) as server:
+        page = open_page(server, refused=("ERR_", "Failed to load resource"))
+        generate(page, "cat")
+        wait_for_end(page)
+        port = int(server.url.rsplit(":", 1)[1])
+    path = write_model(tmp_path / "other.gguf", concatenating(), seed=5)
+    with start(path, port=port):
+        file = File(path)
+        page.fill("#inspected", "cat")
+        ids = file.tokenizer.encode("cat").ids
+        expect(page.locator("#rows td:nth-child(2)")).to_have_text([str(i) for i in ids])
+        code = file.bits(ids)[0] @ file.matrix.T % 2 ^ file.shift
+        assert drawn_bits(page, "matrix") == file.matrix.ravel().tolist()
+        assert drawn_bits(page, "code") == code.tolist()
+        expect(page.locator("#model")).to_contain_text("other")
+        expect(page.locator("#stale")).to_be_visible()
+        generate(page, "cat", max_tokens=3)
+        wait_for_end(page)
+        expect(page.locator("#stale")).to_be_hidden()
+
+
 # --- errors in words --------------------------------------------------------------------------------------------------
 
 
@@ -506,7 +675,7 @@ def test_a_busy_server(open_page: Open, start: Start, long_path: Path) -> None:
     with start(long_path, "--parallel", "1", "--max-queue", "0") as server:
         first, second = open_page(server), open_page(server, refused=("429",))
         generate(first, "a", max_tokens=90_000)
-        expect(first.locator(".token").first).to_be_attached()
+        expect(first.locator("#new .token").first).to_be_attached()
         generate(second, "a")
         expect(second.locator("#error")).to_contain_text("The server is busy. Try again in 1 s.")
         first.keyboard.press("Escape")
@@ -520,7 +689,7 @@ def test_a_server_that_goes_away(open_page: Open, start: Start, long_path: Path)
     with start(long_path) as server:
         page = open_page(server, refused=("Failed to load resource", "ERR_"))
         generate(page, "a", max_tokens=90_000)
-        expect(page.locator(".token").nth(20)).to_be_attached()
+        expect(page.locator("#new .token").nth(20)).to_be_attached()
         server.process.kill()
         expect(page.locator("#error")).to_have_text("The connection to the server broke.")
         expect(page.locator("#finish")).to_have_text("an error")
@@ -662,7 +831,7 @@ def test_events_may_be_cut_anywhere(page: Page, end: str) -> None:
 def test_markup_stays_text(page: Page, demo_server: Any) -> None:
     generate(page, MARKUP)
     wait_for_end(page)
-    assert text_of(page, "#answer") == complete(demo_server, MARKUP)["text"]
+    assert text_of(page, "#new") == complete(demo_server, MARKUP)["text"]
 
     logprobs = {
         "tokens": [MARKUP],
@@ -673,10 +842,10 @@ def test_markup_stays_text(page: Page, demo_server: Any) -> None:
     events = f"data: {json.dumps({'choices': [choice]})}\n\ndata: [DONE]\n\n"
     page.route("**/completions", lambda route: route.fulfill(body=events, content_type="text/event-stream"))
     page.click("#generate")
-    expect(page.locator("#answer")).to_have_text(MARKUP)
-    page.locator(".token").focus()
+    expect(page.locator("#new")).to_have_text(MARKUP)
+    page.locator("#new .token").focus()
     visible = MARKUP.replace(" ", "␣")
-    assert page.locator("#tip li code").all_text_contents() == [visible, "<b>x</b>", "__proto__"]
+    assert page.locator("#alternatives button").all_text_contents() == [visible, "<b>x</b>", "__proto__"]
     page.keyboard.press("Enter")
     expect(page.locator("#inspected")).to_have_value(MARKUP)
     expect(page.locator("#rows button").first).to_have_text(re.compile("^<"))
@@ -715,10 +884,10 @@ def test_everything_is_reached_by_tab_and_named(page: Page) -> None:
         assert outline != "none", name
         reached.append(name.split(" ")[0])
     fields = ["max-tokens", "temperature", "top-k", "top-p", "min-p", "seed", "stop-strings", "api-key"]
-    start = ["theme", "prompt", "settings", *fields, "generate"]
+    start = ["theme", *["examples"] * 4, "prompt", "settings", *fields, "generate"]
     # One stop in the answer and one in the table: arrow keys move within.
-    assert [name for name in reached if name != "BUTTON"] == [*start, "token", "inspected", "by-row"]
-    assert reached.count("BUTTON") <= 1
+    end = ["token", "copy", "elsewhere", "inspected", "by-row"]
+    assert [name for name in reached if name not in ("BUTTON", "answer", "rows")] == [*start, *end]
 
     unnamed = page.evaluate(
         """[...document.querySelectorAll("input, textarea, button")]
@@ -735,7 +904,7 @@ def test_generating_by_keyboard_alone(page: Page, demo_server: Any) -> None:
     wait_for_end(page)
     seed = int(text_of(page, "#used-seed"))
     expected = complete(demo_server, "Once upon", temperature=0.8, max_tokens=64, seed=seed)
-    assert text_of(page, "#answer") == expected["text"]
+    assert text_of(page, "#new") == expected["text"]
 
 
 def test_focus_moves_to_the_button_that_works(open_page: Open, long_server: Any) -> None:
@@ -748,16 +917,18 @@ def test_focus_moves_to_the_button_that_works(open_page: Open, long_server: Any)
 
 
 def test_touch(open_page: Open, demo_server: Any) -> None:
-    page = open_page(demo_server, viewport={"width": 360, "height": 740}, has_touch=True)
+    page = open_page(demo_server, viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
     generate(page, CAPITAL)
     wait_for_end(page)
-    token = page.locator(".token").nth(3)
-    token.tap()
+    expect(page.locator("#how-to-point")).to_contain_text("Tap a token")
+    expect(page.locator("#token-facts")).to_contain_text("Tap a token")
+    expect(page.locator("kbd").first).to_be_hidden()
+    page.locator("#new .token").nth(3).tap()
     expect(page.locator("#rows tr")).to_have_count(1)
-    page.wait_for_timeout(500)
-    expect(page.locator("#tip")).to_be_visible()  # until something else is touched
-    page.tap("h2 >> nth=0")
-    expect(page.locator("#tip")).to_be_hidden()
+    expect(page.locator("#alternatives li")).to_have_count(5)
+    page.locator("#alternatives button").nth(1).tap()
+    wait_for_end(page)
+    assert page.locator("#prompt").input_value().startswith(CAPITAL)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -773,15 +944,23 @@ def test_phone_width(open_page: Open, demo_server: Any, scheme: str) -> None:
         return page.evaluate("document.documentElement.scrollWidth <= 360 && document.body.scrollWidth <= 360")
 
     assert inside()
-    for token in (page.locator(".token").first, page.locator(".token").nth(17), page.locator(".token").last):
+    for token in (page.locator("#new .token").first, page.locator("#new .token").nth(17)):
         token.focus()
-        box = page.locator("#tip").bounding_box()
+        box = page.locator("#details").bounding_box()
         assert box is not None
         assert box["x"] >= 0
         assert box["x"] + box["width"] <= 360
-        assert box["y"] >= 0
-        assert box["y"] + box["height"] <= 740
+        assert box["height"] <= 0.45 * 740 + 2
+        assert box["y"] + box["height"] <= 741  # in sight without scrolling there
     assert inside()
+
+
+def test_wide_screens_have_margins(open_page: Open, demo_server: Any) -> None:
+    page = open_page(demo_server, viewport={"width": 2560, "height": 1200})
+    box = page.locator("main").bounding_box()
+    assert box is not None
+    assert box["width"] <= 1420
+    assert abs(box["x"] + box["width"] / 2 - 1280) < 10
 
 
 CONTRAST = """(pairs) => {
@@ -840,20 +1019,23 @@ def test_reduced_motion(open_page: Open, long_server: Any) -> None:
     assert names == {"reduce": "none", "no-preference": "blink"}
 
 
-@pytest.mark.parametrize("name", ["light", "dark-phone"])
+PICTURES = {
+    "light": {"viewport": {"width": 1280, "height": 960}, "color_scheme": "light"},
+    "dark": {"viewport": {"width": 1280, "height": 960}, "color_scheme": "dark"},
+    "wide": {"viewport": {"width": 1920, "height": 1080}, "color_scheme": "light"},
+    "dark-phone": {"viewport": {"width": 360, "height": 740}, "color_scheme": "dark"},
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
 def test_screenshots(open_page: Open, demo_server: Any, tmp_path: Path, name: str) -> None:
     """The pictures of docs/ are made by `FIXMIN_SCREENSHOTS=docs pytest tests/serve -k screenshots`."""
-    phone = {"viewport": {"width": 360, "height": 740}, "color_scheme": "dark"}
-    desktop = {"viewport": {"width": 1280, "height": 960}, "color_scheme": "light"}
-    page = open_page(demo_server, **(phone if name == "dark-phone" else desktop))
-    generate(page, "Once upon a time,", temperature=0.8, max_tokens=64, seed=38347918)
+    page = open_page(demo_server, fresh=True, **PICTURES[name])
     wait_for_end(page)
-    page.evaluate("document.getElementById('settings').open = false")
     to_token_by_keyboard(page, 4)
     page.keyboard.press("Enter")
     expect(page.locator("#rows tr")).to_have_count(1)
-    if name == "dark-phone":  # a long page: without what floats over it
-        page.keyboard.press("Escape")
+    page.evaluate("scrollTo(0, 0)")
     path = Path(os.environ.get("FIXMIN_SCREENSHOTS", tmp_path)) / f"playground-{name}.png"
     page.screenshot(path=path, full_page=True)
-    assert 20_000 < path.stat().st_size < 250_000
+    assert 20_000 < path.stat().st_size < 300_000

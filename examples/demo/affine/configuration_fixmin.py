@@ -47,7 +47,7 @@ class FixMinConfig(PretrainedConfig):
     """
 
     model_type = "fixmin"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - the base class declares it as a plain attribute
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012 - the base class declares it as a plain attribute
 
     def __init__(
         self,

@@ -17,6 +17,9 @@ Letters in the comments: B sequences, T tokens of this call, S tokens in the cac
 H query heads, G key/value heads, d head size, K code bits, V vocabulary.
 """
 
+import dataclasses
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,6 +27,9 @@ from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_fixmin import FixMinConfig
+
+# transformers calls the cache "cache" from 5.24 on and "past_key_values" before, where it passes and where it reads it.
+CACHE_FIELD = next(f.name for f in dataclasses.fields(CausalLMOutputWithPast) if f.name in ("cache", "past_key_values"))
 
 
 class TokenCode(nn.Module):
@@ -126,21 +132,21 @@ class FixMinBlock(nn.Module):
         self.ffn_up = nn.Linear(width, hidden, bias=config.mlp_bias)
         self.ffn_down = nn.Linear(hidden, width, bias=config.mlp_bias)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, past_key_values: Cache | None
-    ) -> Tensor:
-        x = x + self.attend(self.attn_norm(x), cos, sin, mask, past_key_values)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
+        x = x + self.attend(self.attn_norm(x), cos, sin, mask, cache)
         return x + self.feed_forward(self.ffn_norm(x))
 
-    def attend(self, h: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, past_key_values: Cache | None) -> Tensor:
+    def attend(self, h: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
         config = self.config
         heads = (*h.shape[:2], -1, config.head_dim)
         q = self.attn_q(h).view(heads).transpose(1, 2)  # [B, H, T, d]
         k = self.attn_k(h).view(heads).transpose(1, 2)  # [B, G, T, d]
         v = self.attn_v(h).view(heads).transpose(1, 2)  # [B, G, T, d]
         q, k = rotate(q, cos, sin, config), rotate(k, cos, sin, config)
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer)  # [B, G, S, d]
+        if cache is not None:
+            length = int(cache.get_seq_length(self.layer)) + h.shape[1]  # S
+            k, v = cache.update(k, v, self.layer)
+            k, v = k[:, :, :length], v[:, :, :length]  # [B, G, S, d]: a static cache returns its empty places too
         group = config.num_attention_heads // config.num_key_value_heads
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)  # [B, H, S, d]
         if mask is None:
@@ -177,13 +183,18 @@ class FixMinModel(nn.Module):
         return lift(self.code(ids), self.config, self.output_norm.weight.dtype)
 
     def forward(
-        self, ids: Tensor, padding: Tensor | None, positions: Tensor | None, past_key_values: Cache | None
+        self, ids: Tensor, padding: Tensor | None, positions: Tensor | None, cache: Cache | None
     ) -> tuple[Tensor, list[Tensor]]:
         """Return the normed output [B, T, D] and the input of every block, each [B, T, D]."""
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        past = 0 if cache is None else int(cache.get_seq_length())
         length = ids.shape[1]
         if positions is None:
             positions = torch.arange(past, past + length, device=ids.device)[None]  # [1, T]
+        if padding is not None and padding.shape != (len(ids), past + length):
+            raise ValueError(
+                f"attention_mask must have the shape {[len(ids), past + length]} (rows, tokens of cache and call), "
+                f"got {list(padding.shape)}"
+            )
         x = self.embed(ids)
         cos, sin = rope_tables(positions, self.config)
         plain = padding is None or bool(padding.all())
@@ -192,8 +203,39 @@ class FixMinModel(nn.Module):
         inputs = []
         for block in self.layers:
             inputs.append(x)
-            x = block(x, cos, sin, mask, past_key_values)
+            x = block(x, cos, sin, mask, cache)
         return self.output_norm(x), inputs
+
+
+def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """The cache under whichever of its two names it came."""
+    if cache is not None and past_key_values is not None:
+        raise ValueError("cache and past_key_values are two names of one argument: give one of them")
+    name, given = ("cache", cache) if cache is not None else ("past_key_values", past_key_values)
+    if given is not None and not isinstance(given, Cache):
+        raise TypeError(f"{name} must be a Cache of transformers such as DynamicCache, got {type(given).__name__}")
+    return given
+
+
+def refuse_unknown(arguments: dict[str, Any]) -> None:
+    """An argument that is ignored would give other results than were asked for."""
+    of_generate = ("tokenizer", "assistant_tokenizer")  # which leaves them in what it passes on
+    for name, value in arguments.items():
+        if name not in of_generate and value is not None and value is not False:
+            raise TypeError(f"forward() does not take {name}")
+
+
+def check_places(places: Tensor, past: int, length: int) -> None:
+    """Places [T] that transformers counted must be those behind the cache: they are not read elsewhere."""
+    if places.tolist() != list(range(past, past + length)):
+        raise ValueError(f"cache_position must be {past} to {past + length - 1}, got {places.tolist()}")
+
+
+def next_token_loss(logits: Tensor, labels: Tensor, n_items: Tensor | int | None) -> Tensor:
+    """Mean over the labels [B, T] but for -100, or their sum divided by n_items; logits [B, T, V]."""
+    reduction = "mean" if n_items is None else "sum"
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), reduction=reduction)
+    return loss if n_items is None else loss / n_items
 
 
 class FixMinForCausalLM(PreTrainedModel, GenerationMixin):
@@ -225,6 +267,11 @@ class FixMinForCausalLM(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None = None, **others: Any) -> Tensor | None:
+        """The mask [B, S] as it is, where transformers would make one of the length of a static cache from it."""
+        return attention_mask
+
     def forward(
         self,
         input_ids: Tensor,
@@ -235,8 +282,10 @@ class FixMinForCausalLM(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        logits_to_keep: int = 0,
-        **kwargs,
+        logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **others: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """Logits of the next token at every position.
 
@@ -244,31 +293,47 @@ class FixMinForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids: [B, T] integers below V.
             attention_mask: [B, S], 0 where a token is padding; S counts the cached tokens too.
             position_ids: [B, T] (None: counted from the start of the cache).
-            past_key_values: keys and values of the tokens before; extended in place.
+            past_key_values, cache: keys and values of the tokens before; extended in place. Two names for one thing,
+                as releases of transformers differ.
             use_cache: whether to return a cache (None: as the configuration says; never while training).
             labels: [B, T], the ids themselves (they are shifted here); -100 is left out of the loss.
             output_hidden_states: also return the input of every block and, last, the normed output: (layers + 1)
                 times [B, T, D].
             return_dict: False for a plain tuple.
-            logits_to_keep: compute logits for this many last positions only (0: all).
+            logits_to_keep: compute logits for this many last positions only (0: all), or for these, [n].
+            num_items_in_batch: the loss is the sum over the labels divided by this number, instead of the mean.
+            others: what transformers passes to every model; None and False ask for nothing. Old releases pass
+                cache_position [T], the places of the tokens behind the cache.
 
         Returns:
-            loss (mean, nats per token; None without labels), logits [B, T, V], the cache and the hidden states.
+            loss (mean, nats per token; None without labels), logits [B, T, V], the cache (under the name that this
+            release of transformers has for it) and the hidden states.
+
+        Raises:
+            TypeError: an unknown argument, or a cache that is no `Cache` of transformers.
+            ValueError: both names of the cache; a mask or places that do not fit the tokens; labels together with
+                logits_to_keep.
         """
+        cache = one_cache(cache, past_key_values)
+        # No argument of its own: transformers warns of models that have one.
+        if (places := others.pop("cache_position", None)) is not None:
+            check_places(places, 0 if cache is None else int(cache.get_seq_length()), input_ids.shape[1])
+        refuse_unknown(others)
+        if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+            raise ValueError("labels need the logits of all positions: leave out logits_to_keep")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
-        x, inputs = self.model(input_ids, attention_mask, position_ids, past_key_values)
-        logits = self.lm_head(x[:, -logits_to_keep:])
-        loss = None
-        if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+        if use_cache and cache is None:
+            cache = DynamicCache()
+        x, inputs = self.model(input_ids, attention_mask, position_ids, cache)
+        kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep, None)
+        logits = self.lm_head(x[:, kept])
+        loss = None if labels is None else next_token_loss(logits, labels, num_items_in_batch)
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=past_key_values if use_cache else None,
             hidden_states=(*inputs, x) if output_hidden_states else None,
+            **{CACHE_FIELD: cache if use_cache else None},
         )
         return output if return_dict is not False else output.to_tuple()
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from fastapi import FastAPI, Request
+from fastapi.routing import APIRoute
 from numpy.typing import NDArray
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import HTMLResponse, JSONResponse, Response
@@ -21,6 +22,7 @@ from .errors import APIError, install
 from .generation import ChatJob, CompletionJob, Job
 from .guards import Guard, Receive, Scope, Send
 from .host import ModelHost
+from .limits import read_body
 from .metrics import Metrics
 from .schemas import (
     ChatRequest,
@@ -94,19 +96,41 @@ async def _unless_disconnected(work: Any, receive: Receive) -> Any:
         await asyncio.gather(task, gone, return_exceptions=True)
 
 
+class _Route(APIRoute):
+    """Reads JSON within its limits, and not in the event loop, before it is validated."""
+
+    def get_route_handler(self) -> Callable[[Request], Any]:
+        handle = super().get_route_handler()
+
+        async def bounded(request: Request) -> Response:
+            body = await request.body()
+            if body:
+                host: ModelHost = request.app.state.host
+                request._json = await host.compute(read_body, body)  # where request.json() keeps it
+            answer: Response = await handle(request)
+            return answer
+
+        return bounded
+
+
 async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 def create_app(
-    settings: ServeSettings, on_failure: Callable[[], None] | None = None, *, load_first: bool = False
+    settings: ServeSettings,
+    on_failure: Callable[[], None] | None = None,
+    *,
+    load_first: bool = False,
+    hosts: tuple[str, ...] = (),
 ) -> FastAPI:
     """The server as an ASGI application. The model is loaded when it starts up, while /health answers 503.
 
     Args:
         settings: see there.
         on_failure: called if the model cannot be loaded.
+        hosts: names by which the server may be asked (the header Host); none: any.
         load_first: the start ends when the model is loaded, and fails if it cannot be.
 
     Raises:
@@ -132,6 +156,7 @@ def create_app(
         default_response_class=_JSON,
         responses=_ERRORS,
     )
+    app.router.route_class = _Route
     app.state.host = host
     app.state.chat_template = template.source
     install(app)
@@ -140,6 +165,7 @@ def create_app(
         api_keys=settings.api_keys,
         max_body_bytes=settings.max_body_bytes,
         on_answer=metrics.answered,
+        hosts=hosts,
     )
     if settings.cors_origins:  # outside: a browser asks for leave without a key
         app.add_middleware(
@@ -163,15 +189,18 @@ def _add_generation(app: FastAPI, host: ModelHost, metrics: Metrics, template: C
     async def completions(request: Request, body: CompletionRequest) -> Response:
         """Continues prompts: texts or token ids."""
         host.require_room()  # before anything is tokenised
-        return await answer(request, await CompletionJob.prepare(host, metrics, body))
+        job = await _unless_disconnected(CompletionJob.prepare(host, metrics, body), request.receive)
+        return _JSON(None) if job is None else await answer(request, job)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request, body: ChatRequest) -> Response:
         """Answers a chat through the server's template."""
         _ = host.model
         host.require_room()
-        prompt = await host.compute(template.render, [message.plain() for message in body.messages])
-        return await answer(request, await ChatJob.prepare(host, metrics, body, prompt, template.stop))
+        prompt = await host.compute(_chat_prompt, host, template, body)
+        preparing = ChatJob.prepare(host, metrics, body, prompt, template.stop)
+        job = await _unless_disconnected(preparing, request.receive)
+        return _JSON(None) if job is None else await answer(request, job)
 
     @app.post("/v1/embeddings")
     async def embeddings(request: Request, body: EmbeddingRequest) -> dict[str, Any]:
@@ -186,7 +215,7 @@ def _add_generation(app: FastAPI, host: ModelHost, metrics: Metrics, template: C
             for i, one in enumerate(inputs):
                 if await request.is_disconnected():
                     break
-                vector, n = await host.compute(_embed, host, one)
+                vector, n = await host.compute(_embed, host, one, body.parse_special is not False)
                 n_tokens += n
                 numbers = (
                     base64.b64encode(vector.tobytes()).decode() if body.encoding_format == "base64" else vector.tolist()
@@ -196,9 +225,24 @@ def _add_generation(app: FastAPI, host: ModelHost, metrics: Metrics, template: C
         return {"object": "list", "data": data, "model": host.settings.name, "usage": usage}
 
 
-def _embed(host: ModelHost, text: Any) -> tuple[NDArray[np.float32], int]:
+def _chat_prompt(host: ModelHost, template: ChatTemplate, body: ChatRequest) -> list[int]:
+    tokenizer = host.model._require_tokenizer()
+    messages = [message.plain() for message in body.messages]
+    host.check_texts("messages", [str(message["content"]) for message in messages])
+    prompt = template.render(
+        messages,
+        tokenizer,
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
+        parse_special=bool(body.parse_special),
+    )
+    return prompt.ids(tokenizer)
+
+
+def _embed(host: ModelHost, text: Any, parse_special: bool) -> tuple[NDArray[np.float32], int]:
     model = host.model
-    states = model.hidden_states(text, model.info["block_count"])
+    host.check_texts("input", [text])
+    states = model.hidden_states(text, model.info["block_count"], parse_special=parse_special)
     return states.mean(axis=0, dtype=np.float64).astype(np.float32), len(states)
 
 
@@ -210,7 +254,8 @@ def _add_tokens(app: FastAPI, host: ModelHost) -> None:
         if text is None:
             raise ArgumentError("content is missing (or prompt, as vLLM calls it)")
         special = body.add_special or body.add_special_tokens
-        ids = await host.compute(host.model.encode, text, add_special_tokens=special)
+        parse = body.parse_special is not False
+        ids = await host.compute(host.model.encode, text, add_special_tokens=special, parse_special=parse)
         tokens: list[Any] = [_piece(host, i) for i in ids] if body.with_pieces else ids
         return {"tokens": tokens, "count": len(ids), "max_model_len": host.model.info["n_ctx"]}
 
@@ -226,7 +271,9 @@ def _add_tokens(app: FastAPI, host: ModelHost) -> None:
         if (body.text is None) == (body.tokens is None):
             raise ArgumentError("text or tokens is needed, one of them")
         model = host.model
-        given = body.tokens if body.text is None else await host.compute(model.encode, body.text)
+        given: Any = body.tokens
+        if body.text is not None:
+            given = await host.compute(model.encode, body.text, parse_special=body.parse_special is not False)
         if not given:
             return {"tokens": []}
         ids = as_token_ids("tokens", given, model.info["vocab_size"])
@@ -253,13 +300,16 @@ def _piece(host: ModelHost, token_id: int) -> dict[str, Any]:
 def _add_facts(app: FastAPI, host: ModelHost, metrics: Metrics) -> None:
     name = host.settings.name
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     @app.get("/v1/health", include_in_schema=False)
     async def health() -> dict[str, str]:
         """Whether requests are answered. 503 with `progress`, 0 to 1, while the model is loading."""
         _ = host.model
+        host.require_health()
         return {"status": "ok"}
 
+    @app.get("/v1/models/", include_in_schema=False)
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         """The one model of this server."""
@@ -322,6 +372,7 @@ def _add_facts(app: FastAPI, host: ModelHost, metrics: Metrics) -> None:
         _ = host.model
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    @app.head("/", response_class=HTMLResponse, include_in_schema=False)
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def playground() -> Response:
         """The playground."""

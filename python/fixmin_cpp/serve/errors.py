@@ -11,7 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
-from ..errors import ArgumentError, ContextLengthError, FixminError, UnsupportedError
+from ..errors import ArgumentError, BusyError, ContextLengthError, FixminError, UnsupportedError
 from .schemas import FIELDS
 
 __all__ = ["APIError", "as_api_error", "install"]
@@ -72,6 +72,8 @@ def as_api_error(error: Exception, renamed: Mapping[str, str] | None = None) -> 
         param = first[0] if first and first[0] in FIELDS else None
         code = "context_length_exceeded" if isinstance(error, ContextLengthError) else None
         return APIError(400, message, param=param, code=code)
+    if isinstance(error, BusyError):
+        return APIError(503, str(error), headers={"Retry-After": "10"})
     if isinstance(error, FixminError):
         return APIError(500, str(error))
     _log.error("a request failed", exc_info=error)

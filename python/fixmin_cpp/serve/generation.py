@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import json
 import time
 import uuid
@@ -10,17 +11,17 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
 from ..errors import ArgumentError, ContextLengthError
-from ..generation import AsyncTextStream, Batch, Completion, Piece, TokenLogprob
+from ..generation import AsyncTextStream, Batch, Completion, Piece, Run, TokenLogprob
+from ..openai_fields import ALIASES, USUAL
 from ..text import IncrementalDecoder
 from .errors import APIError, as_api_error
 from .host import ModelHost
 from .metrics import Metrics
-from .schemas import ALIASES, ChatRequest, CompletionRequest, GenerationRequest
+from .schemas import ChatRequest, CompletionRequest, GenerationRequest
+from .token_names import TokenNames
 
 __all__ = ["ChatJob", "CompletionJob", "Job"]
 
-# What OpenAI's interface means when it does not say otherwise: the model's own distribution.
-_USUAL: Mapping[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 _FINISH = {"eos": "stop"}  # others have the same name
 
 
@@ -39,6 +40,7 @@ class Job(ABC):
         self.created = int(time.time())
         self._begin = time.perf_counter()
         self._batch: Batch
+        self.names: TokenNames  # where log-probabilities are asked for
         self._n = 1
         self._best_of = 1
         self.only_prompt = False  # whether what is generated is not part of the answer
@@ -57,9 +59,15 @@ class Job(ABC):
         timeout = arguments.get("timeout")
         limited = settings.timeout if timeout is None else min(timeout, settings.timeout)
         model = self.host.model
+        constrained = any(name in arguments for name in ("json_schema", "regex", "grammar", "choices"))
+        self.host.check_texts("prompt", [prompts] if isinstance(prompts, str) else prompts)
+        n_prompts = 1 if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)) else len(prompts)
+        self.host.require_room(n_prompts * self._best_of)
+        if "logprobs" in arguments:
+            self.names = await self.host.compute(TokenNames.of, model)
         try:
             self._batch = await self.host.compute(
-                model._batch, prompts, {**_USUAL, **arguments, "timeout": limited}, n, best_of
+                model._batch, prompts, {**USUAL, **arguments, "timeout": limited}, n, best_of, slow=constrained
             )
         except (ArgumentError, ContextLengthError) as error:
             fields = {name: field for field, name in ALIASES.items() if getattr(self.request, field, None) is not None}
@@ -145,16 +153,26 @@ class Job(ABC):
         pieces = self._pieces()
         try:
             writers = [self._writer(i) for i in range(self.n_sequences)]
+            held: list[list[Piece | Completion]] = [[] for _ in writers]
             for i, writer in enumerate(writers):
                 if (first := writer.begin()) is not None:
                     yield event([{"index": i, **first, "finish_reason": None}])
-            async for i, item in pieces:
-                if isinstance(item, Piece):
-                    yield event([{"index": i, **writers[i].piece(item), "finish_reason": None}])
-                    continue
-                completions[i] = item
-                end = {"finish_reason": _FINISH.get(item.finish_reason, item.finish_reason), "seed": item.seed}
-                yield event([{"index": i, **writers[i].end(), **end}])
+            async for number, news in pieces:
+                held[number].append(news)
+                for i, writer in enumerate(writers):
+                    if not held[i] or (opening := writer.opening()) is None:
+                        continue
+                    for choice in opening:
+                        yield event([{"index": i, **choice, "finish_reason": None}])
+                    for item in held[i]:
+                        if isinstance(item, Piece):
+                            if (said := writer.piece(item)) is not None:
+                                yield event([{"index": i, **said, "finish_reason": None}])
+                            continue
+                        completions[i] = item
+                        end = {"finish_reason": self._reason(item), "seed": item.seed}
+                        yield event([{"index": i, **writer.end(item), **end}])
+                    held[i].clear()
             if usage:
                 yield event([], self._usage(completions))
         except Exception as error:
@@ -173,7 +191,9 @@ class Job(ABC):
         """`completions` by their runs. A prompt counts once, however many continuations it has."""
         first = [completions[i].timings for i in range(0, self.n_sequences, self._best_of)]
         n_prompt = sum(timings.n_prompt for timings in first)
-        n_generated = 0 if self.only_prompt else sum(one.timings.n_generated for one in completions.values())
+        n_generated = 0
+        if not self.only_prompt:  # the end-of-text token was generated too
+            n_generated = sum(one.timings.n_generated + (one.stop_id is not None) for one in completions.values())
         return {
             "prompt_tokens": n_prompt,
             "completion_tokens": n_generated,
@@ -182,11 +202,16 @@ class Job(ABC):
         }
 
     def _choice(self, index: int, completion: Completion) -> dict[str, Any]:
-        reason = _FINISH.get(completion.finish_reason, completion.finish_reason)
-        choice = {"index": index, **self._content(index, completion), "finish_reason": reason, "seed": completion.seed}
+        end = {"finish_reason": self._reason(completion), "seed": completion.seed}
+        choice = {"index": index, **self._content(index, completion), **end}
         if self.request.return_token_ids:
-            choice["token_ids"] = completion.token_ids
+            choice["token_ids"] = [] if self.only_prompt else completion.token_ids
         return choice
+
+    def _reason(self, completion: Completion) -> str:
+        if self.only_prompt and completion.finish_reason in ("eos", "stop"):
+            return "length"  # of the token that is not asked for
+        return _FINISH.get(completion.finish_reason, completion.finish_reason)
 
     @abstractmethod
     def _content(self, index: int, completion: Completion) -> dict[str, Any]:
@@ -204,11 +229,15 @@ class _Writer(ABC):
         """An event before the first token."""
         return None
 
-    @abstractmethod
-    def piece(self, piece: Piece) -> dict[str, Any]: ...
+    def opening(self) -> list[dict[str, Any]] | None:
+        """Events that are known only later, but come before the first token; None while they are not."""
+        return []
 
     @abstractmethod
-    def end(self) -> dict[str, Any]: ...
+    def piece(self, piece: Piece) -> dict[str, Any] | None: ...
+
+    @abstractmethod
+    def end(self, completion: Completion) -> dict[str, Any]: ...
 
 
 # --- /v1/completions -------------------------------------------------------------------------------------------------
@@ -217,25 +246,34 @@ class _Writer(ABC):
 class _TextLogprobs:
     """The four lists of a completion's log-probabilities, filled token by token."""
 
-    def __init__(self, host: ModelHost, context: Sequence[int], offset: int = 0) -> None:
+    def __init__(self, host: ModelHost, names: TokenNames, context: Sequence[int], offset: int = 0) -> None:
         """`context`: ids before the first token, `offset`: its place in the text."""
-        self._host = host
+        self._names = names
         self._offset = offset  # of the next token
         tokenizer = host.model._tokenizer
+        self._special = frozenset() if tokenizer is None else tokenizer.special_ids
         self._decoder = None if tokenizer is None else IncrementalDecoder(tokenizer, context)
 
-    def add(self, into: dict[str, list[Any]], token_id: int, logprob: TokenLogprob | None) -> None:
-        """Adds a token; None stands for the first one of a prompt, which has no probability."""
-        into["tokens"].append(self._host.token_text(token_id))
+    def add(
+        self, into: dict[str, list[Any]], token_id: int, logprob: TokenLogprob | None, *, echoed: bool = False
+    ) -> None:
+        """Adds a token; None stands for the first one of a prompt, which has no probability.
+
+        `echoed`: of the prompt, in whose text special tokens are spelled out.
+        """
+        name = self._names.name
+        into["tokens"].append(name(token_id))
         into["text_offset"].append(self._offset)
         into["token_logprobs"].append(None if logprob is None else logprob.logprob)
         top: dict[str, float] | None = None
         if logprob is not None:
             top = {}
             for other, value in (*logprob.top, (token_id, logprob.logprob)):
-                top.setdefault(self._host.token_text(other), value)
+                top[name(other)] = value
         into["top_logprobs"].append(top)
-        if self._decoder is not None:
+        if echoed and token_id in self._special:
+            self._offset += len(name(token_id))
+        elif self._decoder is not None:
             self._offset += len(self._decoder.step(token_id))
 
 
@@ -262,9 +300,9 @@ class CompletionJob(Job):
         # OpenAI's way to ask for the probabilities of a prompt: echo it and generate nothing. One token is generated.
         job.only_prompt = arguments["max_new_tokens"] == 0
         if job.only_prompt:
-            if not request.echo or request.stream:
-                raise ArgumentError("max_tokens must be above 0, but for an echo that is not streamed")
-            arguments["max_new_tokens"] = 1
+            if not request.echo:
+                raise ArgumentError("max_tokens must be above 0, but with echo")
+            arguments |= {"max_new_tokens": 1, "min_new_tokens": 0}
         if request.logprobs is not None:
             _check_logprobs("logprobs", request.logprobs, host)
             arguments["logprobs"] = request.logprobs
@@ -283,26 +321,42 @@ class CompletionJob(Job):
         return prompt if isinstance(prompt, str) else self.host.model.decode(prompt)
 
     def _prompt_ids(self, index: int) -> list[int]:
-        ids: list[int] = self._batch.runs[index // self._n * self._best_of]._ids.tolist()
-        return ids
+        return self._leader(index).prompt_ids
 
-    def _prompt_logprobs(self, index: int, completion: Completion) -> dict[str, list[Any]]:
-        lists, writer = _empty(), _TextLogprobs(self.host, [])
-        for token_id, logprob in zip(self._prompt_ids(index), (None, *(completion.prompt_logprobs or ())), strict=True):
-            writer.add(lists, token_id, logprob)
+    def _leader(self, index: int) -> Run:
+        return self._batch.runs[index // self._n * self._best_of]
+
+    def _prompt_logprobs(self, index: int) -> dict[str, list[Any]] | None:
+        """None: not yet known. Tokens that were not read before the end have null."""
+        known = self._leader(index).prompt_logprobs
+        if known is None:
+            return None
+        lists, writer = _empty(), _TextLogprobs(self.host, self.names, [])
+        ids = self._prompt_ids(index)
+        for token_id, logprob in itertools.zip_longest(ids, (None, *known)):
+            writer.add(lists, token_id, logprob, echoed=True)
         return lists
+
+    def _end_logprobs(self, writer: _TextLogprobs, lists: dict[str, list[Any]], completion: Completion) -> None:
+        """The token that ended the text was drawn too: as OpenAI and vLLM have it, and as lm_eval counts."""
+        if completion.stop_logprob is not None:
+            writer.add(lists, completion.stop_logprob.token_id, completion.stop_logprob)
 
     def _content(self, index: int, completion: Completion) -> dict[str, Any]:
         echo = self._prompt_text(index) if self.request.echo else ""
         text = echo if self.only_prompt else echo + completion.text
         lists = None
         if completion.logprobs is not None:
-            lists = self._prompt_logprobs(index, completion) if self.request.echo else _empty()
+            lists = (self._prompt_logprobs(index) if self.request.echo else None) or _empty()
             if not self.only_prompt:
-                writer = _TextLogprobs(self.host, self._prompt_ids(index), len(echo))
+                writer = _TextLogprobs(self.host, self.names, self._prompt_ids(index), len(echo))
                 for token_id, logprob in zip(completion.token_ids, completion.logprobs, strict=True):
                     writer.add(lists, token_id, logprob)
-        return {"text": text, "logprobs": lists}
+                self._end_logprobs(writer, lists, completion)
+        content: dict[str, Any] = {"text": text, "logprobs": lists}
+        if self.request.echo and self.request.return_token_ids:
+            content["prompt_token_ids"] = self._prompt_ids(index)
+        return content
 
     def _writer(self, index: int) -> "_Writer":
         return _CompletionWriter(self, index)
@@ -311,15 +365,31 @@ class CompletionJob(Job):
 class _CompletionWriter(_Writer):
     def __init__(self, job: CompletionJob, index: int) -> None:
         self._job = job
+        self._index = index
         self._echo = job._prompt_text(index) if job.request.echo else None
+        self._opened = self._echo is None or job.request.logprobs is None
         self._logprobs: _TextLogprobs | None = None
         if job.request.logprobs is not None:
-            self._logprobs = _TextLogprobs(job.host, job._prompt_ids(index), len(self._echo or ""))
+            self._logprobs = _TextLogprobs(job.host, job.names, job._prompt_ids(index), len(self._echo or ""))
 
     def begin(self) -> dict[str, Any] | None:
-        return None if self._echo is None else {"text": self._echo, "logprobs": None}
+        return {"text": self._echo, "logprobs": None} if self._opened and self._echo is not None else None
 
-    def piece(self, piece: Piece) -> dict[str, Any]:
+    def opening(self) -> list[dict[str, Any]] | None:
+        if self._opened:
+            return []
+        lists = self._job._prompt_logprobs(self._index)
+        if lists is None:
+            return None
+        self._opened = True
+        opening: dict[str, Any] = {"text": self._echo, "logprobs": lists}
+        if self._job.request.return_token_ids:
+            opening["prompt_token_ids"] = self._job._prompt_ids(self._index)
+        return [opening]
+
+    def piece(self, piece: Piece) -> dict[str, Any] | None:
+        if self._job.only_prompt:
+            return None
         lists = None
         if self._logprobs is not None:
             lists = _empty()
@@ -329,8 +399,12 @@ class _CompletionWriter(_Writer):
             choice["token_ids"] = [piece.token_id]
         return choice
 
-    def end(self) -> dict[str, Any]:
-        return {"text": "", "logprobs": None}
+    def end(self, completion: Completion) -> dict[str, Any]:
+        lists = None
+        if self._logprobs is not None and completion.stop_logprob is not None and not self._job.only_prompt:
+            lists = _empty()
+            self._job._end_logprobs(self._logprobs, lists, completion)
+        return {"text": "", "logprobs": lists}
 
 
 # --- /v1/chat/completions --------------------------------------------------------------------------------------------
@@ -344,15 +418,15 @@ class ChatJob(Job):
 
     @classmethod
     async def prepare(
-        cls, host: ModelHost, metrics: Metrics, request: ChatRequest, prompt: str, stop: Sequence[str]
+        cls, host: ModelHost, metrics: Metrics, request: ChatRequest, prompt: list[int], stop: Sequence[str]
     ) -> "ChatJob":
-        """`prompt`: of the template, `stop`: what ends an answer in it."""
+        """`prompt`: ids of what the template made, `stop`: what ends an answer in it."""
         job = cls(host, metrics)
         job.request = request
         arguments = {"max_new_tokens": host.model.info["n_ctx"], **request.arguments()}
         given = arguments.get("stop", [])
         arguments["stop"] = [*([given] if isinstance(given, str) else given), *stop]
-        if request.top_logprobs is not None and not request.logprobs:
+        if request.top_logprobs and not request.logprobs:
             raise ArgumentError("top_logprobs needs logprobs to be true")
         if request.logprobs:
             top = request.top_logprobs or 0
@@ -367,8 +441,7 @@ class ChatJob(Job):
         return {**self._token(token.token_id, token.logprob), "top_logprobs": top}
 
     def _token(self, token_id: int, value: float) -> dict[str, Any]:
-        text = self.host.token_text(token_id)
-        return {"token": text, "logprob": value, "bytes": list(text.encode())}
+        return {"token": self.names.name(token_id), "logprob": value, "bytes": self.names.bytes(token_id)}
 
     def _content(self, index: int, completion: Completion) -> dict[str, Any]:
         logprobs = None
@@ -392,9 +465,12 @@ class _ChatWriter(_Writer):
         logprobs = None
         if piece.logprob is not None:
             logprobs = {"content": [self._job.logprob(piece.logprob)], "refusal": None}
-        return {"delta": {"content": piece.text}, "logprobs": logprobs}
+        choice: dict[str, Any] = {"delta": {"content": piece.text}, "logprobs": logprobs}
+        if self._job.request.return_token_ids:
+            choice["token_ids"] = [piece.token_id]
+        return choice
 
-    def end(self) -> dict[str, Any]:
+    def end(self, completion: Completion) -> dict[str, Any]:
         return {"delta": {}, "logprobs": None}
 
 

@@ -1,6 +1,7 @@
 """What stands before every request, as ASGI middleware: keys and the size of bodies."""
 
 import hmac
+import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -16,13 +17,22 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 _PUBLIC = ("/health", "/v1/health", "/")
 
 
+_PORT = re.compile(r":\d*$")
+
+
 class Guard:
     """Refuses requests without a key (401) or with too large a body (413) before anything of them is parsed."""
 
     def __init__(
-        self, app: Any, api_keys: tuple[str, ...], max_body_bytes: int, on_answer: Callable[[int], None]
+        self,
+        app: Any,
+        api_keys: tuple[str, ...],
+        max_body_bytes: int,
+        on_answer: Callable[[int], None],
+        hosts: tuple[str, ...] = (),
     ) -> None:
-        """`on_answer`: told the status of each answer."""
+        """`on_answer`: told the status of each answer. `hosts`: names by which the server may be asked; none: any."""
+        self._hosts = frozenset(name.lower() for name in hosts)
         self._app = app
         self._on_answer = on_answer
         self._keys = [key.encode() for key in api_keys]
@@ -41,8 +51,11 @@ class Guard:
         headers = dict(scope["headers"])
         try:
             path = scope["path"].removeprefix(scope.get("root_path", ""))
+            self._check_host(headers.get(b"host", b""))
             self._check_key(path, headers.get(b"authorization", b""))
             self._check_length(headers.get(b"content-length", b"0"))
+            if scope["method"] == "POST":
+                _check_kind(headers)
         except APIError as error:
             return await error.response()(scope, receive, answer)
         counted = _Counted(receive, answer, self._max_body_bytes)
@@ -51,6 +64,12 @@ class Guard:
         except _TooLargeError:
             if not counted.answered:
                 await self._too_large().response()(scope, receive, answer)
+
+    def _check_host(self, header: bytes) -> None:
+        """A page of a site whose name is made to lead to this machine must not reach what only this machine may."""
+        name = _PORT.sub("", header.decode("latin-1").lower())
+        if self._hosts and name not in self._hosts:
+            raise APIError(421, f"Host {name[:80]!r} is not served here: --allowed-host names those that are")
 
     def _check_key(self, path: str, header: bytes) -> None:
         if not self._keys or path in _PUBLIC:
@@ -73,6 +92,20 @@ class Guard:
 
     def _too_large(self) -> APIError:
         return APIError(413, f"the body is larger than {self._max_body_bytes} bytes", headers={"Connection": "close"})
+
+
+def _check_kind(headers: dict[bytes, bytes]) -> None:
+    """Raises APIError 415 for a body that is not said to be plain JSON."""
+    encoding = headers.get(b"content-encoding", b"identity").strip().lower()
+    if encoding not in (b"identity", b""):
+        raise APIError(
+            415, f"Content-Encoding {encoding[:40].decode('latin-1')} is not supported: send the body as it is"
+        )
+    given = headers.get(b"content-type", b"")
+    kind = given.partition(b";")[0].strip().lower()
+    if kind != b"application/json" and not (kind.startswith(b"application/") and kind.endswith(b"+json")):
+        said = f"Content-Type is {given[:80].decode('latin-1')}" if given else "Content-Type is missing"
+        raise APIError(415, f"{said}: it must be application/json")
 
 
 class _TooLargeError(Exception):

@@ -1,23 +1,28 @@
 """The model of a server: loaded while requests are already answered with 503, shared by all, closed at the end."""
 
 import asyncio
+import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from .. import _core
-from ..errors import ArgumentError
+from ..errors import ArgumentError, ContextLengthError
 from ..inspect import describe_code
 from ..model import Model
 from .errors import APIError
 from .settings import ServeSettings
+from .workers import Workers
 
 __all__ = ["ModelHost"]
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
+
+_N_QUICK, _N_SLOW = 4, 4  # threads that tokenise, and those that compile grammars, which may take 30 s each
+_STUCK = 5.0  # seconds that every one of the former may be busy with one thing before /health says so
 
 
 class ModelHost:
@@ -35,6 +40,9 @@ class ModelHost:
         self._model: Model | None = None
         self._closing = False
         self._loading: asyncio.Task[None] | None = None
+        self._longest_token = 1  # characters
+        self._quick = Workers("prepare", _N_QUICK)
+        self._slow = Workers("grammar", _N_SLOW)
 
     def start(self) -> None:
         """Begins to load."""
@@ -66,6 +74,7 @@ class ModelHost:
         self.code = describe_code(_core.GgufFile(model.path).metadata)
         if model.info["tokenizer"]:
             model.encode("a")  # the first call builds tables
+            self._longest_token = max(map(len, model._require_tokenizer().token_texts), default=1)
         return model
 
     async def close(self) -> None:
@@ -74,7 +83,11 @@ class ModelHost:
         if self._loading is not None:
             await self._loading
         if self._model is not None:
-            await asyncio.to_thread(self._model.close)
+            # In a thread that may be left behind: it waits for preparations that cannot be interrupted.
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(Workers("close", 1).run(self._model.close), _STUCK)
+        self._quick.close()
+        self._slow.close()
 
     @property
     def model(self) -> Model:
@@ -110,9 +123,33 @@ class ModelHost:
         finally:
             self.n_sequences -= n
 
-    async def compute(self, function: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
-        """`function` in another thread: for what takes longer than the event loop should stand still."""
-        return await asyncio.to_thread(functools.partial(function, *args, **kwargs))
+    async def compute(self, function: Callable[..., _T], *args: Any, slow: bool = False, **kwargs: Any) -> _T:
+        """`function` in another thread: for what takes longer than the event loop should stand still.
+
+        `slow`: it may take seconds; others do not wait for it.
+        """
+        workers = self._slow if slow else self._quick
+        return await workers.run(functools.partial(function, *args, **kwargs))
+
+    def check_texts(self, name: str, texts: Iterable[Any]) -> None:
+        """Raises ContextLengthError for a text so long that no tokens of this model could fit the context.
+
+        Tokenising takes 200 bytes of memory for a byte of text, so this comes before.
+        """
+        model = self.model
+        if model._tokenizer is None:
+            return
+        n_ctx = model.info["n_ctx"]
+        longest = max(1 << 16, n_ctx * self._longest_token)  # some tokenizers drop characters of short texts
+        for text in texts:
+            if isinstance(text, str) and len(text) > longest:
+                raise ContextLengthError(f"{name} has {len(text)} characters, but the context holds {n_ctx} tokens")
+
+    def require_health(self) -> None:
+        """Raises APIError 503 if requests are not prepared any more."""
+        seconds = self._quick.stuck_for
+        if seconds > _STUCK:
+            raise APIError(503, f"requests have not been prepared for {seconds:.0f} s", code=503)
 
     def token_text(self, token_id: int) -> str:
         """Text of one token by itself; special tokens spelled out."""

@@ -35,7 +35,7 @@ def run(settings: ServeSettings) -> None:
     def stop() -> None:
         server.should_exit = True
 
-    app = create_app(settings, on_failure=stop)
+    app = create_app(settings, on_failure=stop, hosts=settings.hosts)
     listener = _listen(settings.host, settings.port)
     config = uvicorn.Config(
         app,
@@ -45,11 +45,14 @@ def run(settings: ServeSettings) -> None:
         log_config=None,
         access_log=False,
         server_header=False,
+        timeout_keep_alive=round(settings.keep_alive) or 1,
+        limit_concurrency=settings.max_connections,
         timeout_graceful_shutdown=max(1, round(settings.shutdown_timeout)),
     )
     server = uvicorn.Server(config)
     host, port = listener.getsockname()[:2]
     _log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+    _log.info("API keys: %s", f"{len(settings.api_keys)} are known" if settings.api_keys else "none, anybody may ask")
     with listener, _signals_end_well():
         server.run(sockets=[listener])
     error = app.state.host.error

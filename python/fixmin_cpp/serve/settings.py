@@ -26,6 +26,7 @@ class ServeSettings:
     host: str = "127.0.0.1"
     port: int = 8000  # 0: a free one
     api_keys: tuple[str, ...] = ()  # none: everybody may ask
+    allowed_hosts: tuple[str, ...] = ()  # names (Host) by which run() may be asked besides `host` and, there, localhost
     cors_origins: tuple[str, ...] = ()  # sites whose pages may ask; "*": all
     chat_template: str | None = None  # Jinja text; None: that of chat.py for base models
 
@@ -33,11 +34,13 @@ class ServeSettings:
     max_body_bytes: int = 4 << 20
     max_n: int = 128  # n and best_of
     max_logprobs: int = 20
-    max_inputs: int = 256  # prompts of one completion, texts of one embedding
+    max_inputs: int = 2048  # prompts of one completion, texts of one embedding
     timeout: float = 600.0  # seconds until a generation ends, those in the queue included
 
     # Limits of all
     max_queue: int = 512  # generations that wait while n_parallel run; more of them are refused with 429
+    max_connections: int = 1000  # open at a time; more get 503
+    keep_alive: float = 75.0  # seconds that a connection may be idle between requests
     read_timeout: float = 30.0  # seconds in which a request has to arrive
     write_timeout: float = 60.0  # seconds that a client may take no data before its connection is closed
     shutdown_timeout: float = 30.0  # seconds that running requests get to finish
@@ -52,13 +55,13 @@ class ServeSettings:
 
     def __post_init__(self) -> None:
         as_int("port", self.port, 0, 65535)
-        for name in ("max_body_bytes", "max_n", "max_logprobs", "max_inputs", "n_parallel"):
+        for name in ("max_body_bytes", "max_n", "max_logprobs", "max_inputs", "max_connections", "n_parallel"):
             as_int(name, getattr(self, name), 1, _MAX_INT32)
         as_int("max_queue", self.max_queue, 0, _MAX_INT32)
-        for name in ("timeout", "read_timeout", "write_timeout", "shutdown_timeout"):
+        for name in ("timeout", "keep_alive", "read_timeout", "write_timeout", "shutdown_timeout"):
             if as_float(name, getattr(self, name), 0.0, 1e9) == 0.0:
                 raise ArgumentError(f"{name} must be above 0 seconds")
-        for name in ("api_keys", "cors_origins"):
+        for name in ("api_keys", "allowed_hosts", "cors_origins"):
             values = getattr(self, name)
             if not isinstance(values, tuple) or not all(isinstance(v, str) and v for v in values):
                 raise ArgumentTypeError(f"{name} must be a tuple of texts that are not empty")
@@ -69,6 +72,15 @@ class ServeSettings:
     def name(self) -> str:
         """The model's name in answers."""
         return self.model_name if self.model_name is not None else Path(self.model).stem
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """Names by which run() answers; none: any, as it listens to more than this machine and no name is given."""
+        local = ("localhost", "127.0.0.1", "[::1]")
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        if self.host == "localhost" or host == "[::1]" or self.host.startswith("127."):
+            return (*local, host, *self.allowed_hosts)
+        return (*local, host, *self.allowed_hosts) if self.allowed_hosts else ()
 
     @property
     def max_sequences(self) -> int:

@@ -1,0 +1,261 @@
+"""What the command line writes: results to stdout, everything about them to stderr, errors as a line and a code."""
+
+import contextlib
+import importlib
+import json
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from .errors import FixminError
+from .inspect import printable
+from .progress import bar as _terminal_bar
+
+__all__ = ["Stdout", "bar", "errors", "extra", "guarded", "load", "note", "report", "status", "write"]
+
+# Import names of what an extra of this package installs. A test compares them with pyproject.toml.
+EXTRAS = {
+    "convert": ("torch", "transformers", "safetensors", "gguf", "ggml"),
+    "quantize": ("gguf", "ggml"),
+    "grammar": ("llguidance",),
+    "serve": ("fastapi", "uvicorn", "h11", "prometheus_client", "jinja2", "llguidance", "starlette", "pydantic"),
+    "ray": ("ray",),
+    "hub": ("huggingface_hub",),
+    "eval": ("lm_eval",),
+    "bench": ("matplotlib",),
+}
+_PATIENCE = 0.4  # seconds after which a line says what takes so long, where no bar can be seen
+
+
+class Stdout(Console):
+    """The screen or the pipe at stdout, where rich must not end the process itself when the reader goes away."""
+
+    def on_broken_pipe(self) -> None:
+        raise  # the BrokenPipeError that is being handled
+
+
+def guarded(run: Callable[[], object]) -> None:
+    """Runs the whole program: errors that reach this far, also those of writing help, end it with a line and a code."""
+    _open_closed_streams()
+    code: Any = 0
+    try:
+        with errors(debug=False):
+            try:
+                run()
+            except SystemExit as end:  # what typer ends with
+                code = end.code
+                if type(sys.stdout).__name__ == "PacifyFlushWrapper":  # how it ends if the reader of help goes away
+                    code = 141
+    except typer.Exit as end:
+        code = end.exit_code
+    sys.exit(code)
+
+
+def _open_closed_streams() -> None:
+    """Gives the numbers 0 to 2 back to what they stand for if the caller has closed them (`>&-`).
+
+    A file opened later would get the number, and what is meant for stdout would be written into it.
+    """
+    for number, mode in ((0, os.O_RDONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):  # nothing can be written to such a 1
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, mode)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)  # type: ignore[unreachable]  # it may be None
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", encoding="utf-8", closefd=False)  # type: ignore[unreachable]
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a letter that the terminal does not have is no reason to end
+            stream.reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def errors(debug: bool) -> Iterator[None]:
+    """Turns exceptions into a line on stderr and an exit code."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _discard_stdout()
+        raise typer.Exit(141) from None
+    except KeyboardInterrupt:
+        note("interrupted")
+        raise typer.Exit(130) from None
+    except (typer.Exit, typer.Abort, typer.BadParameter):
+        raise
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        note(f"error: {_one_line(error)}", "bold red")
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        _discard_stdout()
+        raise typer.Exit(1) from None
+
+
+def _discard_stdout() -> None:
+    """Python flushes stdout once more when it ends: lets that write go nowhere if it cannot go anywhere else."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        return
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, MemoryError):
+        return "not enough memory"
+    missing = _missing_package(error)
+    if missing is not None:
+        return missing
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = error.strerror if error.filename is None else f"{os.fsdecode(error.filename)}: {error.strerror}"
+    line = printable(" ".join(text.split())) or type(error).__name__
+    expected = isinstance(error, FixminError | OSError | ValueError | ImportError)
+    return line if expected else f"{type(error).__name__}: {line} (--debug shows where)"
+
+
+def _missing_package(error: BaseException) -> str | None:
+    """Which extra to install, if this error comes from a package that is not there."""
+    found = None
+    while isinstance(error, ImportError):
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            found = error.name.partition(".")[0]
+        error = error.__cause__ or error.__context__ or Exception()  # transformers wraps the one that matters
+    for name in (*_wanted, *EXTRAS):
+        if found in EXTRAS[name]:
+            return f"this command needs the Python package {found!r}: pip install 'fixmin-cpp[{name}]'"
+    return None
+
+
+_wanted: list[str] = []  # extras of the command that runs
+
+
+def extra(module: str, name: str) -> Any:
+    """A module of this package that needs an extra."""
+    _wanted.append(name)
+    # By name: it is a folder of its own in the source tree and part of the package once that is installed.
+    return importlib.import_module(f".{module}", __package__)
+
+
+def load(path: Path, *, quiet: bool = False, **settings: Any) -> Any:
+    """The model, with a progress bar if someone is watching; in a pipe with a line if it takes a while."""
+    from .model import Model
+
+    if quiet:
+        return Model(path, **settings)
+    if not sys.stderr.isatty():
+        with status(False) as tell:
+            tell(f"loading {path}")
+            return Model(path, **settings)
+    columns = (TextColumn("loading"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("load", total=1.0)
+        return Model(path, progress=lambda done: progress.update(task, completed=done), **settings)
+
+
+@contextmanager
+def bar(title: str, silent: bool) -> Iterator[Callable[..., None]]:
+    """A progress bar on stderr, in a pipe a line that says what is being done, if it takes a while."""
+    with status(silent or sys.stderr.isatty()) as tell, _terminal_bar(title, silent) as update:
+        tell(title)
+        yield update
+
+
+@contextmanager
+def status(silent: bool) -> Iterator[Callable[[str], None]]:
+    """What is going on, on stderr: a line that changes on a terminal, in a pipe one line after the other.
+
+    What is over at once, such as an error, comes without such lines there.
+    """
+    if silent:
+        yield lambda text: None
+    elif sys.stderr.isatty():
+        with Console(stderr=True).status("") as shown:
+            yield shown.update
+    else:
+        lines = _Lines()
+        try:
+            yield lines.tell
+        finally:
+            lines.timer.cancel()
+
+
+class _Lines:
+    """Shows the newest line once _PATIENCE is over, and from then on each as it comes."""
+
+    def __init__(self) -> None:
+        self._text = ""
+        self._lock = threading.Lock()
+        self._waiting = True
+        self.timer = threading.Timer(_PATIENCE, self._begin)
+        self.timer.daemon = True
+        self.timer.start()
+
+    def tell(self, text: str) -> None:
+        with self._lock:
+            self._text = text
+            if not self._waiting:
+                note(f"{text} ...")
+
+    def _begin(self) -> None:
+        with self._lock:
+            self._waiting = False
+            if self._text:
+                note(f"{self._text} ...")
+
+
+def report(facts: Mapping[str, Any], as_json: bool) -> None:
+    """To stdout: one JSON object, a table on a terminal, lines in a pipe."""
+    if as_json:
+        write(json.dumps(facts, indent=2) + "\n")
+    elif sys.stdout.isatty():
+        table = Table(show_header=False)
+        for key, value in facts.items():
+            table.add_row(key, printable(_plain(value)))
+        Stdout(markup=False).print(table)
+    else:
+        write("".join(f"{key}: {printable(_plain(value))}\n" for key, value in facts.items()))
+
+
+def write(text: str) -> None:
+    """To stdout at once, as UTF-8 whatever the locale says; file names of other bytes as these."""
+    try:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(text.encode("utf-8", "surrogateescape"))
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "stdout") from None
+
+
+def note(text: str, style: str = "dim") -> None:
+    """A line to stderr. Nothing happens if it cannot be written."""
+    with contextlib.suppress(OSError):
+        if sys.stderr.isatty():
+            Console(stderr=True).print(text, style=style, markup=False, highlight=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_plain(item)}" for key, item in value.items())
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return ", ".join(map(_plain, value)) if isinstance(value, list | tuple) else str(value)

@@ -1,0 +1,210 @@
+"""What the fields of OpenAI's interface mean as arguments of Model.generate: for the server and for batch lines."""
+
+import difflib
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from .errors import ArgumentError, ArgumentTypeError
+
+__all__ = ["ALIASES", "MAX_SEED", "USUAL", "FieldError", "as_arguments", "without_no_ops"]
+
+# What OpenAI's interface means when it does not say otherwise: the model's own distribution.
+USUAL: Mapping[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+
+MAX_SEED = 2**53 - 1  # other readers of JSON hold numbers as doubles
+
+# Fields with another name than the argument, those that win before those that they win over.
+ALIASES: Mapping[str, str] = {
+    "max_completion_tokens": "max_new_tokens",
+    "max_tokens": "max_new_tokens",
+    "n_predict": "max_new_tokens",
+    "min_tokens": "min_new_tokens",
+    "stop_token_ids": "stop_ids",
+    "allowed_token_ids": "allowed_ids",
+    "repetition_penalty": "repeat_penalty",
+    "bad_ids": "banned_ids",
+    "cache_prompt": "prefix_cache",
+}
+_OPENAIS = ("max_completion_tokens", "max_tokens")  # of which OpenAI's clients send both, the first one being the newer
+
+_ANY: None = None
+_CHOICE = ("none", "auto")
+# Fields of OpenAI's, vLLM's, llama-server's and SGLang's clients that are not here, with the values (None: all) that
+# ask for nothing. null never asks for anything.
+_NO_OPS: Mapping[str, tuple[Any, ...] | None] = {
+    # OpenAI's
+    "metadata": _ANY,
+    "user": _ANY,
+    "safety_identifier": _ANY,
+    "prompt_cache_key": _ANY,
+    "prompt_cache_retention": _ANY,
+    "prompt_cache_options": _ANY,
+    "service_tier": _ANY,
+    "reasoning_effort": _ANY,
+    "verbosity": _ANY,
+    "store": (False,),
+    "parallel_tool_calls": (True, False),
+    "tools": ([],),
+    "tool_choice": _CHOICE,
+    "functions": ([],),
+    "function_call": _CHOICE,
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "web_search_options": (),
+    "moderation": (),
+    # vLLM's and SGLang's
+    "request_id": _ANY,
+    "rid": _ANY,
+    "priority": _ANY,
+    "cache_salt": _ANY,
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True, False),
+    "detokenize": (True,),
+    "include_stop_str_in_output": (False,),
+    "no_stop_trim": (False,),
+    "include_reasoning": (True, False),
+    "separate_reasoning": (True, False),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "add_special_tokens": (False,),
+    "use_beam_search": (False,),
+    "early_stopping": (False,),
+    "length_penalty": (1, 1.0),
+    "truncate_prompt_tokens": (-1,),
+    "bad_words": ([],),
+    "documents": ([],),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "mm_processor_kwargs": ({},),
+    "media_io_kwargs": ({},),
+    "vllm_xargs": ({},),
+    "kv_transfer_params": (),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_decoding_backend": _ANY,
+    "guided_whitespace_pattern": (),
+    "return_tokens_as_token_ids": (False,),
+    "return_hidden_states": (False,),
+    "logits_processors": ([],),
+    "lora_path": (),
+    "ebnf": (),
+    # llama-server's
+    "id_slot": _ANY,
+    "n_keep": _ANY,
+    "n_probs": (0,),
+    "n_discard": (0,),
+    "n_indent": (0,),
+    "post_sampling_probs": (False,),
+    "timings_per_token": (False,),
+    "return_progress": (False,),
+    "return_tokens": (False,),
+    "penalize_nl": (False,),
+    "tfs_z": (1, 1.0),
+    "image_data": ([],),
+    "lora": ([],),
+    "t_max_predict_ms": (0, -1),
+    "reasoning_format": ("none", "auto"),
+    # of the other of the two endpoints, or of none
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "stream": (False,),
+    "n": (1,),
+    "stream_options": (),
+}
+_WHY = {
+    "tools": "this model calls no functions",
+    "functions": "this model calls no functions",
+    "tool_choice": "this model calls no functions",
+    "function_call": "this model calls no functions",
+    "store": "nothing is kept",
+    "modalities": "there is only text",
+    "audio": "there is only text",
+}
+
+
+class FieldError(ArgumentError):
+    """A field that there is not, or that asks for what is not here."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+def without_no_ops(body: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """The fields of `body` that ask for something, all of them `known`. FieldError for the first one that is wrong."""
+    asked = {}
+    for name, value in body.items():
+        if name in known:
+            if value is not None:
+                asked[name] = value
+        elif name not in _NO_OPS:
+            raise FieldError(str(name)[:64], f"there is no such field{_similar(name, known)}")
+        elif not _asks_nothing(name, value):
+            why = f": {_WHY[name]}" if name in _WHY else ""
+            raise FieldError(name, f"not supported{why}")
+    return asked
+
+
+def _asks_nothing(name: str, value: Any) -> bool:
+    values = _NO_OPS[name]
+    # True is no number here.
+    return value is None or values is None or any(type(value) is type(v) and value == v for v in values)
+
+
+def _similar(name: Any, known: Collection[str]) -> str:
+    if not isinstance(name, str) or len(name) > 64:
+        return ""
+    similar = difflib.get_close_matches(name, [*known, *_NO_OPS], 1)
+    return f": did you mean {similar[0]!r}?" if similar else ""
+
+
+def as_arguments(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of Model.generate for fields under OpenAI's, vLLM's and llama-server's names, none of them None."""
+    given = dict(fields)
+    for field, name in ALIASES.items():
+        if field not in given:
+            continue
+        value = given.pop(field)
+        if field == "n_predict" and type(value) is int and value in (-1, -2):  # llama.cpp's: as much as there is room
+            value = 2**31 - 1
+        if name in given and given[name] != value and not (field == _OPENAIS[1] and _OPENAIS[0] in fields):
+            raise ArgumentError(f"{field} and {name} are the same: give one")
+        given.setdefault(name, value)
+    if type(given.get("top_k")) is int and given["top_k"] < 0:
+        given["top_k"] = 0  # all, as in vLLM and llama.cpp
+    if not isinstance(given.get("top_p"), bool) and given.get("top_p") == 0:
+        given["top_p"] = 1e-30  # only the most probable token
+    if "logit_bias" in given:
+        given["logit_bias"] = _bias(given["logit_bias"])
+    if isinstance(given.get("seed"), int) and not isinstance(given["seed"], bool):
+        _set_seed(given)
+    # Under llama.cpp's name for the window the penalties mean what they mean there.
+    given.setdefault("openai_penalties", "repeat_last_n" not in given)
+    return given
+
+
+def _set_seed(given: dict[str, Any]) -> None:
+    seed = given["seed"]
+    if not -(2**63) <= seed < 2**64:
+        raise ArgumentError(f"seed must be between {-(2**63)} and {2**64 - 1}, got {seed}")
+    if seed == -1:
+        del given["seed"]  # a random one, as in llama.cpp and vLLM
+    else:
+        seed %= 2**64
+        given["seed"] = seed if seed <= MAX_SEED else (seed ^ seed >> 53) & MAX_SEED  # reported, and gives the same
+
+
+def _bias(given: Any) -> Any:
+    if not isinstance(given, Mapping):
+        raise ArgumentTypeError(f"logit_bias must be an object of token id to bias, got {given!r:.60}")
+    for key in given:
+        if not isinstance(key, int) and not (key.isdecimal() and key.isascii() and len(key) <= 10):
+            raise ArgumentError(f"logit_bias has the key {key[:40]!r}, which is no token id")
+    return {int(key): value for key, value in given.items()}

@@ -1,0 +1,127 @@
+"""How much a request may carry, checked on its bytes and on its JSON before anything is made of it.
+
+A body of the allowed size may hold a million elements, each of which costs far more than its bytes once it is an
+object, a validation error or a stop string. What is not named here has the usual limits, so that no field is without.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from .errors import APIError
+
+__all__ = ["MAX_DEPTH", "MAX_ELEMENTS", "read_body"]
+
+MAX_ELEMENTS = 200_000  # list elements and fields of objects in a body: 40 MB as Python objects at the very most
+MAX_DEPTH = 100  # of lists and objects in each other
+_MAX_FIELDS = 200  # of a request
+_MAX_LIST, _MAX_TEXT = 1024, 1 << 18  # elements, characters, of fields that are not named below
+_TEXTS = ("prompt", "input", "content", "text")
+_LISTS: Mapping[str, int] = {
+    # ids of texts; how many texts a request may have is a setting
+    **dict.fromkeys(("prompt", "input", "tokens"), MAX_ELEMENTS),
+    **dict.fromkeys(("allowed_ids", "banned_ids", "bad_ids"), 1 << 16),
+    "logit_bias": 8192,
+    "messages": 2048,
+    "stop": 128,
+    "dry_sequence_breakers": 64,
+}
+_STRINGS: Mapping[str, int] = {**dict.fromkeys(_TEXTS, 1 << 20), "stop": 1024, "dry_sequence_breakers": 256}
+_MAX_SCHEMA = 10_000  # elements
+
+_STRUCTURE = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{},]', re.DOTALL)
+
+
+def read_body(body: bytes) -> Any:
+    """The JSON of a request's body, within the limits.
+
+    Raises:
+        APIError: 400, it is no JSON or exceeds a limit; the message says which.
+    """
+    _check_structure(body)
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise APIError(400, f"the body is not JSON: {error}") from None
+    if isinstance(value, dict):
+        if len(value) > _MAX_FIELDS:
+            raise APIError(400, f"the body has {len(value)} fields, more than any request has")
+        for name, field in value.items():
+            _check_field(name, field)
+    elif isinstance(value, list):
+        raise APIError(400, "the body must be an object, not a list")
+    return value
+
+
+def _check_structure(body: bytes) -> None:
+    """Counts elements and depth without making anything of them."""
+    opened = body.count(b"[") + body.count(b"{")
+    if opened <= MAX_DEPTH and body.count(b",") + opened <= MAX_ELEMENTS:
+        return  # however much of it lies within strings
+    depth = n = 0
+    for match in _STRUCTURE.finditer(body):
+        sign = body[match.start()]
+        if sign == 0x22:  # a string
+            continue
+        if sign in b"]}":
+            depth -= 1
+            continue
+        n += 1
+        if sign in b"[{":
+            depth += 1
+            if depth > MAX_DEPTH:
+                raise APIError(400, f"the body is nested more than {MAX_DEPTH} deep")
+        if n > MAX_ELEMENTS:
+            raise APIError(400, f"the body has more than {MAX_ELEMENTS} elements")
+
+
+def _check_field(name: str, value: Any) -> None:
+    longest = _STRINGS.get(name, _MAX_TEXT)
+    _check_text(name, name, value, longest)
+    if isinstance(value, list | dict):
+        limit = _LISTS.get(name, _MAX_LIST)
+        if len(value) > limit:
+            raise _refused(name, f"{name} has {len(value)} entries, at most {limit} are taken")
+    if isinstance(value, list):
+        _check_list(name, value, longest)
+    elif isinstance(value, dict) and name in ("json_schema", "response_format"):
+        n = _n_elements(value, _MAX_SCHEMA)
+        if n > _MAX_SCHEMA:
+            raise _refused(name, f"{name} has more than {_MAX_SCHEMA} elements")
+
+
+def _check_list(name: str, values: list[Any], longest: int) -> None:
+    kinds = set(map(type, values))
+    if len(values) > _MAX_LIST and (len(kinds) > 1 or not kinds <= {int, str, list}):
+        # A validator would say the same, once for every element.
+        raise _refused(name, f"{name} must hold numbers, or texts, or lists of numbers")
+    for i, one in enumerate(values):
+        if type(one) is int:
+            continue
+        place = f"{name}[{i}]"
+        _check_text(name, place, one, longest)
+        if isinstance(one, list) and len(one) > _MAX_LIST and set(map(type, one)) != {int}:
+            raise _refused(name, f"{place} must hold numbers")
+
+
+def _check_text(name: str, place: str, value: Any, longest: int) -> None:
+    if isinstance(value, str) and len(value) > longest:
+        raise _refused(name, f"{place} has {len(value)} characters, at most {longest} are taken")
+
+
+def _n_elements(value: Any, enough: int) -> int:
+    """Of a value and all in it, counted until there are more than `enough`."""
+    n, todo = 0, [value]
+    while todo and n <= enough:
+        one = todo.pop()
+        n += 1
+        if isinstance(one, dict):
+            todo.extend(one.values())
+        elif isinstance(one, list):
+            todo.extend(one)
+    return n
+
+
+def _refused(name: str, message: str) -> APIError:
+    return APIError(400, message, param=name if name.isascii() and len(name) <= 64 else None)
