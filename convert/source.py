@@ -414,8 +414,8 @@ class Source:
         if "adapter_config.json" in names:
             base = self._json("adapter_config.json", {}).get("base_model_name_or_path")
             return (
-                f"an adapter (of {base}), not a model: merge it first (peft: merge_and_unload, then save_pretrained) and "
-                "convert the result"
+                f"an adapter (of {base}), not a model: merge it first (peft: merge_and_unload, then save_pretrained) "
+                "and convert the result"
             )
         found = [n for n in sorted(names) if n.endswith((".gguf", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx"))]
         text = "no weights: neither *.safetensors nor pytorch_model*.bin (with or without an index)"

@@ -1,8 +1,8 @@
 """A tokenizer.json for checkpoints that have none, where the files say exactly what it must do.
 
 vocab.json and merges.txt hold the pieces of a BPE, but not how text is cut before it: GPT-2's classes map bytes to
-characters and cut with one regular expression, others do not. So only where tokenizer_config.json names GPT-2's class is
-a tokenizer built, and it is compared with the one that transformers makes of the same files.
+characters and cut with one regular expression, others do not. So only where tokenizer_config.json names GPT-2's class
+is a tokenizer built, and it is compared with the one that transformers makes of the same files.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def build_tokenizer(
         raise CheckpointError(f"{vocab}, {merges}: no tokenizer can be made of them: {error}") from error
     if wrong:
         raise CheckpointError(
-            f"{folder}: the tokenizer made of vocab.json and merges.txt cuts {wrong[0]!r} differently than transformers: "
-            "make a tokenizer.json with AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+            f"{folder}: the tokenizer made of vocab.json and merges.txt cuts {wrong[0]!r} differently than "
+            "transformers: make a tokenizer.json with AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         )
     place = tempfile.TemporaryDirectory(prefix="fixmin-tokenizer-")
     on_close.append(place.cleanup)

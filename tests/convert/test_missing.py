@@ -13,6 +13,7 @@ from spec_factory import make_reference, save_checkpoint
 from fixmin_cpp import _core
 from fixmin_cpp.convert.convert import convert
 from fixmin_cpp.convert.resolve import resolve
+from fixmin_cpp.convert.source import Source
 from fixmin_cpp.errors import CheckpointError
 
 GATED = {"activation": "swiglu", "norm_type": "rmsnorm", "mlp_bias": False}
@@ -231,10 +232,7 @@ def test_an_id_that_the_engine_would_refuse(tmp_path: Path, trusted: bool) -> No
 def test_the_finished_file_is_loaded_before_it_gets_its_name(tmp_path: Path, monkeypatch) -> None:
     """Whatever the engine refuses: here an id that the checks of the converter have let through."""
     folder = checkpoint(tmp_path, config={"eos_token_id": 2})
-    monkeypatch.setattr(
-        "fixmin_cpp.convert.source.Source._checked_ids",
-        lambda self, where, value, size: (value + 1000,) if value else (),
-    )
+    monkeypatch.setattr(Source, "_checked_ids", lambda self, where, value, size: (value + 1000,) if value else ())
     with pytest.raises(CheckpointError, match=r"finished file cannot be loaded.*eos_token_id is 1002"):
         convert(folder, tmp_path / "m.gguf", "f32", trust_remote_code=True)
     assert [p.name for p in tmp_path.iterdir()] == ["tiny"]

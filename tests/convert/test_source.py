@@ -318,7 +318,7 @@ def test_a_pointer_in_the_place_of_the_tokenizer(tmp_path: Path) -> None:
 def test_folders_that_hold_something_else(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/base"}')
     save_file(tensors(), tmp_path / "adapter_model.safetensors")
-    with pytest.raises(CheckpointError, match="adapter .of someone/base.*merge"):
+    with pytest.raises(CheckpointError, match=r"adapter .of someone/base.*merge"):
         Source(tmp_path)
     save_file(tensors(), tmp_path / "model.safetensors")
     with Source(tmp_path) as source:
@@ -330,7 +330,7 @@ def test_folders_that_hold_something_else(tmp_path: Path) -> None:
         Source(other)
     (other / "model.gguf").unlink()
     (other / "snapshots" / "abc" / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="is .*abc meant"):
+    with pytest.raises(CheckpointError, match=r"is .*abc meant"):
         Source(other)
 
 
