@@ -150,7 +150,9 @@ class Model:
             "n_parallel": n_parallel,
         }
         if (reason := describe_wrong_model(path)) is not None:
-            raise (FileNotFoundError if not os.path.exists(path) else GGUFError)(f"{self.path}: {reason}")
+            missing = not os.path.exists(path)
+            kind = FileNotFoundError if missing else IsADirectoryError if os.path.isdir(path) else GGUFError
+            raise kind(f"{self.path}: {reason}")
         begin = time.monotonic()
         self._engine = _core.Engine(
             self.path,

@@ -288,7 +288,7 @@ def test_command(source, tmp_path):
     assert report["path"] == str(target)
     types = {t["name"]: t["type"] for t in report["tensors"]}
     assert (types["blk.1.ffn_up.weight"], types["blk.1.ffn_down.weight"]) == ("Q8_0", "Q6_K")
-    text = fixmin_cli.fixmin(*arguments).stdout.decode()
+    text = fixmin_cli.fixmin(*arguments, "--all").stdout.decode()
     assert "blk.1.ffn_down.weight: F32 -> Q6_K  (recipe q4_k_m)" in text
     assert "certificate" in text.splitlines()[-1]
     shown = fixmin_cli.fixmin("inspect", target).stdout.decode()
