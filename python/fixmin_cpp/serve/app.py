@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sized
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,8 @@ from .settings import ServeSettings
 
 __all__ = ["create_app"]
 
+_MAX_TOKENIZED = 1 << 17  # bytes of UTF-8: tokenising takes 200 for each
+_MAX_CODES = 1 << 16  # tokens of /codes, and bytes of text
 _PAGE = Path(__file__).with_name("playground.html")
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self' 'unsafe-inline'; style-src 'unsafe-inline'; "
@@ -81,6 +83,7 @@ class _Events(Response):
         async with contextlib.aclosing(self._job.events()) as events:
             async for event in events:
                 await send({"type": "http.response.body", "body": event, "more_body": True})
+                await asyncio.sleep(0)  # a hundred events may be there at once: others come between them
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
@@ -184,7 +187,7 @@ def _add_generation(app: FastAPI, host: ModelHost, metrics: Metrics, template: C
             return _Events(host, job)
         with host.admitted(job.n_sequences):
             result = await _unless_disconnected(job.answer(), request.receive)
-        return _JSON(result)
+        return Response(result or b"null", media_type="application/json")
 
     @app.post("/v1/completions")
     async def completions(request: Request, body: CompletionRequest) -> Response:
@@ -226,7 +229,7 @@ def _add_generation(app: FastAPI, host: ModelHost, metrics: Metrics, template: C
 def _chat_prompt(host: ModelHost, template: ChatTemplate, body: ChatRequest) -> list[int]:
     tokenizer = host.model._require_tokenizer()
     messages = [message.plain() for message in body.messages]
-    host.check_texts("messages", [str(message["content"]) for message in messages])
+    host.check_texts("messages", ["".join(str(message["content"]) for message in messages)])
     prompt = template.render(
         messages,
         tokenizer,
@@ -267,11 +270,21 @@ def _tokenize(host: ModelHost, body: TokenizeRequest) -> Response:
     text = body.content if body.content is not None else body.prompt
     if text is None:
         raise ArgumentError("content is missing (or prompt, as vLLM calls it)")
+    _check_length("prompt" if body.content is None else "content", _bytes(text), _MAX_TOKENIZED, "bytes")
     model = host.model
     special = body.add_special or body.add_special_tokens
     ids = model.encode(text, add_special_tokens=special, parse_special=body.parse_special is not False)
-    texts = rendering.by_id(ids, partial(_piece, host)) if body.with_pieces else map(str, ids)
+    texts = rendering.by_id(ids, partial(_piece, host)) if body.with_pieces else (b"%d" % i for i in ids)
     return rendering.token_list(texts, count=len(ids), max_model_len=model.info["n_ctx"])
+
+
+def _check_length(name: str, value: Sized, limit: int, unit: str) -> None:
+    if len(value) > limit:
+        raise APIError(400, f"{name} has {len(value)} {unit}, at most {limit} are taken", param=name)
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
 
 
 def _piece(host: ModelHost, token_id: int) -> dict[str, Any]:
@@ -284,9 +297,11 @@ def _codes(host: ModelHost, body: CodesRequest) -> Response:
     model = host.model
     given: Any = body.tokens
     if body.text is not None:
+        _check_length("text", _bytes(body.text), _MAX_CODES, "bytes")
         given = model.encode(body.text, parse_special=body.parse_special is not False)
     if not given:
         return rendering.token_list([])
+    _check_length("text" if body.tokens is None else "tokens", given, _MAX_CODES, "tokens")
     ids = as_token_ids("tokens", given, model.info["vocab_size"])
 
     def describe(token_id: int) -> dict[str, Any]:
