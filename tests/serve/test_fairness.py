@@ -80,12 +80,13 @@ def large_request(server: Server) -> Iterator[None]:
     """Has begun and will not end."""
     body = {"prompt": "the", "max_tokens": 90_000, "ignore_eos": True, "stream": True, "n": 64}
     with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=120) as answer:
-        next(answer.iter_lines())
+        lines = answer.iter_lines()
+        next(lines)
         stop = threading.Event()
 
         def read() -> None:
             with contextlib.suppress(httpx.HTTPError):
-                for _ in answer.iter_raw():
+                for _ in lines:
                     if stop.is_set():
                         return
 

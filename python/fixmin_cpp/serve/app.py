@@ -257,7 +257,8 @@ def _add_tokens(app: FastAPI, host: ModelHost) -> None:
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> Response:
         """Text of token ids."""
-        text = await host.compute(host.model.decode, body.tokens)
+        ids = as_token_ids("tokens", body.tokens, host.model.info["vocab_size"]) if body.tokens else []
+        text = await host.compute(host.model.decode, ids)
         return _JSON({"content": text, "prompt": text})
 
     @app.post("/codes")

@@ -71,13 +71,7 @@ class Job(ABC):
         n_prompts = 1 if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)) else len(prompts)
         n_sequences = n_prompts * self._best_of
         self.host.require_room(n_sequences)
-        n_values = (arguments.get("logprobs", -1) + 1) * min(arguments["max_new_tokens"], model.info["n_ctx"])
-        n_values += (arguments.get("prompt_logprobs", -1) + 1) * _MEAN_PROMPT
-        if n_sequences > 1 and n_sequences * n_values > _MAX_LOGPROBS:
-            raise ArgumentError(
-                f"logprobs of {n_sequences} generations would be up to {n_sequences * n_values} numbers, at most "
-                f"{_MAX_LOGPROBS} are given: ask for fewer generations, tokens or logprobs"
-            )
+        self._check_logprobs(arguments, n_sequences)
         if "logprobs" in arguments:
             self.names = await self.host.compute(TokenNames.of, model)
         try:
@@ -87,6 +81,16 @@ class Job(ABC):
         except (ArgumentError, ContextLengthError) as error:
             fields = {name: field for field, name in ALIASES.items() if getattr(self.request, field, None) is not None}
             raise as_api_error(error, fields) from None
+
+    def _check_logprobs(self, arguments: Mapping[str, Any], n_sequences: int) -> None:
+        n_ctx, asked = self.host.model.info["n_ctx"], arguments["max_new_tokens"]
+        n = (arguments.get("logprobs", -1) + 1) * (asked if 0 <= asked <= n_ctx else n_ctx)
+        n += (arguments.get("prompt_logprobs", -1) + 1) * min(n_ctx, _MEAN_PROMPT)
+        if n_sequences > 1 and n_sequences * n > _MAX_LOGPROBS:
+            raise ArgumentError(
+                f"logprobs of {n_sequences} generations would be up to {n_sequences * n} numbers, at most "
+                f"{_MAX_LOGPROBS} are given: ask for fewer generations, tokens or logprobs"
+            )
 
     @property
     def n_sequences(self) -> int:

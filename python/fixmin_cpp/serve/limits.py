@@ -39,7 +39,6 @@ _ALL_ELEMENTS: Mapping[str, int] = {"json_schema": 10_000, "response_format": 10
 _MAX_DIGITS = 100  # of an integer
 
 _STRUCTURE = re.compile(rb'"[^"]*"|[\[\]{},:]')  # of a body without escapes
-_LONG_NUMBER = re.compile(rb"[0-9]{%d}" % (_MAX_DIGITS + 1))
 
 
 def read_body(body: bytes) -> Any:
@@ -50,8 +49,7 @@ def read_body(body: bytes) -> Any:
     """
     _check_structure(body)
     try:
-        long = _LONG_NUMBER.search(body) is not None  # perhaps within a string
-        value = json.loads(body, parse_int=_integer) if long else json.loads(body)
+        value = json.loads(body, parse_int=_integer)
     except (ValueError, RecursionError) as error:
         raise APIError(400, f"the body is not JSON: {error}") from None
     if isinstance(value, dict):
