@@ -36,8 +36,7 @@ def order_of(n_parallel: int, requests: dict[str, int]) -> list[str]:
 
 def test_large_requests_take_turns() -> None:
     begun = order_of(8, {"a": 60, "b": 20, "c": 1})
-    assert begun[:7].count("a") == 6  # three quarters
-    assert "c" in begun[:7]  # did not wait
+    assert sorted(begun[:7]) == ["a"] * 4 + ["b"] * 2 + ["c"]  # at most half, three quarters of both; c did not wait
     assert begun.count("a") == 60
     assert begun.count("b") == 20
     last_b = len(begun) - begun[::-1].index("b")
@@ -51,7 +50,7 @@ def test_every_generation_has_its_turn(n_parallel: int) -> None:
 
 def test_what_is_cancelled_takes_no_place() -> None:
     async def run() -> None:
-        turns = fairness.Turns(4)  # three for large requests
+        turns = fairness.Turns(6)  # three for one large request
 
         async def hold() -> None:
             async with turns.turn("a", 9):

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.routing import APIRoute
+from fastapi.security import HTTPBearer
 from numpy.typing import NDArray
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import HTMLResponse, JSONResponse, Response
@@ -17,7 +18,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from .. import __version__
 from ..arguments import as_token_ids, split_prompts
 from ..errors import ArgumentError
-from . import rendering
+from . import answers, rendering
 from .chat import ChatTemplate
 from .errors import APIError, install
 from .generation import ChatJob, CompletionJob, Job
@@ -40,6 +41,7 @@ __all__ = ["create_app"]
 _MAX_TOKENIZED = 1 << 17  # bytes of UTF-8: tokenising takes 200 for each
 _MAX_CODES = 1 << 16  # tokens of /codes, and bytes of text
 _PAGE = Path(__file__).with_name("playground.html")
+_DOCS = Path(__file__).with_name("docs.html")
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self' 'unsafe-inline'; style-src 'unsafe-inline'; "
     "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -47,7 +49,7 @@ _PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
 }
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"description": text}
+    status: {"description": text, "model": answers.Error}
     for status, text in {
         400: "Something in the request is wrong: the message says what.",
         401: "No API key, or a wrong one.",
@@ -159,6 +161,9 @@ def create_app(
         lifespan=lifespan,
         default_response_class=_JSON,
         responses=_ERRORS,
+        docs_url=None,
+        redoc_url=None,
+        dependencies=[Depends(HTTPBearer(auto_error=False))],  # described; Guard checks keys
     )
     app.router.route_class = _Route
     app.state.host = host
@@ -189,14 +194,14 @@ def _add_generation(app: FastAPI, host: ModelHost, metrics: Metrics, template: C
             result = await _unless_disconnected(job.answer(), request.receive)
         return Response(result or b"null", media_type="application/json")
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", response_model=answers.Completion)
     async def completions(request: Request, body: CompletionRequest) -> Response:
         """Continues prompts: texts or token ids."""
         host.require_room()  # before anything is tokenised
         job = await _unless_disconnected(CompletionJob.prepare(host, metrics, body), request.receive)
         return _JSON(None) if job is None else await answer(request, job)
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", response_model=answers.ChatCompletion)
     async def chat_completions(request: Request, body: ChatRequest) -> Response:
         """Answers a chat through the server's template."""
         _ = host.model
@@ -206,7 +211,7 @@ def _add_generation(app: FastAPI, host: ModelHost, metrics: Metrics, template: C
         job = await _unless_disconnected(preparing, request.receive)
         return _JSON(None) if job is None else await answer(request, job)
 
-    @app.post("/v1/embeddings")
+    @app.post("/v1/embeddings", response_model=answers.Embeddings)
     async def embeddings(request: Request, body: EmbeddingRequest) -> Response:
         """The mean of the last layer's states for each text, before the last norm: D numbers."""
         if body.dimensions is not None:
@@ -249,19 +254,19 @@ def _embed(host: ModelHost, name: str, text: Any, parse_special: bool) -> tuple[
 
 
 def _add_tokens(app: FastAPI, host: ModelHost) -> None:
-    @app.post("/tokenize")
+    @app.post("/tokenize", response_model=answers.Tokens)
     async def tokenize(body: TokenizeRequest) -> Response:
         """Token ids of a text, as llama-server and vLLM give them."""
         return await host.compute(_tokenize, host, body)
 
-    @app.post("/detokenize")
+    @app.post("/detokenize", response_model=answers.Detokenized)
     async def detokenize(body: DetokenizeRequest) -> Response:
         """Text of token ids."""
         ids = as_token_ids("tokens", body.tokens, host.model.info["vocab_size"]) if body.tokens else []
         text = await host.compute(host.model.decode, ids)
         return _JSON({"content": text, "prompt": text})
 
-    @app.post("/codes")
+    @app.post("/codes", response_model=answers.Codes)
     async def codes(body: CodesRequest) -> Response:
         """What stands in place of an input embedding: the bits of each token's id and its code, bit i at place i."""
         return await host.compute(_codes, host, body)
@@ -394,6 +399,11 @@ def _add_facts(app: FastAPI, host: ModelHost, metrics: Metrics) -> None:
     async def playground() -> Response:
         """The playground."""
         return HTMLResponse(_PAGE.read_text("utf-8"), headers=_PAGE_HEADERS)
+
+    @app.get("/docs", response_class=HTMLResponse, include_in_schema=False)
+    async def docs() -> Response:
+        """What /openapi.json says, to read and to try: a page of our own, as others load scripts from elsewhere."""
+        return HTMLResponse(_DOCS.read_text("utf-8"), headers=_PAGE_HEADERS)
 
 
 def _quantization(info: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ __all__ = ["Turns"]
 
 
 class Turns:
-    """Large requests share three quarters of the places, one generation at a time to who has fewest running.
+    """Large requests share three quarters of the places, one at a time to who has fewest; each has at most half.
 
     The engine runs what comes first. A request with few generations goes straight to it; it finds a place, as large
     ones never take all of them.
@@ -18,6 +18,7 @@ class Turns:
     def __init__(self, n_parallel: int) -> None:
         """`n_parallel`: generations that the engine runs at a time."""
         self._n_free = max(1, n_parallel * 3 // 4)
+        self._most = max(1, n_parallel // 2)  # of one request
         self._n_few = max(1, n_parallel // 8)
         self._running: Counter[Hashable] = Counter()
         self._waiting: dict[Hashable, deque[asyncio.Future[None]]] = {}
@@ -50,6 +51,8 @@ class Turns:
     def _give(self) -> None:
         while self._n_free and self._waiting:
             request = min(self._waiting, key=self._running.__getitem__)
+            if self._running[request] >= self._most:
+                break
             place = self._waiting[request][0]
             self._forget(request, place)
             if not place.cancelled():
