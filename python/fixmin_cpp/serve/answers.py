@@ -4,11 +4,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-__all__ = ["Answer", "ChatCompletion", "Codes", "Completion", "Detokenized", "Embeddings", "Error", "Tokens"]
-
-
-class Answer(BaseModel):
-    """What all have."""
+__all__ = ["ChatCompletion", "Codes", "Completion", "Detokenized", "Embeddings", "Error", "Tokens"]
 
 
 class _Usage(BaseModel):
@@ -35,7 +31,7 @@ class _ChatChoice(_Choice):
     logprobs: dict[str, Any] | None
 
 
-class _Generated(Answer):
+class _Generated(BaseModel):
     id: str
     object: str
     created: int
@@ -61,7 +57,7 @@ class _Embedding(BaseModel):
     embedding: list[float] | str
 
 
-class Embeddings(Answer):
+class Embeddings(BaseModel):
     """Of /v1/embeddings."""
 
     object: str
@@ -75,7 +71,7 @@ class _Piece(BaseModel):
     piece: str
 
 
-class Tokens(Answer):
+class Tokens(BaseModel):
     """Of /tokenize."""
 
     tokens: list[int] | list[_Piece]
@@ -83,7 +79,7 @@ class Tokens(Answer):
     max_model_len: int
 
 
-class Detokenized(Answer):
+class Detokenized(BaseModel):
     """Of /detokenize: the text under both names."""
 
     content: str
@@ -97,7 +93,7 @@ class _Code(BaseModel):
     code: list[float]
 
 
-class Codes(Answer):
+class Codes(BaseModel):
     """Of /codes."""
 
     tokens: list[_Code]

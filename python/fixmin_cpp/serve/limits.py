@@ -14,7 +14,7 @@ from .errors import APIError
 __all__ = ["MAX_DEPTH", "MAX_ELEMENTS", "read_body"]
 
 MAX_ELEMENTS = 200_000  # list elements and fields of objects in a body: 40 MB as Python objects at the very most
-_MAX_NAMED = 40_000  # fields of objects in a body, which cost more than elements of lists
+_MAX_PARTS = 40_000  # fields of objects, lists and objects in a body: each costs more than an element of a list
 MAX_DEPTH = 100  # of lists and objects in each other
 _MAX_FIELDS = 200  # of a request
 _MAX_LIST, _MAX_TEXT = 1024, 1 << 18  # elements, characters, of fields that are not named below
@@ -72,20 +72,21 @@ def _integer(digits: str) -> int:
 def _check_structure(body: bytes) -> None:
     """Counts elements and depth without making anything of them."""
     opened = body.count(b"[") + body.count(b"{")
-    if opened <= MAX_DEPTH and body.count(b",") + opened <= MAX_ELEMENTS and body.count(b":") <= _MAX_NAMED:
+    if opened <= MAX_DEPTH and body.count(b",") + opened <= MAX_ELEMENTS and body.count(b":") + opened <= _MAX_PARTS:
         return  # however much of it lies within strings
-    depth = n = named = 0
+    depth = n = n_parts = 0
     if b"\\" in body:
         body = body.replace(b"\\\\", b"").replace(b'\\"', b"")
     for match in _STRUCTURE.finditer(body):
         sign = body[match.start()]
         if sign == 0x22:  # a string
             continue
-        if sign == 0x3A:
-            named += 1
-            if named > _MAX_NAMED:
-                raise APIError(400, f"the body has more than {_MAX_NAMED} fields")
-            continue
+        if sign in b":[{":
+            n_parts += 1
+            if n_parts > _MAX_PARTS:
+                raise APIError(400, f"the body has more than {_MAX_PARTS} fields, lists and objects")
+            if sign == 0x3A:
+                continue
         if sign in b"]}":
             depth -= 1
             continue
