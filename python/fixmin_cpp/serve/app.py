@@ -262,7 +262,7 @@ def _add_tokens(app: FastAPI, host: ModelHost) -> None:
     @app.post("/detokenize", response_model=answers.Detokenized)
     async def detokenize(body: DetokenizeRequest) -> Response:
         """Text of token ids."""
-        ids = as_token_ids("tokens", body.tokens, host.model.info["vocab_size"]) if body.tokens else []
+        ids: Any = as_token_ids("tokens", body.tokens, host.model.info["vocab_size"]) if body.tokens else []
         text = await host.compute(host.model.decode, ids)
         return _JSON({"content": text, "prompt": text})
 
