@@ -106,6 +106,8 @@ def _check_field(name: str, value: Any) -> None:
         limit = _LISTS.get(name, _MAX_LIST)
         if len(value) > limit:
             raise _refused(name, f"{name} has {len(value)} entries, at most {limit} are taken")
+    if name == "logit_bias" and isinstance(value, dict) and not set(map(type, value.values())) <= {int, float}:
+        raise _refused(name, "logit_bias must have numbers as values")  # a validator would say so for each
     if name in _ALL_ELEMENTS:
         enough = _ALL_ELEMENTS[name]
         if _n_elements(value, enough) > enough:
