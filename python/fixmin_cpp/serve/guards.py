@@ -14,7 +14,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 # What answers without a key: whether the server lives, and a page that asks for the key itself.
-_PUBLIC = ("/health", "/v1/health", "/")
+_PUBLIC = ("/health", "/v1/health", "/", "/docs")
 
 
 _PORT = re.compile(r":\d*$")

@@ -13,6 +13,7 @@ from ..errors import ArgumentError, ContextLengthError
 from ..inspect import describe_code
 from ..model import Model
 from .errors import APIError
+from .fairness import Turns
 from .settings import ServeSettings
 from .workers import Workers
 
@@ -35,6 +36,7 @@ class ModelHost:
         self.error: Exception | None = None  # of loading
         self.code: dict[str, Any] = {}  # as `fixmin inspect` describes it
         self.n_sequences = 0  # generations that are waiting or running
+        self.turns = Turns(settings.n_parallel)
         self._texts: dict[int, str] = {}  # of tokens that were asked for
         self._on_failure = on_failure
         self._model: Model | None = None

@@ -72,6 +72,7 @@ class _EngineCollector:
         """One sample each."""
         model = self._host.model
         stats = model.stats()
+        n_waiting = stats["n_waiting"] + self._host.turns.n_waiting
         used = 1.0 - stats["n_free_blocks"] / max(1, stats["n_blocks"])
         counters = {
             "llamacpp:prompt_tokens": ("Tokens of prompts.", stats["n_prompt_tokens"]),
@@ -92,10 +93,10 @@ class _EngineCollector:
         }
         gauges = {
             "llamacpp:requests_processing": ("Generations that run.", stats["n_running"]),
-            "llamacpp:requests_deferred": ("Generations that wait.", stats["n_waiting"]),
+            "llamacpp:requests_deferred": ("Generations that wait.", n_waiting),
             "llamacpp:kv_cache_usage_ratio": ("Share of the KV cache in use, known prompts included.", used),
             "vllm:num_requests_running": ("Generations that run.", stats["n_running"]),
-            "vllm:num_requests_waiting": ("Generations that wait.", stats["n_waiting"]),
+            "vllm:num_requests_waiting": ("Generations that wait.", n_waiting),
             "vllm:kv_cache_usage_perc": ("The same.", used),
             "fixmin:sequences_admitted": ("Generations that the server has taken on.", self._host.n_sequences),
             "fixmin:memory_bytes": ("Weights, KV cache and buffers.", model.info["bytes"]["memory"]),
