@@ -126,3 +126,37 @@ def test_cache_is_a_quarter_of_the_memory_at_most(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(host._core, "cgroup_limits", lambda limits=limits: limits)
         monkeypatch.setattr(host.os, "sysconf", lambda _: 1 << 24)
         assert host._default_n_kv(metadata, settings) == expected
+
+
+def test_request_ids_and_log_lines(served_path: Path, start: Start) -> None:
+    with start(served_path) as server:
+        assert server.get("/v1/models", headers={"X-Request-ID": "mine-1"}).headers["x-request-id"] == "mine-1"
+        for wrong in ("a b", "x" * 129):
+            made = server.get("/v1/models", headers={"X-Request-ID": wrong}).headers["x-request-id"]
+            assert len(made) == 32
+    log = server.log.read_text()
+    assert "mine-1 GET /v1/models: 200 in " in log
+    assert "loaded " in log
+
+
+def test_clients_that_went_away_are_499(long_path: Path, start: Start) -> None:
+    with start(long_path) as server:
+        with httpx.stream("POST", f"{server.url}/v1/completions", json={**LONG, "stream": True}) as answer:
+            next(answer.iter_lines())
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{server.url}/v1/completions", json=LONG, timeout=0.5)
+        assert server.idle()
+        deadline = time.monotonic() + 10
+        while 'status="499"} 2.0' not in server.get("/metrics").text:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    assert server.log.read_text().count("POST /v1/completions: client gone") == 2
+
+
+def test_every_sample_names_the_model(server: Server) -> None:
+    server.post("/v1/completions", {"prompt": "the", "max_tokens": 3})
+    lines = [line for line in server.get("/metrics").text.splitlines() if line and not line.startswith("#")]
+    assert lines
+    assert [line for line in lines if 'model_name="toy"' not in line] == []
+    assert server.idle()
+    assert server.metric("llamacpp:kv_cache_usage_ratio") == 0  # known prompts give way
