@@ -444,7 +444,11 @@ def serve(
         str, typer.Option(envvar="FIXMIN_KV_TYPE", help="Type of the KV cache: f16, f32 or q8_0.")
     ] = "f16",
     n_kv: Annotated[
-        int | None, typer.Option(envvar="FIXMIN_N_KV", help="Positions of the KV cache, of all requests. Default: --parallel contexts, if memory allows.")
+        int | None,
+        typer.Option(
+            envvar="FIXMIN_N_KV",
+            help="Positions of the KV cache, of all requests. Default: --parallel contexts, if memory allows.",
+        ),
     ] = None,
     n_parallel: Annotated[
         int, typer.Option("--parallel", envvar="FIXMIN_PARALLEL", help="Generations that run at a time.")

@@ -82,7 +82,8 @@ class ModelHost:
         model = Model(self.settings.model, progress=progress, **arguments)
         info = model.info
         _log.info(
-            "loaded %s in %.1f s: %.1f MB in the file, KV cache of %d positions (%.1f MB; %d requests of %d fit), %d threads",
+            "loaded %s in %.1f s: %.1f MB in the file, KV cache of %d positions (%.1f MB; %d requests of %d fit), "
+            "%d threads",
             self.settings.model,
             time.monotonic() - begin,
             info["bytes"]["file"] / 1e6,
