@@ -120,19 +120,20 @@ py::array tensor_data(const py::object& self, const std::string& name) {
     const gguf::TensorInfo* tensor = file.find_tensor(name);
     if (tensor == nullptr) throw py::key_error("no tensor " + name);
     const auto n = static_cast<py::ssize_t>(tensor->data.size());
-    py::array array;
+    const void* data = tensor->data.data();
+    py::object owner = self;
     if (file.source()) {
-        py::array_t<uint8_t> copy(n);
-        auto* out = reinterpret_cast<std::byte*>(copy.mutable_data());
+        owner = py::reinterpret_steal<py::object>(PyBytes_FromStringAndSize(nullptr, n));
+        if (!owner) throw py::error_already_set();
+        auto* const out = reinterpret_cast<std::byte*>(PyBytes_AS_STRING(owner.ptr()));
         {
             const py::gil_scoped_release release;
             file.read(tensor->data, out);
         }
-        array = copy;
-    } else {
-        array = py::array(py::dtype::of<uint8_t>(), n, tensor->data.data(), self);
+        data = out;
     }
-    array.attr("flags").attr("writeable") = false;  // NumPy refuses to set it back: `self` has no buffer
+    py::array array(py::dtype::of<uint8_t>(), n, data, owner);
+    array.attr("flags").attr("writeable") = false;  // NumPy refuses to set it back: the owner is not writable
     return array;
 }
 

@@ -13,9 +13,11 @@
 #include <set>
 #include <sstream>
 #include <string>
+#include <system_error>
 #include <thread>
 
 #include "engine/machine.h"
+#include "error.h"
 
 namespace fixmin::engine {
 namespace {
@@ -121,7 +123,7 @@ void ThreadPool::start() {
     owner_ = getpid();
     // Spinning pays only if every thread has a CPU to itself.
     shared_ = std::make_unique<Shared>(size_, size_ <= usable_cpus() ? default_spins : 0);
-    for (uint32_t i = 1; i < size_; ++i) {
+    const auto start_worker = [this](uint32_t i) {
         workers_.emplace_back([shared = shared_.get(), i] {
             std::atomic<uint32_t>& calls = shared->calls[i].n;
             for (uint32_t seen = 0;;) {
@@ -132,19 +134,29 @@ void ThreadPool::start() {
                 if (shared->running.fetch_sub(1, std::memory_order_acq_rel) == 1) shared->running.notify_one();
             }
         });
+    };
+    try {
+        for (uint32_t i = 1; i < size_; ++i) start_worker(i);
+    } catch (const std::system_error& error) {
+        const size_t started = workers_.size() + 1;
+        stop();
+        owner_ = 0;  // so that the next job tries again
+        throw Error("the system refuses thread " + std::to_string(started + 1) + " of " + std::to_string(size_) + " (" +
+                    error.code().message() + "): use fewer threads, or raise the limit of processes");
     }
 }
 
 void ThreadPool::stop() {
     if (owner_ != getpid()) {
-        // A forked child: the threads are not here. Joining or destroying their handles would end the process.
+        // A forked child, or threads that could not be started: the threads are not here. Joining or destroying their
+        // handles would end the process.
         for (std::thread& worker : workers_) new std::thread(std::move(worker));
         shared_.release();
         workers_.clear();
         return;
     }
     shared_->quit = true;
-    for (uint32_t i = 1; i < size_; ++i) shared_->wake(i);
+    for (uint32_t i = 1; i <= workers_.size(); ++i) shared_->wake(i);
     for (std::thread& worker : workers_) worker.join();
     workers_.clear();
 }

@@ -31,6 +31,7 @@ class Barrier {
 /// The calling thread is member 0 of the team; size - 1 workers wait for it between calls.
 class ThreadPool {
   public:
+    /// Throws Error if the system refuses a thread; run() in a forked child does so too.
     explicit ThreadPool(uint32_t size);
     ~ThreadPool();
     ThreadPool(const ThreadPool&) = delete;

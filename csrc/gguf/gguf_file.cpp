@@ -659,8 +659,9 @@ bool advise(uintptr_t begin, uintptr_t end, int advice) noexcept {
 void GgufFile::release(std::span<const std::byte> range) const noexcept {
     // A page at the edge may hold the neighbour's data, so only whole pages go.
     const auto [begin, end] = overlap(range, mapping_.bytes());
-    if (begin < reinterpret_cast<uintptr_t>(bytes_.data()) + align_up(header_end_, page_size())) return;  // a copy
-    advise(align_up(begin, page_size()), end & ~(page_size() - 1), MADV_DONTNEED);
+    // The header's pages are a copy that nothing could bring back.
+    const uintptr_t first = reinterpret_cast<uintptr_t>(bytes_.data()) + align_up(header_end_, page_size());
+    advise(std::max(first, align_up(begin, page_size())), end & ~(page_size() - 1), MADV_DONTNEED);
 }
 
 void GgufFile::prefetch(std::span<const std::byte> range) const noexcept {

@@ -128,7 +128,7 @@ def test_one_truncation_alone_on_a_large_vocabulary(chain, scale):
 
 def test_defaults_are_those_of_llama_cpp():
     for name, value in oracle.DEFAULTS.items():
-        if name not in ("temperature", "dry_sequence_breakers", "banned_ids", "allowed_ids", "stop_ids"):
+        if name not in ("temperature", "dry_sequence_breakers", "banned_ids", "allowed_ids", "stop_ids", "n_prompt"):
             assert getattr(_core.SamplingParams(), name) == pytest.approx(value), name
     assert _core.SamplingParams().temperature == 0
 

@@ -41,13 +41,20 @@ def test_in_on_token(long_model_path, how, prompt):
         model.generate("a")
 
 
+def clear_beside_a_stream(model):
+    stream = model.stream("a", **LONG)
+    next(stream)
+    model.clear_prefix_cache()  # would wait for its end
+    return stream
+
+
 CALLS = {
     "generate": lambda model: model.generate(["a", "b"], **LONG)[1].finish_reason,
     "stream": lambda model: len(list(model.stream("a", **LONG))),
     "beam": lambda model: model.beam_search("a", max_new_tokens=90_000, ignore_eos=True),
     "score": lambda model: model.score([1] * 99_000),
     "logits": lambda model: model.logits([1] * 99_000, last=True),
-    "exclusive": lambda model: (model.stream("a", **LONG).__next__(), model.clear_prefix_cache()),
+    "exclusive": lambda model: clear_beside_a_stream(model),
     "agenerate": lambda model: asyncio.run(model.agenerate("a", **LONG)).finish_reason,
 }
 RAISING = {"score", "logits", "exclusive"}

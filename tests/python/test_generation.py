@@ -373,6 +373,9 @@ def test_other_calls_work_while_a_stream_is_being_read(model):
 
 def test_error_in_the_run_reaches_the_reader(model, monkeypatch):
     class Broken:
+        def lease(self) -> "Broken":
+            return self
+
         def submit(self, *_: object, **__: object) -> None:
             raise MemoryError("no room")
 

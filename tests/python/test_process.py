@@ -1,6 +1,7 @@
 """What shows only in a process of its own: imports, silence, signals, threads at exit, fork."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -221,3 +222,29 @@ def test_installed_package_has_its_types():
     folder = Path(fixmin_cpp.__file__).parent
     assert (folder / "py.typed").exists()
     assert (folder / "_core.pyi").exists()
+
+
+THREADS = """
+import resource, sys
+import fixmin_cpp
+path = sys.argv[1]
+fixmin_cpp.Model(path, n_threads=1).close()
+soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (taken + (1 << 30), hard))  # the stacks of 1,024 threads need 8 GiB
+try:
+    fixmin_cpp.Model(path, n_threads=1024)
+except fixmin_cpp.FixminError as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+with fixmin_cpp.Model(path, n_threads=2) as model:
+    print(len(model.generate([1, 2], max_new_tokens=3, ignore_eos=True).token_ids))
+"""
+
+
+def test_threads_that_the_system_refuses(model_path):
+    result = python(THREADS, model_path)
+    assert result.returncode == 0, result.stderr
+    refused, n = result.stdout.splitlines()
+    assert re.match(r"the system refuses thread \d+ of 1024 \(.*\): use fewer threads", refused)
+    assert n == "3"

@@ -68,6 +68,16 @@ def test_a_streamed_echo_has_what_a_whole_one_has(server: Server, fields: dict[s
             assert got == {"text": choice["text"], "logprobs": choice["logprobs"]}
 
 
+def test_ids_of_an_echoed_prompt(server: Server, model: fixmin_cpp.Model) -> None:
+    body = {"prompt": ["the abc", "the q"], "echo": True, "logprobs": 1, "max_tokens": 2, "return_token_ids": True}
+    wanted = [model.encode(prompt) for prompt in body["prompt"]]
+    assert [choice["prompt_token_ids"] for choice in server.post(COMPLETIONS, body).json()["choices"]] == wanted
+    openings = {
+        choice["index"]: choice["prompt_token_ids"] for choice in events(server, **body) if "prompt_token_ids" in choice
+    }
+    assert [openings[i] for i in range(2)] == wanted
+
+
 def test_an_end_of_text_token_has_its_entry(server: Server, model: fixmin_cpp.Model) -> None:
     """Forced by a bias, which log-probabilities do not see: they are the model's."""
     end = model.info["eos_token_id"]

@@ -353,7 +353,10 @@ class CompletionJob(Job):
                 for token_id, logprob in zip(completion.token_ids, completion.logprobs, strict=True):
                     writer.add(lists, token_id, logprob)
                 self._end_logprobs(writer, lists, completion)
-        return {"text": text, "logprobs": lists}
+        content: dict[str, Any] = {"text": text, "logprobs": lists}
+        if self.request.echo and self.request.return_token_ids:
+            content["prompt_token_ids"] = self._prompt_ids(index)
+        return content
 
     def _writer(self, index: int) -> "_Writer":
         return _CompletionWriter(self, index)
@@ -379,7 +382,10 @@ class _CompletionWriter(_Writer):
         if lists is None:
             return None
         self._opened = True
-        return [{"text": self._echo, "logprobs": lists}]
+        opening: dict[str, Any] = {"text": self._echo, "logprobs": lists}
+        if self._job.request.return_token_ids:
+            opening["prompt_token_ids"] = self._job._prompt_ids(self._index)
+        return [opening]
 
     def piece(self, piece: Piece) -> dict[str, Any] | None:
         if self._job.only_prompt:
