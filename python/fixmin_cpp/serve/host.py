@@ -211,8 +211,9 @@ def _default_n_kv(metadata: dict[str, Any], settings: ServeSettings) -> int | No
     """
     arch = metadata.get("general.architecture")
     names = ("context_length", "block_count", "embedding_length", "attention.head_count")
-    values = [metadata.get(f"{arch}.{name}") for name in names]
-    if not all(isinstance(value, int) and value > 0 for value in values):
+    found = [metadata.get(f"{arch}.{name}") for name in names]
+    values = [value for value in found if isinstance(value, int) and value > 0]
+    if len(values) < len(names):
         return None
     context, n_layers, width, n_heads = values
     n_ctx = min(settings.n_ctx or context, context)

@@ -127,7 +127,7 @@ def _protocol(settings: ServeSettings) -> type[asyncio.Protocol]:
     class Protocol(H11Protocol):
         _reading: asyncio.TimerHandle | None = None
         _writing: asyncio.TimerHandle | None = None
-        _probing: asyncio.TimerHandle | None = None
+        _probing: asyncio.Handle | None = None
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -142,7 +142,7 @@ def _protocol(settings: ServeSettings) -> type[asyncio.Protocol]:
             self.resume_writing()
             super().connection_lost(exc)
 
-        def eof_received(self) -> bool:
+        def eof_received(self) -> bool:  # type: ignore[override]  # asyncio's protocols may say so
             """Whether the connection stays open: a client may end its side once it has asked."""
             cycle = self.cycle
             if cycle is None or cycle.response_complete or cycle.more_body:
@@ -156,8 +156,8 @@ def _protocol(settings: ServeSettings) -> type[asyncio.Protocol]:
             cycle = self.cycle
             if self.transport.is_closing() or cycle.response_complete:
                 return
-            if cycle.response_started:  # of events, as other answers are complete at once
-                self.transport.write(self.conn.send(h11.Data(data=b":\n\n")))
+            if cycle.response_started:  # an empty line means nothing between events, nor between JSON's numbers
+                self.transport.write(self.conn.send(h11.Data(data=b"\n")))
             elif cycle.scope["http_version"] == "1.1":
                 self.transport.write(self.conn.send(h11.InformationalResponse(status_code=100, headers=[])))
             self._probing = self.loop.call_later(then, self._probe, _PROBES[1] if then == _PROBES[0] else then)
