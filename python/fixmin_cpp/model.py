@@ -150,7 +150,10 @@ class Model:
             "n_parallel": n_parallel,
         }
         if (reason := describe_wrong_model(path)) is not None:
-            raise (FileNotFoundError if not os.path.exists(path) else GGUFError)(f"{self.path}: {reason}")
+            error = (
+                IsADirectoryError if os.path.isdir(path) else GGUFError if os.path.exists(path) else FileNotFoundError
+            )
+            raise error(f"{self.path}: {reason}")
         begin = time.monotonic()
         self._engine = _core.Engine(
             self.path,
