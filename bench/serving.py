@@ -270,7 +270,7 @@ def vanish(model: Path, log: Path) -> dict[str, Any]:
 
     def running() -> int:
         text = urllib.request.urlopen(f"http://127.0.0.1:{PORT}/metrics").read().decode()
-        return int(float(re.search(r"^llamacpp:requests_processing (\S+)$", text, re.M)[1]))  # type: ignore[index]
+        return int(float(re.search(r"^llamacpp:requests_processing(?:{.*})? (\S+)$", text, re.M)[1]))  # type: ignore[index]
 
     async def measure() -> tuple[list[float], list[float]]:
         ask = ask_http(PORT, {"ignore_eos": True})

@@ -76,6 +76,8 @@ class Files:
         lacking = [("output_norm.weight", "the blocks have norms")] if "attn_norm" in first else []
         lacking = [] if "output_norm" in top else lacking
         for key, roles in _BIASES.items():
+            if key == "norm_bias" and self.config.get("norm_type") == "rmsnorm":
+                continue  # the reference model's default stands there, and an RMS norm has none
             parts = [part for role, part in (*first.items(), *top.items()) if role in roles]
             if self.config.get(key) is True and parts and not any(part.bias for part in parts):
                 lacking.append((f"{roles[0]}.bias", f"config.json: {key} is true"))

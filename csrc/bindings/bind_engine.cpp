@@ -648,6 +648,7 @@ py::dict stats(const EngineHandle& handle) {
     d["n_blocks"] = s.n_blocks;
     d["n_free_blocks"] = s.n_free_blocks;
     d["n_cached_blocks"] = s.n_cached_blocks;
+    d["n_evictable_blocks"] = s.n_evictable_blocks;
     d["n_steps"] = s.n_steps;
     d["n_rows"] = s.n_rows;
     d["n_prompt_tokens"] = s.n_prompt_tokens;

@@ -13,6 +13,7 @@ KvPool::KvPool(const model::Hyperparams& hp, kernels::KvType type, uint32_t n_bl
 void KvPool::clear() {
     users_.assign(users_.size(), 0);
     free_.clear();
+    n_shared_ = 0;
     for (uint32_t block = n_blocks(); block-- > 0;) free_.push_back(block);
 }
 
@@ -24,7 +25,9 @@ uint32_t KvPool::take() {
 }
 
 void KvPool::remove_user(uint32_t block) {
-    if (--users_[block] == 0) free_.push_back(block);
+    const uint32_t left = --users_[block];
+    n_shared_ -= left == 1;
+    if (left == 0) free_.push_back(block);
 }
 
 }  // namespace fixmin::engine

@@ -24,10 +24,12 @@ class KvPool {
 
     std::byte* data(uint32_t block) const { return pages_.data() + block * block_bytes_; }
     uint32_t users(uint32_t block) const { return users_[block]; }
+    /// Blocks with several users.
+    uint32_t n_shared() const { return n_shared_; }
 
     /// A free block, with one user; n_free() > 0. The block that was freed last comes first.
     uint32_t take();
-    void add_user(uint32_t block) { ++users_[block]; }
+    void add_user(uint32_t block) { n_shared_ += ++users_[block] == 2; }
     void remove_user(uint32_t block);
 
     /// All blocks are free, whoever used them.
@@ -39,6 +41,7 @@ class KvPool {
     const model::Pages pages_;
     std::vector<uint32_t> users_;  // [n_blocks]
     std::vector<uint32_t> free_;
+    uint32_t n_shared_ = 0;
 };
 
 }  // namespace fixmin::engine

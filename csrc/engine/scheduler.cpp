@@ -369,6 +369,8 @@ EngineStats Scheduler::stats() const {
     stats.n_blocks = pool_.n_blocks();
     stats.n_free_blocks = pool_.n_free();
     stats.n_cached_blocks = cache_.n_blocks();
+    // Blocks are shared through the cache only, which keeps those that a request uses.
+    stats.n_evictable_blocks = cache_.n_blocks() - std::min(cache_.n_blocks(), pool_.n_shared());
     return stats;
 }
 

@@ -18,10 +18,11 @@ struct SchedulerLimits {
     uint32_t max_running;  // requests in a step
 };
 
-/// Counted since the engine was made, but for the first five.
+/// Counted since the engine was made, but for the first six.
 struct EngineStats {
     uint32_t n_running = 0, n_waiting = 0;
     uint32_t n_blocks = 0, n_free_blocks = 0, n_cached_blocks = 0;
+    uint32_t n_evictable_blocks = 0;                           // of the cached ones, those that no request uses
     uint64_t n_steps = 0, n_rows = 0;                          // rows: tokens that went through the model
     uint64_t n_prompt_tokens = 0, n_cached_prompt_tokens = 0;  // of prompts looked for in the prefix cache
     uint64_t n_generated = 0, n_drafted = 0, n_accepted = 0, n_preempted = 0, n_finished = 0;

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -443,7 +444,11 @@ def serve(
         str, typer.Option(envvar="FIXMIN_KV_TYPE", help="Type of the KV cache: f16, f32 or q8_0.")
     ] = "f16",
     n_kv: Annotated[
-        int | None, typer.Option(envvar="FIXMIN_N_KV", help="Positions of the KV cache, of all requests together.")
+        int | None,
+        typer.Option(
+            envvar="FIXMIN_N_KV",
+            help="Positions of the KV cache, of all requests. Default: --parallel contexts, if memory allows.",
+        ),
     ] = None,
     n_parallel: Annotated[
         int, typer.Option("--parallel", envvar="FIXMIN_PARALLEL", help="Generations that run at a time.")
@@ -488,6 +493,10 @@ def serve(
             n_parallel=n_parallel,
         )
         package.run(settings)
+        if any(thread.name.startswith("fixmin-") and thread.daemon for thread in threading.enumerate()):
+            # Threads that cannot be interrupted must not meet an interpreter that is being taken down.
+            logging.shutdown()
+            os._exit(0)
 
 
 def _keys_of(path: Path | None) -> tuple[str, ...]:

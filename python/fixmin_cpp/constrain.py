@@ -594,6 +594,8 @@ class Matcher:
             self._ended = True
         elif self._native.is_stopped() or not self._consume(token_id):
             reason = _reason(self._native)
+            if reason.startswith("Parser Error"):  # one of llguidance's limits, not the token
+                raise self._fail(ArgumentError, f"{self._constraint.kind} is too complex: {reason}")
             raise self._fail(FixminError, f"token {token_id} does not fit the {self._constraint.kind}: {reason}")
         else:
             self._ids.append(token_id)

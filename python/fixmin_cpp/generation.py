@@ -568,6 +568,11 @@ class AsyncTextStream(AsyncIterator[Piece]):
         """The whole result, once the last piece was given."""
         return None if self._pieces else self._run.completion
 
+    @property
+    def behind(self) -> bool:
+        """Whether pieces are there that were not yet read: the next ones come without waiting."""
+        return bool(self._pieces)
+
     def __aiter__(self) -> "AsyncTextStream":
         return self
 

@@ -150,10 +150,9 @@ class Model:
             "n_parallel": n_parallel,
         }
         if (reason := describe_wrong_model(path)) is not None:
-            error = (
-                IsADirectoryError if os.path.isdir(path) else GGUFError if os.path.exists(path) else FileNotFoundError
-            )
-            raise error(f"{self.path}: {reason}")
+            missing = not os.path.exists(path)
+            kind = FileNotFoundError if missing else IsADirectoryError if os.path.isdir(path) else GGUFError
+            raise kind(f"{self.path}: {reason}")
         begin = time.monotonic()
         self._engine = _core.Engine(
             self.path,
@@ -625,7 +624,8 @@ class Model:
         """What the scheduler is doing and has done.
 
         n_running, n_waiting: requests. n_blocks, n_free_blocks, n_cached_blocks: of the KV cache, 32 positions each;
-        cached: kept for later prompts that begin alike. Since loading: n_steps, n_rows (tokens computed),
+        cached: kept for later prompts that begin alike; n_evictable_blocks: of these, those that no request uses. Since
+        loading: n_steps, n_rows (tokens computed),
         n_prompt_tokens and, of these, n_cached_prompt_tokens (found in the prefix cache), n_generated,
         n_drafted and n_accepted (guessed tokens), n_preempted (requests sent back for lack of room), n_finished.
         """

@@ -223,7 +223,7 @@ def test_script_in_a_pipe(checkpoint, tmp_path):
     process = start(checkpoint, tmp_path / "m.gguf")
     out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
-    assert err == "starting the converter: PyTorch and transformers take some seconds ...\n"
+    assert err in ("", "starting the converter: PyTorch and transformers take some seconds ...\n")  # if they do
     assert "\x1b" not in out
     assert "\r" not in out
     assert "writing q8_0 ..." in out

@@ -364,3 +364,17 @@ def test_closed_models_refuse_the_new_calls_too(model_path):
     ):
         with pytest.raises(FixminError, match="closed"):
             call()
+
+
+def test_blocks_of_known_prompts_that_nobody_uses_are_counted(long_model_path):
+    """Those that a running request shares with the cache are not among them."""
+    with Model(long_model_path, n_kv=100_000) as model:
+        model.generate([1] * 640, max_new_tokens=1)
+        idle = model.stats()
+        assert idle["n_evictable_blocks"] == idle["n_cached_blocks"] >= 20
+        with model.stream([1] * 640, max_new_tokens=90_000, ignore_eos=True) as stream:
+            next(stream)
+            busy = model.stats()
+            assert busy["n_cached_blocks"] - busy["n_evictable_blocks"] >= 19
+        after = model.stats()
+        assert after["n_evictable_blocks"] == after["n_cached_blocks"]

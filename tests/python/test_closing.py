@@ -43,7 +43,7 @@ def test_in_on_token(long_model_path, how, prompt):
 
 def clear_beside_a_stream(model):
     stream = model.stream("a", **LONG)
-    next(stream)
+    next(stream, None)
     model.clear_prefix_cache()  # would wait for its end
     return stream
 

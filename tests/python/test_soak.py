@@ -19,5 +19,6 @@ def test_ten_thousand_requests(model_path):
     stats, resident = result["stats"], result["resident_kib"][1:]  # the first tenth also starts threads and caches
     assert stats["n_running"] == stats["n_waiting"] == 0
     assert stats["n_free_blocks"] + stats["n_cached_blocks"] == stats["n_blocks"]
+    assert stats["n_evictable_blocks"] == stats["n_cached_blocks"]
     assert stats["n_finished"] > 8000  # streams of which nothing was read never began
     assert max(resident) <= 1.02 * min(resident)

@@ -34,11 +34,14 @@ class Server:
         """Likewise."""
         return httpx.get(self.url + path, timeout=120, **options)
 
-    def metric(self, name: str) -> float:
-        """A sample of /metrics without labels."""
-        found = re.search(rf"^{name} (\S+)$", self.get("/metrics").text, re.MULTILINE)
-        assert found is not None, name
-        return float(found[1])
+    def metric(self, name: str, **labels: str) -> float:
+        """A sample of /metrics of the one model; other labels as given."""
+        total, found = 0.0, False
+        for line in re.findall(rf"^{name}(?:{{.*}})? .+$", self.get("/metrics").text, re.MULTILINE):
+            if all(f'{key}="{value}"' in line for key, value in labels.items()):
+                total, found = total + float(line.rpartition(" ")[2]), True
+        assert found, name
+        return total
 
     def idle(self, seconds: float = 30.0) -> bool:
         """Waits until nothing runs or waits."""
@@ -54,12 +57,14 @@ Start = Callable[..., contextlib.AbstractContextManager[Server]]
 
 
 @contextlib.contextmanager
-def serving(model: Path, log: Path, *arguments: str, ready: bool = True, port: int = 0, **env: str) -> Iterator[Server]:
-    """Starts a server and, at the end, asks it to stop."""
+def serving(
+    model: Path, log: Path, *arguments: str, ready: bool = True, port: int = 0, before: str = "", **env: str
+) -> Iterator[Server]:
+    """Starts a server and, at the end, asks it to stop. `before`: Python that its process runs first."""
     command = [
         sys.executable,
         "-c",
-        "from fixmin_cpp.cli import main; main()",
+        before + "\nfrom fixmin_cpp.cli import main; main()",
         "serve",
         str(model),
         "--port",

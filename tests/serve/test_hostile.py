@@ -248,6 +248,52 @@ def test_no_field_takes_all_of_the_server(server: Server, path: str) -> None:
     assert works(server)
 
 
+WORST = [
+    ("/tokenize", {"content": "ab " * 43_000, "with_pieces": True}, 200),
+    ("/tokenize", {"content": "\U0001f600" * 200_000}, 400),
+    ("/codes", {"tokens": [7] * 65_000}, 200),
+    ("/codes", {"tokens": [7] * 190_000}, 400),
+    ("/detokenize", {"tokens": [7] * 190_000}, 200),
+    ("/v1/embeddings", {"input": ["the"] * 2000}, 200),
+    ("/v1/completions", {"prompt": ["the " * 30] * 500, "echo": True, "logprobs": 20, "max_tokens": 200}, 400),
+    ("/v1/completions", {"prompt": "a", "n": 128, "logprobs": 20, "max_tokens": 100, "ignore_eos": True}, 200),
+    ("/v1/completions", {"prompt": "a", "n": 128, "max_tokens": 100, "ignore_eos": True, "stream": True}, 200),
+    ("/v1/completions", {"prompt": "a", "regex": "(ab|cd)?" * 32_000}, 400),
+    ("/v1/completions", {"prompt": "a", "grammar": "start: " + " | ".join(f'"a{i}"' for i in range(5000))}, 400),
+    ("/v1/completions", {"prompt": "a", "max_tokens": {str(i): 1 for i in range(190_000)}}, 400),
+    ("/v1/completions", {"prompt": [10**90] * 30_000}, 400),
+    ("/v1/completions", {"prompt": [10**2000] * 1000}, 400),
+    ("/v1/completions", {"prompt": '"\\' * 900_000}, 400),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "ab " * 600}] * 2048}, 400),
+    ("/v1/chat/completions", {"messages": [{"role": "user", **{str(i): 1 for i in range(190_000)}}]}, 400),
+]
+
+
+def test_no_request_holds_up_the_others(server: Server) -> None:
+    """The worst wait for /health and the memory, with room for a busy machine: unloaded 100 ms and 64 MB."""
+    before, waits, ended = memory(server), [0.0], threading.Event()
+
+    def poll() -> None:
+        with httpx.Client(timeout=60) as client:
+            while not ended.wait(0.02):
+                begin = time.monotonic()
+                assert client.get(f"{server.url}/health").status_code == 200
+                waits.append(time.monotonic() - begin)
+
+    polling = threading.Thread(target=poll)
+    polling.start()
+    try:
+        for path, body, status in WORST:
+            answer = server.post(path, body)
+            assert answer.status_code == status, (path, str(body)[:60], answer.text[:200])
+    finally:
+        ended.set()
+        polling.join()
+    assert len(waits) > 10
+    assert max(waits) < 1.5
+    assert memory(server) - before < 200, "MB"
+
+
 def memory(server: Server) -> float:
     """The most that the process had in memory, MB."""
     status = Path(f"/proc/{server.process.pid}/status").read_text()
@@ -331,6 +377,58 @@ def test_keys(served_path: Path, start: Start) -> None:
             assert server.post("/v1/completions", {"prompt": "a"}, headers=headers).status_code == 401
         assert server.get("/health").status_code == 200
         assert server.get("/v1/models", headers={"Authorization": "Bearer first"}).status_code == 200
+
+
+def test_the_description_with_keys(served_path: Path, start: Start) -> None:
+    """The page needs nothing from elsewhere, and no key; what it shows does."""
+    with start(served_path, "--api-key", "k") as server:
+        page = server.get("/docs")
+        assert page.status_code == 200
+        assert "default-src 'none'" in page.headers["content-security-policy"]
+        assert "://" not in page.text
+        assert server.get("/openapi.json").status_code == 401
+        described = server.get("/openapi.json", headers={"Authorization": "Bearer k"}).json()
+    assert described["components"]["securitySchemes"]["HTTPBearer"]["scheme"] == "bearer"
+    for path in BODIES:
+        operation = described["paths"][path]["post"]
+        assert operation["security"] == [{"HTTPBearer": []}]
+        assert operation["responses"]["200"]["content"]["application/json"]["schema"]["$ref"]
+        assert operation["responses"]["400"]["content"]["application/json"]["schema"]["$ref"].endswith("/Error")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/completions", {"prompt": "a", "allowed_ids": [5], "banned_ids": [5]}, "allowed_ids"),
+        ("/v1/embeddings", {"input": ["ok", ""]}, "input"),
+        ("/v1/embeddings", {"input": [[1], [10**6]]}, "input"),
+        ("/detokenize", {"tokens": [10**6]}, "tokens"),
+    ],
+)
+def test_errors_name_the_field(server: Server, path: str, body: dict[str, Any], param: str) -> None:
+    answer = server.post(path, body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/tokenize", {"content": "the abc", "with_pieces": True}),
+        ("/tokenize", {"prompt": ""}),
+        ("/codes", {"text": "the abc"}),
+        ("/detokenize", {"tokens": [1, 2]}),
+        ("/v1/embeddings", {"input": ["the", "abc"]}),
+        ("/v1/embeddings", {"input": "the", "encoding_format": "base64"}),
+        ("/v1/completions", {"prompt": "the", "logprobs": 2, "max_tokens": 2}),
+        ("/v1/chat/completions", {"messages": REQUIRED["messages"], "logprobs": True, "max_tokens": 2}),
+    ],
+)
+def test_answers_are_as_described(server: Server, path: str, body: dict[str, Any]) -> None:
+    answers = pytest.importorskip("fixmin_cpp.serve.answers")
+    described = server.get("/openapi.json").json()["paths"][path]["post"]["responses"]["200"]
+    name = described["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+    getattr(answers, name).model_validate(server.post(path, body).json())
 
 
 def test_keys_from_the_environment(served_path: Path, start: Start) -> None:

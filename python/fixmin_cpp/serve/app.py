@@ -1,15 +1,16 @@
 """The HTTP interface: OpenAI's, llama-server's and vLLM's paths, and what is this project's own."""
 
 import asyncio
-import base64
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sized
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.routing import APIRoute
+from fastapi.security import HTTPBearer
 from numpy.typing import NDArray
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import HTMLResponse, JSONResponse, Response
@@ -17,6 +18,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from .. import __version__
 from ..arguments import as_token_ids, split_prompts
 from ..errors import ArgumentError
+from . import answers, rendering
 from .chat import ChatTemplate
 from .errors import APIError, install
 from .generation import ChatJob, CompletionJob, Job
@@ -36,7 +38,10 @@ from .settings import ServeSettings
 
 __all__ = ["create_app"]
 
+_MAX_TOKENIZED = 1 << 17  # bytes of UTF-8: tokenising takes 200 for each
+_MAX_CODES = 1 << 16  # tokens of /codes, and bytes of text
 _PAGE = Path(__file__).with_name("playground.html")
+_DOCS = Path(__file__).with_name("docs.html")
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self' 'unsafe-inline'; style-src 'unsafe-inline'; "
     "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -44,7 +49,7 @@ _PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
 }
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"description": text}
+    status: {"description": text, "model": answers.Error}
     for status, text in {
         400: "Something in the request is wrong: the message says what.",
         401: "No API key, or a wrong one.",
@@ -80,6 +85,7 @@ class _Events(Response):
         async with contextlib.aclosing(self._job.events()) as events:
             async for event in events:
                 await send({"type": "http.response.body", "body": event, "more_body": True})
+                await asyncio.sleep(0)  # a hundred events may be there at once: others come between them
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
@@ -155,6 +161,9 @@ def create_app(
         lifespan=lifespan,
         default_response_class=_JSON,
         responses=_ERRORS,
+        docs_url=None,
+        redoc_url=None,
+        dependencies=[Depends(HTTPBearer(auto_error=False))],  # described; Guard checks keys
     )
     app.router.route_class = _Route
     app.state.host = host
@@ -183,16 +192,16 @@ def _add_generation(app: FastAPI, host: ModelHost, metrics: Metrics, template: C
             return _Events(host, job)
         with host.admitted(job.n_sequences):
             result = await _unless_disconnected(job.answer(), request.receive)
-        return _JSON(result)
+        return Response(result or b"null", media_type="application/json")
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", response_model=answers.Completion)
     async def completions(request: Request, body: CompletionRequest) -> Response:
         """Continues prompts: texts or token ids."""
         host.require_room()  # before anything is tokenised
         job = await _unless_disconnected(CompletionJob.prepare(host, metrics, body), request.receive)
         return _JSON(None) if job is None else await answer(request, job)
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", response_model=answers.ChatCompletion)
     async def chat_completions(request: Request, body: ChatRequest) -> Response:
         """Answers a chat through the server's template."""
         _ = host.model
@@ -202,33 +211,30 @@ def _add_generation(app: FastAPI, host: ModelHost, metrics: Metrics, template: C
         job = await _unless_disconnected(preparing, request.receive)
         return _JSON(None) if job is None else await answer(request, job)
 
-    @app.post("/v1/embeddings")
-    async def embeddings(request: Request, body: EmbeddingRequest) -> dict[str, Any]:
+    @app.post("/v1/embeddings", response_model=answers.Embeddings)
+    async def embeddings(request: Request, body: EmbeddingRequest) -> Response:
         """The mean of the last layer's states for each text, before the last norm: D numbers."""
         if body.dimensions is not None:
             raise APIError(400, "dimensions is not supported: states have one length", param="dimensions")
-        inputs = split_prompts(body.input, "input")[0]
+        inputs, many = split_prompts(body.input, "input")
         if len(inputs) > host.settings.max_inputs:
             raise ArgumentError(f"input has {len(inputs)} entries, but a request may have {host.settings.max_inputs}")
         with host.admitted(1):
-            data, n_tokens = [], 0
+            vectors, n_tokens = [], 0
             for i, one in enumerate(inputs):
                 if await request.is_disconnected():
                     break
-                vector, n = await host.compute(_embed, host, one, body.parse_special is not False)
+                name = f"input[{i}]" if many else "input"
+                vector, n = await host.compute(_embed, host, name, one, body.parse_special is not False)
                 n_tokens += n
-                numbers = (
-                    base64.b64encode(vector.tobytes()).decode() if body.encoding_format == "base64" else vector.tolist()
-                )
-                data.append({"object": "embedding", "index": i, "embedding": numbers})
-        usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
-        return {"object": "list", "data": data, "model": host.settings.name, "usage": usage}
+                vectors.append(vector)
+        return rendering.embeddings(vectors, n_tokens, host.settings.name, body.encoding_format == "base64")
 
 
 def _chat_prompt(host: ModelHost, template: ChatTemplate, body: ChatRequest) -> list[int]:
     tokenizer = host.model._require_tokenizer()
     messages = [message.plain() for message in body.messages]
-    host.check_texts("messages", [str(message["content"]) for message in messages])
+    host.check_texts("messages", ["".join(str(message["content"]) for message in messages)])
     prompt = template.render(
         messages,
         tokenizer,
@@ -239,62 +245,78 @@ def _chat_prompt(host: ModelHost, template: ChatTemplate, body: ChatRequest) -> 
     return prompt.ids(tokenizer)
 
 
-def _embed(host: ModelHost, text: Any, parse_special: bool) -> tuple[NDArray[np.float32], int]:
+def _embed(host: ModelHost, name: str, text: Any, parse_special: bool) -> tuple[NDArray[np.float32], int]:
     model = host.model
-    host.check_texts("input", [text])
-    states = model.hidden_states(text, model.info["block_count"], parse_special=parse_special)
+    host.check_texts(name, [text])
+    ids = model._ids_in_context(name, text, 0, parse_special)
+    states = model.hidden_states(ids, model.info["block_count"])
     return states.mean(axis=0, dtype=np.float64).astype(np.float32), len(states)
 
 
 def _add_tokens(app: FastAPI, host: ModelHost) -> None:
-    @app.post("/tokenize")
-    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+    @app.post("/tokenize", response_model=answers.Tokens)
+    async def tokenize(body: TokenizeRequest) -> Response:
         """Token ids of a text, as llama-server and vLLM give them."""
-        text = body.content if body.content is not None else body.prompt
-        if text is None:
-            raise ArgumentError("content is missing (or prompt, as vLLM calls it)")
-        special = body.add_special or body.add_special_tokens
-        parse = body.parse_special is not False
-        ids = await host.compute(host.model.encode, text, add_special_tokens=special, parse_special=parse)
-        tokens: list[Any] = [_piece(host, i) for i in ids] if body.with_pieces else ids
-        return {"tokens": tokens, "count": len(ids), "max_model_len": host.model.info["n_ctx"]}
+        return await host.compute(_tokenize, host, body)
 
-    @app.post("/detokenize")
-    async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
+    @app.post("/detokenize", response_model=answers.Detokenized)
+    async def detokenize(body: DetokenizeRequest) -> Response:
         """Text of token ids."""
-        text = await host.compute(host.model.decode, body.tokens)
-        return {"content": text, "prompt": text}
+        ids: Any = as_token_ids("tokens", body.tokens, host.model.info["vocab_size"]) if body.tokens else []
+        text = await host.compute(host.model.decode, ids)
+        return _JSON({"content": text, "prompt": text})
 
-    @app.post("/codes")
-    async def codes(body: CodesRequest) -> dict[str, Any]:
+    @app.post("/codes", response_model=answers.Codes)
+    async def codes(body: CodesRequest) -> Response:
         """What stands in place of an input embedding: the bits of each token's id and its code, bit i at place i."""
-        if (body.text is None) == (body.tokens is None):
-            raise ArgumentError("text or tokens is needed, one of them")
-        model = host.model
-        given: Any = body.tokens
-        if body.text is not None:
-            given = await host.compute(model.encode, body.text, parse_special=body.parse_special is not False)
-        if not given:
-            return {"tokens": []}
-        ids = as_token_ids("tokens", given, model.info["vocab_size"])
-        found = await host.compute(model.codes, ids)
-        width = found.shape[1]
-        bits = (ids[:, None] >> np.arange(width, dtype=np.uint32)) & 1 if width <= 32 else None
-        return {
-            "tokens": [
-                {
-                    "id": int(token_id),
-                    "text": host.token_text(int(token_id)),
-                    "bits": None if bits is None else bits[i].tolist(),
-                    "code": found[i].tolist(),
-                }
-                for i, token_id in enumerate(ids)
-            ]
-        }
+        return await host.compute(_codes, host, body)
+
+
+def _tokenize(host: ModelHost, body: TokenizeRequest) -> Response:
+    text = body.content if body.content is not None else body.prompt
+    if text is None:
+        raise ArgumentError("content is missing (or prompt, as vLLM calls it)")
+    _check_length("prompt" if body.content is None else "content", _bytes(text), _MAX_TOKENIZED, "bytes")
+    model = host.model
+    special = body.add_special or body.add_special_tokens
+    ids = model.encode(text, add_special_tokens=special, parse_special=body.parse_special is not False)
+    texts = rendering.by_id(ids, partial(_piece, host)) if body.with_pieces else (b"%d" % i for i in ids)
+    return rendering.token_list(texts, count=len(ids), max_model_len=model.info["n_ctx"])
+
+
+def _check_length(name: str, value: Sized, limit: int, unit: str) -> None:
+    if len(value) > limit:
+        raise APIError(400, f"{name} has {len(value)} {unit}, at most {limit} are taken", param=name)
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
 
 
 def _piece(host: ModelHost, token_id: int) -> dict[str, Any]:
     return {"id": token_id, "piece": host.token_text(token_id)}
+
+
+def _codes(host: ModelHost, body: CodesRequest) -> Response:
+    if (body.text is None) == (body.tokens is None):
+        raise ArgumentError("text or tokens is needed, one of them")
+    model = host.model
+    given: Any = body.tokens
+    if body.text is not None:
+        _check_length("text", _bytes(body.text), _MAX_CODES, "bytes")
+        given = model.encode(body.text, parse_special=body.parse_special is not False)
+    if not given:
+        return rendering.token_list([])
+    _check_length("text" if body.tokens is None else "tokens", given, _MAX_CODES, "tokens")
+    ids = as_token_ids("tokens", given, model.info["vocab_size"])
+
+    def describe(token_id: int) -> dict[str, Any]:
+        code = model.codes([token_id])[0].tolist()
+        width = len(code)
+        bits = [token_id >> i & 1 for i in range(width)] if width <= 32 else None
+        return {"id": token_id, "text": host.token_text(token_id), "bits": bits, "code": code}
+
+    return rendering.token_list(rendering.by_id(ids.tolist(), describe))
 
 
 def _add_facts(app: FastAPI, host: ModelHost, metrics: Metrics) -> None:
@@ -377,6 +399,11 @@ def _add_facts(app: FastAPI, host: ModelHost, metrics: Metrics) -> None:
     async def playground() -> Response:
         """The playground."""
         return HTMLResponse(_PAGE.read_text("utf-8"), headers=_PAGE_HEADERS)
+
+    @app.get("/docs", response_class=HTMLResponse, include_in_schema=False)
+    async def docs() -> Response:
+        """What /openapi.json says, to read and to try: a page of our own, as others load scripts from elsewhere."""
+        return HTMLResponse(_DOCS.read_text("utf-8"), headers=_PAGE_HEADERS)
 
 
 def _quantization(info: dict[str, Any]) -> str:

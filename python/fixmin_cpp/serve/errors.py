@@ -70,6 +70,8 @@ def as_api_error(error: Exception, renamed: Mapping[str, str] | None = None) -> 
             message = re.sub(rf"\b{name}\b", field, message)
         first = re.match(r"\w+", message)
         param = first[0] if first and first[0] in FIELDS else None
+        if message.startswith("no token is left to draw"):
+            param = next((field for field in ("allowed_ids", "banned_ids", "logit_bias") if field in message), None)
         code = "context_length_exceeded" if isinstance(error, ContextLengthError) else None
         return APIError(400, message, param=param, code=code)
     if isinstance(error, BusyError):

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import itertools
 import json
 import time
@@ -22,7 +23,13 @@ from .token_names import TokenNames
 
 __all__ = ["ChatJob", "CompletionJob", "Job"]
 
+_MAX_LOGPROBS = 1 << 19  # of an answer with several generations: 100 bytes of memory each
+_MEAN_PROMPT = 256  # tokens, when it is not yet known
 _FINISH = {"eos": "stop"}  # others have the same name
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 class Job(ABC):
@@ -62,7 +69,9 @@ class Job(ABC):
         constrained = any(name in arguments for name in ("json_schema", "regex", "grammar", "choices"))
         self.host.check_texts("prompt", [prompts] if isinstance(prompts, str) else prompts)
         n_prompts = 1 if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)) else len(prompts)
-        self.host.require_room(n_prompts * self._best_of)
+        n_sequences = n_prompts * self._best_of
+        self.host.require_room(n_sequences)
+        self._check_logprobs(arguments, n_sequences)
         if "logprobs" in arguments:
             self.names = await self.host.compute(TokenNames.of, model)
         try:
@@ -72,6 +81,16 @@ class Job(ABC):
         except (ArgumentError, ContextLengthError) as error:
             fields = {name: field for field, name in ALIASES.items() if getattr(self.request, field, None) is not None}
             raise as_api_error(error, fields) from None
+
+    def _check_logprobs(self, arguments: Mapping[str, Any], n_sequences: int) -> None:
+        n_ctx, asked = self.host.model.info["n_ctx"], arguments["max_new_tokens"]
+        n = (arguments.get("logprobs", -1) + 1) * (asked if 0 <= asked <= n_ctx else n_ctx)
+        n += (arguments.get("prompt_logprobs", -1) + 1) * min(n_ctx, _MEAN_PROMPT)
+        if n_sequences > 1 and n_sequences * n > _MAX_LOGPROBS:
+            raise ArgumentError(
+                f"logprobs of {n_sequences} generations would be up to {n_sequences * n} numbers, at most "
+                f"{_MAX_LOGPROBS} are given: ask for fewer generations, tokens or logprobs"
+            )
 
     @property
     def n_sequences(self) -> int:
@@ -88,9 +107,17 @@ class Job(ABC):
         model = self.host.model
         news: asyncio.Queue[tuple[int, Piece | Completion | Exception]] = asyncio.Queue()
 
-        async def read(number: int, stream: AsyncTextStream) -> None:
+        async def read(number: int, run: Run) -> None:
             try:
-                last = 0.0
+                async with self.host.turns.turn(self, self.n_sequences):
+                    self._count_wait(run)
+                    await follow(number, AsyncTextStream(run, model._start_async))
+            except Exception as error:
+                news.put_nowait((number, error))
+
+        async def follow(number: int, stream: AsyncTextStream) -> None:
+            last = 0.0
+            async with stream:
                 async for piece in stream:
                     now = time.perf_counter()
                     if last:
@@ -99,14 +126,13 @@ class Job(ABC):
                         self.metrics.first_token.observe(now - self._begin)
                     last = now
                     news.put_nowait((number, piece))
+                    if stream.behind:
+                        await asyncio.sleep(0)  # others' turn in the event loop
                 assert stream.completion is not None
                 news.put_nowait((number, stream.completion))
-            except Exception as error:
-                news.put_nowait((number, error))
 
-        streams = [AsyncTextStream(run, model._start_async) for run in self._batch.runs]
         # Tasks begin in this order, so that a prompt's first run is queued before those that follow it.
-        tasks = [asyncio.create_task(read(i, stream)) for i, stream in enumerate(streams)]
+        tasks = [asyncio.create_task(read(i, run)) for i, run in enumerate(self._batch.runs)]
         try:
             left = len(tasks)
             while left:
@@ -124,8 +150,15 @@ class Job(ABC):
             await asyncio.gather(*tasks, return_exceptions=True)
             self.metrics.whole.observe(time.perf_counter() - self._begin)
 
-    async def answer(self) -> dict[str, Any]:
-        """The whole answer."""
+    def _count_wait(self, run: Run) -> None:
+        """The time that a run waited for its turn is part of its timeout."""
+        options = run._options
+        if options.timeout is not None:
+            left = options.timeout - (time.perf_counter() - self._begin)
+            run._options = dataclasses.replace(options, timeout=max(left, 1e-3))
+
+    async def answer(self) -> bytes:
+        """The whole answer as JSON."""
         completions: dict[int, Completion] = {}
         async with contextlib.aclosing(self._pieces()) as pieces:
             async for number, item in pieces:
@@ -134,11 +167,13 @@ class Job(ABC):
         chosen = self._batch.result()
         per_prompt = chosen if isinstance(chosen, list) else [chosen]
         every = [one for each in per_prompt for one in each.candidates or [each]]
-        return {
-            **self._head(self.object),
-            "choices": [self._choice(i, one) for i, one in enumerate(every)],
-            "usage": self._usage(completions),
-        }
+        return await self.host.compute(self._render, every, self._usage(completions))
+
+    def _render(self, completions: Sequence[Completion], usage: dict[str, Any]) -> bytes:
+        # Choice by choice: the objects of all of them would take many times the memory of the text.
+        choices = (_json(self._choice(i, one)) for i, one in enumerate(completions))
+        head, end = _json(self._head(self.object)), _json({"usage": usage})
+        return head[:-1] + b',"choices":[' + b",".join(choices) + b"]," + end[1:]
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """The answer as server-sent events. Errors after the first one become an event too."""
@@ -148,23 +183,24 @@ class Job(ABC):
 
         def event(choices: list[dict[str, Any]], total: dict[str, Any] | None = None) -> bytes:
             data = {**head, "choices": choices, **({"usage": total} if usage else {})}
-            return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+            return b"data: " + _json(data) + b"\n\n"
 
         pieces = self._pieces()
         try:
             writers = [self._writer(i) for i in range(self.n_sequences)]
-            held: list[list[Piece | Completion]] = [[] for _ in writers]
+            held: dict[int, list[Piece | Completion]] = {}
             for i, writer in enumerate(writers):
                 if (first := writer.begin()) is not None:
                     yield event([{"index": i, **first, "finish_reason": None}])
             async for number, news in pieces:
-                held[number].append(news)
-                for i, writer in enumerate(writers):
-                    if not held[i] or (opening := writer.opening()) is None:
+                held.setdefault(number, []).append(news)
+                for i in sorted(held):
+                    writer = writers[i]
+                    if (opening := writer.opening()) is None:
                         continue
                     for choice in opening:
                         yield event([{"index": i, **choice, "finish_reason": None}])
-                    for item in held[i]:
+                    for item in held.pop(i):
                         if isinstance(item, Piece):
                             if (said := writer.piece(item)) is not None:
                                 yield event([{"index": i, **said, "finish_reason": None}])
@@ -172,7 +208,6 @@ class Job(ABC):
                         completions[i] = item
                         end = {"finish_reason": self._reason(item), "seed": item.seed}
                         yield event([{"index": i, **writer.end(item), **end}])
-                    held[i].clear()
             if usage:
                 yield event([], self._usage(completions))
         except Exception as error:

@@ -1,7 +1,10 @@
 """What stands before every request, as ASGI middleware: keys and the size of bodies."""
 
 import hmac
+import logging
 import re
+import time
+import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -14,9 +17,12 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 # What answers without a key: whether the server lives, and a page that asks for the key itself.
-_PUBLIC = ("/health", "/v1/health", "/")
+_PUBLIC = ("/health", "/v1/health", "/", "/docs")
 
 
+_GONE = 499  # as nginx counts them
+_REQUEST_ID = re.compile(rb"[!-~]{1,128}")
+_log = logging.getLogger(__name__)
 _PORT = re.compile(r":\d*$")
 
 
@@ -43,12 +49,41 @@ class Guard:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
 
-        async def answer(message: MutableMapping[str, Any]) -> None:
-            if message["type"] == "http.response.start":
-                self._on_answer(message["status"])
-            await send(message)
-
         headers = dict(scope["headers"])
+        given = headers.get(b"x-request-id", b"")
+        request_id = given.decode() if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        begin, status, ended, gone = time.monotonic(), 0, False, False
+
+        async def answer(message: MutableMapping[str, Any]) -> None:
+            nonlocal status, ended
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id.encode())]}
+            await send(message)
+            ended = ended or (message["type"] == "http.response.body" and not message.get("more_body"))
+
+        async def hear() -> MutableMapping[str, Any]:
+            nonlocal gone
+            message = await receive()
+            gone = gone or (message["type"] == "http.disconnect" and not ended)
+            return message
+
+        try:
+            await self._guarded(scope, hear, answer, headers)
+        finally:
+            if gone or not ended:
+                status = _GONE
+            self._on_answer(status)
+            _log.info(
+                "%s %s %s: %s in %.3f s",
+                request_id,
+                scope["method"],
+                ascii(scope["path"][:200])[1:-1],
+                "client gone" if status == _GONE else status,
+                time.monotonic() - begin,
+            )
+
+    async def _guarded(self, scope: Scope, receive: Receive, answer: Send, headers: dict[bytes, bytes]) -> None:
         try:
             path = scope["path"].removeprefix(scope.get("root_path", ""))
             self._check_host(headers.get(b"host", b""))

@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import functools
 import logging
+import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -13,6 +15,7 @@ from ..errors import ArgumentError, ContextLengthError
 from ..inspect import describe_code
 from ..model import Model
 from .errors import APIError
+from .fairness import Turns
 from .settings import ServeSettings
 from .workers import Workers
 
@@ -35,10 +38,13 @@ class ModelHost:
         self.error: Exception | None = None  # of loading
         self.code: dict[str, Any] = {}  # as `fixmin inspect` describes it
         self.n_sequences = 0  # generations that are waiting or running
+        self.turns = Turns(settings.n_parallel)
         self._texts: dict[int, str] = {}  # of tokens that were asked for
         self._on_failure = on_failure
         self._model: Model | None = None
         self._closing = False
+        self._stopped = asyncio.Event()
+        self._closer: asyncio.Task[None] | None = None
         self._loading: asyncio.Task[None] | None = None
         self._longest_token = 1  # characters
         self._quick = Workers("prepare", _N_QUICK)
@@ -70,8 +76,26 @@ class ModelHost:
             self.progress = fraction
             return not self._closing
 
-        model = Model(self.settings.model, progress=progress, **self.settings.model_arguments())
-        self.code = describe_code(_core.GgufFile(model.path).metadata)
+        begin = time.monotonic()
+        arguments = self.settings.model_arguments()
+        metadata = _core.GgufFile(self.settings.model).metadata
+        if arguments["n_kv"] is None:
+            arguments["n_kv"] = _default_n_kv(metadata, self.settings)
+        model = Model(self.settings.model, progress=progress, **arguments)
+        info = model.info
+        _log.info(
+            "loaded %s in %.1f s: %.1f MB in the file, KV cache of %d positions (%.1f MB; %d requests of %d fit), "
+            "%d threads",
+            self.settings.model,
+            time.monotonic() - begin,
+            info["bytes"]["file"] / 1e6,
+            info["n_kv"],
+            info["bytes"]["kv_cache"] / 1e6,
+            info["n_kv"] // info["n_ctx"],
+            info["n_ctx"],
+            info["n_threads"],
+        )
+        self.code = describe_code(metadata)
         if model.info["tokenizer"]:
             model.encode("a")  # the first call builds tables
             self._longest_token = max(map(len, model._require_tokenizer().token_texts), default=1)
@@ -79,15 +103,22 @@ class ModelHost:
 
     async def close(self) -> None:
         """Ends the loading, or what is still running."""
-        self._closing = True
+        self.stop()
         if self._loading is not None:
             await self._loading
-        if self._model is not None:
-            # In a thread that may be left behind: it waits for preparations that cannot be interrupted.
+        if self._closer is not None:
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(Workers("close", 1).run(self._model.close), _STUCK)
+                await asyncio.wait_for(self._closer, _STUCK)
         self._quick.close()
         self._slow.close()
+
+    def stop(self) -> None:
+        """Requests that run or are prepared end with APIError 503, and others are refused."""
+        self._closing = True
+        self._stopped.set()
+        if self._model is not None and self._closer is None:
+            # In a thread that may be left behind: it waits for preparations that cannot be interrupted.
+            self._closer = asyncio.ensure_future(Workers("close", 1).run(self._model.close))
 
     @property
     def model(self) -> Model:
@@ -129,7 +160,16 @@ class ModelHost:
         `slow`: it may take seconds; others do not wait for it.
         """
         workers = self._slow if slow else self._quick
-        return await workers.run(functools.partial(function, *args, **kwargs))
+        work = asyncio.ensure_future(workers.run(functools.partial(function, *args, **kwargs)))
+        stopped = asyncio.ensure_future(self._stopped.wait())
+        try:
+            await asyncio.wait({work, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                return work.result()
+            raise APIError(503, "the server is shutting down", code=503)
+        finally:
+            work.cancel()
+            stopped.cancel()
 
     def check_texts(self, name: str, texts: Iterable[Any]) -> None:
         """Raises ContextLengthError for a text so long that no tokens of this model could fit the context.
@@ -162,3 +202,26 @@ class ModelHost:
         """Raises APIError if a generation ended because the server does."""
         if finish_reason == "cancelled":
             raise APIError(503, "the server is shutting down", code=503)
+
+
+def _default_n_kv(metadata: dict[str, Any], settings: ServeSettings) -> int | None:
+    """Positions so that as many whole contexts as may run fit, within a quarter of the memory there is.
+
+    None, which is the engine's default, for what is no model: the engine says what is wrong with it.
+    """
+    arch = metadata.get("general.architecture")
+    names = ("context_length", "block_count", "embedding_length", "attention.head_count")
+    found = [metadata.get(f"{arch}.{name}") for name in names]
+    values = [value for value in found if isinstance(value, int) and value > 0]
+    if len(values) < len(names):
+        return None
+    context, n_layers, width, n_heads = values
+    n_ctx = min(settings.n_ctx or context, context)
+    n_kv_heads = metadata.get(f"{arch}.attention.head_count_kv", n_heads)
+    head = metadata.get(f"{arch}.attention.key_length", width // n_heads)
+    if not isinstance(n_kv_heads, int) or not isinstance(head, int):
+        return None
+    size = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32}.get(settings.kv_type, 4.0)
+    memory = min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), _core.cgroup_limits()["memory_bytes"])
+    affordable = int(memory / 4 / max(1.0, 2 * n_layers * n_kv_heads * head * size))
+    return int(max(n_ctx, min(settings.n_parallel * n_ctx, affordable, (1 << 31) - 1)))

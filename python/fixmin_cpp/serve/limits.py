@@ -14,6 +14,7 @@ from .errors import APIError
 __all__ = ["MAX_DEPTH", "MAX_ELEMENTS", "read_body"]
 
 MAX_ELEMENTS = 200_000  # list elements and fields of objects in a body: 40 MB as Python objects at the very most
+_MAX_PARTS = 40_000  # fields of objects, lists and objects in a body: each costs more than an element of a list
 MAX_DEPTH = 100  # of lists and objects in each other
 _MAX_FIELDS = 200  # of a request
 _MAX_LIST, _MAX_TEXT = 1024, 1 << 18  # elements, characters, of fields that are not named below
@@ -27,10 +28,17 @@ _LISTS: Mapping[str, int] = {
     "stop": 128,
     "dry_sequence_breakers": 64,
 }
-_STRINGS: Mapping[str, int] = {**dict.fromkeys(_TEXTS, 1 << 20), "stop": 1024, "dry_sequence_breakers": 256}
-_MAX_SCHEMA = 10_000  # elements
+_STRINGS: Mapping[str, int] = {
+    **dict.fromkeys(_TEXTS, 1 << 20),
+    "stop": 1024,
+    "dry_sequence_breakers": 256,
+    "regex": 1 << 14,
+    "grammar": 1 << 16,
+}
+_ALL_ELEMENTS: Mapping[str, int] = {"json_schema": 10_000, "response_format": 10_000, "messages": 40_000}
+_MAX_DIGITS = 100  # of an integer
 
-_STRUCTURE = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{},]', re.DOTALL)
+_STRUCTURE = re.compile(rb'"[^"]*"|[\[\]{},:]')  # of a body without escapes
 
 
 def read_body(body: bytes) -> Any:
@@ -41,7 +49,7 @@ def read_body(body: bytes) -> Any:
     """
     _check_structure(body)
     try:
-        value = json.loads(body)
+        value = json.loads(body, parse_int=_integer)
     except (ValueError, RecursionError) as error:
         raise APIError(400, f"the body is not JSON: {error}") from None
     if isinstance(value, dict):
@@ -54,16 +62,31 @@ def read_body(body: bytes) -> Any:
     return value
 
 
+def _integer(digits: str) -> int:
+    """Python's takes a time that grows with the square."""
+    if len(digits) > _MAX_DIGITS:
+        raise APIError(400, f"the body has an integer of {len(digits)} digits: {digits[:20]}...")
+    return int(digits)
+
+
 def _check_structure(body: bytes) -> None:
     """Counts elements and depth without making anything of them."""
     opened = body.count(b"[") + body.count(b"{")
-    if opened <= MAX_DEPTH and body.count(b",") + opened <= MAX_ELEMENTS:
+    if opened <= MAX_DEPTH and body.count(b",") + opened <= MAX_ELEMENTS and body.count(b":") + opened <= _MAX_PARTS:
         return  # however much of it lies within strings
-    depth = n = 0
+    depth = n = n_parts = 0
+    if b"\\" in body:
+        body = body.replace(b"\\\\", b"").replace(b'\\"', b"")
     for match in _STRUCTURE.finditer(body):
         sign = body[match.start()]
         if sign == 0x22:  # a string
             continue
+        if sign in b":[{":
+            n_parts += 1
+            if n_parts > _MAX_PARTS:
+                raise APIError(400, f"the body has more than {_MAX_PARTS} fields, lists and objects")
+            if sign == 0x3A:
+                continue
         if sign in b"]}":
             depth -= 1
             continue
@@ -83,12 +106,14 @@ def _check_field(name: str, value: Any) -> None:
         limit = _LISTS.get(name, _MAX_LIST)
         if len(value) > limit:
             raise _refused(name, f"{name} has {len(value)} entries, at most {limit} are taken")
-    if isinstance(value, list):
+    if name == "logit_bias" and isinstance(value, dict) and not set(map(type, value.values())) <= {int, float}:
+        raise _refused(name, "logit_bias must have numbers as values")  # a validator would say so for each
+    if name in _ALL_ELEMENTS:
+        enough = _ALL_ELEMENTS[name]
+        if _n_elements(value, enough) > enough:
+            raise _refused(name, f"{name} has more than {enough} elements")
+    elif isinstance(value, list):
         _check_list(name, value, longest)
-    elif isinstance(value, dict) and name in ("json_schema", "response_format"):
-        n = _n_elements(value, _MAX_SCHEMA)
-        if n > _MAX_SCHEMA:
-            raise _refused(name, f"{name} has more than {_MAX_SCHEMA} elements")
 
 
 def _check_list(name: str, values: list[Any], longest: int) -> None:

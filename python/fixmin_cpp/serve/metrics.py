@@ -35,7 +35,10 @@ class Metrics:
             registry=self._registry,
         )
         self._responses = Counter(
-            "fixmin:http_responses", "Answers, by status.", labelnames=("status",), registry=self._registry
+            "fixmin:http_responses",
+            "Answers, by status; 499: the client went away before it had all of it.",
+            labelnames=("model_name", "status"),
+            registry=self._registry,
         )
         self.prompt_seconds = 0.0
         self.predicted_seconds = 0.0
@@ -50,7 +53,7 @@ class Metrics:
 
     def answered(self, status: int) -> None:
         """Counts an answer."""
-        self._responses.labels(str(status)).inc()
+        self._responses.labels(self._label, str(status)).inc()
 
     def text(self) -> bytes:
         """What a scrape gets."""
@@ -72,7 +75,11 @@ class _EngineCollector:
         """One sample each."""
         model = self._host.model
         stats = model.stats()
-        used = 1.0 - stats["n_free_blocks"] / max(1, stats["n_blocks"])
+        label = self._host.settings.name
+        n_waiting = stats["n_waiting"] + self._host.turns.n_waiting
+        # Known prompts that nobody uses give way at once: they are no use of it.
+        free = stats["n_free_blocks"] + stats["n_evictable_blocks"]
+        used = 1.0 - free / max(1, stats["n_blocks"])
         counters = {
             "llamacpp:prompt_tokens": ("Tokens of prompts.", stats["n_prompt_tokens"]),
             "llamacpp:prompt_seconds": ("Reading prompts, summed over requests.", self._metrics.prompt_seconds),
@@ -92,15 +99,19 @@ class _EngineCollector:
         }
         gauges = {
             "llamacpp:requests_processing": ("Generations that run.", stats["n_running"]),
-            "llamacpp:requests_deferred": ("Generations that wait.", stats["n_waiting"]),
-            "llamacpp:kv_cache_usage_ratio": ("Share of the KV cache in use, known prompts included.", used),
+            "llamacpp:requests_deferred": ("Generations that wait.", n_waiting),
+            "llamacpp:kv_cache_usage_ratio": ("Share of the KV cache in use, known prompts excluded.", used),
             "vllm:num_requests_running": ("Generations that run.", stats["n_running"]),
-            "vllm:num_requests_waiting": ("Generations that wait.", stats["n_waiting"]),
+            "vllm:num_requests_waiting": ("Generations that wait.", n_waiting),
             "vllm:kv_cache_usage_perc": ("The same.", used),
             "fixmin:sequences_admitted": ("Generations that the server has taken on.", self._host.n_sequences),
             "fixmin:memory_bytes": ("Weights, KV cache and buffers.", model.info["bytes"]["memory"]),
         }
         for name, (text, value) in counters.items():
-            yield CounterMetricFamily(name, text, value=value)
+            counter = CounterMetricFamily(name, text, labels=("model_name",))
+            counter.add_metric((label,), value)
+            yield counter
         for name, (text, value) in gauges.items():
-            yield GaugeMetricFamily(name, text, value=value)
+            gauge = GaugeMetricFamily(name, text, labels=("model_name",))
+            gauge.add_metric((label,), value)
+            yield gauge

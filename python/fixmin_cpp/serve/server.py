@@ -15,12 +15,16 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..errors import FixminError
 from .app import create_app
+from .errors import APIError
+from .host import ModelHost
 from .settings import ServeSettings
 
 __all__ = ["run"]
 
 _log = logging.getLogger(__name__)
 
+_PROBES = 0.2, 5.0  # seconds until a client that ended its side is asked whether it is there, and between later times
+_CUT_OFF = 2.0  # seconds after the shutdown's timeout in which clients may take what is left for them
 _TIMEOUT = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 
 
@@ -39,17 +43,15 @@ def run(settings: ServeSettings) -> None:
     listener = _listen(settings.host, settings.port)
     config = uvicorn.Config(
         app,
-        http=_protocol(settings.read_timeout, settings.write_timeout),
+        http=_protocol(settings),
         ws="none",
         lifespan="on",
         log_config=None,
         access_log=False,
         server_header=False,
         timeout_keep_alive=round(settings.keep_alive) or 1,
-        limit_concurrency=settings.max_connections,
-        timeout_graceful_shutdown=max(1, round(settings.shutdown_timeout)),
     )
-    server = uvicorn.Server(config)
+    server = _Server(config, settings.shutdown_timeout, app.state.host)
     host, port = listener.getsockname()[:2]
     _log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
     _log.info("API keys: %s", f"{len(settings.api_keys)} are known" if settings.api_keys else "none, anybody may ask")
@@ -58,6 +60,31 @@ def run(settings: ServeSettings) -> None:
     error = app.state.host.error
     if error is not None:
         raise FixminError(f"{settings.model} could not be loaded: {error}") from error
+
+
+class _Server(uvicorn.Server):
+    """Past the shutdown's timeout requests are answered that they come too late. uvicorn would only cancel them."""
+
+    def __init__(self, config: uvicorn.Config, shutdown_timeout: float, host: ModelHost) -> None:
+        super().__init__(config)
+        self._shutdown_timeout = shutdown_timeout
+        self._host = host
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        loop = asyncio.get_running_loop()
+        timers = [
+            loop.call_later(self._shutdown_timeout, self._host.stop),
+            loop.call_later(self._shutdown_timeout + _CUT_OFF, self._cut_off),
+        ]
+        try:
+            await super().shutdown(sockets)
+        finally:
+            for timer in timers:
+                timer.cancel()
+
+    def _cut_off(self) -> None:
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
 
 @contextlib.contextmanager
@@ -86,22 +113,54 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _protocol(read_timeout: float, write_timeout: float) -> type[asyncio.Protocol]:
+def _protocol(settings: ServeSettings) -> type[asyncio.Protocol]:
     """uvicorn's HTTP/1.1, which by itself waits for ever for a request that comes byte by byte, or for a reader that
-    takes nothing."""
+    takes nothing, drops who has sent all it wants to, and has a form of its own for refusals."""
+    read_timeout, write_timeout = settings.read_timeout, settings.write_timeout
+    full = APIError(
+        503,
+        f"{settings.max_connections} connections are open, and no more are taken: try again later",
+        code="too_many_connections",
+        headers={"Connection": "close", "Retry-After": "1"},
+    ).response()
 
     class Protocol(H11Protocol):
         _reading: asyncio.TimerHandle | None = None
         _writing: asyncio.TimerHandle | None = None
+        _probing: asyncio.Handle | None = None
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
+            if len(self.connections) > settings.max_connections:
+                self.app = full
             self._watch_request()
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_reading()
+            if self._probing is not None:
+                self._probing.cancel()
             self.resume_writing()
             super().connection_lost(exc)
+
+        def eof_received(self) -> bool:  # type: ignore[override]  # asyncio's protocols may say so
+            """Whether the connection stays open: a client may end its side once it has asked."""
+            cycle = self.cycle
+            if cycle is None or cycle.response_complete or cycle.more_body:
+                return False
+            cycle.keep_alive = False
+            self._probing = self.loop.call_soon(self._probe, _PROBES[0])
+            return True
+
+        def _probe(self, then: float) -> None:
+            """One that has gone altogether looks the same, until it is sent something."""
+            cycle = self.cycle
+            if self.transport.is_closing() or cycle.response_complete:
+                return
+            if cycle.response_started:  # an empty line means nothing between events, nor between JSON's numbers
+                self.transport.write(self.conn.send(h11.Data(data=b"\n")))
+            elif cycle.scope["http_version"] == "1.1":
+                self.transport.write(self.conn.send(h11.InformationalResponse(status_code=100, headers=[])))
+            self._probing = self.loop.call_later(then, self._probe, _PROBES[1] if then == _PROBES[0] else then)
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)

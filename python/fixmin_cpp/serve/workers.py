@@ -4,6 +4,7 @@ import asyncio
 import queue
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -34,7 +35,10 @@ class Workers:
                 thread.start()
         future: Future[_T] = Future()
         self._jobs.put((future, function, args))
-        return await asyncio.wrap_future(future)
+        try:
+            return await asyncio.wrap_future(future)
+        finally:
+            del future  # which has the exception, which has this frame: its memory would stay until a collection
 
     @property
     def stuck_for(self) -> float:
@@ -57,6 +61,7 @@ class Workers:
                 result = function(*args)
             except BaseException as error:
                 self._since.pop(number)
+                traceback.clear_frames(error.__traceback__)  # they hold the request's data
                 future.set_exception(error)
             else:
                 self._since.pop(number)
