@@ -477,13 +477,14 @@ def test_verify_notices_another_checkpoint(checkpoint, converted, tmp_path):
 
 
 def test_verify_notices_weights_stored_anew(checkpoint, converted, tmp_path):
-    """The same numbers in another file: nothing is compared, since the provenance is another."""
+    """The same numbers in another file: not the one that was certified, and said in one line."""
     other = save_checkpoint(make_reference(code_kind="affine"), tmp_path / "other")
     with (other / "model.safetensors").open("ab") as file:
         file.write(b"\0")
     certificate = verify(converted, other, trust_remote_code=True)
-    (problem,) = certificate.problems
-    assert "another checkpoint" in problem
+    assert len(certificate.problems) == 1
+    assert len(certificate.lines()) == 1
+    assert "is another checkpoint: its weights have SHA-256" in certificate.lines()[0]
     assert not certificate.passed
 
 

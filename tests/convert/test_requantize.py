@@ -4,6 +4,7 @@ import ctypes
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 
 import fixmin_cli
@@ -181,6 +182,44 @@ def test_importance(source, tmp_path):
         assert np.array_equal(after[name][1], quantized_by_ggml(before[name][1], Type.Q4_K, weights))
     plain = quantized_by_ggml(before["output.weight"][1], Type.Q4_K)
     assert not np.array_equal(after["output.weight"][1], plain)
+
+
+@pytest.mark.parametrize("kind", [n.lower() for n in PLAIN[3:]])
+@pytest.mark.parametrize("size", [1.0, 1e-35, 1e30])
+def test_columns_without_importance(tmp_path, kind, size):
+    """256 columns whose inputs were all zero in the text, though their weights are not."""
+    path = make_model(tmp_path / "f32.gguf", **{**WIDE, "embedding_length": 512})
+    sums = np.full(512, size)
+    sums[:256] = 0
+    write_imatrix(
+        tmp_path / "imatrix.gguf", {"output.weight": (sums, 1), "blk.0.ffn_up.weight": (0 * sums, 1)}, [], 1, 8
+    )
+    fixmin_cpp.quantize(path, tmp_path / "out.gguf", kind, imatrix=tmp_path / "imatrix.gguf")
+    before, after = stored(path), stored(tmp_path / "out.gguf")
+    for name in ("output.weight", "blk.0.ffn_up.weight"):
+        values = gguf.quants.dequantize(after[name][1], after[name][0])
+        assert np.isfinite(values).all()
+        for part in (slice(0, 256), slice(256, 512)):
+            error = np.linalg.norm(values[:, part] - before[name][1][:, part]) / np.linalg.norm(
+                before[name][1][:, part]
+            )
+            assert error < 0.6, "columns without importance are not thrown away"
+    with fixmin_cpp.Model(tmp_path / "out.gguf") as model:
+        assert np.isfinite(model.logits([1, 2, 3])).all()
+
+
+@pytest.mark.parametrize("type", ["f32", "f16", "q8_0", "q4_k"])
+@pytest.mark.parametrize(("bad", "word"), [(np.nan, "NaN"), (np.inf, "infinity"), (-np.inf, "infinity")])
+@pytest.mark.parametrize(("name", "index"), [("blk.1.ffn_up.weight", (3, 4)), ("blk.1.attn_norm.weight", (5,))])
+def test_weights_that_are_no_numbers(tmp_path, type, bad, word, name, index):
+    def edit(writer):
+        for tensors in writer.tensors:
+            tensors[name].tensor[index] = bad
+
+    source = make_model(tmp_path / "f32.gguf", edit=edit, **WIDE)
+    with pytest.raises(CheckpointError, match=rf"{re.escape(name)}.*holds {word} at {re.escape(str(list(index)))}"):
+        fixmin_cpp.quantize(source, tmp_path / "out.gguf", type)
+    assert os.listdir(tmp_path) == ["f32.gguf"]
 
 
 def test_importance_of_another_model(source, tmp_path):

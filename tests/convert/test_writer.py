@@ -22,7 +22,7 @@ from gguf import GGUFReader, GGUFValueType, TokenType
 from spec_factory import array_recipe, make_reference, make_resolved
 
 from fixmin_cpp.convert import writer
-from fixmin_cpp.convert.quantize import OUT_TYPES, choose_type, quantize_rows
+from fixmin_cpp.convert.quantize import OUT_TYPES, NotFiniteError, choose_type, quantize_rows
 from fixmin_cpp.convert.spec import TensorRecipe
 from fixmin_cpp.convert.writer import AtomicFile, Layout, Provenance, tokenizer_metadata
 from fixmin_cpp.errors import CheckpointError
@@ -91,8 +91,9 @@ def test_limits_are_where_the_format_overflows(outtype, largest):
 def test_not_finite(outtype, bad):
     rows = np.zeros((2, 32), dtype=np.float32)
     rows[1, 3] = bad
-    with pytest.raises(OverflowError, match="holds NaN" if np.isnan(bad) else "holds infinity"):
+    with pytest.raises(NotFiniteError, match="holds NaN" if np.isnan(bad) else "holds infinity") as caught:
         quantize_rows(rows, OUT_TYPES[outtype].ggml)
+    assert caught.value.index == (1, 3)
 
 
 @pytest.mark.parametrize(
@@ -294,6 +295,7 @@ def test_byte_level_bpe_is_gpt2(tmp_path):
     assert keys["tokenizer.ggml.merges"] == [b"a b"]
     assert keys["tokenizer.ggml.eos_token_id"] == 2
     assert "tokenizer.ggml.bos_token_id" not in keys
+    assert "fixmin.eos_token_ids" not in keys, "GGUF's own key says it"
 
 
 def test_character_bpe_is_not_called_gpt2(tmp_path):
