@@ -134,7 +134,7 @@ def tokenize(
 ) -> None:
     """Show the tokens of a text: a line for each, with its id and the text that it stands for.
 
-    A token that is a part of a character shows the bytes that it has of it.
+    A token that is a part of a character is shown as U+FFFD.
     """
     from .tokenizer import file_tokenizer
 
