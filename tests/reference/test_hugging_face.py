@@ -101,10 +101,14 @@ def test_every_way_to_decode_with_and_without_cache(make_model, arguments):
     ids, mask = torch.tensor([[5, 6, 7, 5, 6], [0, 0, 9, 8, 7]]), torch.tensor([[1] * 5, [0, 0, 1, 1, 1]])
     if "prompt_lookup_num_tokens" in arguments:  # transformers does that for one row only
         ids, mask = ids[:1], mask[:1]
-    on = {"attention_mask": mask, "max_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
+    # transformers 5.0 looks for an end of text while it guesses, whether there is one or not.
+    on = {"attention_mask": mask, "max_new_tokens": 10, "do_sample": False, "pad_token_id": 0, "eos_token_id": 1}
     without = {k: v for k, v in arguments.items() if not k.startswith(("cache", "prompt"))}
     expected = model.generate(ids, use_cache=False, **on, **without)
-    assert torch.equal(model.generate(ids, use_cache=True, **on, **arguments), expected)
+    got = model.generate(ids, use_cache=True, **on, **arguments)
+    if "prompt_lookup_num_tokens" in arguments:  # which up to 5.17 may go a token further than asked for
+        got = got[:, : expected.shape[1]]
+    assert torch.equal(got, expected)
 
 
 def test_made_checkpoint_answers_the_way_the_cards_ask(make_checkpoint, tokenizer_file, tmp_path):

@@ -144,8 +144,10 @@ class FixMinBlock(nn.Module):
         v = self.attn_v(h).view(heads).transpose(1, 2)  # [B, G, T, d]
         q, k = rotate(q, cos, sin, config), rotate(k, cos, sin, config)
         if cache is not None:
-            length = int(cache.get_seq_length(self.layer)) + h.shape[1]  # S
-            k, v = cache.update(k, v, self.layer)
+            past = int(cache.get_seq_length(self.layer))
+            length = past + h.shape[1]  # S
+            # The static cache of transformers 5.0 is told the places; later releases count, and ignore this.
+            k, v = cache.update(k, v, self.layer, {"cache_position": torch.arange(past, length, device=h.device)})
             k, v = k[:, :, :length], v[:, :, :length]  # [B, G, S, d]: a static cache returns its empty places too
         group = config.num_attention_heads // config.num_key_value_heads
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)  # [B, H, S, d]
