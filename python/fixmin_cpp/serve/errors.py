@@ -12,12 +12,14 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from ..errors import ArgumentError, BusyError, ContextLengthError, FixminError, UnsupportedError
+from ..logs import Facts, request_id
 from .schemas import FIELDS
 
 __all__ = ["APIError", "as_api_error", "install"]
 
 _log = logging.getLogger(__name__)
 
+_NO_TOKEN = "no token is left to draw"
 _TYPES = {401: "authentication_error", 429: "rate_limit_error", 503: "unavailable_error"}
 
 
@@ -64,13 +66,15 @@ def as_api_error(error: Exception, renamed: Mapping[str, str] | None = None) -> 
     """What to answer when `error` was raised. `renamed`: field of the request by name of the argument."""
     if isinstance(error, APIError):
         return error
-    if isinstance(error, ArgumentError | ContextLengthError | UnsupportedError):
-        message = str(error)
+    message = str(error)
+    if isinstance(error, ArgumentError | ContextLengthError | UnsupportedError) or (
+        isinstance(error, FixminError) and message.startswith(_NO_TOKEN)  # noticed while it was generating
+    ):
         for name, field in (renamed or {}).items():
             message = re.sub(rf"\b{name}\b", field, message)
         first = re.match(r"\w+", message)
         param = first[0] if first and first[0] in FIELDS else None
-        if message.startswith("no token is left to draw"):
+        if message.startswith(_NO_TOKEN) and isinstance(error, ArgumentError):
             param = next((field for field in ("allowed_ids", "banned_ids", "logit_bias") if field in message), None)
         code = "context_length_exceeded" if isinstance(error, ContextLengthError) else None
         return APIError(400, message, param=param, code=code)
@@ -78,7 +82,7 @@ def as_api_error(error: Exception, renamed: Mapping[str, str] | None = None) -> 
         return APIError(503, str(error), headers={"Retry-After": "10"})
     if isinstance(error, FixminError):
         return APIError(500, str(error))
-    _log.error("a request failed", exc_info=error)
+    _log.error("a request failed %s", Facts(request_id=request_id.get()), exc_info=error)
     return APIError(500, "internal error: the server's log has it")
 
 
