@@ -107,6 +107,7 @@ def load_tokenizer(source: "str | os.PathLike[str] | Model | FixMinForCausalLM")
         UnsupportedError: the file holds no tokenizer. GGUFError, OSError: as Model.
     """
     model = source.engine if isinstance(source, FixMinForCausalLM) else source
+    n_ctx: int | None
     if isinstance(model, Model):
         metadata, n_ctx = model._metadata, model.n_ctx
         backend = model._require_tokenizer().copy()  # transformers changes the one that it is given
