@@ -12,6 +12,7 @@ import json
 
 import numpy as np
 import torch
+from peers.worker import kept
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -36,7 +37,7 @@ def greedy_pytorch(model: torch.nn.Module, ids: np.ndarray, steps: int) -> list[
     tokens: list[int] = []
     for _ in range(steps):
         tokens.append(int(out.logits[0, -1].argmax()))
-        out = model(torch.tensor([[tokens[-1]]]), past_key_values=out.past_key_values, use_cache=True)
+        out = model(torch.tensor([[tokens[-1]]]), **kept(model, out), use_cache=True)
     return tokens
 
 

@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.text import Text
 
 from .. import _core
+from ..arguments import as_threads
 from ..errors import CheckpointError, GGUFError, UnsupportedError
 from ..inspect import printable
 from .certify import Certificate, OpenRunner, certify, open_engine, pending, verify
@@ -129,7 +130,7 @@ def convert(
     outtype: str = "q8_0",
     *,
     keep_uncertified: bool = False,
-    n_threads: int = 0,
+    n_threads: int | None = None,
     open_runner: OpenRunner = open_engine,
     reporter: Reporter | None = None,
     overrides: Mapping[str, Any] | None = None,
@@ -146,7 +147,7 @@ def convert(
             folder's and the type.
         outtype: a key of `quantize.OUT_TYPES`.
         keep_uncertified: keep a file that fails certification, as OUT.uncertified.
-        n_threads: threads that quantise, 0 for all CPUs of this process.
+        n_threads: threads that quantise; None, 0 or -1: the CPUs of this process.
         open_runner: opens the file for certification; the native engine by default.
         reporter: what to tell on the way.
         overrides, options: for `resolve`: what the user states, trust_remote_code, map_file, calibrate, allow_missing,
@@ -163,6 +164,7 @@ def convert(
         raise CheckpointError(f"outtype {outtype!r} is not one of {', '.join(OUT_TYPES)}")
     out = _output_path(None if out is None else Path(out), checkpoint_dir, outtype)
     stated = {name: value for name, value in (overrides or {}).items() if value is not None}
+    n_threads = as_threads(n_threads)
     with (
         torch_threads(checkpoint_dir),
         AtomicFile(out) as file,
@@ -337,13 +339,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--outtype", choices=tuple(OUT_TYPES), default="q8_0", help="type of the matrices (%(default)s)"
     )
-    parser.add_argument("-t", "--threads", type=int, default=0, help="threads that quantise; default: all CPUs")
+    parser.add_argument("-t", "--threads", type=int, help="threads that quantise; default, 0 or -1: all CPUs")
     parser.add_argument(
         "--keep-uncertified", action="store_true", help=f"keep a file that fails as OUT{UNCERTIFIED_SUFFIX}"
     )
     args = parser.parse_args(argv)
-    if args.threads < 0:
-        parser.error("--threads must not be negative")
+    if args.threads is not None and not -1 <= args.threads <= 1024:
+        parser.error(f"--threads must be between -1 and 1024, got {args.threads}")
     reporter = ConsoleReporter(Console(highlight=False))
     try:
         with _terminate_cleanly():

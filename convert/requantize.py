@@ -23,7 +23,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, LlamaFil
 from numpy.typing import NDArray
 
 from .. import _core
-from ..arguments import as_bool, as_int
+from ..arguments import as_bool, as_threads
 from ..atomic_file import AtomicFile
 from ..errors import ArgumentError, ArgumentTypeError
 from .imatrix import read_imatrix
@@ -141,7 +141,7 @@ def quantize(
             matches counts.
         output_tensor_type: plain type of output.weight.
         allow_requantize: also from a quantised source, whose errors then add to the new ones.
-        n_threads: threads that quantise; None: the CPUs of this process.
+        n_threads: threads that quantise; None, 0 or -1: the CPUs of this process.
         progress: called with weights done, weights in all, and the tensor being written.
 
     Returns:
@@ -159,7 +159,7 @@ def quantize(
     rules = _as_rules(tensor_types)
     output_type = None if output_tensor_type is None else _as_type("output_tensor_type", output_tensor_type, PLAIN)
     allow_requantize = as_bool("allow_requantize", allow_requantize)
-    threads = 0 if n_threads is None else as_int("n_threads", n_threads, 1, 1024)
+    threads = as_threads(n_threads)
     if os.path.realpath(source_path) == os.path.realpath(target_path):
         raise ArgumentError(f"the target {target_path} is the source")
     importance = {} if imatrix is None else read_imatrix(_as_path("imatrix", imatrix))

@@ -1,5 +1,6 @@
 // The closed list of errors that the native code throws. Nothing here aborts the process.
 #pragma once
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -29,6 +30,16 @@ class ContextLengthError : public Error {
 /// An argument outside its range.  Python: ValueError.
 class ArgumentError : public Error {
     using Error::Error;
+};
+
+/// Memory that the system does not give, with what it was for.  Python: MemoryError.
+class OutOfMemory : public std::bad_alloc {
+  public:
+    explicit OutOfMemory(const std::string& what) : what_(what) {}
+    const char* what() const noexcept override { return what_.what(); }
+
+  private:
+    std::runtime_error what_;  // its copies, unlike a string's, cannot fail
 };
 
 /// Text from a file, made fit for a message: quoted, printable ASCII, shortened.

@@ -12,6 +12,7 @@ many prompts at once, each to its last generated token. Anything that a library 
 
 import importlib
 import importlib.metadata
+import inspect
 import json
 import os
 import sys
@@ -134,6 +135,14 @@ class Ceilings(Fixmin):
         return 2 * self.options["side"] ** 3 / min(seconds)
 
 
+def kept(network, out) -> dict:
+    """The cache in an output, as an argument: transformers 5.24 renamed it, and code knows one name or both."""
+    names = ("cache", "past_key_values")
+    accepted = inspect.signature(network.forward).parameters
+    value = next(out[name] for name in names if name in out)
+    return {next(name for name in names if name in accepted): value}
+
+
 class PyTorch(Engine):
     """The reference model. Options: dtype, int8 (dynamic quantisation of all linear layers), cache."""
 
@@ -168,15 +177,15 @@ class PyTorch(Engine):
         import torch
 
         tokens = torch.from_numpy(ids)[None]
-        cache = None
+        cache: dict = {}
         if self.options.get("cache", True):
             out = self.network(tokens, use_cache=True, logits_to_keep=1)
-            tokens, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
+            tokens, cache = out.logits[:, -1:].argmax(-1), kept(self.network, out)  # which grows in place
         start = time.perf_counter()
         for _ in range(n):
-            out = self.network(tokens, past_key_values=cache, use_cache=cache is not None)
+            out = self.network(tokens, **cache, use_cache=bool(cache))
             token = out.logits[:, -1:].argmax(-1)
-            tokens = token if cache is not None else torch.cat([tokens, token], 1)
+            tokens = token if cache else torch.cat([tokens, token], 1)
         return time.perf_counter() - start
 
 

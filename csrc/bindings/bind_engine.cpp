@@ -197,23 +197,27 @@ class EngineHandle {
     }
 
     std::shared_ptr<Engine> get() const {
-        if (closed_) throw ArgumentError("the engine is closed");
+        check_open();
         engine_->start_thread();
         return engine_;
     }
 
     /// Of the file that was loaded, whatever its path names by now; empty the second time.
     py::dict take_metadata() { return std::exchange(metadata_, py::dict()); }
-    const gguf::Source& source() const { return *source_; }
+    std::shared_ptr<const gguf::Source> source() const {
+        check_open();
+        return source_;
+    }
 
     /// The same engine; closing this one ends what the lease began, and the lease keeps the memory.
     std::unique_ptr<EngineHandle> lease() const {
         return std::unique_ptr<EngineHandle>(new EngineHandle(get(), source_));
     }
 
-    /// Ends the requests; their masks need the GIL while the engine's thread ends.
+    /// Ends the requests, whose masks need the GIL while the engine's thread ends, and lets go of the file.
     void close() {
         closed_ = true;
+        source_.reset();
         let_go(owner_);
     }
     ~EngineHandle() {
@@ -235,6 +239,9 @@ class EngineHandle {
     EngineHandle(std::shared_ptr<Engine> engine, std::shared_ptr<const gguf::Source> source)
         : engine_(std::move(engine)), source_(std::move(source)), owner_(false) {}
 
+    void check_open() const {
+        if (closed_) throw ArgumentError("the engine is closed");
+    }
     static gguf::GgufFile open_gguf(const std::string& path) {
         const py::gil_scoped_release release;
         return gguf::GgufFile::open(path);
@@ -723,20 +730,23 @@ void bind_engine(py::module_& m) {
 
     py::class_<EngineHandle>(m, "Engine", "A loaded model and its worker threads.")
         .def(py::init([](const std::string& path, uint32_t n_threads, uint32_t n_ctx, const std::string& kv_type,
-                         uint32_t n_batch, const std::optional<std::string>& isa, uint32_t n_kv, uint32_t n_parallel,
-                         const py::object& progress) {
+                         uint32_t n_batch, const std::optional<std::string>& isa, uint32_t n_kv, uint32_t kv_contexts,
+                         double kv_memory_share, uint32_t n_parallel, const py::object& progress) {
                  if (n_batch == 0) throw ArgumentError("n_batch must be at least 1");
                  if (n_threads > 1024) throw ArgumentError("n_threads must be at most 1024");
                  if (n_parallel == 0) throw ArgumentError("n_parallel must be at least 1");
+                 if (kv_contexts == 0) throw ArgumentError("kv_contexts must be at least 1");
+                 if (!(kv_memory_share >= 0 && kv_memory_share <= 1))
+                     throw ArgumentError("kv_memory_share must lie in 0..1");
                  return std::make_unique<EngineHandle>(
                      path,
                      engine::EngineOptions{n_threads, n_ctx, n_batch, parse_kv_type(kv_type), isa.value_or(""), n_kv,
-                                           n_parallel},
+                                           kv_contexts, kv_memory_share, n_parallel},
                      progress);
              }),
              py::arg("path"), py::kw_only(), py::arg("n_threads") = 0, py::arg("n_ctx") = 0, py::arg("kv_type") = "f16",
-             py::arg("n_batch") = 512, py::arg("isa") = py::none(), py::arg("n_kv") = 0, py::arg("n_parallel") = 256,
-             py::arg("progress") = py::none())
+             py::arg("n_batch") = 512, py::arg("isa") = py::none(), py::arg("n_kv") = 0, py::arg("kv_contexts") = 16,
+             py::arg("kv_memory_share") = 0.125, py::arg("n_parallel") = 256, py::arg("progress") = py::none())
         .def_property_readonly("info", &info)
         .def("codes", &codes, py::arg("ids"), "uint8 [T, K]")
         .def("logits", &logits, py::arg("ids"), py::arg("last") = false, py::arg("prefix_cache") = true,
@@ -764,16 +774,17 @@ void bind_engine(py::module_& m) {
              "8-bit multiplications and additions per second of the threads, in each pass.")
         .def("take_metadata", &EngineHandle::take_metadata, "GgufFile.metadata of what was loaded; empty when taken")
         .def_property_readonly(
-            "file_changed", [](const EngineHandle& handle) { return handle.source().changed(); },
+            "file_changed", [](const EngineHandle& handle) { return handle.source()->changed(); },
             "Whether the file that was loaded has been written to since.")
         .def(
             "read_file",
             [](const EngineHandle& handle, uint64_t offset, size_t n) {
-                const uint64_t size = handle.source().size();
+                const auto source = handle.source();  // close() may come meanwhile
+                const uint64_t size = source->size();
                 std::string bytes(std::min<uint64_t>(n, size - std::min(offset, size)), 0);
                 {
                     const py::gil_scoped_release release;
-                    handle.source().read(offset, std::as_writable_bytes(std::span(bytes)));
+                    source->read(offset, std::as_writable_bytes(std::span(bytes)));
                 }
                 return py::bytes(bytes);
             },

@@ -94,7 +94,7 @@ class KernelTable {
 
         const uint32_t n_panels = (rows + quant::panel_rows - 1) / quant::panel_rows;
         const size_t stride = quant::panel_bytes(type, inner);
-        const model::Pages panels(n_panels * stride + 8192);
+        const model::Pages panels(n_panels * stride + 8192, "panels");
         for (uint32_t p = 0; p < n_panels; ++p) {
             const uint32_t first = p * quant::panel_rows;
             expect(quant::pack_panel(type, bytes + first * quant::row_bytes(type, inner),
@@ -176,7 +176,7 @@ class KernelTable {
         const kernels::KvType type = parse_kv_type(kv_type);
         const size_t block_bytes = kernels::kv_head_bytes(type, d);
         const uint32_t n_blocks = (tokens + kernels::kv_block_tokens - 1) / kernels::kv_block_tokens;
-        const model::Pages cache(n_blocks * block_bytes);
+        const model::Pages cache(n_blocks * block_bytes, "keys and values");
         std::vector<std::byte*> blocks;
         for (uint32_t b = 0; b < n_blocks; ++b) blocks.push_back(cache.data() + b * block_bytes);
         const kernels::KvHead kv{type, d, blocks.data(), 0};

@@ -22,7 +22,7 @@ std::vector<double> Engine::read_ceiling(size_t n_bytes, uint32_t passes, const 
     const size_t n_units = n_bytes / unit;
     if (n_units < n_threads()) throw ArgumentError("a read of fewer than 4096 bytes for each thread says nothing");
     if (n_units > UINT32_MAX) throw ArgumentError("the read is larger than 16 TiB");
-    const model::Pages buffer(n_units * unit);
+    const model::Pages buffer(n_units * unit, "what is read");
     std::vector<double> rates;
     exclusively(
         [&](const Stop& stopped) {

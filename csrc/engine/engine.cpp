@@ -38,21 +38,23 @@ double memory_bytes() {
     return std::min(bytes, cgroup_limits().memory_bytes);
 }
 
-// Sixteen full contexts, if that is an eighth of the memory at the most. It becomes resident as it is used.
-uint32_t n_kv_blocks(uint32_t n_kv, uint32_t n_ctx, const model::Hyperparams& hp, kernels::KvType type) {
-    const size_t block_bytes = hp.block_count * hp.head_count_kv * kernels::kv_head_bytes(type, hp.head_dim);
+// The memory becomes resident as it is used.
+uint32_t n_kv_blocks(const EngineOptions& options, uint32_t n_ctx, const model::Hyperparams& hp) {
+    const size_t block_bytes = KvPool::block_bytes(hp, options.kv_type);
     const auto blocks = [](uint64_t positions) {
         return (positions + kernels::kv_block_tokens - 1) / kernels::kv_block_tokens;
     };
-    if (n_kv == 0) {
-        const uint64_t affordable = uint64_t(memory_bytes() / 8 / double(block_bytes));
-        return uint32_t(std::max(blocks(n_ctx), std::min(blocks(uint64_t(n_ctx) * 16), affordable)));
+    if (options.n_kv == 0) {
+        constexpr uint64_t countable = uint64_t(INT32_MAX) / kernels::kv_block_tokens;  // positions are numbered
+        const double affordable = memory_bytes() * options.kv_memory_share / double(block_bytes);
+        const uint64_t most = uint64_t(std::min(affordable, double(countable)));
+        return uint32_t(std::max(blocks(n_ctx), std::min(blocks(uint64_t(n_ctx) * options.kv_contexts), most)));
     }
-    if (n_kv < n_ctx) {
-        throw ArgumentError("n_kv is " + std::to_string(n_kv) + ": the cache must hold at least one context of " +
-                            std::to_string(n_ctx) + " tokens");
+    if (options.n_kv < n_ctx) {
+        throw ArgumentError("n_kv is " + std::to_string(options.n_kv) +
+                            ": the cache must hold at least one context of " + std::to_string(n_ctx) + " tokens");
     }
-    return uint32_t(blocks(n_kv));
+    return uint32_t(blocks(options.n_kv));
 }
 
 // No more threads than there are CPUs for them, unless the environment wants them all: more are never faster.
@@ -82,8 +84,7 @@ Engine::Engine(gguf::GgufFile file, const EngineOptions& options, const std::fun
       n_ctx_(checked_n_ctx(options.n_ctx, weights_.hyperparams)),
       n_batch_(std::max(options.n_batch, 1u)),
       decoder_(weights_, kernels_, n_batch_, n_ctx_, pool_.size()),
-      kv_(weights_.hyperparams, options.kv_type,
-          n_kv_blocks(options.n_kv, n_ctx_, weights_.hyperparams, options.kv_type)),
+      kv_(weights_.hyperparams, options.kv_type, n_kv_blocks(options, n_ctx_, weights_.hyperparams)),
       n_parallel_(std::clamp(options.n_parallel, 1u, n_batch_)) {
     start_thread();
 }

@@ -28,9 +28,11 @@ struct EngineOptions {
     uint32_t n_ctx = 0;      // of one request; 0: the model's context_length
     uint32_t n_batch = 512;  // tokens in a step
     kernels::KvType kv_type = kernels::KvType::f16;
-    std::string isa;    // empty: FIXMIN_ISA, else the best of this CPU
-    uint32_t n_kv = 0;  // positions of the cache, for all requests and known prefixes; 0: default_kv_positions()
-    uint32_t n_parallel = 256;  // most requests in a step
+    std::string isa;            // empty: FIXMIN_ISA, else the best of this CPU
+    uint32_t n_kv = 0;          // positions of the cache, for all requests and known prefixes; 0: as the next two say
+    uint32_t kv_contexts = 16;  // so many whole contexts ...
+    double kv_memory_share = 0.125;  // ... or fewer, down to one, if that were more than this share of the memory
+    uint32_t n_parallel = 256;       // most requests in a step
 };
 
 /// Serves requests with a thread of its own. Ids must be below V: ArgumentError. More tokens than n_ctx:

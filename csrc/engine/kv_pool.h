@@ -11,7 +11,10 @@ namespace fixmin::engine {
 /// counted. Not synchronised: used by one thread at a time.
 class KvPool {
   public:
-    /// The memory is reserved; it becomes resident as blocks are written.
+    /// Of keys and values of all layers.
+    static size_t block_bytes(const model::Hyperparams& hp, kernels::KvType type);
+
+    /// The memory is reserved; it becomes resident as blocks are written. Throws OutOfMemory.
     KvPool(const model::Hyperparams& hp, kernels::KvType type, uint32_t n_blocks);
 
     uint32_t n_blocks() const { return uint32_t(users_.size()); }

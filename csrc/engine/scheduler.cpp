@@ -27,8 +27,12 @@ Scheduler::Scheduler(KvPool& pool, const SchedulerLimits& limits, const model::H
 void Scheduler::add(Shared request) {
     // One thread may append a token while another one reads the prompt, so its place must not change.
     const size_t most = size_t(request->ids_.size()) + request->options_.sampling.max_new_tokens;
-    request->ids_.reserve(std::min<size_t>(most, limits_.n_ctx));
-    waiting_.push_back(std::move(request));
+    try {
+        request->ids_.reserve(std::min<size_t>(most, limits_.n_ctx));
+        waiting_.push_back(request);
+    } catch (const std::bad_alloc&) {
+        end(request, FinishReason::cancelled, std::current_exception());
+    }
 }
 
 void Scheduler::drop_given_up() {

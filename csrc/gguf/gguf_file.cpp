@@ -10,7 +10,6 @@
 #include <cfloat>
 #include <cmath>
 #include <limits>
-#include <new>
 #include <numeric>
 #include <system_error>
 #include <type_traits>
@@ -425,7 +424,10 @@ std::vector<std::string_view> ArrayView::strings() const {
 // intact.
 GgufFile::Mapping::Mapping(int fd, size_t size) : size_(size) {
     void* base = mmap(nullptr, size, PROT_READ, MAP_PRIVATE, fd, 0);
-    if (base == MAP_FAILED) throw std::system_error(errno, std::generic_category(), "mmap");
+    if (base == MAP_FAILED) {
+        if (errno == ENOMEM) throw OutOfMemory("the system gives no " + std::to_string(size) + " bytes for the file");
+        throw std::system_error(errno, std::generic_category(), "mmap");
+    }
     base_ = static_cast<const std::byte*>(base);
 }
 
@@ -516,7 +518,7 @@ void GgufFile::keep_header() {
     source_->read(0, copy);
     void* const base = const_cast<std::byte*>(bytes_.data());
     if (mmap(base, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == MAP_FAILED)
-        throw std::bad_alloc();
+        throw OutOfMemory("the system gives no " + std::to_string(n) + " bytes for the header");
     std::memcpy(base, copy.data(), n);
     mprotect(base, n, PROT_READ);
 }

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <new>
 #include <string>
 #include <unordered_set>
 
@@ -14,10 +13,10 @@ namespace fixmin::model {
 
 using quant::WeightType;
 
-Pages::Pages(size_t bytes) {
+Pages::Pages(size_t bytes, const char* what) {
     if (bytes == 0) return;
     void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (p == MAP_FAILED) throw std::bad_alloc();
+    if (p == MAP_FAILED) throw OutOfMemory("the system gives no " + std::to_string(bytes) + " bytes for " + what);
     // Fewer translation misses while weights stream past; a refusal does not matter.
 #ifdef MADV_HUGEPAGE  // Linux
     madvise(p, bytes, MADV_HUGEPAGE);
@@ -170,7 +169,7 @@ class Loader {
     }
 
     Pages pack(const ParallelFor& parallel_for, const std::function<void(double)>& progress) {
-        Pages pages(total_bytes_);
+        Pages pages(total_bytes_, "the weights");
         for (const Job& job : jobs_) {
             job.weight->panels = pages.data() + job.offset;
             pack_matrix(*job.tensor, *job.weight, pages.data() + job.offset, parallel_for);

@@ -23,7 +23,8 @@ namespace fixmin::model {
 class Pages {
   public:
     Pages() = default;
-    explicit Pages(size_t bytes);  // throws std::bad_alloc
+    /// Throws OutOfMemory, which says `what` for.
+    Pages(size_t bytes, const char* what);
     std::byte* data() const { return data_.get(); }
     size_t size() const { return data_.get_deleter().bytes; }
 

@@ -225,7 +225,9 @@ class Engine:
         kv_type: str = "f16",  # "f16" | "f32" | "q8_0"
         n_batch: int = 512,  # tokens of all requests in a step
         isa: str | None = None,  # None: best of this CPU, or FIXMIN_ISA
-        n_kv: int = 0,  # positions of the cache, for all requests; 0: 16 contexts or what memory allows
+        n_kv: int = 0,  # positions of the cache, for all requests; 0: kv_contexts contexts ...
+        kv_contexts: int = 16,
+        kv_memory_share: float = 0.125,  # ... or fewer, down to one, if that were more than this share of the memory
         n_parallel: int = 256,  # most requests in a step
         progress: Callable[[float], object] | None = None,
     ) -> None: ...

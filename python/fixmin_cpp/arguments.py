@@ -257,6 +257,11 @@ def as_int(name: str, value: Any, low: int, high: int | None = None) -> int:
     return number
 
 
+def as_threads(value: Any) -> int:
+    """A number of threads, 0 where it is left to the machine: None, 0 and, as in llama.cpp, -1."""
+    return 0 if value is None else max(0, as_int("n_threads", value, -1, 1024))
+
+
 def as_float(name: str, value: Any, low: float, high: float) -> float:
     """`value` as a finite float in [low, high]; bools and strings are not numbers."""
     if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.integer | np.floating):

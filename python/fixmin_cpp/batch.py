@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import __version__, _core
-from .arguments import as_int
+from .arguments import as_int, as_threads
 from .batch_lines import InputFile, Line, NativeEntry, Request, Settings, parse_line, write_record
 from .batch_output import OutputFile, Resumed
 from .errors import ArgumentError, FixminError, naming
@@ -75,24 +75,29 @@ class ModelFile:
         return cls(os.path.abspath(path), file_sha256(path), **settings)
 
     def load(self, n_threads: int | None = None) -> Model:
-        """The model; `n_threads` counts where the job names none."""
-        return Model(
-            self.path,
-            n_threads=n_threads if self.n_threads is None else self.n_threads,
-            n_ctx=self.n_ctx,
-            kv_type=self.kv_type,
-            n_parallel=self.n_parallel,
-        )
+        """The model; `n_threads` counts where the job names none.
+
+        Raises FixminError if the file of that name is another one here, or by now.
+        """
+        with contextlib.ExitStack() as stack:
+            model = stack.enter_context(
+                Model(
+                    self.path,
+                    n_threads=n_threads if self.n_threads is None else self.n_threads,
+                    n_ctx=self.n_ctx,
+                    kv_type=self.kv_type,
+                    n_parallel=self.n_parallel,
+                )
+            )
+            if model._sha256() != self.sha256:
+                raise FixminError(f"{self.path} on {os.uname().nodename} is another file than when the job was started")
+            stack.pop_all()
+        return model
 
     def vocab_size(self) -> int:
         """From the header; beyond any token id if it does not say: loading it tells what is wrong with the file."""
         with naming(self.path):
             return int(_core.GgufFile(self.path).metadata.get("fixmin.vocab_size", 2**32))
-
-    def check(self) -> None:
-        """Raises FixminError if the file of that name is another one here."""
-        if file_sha256(self.path) != self.sha256:
-            raise FixminError(f"{self.path} on {os.uname().nodename} is another file than where the job was started")
 
 
 def run_batch(
@@ -144,6 +149,7 @@ def run_batch(
         FixminError: a bad line with fail_fast, "FILE, line N: ...". OSError, GGUFError: a file cannot be used.
     """
     n_parallel = as_int("n_parallel", n_parallel, 1, 4096)
+    n_threads = as_threads(n_threads) or None
     if ray_address is None and (ray_actors, ray_lines) != (None, None):
         raise ArgumentError("ray_actors and ray_lines need ray_address")
     if os.path.exists(target) and os.path.samefile(source, target):

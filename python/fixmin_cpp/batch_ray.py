@@ -108,7 +108,6 @@ class _Worker:
         self._n_parallel = file.n_parallel
         self._model: Model | Exception
         try:
-            file.check()
             self._model = file.load(n_threads)
         except Exception as error:
             self._model = error  # raised from here, it would make Ray start actor after actor

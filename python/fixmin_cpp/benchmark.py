@@ -136,8 +136,8 @@ def bench(
     start = time.perf_counter()
     with Model(path, n_threads=n_threads, kv_type=kv_type) as model, model._running() as engine:
         load_s = time.perf_counter() - start
-        buffer = read_buffer_bytes or default_read_buffer(os.path.getsize(path))
         info = model.info
+        buffer = read_buffer_bytes or default_read_buffer(info["bytes"]["file"])
         context = info["n_ctx"]
         first = max(depth, 1)
         n_prompt = min(512, context) if n_prompt is None else as_int("n_prompt", n_prompt, 1, context)

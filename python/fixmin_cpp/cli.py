@@ -24,7 +24,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from . import __version__
 from .cli_help import App
 from .cli_options import from_argv, read_options, read_prompt, read_text, with_options
-from .cli_output import Stdout, guarded
+from .cli_output import Stdout, guarded, json_pieces
 from .cli_output import bar as _bar
 from .cli_output import errors as _errors
 from .cli_output import extra as _extra
@@ -81,7 +81,7 @@ _Escape = Annotated[
 ]
 _Threads = Annotated[
     int | None,
-    typer.Option("-t", "--threads", help="Default: what the machine offers.", rich_help_panel=_MACHINE),
+    typer.Option("-t", "--threads", help="Default, 0 or -1: what the machine offers.", rich_help_panel=_MACHINE),
 ]
 _Ctx = Annotated[
     int | None,
@@ -135,17 +135,18 @@ def tokenize(
 ) -> None:
     """Show the tokens of a text: a line for each, with its id and the text that it stands for.
 
-    A token that is a part of a character is shown as U+FFFD.
+    A token that is not whole characters is shown by its bytes, as b'\\xe6\\x97'. With --json "pieces" has U+FFFD
+    there, and "bytes" the bytes of every token.
     """
-    from .tokenizer import file_tokenizer
+    from .tokenizer import read_tokenizer
 
     with _errors(debug):
         text = read_prompt(prompt, file, escape)
-        tokenizer = file_tokenizer(model)
+        _, tokenizer = read_tokenizer(model)
         token_ids = tokenizer.encode(text)
-        pieces = [tokenizer.decode([i]) for i in token_ids]
+        pieces = [tokenizer.token_piece(i) for i in token_ids]
         if as_json:
-            facts = {"text": text, "n_tokens": len(token_ids), "token_ids": token_ids, "pieces": pieces}
+            facts = {"text": text, "n_tokens": len(token_ids), "token_ids": token_ids, **json_pieces(pieces)}
             _write(json.dumps(facts, ensure_ascii=False) + "\n")
         elif ids:
             _write(" ".join(map(str, token_ids)) + "\n")
@@ -176,12 +177,13 @@ def score(
         text = read_prompt(prompt, file, escape)
         with _load(model, quiet=quiet or as_json, n_threads=threads, n_ctx=ctx, kv_type=kv_type) as loaded:
             found = loaded.score(text)
-            pieces = [loaded.decode(i) for i in found.token_ids]
+            pieces = [loaded._require_tokenizer().token_piece(i) for i in found.token_ids]
         if as_json:
             facts = dataclasses.asdict(found)
             facts |= {"logprobs": found.logprobs.tolist(), "ranks": found.ranks.tolist()}
             facts["perplexity"] = found.perplexity if math.isfinite(found.perplexity) else None
-            _write(json.dumps({"text": text, "pieces": pieces, **facts}, ensure_ascii=False, allow_nan=False) + "\n")
+            facts = {"text": text, **json_pieces(pieces), **facts}
+            _write(json.dumps(facts, ensure_ascii=False, allow_nan=False) + "\n")
             return
         if not quiet:
             _write(f"    id  {'logprob':>8} {'p':>8} {'rank':>6}  token\n")
@@ -443,7 +445,8 @@ def serve(
         float, typer.Option(envvar="FIXMIN_SHUTDOWN_TIMEOUT", help="Seconds that requests get to end.")
     ] = 30.0,
     threads: Annotated[
-        int | None, typer.Option("-t", "--threads", envvar="FIXMIN_THREADS", help="Default: what the machine offers.")
+        int | None,
+        typer.Option("-t", "--threads", envvar="FIXMIN_THREADS", help="Default, 0 or -1: what the machine offers."),
     ] = None,
     n_ctx: Annotated[
         int | None,
@@ -621,7 +624,9 @@ def quantize(
     allow_requantize: Annotated[
         bool, typer.Option("--allow-requantize", help="Take a quantised source too; its errors add to the new ones.")
     ] = False,
-    threads: Annotated[int | None, typer.Option("-t", "--threads", help="Default: the CPUs of this process.")] = None,
+    threads: Annotated[
+        int | None, typer.Option("-t", "--threads", help="Default, 0 or -1: the CPUs of this process.")
+    ] = None,
     everything: _All = False,
     as_json: _Json = False,
     debug: _Debug = False,

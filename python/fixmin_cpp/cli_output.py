@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from .errors import FixminError
 from .inspect import printable
 from .progress import bar as _terminal_bar
 
-__all__ = ["Stdout", "bar", "errors", "extra", "guarded", "load", "note", "report", "status", "write"]
+__all__ = ["Stdout", "bar", "errors", "extra", "guarded", "json_pieces", "load", "note", "report", "status", "write"]
 
 # Import names of what an extra of this package installs. A test compares them with pyproject.toml.
 EXTRAS = {
@@ -120,7 +120,8 @@ def _discard_stdout() -> None:
 
 def _one_line(error: Exception) -> str:
     if isinstance(error, MemoryError):
-        return "not enough memory"
+        text = str(error)
+        return text if "memory" in text else "not enough memory"
     missing = _missing_package(error)
     if missing is not None:
         return missing
@@ -262,3 +263,9 @@ def _plain(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     return ", ".join(map(_plain, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def json_pieces(pieces: Sequence[str | bytes]) -> dict[str, Any]:
+    """Tokens as JSON can hold them: "pieces", their texts with U+FFFD for parts of characters, and "bytes"."""
+    data = [piece.encode() if isinstance(piece, str) else piece for piece in pieces]
+    return {"pieces": [one.decode(errors="replace") for one in data], "bytes": [list(one) for one in data]}

@@ -33,9 +33,12 @@ class ArgumentTypeError(ArgumentError, TypeError):
 
 @contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Errors of a GGUF file say which file, if they do not already."""
+    """Errors of a GGUF file, and memory that is lacking for it, say which file, if they do not already."""
     try:
         yield
+    except MemoryError as error:
+        why = str(error) if str(error) != "std::bad_alloc" else ""
+        raise MemoryError(f"{os.fspath(path)}: not enough memory" + (why and f": {why}")) from None
     except (GGUFError, UnsupportedError) as error:
         name = os.fspath(path)
         if str(error).startswith(name):

@@ -51,11 +51,10 @@ from transformers.generation import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from . import _core
 from .arguments import as_int
 from .errors import ArgumentError, ArgumentTypeError, ContextLengthError, FixminError, UnsupportedError
 from .model import Completion, Model
-from .tokenizer import TextTokenizer
+from .tokenizer import read_tokenizer
 
 __all__ = ["Decoding", "FixMinForCausalLM", "FixMinGgufConfig", "TokenCache", "load_tokenizer"]
 
@@ -89,7 +88,7 @@ class FixMinGgufConfig(PretrainedConfig):
             "tie_word_embeddings": False,
             "name_or_path": model.path,
         }
-        sizes |= _special_ids(_core.GgufFile(model.path).metadata)
+        sizes |= _special_ids(model._metadata)
         if len(info["eos_token_ids"]) > 1:
             sizes["eos_token_id"] = info["eos_token_ids"]
         return cls(**sizes)
@@ -108,19 +107,21 @@ def load_tokenizer(source: "str | os.PathLike[str] | Model | FixMinForCausalLM")
         UnsupportedError: the file holds no tokenizer. GGUFError, OSError: as Model.
     """
     model = source.engine if isinstance(source, FixMinForCausalLM) else source
-    path = model.path if isinstance(model, Model) else os.fspath(model)
-    metadata = _core.GgufFile(path).metadata
-    tokenizer = TextTokenizer.from_metadata(metadata)
-    if tokenizer is None:
-        raise UnsupportedError(f"{path} holds no tokenizer (key tokenizer.huggingface.json)")
-    backend = tokenizer.backend  # read anew from the file: transformers changes the one that it is given
+    n_ctx: int | None
+    if isinstance(model, Model):
+        metadata, n_ctx = model._metadata, model.n_ctx
+        backend = model._require_tokenizer().copy()  # transformers changes the one that it is given
+    else:
+        metadata, tokenizer = read_tokenizer(model)
+        backend = tokenizer.backend
+        n_ctx = metadata.get(f"{metadata.get('general.architecture')}.context_length")
     ids = {name: token_id for name, token_id in _special_ids(metadata).items() if token_id is not None}
     if "eos_token_id" in ids:
         ids.setdefault("pad_token_id", ids["eos_token_id"])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         padding_side="left",
-        model_max_length=model.info["n_ctx"] if isinstance(model, Model) else metadata["fixmin.context_length"],
+        model_max_length=n_ctx,
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
         **{name.removesuffix("_id"): backend.id_to_token(token_id) for name, token_id in ids.items()},
@@ -316,7 +317,7 @@ class FixMinForCausalLM(PreTrainedModel, GenerationMixin):
 
         The native loop does greedy decoding and sampling with temperature, top_k, min_p, top_p or typical_p (the last
         two not with a temperature other than 1: transformers applies the temperature first, the engine last), the
-        file's end-of-text token, repetition_penalty, min_length and min_new_tokens, biases and bans of single tokens,
+        file's end-of-text tokens, repetition_penalty, min_length and min_new_tokens, biases and bans of single tokens,
         stop_strings, max_length and max_new_tokens, num_return_sequences, batches padded on the
         left, streamers. Everything else (beams, other logits processors and stopping criteria, output_scores,
         assistants, ...) runs in transformers' own loop, which is right too but calls forward() for every token. Both
@@ -434,7 +435,7 @@ class FixMinForCausalLM(PreTrainedModel, GenerationMixin):
         setting = _Setting(input_ids.shape[1], begins, eos_ids)
         plan = _Plan(_sampling(processors, config.do_sample, setting), sampled=config.do_sample)
         plan.read_criteria(criteria, input_ids.shape[1], eos_ids)
-        if plan.criteria and plan.eos_id is None and len(input_ids) > 1:
+        if plan.criteria and not eos_ids and len(input_ids) > 1:
             raise _NotNativeError("stop_strings and several rows without an end-of-text token")
         return plan
 
@@ -521,7 +522,6 @@ class _Plan:
 
     options: dict[str, Any]
     sampled: bool
-    eos_id: int | None = None
     criteria: list[StopStringCriteria] = field(default_factory=list)  # asked after every token
 
     def read_criteria(self, criteria: StoppingCriteriaList, n_prompt: int, file_eos_ids: Sequence[int]) -> None:
@@ -544,10 +544,6 @@ class _Plan:
             raise _NotNativeError("no eos_token_id")
         if eos_ids != set(file_eos_ids):
             raise _NotNativeError(f"eos_token_id {sorted(eos_ids)}: that of the file is {list(file_eos_ids)}")
-        if len(file_eos_ids) > 1:
-            # The engine does not say at which of them it ended; transformers' answers end with it.
-            raise _NotNativeError("several end-of-text tokens")
-        self.eos_id = next(iter(file_eos_ids), None)
         n = self.options["max_new_tokens"] = max_length - n_prompt
         self.options["min_new_tokens"] = min(n, self.options["min_new_tokens"])
 
@@ -555,8 +551,7 @@ class _Plan:
         """The tokens of a completion as transformers counts them, the end-of-text token included."""
         if completion.finish_reason == "cancelled":
             raise FixminError("the model was closed while it generated")
-        end = [self.eos_id] if completion.finish_reason == "eos" and self.eos_id is not None else []
-        return completion.token_ids + end
+        return completion.token_ids + ([] if completion.stop_id is None else [completion.stop_id])
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from rich.text import Text
 
 from . import _core
 from .errors import ArgumentError, GGUFError, naming
-from .tokenizer import TextTokenizer
+from .tokenizer import TextTokenizer, as_piece
 
 __all__ = ["describe", "describe_code", "printable", "render"]
 
@@ -257,7 +257,7 @@ def _rank(a: NDArray[np.uint8]) -> int:
 
 
 def _describe_tokens(file: _core.GgufFile, metadata: Mapping[str, Any], tokens: Sequence[str]) -> list[dict[str, Any]]:
-    """id, text and code of every token asked for."""
+    """id, text (U+FFFD for a part of a character), bytes and code of every token asked for."""
     tokenizer = TextTokenizer.from_metadata(metadata)
     ids = list(_token_ids(tokens, tokenizer))
     vocab_size = metadata.get("fixmin.vocab_size")
@@ -267,10 +267,12 @@ def _describe_tokens(file: _core.GgufFile, metadata: Mapping[str, Any], tokens: 
         if i >= vocab_size:
             raise ArgumentError(f"token id {i} is not below the vocabulary size {vocab_size}")
     codes = _codes(file, metadata, np.array(ids, dtype=np.uint32))
+    data = [None if tokenizer is None else tokenizer.token_bytes(i) for i in ids]
     return [
         {
             "id": i,
-            "text": None if tokenizer is None else tokenizer.decode([i]),
+            "text": None if (found := data[n]) is None else found.decode(errors="replace"),
+            "bytes": None if found is None else list(found),
             "code": None if codes is None else codes[n].tolist(),
         }
         for n, i in enumerate(ids)
@@ -390,7 +392,8 @@ class _Screen:
         """Each token with its code, bit 0 first."""
         table = self._table("Token codes (bit 0 first)", ("id", "right"), ("text", "left"), ("code", "left"))
         for token in tokens:
-            text = "" if token["text"] is None else printable(repr(token["text"]), _MAX_TEXT)
+            data = token["bytes"]
+            text = "" if data is None else printable(repr(as_piece(bytes(data))), _MAX_TEXT)
             code = "(learned)" if token["code"] is None else "".join(map(str, token["code"]))
             table.add_row(str(token["id"]), Text(text), code)
         self._print(table)

@@ -22,7 +22,6 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from . import _core
 from .arguments import as_int
 from .errors import ArgumentError, UnsupportedError
 from .model import Model
@@ -102,7 +101,7 @@ class FixMinLM(TemplateLM):
             raise UnsupportedError(f"{self.model.path} holds no {lacks}, which the harness needs")
         self._eot_token_id: int = info["eos_token_id"]
         if prefix_token_id is None:
-            bos_id = _core.GgufFile(self.model.path).metadata.get("tokenizer.ggml.bos_token_id")
+            bos_id = self.model.bos_token_id
             prefix_token_id = self._eot_token_id if bos_id is None else bos_id
         self._prefix_token_id = as_int("prefix_token_id", prefix_token_id, 0, info["vocab_size"] - 1)
         self._prefix_text = self.model.decode(self._prefix_token_id)

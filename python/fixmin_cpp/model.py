@@ -29,6 +29,7 @@ from .arguments import (
     as_float,
     as_int,
     as_path,
+    as_threads,
     as_token_ids,
     candidate_counts,
     split_prompts,
@@ -104,7 +105,7 @@ class Model:
 
     Args:
         path: a GGUF file of architecture "fixmin", as `fixmin convert` writes it.
-        n_threads: worker threads; None: the smallest of CPU affinity, cgroup quota and physical cores.
+        n_threads: worker threads; None, 0 or -1: the smallest of CPU affinity, cgroup quota and physical cores.
         n_ctx: positions of the context, prompt and answer together; None or 0: what the model was trained with, which
             is also the most it can be.
         kv_type: type of the KV cache: "f16", "f32", or "q8_0", 8 bits and a scale for 32 values.
@@ -120,6 +121,7 @@ class Model:
         OSError: the file cannot be opened.
         GGUFError: it is malformed or incomplete. UnsupportedError: it needs what this build lacks.
         ArgumentError: an argument is out of range (a ValueError; ArgumentTypeError, also a TypeError, for its type).
+        MemoryError: for weights, cache or buffers; it says what for.
     """
 
     @_naming_its_file
@@ -134,6 +136,7 @@ class Model:
         n_kv: int | None = None,
         n_parallel: int = 256,
         progress: Callable[[float], object] | None = None,
+        _kv_room: tuple[int, float] = (16, 1 / 8),  # without n_kv: contexts, and the share of the memory for them
     ) -> None:
         self._closed = True  # until everything below has worked
         self.path = as_path("path", path)
@@ -156,11 +159,13 @@ class Model:
         begin = time.monotonic()
         self._engine = _core.Engine(
             self.path,
-            n_threads=0 if n_threads is None else as_int("n_threads", n_threads, 1, 1024),
+            n_threads=as_threads(n_threads),
             n_ctx=0 if n_ctx is None else as_int("n_ctx", n_ctx, 0, _MAX_INT32),
             kv_type=kv_type,
             n_batch=as_int("n_batch", n_batch, 1, _MAX_INT32),
             n_kv=0 if n_kv is None else as_int("n_kv", n_kv, 1, _MAX_INT32),
+            kv_contexts=_kv_room[0],
+            kv_memory_share=_kv_room[1],
             n_parallel=as_int("n_parallel", n_parallel, 1, _MAX_INT32),
             progress=progress,
         )
@@ -169,6 +174,8 @@ class Model:
         self._n_ctx: int = self._info["n_ctx"]
         metadata = self._engine.take_metadata()  # of the bytes that were loaded, whatever the path names by now
         self._tokenizer = TextTokenizer.from_metadata(metadata)
+        # What else the file says; its vocabulary, a hundred thousand strings, is in the tokenizer.
+        self._metadata = {key: value for key, value in metadata.items() if not _is_vocabulary(key, value)}
         self._tokenizer_copy: Tokenizer | None = None  # for the caller
         self._hash: str | None = None  # of the file, when it is first needed
         self._compiler: Compiler | None = None  # of grammars, likewise
@@ -489,8 +496,8 @@ class Model:
                     position += len(part)
                 if engine.file_changed:
                     raise FixminError(
-                        f"{self.path} has been written to since it was loaded: what was loaded is no longer known, so "
-                        "no state can be saved or loaded. Load the model again"
+                        f"{self.path} has been written to since it was loaded, so that what was loaded is no longer "
+                        "known: load the model again"
                     )
                 self._hash = digest.hexdigest()
             return self._hash
@@ -789,6 +796,10 @@ class Model:
                 + (" or load the model with a larger n_ctx" if self._n_ctx < self._info["context_length"] else "")
             )
         return ids
+
+
+def _is_vocabulary(key: str, value: Any) -> bool:
+    return key.startswith("tokenizer.") and not isinstance(value, int)
 
 
 def _load(cls: type[Model], path: str, settings: dict[str, Any]) -> Model:

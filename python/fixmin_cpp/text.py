@@ -75,6 +75,14 @@ class IncrementalDecoder:
         self._n_pending = 0
         return self._decode(self._ids)[self._n_returned :]
 
+    def flush(self) -> str:
+        """As finish(), but more may follow: a character is then not put together across this place."""
+        whole = self._ids[: len(self._ids) - self._n_pending]
+        text = self.finish()
+        if text:
+            self._restart(whole)
+        return text
+
     def _decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
@@ -118,6 +126,10 @@ class StopStrings:
     def pending(self) -> bool:
         """Whether text is held back."""
         return bool(self._held)
+
+    def names(self, token_id: int) -> bool:
+        """Whether a stop string holds the name of this special token."""
+        return token_id in self._signs
 
     def feed_special(self, token_id: int) -> str:
         """Adds a special token; returns as feed() does."""
@@ -214,6 +226,8 @@ class TextAssembler:
         self._n_tokens += 1
         text = self.decoder.step(token_id)
         if self._n_tokens > self.min_tokens:
+            if self.stops.names(token_id):
+                text = self.decoder.flush()  # what is held back stands before the token
             self._text += self.stops.feed(text) + self.stops.feed_special(token_id)
         else:
             self._text += text

@@ -17,7 +17,7 @@ from .errors import ArgumentError, ArgumentTypeError, GGUFError, UnsupportedErro
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["EOS_IDS_KEY", "TextTokenizer", "end_of_text_ids", "file_tokenizer"]
+__all__ = ["EOS_IDS_KEY", "TextTokenizer", "as_piece", "end_of_text_ids", "read_tokenizer"]
 
 _JSON_KEY = "tokenizer.huggingface.json"
 _EOS_KEY = "tokenizer.ggml.eos_token_id"
@@ -161,6 +161,10 @@ class TextTokenizer:
             return self.decode([token_id]).encode()
         return _spelled(token, self.spelling)
 
+    def token_piece(self, token_id: int) -> str | bytes:
+        """What a token adds to a text; its bytes where these are not whole characters."""
+        return as_piece(self.token_bytes(token_id))
+
     def sequences_with(self, text: str) -> list[list[int]]:
         """Sequences of ids in which `text` comes up: single tokens that hold it, and those that begin it in the middle
         or at the end of a token and go on with the tokens of the rest."""
@@ -193,13 +197,22 @@ class TextTokenizer:
         return found
 
 
-def file_tokenizer(path: str | os.PathLike[str]) -> TextTokenizer:
-    """The tokenizer of a GGUF file of any architecture. UnsupportedError if it holds none; GGUFError, OSError."""
+def as_piece(data: bytes) -> str | bytes:
+    """Bytes as text where they are whole characters."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return data
+
+
+def read_tokenizer(path: str | os.PathLike[str]) -> tuple[dict[str, Any], TextTokenizer]:
+    """Metadata and tokenizer of a GGUF file of any architecture. UnsupportedError: it has none; GGUFError, OSError."""
     with naming(path):
-        tokenizer = TextTokenizer.from_metadata(_core.GgufFile(os.fspath(path)).metadata)
+        metadata = _core.GgufFile(os.fspath(path)).metadata
+        tokenizer = TextTokenizer.from_metadata(metadata)
     if tokenizer is None:
         raise UnsupportedError(f"{os.fspath(path)} holds no tokenizer (key {_JSON_KEY})")
-    return tokenizer
+    return metadata, tokenizer
 
 
 def _check(text: object) -> None:

@@ -41,12 +41,7 @@ from fixmin_cpp.errors import CheckpointError, GGUFError
 SHA = "00" * 32
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def write(path: Path, resolved: Resolved, outtype: str) -> Path:

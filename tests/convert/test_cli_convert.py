@@ -9,11 +9,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
 from spec_factory import make_reference, save_checkpoint
 
+import fixmin_cpp
 from fixmin_cpp import _core
 from fixmin_cpp.convert import convert as module
 from fixmin_cpp.convert.certify import open_engine
@@ -33,12 +35,7 @@ def checkpoint(tmp_path_factory):
     assert {path: path.read_bytes() for path in folder.iterdir() if path.name != "__pycache__"} == before
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def wrong_engine(path, n_ctx):
@@ -83,6 +80,24 @@ def test_report(checkpoint, tmp_path):
     ]
     assert report.certificate.passed
     assert report.quantise_s > 0
+
+
+def test_the_package_is_called(checkpoint, tmp_path):
+    """fixmin_cpp.convert() as its docstring shows it: what it writes computes what the checkpoint computes."""
+    lines = []
+    out = tmp_path / "m.gguf"
+    report = fixmin_cpp.convert(checkpoint, out, "F32", trust_remote_code=True, log=lines.append, n_threads=-1)
+    assert (report.path, report.outtype, report.certificate.passed) == (out, "f32", True)
+    assert any(line.startswith("rope_style = half (") for line in lines)
+    ids = [5, 17, 99, 0]
+    with torch.no_grad():
+        expected = make_reference(code_kind="affine")(torch.tensor([ids])).logits[0].numpy()
+    with fixmin_cpp.Model(out, kv_type="f32") as model:
+        np.testing.assert_allclose(model.logits(ids), expected, atol=1e-3 * np.abs(expected).max())
+    with pytest.raises(fixmin_cpp.ArgumentError, match="n_threads must be between -1 and 1024, got -2"):
+        fixmin_cpp.convert(checkpoint, tmp_path / "other.gguf", trust_remote_code=True, n_threads=-2)
+    assert fixmin_cpp.convert(checkpoint, tmp_path / "b.gguf", trust_remote_code=True).outtype == "q8_0"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b.gguf", "m.gguf"]
 
 
 def test_the_same_checkpoint_gives_the_same_bytes(checkpoint, tmp_path):

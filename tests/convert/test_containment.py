@@ -19,13 +19,7 @@ from fixmin_cpp.convert.convert import convert
 from fixmin_cpp.convert.resolve import resolve
 from fixmin_cpp.errors import CheckpointError
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def checkpoint(tmp_path: Path, line: str, where: str) -> Path:

@@ -121,7 +121,7 @@ def test_text_is_split_by_the_tokenizer_in_the_file(tmp_path):
 
 def test_learned_embedding_has_no_codes(tmp_path):
     path = make_model(tmp_path / "m.gguf", code_kind="learned")
-    assert describe(path, ["3"])["tokens"] == [{"id": 3, "text": None, "code": None}]
+    assert describe(path, ["3"])["tokens"] == [{"id": 3, "text": None, "bytes": None, "code": None}]
     assert "(learned)" in shown(path, ["3"])
 
 

@@ -20,12 +20,7 @@ GATED = {"activation": "swiglu", "norm_type": "rmsnorm", "mlp_bias": False}
 STATED = {"lift": "tile", "bit_order": "lsb", "affine_orientation": "Ac"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def checkpoint(tmp_path: Path, change=lambda state: None, config=None, **options) -> Path:

@@ -141,6 +141,20 @@ def test_cache_size(model_file):
         assert _core.Engine(path, kv_type=kv_type).info["kv_bytes"] == 16 * 64 * expected[kv_type]  # contexts
 
 
+@pytest.mark.parametrize(("contexts", "share_of_blocks"), [(16, 1e6), (5, 1e6), (16, 9.5), (16, 0.5), (1000, 40.0)])
+def test_cache_size_by_default(model_file, contexts, share_of_blocks):
+    """So many contexts of 2 blocks, or what a share of the memory holds, but one context at least."""
+    block = 32 * 2 * 2 * 64 * 2  # positions, layers, keys and values, width, bytes
+    memory = min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), _core.cgroup_limits()["memory_bytes"])
+    share = share_of_blocks * block / memory
+    engine = _core.Engine(model_file(), kv_contexts=contexts, kv_memory_share=min(share, 1.0))
+    assert engine.info["kv_block_bytes"] == block
+    assert engine.info["n_kv"] == 32 * max(2, min(2 * contexts, int(share_of_blocks)))
+    for wrong in {"kv_contexts": 0}, {"kv_memory_share": -0.1}, {"kv_memory_share": 1.1}, {"kv_memory_share": np.nan}:
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            _core.Engine(model_file(), **wrong)
+
+
 def test_score_is_the_log_softmax(model_file):
     path = model_file()
     ids = ids_for(60)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -158,6 +159,72 @@ def test_resident_memory_after_load(tmp_path, kind):
     assert size > 20e6
     assert 0.8 * size < grown <= 1.1 * size + found["kv_cache"]
     assert after["VmHWM"] - before["RssAnon"] - before["RssFile"] <= 1.1 * size + found["kv_cache"] + (16 << 20)
+
+
+# An address space with a little more room each time: loading fails at one allocation after the other, until it works.
+NO_MEMORY_PROGRAM = """
+import os, resource, sys
+import fixmin_cpp
+from fixmin_cpp import _core
+
+def size():
+    return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize"))
+
+def attempt(settings):
+    with fixmin_cpp.Model(sys.argv[1], n_threads=2, **settings) as model:
+        return model.logits([1, 2, 3]).tobytes()
+
+settings = eval(sys.argv[2])
+step = int(sys.argv[3])
+expected = attempt(settings)
+seen = set()
+for room in range(0, 1 << 40, step):
+    resource.setrlimit(resource.RLIMIT_AS, (size() + room, resource.RLIM_INFINITY))
+    try:
+        got = attempt(settings)
+    except (MemoryError, fixmin_cpp.FixminError, OSError) as error:
+        got = None
+        name, text = type(error).__name__, str(error).replace(sys.argv[1], "PATH")
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    if got is not None:
+        break
+    if (name, text) not in seen:
+        seen.add((name, text))
+        print(name, text)
+assert got == expected
+assert attempt(settings) == expected
+assert not [n for n in os.listdir("/proc/self/fd") if os.path.islink(f"/proc/self/fd/{n}")
+            and os.readlink(f"/proc/self/fd/{n}") == sys.argv[1]], "a failed loading keeps nothing open"
+print("loaded")
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_AS as Linux has it")
+@pytest.mark.parametrize(
+    ("options", "settings", "what"),
+    [
+        ({"vocab_size": 4096, "embedding_length": 256}, {}, "for the file"),
+        ({"vocab_size": 4096, "embedding_length": 256}, {}, "for the weights"),
+        ({}, {"n_kv": 1 << 20}, r"for the KV cache \(n_kv, n_ctx and kv_type make it smaller\)"),
+        ({"context_length": 512}, {"n_batch": 20_000}, "PATH: not enough memory$"),
+    ],
+)
+def test_memory_that_is_lacking_is_an_exception(tmp_path, options, settings, what):
+    path = make_model(tmp_path / "m.gguf", **options)
+    environment = dict(os.environ, OPENBLAS_NUM_THREADS="1", MALLOC_ARENA_MAX="1")
+    done = subprocess.run(
+        [sys.executable, "-c", NO_MEMORY_PROGRAM, str(path), repr(settings), str(1 << 20)],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    *errors, last = done.stdout.splitlines()
+    assert last == "loaded"
+    assert any(re.search(f"^MemoryError .*{what}", line) for line in errors), errors
+    for line in errors:
+        assert re.match("(MemoryError PATH: not enough memory|FixminError the system (refuses|starts))", line), line
 
 
 SCORE_PROGRAM = """

@@ -626,12 +626,27 @@ def test_a_model_file_that_differs_elsewhere(model_path, tmp_path):
     copy = tmp_path / "copy.gguf"
     copy.write_bytes(model_path.read_bytes())
     file = ModelFile.of(copy, n_threads=1, n_ctx=None, kv_type="f16", n_parallel=1)
-    file.check()
+    file.load().close()
     with open(copy, "r+b") as changed:
         changed.seek(-1, os.SEEK_END)
         changed.write(b"\x01")
-    with pytest.raises(fixmin_cpp.FixminError, match="is another file than where the job was started"):
-        file.check()
+    with pytest.raises(fixmin_cpp.FixminError, match="is another file than when the job was started"):
+        file.load()
+
+
+def test_a_model_file_that_is_replaced_while_a_job_begins(model_path, bare_model_path, tmp_path, out, monkeypatch):
+    copy = tmp_path / "copy.gguf"
+    copy.write_bytes(model_path.read_bytes())
+
+    def replaced(path, **settings):
+        os.replace(tmp_path / "other.gguf", path)
+        return fixmin_cpp.Model(path, **settings)
+
+    (tmp_path / "other.gguf").write_bytes(bare_model_path.read_bytes())
+    monkeypatch.setattr("fixmin_cpp.batch.Model", replaced)
+    source = write_lines(tmp_path / "in", [{"prompt": [1, 2]}])
+    with pytest.raises(fixmin_cpp.FixminError, match="is another file than when the job was started"):
+        run_job(copy, source, out)
 
 
 def test_command(model, tmp_path, out):

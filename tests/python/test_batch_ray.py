@@ -87,6 +87,21 @@ def run_on_ray(job: Any, out: Path, **arguments: Any) -> BatchReport:
     return run_job(job[0], job[1], out, **{**SETTINGS, "ray_address": "auto", "ray_lines": 5, **arguments})
 
 
+def test_a_model_is_sent_to_a_task(cluster, folder):
+    """By its path and how it was loaded: the task loads it again."""
+    path = write_model(folder / "sent.gguf", byte_level())
+
+    @ray.remote(num_cpus=1)
+    def answer(model: fixmin_cpp.Model) -> tuple[Any, ...]:
+        return os.getpid(), model.path, model.n_ctx, model.generate("the cat", max_new_tokens=5).token_ids
+
+    with fixmin_cpp.Model(path, n_threads=1, n_ctx=48, kv_type="f32") as model:
+        expected = model.generate("the cat", max_new_tokens=5).token_ids
+        pid, *rest = ray.get(answer.remote(model))
+        assert rest == [str(path), 48, expected]
+        assert pid != os.getpid()
+
+
 def test_two_nodes_give_what_this_process_gives(cluster, job, tmp_path):
     seen: list[dict[str, Any]] = []
     report = run_on_ray(job, tmp_path / "out", progress=at(1, lambda: seen.extend(actors())))

@@ -440,6 +440,24 @@ def test_options_that_do_nothing_without_a_temperature(letters_model):
     assert b"no effect" not in fixmin("generate", *options, "--temp", 0).stderr
 
 
+@pytest.mark.parametrize("n", [0, -1])
+def test_threads_left_to_the_machine(letters_model, n):
+    """-1 is llama.cpp's default."""
+    expected = fixmin("generate", "-m", letters_model.path, "-p", "the", "-n", 2)
+    result = fixmin("generate", "-m", letters_model.path, "-p", "the", "-n", 2, "-t", n)
+    assert (result.returncode, result.stdout) == (0, expected.stdout)
+    assert fixmin("score", "-m", letters_model.path, "-p", "the cat", "-t", n).returncode == 0
+    with fixmin_cpp.Model(letters_model.path, n_threads=n) as model:
+        assert model.info["n_threads"] == letters_model.info["n_threads"]
+
+
+@pytest.mark.parametrize("n", [-2, 1025])
+def test_numbers_of_threads_that_are_none(letters_model, n):
+    result = fixmin("generate", "-m", letters_model.path, "-p", "the", "-t", n)
+    expected = f"error: n_threads must be between -1 and 1024, got {n}\n"
+    assert (result.returncode, result.stderr.decode()) == (1, expected)
+
+
 # --- tokenize and score -------------------------------------------------------------------------------------------
 
 
@@ -462,13 +480,21 @@ def test_tokenize(letters_model, model, model_path, bare_model_path, tmp_path):
         len(answer["token_ids"]),
         answer["n_tokens"],
     )
+    assert b"".join(map(bytes, answer["bytes"])) == "éé".encode()
+    for text in ("日€ü é", "\\x80 \x80 \x1b b'\\xe2'", "\N{REPLACEMENT CHARACTER}"):
+        shown = fixmin("tokenize", "-m", model_path, "--no-escape", stdin=text.encode()).stdout.decode()
+        parts = [ast.literal_eval(line.split(maxsplit=1)[1]) for line in shown.splitlines()]
+        data = [part.encode() if isinstance(part, str) else part for part in parts]
+        assert data == [model._tokenizer.token_bytes(i) for i in model.encode(text)]
+        assert b"".join(data) == text.encode()
+        assert "\N{REPLACEMENT CHARACTER}" not in shown
     failed = fixmin("tokenize", "-m", bare_model_path, "-p", "a")
     assert (failed.returncode, failed.stderr.count(b"\n")) == (1, 1)
     assert b"bare.gguf holds no tokenizer" in failed.stderr
     assert fixmin("tokenize", "-m", model_path, "-p", "").stdout == b""
 
 
-def test_score(letters_model, tmp_path):
+def test_score(letters_model, model_path, tmp_path):
     text = "the 日本 cat"
     expected = letters_model.score(text)
     answer = json.loads(fixmin("score", "-m", letters_model.path, "-p", text, "--json").stdout)
@@ -491,6 +517,9 @@ def test_score(letters_model, tmp_path):
         for i, p, r in zip(expected.token_ids[1:], expected.logprobs.tolist(), expected.ranks, strict=True)
     ]
     assert last.startswith(f"{len(expected.token_ids)} tokens, perplexity {expected.perplexity:.6g}, ")
+    answer = json.loads(fixmin("score", "-m", model_path, "-p", "a€日", "--json").stdout)
+    assert b"".join(map(bytes, answer["bytes"])) == "a€日".encode()
+    assert b"  b'\\xe2'\n" in fixmin("score", "-m", model_path, "-p", "a€日").stdout
     assert fixmin("score", "-qm", letters_model.path, "-p", text).stdout.decode() == last + "\n"
     failed = fixmin("score", "-m", letters_model.path, "-p", "a")
     assert (failed.returncode, b"at least 2 tokens" in failed.stderr) == (1, True)

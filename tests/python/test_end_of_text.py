@@ -100,10 +100,18 @@ def test_transformers_ends_at_each(tmp_path: Path, tokens: list[int]) -> None:
 
     late, early = two_ends(tokens)
     model = FixMinForCausalLM.from_gguf(write(tmp_path / "m.gguf", late, [late, early]))
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     try:
         ids = model.engine.encode(PROMPT)
-        out = model.generate(torch.tensor([list(ids)]), max_new_tokens=12, do_sample=False)[0].tolist()
-        assert out[len(ids) :] == tokens[: tokens.index(early) + 1], "transformers' answers end with the token"
+        prompts = [ids, model.engine.encode(PROMPT + " the cat")[-len(ids) :], ids[1:] + tokens[:1]]
+        for rows in (prompts[:1], prompts):
+            own, theirs = (model.generate(torch.tensor(rows), **options, native=native) for native in (True, False))
+            assert torch.equal(own, theirs)
+            expected = tokens[: tokens.index(early) + 1]
+            assert own[0, len(ids) :][: len(expected)].tolist() == expected, "answers end with the token"
+        for end in (late, early):  # another set than the file's
+            model.generate(torch.tensor([ids]), **options, eos_token_id=end)
+            assert not model.last_decoding.native
     finally:
         model.close()
 

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from gguf_factory import make_model
+from toy_models import byte_level, write_model
 
 import fixmin_cpp
 from fixmin_cpp import GGUFError, Model, _core
@@ -49,6 +50,79 @@ def test_cut_while_loading(tmp_path, kept):
     path = make_model(tmp_path / "a.gguf", block_count=3)
     with pytest.raises(GGUFError, match=r"a\.gguf: the file was cut"):
         Model(path, progress=lambda done: os.truncate(path, kept))
+
+
+def test_nothing_of_a_file_is_read_after_loading(tmp_path):
+    """Tokenizer and special tokens that others are given: those of the bytes that were loaded."""
+    hf = pytest.importorskip("fixmin_cpp.hf")
+
+    def edit(writer):
+        writer.add_uint32("tokenizer.ggml.bos_token_id", 5)
+        writer.add_uint32("tokenizer.ggml.padding_token_id", 6)
+
+    path = write_model(tmp_path / "a.gguf", byte_level(), more=edit)
+    with Model(path) as model:
+        expected = hf.load_tokenizer(path)
+        path.unlink()
+        path.write_bytes(b"what is this")
+        tokenizer = hf.load_tokenizer(model)
+        assert tokenizer.get_vocab() == expected.get_vocab()
+        assert tokenizer.encode("the cat") == model.encode("the cat")
+        tokenizer.add_tokens(["cat"])  # on a copy
+        assert model.encode("the cat") == expected.encode("the cat")
+        assert (tokenizer.bos_token_id, tokenizer.pad_token_id, model.bos_token_id) == (5, 6, 5)
+        config = hf.FixMinForCausalLM(model).config
+        assert (config.bos_token_id, config.pad_token_id, config.eos_token_id) == (5, 6, model.eos_token_id)
+
+
+@pytest.mark.filterwarnings("ignore")  # those of the harness
+def test_lm_eval_asks_the_loaded_model(tmp_path):
+    pytest.importorskip("lm_eval")
+    from fixmin_cpp.lm_eval_model import FixMinLM
+
+    path = write_model(tmp_path / "a.gguf", byte_level(), more=lambda w: w.add_uint32("tokenizer.ggml.bos_token_id", 5))
+    with Model(path) as model:
+        os.unlink(path)
+        assert FixMinLM(model).prefix_token_id == 5
+
+
+def descriptors(name):
+    """What this process has open under the name of a file, deleted or not."""
+    links = [f"/proc/self/fd/{n}" for n in os.listdir("/proc/self/fd")]
+    return [target for link in links if os.path.islink(link) and (target := os.readlink(link)).startswith(str(name))]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc is Linux's")
+@pytest.mark.parametrize("kind", ["affine", "learned"])
+def test_a_deleted_file_takes_space_until_close(tmp_path, kind):
+    path = make_model(tmp_path / "a.gguf", code_kind=kind)
+    model = Model(path)
+    os.unlink(path)
+    assert descriptors(path) == [f"{path} (deleted)"]
+    expected = model.generate([1, 2], max_new_tokens=3, ignore_eos=True).token_ids
+    assert len(expected) == 3
+    stream = model.stream([1, 2], max_new_tokens=3)
+    next(stream)
+    model.close()
+    assert not descriptors(path)  # although `model` is still there
+    with pytest.raises(fixmin_cpp.FixminError, match="closed"):
+        model.save_state(tmp_path / "state", [1, 2])
+
+
+def test_touching_a_file_ends_what_reads_its_embedding_there(tmp_path):
+    learned, coded = (make_model(tmp_path / f"{kind}.gguf", code_kind=kind) for kind in ("learned", "affine"))
+    with Model(learned) as reads, Model(coded) as has_read:
+        expected = [model.logits([1, 2]).tobytes() for model in (reads, has_read)]
+        for path in (learned, coded):
+            os.utime(path, ns=(1, 1))
+        assert has_read.logits([1, 2]).tobytes() == expected[1]
+        for _ in range(2):
+            with pytest.raises(
+                GGUFError, match=r"learned\.gguf: the file was cut or written to while the model was in"
+            ):
+                reads.logits([1, 2])
+    with Model(learned) as again:
+        assert again.logits([1, 2]).tobytes() == expected[0]
 
 
 LEARNED = """

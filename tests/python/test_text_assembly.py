@@ -266,6 +266,66 @@ def test_a_stop_string_is_met_by_the_special_token_that_it_names(parts, stops):
     assert finder.matched == any(stop in full for stop in wanted)
 
 
+@st.composite
+def ids_and_stops(draw: st.DrawFn, kind: str) -> tuple[list[int], list[str]]:
+    """Ids among which special tokens are frequent, and stop strings made of their text and of special tokens' names."""
+    tokenizer = KINDS[kind]
+    names = list(tokenizer.special_tokens.values())
+    ids = draw(st.lists(st.one_of(ids_of(kind), st.lists(st.sampled_from([*tokenizer.special_tokens]))), max_size=5))
+    flat = [i for part in ids for i in part]
+    full = tokenizer.decode(flat, skip_special_tokens=False)
+    cuts = st.builds(lambda i, n: full[i : i + n], st.integers(0, len(full)), st.integers(1, 8)).filter(bool)
+    return flat, draw(st.lists(st.one_of(st.sampled_from(names), cuts) if full else st.sampled_from(names), max_size=3))
+
+
+def searched(tokenizer: TextTokenizer, ids: list[int], signs: dict[int, str]) -> str:
+    """Text of ids with a sign for each special token that counts; text is put together between two of those only."""
+    parts: list[str] = []
+    run: list[int] = []
+    for i in ids:
+        if i in signs:
+            parts += [tokenizer.decode(run, skip_special_tokens=True), signs[i]]
+            run = []
+        else:
+            run.append(i)
+    return "".join(parts) + tokenizer.decode(run, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "concatenating"])
+@given(data=st.data(), least=st.integers(0, 12))
+def test_no_stop_string_is_looked_for_in_the_first_tokens(kind, data, least):
+    """The oracle: the text of the first tokens, but for a character that is still incomplete; then the rest, cut."""
+    tokenizer = KINDS[kind]
+    ids, stops = data.draw(ids_and_stops(kind))
+    signs = {
+        i: chr(0x100000 + i) for i, name in tokenizer.special_tokens.items() if any(name in stop for stop in stops)
+    }
+    first = [i for i in ids[:least] if i not in tokenizer.special_ids]
+    text = [tokenizer.decode(first[:n], skip_special_tokens=True) for n in range(len(first) + 1)]
+    n = max(n for n, one in enumerate(text) if not one.endswith("\N{REPLACEMENT CHARACTER}"))
+    wanted = set(stops)
+    for stop in stops:
+        for i in sorted(signs, key=lambda i: -len(tokenizer.special_tokens[i])):
+            stop = stop.replace(tokenizer.special_tokens[i], signs[i])
+        wanted.add(stop)
+    rest = searched(tokenizer, first[n:] + ids[least:], signs)
+    expected = text[n] + "".join(letter for letter in cut(rest, sorted(wanted)) if letter not in signs.values())
+    assembler = TextAssembler(IncrementalDecoder(tokenizer), StopStrings(stops, tokenizer.special_tokens), least)
+    pairs = run(assembler, ids)
+    assert "".join(part for _, part in pairs) == expected
+    assert assembler.stopped == any(stop in rest for stop in wanted)
+    assert [i for i, _ in pairs] == ids[: len(pairs)]
+
+
+def test_half_a_character_before_a_special_token_that_ends_the_text_is_not_lost():
+    tokenizer = KINDS["byte_level"]
+    pad, half, b = tokenizer.backend.token_to_id("<pad>"), tokenizer.encode("€")[0], tokenizer.encode("b")[0]
+    for stops in ["<pad>"], ["\N{REPLACEMENT CHARACTER}<pad>"], ["b<pad>"]:
+        assembler = TextAssembler(IncrementalDecoder(tokenizer), StopStrings(stops, tokenizer.special_tokens))
+        text = "".join(part for _, part in run(assembler, [b, half, pad, b]))
+        assert text == {"<": "b\N{REPLACEMENT CHARACTER}", "b": "b\N{REPLACEMENT CHARACTER}b"}.get(stops[0][0], "b")
+
+
 def test_a_special_token_ends_a_text_that_names_it_in_a_stop_string():
     tokenizer = KINDS["byte_level"]
     pad, a, th = (tokenizer.backend.token_to_id(name) for name in ("<pad>", "a", "th"))

@@ -20,6 +20,33 @@ kinds = pytest.mark.parametrize("kind", KINDS)
 texts = st.text(alphabet="ab the日本é😀Paris\n", max_size=20)
 
 
+# --- sequences -----------------------------------------------------------------------------------------------------
+
+
+def scanned(tokenizer: TextTokenizer, text: str) -> list[list[int]]:
+    """A look at every token of the vocabulary: does it hold the text, does it end as the text begins?"""
+    found = []
+    for i in range(tokenizer.backend.get_vocab_size()):
+        token = tokenizer.backend.decode([i], skip_special_tokens=False)
+        if text in token:
+            found.append([i])
+            continue
+        begun = [n for n in range(len(text) - 1, 0, -1) if token.endswith(text[:n])]
+        found += [[i, *tokenizer.backend.encode(text[n:], add_special_tokens=False).ids] for n in begun]
+    return found
+
+
+@kinds
+@given(data=st.data())
+def test_sequences_with_a_text_are_those_that_a_scan_finds(kind, data):
+    tokenizer = TOKENIZERS[kind]
+    size = tokenizer.backend.get_vocab_size()
+    tokens = st.lists(st.integers(0, size - 1), min_size=1, max_size=3).map(lambda ids: tokenizer.backend.decode(ids))
+    start = data.draw(st.integers(0, 3))
+    text = data.draw(st.one_of(texts, tokens).map(lambda text: text[start:]).filter(bool))
+    assert tokenizer.sequences_with(text) == scanned(tokenizer, text)
+
+
 # --- bytes -------------------------------------------------------------------------------------------------------
 
 

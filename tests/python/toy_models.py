@@ -1,6 +1,6 @@
 """Small tokenizers of the kinds that checkpoints carry, made here so that tests need no files, and models with them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +62,19 @@ def byte_fallback() -> Tokenizer:
     return tokenizer
 
 
-def write_model(path: Path, tokenizer: Tokenizer, eos_id: int | None = None, **arguments: Any) -> Path:
-    """A small random model with this tokenizer; eos_id None: the id of "</s>"."""
+def write_model(
+    path: Path,
+    tokenizer: Tokenizer,
+    eos_id: int | None = None,
+    more: Callable[[GGUFWriter], None] = lambda writer: None,
+    **arguments: Any,
+) -> Path:
+    """A small random model with this tokenizer; eos_id None: the id of "</s>". `more` adds other keys."""
     end = tokenizer.token_to_id("</s>") if eos_id is None else eos_id
 
     def add_eos(writer: GGUFWriter) -> None:
         writer.add_uint32("tokenizer.ggml.eos_token_id", end)
+        more(writer)
 
     return make_model(
         path, vocab_size=tokenizer.get_vocab_size(), tokenizer_json=tokenizer.to_str(), edit=add_eos, **arguments

@@ -1,6 +1,7 @@
 """What an operator meets: the end of a server, its connections, its log, its metrics."""
 
 import json
+import os
 import re
 import signal
 import socket
@@ -11,8 +12,10 @@ from typing import Any
 import httpx
 import pytest
 from servers import Server, Start, until
+from toy_models import concatenating, write_model
 from typer.main import get_command
 
+import fixmin_cpp
 from fixmin_cpp.cli import app
 
 DOCS = Path(__file__).parents[2] / "docs" / "serving.md"
@@ -131,18 +134,40 @@ def test_cache_holds_all_that_run(served_path: Path, start: Start) -> None:
         assert f"KV cache of {40 * 256} positions" in server.log.read_text()
 
 
-def test_cache_is_a_quarter_of_the_memory_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_is_a_quarter_of_the_memory_at_most(served_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fixmin_cpp.serve import ServeSettings, host
 
-    metadata: dict[str, Any] = {"general.architecture": "x"}
-    metadata |= {"x.context_length": 100, "x.block_count": 2, "x.embedding_length": 8, "x.attention.head_count": 2}
-    settings = ServeSettings(model="m", n_parallel=64)
-    position = 2 * 2 * 8 * 2  # keys and values, layers, width, bytes
-    for memory, expected in ((1 << 40, 6400), (4 * 3000 * position, 3000), (1, 100)):
-        limits = {"memory_bytes": float(memory)}
-        monkeypatch.setattr(host._core, "cgroup_limits", lambda limits=limits: limits)
-        monkeypatch.setattr(host.os, "sysconf", lambda _: 1 << 24)
-        assert host._default_n_kv(metadata, settings) == expected
+    seen: list[dict[str, Any]] = []
+
+    def load(path: Any, **arguments: Any) -> fixmin_cpp.Model:
+        seen.append(arguments)
+        return fixmin_cpp.Model(path, **arguments)
+
+    monkeypatch.setattr(host, "Model", load)
+    for n_kv, positions in ((None, 40 * 256), (320, 320)):
+        opened = host.ModelHost(ServeSettings(model=served_path, n_parallel=40, n_kv=n_kv))._open()
+        assert opened.info["n_kv"] == positions
+        opened.close()
+    assert [arguments["_kv_room"] for arguments in seen] == [(40, 0.25)] * 2
+
+
+def test_the_code_shown_is_that_of_the_loaded_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fixmin_cpp.inspect import describe
+    from fixmin_cpp.serve import ServeSettings, host
+
+    path, other = (write_model(tmp_path / f"{n}.gguf", concatenating(), seed=n) for n in (1, 2))
+    expected, changed = describe(path)["code"], describe(other)["code"]
+    assert expected != changed
+
+    def load(*arguments: Any, **settings: Any) -> fixmin_cpp.Model:
+        model = fixmin_cpp.Model(*arguments, **settings)
+        os.replace(other, path)
+        return model
+
+    monkeypatch.setattr(host, "Model", load)
+    served = host.ModelHost(ServeSettings(model=path))
+    served._open().close()
+    assert served.code == expected
 
 
 def test_request_ids_and_log_lines(served_path: Path, start: Start) -> None:

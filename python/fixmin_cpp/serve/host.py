@@ -4,13 +4,11 @@ import asyncio
 import contextlib
 import functools
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from .. import _core
 from ..errors import ArgumentError, ContextLengthError
 from ..inspect import describe_code
 from ..model import Model
@@ -25,6 +23,7 @@ _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 _N_QUICK, _N_SLOW = 4, 4  # threads that tokenise, and those that compile grammars, which may take 30 s each
+_MEMORY_SHARE = 1 / 4  # of the machine's, for the KV cache at the most
 _STUCK = 5.0  # seconds that every one of the former may be busy with one thing before /health says so
 
 
@@ -77,11 +76,9 @@ class ModelHost:
             return not self._closing
 
         begin = time.monotonic()
-        arguments = self.settings.model_arguments()
-        metadata = _core.GgufFile(self.settings.model).metadata
-        if arguments["n_kv"] is None:
-            arguments["n_kv"] = _default_n_kv(metadata, self.settings)
-        model = Model(self.settings.model, progress=progress, **arguments)
+        # As many whole contexts as requests may run.
+        room = (self.settings.n_parallel, _MEMORY_SHARE)
+        model = Model(self.settings.model, progress=progress, _kv_room=room, **self.settings.model_arguments())
         info = model.info
         _log.info(
             "loaded %s in %.1f s: %.1f MB in the file, KV cache of %d positions (%.1f MB; %d requests of %d fit), "
@@ -95,7 +92,7 @@ class ModelHost:
             info["n_ctx"],
             info["n_threads"],
         )
-        self.code = describe_code(metadata)
+        self.code = describe_code(model._metadata)
         if model.info["tokenizer"]:
             model.encode("a")  # the first call builds tables
             self._longest_token = max(map(len, model._require_tokenizer().token_texts), default=1)
@@ -202,26 +199,3 @@ class ModelHost:
         """Raises APIError if a generation ended because the server does."""
         if finish_reason == "cancelled":
             raise APIError(503, "the server is shutting down", code=503)
-
-
-def _default_n_kv(metadata: dict[str, Any], settings: ServeSettings) -> int | None:
-    """Positions so that as many whole contexts as may run fit, within a quarter of the memory there is.
-
-    None, which is the engine's default, for what is no model: the engine says what is wrong with it.
-    """
-    arch = metadata.get("general.architecture")
-    names = ("context_length", "block_count", "embedding_length", "attention.head_count")
-    found = [metadata.get(f"{arch}.{name}") for name in names]
-    values = [value for value in found if isinstance(value, int) and value > 0]
-    if len(values) < len(names):
-        return None
-    context, n_layers, width, n_heads = values
-    n_ctx = min(settings.n_ctx or context, context)
-    n_kv_heads = metadata.get(f"{arch}.attention.head_count_kv", n_heads)
-    head = metadata.get(f"{arch}.attention.key_length", width // n_heads)
-    if not isinstance(n_kv_heads, int) or not isinstance(head, int):
-        return None
-    size = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32}.get(settings.kv_type, 4.0)
-    memory = min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), _core.cgroup_limits()["memory_bytes"])
-    affordable = int(memory / 4 / max(1.0, 2 * n_layers * n_kv_heads * head * size))
-    return int(max(n_ctx, min(settings.n_parallel * n_ctx, affordable, (1 << 31) - 1)))

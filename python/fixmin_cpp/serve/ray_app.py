@@ -12,7 +12,7 @@ from typing import Any
 
 from ray import serve
 
-from ..arguments import as_int
+from ..arguments import as_int, as_threads
 from ..errors import ArgumentError
 from .app import create_app
 from .settings import ServeSettings
@@ -58,7 +58,7 @@ def build(
             "max_replicas": max_replicas,
             "target_ongoing_requests": as_int("target_ongoing_requests", target, 1),
         },
-        ray_actor_options={"num_cpus": settings.n_threads or 1},
+        ray_actor_options={"num_cpus": as_threads(settings.n_threads) or 1},
         graceful_shutdown_timeout_s=settings.shutdown_timeout,
     )
     return deployment(serve.ingress()(_Replica)).bind(asdict(settings))
