@@ -256,14 +256,18 @@ def verify(
 
     Of weights other than the file's own nothing is measured: `problems` says that it is another checkpoint.
 
-    overrides and options: for `resolve`, as in the conversion. What was stated there as a plain value need not be
-    repeated, the file remembers it; files and trust_remote_code must be: a GGUF file has no say in which code is run
-    and which files are read.
+    overrides and options: for `resolve`, as in the conversion. What was stated there as a plain value, and which
+    tensors were allowed to be missing or unexpected, need not be repeated: the file remembers it, and `progress` is
+    told. Files and trust_remote_code must be: a GGUF file has no say in which code is run and which files are read.
 
     Raises GGUFError for a file that cannot be read, CheckpointError for a checkpoint that cannot.
     """
     stored = read_gguf(gguf_path)
     overrides = {**remembered_overrides(stored.metadata), **(overrides or {})}
+    allowed = remembered_allowances(stored.metadata)
+    if any(allowed.values()):
+        names = ", ".join(f"--{option.replace('_', '-')} {name}" for option, some in allowed.items() for name in some)
+        progress(f"as in the conversion, which the file remembers: {names}")
     progress("hashing the weights")
     with Source(Path(checkpoint_dir)) as source:
         sha256, expected = source.sha256(), stored.metadata.get("fixmin.convert.sha256")
@@ -273,7 +277,7 @@ def verify(
         return Certificate(against="nothing", outtype=_outtype(stored), problems=(problem,))
     with (
         torch_threads(Path(checkpoint_dir)),
-        resolve(checkpoint_dir, overrides=overrides, log=progress, **options) as resolved,
+        resolve(checkpoint_dir, overrides=overrides, remembered=allowed, log=progress, **options) as resolved,
     ):
         return certify(gguf_path, resolved, open_runner, progress)
 
@@ -286,6 +290,16 @@ def remembered_overrides(metadata: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     plain = isinstance(stated, dict) and all(name in OVERRIDES and name != "affine" for name in stated)
     return stated if plain else {}
+
+
+def remembered_allowances(metadata: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """allow_missing and allow_unexpected of the conversion; () where the file holds none or something else."""
+    found = {}
+    for option in ("allow_missing", "allow_unexpected"):
+        names = metadata.get(f"fixmin.convert.{option}")
+        plain = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        found[option] = tuple(names) if plain else ()
+    return found
 
 
 # --- the links --------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from .. import _core
 from ..arguments import Prompt, as_int
-from ..atomic_file import AtomicFile
+from ..atomic_file import AtomicFile, refuse_inputs
 from ..errors import ArgumentError, GGUFError
 from ..model import Model
 
@@ -72,6 +72,7 @@ def collect(
     chunks = [chunk for i in range(0, len(ids), size) if len(chunk := ids[i : i + size]) > 1]
     if not chunks:
         raise ArgumentError("text must have at least 2 tokens, got 1")
+    refuse_inputs(out, model.path)
     with AtomicFile(out) as file, model._running() as engine:
         squares = _core.InputSquares(engine)
         logprobs = []

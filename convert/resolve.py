@@ -49,6 +49,7 @@ def resolve(
     overrides: Mapping[str, Any] | None = None,
     allow_missing: Sequence[str] = (),
     allow_unexpected: Sequence[str] = (),
+    remembered: Mapping[str, Sequence[str]] | None = None,
     log: Log | None = None,
 ) -> Resolved:
     """Read a checkpoint directory and settle every convention of DESIGN §2, each with its provenance.
@@ -62,6 +63,7 @@ def resolve(
         allow_missing: names, or patterns with * and ?, of tensors that the files may lack: they get what a new model
             has there (the constructor's values; without code, biases of 0 and gains of 1).
         allow_unexpected: the same for tensors that have no place in the model: they are left out.
+        remembered: more names for the two, which may name nothing: those of an earlier conversion.
         log: called with a line of text for every finding, as it is made.
 
     Returns:
@@ -83,6 +85,8 @@ def resolve(
             log(line)
 
     source = Source(Path(checkpoint_dir), allow_missing=allow_missing, allow_unexpected=allow_unexpected)
+    for allowance in (source.allow_missing, source.allow_unexpected):
+        allowance.remembered = tuple((remembered or {}).get(allowance.option.strip("-").replace("-", "_"), ()))
     try:
         from . import probe
 

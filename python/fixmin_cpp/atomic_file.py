@@ -12,9 +12,9 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import CheckpointError
+from .errors import ArgumentError, CheckpointError
 
-__all__ = ["AtomicFile"]
+__all__ = ["AtomicFile", "refuse_inputs"]
 
 
 class AtomicFile:
@@ -87,6 +87,13 @@ class AtomicFile:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def refuse_inputs(target: str | os.PathLike[str], *inputs: str | os.PathLike[str] | None) -> None:
+    """ArgumentError if the file to write is one of those that are read: what it holds would be lost."""
+    for path in inputs:
+        if path is not None and os.path.exists(path) and os.path.exists(target) and os.path.samefile(path, target):
+            raise ArgumentError(f"{os.fspath(target)} is an input, {os.fspath(path)}: give the output another name")
 
 
 def _is_same_file(fd: int, path: Path) -> bool:

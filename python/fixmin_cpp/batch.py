@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from . import __version__, _core
 from .arguments import as_int
+from .atomic_file import refuse_inputs
 from .batch_lines import InputFile, Line, NativeEntry, Request, Settings, parse_line, write_record
 from .batch_output import OutputFile, Resumed
 from .errors import ArgumentError, FixminError, naming
@@ -146,8 +147,7 @@ def run_batch(
     n_parallel = as_int("n_parallel", n_parallel, 1, 4096)
     if ray_address is None and (ray_actors, ray_lines) != (None, None):
         raise ArgumentError("ray_actors and ray_lines need ray_address")
-    if os.path.exists(target) and os.path.samefile(source, target):
-        raise ArgumentError(f"{os.fspath(target)} is the input: give the output another name")
+    refuse_inputs(target, source, model)
     lines = InputFile.scan(source)
     file = ModelFile.of(model, n_threads=n_threads, n_ctx=n_ctx, kv_type=kv_type, n_parallel=n_parallel)
     settings = Settings.check(task, seed, options or {}, token_ids, file.vocab_size())

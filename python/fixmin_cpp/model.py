@@ -33,6 +33,7 @@ from .arguments import (
     candidate_counts,
     split_prompts,
 )
+from .atomic_file import refuse_inputs
 from .beam import Beam, beam_search
 from .constrain import Compiler, Constraint, Matcher
 from .errors import (
@@ -452,8 +453,10 @@ class Model:
             file and cache type makes them known; the rest is computed when it is needed.
 
         Raises:
-            OSError: the file cannot be written.
+            ArgumentError: it is the file of the model. OSError: it cannot be written.
         """
+        path = as_path("path", path)
+        refuse_inputs(path, self.path)
         ids = self._ids_in_context("text", text, 0, parse_special)
         params = _core.SamplingParams()
         params.max_new_tokens = 0
@@ -472,6 +475,7 @@ class Model:
             ArgumentError: the file is damaged, or belongs to another model file or cache type. OSError.
             FixminError: the model file has been written to since it was loaded. (Replacing it does no harm.)
         """
+        path = as_path("path", path)
         with self._running() as engine:
             ids, blocks = read_state(path, self._sha256(), self._info)
             n = len(blocks) // self._info["kv_block_bytes"] * self._info["kv_block_tokens"]

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from spec_factory import make_reference, save_checkpoint
 
 from fixmin_cpp import _core
+from fixmin_cpp.convert.certify import remembered_allowances, verify
 from fixmin_cpp.convert.convert import convert
 from fixmin_cpp.convert.resolve import resolve
 from fixmin_cpp.convert.source import Source
@@ -102,14 +103,48 @@ def test_a_bias_that_may_be_missing_is_zero(tmp_path: Path, pattern: str, truste
         assert any(line.startswith("warning: ") and "ffn_up.bias" in line for line in resolved.report)
 
 
+def extra(state: dict) -> None:
+    state["value_head.weight"] = torch.randn(7, 64)
+
+
+def test_what_was_allowed_need_not_be_repeated_to_verify(tmp_path: Path) -> None:
+    def change(state: dict) -> None:
+        del state["model.layers.1.ffn_up.bias"]
+        extra(state)
+
+    folder = checkpoint(tmp_path, change)
+    allowed = {"allow_missing": ["*.1.ffn_up.bias"], "allow_unexpected": ["value_head.weight"]}
+    with pytest.raises(CheckpointError, match=r"ffn_up\.bias"):
+        convert(folder, tmp_path / "m.gguf", "f32", trust_remote_code=True)
+    convert(folder, tmp_path / "m.gguf", "f32", trust_remote_code=True, **allowed)
+    metadata = _core.GgufFile(str(tmp_path / "m.gguf")).metadata
+    assert metadata["fixmin.convert.allow_missing"] == allowed["allow_missing"]
+    assert metadata["fixmin.convert.allow_unexpected"] == allowed["allow_unexpected"]
+    told: list[str] = []
+    assert verify(tmp_path / "m.gguf", folder, trust_remote_code=True, progress=told.append).passed
+    said = [line for line in told if "--allow" in line and "remembers" in line]
+    assert said == [
+        "as in the conversion, which the file remembers: --allow-missing *.1.ffn_up.bias, "
+        "--allow-unexpected value_head.weight"
+    ]
+    # The same again, and another way to read the checkpoint, where the first name does not come up.
+    assert verify(tmp_path / "m.gguf", folder, trust_remote_code=True, **allowed).passed
+    with pytest.raises(CheckpointError, match="no missing tensor"):
+        verify(tmp_path / "m.gguf", folder, trust_remote_code=True, allow_missing=["nothing"])
+
+
+def test_a_file_remembers_nothing_where_nothing_was_allowed(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path)
+    convert(folder, tmp_path / "m.gguf", "f32", trust_remote_code=True)
+    assert not [k for k in _core.GgufFile(str(tmp_path / "m.gguf")).metadata if "allow" in k]
+    assert remembered_allowances({"fixmin.convert.allow_missing": "*"}) == {"allow_missing": (), "allow_unexpected": ()}
+    assert remembered_allowances({"fixmin.convert.allow_unexpected": [1]})["allow_unexpected"] == ()
+
+
 @pytest.mark.parametrize(("option", "what"), [("allow_missing", "missing"), ("allow_unexpected", "unexpected")])
 def test_a_name_that_allows_nothing(tmp_path: Path, option: str, what: str) -> None:
     with pytest.raises(CheckpointError, match=f"lm_haed.bias: no {what} tensor"):
         resolve(checkpoint(tmp_path), trust_remote_code=True, **{option: ["lm_haed.bias"]})
-
-
-def extra(state: dict) -> None:
-    state["value_head.weight"] = torch.randn(7, 64)
 
 
 @pytest.mark.parametrize("trusted", [True, False])

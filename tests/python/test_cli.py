@@ -354,6 +354,9 @@ ENDS = [
     ("fixmin generate -m $M -p a -n 2 2>/dev/full | cmp - $EXPECTED", 0, ""),
     ("fixmin generate -m $M -n 2 <&-", 2, "no prompt"),
     ("fixmin --help >/dev/full", 1, "error: No space left on device\n"),
+    ("fixmin convert --help >/dev/full", 1, "error: No space left on device\n"),
+    ("fixmin verify --help >&-", 1, "error: Bad file descriptor\n"),
+    ("fixmin convert --help | true", 141, ""),
     ("fixmin --version >&-", 1, "error: Bad file descriptor\n"),
     ("fixmin info >/dev/full", 1, "error: stdout: No space left on device\n"),
     ("fixmin inspect $M >/dev/full", 1, "error: No space left on device\n"),
@@ -551,6 +554,28 @@ def test_files_that_are_no_text(bad_files, model_path, name):
         code, errors = invoke(*command, "-m", model_path, "-f", file)
         assert (code, len(errors)) == (1, 1), (command, errors)
         assert "empty" in errors[0] or errors[0].startswith(f"error: {file}: ")
+
+
+@pytest.mark.parametrize("what", ["model", "text"])
+def test_the_output_is_none_of_the_inputs(model_path, tmp_path, what):
+    """Through a link too; both are as they were."""
+    model, text, link = tmp_path / "model", tmp_path / "text", tmp_path / "link"
+    model.write_bytes(model_path.read_bytes())
+    text.write_text('{"prompt": "a", "max_new_tokens": 2}\n' * 9)
+    link.symlink_to(what)
+    before = model.read_bytes(), text.read_bytes()
+    for out in (tmp_path / what, link):
+        for command in (
+            ["imatrix", "-m", model, "-f", text, "-o", out],
+            ["perplexity", "-m", model, "-f", text, "--save-logits", out],
+            ["batch", text, out, "-m", model, "--overwrite"],
+            *([["quantize", model, out, "q8_0"]] if what == "model" else []),
+        ):
+            code, errors = invoke(*command)
+            assert (code, len(errors), "is an input" in errors[0]) == (1, 1, True), (command, errors)
+    with fixmin_cpp.Model(model) as loaded, pytest.raises(fixmin_cpp.ArgumentError, match="is an input"):
+        loaded.save_state(model, "a cat")
+    assert (model.read_bytes(), text.read_bytes()) == before
 
 
 NUMBERS = ["-1", "0", "-" + "9" * 30, "9" * 30, "9" * 5000, "nan", "inf", "-inf", "1e400", "0x10", "", "three"]
