@@ -30,6 +30,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
 from .. import _core
+from ..errors import naming
 from .quantize import BY_GGML_TYPE, OUT_TYPES
 from .readback import StoredModel, read_gguf
 from .resolve import OVERRIDES, resolve
@@ -262,7 +263,20 @@ def verify(
 
     Raises GGUFError for a file that cannot be read, CheckpointError for a checkpoint that cannot.
     """
+    with naming(gguf_path):
+        return _verify(gguf_path, checkpoint_dir, overrides, open_runner, progress, options)
+
+
+def _verify(
+    gguf_path: str | os.PathLike[str],
+    checkpoint_dir: str | os.PathLike[str],
+    overrides: Mapping[str, Any] | None,
+    open_runner: OpenRunner,
+    progress: Callable[[str], None],
+    options: Mapping[str, Any],
+) -> Certificate:
     stored = read_gguf(gguf_path)
+    _outtype(stored)
     overrides = {**remembered_overrides(stored.metadata), **(overrides or {})}
     allowed = remembered_allowances(stored.metadata)
     if any(allowed.values()):
@@ -271,7 +285,7 @@ def verify(
     progress("hashing the weights")
     with Source(Path(checkpoint_dir)) as source:
         sha256, expected = source.sha256(), stored.metadata.get("fixmin.convert.sha256")
-    if sha256 != expected:
+    if not isinstance(expected, str) or sha256 != expected:
         made = f"the file was made from {stored.metadata.get('fixmin.convert.source')!r} ({expected or 'unknown'})"
         problem = f"{checkpoint_dir} is another checkpoint: its weights have SHA-256 {sha256}, {made}"
         return Certificate(against="nothing", outtype=_outtype(stored), problems=(problem,))
@@ -446,7 +460,7 @@ def _outtype(stored: StoredModel) -> str:
     """The `--outtype` of a file, from general.file_type."""
     by_number = {int(t.file_type): name for name, t in OUT_TYPES.items()}
     number = stored.metadata.get("general.file_type")
-    if number not in by_number:
+    if not isinstance(number, int) or number not in by_number:
         raise _core.GGUFError(f"general.file_type {number!r} is not one that the converter writes")
     return by_number[number]
 

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from .. import _core
 from ..arguments import as_bool, as_int
 from ..atomic_file import AtomicFile, refuse_inputs
-from ..errors import ArgumentError, ArgumentTypeError
+from ..errors import ArgumentError, ArgumentTypeError, CheckpointError
 from .imatrix import read_imatrix
 from .quantize import BF16, F16, F32, Q8_0, bits_per_weight
 from .readback import read_gguf
@@ -151,7 +151,8 @@ def quantize(
         ArgumentError: an unknown type, a bad expression or one that matches nothing, a quantised source, an importance
             matrix of another model. ArgumentTypeError: a wrong type of argument.
         CheckpointError: a weight is not finite or too large for the type, the new file cannot be loaded, or the target
-            is being written by another process. GGUFError: the source or the imatrix is malformed. OSError: a file cannot be read or written.
+            is being written by another process. GGUFError: the source or the imatrix is malformed. OSError: a file
+            cannot be read or written.
     """
     started = time.perf_counter()
     source_path, target_path = _as_path("source", source), _as_path("target", target)
@@ -177,7 +178,10 @@ def quantize(
     metadata = _metadata(source_path, name, imatrix, tensor_types, output_type)
     layout = Layout([*plans, *codes], metadata)
     with AtomicFile(target_path) as file:
-        layout.write(file, {}, threads, progress or (lambda done, total, tensor: None))
+        try:
+            layout.write(file, {}, threads, progress or (lambda done, total, tensor: None))
+        except CheckpointError as error:
+            raise CheckpointError(f"{source_path}: {error}") from error
         check_loads(file)
         file.commit()
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import pickle
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -20,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CheckpointError
+from ..inspect import printable
 from ..recognise import describe_content, describe_no_file, describe_path
 from .tokenizer_files import build_tokenizer
 
@@ -211,6 +214,8 @@ class Source:
         self.files = self._find_files()
         for path, expected in self.files.items():
             self._read_header(path, expected)
+        if not self.tensors:
+            raise CheckpointError(f"{self.directory}: {some([p.name for p in self.files], 3)} hold no tensor")
 
     def __enter__(self) -> Source:
         return self
@@ -514,10 +519,20 @@ class Source:
         import torch
 
         try:
-            try:
-                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError:  # files of torch < 1.6 are no zip archives and cannot be mapped
-                state = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what torch has to say of a file that it then refuses
+                try:
+                    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                except RuntimeError:  # files of torch < 1.6 are no zip archives and cannot be mapped
+                    state = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            reason = re.search(r"Unsupported (global|class)[^\n]*|WeightsUnpickler error[^\n]*", str(error))
+            what = describe_content(path, "torch") or (
+                "holds other objects than tensors, and reading those could run code"
+                + (f" ({printable(reason[0])[:160]})" if reason else "")
+                + ": save its state dictionary alone, best with safetensors"
+            )
+            raise CheckpointError(f"{path.name}: {what}") from None
         except Exception as error:
             what = describe_content(path, "torch") or f"torch could not read it: {_first_line(error)}"
             raise CheckpointError(f"{path.name}: {what}") from None

@@ -244,7 +244,8 @@ def candidate_seed(seed: int, candidate: int) -> int:
 
 
 def as_int(name: str, value: Any, low: int, high: int | None = None) -> int:
-    """`value` as an int in [low, high]; NumPy integers are integers, bools and floats are not."""
+    """`value` as an int in [low, high]; integers of NumPy and PyTorch are integers, bools and floats are not."""
+    value = _scalar(value)
     if isinstance(value, bool | np.bool_):
         raise ArgumentTypeError(f"{name} must be an integer, got {value!r}")
     try:
@@ -258,17 +259,28 @@ def as_int(name: str, value: Any, low: int, high: int | None = None) -> int:
 
 
 def as_float(name: str, value: Any, low: float, high: float) -> float:
-    """`value` as a finite float in [low, high]; bools and strings are not numbers."""
+    """`value` as a finite float in [low, high]; numbers of NumPy and PyTorch are numbers, bools and strings are not."""
+    value = _scalar(value)
     if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.integer | np.floating):
         raise ArgumentTypeError(f"{name} must be a number, got {_show(value)}")
     try:
         number = float(value)
     except OverflowError:
-        number = math.inf
+        number = math.inf if value > 0 else -math.inf
     if not low <= number <= high:  # NaN fails every comparison
         shown = _digits(value) if isinstance(value, int) else repr(value)
         raise ArgumentError(f"{name} must be between {low:g} and {high:g}, got {shown}")
     return number
+
+
+def _scalar(value: Any) -> Any:
+    """An array or tensor without dimensions as the number that it holds; anything else as it is."""
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "__array__") and not isinstance(value, np.generic):
+        try:
+            return value.item()
+        except Exception:  # a tensor on a device without memory, or whatever another library says
+            return value
+    return value
 
 
 def as_share(name: str, value: Any) -> float:

@@ -36,7 +36,11 @@ class AtomicFile:
             kind = "directory" if self.target.is_dir() else "device or pipe"
             raise CheckpointError(f"{self.target}: is a {kind}; give the name of a file to write")
         while self._file is None:
-            file = open(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666), "r+b")
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            try:
+                file = open(os.open(self.path, flags, 0o666), "r+b")
+            except OSError as error:  # by the name that whoever reads it knows
+                raise OSError(error.errno, error.strerror, str(self.target)) from None
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -88,7 +88,8 @@ class ModelFile:
     def vocab_size(self) -> int:
         """From the header; beyond any token id if it does not say: loading it tells what is wrong with the file."""
         with naming(self.path):
-            return int(_core.GgufFile(self.path).metadata.get("fixmin.vocab_size", 2**32))
+            size = _core.GgufFile(self.path).metadata.get("fixmin.vocab_size")
+        return size if isinstance(size, int) and size > 1 else 2**32
 
     def check(self) -> None:
         """Raises FixminError if the file of that name is another one here."""

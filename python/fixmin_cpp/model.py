@@ -358,6 +358,8 @@ class Model:
         if last:
             raise ArgumentError("last and rows are two ways to say the same: give one")
         n = len(checked)
+        if not isinstance(rows, Sequence) and getattr(rows, "ndim", 0) != 1:
+            raise ArgumentTypeError(f"rows must be a list of integers, got {type(rows).__name__}")
         wanted = np.array([as_int(f"rows[{i}]", row, -n, n - 1) % n for i, row in enumerate(rows)], np.uint32)
         rising, back = np.unique(wanted, return_inverse=True)
         if not len(rising):

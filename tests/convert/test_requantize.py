@@ -15,6 +15,7 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFReader
 from gguf_factory import make_model
+from tokenizers import Tokenizer, models
 
 import fixmin_cpp
 from fixmin_cpp.convert import requantize

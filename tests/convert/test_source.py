@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import pickle
 import struct
 from pathlib import Path
 
@@ -336,6 +337,8 @@ def test_what_is_in_the_place_of_a_file(tmp_path: Path, name: str, content: byte
         ("model.safetensors", b"\x80\x02}q\0." + bytes(99), "pickle"),
         ("pytorch_model.bin", (99).to_bytes(8, "little") + b'{"x"', "a safetensors file"),
         ("pytorch_model.bin", b"PK\x03\x04" + bytes(99), "torch could not read it"),
+        ("model.safetensors", (2).to_bytes(8, "little") + b"{}", "hold no tensor"),
+        ("pytorch_model.bin", pickle.dumps({"x": print}), "other objects than tensors.*could run code"),
         ("config.json", b"\xff\xfe{\0}\0", "not valid JSON"),
         ("config.json", b"\xef\xbb\xbf{}", "not valid JSON.*BOM"),
     ],
