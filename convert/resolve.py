@@ -108,6 +108,7 @@ def resolve(
     for name, (value, origin) in resolved.spec.conventions.items():
         tell(f"{name} = {_short(value)} ({origin})")
     _check_tokenizer(resolved)
+    _check_codes(resolved)
     for text in source.warnings:
         tell(f"warning: {text}")
     resolved.report, resolved.warnings = report, tuple(source.warnings)
@@ -129,6 +130,20 @@ def _check_tokenizer(resolved: Resolved) -> None:
         resolved.source.warn(
             f"{path.name} has {len(beyond)} tokens beyond the {size} of the model ({some(sorted(beyond), 3)}): texts "
             "with them cannot be read"
+        )
+
+
+def _check_codes(resolved: Resolved) -> None:
+    """A warning if the model cannot tell ids apart: usually a code that is damaged, or of another checkpoint."""
+    spec = resolved.spec
+    if spec.code.kind == "learned":
+        return
+    codes = np.packbits(spec.code.codes(np.arange(spec.vocab_size)), axis=1)
+    n_same = spec.vocab_size - len(np.unique(codes, axis=0))
+    if n_same:
+        resolved.source.warn(
+            f"{n_same} of {spec.vocab_size} token ids have the code of another one, so that the model cannot tell them "
+            "apart: is the matrix or table of the codes damaged?"
         )
 
 

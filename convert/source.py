@@ -11,6 +11,7 @@ import json
 import math
 import pickle
 import re
+import reprlib
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -91,6 +92,37 @@ def spelling(config: Mapping[str, Any], key: str) -> str:
     """The config.json key that `hyper` used, for messages."""
     value = hyper(config, key)
     return next((s for s in _HYPER[key] if s in config and config[s] is value), _HYPER[key][0])
+
+
+_COUNTS = (
+    *("vocab_size", "embedding_length", "block_count", "head_count", "head_count_kv", "feed_forward_length"),
+    *("context_length", "code_width", "head_dim", "rope_dim"),
+)
+_MEASURES = ("norm_eps", "rope_base", "rope_fraction", "attention_scale")
+
+
+def check_numbers(config: Mapping[str, Any]) -> None:
+    """CheckpointError for a hyper-parameter that no model could have, where the configuration alone is to be trusted.
+
+    Of a count, a whole number from 1 on; of the others, a positive one. None is the same as not given.
+    """
+    for key in (*_COUNTS, *_MEASURES):
+        value = hyper(config, key)
+        if value is None:
+            wrong = [s for s in _HYPER[key] if config.get(s) is not None]
+            if wrong:
+                raise CheckpointError(f"config.json: {wrong[0]} is {_shown(config[wrong[0]])}, which is no number")
+            continue
+        whole = key not in _COUNTS or value == value // 1
+        above = 0 < value or (value == 0 and key in ("norm_eps", "rope_dim"))
+        if not (above and value < 1 << 31 and whole):  # NaN fails too
+            wanted = "a whole number from 1 on" if key in _COUNTS else "a positive number"
+            raise CheckpointError(f"config.json: {spelling(config, key)} is {_shown(value)}, but must be {wanted}")
+
+
+def _shown(value: Any) -> str:
+    text = reprlib.repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def context_length(config: Mapping[str, Any]) -> tuple[int, str] | None:
@@ -446,7 +478,7 @@ class Source:
             raise CheckpointError(f"{index}: no weight_map of tensor names to files")
         files: dict[Path, set[str] | None] = {}
         for name, file in weight_map.items():
-            if Path(file).name != file:
+            if Path(file).name != file or file in ("", ".", ".."):
                 raise CheckpointError(f"{index}: {file!r} is not a file beside the index")
             names = files.setdefault(self.directory / file, set())
             assert names is not None

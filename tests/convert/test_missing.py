@@ -164,6 +164,46 @@ def test_a_block_too_many(tmp_path: Path, trusted: bool) -> None:
         resolve(folder, trust_remote_code=trusted, overrides={} if trusted else STATED)
 
 
+@pytest.mark.parametrize(
+    ("key", "values", "message"),
+    [
+        ("vocab_size", (-1, 0, 1.5, 10**12, 10**400, float("nan"), float("inf")), "must be a whole number from 1 on"),
+        ("vocab_size", ("100", [100], True), "which is no number"),
+        ("vocab_size", (101,), "vocab_size is 101, but the output projection has rows for 100 tokens"),
+        ("hidden_size", (-1, 1.5, 10**400, float("nan")), "must be a whole number from 1 on"),
+        ("hidden_size", (65,), "hidden_size is 65, but the tensors have 64"),
+        ("num_attention_heads", (0, 2.5, float("inf")), "must be a whole number from 1 on"),
+        ("num_key_value_heads", (-1, 10**12), "must be a whole number from 1 on"),
+        ("max_position_embeddings", (-1, 10**12, 10**400), "must be a whole number from 1 on"),
+        ("rope_dim", (-2, 1.5, float("nan")), "must be a whole number from 1 on"),
+        ("norm_eps", (-1e-5, float("nan"), float("inf"), 10**400), "must be a positive number"),
+        ("rope_theta", (0, float("nan"), -(10**400)), "must be a positive number"),
+        ("attn_scale", (0, float("inf"), "x"), "must be a positive number|which is no number"),
+    ],
+)
+def test_numbers_that_no_model_has(tmp_path: Path, key: str, values: tuple, message: str) -> None:
+    """Where config.json decides, because no code is run."""
+    folder = checkpoint(tmp_path)
+    before = json.loads((folder / "config.json").read_text())
+    for value in values:
+        (folder / "config.json").write_text(json.dumps({**before, key: value}))
+        with pytest.raises(
+            CheckpointError, match=rf"config\.json: {key} is .*({message.replace(key + ' is ', '')})"
+        ) as caught:
+            resolve(folder, overrides=STATED).close()
+        assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("what", ["matrix of zeros", "two equal rows"])
+def test_ids_with_the_same_code(tmp_path: Path, what: str) -> None:
+    def change(state: dict) -> None:
+        matrix = state["model.code.matrix"]
+        state["model.code.matrix"] = matrix * 0 if what == "matrix of zeros" else torch.cat([matrix[1:2], matrix[1:]])
+
+    with resolve(checkpoint(tmp_path, change, code_kind="affine"), trust_remote_code=True) as resolved:
+        assert any("have the code of another one" in warning for warning in resolved.warnings)
+
+
 def test_another_shape(tmp_path: Path) -> None:
     def change(state: dict) -> None:
         state["model.layers.1.ffn_up.bias"] = torch.zeros(95)

@@ -240,7 +240,7 @@ def test_convert_is_the_package_and_can_be_called(tmp_path):
     ):
         with pytest.raises(ArgumentTypeError, match=next(iter(wrong))):
             fixmin_cpp.convert(**{"checkpoint_dir": tmp_path, **wrong})
-    with pytest.raises(ArgumentError, match="n_threads must be between 0 and 1024, got -1"):
+    with pytest.raises(fixmin_cpp.ArgumentError, match="n_threads must be between 0 and 1024, got -1"):
         fixmin_cpp.convert(tmp_path, n_threads=-1)
 
 
