@@ -22,6 +22,7 @@ from ..arguments import Prompt, as_int
 from ..atomic_file import AtomicFile, refuse_inputs
 from ..errors import ArgumentError, GGUFError
 from ..model import Model
+from ..recognise import refuse_wrong_model
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 
@@ -121,6 +122,7 @@ def read_imatrix(path: str | os.PathLike[str]) -> dict[str, NDArray[np.float32]]
 
     Raises GGUFError for a file that is malformed, is no importance matrix or holds impossible values; OSError.
     """
+    refuse_wrong_model(path)
     file = _core.GgufFile(str(path))
     if file.metadata.get("general.type") != "imatrix":
         raise GGUFError(f"{path}: general.type is {file.metadata.get('general.type')!a}, expected 'imatrix'")

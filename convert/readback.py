@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from .. import _core
 from ..errors import GGUFError, naming
+from ..recognise import refuse_wrong_model
 from .quantize import dequantize, row_bytes
 from .spec import CodeSpec, ModelSpec, TensorRecipe
 
@@ -37,6 +38,7 @@ def read_gguf(path: str | os.PathLike[str]) -> StoredModel:
     Raises GGUFError for a file that is malformed, is of another architecture or lacks a key; OSError if unreadable.
     """
     with naming(path):
+        refuse_wrong_model(path)
         return _read(Path(path))
 
 

@@ -114,7 +114,7 @@ def check_numbers(config: Mapping[str, Any]) -> None:
                 raise CheckpointError(f"config.json: {wrong[0]} is {_shown(config[wrong[0]])}, which is no number")
             continue
         whole = key not in _COUNTS or value == value // 1
-        above = 0 < value or (value == 0 and key in ("norm_eps", "rope_dim"))
+        above = value > 0 or (value == 0 and key in ("norm_eps", "rope_dim"))
         if not (above and value < 1 << 31 and whole):  # NaN fails too
             wanted = "a whole number from 1 on" if key in _COUNTS else "a positive number"
             raise CheckpointError(f"config.json: {spelling(config, key)} is {_shown(value)}, but must be {wanted}")

@@ -21,6 +21,7 @@ from .batch_output import OutputFile, Resumed
 from .errors import ArgumentError, FixminError, naming
 from .generation import TokenLogprob
 from .model import Model
+from .recognise import refuse_wrong_model
 from .state import file_sha256
 
 __all__ = ["BatchReport", "ModelFile", "Result", "run_batch", "run_lines"]
@@ -70,6 +71,7 @@ class ModelFile:
     @classmethod
     def of(cls, path: str | os.PathLike[str], **settings: Any) -> "ModelFile":
         """Reads the file for its hash."""
+        refuse_wrong_model(path)
         if not os.path.isfile(path):
             os.stat(path)  # raises the error that says what is missing
             raise ArgumentError(f"{os.fspath(path)}: not a regular file")  # reading a pipe could wait for ever

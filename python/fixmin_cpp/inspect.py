@@ -25,6 +25,7 @@ from rich.text import Text
 
 from . import _core
 from .errors import ArgumentError, GGUFError, naming
+from .recognise import refuse_wrong_model
 from .tokenizer import TextTokenizer
 
 __all__ = ["describe", "describe_code", "printable", "render"]
@@ -51,6 +52,7 @@ def describe(path: str | os.PathLike[str], tokens: Sequence[str] = ()) -> dict[s
     """
     path = Path(path)
     with naming(path):
+        refuse_wrong_model(path)
         return _describe(path, tokens)
 
 

@@ -41,7 +41,6 @@ from .errors import (
     ArgumentTypeError,
     ContextLengthError,
     FixminError,
-    GGUFError,
     UnsupportedError,
     naming,
 )
@@ -59,7 +58,7 @@ from .generation import (
     drive,
 )
 from .progress import bar
-from .recognise import describe_wrong_model
+from .recognise import refuse_wrong_model
 from .state import read_state, write_state
 from .tokenizer import TextTokenizer, end_of_text_ids
 
@@ -150,10 +149,7 @@ class Model:
             "n_kv": n_kv,
             "n_parallel": n_parallel,
         }
-        if (reason := describe_wrong_model(path)) is not None:
-            missing = not os.path.exists(path)
-            kind = FileNotFoundError if missing else IsADirectoryError if os.path.isdir(path) else GGUFError
-            raise kind(f"{self.path}: {reason}")
+        refuse_wrong_model(path)
         begin = time.monotonic()
         self._engine = _core.Engine(
             self.path,

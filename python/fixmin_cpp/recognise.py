@@ -6,7 +6,9 @@ import os
 import re
 from pathlib import Path
 
-__all__ = ["describe_content", "describe_no_file", "describe_path", "describe_wrong_model"]
+from .errors import GGUFError
+
+__all__ = ["describe_content", "describe_no_file", "describe_path", "describe_wrong_model", "refuse_wrong_model"]
 
 _LFS = b"version https://git-lfs.github.com/spec/"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -105,6 +107,14 @@ def describe_wrong_model(path: str | os.PathLike[str]) -> str | None:
     if not path.exists() and (hint := _download(path)) is not None:
         return f"there is no such file; if this is a model of the Hugging Face hub: {hint}, then convert it"
     return None
+
+
+def refuse_wrong_model(path: str | os.PathLike[str]) -> None:
+    """Raises what describe_wrong_model() says: FileNotFoundError, IsADirectoryError or GGUFError."""
+    if (reason := describe_wrong_model(path)) is not None:
+        missing = not os.path.exists(path)
+        kind = FileNotFoundError if missing else IsADirectoryError if os.path.isdir(path) else GGUFError
+        raise kind(f"{os.fspath(path)}: {reason}")
 
 
 def _download(path: Path) -> str | None:

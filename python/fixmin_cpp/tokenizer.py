@@ -13,6 +13,7 @@ import numpy as np
 
 from . import _core
 from .errors import ArgumentError, ArgumentTypeError, GGUFError, UnsupportedError, naming
+from .recognise import refuse_wrong_model
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -196,6 +197,7 @@ class TextTokenizer:
 def file_tokenizer(path: str | os.PathLike[str]) -> TextTokenizer:
     """The tokenizer of a GGUF file of any architecture. UnsupportedError if it holds none; GGUFError, OSError."""
     with naming(path):
+        refuse_wrong_model(path)
         tokenizer = TextTokenizer.from_metadata(_core.GgufFile(os.fspath(path)).metadata)
     if tokenizer is None:
         raise UnsupportedError(f"{os.fspath(path)} holds no tokenizer (key {_JSON_KEY})")

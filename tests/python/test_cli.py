@@ -578,6 +578,37 @@ def test_the_output_is_none_of_the_inputs(model_path, tmp_path, what):
     assert (model.read_bytes(), text.read_bytes()) == before
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("folder", None, "a folder, not a GGUF file"),
+        ("model.safetensors", b"", "weights of a checkpoint"),
+        ("pointer.gguf", b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+        ("page.gguf", b"<!doctype html>", "an HTML page"),
+        ("packed.gguf", b"\x1f\x8b\x08\0", "packed with gzip"),
+        ("owner/name", b"", "hf download owner/name"),
+    ],
+)
+def test_every_command_knows_what_was_given_instead_of_a_model(tmp_path, monkeypatch, name, content, message):
+    monkeypatch.chdir(tmp_path)
+    if content is None:
+        Path(name).mkdir()
+    elif "/" not in name:
+        Path(name).write_bytes(content)
+    Path("in").write_text('{"prompt": "a"}\n')
+    for command in (
+        ["generate", "-m", name, "-p", "a"],
+        ["tokenize", "-m", name, "-p", "a"],
+        ["inspect", name],
+        ["quantize", name, "out", "q8_0"],
+        ["batch", "in", "out", "-m", name],
+    ):
+        code, errors = invoke(*command)
+        assert (code, len(errors)) == (1, 1), (command, errors)
+        assert errors[0].startswith(f"error: {name}: "), errors
+        assert message in errors[0], errors
+
+
 NUMBERS = ["-1", "0", "-" + "9" * 30, "9" * 30, "9" * 5000, "nan", "inf", "-inf", "1e400", "0x10", "", "three"]
 CALLS = {
     "generate": ["-m", "{model}", "-p", "a", "-q"],
