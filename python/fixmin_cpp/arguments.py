@@ -338,7 +338,11 @@ def as_path(name: str, value: Any) -> str:
     """`value` as the name of a file."""
     if not isinstance(value, str | os.PathLike) or not isinstance(os.fspath(value), str):
         raise ArgumentTypeError(f"{name} must be a str or a path, got {type(value).__name__}")
-    path = as_text(name, os.fspath(value))
+    path = os.fspath(value)
+    try:
+        os.fsencode(path or "\ud800")  # bytes that are no UTF-8 are surrogates in it, which is fine
+    except UnicodeEncodeError:
+        as_text(name, path)
     if "\0" in path:
         raise ArgumentError(f"{name} must not hold a NUL character, got {_short.repr(path)}")
     return path

@@ -36,6 +36,10 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
     """Errors of a GGUF file say which file, if they do not already."""
     try:
         yield
+    except UnicodeDecodeError as error:  # a message of the native module with a name of a file that is not UTF-8
+        if os.fsencode(path) not in error.object:
+            raise
+        raise GGUFError(error.object.decode("utf-8", "surrogateescape")) from None
     except (GGUFError, UnsupportedError) as error:
         name = os.fspath(path)
         if str(error).startswith(name):

@@ -151,8 +151,9 @@ class Model:
         }
         refuse_wrong_model(path)
         begin = time.monotonic()
+        file_name: Any = os.fsencode(self.path)  # which need not be UTF-8
         self._engine = _core.Engine(
-            self.path,
+            file_name,
             n_threads=0 if n_threads is None else as_int("n_threads", n_threads, 1, 1024),
             n_ctx=0 if n_ctx is None else as_int("n_ctx", n_ctx, 0, _MAX_INT32),
             kv_type=kv_type,

@@ -422,6 +422,22 @@ def test_an_argument_that_is_not_utf8(model_path):
     assert (result.returncode, result.stderr) == (1, b"error: the command line is not UTF-8: byte 0xff at offset 1\n")
 
 
+def test_names_of_files_that_are_not_utf8(letters_model, tmp_path):
+    name = tmp_path / os.fsdecode(b"a\xff b.gguf")
+    name.write_bytes(Path(letters_model.path).read_bytes())
+    with fixmin_cpp.Model(name) as loaded:
+        assert loaded.generate("a", max_new_tokens=3).text == letters_model.generate("a", max_new_tokens=3).text
+        assert loaded.save_state(tmp_path / os.fsdecode(b"state\xfe"), "the cat" * 8) > 0
+    fixmin_cpp.quantize(name, tmp_path / os.fsdecode(b"q\xfe.gguf"), "q8_0", allow_requantize=True)
+    name.write_bytes(name.read_bytes()[:100])
+    for command in (["generate", "-m", name, "-p", "a"], ["inspect", name], ["tokenize", "-m", name, "-p", "a"]):
+        code, errors = invoke(*command)
+        assert (code, len(errors)) == (1, 1), errors
+        assert "a\\udcff b.gguf: " in errors[0]
+    with pytest.raises(fixmin_cpp.ArgumentError, match=r"path is not valid Unicode: lone surrogate '\\ud800'"):
+        fixmin_cpp.Model("\ud800")
+
+
 def test_a_narrow_terminal_and_one_without_colours(model_path):
     environment = {"COLUMNS": "20", "NO_COLOR": "1"}
     for command in (["inspect", str(model_path)], ["generate", "--help"], ["info"]):
