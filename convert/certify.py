@@ -30,6 +30,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
 from .. import _core
+from ..errors import naming
 from .quantize import BY_GGML_TYPE, OUT_TYPES
 from .readback import StoredModel, read_gguf
 from .resolve import OVERRIDES, resolve
@@ -256,24 +257,41 @@ def verify(
 
     Of weights other than the file's own nothing is measured: `problems` says that it is another checkpoint.
 
-    overrides and options: for `resolve`, as in the conversion. What was stated there as a plain value need not be
-    repeated, the file remembers it; files and trust_remote_code must be: a GGUF file has no say in which code is run
-    and which files are read.
+    overrides and options: for `resolve`, as in the conversion. What was stated there as a plain value, and which
+    tensors were allowed to be missing or unexpected, need not be repeated: the file remembers it, and `progress` is
+    told. Files and trust_remote_code must be: a GGUF file has no say in which code is run and which files are read.
 
     Raises GGUFError for a file that cannot be read, CheckpointError for a checkpoint that cannot.
     """
+    with naming(gguf_path):
+        return _verify(gguf_path, checkpoint_dir, overrides, open_runner, progress, options)
+
+
+def _verify(
+    gguf_path: str | os.PathLike[str],
+    checkpoint_dir: str | os.PathLike[str],
+    overrides: Mapping[str, Any] | None,
+    open_runner: OpenRunner,
+    progress: Callable[[str], None],
+    options: Mapping[str, Any],
+) -> Certificate:
     stored = read_gguf(gguf_path)
+    _outtype(stored)
     overrides = {**remembered_overrides(stored.metadata), **(overrides or {})}
+    allowed = remembered_allowances(stored.metadata)
+    if any(allowed.values()):
+        names = ", ".join(f"--{option.replace('_', '-')} {name}" for option, some in allowed.items() for name in some)
+        progress(f"as in the conversion, which the file remembers: {names}")
     progress("hashing the weights")
     with Source(Path(checkpoint_dir)) as source:
         sha256, expected = source.sha256(), stored.metadata.get("fixmin.convert.sha256")
-    if sha256 != expected:
+    if not isinstance(expected, str) or sha256 != expected:
         made = f"the file was made from {stored.metadata.get('fixmin.convert.source')!r} ({expected or 'unknown'})"
         problem = f"{checkpoint_dir} is another checkpoint: its weights have SHA-256 {sha256}, {made}"
         return Certificate(against="nothing", outtype=_outtype(stored), problems=(problem,))
     with (
         torch_threads(Path(checkpoint_dir)),
-        resolve(checkpoint_dir, overrides=overrides, log=progress, **options) as resolved,
+        resolve(checkpoint_dir, overrides=overrides, remembered=allowed, log=progress, **options) as resolved,
     ):
         return certify(gguf_path, resolved, open_runner, progress)
 
@@ -286,6 +304,16 @@ def remembered_overrides(metadata: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     plain = isinstance(stated, dict) and all(name in OVERRIDES and name != "affine" for name in stated)
     return stated if plain else {}
+
+
+def remembered_allowances(metadata: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """allow_missing and allow_unexpected of the conversion; () where the file holds none or something else."""
+    found = {}
+    for option in ("allow_missing", "allow_unexpected"):
+        names = metadata.get(f"fixmin.convert.{option}")
+        plain = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        found[option] = tuple(names) if plain else ()
+    return found
 
 
 # --- the links --------------------------------------------------------------------------------------------------
@@ -432,7 +460,7 @@ def _outtype(stored: StoredModel) -> str:
     """The `--outtype` of a file, from general.file_type."""
     by_number = {int(t.file_type): name for name, t in OUT_TYPES.items()}
     number = stored.metadata.get("general.file_type")
-    if number not in by_number:
+    if not isinstance(number, int) or number not in by_number:
         raise _core.GGUFError(f"general.file_type {number!r} is not one that the converter writes")
     return by_number[number]
 

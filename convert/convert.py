@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -20,7 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import rich.progress
 from rich.console import Console
@@ -28,7 +30,7 @@ from rich.text import Text
 
 from .. import _core
 from ..arguments import as_threads
-from ..errors import CheckpointError, GGUFError, UnsupportedError
+from ..errors import CheckpointError
 from ..inspect import printable
 from .certify import Certificate, OpenRunner, certify, open_engine, pending, verify
 from .quantize import OUT_TYPES
@@ -36,7 +38,7 @@ from .resolve import OVERRIDES, resolve
 from .source import check_directory
 from .spec import Resolved
 from .torch_threads import torch_threads
-from .writer import AtomicFile, Layout, Progress, Provenance
+from .writer import AtomicFile, Layout, Progress, Provenance, check_loads
 
 UNCERTIFIED_SUFFIX = ".uncertified"
 
@@ -187,7 +189,7 @@ def convert(
                 file.commit(target)
                 kept = f" (kept as {target})"
             raise CertificationError(f"{out}: certification failed; no file was written{kept}", certificate)
-        _load(file)
+        check_loads(file)
         file.commit()
         return ConversionReport(
             path=out,
@@ -201,20 +203,6 @@ def convert(
             quantise_s=quantise_s,
             certificate=certificate,
         )
-
-
-def _load(file: AtomicFile) -> None:
-    """Load the finished file as whoever uses it does: tensors, tokenizer, special tokens.
-
-    Raises CheckpointError if that fails: such a file must not get its name.
-    """
-    from ..model import Model
-
-    try:
-        Model(file.path, n_ctx=1, n_kv=1, n_batch=1, n_parallel=1).close()
-    except (GGUFError, UnsupportedError) as error:
-        text = str(error).replace(str(file.path), str(file.target))
-        raise CheckpointError(f"the finished file cannot be loaded, so it was not written: {text}") from error
 
 
 def _output_path(out: Path | None, checkpoint_dir: Path, outtype: str) -> Path:
@@ -245,6 +233,8 @@ def _provenance(
         sha256=resolved.spec.weights_sha256(),
         conventions=[_convention(name, *found) for name, found in resolved.spec.conventions.items()],
         overrides=json.dumps(plain, sort_keys=True),
+        allow_missing=resolved.source.allow_missing.patterns,
+        allow_unexpected=resolved.source.allow_unexpected.patterns,
         against=pending(resolved, outtype).against,
     )
 
@@ -319,12 +309,33 @@ def _resolve_options(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+class _Parser(argparse.ArgumentParser):
+    """One that says in two lines what is wrong, and does not hide that its help could not be written."""
+
+    def parse_args(self, argv: Sequence[str] | None = None) -> argparse.Namespace:  # type: ignore[override]
+        args, unknown = self.parse_known_args(argv)
+        if not unknown:
+            return args
+        option = next((text for text in unknown if text.startswith("-")), None)
+        if option is None:
+            self.error(f"unexpected argument {unknown[0]!r}")
+        known = set(re.findall(r"--[a-z][a-z-]*", self.format_help()))
+        meant = difflib.get_close_matches(option.partition("=")[0], known, 1)
+        self.error(f"no such option: {option}" + (f" (did you mean {meant[0]}?)" if meant else ""))
+
+    def print_help(self, file: Any = None) -> None:
+        print(self.format_help(), end="", file=file or sys.stdout, flush=True)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {printable(message)}\n{self.prog} --help shows how to use it\n")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Convert as the command line says. Returns the exit code: 0, or 1 if the result could not be certified.
 
     Other errors are raised; argparse ends the process for wrong usage (2) and --help (0).
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="fixmin convert",
         description="Convert a Hugging Face checkpoint to GGUF and prove that the file computes the same function.",
     )
@@ -376,7 +387,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def verify_main(argv: Sequence[str] | None = None) -> int:
     """Certify a file again, as the command line says. Returns 0 if it passes, 1 if not; other errors are raised."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="fixmin verify", description="Prove again that a GGUF file computes the function of its checkpoint."
     )
     parser.add_argument("gguf", type=Path, help="the file to verify")
@@ -392,7 +403,10 @@ def verify_main(argv: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _terminate_cleanly() -> Iterator[None]:
-    """SIGTERM as an exception, so that the temporary file is removed. Only the main thread may set handlers."""
+    """SIGTERM, and SIGHUP unless `nohup` has it ignored, as an exception, so that the temporary file is removed.
+
+    Only the main thread may set handlers.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -400,8 +414,11 @@ def _terminate_cleanly() -> Iterator[None]:
     def stop(number: int, frame: object) -> None:
         raise SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, stop)}
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+        before[signal.SIGHUP] = signal.signal(signal.SIGHUP, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -16,7 +16,7 @@ from ..errors import CheckpointError
 from .codes import MAX_WIDTH, recover_code
 from .recipes import Ref, constant, gather, stored_ref
 from .roles import Part, Roles, assign_roles, mapped_recipes, read_map
-from .source import Source, context_length, hyper, spelling
+from .source import Source, check_numbers, context_length, hyper, spelling
 from .spec import Bits, CodeSpec, ModelSpec, TensorRecipe
 
 
@@ -52,6 +52,7 @@ class Files:
 
     def __init__(self, source: Source, stated: Mapping[str, Any], map_file: str | os.PathLike[str] | None) -> None:
         self.source, self.stated, self.config = source, stated, source.config
+        check_numbers(source.config)
         self.mapping = read_map(source, map_file)
         declared = hyper(self.config, "vocab_size")
         self.roles: Roles = assign_roles(
@@ -81,6 +82,9 @@ class Files:
             parts = [part for role, part in (*first.items(), *top.items()) if role in roles]
             if self.config.get(key) is True and parts and not any(part.bias for part in parts):
                 lacking.append((f"{roles[0]}.bias", f"config.json: {key} is true"))
+        width = self.config.get("hidden_size")
+        if width is not None and width != self.width:
+            raise CheckpointError(f"config.json: hidden_size is {width}, but the tensors have {self.width}")
         for name, why in lacking:
             if any(gguf.endswith(name) for gguf in self.mapped):
                 continue
@@ -119,7 +123,12 @@ class Files:
         shape = self.source.tensors[self.roles.top["output"].weight].shape
         rows = shape[1] if shape[0] == self.width else shape[0]
         declared = hyper(self.config, "vocab_size")
-        return min(rows, int(declared)) if declared else rows
+        if declared is not None and declared > rows:
+            raise CheckpointError(
+                f"config.json: {spelling(self.config, 'vocab_size')} is {declared}, but the output projection has rows "
+                f"for {rows} tokens"
+            )
+        return rows if declared is None else int(declared)
 
     # Items ------------------------------------------------------------------------------------------------------
 

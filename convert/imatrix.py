@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 
 from .. import _core
 from ..arguments import Prompt, as_int
-from ..atomic_file import AtomicFile
+from ..atomic_file import AtomicFile, refuse_inputs
 from ..errors import ArgumentError, GGUFError
 from ..model import Model
+from ..recognise import refuse_wrong_model
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 
@@ -72,6 +73,7 @@ def collect(
     chunks = [chunk for i in range(0, len(ids), size) if len(chunk := ids[i : i + size]) > 1]
     if not chunks:
         raise ArgumentError("text must have at least 2 tokens, got 1")
+    refuse_inputs(out, model.path)
     with AtomicFile(out) as file, model._running() as engine:
         squares = _core.InputSquares(engine)
         logprobs = []
@@ -120,6 +122,7 @@ def read_imatrix(path: str | os.PathLike[str]) -> dict[str, NDArray[np.float32]]
 
     Raises GGUFError for a file that is malformed, is no importance matrix or holds impossible values; OSError.
     """
+    refuse_wrong_model(path)
     file = _core.GgufFile(str(path))
     if file.metadata.get("general.type") != "imatrix":
         raise GGUFError(f"{path}: general.type is {file.metadata.get('general.type')!a}, expected 'imatrix'")

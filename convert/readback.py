@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from .. import _core
 from ..errors import GGUFError, naming
+from ..recognise import refuse_wrong_model
 from .quantize import dequantize, row_bytes
 from .spec import CodeSpec, ModelSpec, TensorRecipe
 
@@ -36,9 +37,13 @@ def read_gguf(path: str | os.PathLike[str]) -> StoredModel:
 
     Raises GGUFError for a file that is malformed, is of another architecture or lacks a key; OSError if unreadable.
     """
-    path = Path(path)
     with naming(path):
-        file = _core.GgufFile(str(path))
+        refuse_wrong_model(path)
+        return _read(Path(path))
+
+
+def _read(path: Path) -> StoredModel:
+    file = _core.GgufFile(str(path))
     metadata = file.metadata
     if metadata.get("general.architecture") != "fixmin":
         raise GGUFError(f"{path}: architecture {metadata.get('general.architecture')!a}, expected 'fixmin'")
@@ -100,7 +105,13 @@ def _code(keys: _Keys, file: _core.GgufFile) -> CodeSpec:
     if kind == "affine":
         matrix = keys.array("code.affine_matrix", width * width).reshape(width, width)
         return CodeSpec("affine", matrix=matrix, shift=keys.array("code.affine_shift", width), **lift)
-    packed = file.tensor_data("token_code.weight").reshape(keys.get("vocab_size", int), -1)
+    if kind != "table":
+        raise GGUFError(f"key fixmin.code.kind is {kind!a}, expected affine, table or learned")
+    vocab_size = keys.get("vocab_size", int)
+    tensor = next((t for t in file.tensors if t.name == "token_code.weight"), None)
+    if tensor is None or tensor.n_bytes != vocab_size * ((width + 7) // 8):
+        raise GGUFError(f"token_code.weight does not hold {vocab_size} rows of {width} bits")
+    packed = file.tensor_data("token_code.weight").reshape(vocab_size, -1)
     return CodeSpec("table", table=np.unpackbits(packed, axis=1, bitorder="little")[:, :width], **lift)
 
 

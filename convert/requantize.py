@@ -24,13 +24,13 @@ from numpy.typing import NDArray
 
 from .. import _core
 from ..arguments import as_bool, as_threads
-from ..atomic_file import AtomicFile
-from ..errors import ArgumentError, ArgumentTypeError
+from ..atomic_file import AtomicFile, refuse_inputs
+from ..errors import ArgumentError, ArgumentTypeError, CheckpointError
 from .imatrix import read_imatrix
 from .quantize import BF16, F16, F32, Q8_0, bits_per_weight
 from .readback import read_gguf
 from .spec import TensorRecipe
-from .writer import Layout, Progress, TensorPlan, Value
+from .writer import Layout, Progress, TensorPlan, Value, check_loads
 
 _T = GGMLQuantizationType
 
@@ -131,7 +131,7 @@ def quantize(
 
     Args:
         source: a GGUF file of architecture "fixmin", in F32, F16 or BF16 (see allow_requantize).
-        target: the file to write, not the source.
+        target: the file to write, none of those that are read.
         type: a plain type for every matrix (f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, q2_k, q3_k, q4_k, q5_k, q6_k,
             iq4_nl, iq4_xs), or a mixed recipe of llama.cpp (q3_k_s, q3_k_m, q3_k_l, q4_k_s, q4_k_m, q5_k_s, q5_k_m;
             q6_k is both). Upper case is the same.
@@ -150,8 +150,9 @@ def quantize(
     Raises:
         ArgumentError: an unknown type, a bad expression or one that matches nothing, a quantised source, an importance
             matrix of another model. ArgumentTypeError: a wrong type of argument.
-        CheckpointError: a weight is not finite or too large for the type, or the target is being written by another
-            process. GGUFError: the source or the imatrix is malformed. OSError: a file cannot be read or written.
+        CheckpointError: a weight is not finite or too large for the type, the new file cannot be loaded, or the target
+            is being written by another process. GGUFError: the source or the imatrix is malformed. OSError: a file
+            cannot be read or written.
     """
     started = time.perf_counter()
     source_path, target_path = _as_path("source", source), _as_path("target", target)
@@ -160,9 +161,9 @@ def quantize(
     output_type = None if output_tensor_type is None else _as_type("output_tensor_type", output_tensor_type, PLAIN)
     allow_requantize = as_bool("allow_requantize", allow_requantize)
     threads = as_threads(n_threads)
-    if os.path.realpath(source_path) == os.path.realpath(target_path):
-        raise ArgumentError(f"the target {target_path} is the source")
-    importance = {} if imatrix is None else read_imatrix(_as_path("imatrix", imatrix))
+    imatrix_path = None if imatrix is None else _as_path("imatrix", imatrix)
+    refuse_inputs(target_path, source_path, imatrix_path)
+    importance = {} if imatrix_path is None else read_imatrix(imatrix_path)
 
     stored = read_gguf(source_path)
     chooser = _Chooser(name, rules, output_type, stored.spec.block_count, stored.spec.code.kind != "learned")
@@ -177,7 +178,11 @@ def quantize(
     metadata = _metadata(source_path, name, imatrix, tensor_types, output_type)
     layout = Layout([*plans, *codes], metadata)
     with AtomicFile(target_path) as file:
-        layout.write(file, {}, threads, progress or (lambda done, total, tensor: None))
+        try:
+            layout.write(file, {}, threads, progress or (lambda done, total, tensor: None))
+        except CheckpointError as error:
+            raise CheckpointError(f"{source_path}: {error}") from error
+        check_loads(file)
         file.commit()
 
     tensors = tuple(

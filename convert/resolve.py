@@ -49,6 +49,7 @@ def resolve(
     overrides: Mapping[str, Any] | None = None,
     allow_missing: Sequence[str] = (),
     allow_unexpected: Sequence[str] = (),
+    remembered: Mapping[str, Sequence[str]] | None = None,
     log: Log | None = None,
 ) -> Resolved:
     """Read a checkpoint directory and settle every convention of DESIGN §2, each with its provenance.
@@ -62,6 +63,7 @@ def resolve(
         allow_missing: names, or patterns with * and ?, of tensors that the files may lack: they get what a new model
             has there (the constructor's values; without code, biases of 0 and gains of 1).
         allow_unexpected: the same for tensors that have no place in the model: they are left out.
+        remembered: more names for the two, which may name nothing: those of an earlier conversion.
         log: called with a line of text for every finding, as it is made.
 
     Returns:
@@ -83,6 +85,8 @@ def resolve(
             log(line)
 
     source = Source(Path(checkpoint_dir), allow_missing=allow_missing, allow_unexpected=allow_unexpected)
+    for allowance in (source.allow_missing, source.allow_unexpected):
+        allowance.remembered = tuple((remembered or {}).get(allowance.option.strip("-").replace("-", "_"), ()))
     try:
         from . import probe
 
@@ -104,6 +108,7 @@ def resolve(
     for name, (value, origin) in resolved.spec.conventions.items():
         tell(f"{name} = {_short(value)} ({origin})")
     _check_tokenizer(resolved)
+    _check_codes(resolved)
     for text in source.warnings:
         tell(f"warning: {text}")
     resolved.report, resolved.warnings = report, tuple(source.warnings)
@@ -125,6 +130,20 @@ def _check_tokenizer(resolved: Resolved) -> None:
         resolved.source.warn(
             f"{path.name} has {len(beyond)} tokens beyond the {size} of the model ({some(sorted(beyond), 3)}): texts "
             "with them cannot be read"
+        )
+
+
+def _check_codes(resolved: Resolved) -> None:
+    """A warning if the model cannot tell ids apart: usually a code that is damaged, or of another checkpoint."""
+    spec = resolved.spec
+    if spec.code.kind == "learned":
+        return
+    codes = np.packbits(spec.code.codes(np.arange(spec.vocab_size)), axis=1)
+    n_same = spec.vocab_size - len(np.unique(codes, axis=0))
+    if n_same:
+        resolved.source.warn(
+            f"{n_same} of {spec.vocab_size} token ids have the code of another one, so that the model cannot tell them "
+            "apart: is the matrix or table of the codes damaged?"
         )
 
 

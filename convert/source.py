@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import pickle
 import re
+import reprlib
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -19,7 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CheckpointError
-from ..recognise import describe_content, describe_path
+from ..inspect import printable
+from ..recognise import describe_content, describe_no_file, describe_path
 from .tokenizer_files import build_tokenizer
 
 F32 = NDArray[np.float32]
@@ -37,6 +42,7 @@ _CHUNK = 1 << 22  # elements of a tensor looked at together
 _STANDARD = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 # Without any of those, every *.safetensors or pytorch_model*.bin is read, but for these: the weights once more in
 # another layout, and what is no model.
+_WEIGHTS = re.compile(r"\.safetensors$|^pytorch_model.*\.bin$")
 _OTHER_LAYOUT = re.compile(r"consolidated|adapter_model|optimizer|scheduler|training_args|rng_state", re.IGNORECASE)
 
 # One fact, many spellings. The first one present in config.json counts.
@@ -88,6 +94,37 @@ def spelling(config: Mapping[str, Any], key: str) -> str:
     return next((s for s in _HYPER[key] if s in config and config[s] is value), _HYPER[key][0])
 
 
+_COUNTS = (
+    *("vocab_size", "embedding_length", "block_count", "head_count", "head_count_kv", "feed_forward_length"),
+    *("context_length", "code_width", "head_dim", "rope_dim"),
+)
+_MEASURES = ("norm_eps", "rope_base", "rope_fraction", "attention_scale")
+
+
+def check_numbers(config: Mapping[str, Any]) -> None:
+    """CheckpointError for a hyper-parameter that no model could have, where the configuration alone is to be trusted.
+
+    Of a count, a whole number from 1 on; of the others, a positive one. None is the same as not given.
+    """
+    for key in (*_COUNTS, *_MEASURES):
+        value = hyper(config, key)
+        if value is None:
+            wrong = [s for s in _HYPER[key] if config.get(s) is not None]
+            if wrong:
+                raise CheckpointError(f"config.json: {wrong[0]} is {_shown(config[wrong[0]])}, which is no number")
+            continue
+        whole = key not in _COUNTS or value == value // 1
+        above = value > 0 or (value == 0 and key in ("norm_eps", "rope_dim"))
+        if not (above and value < 1 << 31 and whole):  # NaN fails too
+            wanted = "a whole number from 1 on" if key in _COUNTS else "a positive number"
+            raise CheckpointError(f"config.json: {spelling(config, key)} is {_shown(value)}, but must be {wanted}")
+
+
+def _shown(value: Any) -> str:
+    text = reprlib.repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
 def context_length(config: Mapping[str, Any]) -> tuple[int, str] | None:
     """(longest prompt in tokens, the key that says so) of a configuration, or None."""
     value = hyper(config, "context_length")
@@ -130,7 +167,11 @@ class StoredTensor:
     @property
     def size(self) -> int:
         """Number of elements."""
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
+
+    @property
+    def n_bytes(self) -> int:
+        return self.size * np.dtype(_DTYPES[self.dtype]).itemsize
 
     @property
     def is_float(self) -> bool:
@@ -152,11 +193,12 @@ class Allowance:
 
     option: str
     patterns: tuple[str, ...] = ()
+    remembered: tuple[str, ...] = ()  # more of them, which may name nothing
     used: set[str] = field(default_factory=set)
 
     def __call__(self, name: str) -> bool:
         """Whether `name` is allowed."""
-        fitting = [p for p in self.patterns if fnmatchcase(name, p)]
+        fitting = [p for p in (*self.patterns, *self.remembered) if fnmatchcase(name, p)]
         self.used.update(fitting)
         return bool(fitting)
 
@@ -191,8 +233,8 @@ class Source:
         """
         self.directory = Path(directory)
         check_directory(self.directory)
-        self.allow_missing = Allowance("--allow-missing", tuple(allow_missing))
-        self.allow_unexpected = Allowance("--allow-unexpected", tuple(allow_unexpected))
+        self.allow_missing = Allowance("--allow-missing", _as_names("allow_missing", allow_missing))
+        self.allow_unexpected = Allowance("--allow-unexpected", _as_names("allow_unexpected", allow_unexpected))
         self.warnings: list[str] = []
         self.config: dict[str, Any] = self._json("config.json", {})
         self.tensors: dict[str, StoredTensor] = {}
@@ -204,6 +246,8 @@ class Source:
         self.files = self._find_files()
         for path, expected in self.files.items():
             self._read_header(path, expected)
+        if not self.tensors:
+            raise CheckpointError(f"{self.directory}: {some([p.name for p in self.files], 3)} hold no tensor")
 
     def __enter__(self) -> Source:
         return self
@@ -284,7 +328,7 @@ class Source:
         if not self._tokenizer_known:
             self._tokenizer_known = True
             path = self.directory / "tokenizer.json"
-            if path.is_file():
+            if _is_there(path):
                 if (what := describe_content(path)) is not None:
                     raise CheckpointError(f"{path}: {what}")
                 self._tokenizer = path
@@ -357,7 +401,7 @@ class Source:
 
     def _json(self, name: str, default: Any) -> Any:
         path = self.directory / name
-        if not path.is_file():
+        if not _is_there(path):
             return default
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
@@ -371,7 +415,7 @@ class Source:
         """Weight files, each with the names that an index promises for it (None: no index)."""
         # "._x" is what macOS writes beside x on foreign disks.
         present = sorted(p for p in self.directory.iterdir() if not p.name.startswith(".") and p.is_file())
-        weights = [p for p in present if p.name.endswith(".safetensors") or re.match(r"pytorch_model.*\.bin$", p.name)]
+        weights = [p for p in present if _WEIGHTS.search(p.name)]
         chosen = self._standard_files() or self._other_files(present, weights)
         if not chosen:
             raise CheckpointError(f"{self.directory}: {self._why_no_weights(present)}")
@@ -386,7 +430,7 @@ class Source:
     def _standard_files(self) -> dict[Path, set[str] | None]:
         for name in _STANDARD:
             path = self.directory / name
-            if path.is_file():
+            if _is_there(path):
                 return self._indexed(path) if name.endswith(".json") else {path: None}
         return {}
 
@@ -411,6 +455,9 @@ class Source:
         names = {p.name for p in present}
         if not any(self.directory.iterdir()):
             return "the folder is empty"
+        for path in sorted(self.directory.iterdir()):
+            if _WEIGHTS.search(path.name) and (what := describe_no_file(path)) is not None:
+                return f"no weights: {path.name} is {what}"
         if "adapter_config.json" in names:
             base = self._json("adapter_config.json", {}).get("base_model_name_or_path")
             return (
@@ -431,12 +478,12 @@ class Source:
             raise CheckpointError(f"{index}: no weight_map of tensor names to files")
         files: dict[Path, set[str] | None] = {}
         for name, file in weight_map.items():
-            if Path(file).name != file:
+            if Path(file).name != file or file in ("", ".", ".."):
                 raise CheckpointError(f"{index}: {file!r} is not a file beside the index")
             names = files.setdefault(self.directory / file, set())
             assert names is not None
             names.add(name)
-        missing = sorted(path.name for path in files if not path.is_file())
+        missing = sorted(path.name for path in files if not _is_there(path))
         if missing:
             raise CheckpointError(f"{index.name} names files that are not there: {some(missing)}")
         if not files:
@@ -460,41 +507,66 @@ class Source:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= min(size - 8, _MAX_HEADER):
-                what = describe_content(path) or f"truncated or not a safetensors file ({size} bytes)"
+                what = describe_content(path, "safetensors") or f"truncated or not a safetensors file ({size} bytes)"
                 raise CheckpointError(f"{path.name}: {what}")
             text = file.read(length)
         try:
             header = json.loads(text, object_pairs_hook=_no_duplicates)
             header.pop("__metadata__", None)
-            entries = [(n, e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for n, e in header.items()]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path.name}: malformed safetensors header: {error}") from None
+            entries = [(n, e["dtype"], e["shape"], *_pair(e["data_offsets"])) for n, e in header.items()]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            what = describe_content(path, "safetensors") or f"malformed safetensors header: {_first_line(error)}"
+            raise CheckpointError(f"{path.name}: {what}") from None
         tensors = {}
         for name, dtype, shape, start, stop in entries:
-            tensor = StoredTensor(name, dtype, shape, path, 8 + length + start)
-            if dtype not in _DTYPES:
+            if not isinstance(dtype, str) or dtype not in _DTYPES:
                 raise CheckpointError(f"{path.name}: tensor {name} has type {dtype}, which is not supported")
-            if not all(isinstance(n, int) and n >= 0 for n in shape):
+            if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 1 << 63 for n in shape):
                 raise CheckpointError(f"{path.name}: tensor {name} has shape {shape}")
-            if stop - start != tensor.size * np.dtype(_DTYPES[dtype]).itemsize or start < 0:
-                raise CheckpointError(f"{path.name}: tensor {name}: {stop - start} bytes for {dtype} {shape}")
+            tensor = StoredTensor(name, dtype, tuple(shape), path, 8 + length + start)
+            if stop - start != tensor.n_bytes or start < 0:
+                raise CheckpointError(f"{path.name}: tensor {name}: {stop - start} bytes for {dtype} {tensor.shape}")
             if 8 + length + stop > size:
                 raise CheckpointError(
                     f"{path.name}: truncated: tensor {name} ends at byte {8 + length + stop}, the file has {size}"
                 )
             tensors[name] = tensor
+        self._check_gaps(path, tensors.values(), 8 + length, size)
         return tensors
+
+    @staticmethod
+    def _check_gaps(path: Path, tensors: Iterable[StoredTensor], begin: int, size: int) -> None:
+        """CheckpointError unless the tensors fill the file one after the other, as the format demands."""
+        for tensor in sorted(tensors, key=lambda t: (t.offset, t.n_bytes)):
+            if tensor.offset != begin:
+                raise CheckpointError(
+                    f"{path.name}: tensor {tensor.name} begins at byte {tensor.offset}, but what is before it ends at "
+                    f"{begin}: tensors must not overlap and leave no gap"
+                )
+            begin += tensor.n_bytes
+        if begin != size:
+            raise CheckpointError(f"{path.name}: {size - begin} bytes follow the last tensor: a damaged or wrong file")
 
     def _bin_header(self, path: Path) -> dict[str, StoredTensor]:
         import torch
 
         try:
-            try:
-                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError:  # files of torch < 1.6 are no zip archives and cannot be mapped
-                state = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what torch has to say of a file that it then refuses
+                try:
+                    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                except RuntimeError:  # files of torch < 1.6 are no zip archives and cannot be mapped
+                    state = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            reason = re.search(r"Unsupported (global|class)[^\n]*|WeightsUnpickler error[^\n]*", str(error))
+            what = describe_content(path, "torch") or (
+                "holds other objects than tensors, and reading those could run code"
+                + (f" ({printable(reason[0])[:160]})" if reason else "")
+                + ": save its state dictionary alone, best with safetensors"
+            )
+            raise CheckpointError(f"{path.name}: {what}") from None
         except Exception as error:
-            what = describe_content(path) or f"torch could not read it: {_first_line(error)}"
+            what = describe_content(path, "torch") or f"torch could not read it: {_first_line(error)}"
             raise CheckpointError(f"{path.name}: {what}") from None
         for wrapper in ("state_dict", "model", "module"):
             if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
@@ -534,10 +606,30 @@ class Source:
     @staticmethod
     def _map(tensor: StoredTensor, mode: Literal["r", "c"]) -> NDArray[Any]:
         dtype = np.dtype(_DTYPES[tensor.dtype])
-        end = tensor.offset + tensor.size * dtype.itemsize
+        end = tensor.offset + tensor.n_bytes
         if tensor.file.stat().st_size < end:  # it shrank since the header was read; touching the map would be SIGBUS
             raise CheckpointError(f"{tensor.file.name}: ends inside tensor {tensor.name}")
         return np.memmap(tensor.file, dtype, mode, tensor.offset, tensor.shape)
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is a file of this name. CheckpointError for a name that is there and stands for no file."""
+    if (what := describe_no_file(path)) is not None:
+        raise CheckpointError(f"{path}: {what}")
+    return path.is_file()
+
+
+def _as_names(option: str, value: Any) -> tuple[str, ...]:
+    names = (value,) if isinstance(value, str) else tuple(value)
+    if not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{option} must be names of tensors, or patterns, got {value!r}")
+    return names
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    if not (isinstance(value, list) and len(value) == 2 and all(type(n) is int for n in value)):
+        raise ValueError(f"data_offsets {value!r} are no two whole numbers")
+    return value[0], value[1]
 
 
 def _no_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:

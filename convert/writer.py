@@ -32,7 +32,7 @@ from gguf.utility import size_label
 from numpy.typing import NDArray
 
 from ..atomic_file import AtomicFile
-from ..errors import CheckpointError
+from ..errors import CheckpointError, GGUFError, UnsupportedError
 from ..tokenizer import EOS_IDS_KEY
 from .quantize import OUT_TYPES, NotFiniteError, choose_type, dequantize, quantize_rows, row_bytes
 from .spec import ModelSpec, TensorRecipe
@@ -94,7 +94,8 @@ class Provenance:
     """Where a file comes from; everything here is known before its tensors are written.
 
     `against`: what the certificate compares with, in words. `overrides`: the plain values that the user stated, as
-    JSON, so that `fixmin verify` resolves the checkpoint in the same way.
+    JSON; allow_missing, allow_unexpected: the tensors, or patterns of names, that he allowed. With them `fixmin verify`
+    resolves the checkpoint in the same way.
     """
 
     tool: str
@@ -103,6 +104,8 @@ class Provenance:
     conventions: Sequence[str]
     overrides: str
     against: str
+    allow_missing: Sequence[str] = ()
+    allow_unexpected: Sequence[str] = ()
 
 
 def model_metadata(spec: ModelSpec, outtype: str) -> dict[str, Value]:
@@ -147,6 +150,8 @@ def provenance_metadata(provenance: Provenance) -> dict[str, Value]:
         "fixmin.convert.sha256": _text(provenance.sha256),
         "fixmin.convert.conventions": _texts(provenance.conventions),
         "fixmin.convert.overrides": _text(provenance.overrides),
+        "fixmin.convert.allow_missing": _texts(provenance.allow_missing),
+        "fixmin.convert.allow_unexpected": _texts(provenance.allow_unexpected),
         f"{CERTIFICATE_PREFIX}against": _text(provenance.against),
     }
 
@@ -383,6 +388,20 @@ class Layout:
                 writer.write_ti_data_to_file()
             header = path.read_bytes()
         return header + bytes(_pad(len(header)) - len(header))
+
+
+def check_loads(file: AtomicFile) -> None:
+    """Load the finished file as whoever uses it does: tensors, tokenizer, special tokens.
+
+    Raises CheckpointError if that fails: such a file must not get its name.
+    """
+    from ..model import Model
+
+    try:
+        Model(file.path, n_ctx=1, n_kv=1, n_batch=1, n_parallel=1).close()
+    except (GGUFError, UnsupportedError) as error:
+        text = str(error).replace(str(file.path), str(file.target))
+        raise CheckpointError(f"the finished file cannot be loaded, so it was not written: {text}") from error
 
 
 def _pad(n: int) -> int:

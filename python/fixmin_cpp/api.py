@@ -7,13 +7,14 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
 from . import _core
-from .arguments import Prompt, as_bool, as_path
+from .arguments import Prompt, as_bool, as_int, as_path
 from .errors import ArgumentTypeError
 from .model import Completion, Model
 
@@ -79,7 +80,8 @@ def convert(
         outtype: f32, f16, bf16, q8_0 or q4_0.
         trust_remote_code: run the Python code of the checkpoint, which could do anything, to see what it computes.
         log: called with a line of text for every step and finding, such as print. None: nothing is told.
-        **options: map_file, calibrate, overrides, keep_uncertified, n_threads: see fixmin_cpp.convert.convert.convert.
+        **options: map_file, calibrate, overrides, allow_missing, allow_unexpected, keep_uncertified, n_threads: see
+            fixmin_cpp.convert.convert.convert.
 
     Returns:
         A ConversionReport: path, sizes, types, the conventions with their origins, and the certificate.
@@ -92,6 +94,7 @@ def convert(
     out = None if out is None else as_path("out", out)
     if not isinstance(outtype, str):
         raise ArgumentTypeError(f"outtype must be a str, got {type(outtype).__name__}")
+    _check_convert_options(log, options)
     # By name: a folder of its own in the source tree, part of the package once installed.
     converter = import_module(".convert.convert", __package__)
     reporter = None if log is None else converter.LogReporter(log)
@@ -104,6 +107,34 @@ def convert(
         **options,
     )
     return report
+
+
+_CONVERT_OPTIONS = (
+    *("map_file", "calibrate", "overrides", "allow_missing", "allow_unexpected", "keep_uncertified", "n_threads"),
+    "open_runner",
+)
+
+
+def _check_convert_options(log: Any, options: dict[str, Any]) -> None:
+    """Raises ArgumentError, ArgumentTypeError; names of tensors are checked where they are used."""
+    if log is not None and not callable(log):
+        raise ArgumentTypeError(f"log must be callable, got {type(log).__name__}")
+    for name, value in options.items():
+        if name not in _CONVERT_OPTIONS:
+            others = ("out", "outtype", "trust_remote_code", "log")
+            meant = get_close_matches(name, [*_CONVERT_OPTIONS, *others], 1)
+            hint = f": did you mean {meant[0]!r}?" if meant else ""
+            raise ArgumentTypeError(f"convert() has no argument {name!r}{hint}")
+        if name in ("map_file", "calibrate") and value is not None:
+            as_path(name, value)
+        elif name == "overrides" and not isinstance(value, Mapping | None):
+            raise ArgumentTypeError(f"overrides must be a dict, got {type(value).__name__}")
+        elif name.startswith("allow_") and not isinstance(value, Sequence):
+            raise ArgumentTypeError(f"{name} must be a list of names, got {type(value).__name__}")
+        elif name == "n_threads":
+            as_int(name, value, 0, 1024)
+        elif name == "keep_uncertified":
+            as_bool(name, value)
 
 
 def quantize(

@@ -244,7 +244,8 @@ def candidate_seed(seed: int, candidate: int) -> int:
 
 
 def as_int(name: str, value: Any, low: int, high: int | None = None) -> int:
-    """`value` as an int in [low, high]; NumPy integers are integers, bools and floats are not."""
+    """`value` as an int in [low, high]; integers of NumPy and PyTorch are integers, bools and floats are not."""
+    value = _scalar(value)
     if isinstance(value, bool | np.bool_):
         raise ArgumentTypeError(f"{name} must be an integer, got {value!r}")
     try:
@@ -263,17 +264,28 @@ def as_threads(value: Any) -> int:
 
 
 def as_float(name: str, value: Any, low: float, high: float) -> float:
-    """`value` as a finite float in [low, high]; bools and strings are not numbers."""
+    """`value` as a finite float in [low, high]; numbers of NumPy and PyTorch are numbers, bools and strings are not."""
+    value = _scalar(value)
     if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.integer | np.floating):
         raise ArgumentTypeError(f"{name} must be a number, got {_show(value)}")
     try:
         number = float(value)
     except OverflowError:
-        number = math.inf
+        number = math.inf if value > 0 else -math.inf
     if not low <= number <= high:  # NaN fails every comparison
         shown = _digits(value) if isinstance(value, int) else repr(value)
         raise ArgumentError(f"{name} must be between {low:g} and {high:g}, got {shown}")
     return number
+
+
+def _scalar(value: Any) -> Any:
+    """An array or tensor without dimensions as the number that it holds; anything else as it is."""
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "__array__") and not isinstance(value, np.generic):
+        try:
+            return value.item()
+        except Exception:  # a tensor on a device without memory, or whatever another library says
+            return value
+    return value
 
 
 def as_share(name: str, value: Any) -> float:
@@ -331,7 +343,11 @@ def as_path(name: str, value: Any) -> str:
     """`value` as the name of a file."""
     if not isinstance(value, str | os.PathLike) or not isinstance(os.fspath(value), str):
         raise ArgumentTypeError(f"{name} must be a str or a path, got {type(value).__name__}")
-    path = as_text(name, os.fspath(value))
+    path = os.fspath(value)
+    try:
+        os.fsencode(path or "\ud800")  # bytes that are no UTF-8 are surrogates in it, which is fine
+    except UnicodeEncodeError:
+        as_text(name, path)
     if "\0" in path:
         raise ArgumentError(f"{name} must not hold a NUL character, got {_short.repr(path)}")
     return path

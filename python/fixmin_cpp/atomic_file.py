@@ -12,9 +12,9 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import CheckpointError
+from .errors import ArgumentError, CheckpointError
 
-__all__ = ["AtomicFile"]
+__all__ = ["AtomicFile", "refuse_inputs"]
 
 
 class AtomicFile:
@@ -36,7 +36,11 @@ class AtomicFile:
             kind = "directory" if self.target.is_dir() else "device or pipe"
             raise CheckpointError(f"{self.target}: is a {kind}; give the name of a file to write")
         while self._file is None:
-            file = open(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666), "r+b")
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            try:
+                file = open(os.open(self.path, flags, 0o666), "r+b")
+            except OSError as error:  # by the name that whoever reads it knows
+                raise OSError(error.errno, error.strerror, str(self.target)) from None
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -87,6 +91,13 @@ class AtomicFile:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def refuse_inputs(target: str | os.PathLike[str], *inputs: str | os.PathLike[str] | None) -> None:
+    """ArgumentError if the file to write is one of those that are read: what it holds would be lost."""
+    for path in inputs:
+        if path is not None and os.path.exists(path) and os.path.exists(target) and os.path.samefile(path, target):
+            raise ArgumentError(f"{os.fspath(target)} is an input, {os.fspath(path)}: give the output another name")
 
 
 def _is_same_file(fd: int, path: Path) -> bool:

@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 
 from . import __version__, _core
 from .arguments import as_int, as_threads
+from .atomic_file import refuse_inputs
 from .batch_lines import InputFile, Line, NativeEntry, Request, Settings, parse_line, write_record
 from .batch_output import OutputFile, Resumed
 from .errors import ArgumentError, FixminError, naming
 from .generation import TokenLogprob
 from .model import Model
+from .recognise import refuse_wrong_model
 from .state import file_sha256
 
 __all__ = ["BatchReport", "ModelFile", "Result", "run_batch", "run_lines"]
@@ -69,6 +71,7 @@ class ModelFile:
     @classmethod
     def of(cls, path: str | os.PathLike[str], **settings: Any) -> "ModelFile":
         """Reads the file for its hash."""
+        refuse_wrong_model(path)
         if not os.path.isfile(path):
             os.stat(path)  # raises the error that says what is missing
             raise ArgumentError(f"{os.fspath(path)}: not a regular file")  # reading a pipe could wait for ever
@@ -97,7 +100,8 @@ class ModelFile:
     def vocab_size(self) -> int:
         """From the header; beyond any token id if it does not say: loading it tells what is wrong with the file."""
         with naming(self.path):
-            return int(_core.GgufFile(self.path).metadata.get("fixmin.vocab_size", 2**32))
+            size = _core.GgufFile(self.path).metadata.get("fixmin.vocab_size")
+        return size if isinstance(size, int) and size > 1 else 2**32
 
 
 def run_batch(
@@ -152,8 +156,7 @@ def run_batch(
     n_threads = as_threads(n_threads) or None
     if ray_address is None and (ray_actors, ray_lines) != (None, None):
         raise ArgumentError("ray_actors and ray_lines need ray_address")
-    if os.path.exists(target) and os.path.samefile(source, target):
-        raise ArgumentError(f"{os.fspath(target)} is the input: give the output another name")
+    refuse_inputs(target, source, model)
     lines = InputFile.scan(source)
     file = ModelFile.of(model, n_threads=n_threads, n_ctx=n_ctx, kv_type=kv_type, n_parallel=n_parallel)
     settings = Settings.check(task, seed, options or {}, token_ids, file.vocab_size())

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from . import __version__
+from .atomic_file import refuse_inputs
 from .cli_help import App
 from .cli_options import from_argv, read_options, read_prompt, read_text, with_options
 from .cli_output import Stdout, guarded, json_pieces
@@ -699,6 +700,7 @@ def imatrix(
     """
     with _errors(debug):
         collector = _extra("convert.imatrix", "quantize")
+        refuse_inputs(out, model, file)
         text = read_text(file)
         with _load(model, quiet=as_json, n_threads=threads) as loaded, _bar("reading", as_json) as update:
             report = collector.collect(loaded, text, out, ctx=ctx or None, dataset=file.name, progress=update)
@@ -736,6 +738,8 @@ def perplexity(
     from .evaluate import perplexity as measure
 
     with _errors(debug), ExitStack() as stack:
+        if save_logits is not None:
+            refuse_inputs(save_logits, model, file, base_model, kl)
         text = read_text(file)
         loaded = stack.enter_context(_load(model, quiet=as_json, n_threads=threads, kv_type=kv_type))
         base = None

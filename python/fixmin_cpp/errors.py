@@ -39,6 +39,10 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
     except MemoryError as error:
         why = str(error) if str(error) != "std::bad_alloc" else ""
         raise MemoryError(f"{os.fspath(path)}: not enough memory" + (why and f": {why}")) from None
+    except UnicodeDecodeError as error:  # a message of the native module with a name of a file that is not UTF-8
+        if os.fsencode(path) not in error.object:
+            raise
+        raise GGUFError(error.object.decode("utf-8", "surrogateescape")) from None
     except (GGUFError, UnsupportedError) as error:
         name = os.fspath(path)
         if str(error).startswith(name):

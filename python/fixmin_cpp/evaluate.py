@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .arguments import Prompt, as_int
-from .atomic_file import AtomicFile
+from .atomic_file import AtomicFile, refuse_inputs
 from .errors import ArgumentError, ArgumentTypeError, FixminError
 from .model import Model
 
@@ -158,6 +158,8 @@ def perplexity(
             theirs = (base_model.logits(ids[part.begin : part.end])[part.rows] for part in parts)
         elif base_logits is not None:
             theirs = _split(_open_logits(Path(base_logits), about), parts)
+        if save_logits is not None:
+            refuse_inputs(save_logits, model.path, base_logits, base_model.path if base_model is not None else None)
         file = None if save_logits is None else stack.enter_context(AtomicFile(save_logits))
         if file is not None:
             file.write(_header(about))

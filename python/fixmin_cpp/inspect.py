@@ -25,6 +25,7 @@ from rich.text import Text
 
 from . import _core
 from .errors import ArgumentError, GGUFError, naming
+from .recognise import refuse_wrong_model
 from .tokenizer import TextTokenizer, as_piece
 
 __all__ = ["describe", "describe_code", "printable", "render"]
@@ -51,6 +52,7 @@ def describe(path: str | os.PathLike[str], tokens: Sequence[str] = ()) -> dict[s
     """
     path = Path(path)
     with naming(path):
+        refuse_wrong_model(path)
         return _describe(path, tokens)
 
 
@@ -261,7 +263,7 @@ def _describe_tokens(file: _core.GgufFile, metadata: Mapping[str, Any], tokens: 
     tokenizer = TextTokenizer.from_metadata(metadata)
     ids = list(_token_ids(tokens, tokenizer))
     vocab_size = metadata.get("fixmin.vocab_size")
-    if not isinstance(vocab_size, int):
+    if not isinstance(vocab_size, int) or isinstance(vocab_size, bool) or vocab_size < 1:
         raise GGUFError(f"fixmin.vocab_size is {vocab_size!a}: the file has no codes")
     for i in ids:
         if i >= vocab_size:
@@ -292,13 +294,19 @@ def _token_ids(tokens: Iterable[str], tokenizer: TextTokenizer | None) -> Iterab
 def _codes(file: _core.GgufFile, metadata: Mapping[str, Any], ids: NDArray[np.uint32]) -> NDArray[np.uint8] | None:
     """Codes [T, K], or None for a learned embedding."""
     kind, width, vocab_size = (metadata.get(f"fixmin.{key}") for key in ("code.kind", "code.width", "vocab_size"))
+    if not isinstance(kind, str):
+        raise GGUFError(f"fixmin.code.kind is {kind!a}: the file has no codes")
     if kind == "learned":
         return None
     if not isinstance(width, int) or not isinstance(vocab_size, int):
         raise GGUFError("fixmin.vocab_size or fixmin.code.width is missing or no number")
     if kind == "affine":
         a, b = _affine(metadata.get("fixmin.code.affine_matrix"), metadata.get("fixmin.code.affine_shift"), width)
-        return _core.CodeMap.affine(vocab_size, a, b).codes(ids)
+        try:
+            code = _core.CodeMap.affine(vocab_size, a, b)
+        except ArgumentError as error:
+            raise GGUFError(f"fixmin.code is impossible: {error}") from None
+        return code.codes(ids)
     if kind == "table":
         packed = file.tensor_data("token_code.weight")
         if packed.size != vocab_size * ((width + 7) // 8):

@@ -34,6 +34,7 @@ from .arguments import (
     candidate_counts,
     split_prompts,
 )
+from .atomic_file import refuse_inputs
 from .beam import Beam, beam_search
 from .constrain import Compiler, Constraint, Matcher
 from .errors import (
@@ -41,7 +42,6 @@ from .errors import (
     ArgumentTypeError,
     ContextLengthError,
     FixminError,
-    GGUFError,
     UnsupportedError,
     naming,
 )
@@ -59,7 +59,7 @@ from .generation import (
     drive,
 )
 from .progress import bar
-from .recognise import describe_wrong_model
+from .recognise import refuse_wrong_model
 from .state import read_state, write_state
 from .tokenizer import TextTokenizer, end_of_text_ids
 
@@ -152,13 +152,11 @@ class Model:
             "n_kv": n_kv,
             "n_parallel": n_parallel,
         }
-        if (reason := describe_wrong_model(path)) is not None:
-            missing = not os.path.exists(path)
-            kind = FileNotFoundError if missing else IsADirectoryError if os.path.isdir(path) else GGUFError
-            raise kind(f"{self.path}: {reason}")
+        refuse_wrong_model(path)
         begin = time.monotonic()
+        file_name: Any = os.fsencode(self.path)  # which need not be UTF-8
         self._engine = _core.Engine(
-            self.path,
+            file_name,
             n_threads=as_threads(n_threads),
             n_ctx=0 if n_ctx is None else as_int("n_ctx", n_ctx, 0, _MAX_INT32),
             kv_type=kv_type,
@@ -364,6 +362,8 @@ class Model:
         if last:
             raise ArgumentError("last and rows are two ways to say the same: give one")
         n = len(checked)
+        if not isinstance(rows, Sequence) and getattr(rows, "ndim", 0) != 1:
+            raise ArgumentTypeError(f"rows must be a list of integers, got {type(rows).__name__}")
         wanted = np.array([as_int(f"rows[{i}]", row, -n, n - 1) % n for i, row in enumerate(rows)], np.uint32)
         rising, back = np.unique(wanted, return_inverse=True)
         if not len(rising):
@@ -459,8 +459,10 @@ class Model:
             file and cache type makes them known; the rest is computed when it is needed.
 
         Raises:
-            OSError: the file cannot be written.
+            ArgumentError: it is the file of the model. OSError: it cannot be written.
         """
+        path = as_path("path", path)
+        refuse_inputs(path, self.path)
         ids = self._ids_in_context("text", text, 0, parse_special)
         params = _core.SamplingParams()
         params.max_new_tokens = 0
@@ -479,6 +481,7 @@ class Model:
             ArgumentError: the file is damaged, or belongs to another model file or cache type. OSError.
             FixminError: the model file has been written to since it was loaded. (Replacing it does no harm.)
         """
+        path = as_path("path", path)
         with self._running() as engine:
             ids, blocks = read_state(path, self._sha256(), self._info)
             n = len(blocks) // self._info["kv_block_bytes"] * self._info["kv_block_tokens"]

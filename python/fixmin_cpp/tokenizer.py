@@ -13,6 +13,7 @@ import numpy as np
 
 from . import _core
 from .errors import ArgumentError, ArgumentTypeError, GGUFError, UnsupportedError, naming
+from .recognise import refuse_wrong_model
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -208,6 +209,7 @@ def as_piece(data: bytes) -> str | bytes:
 def read_tokenizer(path: str | os.PathLike[str]) -> tuple[dict[str, Any], TextTokenizer]:
     """Metadata and tokenizer of a GGUF file of any architecture. UnsupportedError: it has none; GGUFError, OSError."""
     with naming(path):
+        refuse_wrong_model(path)
         metadata = _core.GgufFile(os.fspath(path)).metadata
         tokenizer = TextTokenizer.from_metadata(metadata)
     if tokenizer is None:

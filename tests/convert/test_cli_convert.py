@@ -176,15 +176,45 @@ def test_a_folder_that_is_not_writable(checkpoint, tmp_path):
         tmp_path.chmod(0o700)
 
 
+@pytest.mark.parametrize("command", [main, verify_main])
 @pytest.mark.parametrize(
-    "arguments",
-    [[], ["x", "--outtype", "q9"], ["x", "--lift", "sideways"], ["x", "--threads", "-1"], ["x", "--rope-dim", "many"]],
+    ("arguments", "message"),
+    [
+        ([], "required: .*checkpoint_dir"),
+        (["x", "y", "z"], "unexpected argument '[yz]'"),
+        (["x", "y", "--outtpye", "q8_0"], "no such option: --outtpye"),
+        (["x", "y", "--alow-missing=z"], r"no such option: --alow-missing=z \(did you mean --allow-missing\?\)"),
+        (["x", "y", "--lift", "sideways"], "--lift: invalid choice: 'sideways'"),
+        (["x", "y", "--rope-dim", "many"], "--rope-dim: invalid int value: 'many'"),
+        (["x", "y", "--affine", "a.npy"], "--affine: expected 2 arguments"),
+        (["x", "y", "--lift", "\x1b[31m"], r"\\x1b\[31m"),
+    ],
 )
-def test_wrong_usage(arguments, capsys):
+def test_wrong_usage(command, arguments, message, capsys):
+    """Two lines: what is wrong, and where to read more."""
+    with pytest.raises(SystemExit) as caught:
+        command(arguments)
+    assert caught.value.code == 2
+    captured = capsys.readouterr()
+    first, second = captured.err.splitlines()
+    assert re.search(message, first), first
+    assert first.startswith("error: ")
+    assert re.fullmatch(r"fixmin (convert|verify) --help shows how to use it", second)
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["x", "--outtype", "q9"], "q9"),
+        (["x", "--threads", "-1"], "negative"),
+        (["x", "--outtpye", "f32"], "--outtype"),
+    ],
+)
+def test_wrong_usage_of_convert(arguments, message, capsys):
     with pytest.raises(SystemExit) as caught:
         main(arguments)
-    assert caught.value.code == 2
-    assert "usage:" in capsys.readouterr().err
+    assert (caught.value.code, message in capsys.readouterr().err) == (2, True)
 
 
 def test_options_reach_resolve(checkpoint, tmp_path, monkeypatch):
@@ -263,7 +293,7 @@ def test_killed_at_any_step_there_is_no_output(checkpoint, tmp_path, step):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_interrupted_there_is_nothing(checkpoint, tmp_path, number, code):
     process = start(checkpoint, tmp_path / "m.gguf")
     for line in process.stdout:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from spec_factory import make_reference, save_checkpoint
 
 from fixmin_cpp import _core
+from fixmin_cpp.convert.certify import remembered_allowances, verify
 from fixmin_cpp.convert.convert import convert
 from fixmin_cpp.convert.resolve import resolve
 from fixmin_cpp.convert.source import Source
@@ -97,14 +98,48 @@ def test_a_bias_that_may_be_missing_is_zero(tmp_path: Path, pattern: str, truste
         assert any(line.startswith("warning: ") and "ffn_up.bias" in line for line in resolved.report)
 
 
+def extra(state: dict) -> None:
+    state["value_head.weight"] = torch.randn(7, 64)
+
+
+def test_what_was_allowed_need_not_be_repeated_to_verify(tmp_path: Path) -> None:
+    def change(state: dict) -> None:
+        del state["model.layers.1.ffn_up.bias"]
+        extra(state)
+
+    folder = checkpoint(tmp_path, change)
+    allowed = {"allow_missing": ["*.1.ffn_up.bias"], "allow_unexpected": ["value_head.weight"]}
+    with pytest.raises(CheckpointError, match=r"ffn_up\.bias"):
+        convert(folder, tmp_path / "m.gguf", "f32", trust_remote_code=True)
+    convert(folder, tmp_path / "m.gguf", "f32", trust_remote_code=True, **allowed)
+    metadata = _core.GgufFile(str(tmp_path / "m.gguf")).metadata
+    assert metadata["fixmin.convert.allow_missing"] == allowed["allow_missing"]
+    assert metadata["fixmin.convert.allow_unexpected"] == allowed["allow_unexpected"]
+    told: list[str] = []
+    assert verify(tmp_path / "m.gguf", folder, trust_remote_code=True, progress=told.append).passed
+    said = [line for line in told if "--allow" in line and "remembers" in line]
+    assert said == [
+        "as in the conversion, which the file remembers: --allow-missing *.1.ffn_up.bias, "
+        "--allow-unexpected value_head.weight"
+    ]
+    # The same again, and another way to read the checkpoint, where the first name does not come up.
+    assert verify(tmp_path / "m.gguf", folder, trust_remote_code=True, **allowed).passed
+    with pytest.raises(CheckpointError, match="no missing tensor"):
+        verify(tmp_path / "m.gguf", folder, trust_remote_code=True, allow_missing=["nothing"])
+
+
+def test_a_file_remembers_nothing_where_nothing_was_allowed(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path)
+    convert(folder, tmp_path / "m.gguf", "f32", trust_remote_code=True)
+    assert not [k for k in _core.GgufFile(str(tmp_path / "m.gguf")).metadata if "allow" in k]
+    assert remembered_allowances({"fixmin.convert.allow_missing": "*"}) == {"allow_missing": (), "allow_unexpected": ()}
+    assert remembered_allowances({"fixmin.convert.allow_unexpected": [1]})["allow_unexpected"] == ()
+
+
 @pytest.mark.parametrize(("option", "what"), [("allow_missing", "missing"), ("allow_unexpected", "unexpected")])
 def test_a_name_that_allows_nothing(tmp_path: Path, option: str, what: str) -> None:
     with pytest.raises(CheckpointError, match=f"lm_haed.bias: no {what} tensor"):
         resolve(checkpoint(tmp_path), trust_remote_code=True, **{option: ["lm_haed.bias"]})
-
-
-def extra(state: dict) -> None:
-    state["value_head.weight"] = torch.randn(7, 64)
 
 
 @pytest.mark.parametrize("trusted", [True, False])
@@ -122,6 +157,46 @@ def test_a_block_too_many(tmp_path: Path, trusted: bool) -> None:
     folder = checkpoint(tmp_path, config={"num_hidden_layers": 2})
     with pytest.raises(CheckpointError, match=r"layers\.2\.|hold 3 blocks"):
         resolve(folder, trust_remote_code=trusted, overrides={} if trusted else STATED)
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "message"),
+    [
+        ("vocab_size", (-1, 0, 1.5, 10**12, 10**400, float("nan"), float("inf")), "must be a whole number from 1 on"),
+        ("vocab_size", ("100", [100], True), "which is no number"),
+        ("vocab_size", (101,), "vocab_size is 101, but the output projection has rows for 100 tokens"),
+        ("hidden_size", (-1, 1.5, 10**400, float("nan")), "must be a whole number from 1 on"),
+        ("hidden_size", (65,), "hidden_size is 65, but the tensors have 64"),
+        ("num_attention_heads", (0, 2.5, float("inf")), "must be a whole number from 1 on"),
+        ("num_key_value_heads", (-1, 10**12), "must be a whole number from 1 on"),
+        ("max_position_embeddings", (-1, 10**12, 10**400), "must be a whole number from 1 on"),
+        ("rope_dim", (-2, 1.5, float("nan")), "must be a whole number from 1 on"),
+        ("norm_eps", (-1e-5, float("nan"), float("inf"), 10**400), "must be a positive number"),
+        ("rope_theta", (0, float("nan"), -(10**400)), "must be a positive number"),
+        ("attn_scale", (0, float("inf"), "x"), "must be a positive number|which is no number"),
+    ],
+)
+def test_numbers_that_no_model_has(tmp_path: Path, key: str, values: tuple, message: str) -> None:
+    """Where config.json decides, because no code is run."""
+    folder = checkpoint(tmp_path)
+    before = json.loads((folder / "config.json").read_text())
+    for value in values:
+        (folder / "config.json").write_text(json.dumps({**before, key: value}))
+        with pytest.raises(
+            CheckpointError, match=rf"config\.json: {key} is .*({message.replace(key + ' is ', '')})"
+        ) as caught:
+            resolve(folder, overrides=STATED).close()
+        assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("what", ["matrix of zeros", "two equal rows"])
+def test_ids_with_the_same_code(tmp_path: Path, what: str) -> None:
+    def change(state: dict) -> None:
+        matrix = state["model.code.matrix"]
+        state["model.code.matrix"] = matrix * 0 if what == "matrix of zeros" else torch.cat([matrix[1:2], matrix[1:]])
+
+    with resolve(checkpoint(tmp_path, change, code_kind="affine"), trust_remote_code=True) as resolved:
+        assert any("have the code of another one" in warning for warning in resolved.warnings)
 
 
 def test_another_shape(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFReader
 from gguf_factory import make_model
+from tokenizers import Tokenizer, models
 
 import fixmin_cpp
 from fixmin_cpp.convert import requantize
@@ -234,6 +235,13 @@ def test_importance_of_another_model(source, tmp_path):
         fixmin_cpp.quantize(source, tmp_path / "out.gguf", "q4_k", imatrix=source)
 
 
+def test_what_cannot_be_loaded_is_not_written(tmp_path):
+    source = make_model(tmp_path / "f32.gguf", edit=lambda w: w.add_uint32("tokenizer.ggml.eos_token_id", 100))
+    with pytest.raises(CheckpointError, match=r"out\.gguf: .*eos_token_id is 100"):
+        fixmin_cpp.quantize(source, tmp_path / "out.gguf", "q8_0")
+    assert [p.name for p in tmp_path.iterdir()] == ["f32.gguf"]
+
+
 def test_metadata_is_kept(tmp_path):
     def edit(writer):
         writer.add_bool("fixmin.convert.certificate.passed", True)
@@ -245,7 +253,8 @@ def test_metadata_is_kept(tmp_path):
         writer.add_uint32("general.file_type", 0)
         writer.add_string("fixmin.quantize.tool", "an earlier one")
 
-    source = make_model(tmp_path / "f32.gguf", edit=edit, tokenizer_json="{}", code_kind="table")
+    words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).to_str()
+    source = make_model(tmp_path / "f32.gguf", edit=edit, tokenizer_json=words, code_kind="table")
     fixmin_cpp.quantize(source, tmp_path / "out.gguf", "q8_0", tensor_types={"ffn_up": "q4_0"})
     before, after = GGUFReader(source).fields, GGUFReader(tmp_path / "out.gguf").fields
     for key, field in before.items():
@@ -303,7 +312,7 @@ def test_wrong_arguments(source, tmp_path, arguments, error, message):
 def test_source_and_target_are_the_same(source, tmp_path):
     link = tmp_path / "link.gguf"
     link.symlink_to(source)
-    with pytest.raises(ArgumentError, match="is the source"):
+    with pytest.raises(ArgumentError, match="is an input"):
         fixmin_cpp.quantize(source, link, "q8_0")
 
 

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import pickle
 import struct
 from pathlib import Path
 
@@ -113,6 +115,20 @@ FLOATS = np.arange(6, dtype="<f4").tobytes()
         (b"[1, 2]", FLOATS, "malformed"),
         (b'{"x":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"x":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}',
          FLOATS, "twice"),
+        ({"x": entry([2], 0, 8), "y": entry([2], 4, 12)}, FLOATS[:12], "y begins .*overlap"),
+        ({"x": entry([2], 0, 8), "y": entry([2], 0, 8)}, FLOATS[:8], "overlap"),
+        ({"x": entry([2], 0, 8), "y": entry([2], 16, 24)}, FLOATS, "y begins .*gap"),
+        ({"x": entry([2], 0, 8)}, FLOATS, "16 bytes follow the last tensor"),
+        ({"x": entry([2**32, 2**32], 0, 0)}, b"", "0 bytes for F32"),  # whose product is 0 in 64 bits
+        ({"x": entry([2**70], 0, 0)}, b"", "shape"),
+        ({"x": entry([2.0], 0, 8)}, FLOATS[:8], "shape"),
+        ({"x": entry([True], 0, 4)}, FLOATS[:4], "shape"),
+        ({"x": entry("2", 0, 8)}, FLOATS[:8], "shape"),
+        ({"x": entry([2], 0.0, 8.0)}, FLOATS[:8], "data_offsets"),
+        ({"x": entry([2], "0", "8")}, FLOATS[:8], "data_offsets"),
+        ({"x": entry([2], 0, 8, ["F32"])}, FLOATS[:8], "type"),
+        (b'{"x":' + b"[" * 100_000, b"", "malformed"),
+        (b'{"error": "Access to this model is restricted"}', b"", "malformed"),
     ],
 )  # fmt: skip
 def test_broken_safetensors(tmp_path: Path, header: dict | bytes, data: bytes, message: str) -> None:
@@ -298,6 +314,11 @@ def test_a_shard_is_missing_and_there_is_no_index(tmp_path: Path) -> None:
         (b"\n <HTML>", "HTML page"),
         (b"", "0 bytes"),
         (b"Entry not found", "'Entry not found'"),
+        (b'<?xml version="1.0"?>\n<Error><Code>NoSuchKey</Code></Error>\n', "message .*NoSuchKey"),
+        (b"\x1f\x8b\x08\0" + bytes(99), "packed with gzip"),
+        (b"\x28\xb5\x2f\xfd" + bytes(99), "packed with zstd"),
+        (b"GGUF" + bytes(99), "a GGUF file"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(99), "HDF5"),
     ],
 )
 def test_what_is_in_the_place_of_a_file(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -306,6 +327,64 @@ def test_what_is_in_the_place_of_a_file(tmp_path: Path, name: str, content: byte
     (tmp_path / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=rf"{name}.*{message}"):
         Source(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("model.safetensors", b'{"error": "Repository not found"}', '\'{"error": "Repository not found"}\''),
+        ("model.safetensors", b"PK\x03\x04" + bytes(99), "zip archive"),
+        ("model.safetensors", b"\x80\x02}q\0." + bytes(99), "pickle"),
+        ("pytorch_model.bin", (99).to_bytes(8, "little") + b'{"x"', "a safetensors file"),
+        ("pytorch_model.bin", b"PK\x03\x04" + bytes(99), "torch could not read it"),
+        ("model.safetensors", (2).to_bytes(8, "little") + b"{}", "hold no tensor"),
+        ("pytorch_model.bin", pickle.dumps({"x": print}), "other objects than tensors.*could run code"),
+        ("config.json", b"\xff\xfe{\0}\0", "not valid JSON"),
+        ("config.json", b"\xef\xbb\xbf{}", "not valid JSON.*BOM"),
+    ],
+)
+def test_one_format_in_the_place_of_another(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"{name}.*{message}"):
+        Source(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "model.safetensors", "pytorch_model.bin", "x.safetensors"]
+)
+@pytest.mark.parametrize("kind", ["folder", "dangling", "loop", "pipe"])
+def test_names_of_files_that_stand_for_none(tmp_path: Path, name: str, kind: str) -> None:
+    """What is left of a cache whose files were removed, for one; never waits for a pipe."""
+    if name.endswith(".json"):
+        save_file(tensors(), tmp_path / "model.safetensors")
+    path = tmp_path / name
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("../blobs/0123" if kind == "dangling" else name)
+    message = {"folder": "a folder, not a file", "pipe": "a pipe or device"}.get(
+        kind, "a link to .* which is not there"
+    )
+    with pytest.raises(CheckpointError, match=rf"{name}.*{message}"), Source(tmp_path) as source:
+        source.tokenizer_json()
+
+
+def test_a_shard_that_is_a_dangling_link(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')
+    (tmp_path / "model-1.safetensors").symlink_to("../blobs/0123")
+    with pytest.raises(CheckpointError, match=r"model-1\.safetensors: a link to \.\./blobs/0123"):
+        Source(tmp_path)
+
+
+def test_one_name_that_is_allowed_is_not_its_letters(tmp_path: Path) -> None:
+    save_file(tensors(), tmp_path / "model.safetensors")
+    with Source(tmp_path, allow_missing="lm_head.bias") as source:
+        assert source.allow_missing("lm_head.bias")
+        assert not source.allow_missing("l")
+    with pytest.raises(CheckpointError, match="allow_unexpected must be names"):
+        Source(tmp_path, allow_unexpected=[3])  # type: ignore[list-item]
 
 
 def test_a_pointer_in_the_place_of_the_tokenizer(tmp_path: Path) -> None:

@@ -224,9 +224,24 @@ def test_convert_is_the_package_and_can_be_called(tmp_path):
     lines = []
     with pytest.raises(fixmin_cpp.CheckpointError, match="no such checkpoint directory"):
         fixmin_cpp.convert(tmp_path / "missing", log=lines.append)
-    for wrong in ({"checkpoint_dir": 5}, {"out": b"x"}, {"outtype": None}, {"trust_remote_code": 1}):
+    for wrong in (
+        {"checkpoint_dir": 5},
+        {"out": b"x"},
+        {"outtype": None},
+        {"trust_remote_code": 1},
+        {"log": 5},
+        {"map_file": 5},
+        {"calibrate": b"x"},
+        {"overrides": [1]},
+        {"allow_missing": 5},
+        {"n_threads": "2"},
+        {"keep_uncertified": None},
+        {"trust_remote_cod": True},
+    ):
         with pytest.raises(ArgumentTypeError, match=next(iter(wrong))):
             fixmin_cpp.convert(**{"checkpoint_dir": tmp_path, **wrong})
+    with pytest.raises(fixmin_cpp.ArgumentError, match="n_threads must be between 0 and 1024, got -1"):
+        fixmin_cpp.convert(tmp_path, n_threads=-1)
 
 
 def test_importing_the_package_imports_no_converter():

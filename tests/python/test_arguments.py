@@ -77,7 +77,15 @@ OUT_OF_RANGE = [
     ("stop", "", "must not be empty"),
     ("stop", ["a", ""], r"stop\[1\] must not be empty"),
 ]
+OUT_OF_RANGE += [
+    ("timeout", -(10**400), "timeout must be between 0"),
+    ("top_n_sigma", -(10**400), "top_n_sigma must be between"),
+]
 WRONG_TYPE = [
+    ("temperature", np.array([0.5]), "temperature must be a number"),
+    ("top_k", np.array([5]), "top_k must be an integer"),
+    ("top_k", np.array(True), "top_k must be an integer"),
+    ("min_p", np.array(True), "min_p must be a number"),
     ("max_new_tokens", True, "got True"),
     ("max_new_tokens", 3.0, "got float 3.0"),
     ("max_new_tokens", "3", "got str '3'"),
@@ -266,6 +274,25 @@ def test_what_is_too_large_for_the_engine_means_the_same(model):
     params = options.native(seed=1, eos_ids=(), breakers=[])
     assert params.top_k == params.min_keep == params.repeat_last_n == params.max_new_tokens == 2**31 - 1
     _core.Sampler(params)
+
+
+def test_numbers_of_other_libraries():
+    """Arrays without dimensions, and PyTorch's, are the number that they hold."""
+    torch = pytest.importorskip("torch")
+    for array in (np.array, torch.tensor):
+        given = {"temperature": array(0.5), "top_k": array(5), "seed": array(7), "logit_bias": {3: array(1.5)}}
+        options = GenerationOptions.check(given, 269)
+        assert (options.temperature, options.top_k, options.seed) == (0.5, 5, 7)
+        assert options.logit_bias == ((3, 1.5),)
+        for name in ("top_k", "temperature"):
+            with pytest.raises(ArgumentTypeError, match=name):
+                GenerationOptions.check({name: array(True)}, 269)
+
+
+@pytest.mark.parametrize("rows", [1, None.__class__, {0}, np.array(0), np.zeros((1, 1), int)], ids=str)
+def test_rows_that_are_no_list(model, rows):
+    with pytest.raises(ArgumentTypeError, match="rows must be a list"):
+        model.logits([1, 2], rows=rows)
 
 
 @pytest.mark.parametrize("ids", [[3, 4], (3, 4), {3, 4}, range(3, 5), np.array([3, 4]), frozenset([4, 3])])

@@ -520,7 +520,7 @@ WRONG = [
     ({"ray_actors": 2}, "need ray_address"),
     ({"source": "."}, "must be a file"),
     ({"target": "."}, "must be a file"),
-    ({"target": "in"}, "is the input"),
+    ({"target": "in"}, "is an input"),
     ({"kv_type": "q1"}, "kv_type"),
     ({"n_threads": 0}, "n_threads"),
 ]
@@ -534,6 +534,10 @@ def test_arguments(model_path, tmp_path, monkeypatch):
             run_job(**{**arguments, **wrong})
         assert message in str(error.value)
         assert not Path("out.resume").exists()
+    before = model_path.read_bytes()
+    with pytest.raises(fixmin_cpp.ArgumentError, match="is an input"):
+        run_job(**{**arguments, "target": model_path, "overwrite": True})
+    assert model_path.read_bytes() == before
     for missing in ("model", "source"):
         with pytest.raises(FileNotFoundError, match="absent"):
             run_job(**{**arguments, missing: "absent"})

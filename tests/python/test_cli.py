@@ -362,6 +362,9 @@ ENDS = [
     ("fixmin generate -m $M -p a -n 2 2>/dev/full | cmp - $EXPECTED", 0, ""),
     ("fixmin generate -m $M -n 2 <&-", 2, "no prompt"),
     ("fixmin --help >/dev/full", 1, "error: No space left on device\n"),
+    ("fixmin convert --help >/dev/full", 1, "error: No space left on device\n"),
+    ("fixmin verify --help >&-", 1, "error: Bad file descriptor\n"),
+    ("fixmin convert --help | true", 141, ""),
     ("fixmin --version >&-", 1, "error: Bad file descriptor\n"),
     ("fixmin info >/dev/full", 1, "error: stdout: No space left on device\n"),
     ("fixmin inspect $M >/dev/full", 1, "error: No space left on device\n"),
@@ -417,6 +420,22 @@ def test_text_is_utf8_whatever_the_locale(letters_model, locale):
 def test_an_argument_that_is_not_utf8(model_path):
     result = shell(rf"fixmin generate -m {model_path} -p $'a\xffb'")
     assert (result.returncode, result.stderr) == (1, b"error: the command line is not UTF-8: byte 0xff at offset 1\n")
+
+
+def test_names_of_files_that_are_not_utf8(letters_model, tmp_path):
+    name = tmp_path / os.fsdecode(b"a\xff b.gguf")
+    name.write_bytes(Path(letters_model.path).read_bytes())
+    with fixmin_cpp.Model(name) as loaded:
+        assert loaded.generate("a", max_new_tokens=3).text == letters_model.generate("a", max_new_tokens=3).text
+        assert loaded.save_state(tmp_path / os.fsdecode(b"state\xfe"), "the cat" * 8) > 0
+    fixmin_cpp.quantize(name, tmp_path / os.fsdecode(b"q\xfe.gguf"), "q8_0", allow_requantize=True)
+    name.write_bytes(name.read_bytes()[:100])
+    for command in (["generate", "-m", name, "-p", "a"], ["inspect", name], ["tokenize", "-m", name, "-p", "a"]):
+        code, errors = invoke(*command)
+        assert (code, len(errors)) == (1, 1), errors
+        assert "a\\udcff b.gguf: " in errors[0]
+    with pytest.raises(fixmin_cpp.ArgumentError, match=r"path is not valid Unicode: lone surrogate '\\ud800'"):
+        fixmin_cpp.Model("\ud800")
 
 
 def test_a_narrow_terminal_and_one_without_colours(model_path):
@@ -588,6 +607,59 @@ def test_files_that_are_no_text(bad_files, model_path, name):
         code, errors = invoke(*command, "-m", model_path, "-f", file)
         assert (code, len(errors)) == (1, 1), (command, errors)
         assert "empty" in errors[0] or errors[0].startswith(f"error: {file}: ")
+
+
+@pytest.mark.parametrize("what", ["model", "text"])
+def test_the_output_is_none_of_the_inputs(model_path, tmp_path, what):
+    """Through a link too; both are as they were."""
+    model, text, link = tmp_path / "model", tmp_path / "text", tmp_path / "link"
+    model.write_bytes(model_path.read_bytes())
+    text.write_text('{"prompt": "a", "max_new_tokens": 2}\n' * 9)
+    link.symlink_to(what)
+    before = model.read_bytes(), text.read_bytes()
+    for out in (tmp_path / what, link):
+        for command in (
+            ["imatrix", "-m", model, "-f", text, "-o", out],
+            ["perplexity", "-m", model, "-f", text, "--save-logits", out],
+            ["batch", text, out, "-m", model, "--overwrite"],
+            *([["quantize", model, out, "q8_0"]] if what == "model" else []),
+        ):
+            code, errors = invoke(*command)
+            assert (code, len(errors), "is an input" in errors[0]) == (1, 1, True), (command, errors)
+    with fixmin_cpp.Model(model) as loaded, pytest.raises(fixmin_cpp.ArgumentError, match="is an input"):
+        loaded.save_state(model, "a cat")
+    assert (model.read_bytes(), text.read_bytes()) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("folder", None, "a folder, not a GGUF file"),
+        ("model.safetensors", b"", "weights of a checkpoint"),
+        ("pointer.gguf", b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+        ("page.gguf", b"<!doctype html>", "an HTML page"),
+        ("packed.gguf", b"\x1f\x8b\x08\0", "packed with gzip"),
+        ("owner/name", b"", "hf download owner/name"),
+    ],
+)
+def test_every_command_knows_what_was_given_instead_of_a_model(tmp_path, monkeypatch, name, content, message):
+    monkeypatch.chdir(tmp_path)
+    if content is None:
+        Path(name).mkdir()
+    elif "/" not in name:
+        Path(name).write_bytes(content)
+    Path("in").write_text('{"prompt": "a"}\n')
+    for command in (
+        ["generate", "-m", name, "-p", "a"],
+        ["tokenize", "-m", name, "-p", "a"],
+        ["inspect", name],
+        ["quantize", name, "out", "q8_0"],
+        ["batch", "in", "out", "-m", name],
+    ):
+        code, errors = invoke(*command)
+        assert (code, len(errors)) == (1, 1), (command, errors)
+        assert errors[0].startswith(f"error: {name}: "), errors
+        assert message in errors[0], errors
 
 
 NUMBERS = ["-1", "0", "-" + "9" * 30, "9" * 30, "9" * 5000, "nan", "inf", "-inf", "1e400", "0x10", "", "three"]

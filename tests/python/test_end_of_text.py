@@ -138,6 +138,10 @@ def test_ids_that_are_none(value: object) -> None:
         (lambda p: p.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"), "Git LFS pointer"),
         (lambda p: p.write_bytes(b"<!doctype html>"), "HTML page"),
         (lambda p: p.write_bytes(b""), "0 bytes"),
+        (lambda p: p.write_bytes(b"\x1f\x8b\x08\0" + bytes(99)), "packed with gzip"),
+        (lambda p: p.write_bytes(b"PK\x03\x04" + bytes(99)), "zip archive"),
+        (lambda p: p.write_bytes((99).to_bytes(8, "little") + b'{"x"'), "a safetensors file"),
+        (lambda p: p.write_bytes(b'{"error":"Invalid username or password."}'), "Invalid username"),
     ],
 )
 def test_what_is_given_in_the_place_of_a_model(tmp_path: Path, make, message: str) -> None:
