@@ -202,8 +202,15 @@ class _Preparation:
         if node is not self.root and isinstance(node.get("$id"), str):
             raise _refuse("$id", place, "is not supported within a schema")
         for keyword, kind in (*_KINDS.items(), *((name, list) for name in ("allOf", "anyOf", "oneOf", "prefixItems"))):
-            if keyword in node and not isinstance(node[keyword], kind):
-                raise _refuse(keyword, place, f"must be {_KIND_NAMES[kind]}, got {json.dumps(node[keyword])[:60]}")
+            if keyword not in node:
+                continue
+            value = node[keyword]
+            if kind is int and isinstance(value, float) and value.is_integer():  # 1.0 is an integer
+                value = node[keyword] = int(value)
+            if kind is int and isinstance(value, int) and value < 0:
+                raise _refuse(keyword, place, f"must not be negative, got {json.dumps(value)[:60]}")
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise _refuse(keyword, place, f"must be {_KIND_NAMES[kind]}, got {json.dumps(value)[:60]}")
         if not self.draft and ("additionalItems" in node or isinstance(node.get("items"), list)):
             wrong = "additionalItems" if "additionalItems" in node else "items"
             raise _refuse(wrong, place, "is of older drafts: name one in $schema, or use prefixItems and items")
@@ -255,7 +262,7 @@ class _Preparation:
     def _tell_apart(self, branches: list[Any], place: str) -> None:
         """Makes sure that no value can be valid under two branches, so that oneOf means anyOf."""
         found = [self._alternatives(branch) for branch in branches]
-        for i, j in combinations(range(len(branches)), 2):
+        for i, j in combinations([i for i, facts in enumerate(found) if facts], 2):
             if not all(self._apart(a, b) for a in found[i] for b in found[j]):
                 raise ArgumentError(
                     f"json_schema cannot be used: oneOf at {place.removesuffix('/oneOf')} is not supported where two "

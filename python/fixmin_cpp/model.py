@@ -770,7 +770,7 @@ class Model:
         self._check_open()
         special = as_bool("parse_special", parse_special)
         if isinstance(prompt, str):
-            prompt = self._require_tokenizer().encode(prompt, parse_special=special)
+            prompt = self._require_tokenizer().encode(prompt, parse_special=special, name=name)
         elif isinstance(prompt, int):
             raise ArgumentTypeError(f"{name} must be a str or token ids, got {prompt!r}")
         return as_token_ids(name, prompt, self._vocab_size)

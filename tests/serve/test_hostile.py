@@ -269,6 +269,65 @@ WORST = [
 ]
 
 
+def test_what_stands_in_texts_counts_too(server: Server) -> None:
+    """UTF-16 has bytes that look like quotes, a schema may come as JSON text, many generations have lists each."""
+    hidden = ('{"prompt": ["\u2241", ' + "{}, " * 600_000 + "1]}").encode("utf-16-le")
+    headers = {"Content-Type": "application/json"}
+    for body in (hidden, '{"prompt": "a", "max_tokens": 1}'.encode("utf-16")):
+        answer = httpx.post(f"{server.url}/v1/completions", content=body, headers=headers, timeout=60)
+        assert answer.status_code == 400
+        assert "not UTF-8" in answer.json()["error"]["message"]
+    text = '{"enum": [' + "1," * 20_000 + "1]}"
+    for fields, name in (
+        ({"json_schema": text}, "json_schema"),
+        ({"n": 128, "banned_ids": [5] * 60_000}, "banned_ids"),
+        ({"n": 128, "bad_ids": [5] * 60_000}, "bad_ids"),
+        ({"prompt": ["a"] * 500, "dry_sequence_breakers": [[5] * 1000] * 60}, "dry_sequence_breakers"),
+    ):
+        answer = server.post("/v1/completions", {"prompt": "a", "max_tokens": 1, **fields})
+        assert answer.status_code == 400, fields
+        assert answer.json()["error"]["param"] == name
+    assert server.post("/v1/completions", {"prompt": "a", "max_tokens": 1, "banned_ids": [5] * 60_000}).is_success
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/completions", {"choices": ["\ue123" * 100_000]}),
+        ("/v1/completions", {"json_schema": {"$ref": "#/" + "x" * 100_000}}),
+        ("/v1/completions", {"json_schema": {"const": "\ue123" * 100_000}}),
+        ("/v1/completions", {"stream_options": {"x" * 100_000: 1}}),
+    ],
+)
+def test_messages_are_short(server: Server, path: str, fields: dict[str, Any]) -> None:
+    answer = server.post(path, {"prompt": "a", **fields})
+    assert answer.status_code == 400
+    assert len(answer.content) < 20_000  # an escape for each of 2,000 characters
+
+
+def test_what_waits_for_the_engine_holds_up_nobody(long_path: Path, start: Start) -> None:
+    """Embeddings are computed behind what runs; meanwhile texts are tokenised, and nothing is stuck."""
+    with start(long_path, "--parallel", "1") as server, contextlib.ExitStack() as stack:
+        endless = {"prompt": "the", "max_tokens": 90_000, "ignore_eos": True, "stream": True}
+        stack.enter_context(httpx.stream("POST", f"{server.url}/v1/completions", json=endless, timeout=60))
+        body = json.dumps({"input": "the"}).encode()
+        head = HEAD.replace(b"/v1/completions", b"/v1/embeddings")
+        for _ in range(6):
+            raw = stack.enter_context(connected(server))
+            raw.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        deadline = time.monotonic() + 30
+        while server.metric("fixmin:sequences_admitted") < 7 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        begin = time.monotonic()
+        while time.monotonic() - begin < 6:
+            assert server.get("/health").status_code == 200
+            assert server.post("/tokenize", {"content": "the"}).status_code == 200
+            time.sleep(0.5)
+        stack.close()
+        assert server.idle()
+        assert server.post("/v1/embeddings", {"input": "the"}).status_code == 200
+
+
 def test_no_request_holds_up_the_others(server: Server) -> None:
     """The worst wait for /health and the memory, with room for a busy machine: unloaded 100 ms and 64 MB."""
     before, waits, ended = memory(server), [0.0], threading.Event()
@@ -310,9 +369,17 @@ def test_bodies_that_are_not_said_to_be_json_are_415(server: Server, headers: di
     assert "Content-" in answer.json()["error"]["message"]
 
 
-@pytest.mark.parametrize(("host", "status"), [("localhost:1", 200), ("[::1]", 200), ("evil.example", 421)])
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [("localhost:1", 200), ("[::1]", 200), ("LocalHost.", 200), ("evil.example", 421), ("localhost.evil.example", 421)],
+)
 def test_foreign_names_are_not_served(server: Server, host: str, status: int) -> None:
     assert server.get("/v1/models", headers={"Host": host}).status_code == status
+
+
+def test_old_http_needs_no_name(server: Server) -> None:
+    assert answer_to(server, b"GET /health HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 200")
+    assert answer_to(server, b"GET /health HTTP/1.0\r\nHost: evil.example\r\n\r\n").startswith(b"HTTP/1.1 421")
 
 
 def test_empty_keys_do_not_open_a_server(served_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

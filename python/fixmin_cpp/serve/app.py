@@ -19,7 +19,7 @@ from .. import __version__
 from ..arguments import as_token_ids, split_prompts
 from ..errors import ArgumentError
 from . import answers, rendering
-from .chat import ChatTemplate
+from .chat import ChatTemplate, strings
 from .errors import APIError, install
 from .generation import ChatJob, CompletionJob, Job
 from .guards import Guard, Receive, Scope, Send
@@ -219,22 +219,25 @@ def _add_generation(app: FastAPI, host: ModelHost, metrics: Metrics, template: C
         inputs, many = split_prompts(body.input, "input")
         if len(inputs) > host.settings.max_inputs:
             raise ArgumentError(f"input has {len(inputs)} entries, but a request may have {host.settings.max_inputs}")
+        special = body.parse_special is not False
+
+        async def embed() -> list[tuple[NDArray[np.float32], int]]:
+            names = (f"input[{i}]" if many else "input" for i in range(len(inputs)))
+            pairs = zip(names, inputs, strict=True)
+            return [await host.compute(_embed, host, name, one, special, by="engine") for name, one in pairs]
+
         with host.admitted(1):
-            vectors, n_tokens = [], 0
-            for i, one in enumerate(inputs):
-                if await request.is_disconnected():
-                    break
-                name = f"input[{i}]" if many else "input"
-                vector, n = await host.compute(_embed, host, name, one, body.parse_special is not False)
-                n_tokens += n
-                vectors.append(vector)
-        return rendering.embeddings(vectors, n_tokens, host.settings.name, body.encoding_format == "base64")
+            found = await _unless_disconnected(embed(), request.receive)
+        if found is None:
+            return _JSON(None)
+        vectors, counts = [vector for vector, _ in found], [n for _, n in found]
+        return rendering.embeddings(vectors, sum(counts), host.settings.name, body.encoding_format == "base64")
 
 
 def _chat_prompt(host: ModelHost, template: ChatTemplate, body: ChatRequest) -> list[int]:
     tokenizer = host.model._require_tokenizer()
     messages = [message.plain() for message in body.messages]
-    host.check_texts("messages", ["".join(str(message["content"]) for message in messages)])
+    host.check_texts("messages", ["".join(strings(messages))])  # a template may read any of them
     prompt = template.render(
         messages,
         tokenizer,
@@ -276,10 +279,11 @@ def _tokenize(host: ModelHost, body: TokenizeRequest) -> Response:
     text = body.content if body.content is not None else body.prompt
     if text is None:
         raise ArgumentError("content is missing (or prompt, as vLLM calls it)")
-    _check_length("prompt" if body.content is None else "content", _bytes(text), _MAX_TOKENIZED, "bytes")
+    name = "prompt" if body.content is None else "content"
+    _check_length(name, _bytes(text), _MAX_TOKENIZED, "bytes")
     model = host.model
-    special = body.add_special or body.add_special_tokens
-    ids = model.encode(text, add_special_tokens=special, parse_special=body.parse_special is not False)
+    special, parse = body.add_special or body.add_special_tokens, body.parse_special is not False
+    ids = model._require_tokenizer().encode(text, add_special_tokens=special, parse_special=parse, name=name)
     texts = rendering.by_id(ids, partial(_piece, host)) if body.with_pieces else (b"%d" % i for i in ids)
     return rendering.token_list(texts, count=len(ids), max_model_len=model.info["n_ctx"])
 

@@ -25,11 +25,20 @@ __all__ = ["ChatJob", "CompletionJob", "Job"]
 
 _MAX_LOGPROBS = 1 << 19  # of an answer with several generations: 100 bytes of memory each
 _MEAN_PROMPT = 256  # tokens, when it is not yet known
+_MAX_ENTRIES = 1 << 20  # of the lists of a request's generations
+_PER_GENERATION = ("allowed_ids", "banned_ids", "logit_bias", "dry_sequence_breakers")
 _FINISH = {"eos": "stop"}  # others have the same name
 
 
 def _json(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _n_entries(value: Any) -> int:
+    """Of a list and the lists in it."""
+    if isinstance(value, str):
+        return 1
+    return len(value) + sum(len(one) for one in value if isinstance(one, list))
 
 
 class Job(ABC):
@@ -71,16 +80,40 @@ class Job(ABC):
         n_prompts = 1 if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)) else len(prompts)
         n_sequences = n_prompts * self._best_of
         self.host.require_room(n_sequences)
+        try:
+            self._check_lists(arguments, n_sequences)
+        except ArgumentError as error:
+            raise self._failed(error) from None
         self._check_logprobs(arguments, n_sequences)
         if "logprobs" in arguments:
             self.names = await self.host.compute(TokenNames.of, model)
         try:
-            self._batch = await self.host.compute(
-                model._batch, prompts, {**USUAL, **arguments, "timeout": limited}, n, best_of, slow=constrained
-            )
+            by = "grammar" if constrained else "prepare"
+            given = {**USUAL, **arguments, "timeout": limited}
+            self._batch = await self.host.compute(model._batch, prompts, given, n, best_of, by=by)
         except (ArgumentError, ContextLengthError) as error:
-            fields = {name: field for field, name in ALIASES.items() if getattr(self.request, field, None) is not None}
-            raise as_api_error(error, fields) from None
+            raise self._failed(error) from None
+
+    def _failed(self, error: Exception) -> APIError:
+        """What the client is told, in the names of its own fields."""
+        request = self.request
+        fields = {name: field for field, name in ALIASES.items() if getattr(request, field, None) is not None}
+        told = as_api_error(error, fields)
+        if told.param == "json_schema" and request.json_schema is None:
+            told.param = "response_format"
+        elif told.param == "prompt" and isinstance(request, ChatRequest):
+            told.param = "messages"
+        return told
+
+    @staticmethod
+    def _check_lists(arguments: Mapping[str, Any], n_sequences: int) -> None:
+        """Each generation has lists of its own."""
+        for name, value in arguments.items():
+            if name in _PER_GENERATION and n_sequences * _n_entries(value) > _MAX_ENTRIES:
+                raise ArgumentError(
+                    f"{name} has {_n_entries(value)} entries for each of {n_sequences} generations, at most "
+                    f"{_MAX_ENTRIES} are taken together: ask for fewer generations"
+                )
 
     def _check_logprobs(self, arguments: Mapping[str, Any], n_sequences: int) -> None:
         n_ctx, asked = self.host.model.info["n_ctx"], arguments["max_new_tokens"]
@@ -138,7 +171,7 @@ class Job(ABC):
             while left:
                 number, item = await news.get()
                 if isinstance(item, Exception):
-                    raise item
+                    raise self._failed(item) from item
                 if isinstance(item, Completion):
                     left -= 1
                     self.metrics.ended(item)
@@ -211,8 +244,7 @@ class Job(ABC):
             if usage:
                 yield event([], self._usage(completions))
         except Exception as error:
-            failed = as_api_error(error)
-            yield b"data: " + json.dumps(failed.body()).encode() + b"\n\n"
+            yield b"data: " + json.dumps(as_api_error(error).body()).encode() + b"\n\n"
         finally:
             await pieces.aclose()
         yield b"data: [DONE]\n\n"

@@ -86,7 +86,8 @@ class Guard:
     async def _guarded(self, scope: Scope, receive: Receive, answer: Send, headers: dict[bytes, bytes]) -> None:
         try:
             path = scope["path"].removeprefix(scope.get("root_path", ""))
-            self._check_host(headers.get(b"host", b""))
+            if b"host" in headers or scope.get("http_version") != "1.0":  # which no browser speaks
+                self._check_host(headers.get(b"host", b""))
             self._check_key(path, headers.get(b"authorization", b""))
             self._check_length(headers.get(b"content-length", b"0"))
             if scope["method"] == "POST":
@@ -102,7 +103,7 @@ class Guard:
 
     def _check_host(self, header: bytes) -> None:
         """A page of a site whose name is made to lead to this machine must not reach what only this machine may."""
-        name = _PORT.sub("", header.decode("latin-1").lower())
+        name = _PORT.sub("", header.decode("latin-1").lower()).removesuffix(".")
         if self._hosts and name not in self._hosts:
             raise APIError(421, f"Host {name[:80]!r} is not served here: --allowed-host names those that are")
 

@@ -24,8 +24,10 @@ __all__ = ["ModelHost"]
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
-_N_QUICK, _N_SLOW = 4, 4  # threads that tokenise, and those that compile grammars, which may take 30 s each
-_STUCK = 5.0  # seconds that every one of the former may be busy with one thing before /health says so
+# Threads that tokenise, those that compile grammars, which may take 30 s each, and those that wait for what the engine
+# computes, behind all that it was asked for before.
+_N_THREADS = {"prepare": 4, "grammar": 4, "engine": 4}
+_STUCK = 5.0  # seconds that every one of the first may be busy with one thing before /health says so
 
 
 class ModelHost:
@@ -47,8 +49,7 @@ class ModelHost:
         self._closer: asyncio.Task[None] | None = None
         self._loading: asyncio.Task[None] | None = None
         self._longest_token = 1  # characters
-        self._quick = Workers("prepare", _N_QUICK)
-        self._slow = Workers("grammar", _N_SLOW)
+        self._workers = {name: Workers(name, n) for name, n in _N_THREADS.items()}
 
     def start(self) -> None:
         """Begins to load."""
@@ -109,8 +110,8 @@ class ModelHost:
         if self._closer is not None:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._closer, _STUCK)
-        self._quick.close()
-        self._slow.close()
+        for workers in self._workers.values():
+            workers.close()
 
     def stop(self) -> None:
         """Requests that run or are prepared end with APIError 503, and others are refused."""
@@ -154,13 +155,12 @@ class ModelHost:
         finally:
             self.n_sequences -= n
 
-    async def compute(self, function: Callable[..., _T], *args: Any, slow: bool = False, **kwargs: Any) -> _T:
+    async def compute(self, function: Callable[..., _T], *args: Any, by: str = "prepare", **kwargs: Any) -> _T:
         """`function` in another thread: for what takes longer than the event loop should stand still.
 
-        `slow`: it may take seconds; others do not wait for it.
+        `by`: which of the threads. Others do not wait for what those of "grammar" and "engine" do.
         """
-        workers = self._slow if slow else self._quick
-        work = asyncio.ensure_future(workers.run(functools.partial(function, *args, **kwargs)))
+        work = asyncio.ensure_future(self._workers[by].run(functools.partial(function, *args, **kwargs)))
         stopped = asyncio.ensure_future(self._stopped.wait())
         try:
             await asyncio.wait({work, stopped}, return_when=asyncio.FIRST_COMPLETED)
@@ -187,7 +187,7 @@ class ModelHost:
 
     def require_health(self) -> None:
         """Raises APIError 503 if requests are not prepared any more."""
-        seconds = self._quick.stuck_for
+        seconds = self._workers["prepare"].stuck_for
         if seconds > _STUCK:
             raise APIError(503, f"requests have not been prepared for {seconds:.0f} s", code=503)
 
