@@ -204,13 +204,10 @@ class _Preparation:
         for keyword, kind in (*_KINDS.items(), *((name, list) for name in ("allOf", "anyOf", "oneOf", "prefixItems"))):
             if keyword not in node:
                 continue
-            value = node[keyword]
-            if kind is int and isinstance(value, float) and value.is_integer():  # 1.0 is an integer
-                value = node[keyword] = int(value)
-            if kind is int and isinstance(value, int) and value < 0:
-                raise _refuse(keyword, place, f"must not be negative, got {json.dumps(value)[:60]}")
-            if not isinstance(value, kind) or isinstance(value, bool):
-                raise _refuse(keyword, place, f"must be {_KIND_NAMES[kind]}, got {json.dumps(value)[:60]}")
+            if kind is int:
+                _count(node, keyword, place)
+            elif not isinstance(node[keyword], kind):
+                raise _refuse(keyword, place, f"must be {_KIND_NAMES[kind]}, got {json.dumps(node[keyword])[:60]}")
         if not self.draft and ("additionalItems" in node or isinstance(node.get("items"), list)):
             wrong = "additionalItems" if "additionalItems" in node else "items"
             raise _refuse(wrong, place, "is of older drafts: name one in $schema, or use prefixItems and items")
@@ -323,7 +320,21 @@ class _Preparation:
 _KINDS: dict[str, type] = {"properties": dict, "patternProperties": dict, "required": list, "enum": list} | {
     name: int for name in ("minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties")
 }
-_KIND_NAMES = {dict: "an object", list: "an array", int: "an integer"}
+_KIND_NAMES = {dict: "an object", list: "an array"}
+
+
+def _count(node: _Node, keyword: str, place: str) -> None:
+    """A limit of lengths, as an integer: 1.0 is one. Nothing is too long for one beyond 2^53."""
+    value = node[keyword]
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise _refuse(keyword, place, f"must be an integer, got {json.dumps(value)[:60]}")
+    if value < 0:
+        raise _refuse(keyword, place, f"must not be negative, got {json.dumps(value)[:60]}")
+    node[keyword] = value
+    if keyword.startswith("max") and value > 2**53:
+        del node[keyword]
 
 
 def _references(root: Any) -> Iterator[str]:

@@ -41,6 +41,7 @@ _NO_OPS: Mapping[str, tuple[Any, ...] | None] = {
     "prompt_cache_options": _ANY,
     "service_tier": _ANY,
     "reasoning_effort": _ANY,
+    "reasoning": _ANY,
     "verbosity": _ANY,
     "store": (False,),
     "parallel_tool_calls": (True, False),
@@ -122,6 +123,8 @@ _NO_OPS: Mapping[str, tuple[Any, ...] | None] = {
     "grammar_triggers": ([],),
     "preserved_tokens": ([],),
     "parse_tool_calls": (True, False),
+    "chat_format": (),
+    "backend_sampling": (False,),
     "thinking_forced_open": (False,),
     "n_cache_reuse": (0,),
     # TGI's

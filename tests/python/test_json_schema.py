@@ -277,6 +277,7 @@ def test_a_keyword_that_is_not_supported_is_named_with_its_place(schema, message
         {"$id": "http://a/b", "$ref": "http://a/b#/$defs/x~1%79", "$defs": {"x/y": {"const": 1}}},
         {"type": "array", "x-guidance": {"whitespace_pattern": r"[ \n\t]{0,3}"}, "maxItems": 2},
         {"type": "array", "minItems": 1.0, "maxItems": 2e0, "items": {"type": "string", "maxLength": 1.0}},
+        {"type": "string", "pattern": "^a{3}$", "maxLength": 2**70, "minLength": 1},
     ],
 )
 def test_what_only_looks_unsupported_is_taken(schema):

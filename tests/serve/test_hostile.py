@@ -130,6 +130,7 @@ def test_malformed_requests_elsewhere(server: Server, path: str, body: dict[str,
 
 def test_what_is_no_http(strict: Server) -> None:
     assert answer_to(strict, b"\x16\x03\x01\x02\x00\x01\x00").startswith(b"HTTP/1.1 4")
+    assert b'"invalid_request_error"' in answer_to(strict, b"no\r\n\r\n")
     assert answer_to(strict, b"GET / HTTP/1.1\r\n" + b"a: " + b"b" * 200_000 + b"\r\n\r\n").startswith(b"HTTP/1.1 4")
     assert works(strict)
 
@@ -283,6 +284,7 @@ def test_what_stands_in_texts_counts_too(server: Server) -> None:
         ({"n": 128, "banned_ids": [5] * 60_000}, "banned_ids"),
         ({"n": 128, "bad_ids": [5] * 60_000}, "bad_ids"),
         ({"prompt": ["a"] * 500, "dry_sequence_breakers": [[5] * 1000] * 60}, "dry_sequence_breakers"),
+        ({"n": 128, "dry_multiplier": 1, "dry_sequence_breakers": [*"abcdefgh"] * 8}, "dry_sequence_breakers"),
     ):
         answer = server.post("/v1/completions", {"prompt": "a", "max_tokens": 1, **fields})
         assert answer.status_code == 400, fields
@@ -398,11 +400,49 @@ def test_keys_from_a_file(served_path: Path, start: Start, tmp_path: Path) -> No
         assert "2 are known" in server.log.read_text()
 
 
-def test_head(server: Server) -> None:
-    for path in ("/", "/health"):
+def test_paths_and_methods_that_mean_the_same(server: Server) -> None:
+    for path in ("/", "/health", "/v1/health", "/v1/models", "/v1/models/toy", "/props", "/metrics", "/docs"):
         answer = httpx.head(server.url + path)
-        assert answer.status_code == 200
+        assert answer.status_code == 200, path
         assert answer.content == b""
+        assert server.get(f"{path}/").status_code == 200, path
+    asked = {"prompt": "the", "max_tokens": 1}
+    assert server.post("/v1/completions/", asked).status_code == 200
+    assert httpx.head(f"{server.url}/v1/completions").status_code == 405
+    assert server.get("/health", params={"a": "b"}).status_code == 200
+    assert httpx.request("GET", f"{server.url}/health", content=b"a body").status_code == 200
+    address = server.url.removeprefix("http://").encode()
+    for host, status in ((address, b"200"), (b"evil.example", b"421")):
+        line = b"GET http://%s/v1/models HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n" % (host, address)
+        assert answer_to(server, line).startswith(b"HTTP/1.1 " + status)
+
+
+def test_an_empty_line_between_requests(server: Server) -> None:
+    body = b'{"prompt":"the","max_tokens":1}'
+    asked = HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    last = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    assert answer_to(server, b"\r\n" + asked, b"\r\n" + last, pause=1.0).count(b"HTTP/1.1 200 OK") == 2
+
+
+def test_a_client_that_goes_while_it_asks_is_no_error(served_path: Path, start: Start) -> None:
+    with start(served_path) as server:
+        for part in (b"Content-Length: 100\r\n\r\n{", b"Transfer-Encoding: chunked\r\n\r\nzz\r\n"):
+            with connected(server) as raw:
+                raw.sendall(HEAD + part)
+                time.sleep(0.2)
+        assert works(server)
+        assert "Traceback" not in server.log.read_text()
+
+
+def test_a_body_that_is_too_large_is_answered_before_it_ends(server: Server) -> None:
+    """And the connection can be used again: clients that are cut off while they send see no answer."""
+    body = b'{"prompt":"' + b"a" * (6 << 20) + b'"}'
+    with httpx.Client(timeout=60) as client:
+        for _ in range(3):
+            answer = client.post(
+                f"{server.url}/v1/completions", content=body, headers={"Content-Type": "application/json"}
+            )
+            assert answer.status_code == 413
 
 
 # --- limits ----------------------------------------------------------------------------------------------------------
@@ -466,7 +506,7 @@ def test_the_description_with_keys(served_path: Path, start: Start) -> None:
 @pytest.mark.parametrize(
     ("path", "body", "param"),
     [
-        ("/v1/completions", {"prompt": "a", "allowed_ids": [5], "banned_ids": [5]}, "allowed_ids"),
+        ("/v1/completions", {"prompt": "a", "allowed_ids": [5], "banned_ids": [5]}, "banned_ids"),
         ("/v1/embeddings", {"input": ["ok", ""]}, "input"),
         ("/v1/embeddings", {"input": [[1], [10**6]]}, "input"),
         ("/detokenize", {"tokens": [10**6]}, "tokens"),

@@ -13,6 +13,7 @@ from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from numpy.typing import NDArray
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from .. import __version__
@@ -109,8 +110,11 @@ class _Route(APIRoute):
         handle = super().get_route_handler()
 
         async def bounded(request: Request) -> Response:
-            body = await request.body()
-            if body:
+            if request.method == "POST":
+                try:
+                    body = await request.body()
+                except ClientDisconnect:
+                    return Response()  # which nobody reads
                 host: ModelHost = request.app.state.host
                 request._json = await host.compute(read_body, body)  # where request.json() keeps it
             answer: Response = await handle(request)
@@ -159,8 +163,10 @@ def create_app(
         summary="Language models without an input embedding table.",
         version=__version__,
         lifespan=lifespan,
+        redirect_slashes=False,  # Guard takes paths with one at the end
         default_response_class=_JSON,
         responses=_ERRORS,
+        openapi_url=None,  # made in a thread, below
         docs_url=None,
         redoc_url=None,
         dependencies=[Depends(HTTPBearer(auto_error=False))],  # described; Guard checks keys
@@ -326,7 +332,6 @@ def _codes(host: ModelHost, body: CodesRequest) -> Response:
 def _add_facts(app: FastAPI, host: ModelHost, metrics: Metrics) -> None:
     name = host.settings.name
 
-    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     @app.get("/v1/health", include_in_schema=False)
     async def health() -> dict[str, str]:
@@ -335,7 +340,6 @@ def _add_facts(app: FastAPI, host: ModelHost, metrics: Metrics) -> None:
         host.require_health()
         return {"status": "ok"}
 
-    @app.get("/v1/models/", include_in_schema=False)
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         """The one model of this server."""
@@ -398,11 +402,17 @@ def _add_facts(app: FastAPI, host: ModelHost, metrics: Metrics) -> None:
         _ = host.model
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @app.head("/", response_class=HTMLResponse, include_in_schema=False)
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def playground() -> Response:
         """The playground."""
         return HTMLResponse(_PAGE.read_text("utf-8"), headers=_PAGE_HEADERS)
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def description(request: Request) -> Response:
+        """What there is, for programs; made at the first request, in a second."""
+        made = await host.compute(app.openapi)
+        root = request.scope.get("root_path", "")
+        return _JSON({**made, "servers": [{"url": root}]} if root else made)
 
     @app.get("/docs", response_class=HTMLResponse, include_in_schema=False)
     async def docs() -> Response:

@@ -64,19 +64,20 @@ class ErrorResponse(JSONResponse):
         return json.dumps(content).encode()
 
 
+NOTHING_LEFT = "no token is left to draw"  # found before a run, or in it
+
+
 def as_api_error(error: Exception, renamed: Mapping[str, str] | None = None) -> APIError:
     """What to answer when `error` was raised. `renamed`: field of the request by name of the argument."""
     if isinstance(error, APIError):
         return error
-    if isinstance(error, ArgumentError | ContextLengthError | UnsupportedError):
+    if isinstance(error, ArgumentError | ContextLengthError | UnsupportedError) or str(error).startswith(NOTHING_LEFT):
         message = str(error)
         for name, field in (renamed or {}).items():
             message = re.sub(rf"\b{name}\b", field, message, count=1)
-        first = re.match(r"(?:the )?(?=json_schema|regex|grammar|choices)(\w+)|(\w+)", message)
+        first = re.match(r"(?:the |only one of )?(?=json_schema|regex|grammar|choices)(\w+)|(\w+)", message)
         word = first[1] or first[2] if first else None
         param = word if word in FIELDS else None
-        if message.startswith("no token is left to draw"):
-            param = next((field for field in ("allowed_ids", "banned_ids", "logit_bias") if field in message), None)
         code = "context_length_exceeded" if isinstance(error, ContextLengthError) else None
         return APIError(400, message, param=param, code=code)
     if isinstance(error, BusyError):

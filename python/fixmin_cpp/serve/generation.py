@@ -11,11 +11,13 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
+from ..arguments import as_text
 from ..errors import ArgumentError, ContextLengthError
 from ..generation import AsyncTextStream, Batch, Completion, Piece, Run, TokenLogprob
+from ..model import Model
 from ..openai_fields import ALIASES, USUAL
 from ..text import IncrementalDecoder
-from .errors import APIError, as_api_error
+from .errors import NOTHING_LEFT, APIError, as_api_error
 from .host import ModelHost
 from .metrics import Metrics
 from .schemas import ChatRequest, CompletionRequest, GenerationRequest
@@ -26,6 +28,9 @@ __all__ = ["ChatJob", "CompletionJob", "Job"]
 _MAX_LOGPROBS = 1 << 19  # of an answer with several generations: 100 bytes of memory each
 _MEAN_PROMPT = 256  # tokens, when it is not yet known
 _MAX_ENTRIES = 1 << 20  # of the lists of a request's generations
+_MAX_BREAKERS = 1 << 17  # sequences of tokens: 200 bytes each
+_MAX_BREAKER = 64  # characters: at each of them one may begin in a token
+_RULING_OUT = ("banned_ids", "bad_ids", "allowed_ids", "allowed_token_ids", "logit_bias", "regex", "grammar")
 _PER_GENERATION = ("allowed_ids", "banned_ids", "logit_bias", "dry_sequence_breakers")
 _FINISH = {"eos": "stop"}  # others have the same name
 
@@ -39,6 +44,26 @@ def _n_entries(value: Any) -> int:
     if isinstance(value, str):
         return 1
     return len(value) + sum(len(one) for one in value if isinstance(one, list))
+
+
+def _check_breakers(model: Model, arguments: Mapping[str, Any], n_sequences: int) -> None:
+    """A short string begins and ends in many tokens: each such way is kept for each generation."""
+    if not arguments.get("dry_multiplier"):
+        return
+    tokenizer = model._require_tokenizer()
+    n = 0
+    for one in arguments.get("dry_sequence_breakers", ()):
+        if isinstance(one, str) and len(one) > _MAX_BREAKER:
+            raise ArgumentError(
+                f"dry_sequence_breakers has a text of {len(one)} characters, at most {_MAX_BREAKER} are taken"
+            )
+        if isinstance(one, str) and one:
+            n += n_sequences * len(tokenizer.sequences_with(as_text("dry_sequence_breakers", one)))
+        if n > _MAX_BREAKERS:
+            raise ArgumentError(
+                f"dry_sequence_breakers are met by more than {_MAX_BREAKERS} sequences of tokens, counted for each of "
+                f"{n_sequences} generations: ask for fewer, or for longer ones"
+            )
 
 
 class Job(ABC):
@@ -90,6 +115,7 @@ class Job(ABC):
         try:
             by = "grammar" if constrained else "prepare"
             given = {**USUAL, **arguments, "timeout": limited}
+            await self.host.compute(_check_breakers, model, arguments, n_sequences)
             self._batch = await self.host.compute(model._batch, prompts, given, n, best_of, by=by)
         except (ArgumentError, ContextLengthError) as error:
             raise self._failed(error) from None
@@ -97,9 +123,12 @@ class Job(ABC):
     def _failed(self, error: Exception) -> APIError:
         """What the client is told, in the names of its own fields."""
         request = self.request
-        fields = {name: field for field, name in ALIASES.items() if getattr(request, field, None) is not None}
+        given = [(name, field) for field, name in ALIASES.items() if getattr(request, field, None) is not None]
+        fields = dict(reversed(given))  # of several the one that counts
         told = as_api_error(error, fields)
-        if told.param == "json_schema" and request.json_schema is None:
+        if str(error).startswith(NOTHING_LEFT):
+            told.param = next((name for name in _RULING_OUT if getattr(request, name) is not None), None)
+        elif told.param == "json_schema" and request.json_schema is None:
             told.param = "response_format"
         elif told.param == "prompt" and isinstance(request, ChatRequest):
             told.param = "messages"

@@ -49,7 +49,8 @@ class Guard:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
 
-        headers = dict(scope["headers"])
+        asked = _plain(scope)
+        headers = dict(asked["headers"])
         given = headers.get(b"x-request-id", b"")
         request_id = given.decode() if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         begin, status, ended, gone = time.monotonic(), 0, False, False
@@ -69,7 +70,7 @@ class Guard:
             return message
 
         try:
-            await self._guarded(scope, hear, answer, headers)
+            await self._guarded(asked, hear, answer, headers)
         finally:
             if gone or not ended:
                 status = _GONE
@@ -127,7 +128,24 @@ class Guard:
             raise self._too_large()
 
     def _too_large(self) -> APIError:
-        return APIError(413, f"the body is larger than {self._max_body_bytes} bytes", headers={"Connection": "close"})
+        return APIError(413, f"the body is larger than {self._max_body_bytes} bytes")
+
+
+def _plain(scope: Scope) -> Scope:
+    """The request under its resource's usual path and method: what may be written in several ways.
+
+    GET in place of HEAD (servers send the head only of the answer), no slash at the end, no address before the path,
+    as a proxy is asked.
+    """
+    root, headers = scope.get("root_path", ""), scope["headers"]
+    path = scope["path"].removeprefix(root)
+    if path.startswith(("http://", "https://")):
+        authority, slash, path = path.partition("://")[2].partition("/")
+        path = slash + path
+        headers = [*headers, (b"host", authority.encode("latin-1", "replace"))]  # it counts, not the header
+    path = path.rstrip("/") or "/"
+    method = "GET" if scope["method"] == "HEAD" else scope["method"]
+    return {**scope, "method": method, "path": root + path, "headers": headers}
 
 
 def _check_kind(headers: dict[bytes, bytes]) -> None:

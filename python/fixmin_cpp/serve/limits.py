@@ -48,6 +48,8 @@ def read_body(body: bytes) -> Any:
     Raises:
         APIError: 400, it is no JSON or exceeds a limit; the message says which.
     """
+    if not body:
+        raise APIError(400, "the body is empty: it must be a JSON object")
     try:  # json.loads would take UTF-16 too, in which bytes that look like JSON's signs are parts of letters
         text = body.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -62,8 +64,8 @@ def read_body(body: bytes) -> Any:
             raise APIError(400, f"the body has {len(value)} fields, more than any request has")
         for name, field in value.items():
             _check_field(name, field)
-    elif isinstance(value, list):
-        raise APIError(400, "the body must be an object, not a list")
+    else:
+        raise APIError(400, "the body must be a JSON object")
     return value
 
 
