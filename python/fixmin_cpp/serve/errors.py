@@ -64,14 +64,18 @@ class ErrorResponse(JSONResponse):
         return json.dumps(content).encode()
 
 
-NOTHING_LEFT = "no token is left to draw"  # found before a run, or in it
+# What the engine finds in a run, and what was asked for is to blame.
+NOTHING_LEFT = "no token is left to draw"
+TOO_LARGE = "the logits are not finite after logit_bias and penalties"
 
 
 def as_api_error(error: Exception, renamed: Mapping[str, str] | None = None) -> APIError:
     """What to answer when `error` was raised. `renamed`: field of the request by name of the argument."""
     if isinstance(error, APIError):
         return error
-    if isinstance(error, ArgumentError | ContextLengthError | UnsupportedError) or str(error).startswith(NOTHING_LEFT):
+    if isinstance(error, ArgumentError | ContextLengthError | UnsupportedError) or str(error).startswith(
+        (NOTHING_LEFT, TOO_LARGE)
+    ):
         message = str(error)
         for name, field in (renamed or {}).items():
             message = re.sub(rf"\b{name}\b", field, message, count=1)

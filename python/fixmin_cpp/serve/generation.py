@@ -17,7 +17,7 @@ from ..generation import AsyncTextStream, Batch, Completion, Piece, Run, TokenLo
 from ..model import Model
 from ..openai_fields import ALIASES, USUAL
 from ..text import IncrementalDecoder
-from .errors import NOTHING_LEFT, APIError, as_api_error
+from .errors import NOTHING_LEFT, TOO_LARGE, APIError, as_api_error
 from .host import ModelHost
 from .metrics import Metrics
 from .schemas import ChatRequest, CompletionRequest, GenerationRequest
@@ -31,6 +31,14 @@ _MAX_ENTRIES = 1 << 20  # of the lists of a request's generations
 _MAX_BREAKERS = 1 << 17  # sequences of tokens: 200 bytes each
 _MAX_BREAKER = 64  # characters: at each of them one may begin in a token
 _RULING_OUT = ("banned_ids", "bad_ids", "allowed_ids", "allowed_token_ids", "logit_bias", "regex", "grammar")
+_ADDING = (
+    "logit_bias",
+    "repeat_penalty",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+    "dry_multiplier",
+)
 _PER_GENERATION = ("allowed_ids", "banned_ids", "logit_bias", "dry_sequence_breakers")
 _FINISH = {"eos": "stop"}  # others have the same name
 
@@ -125,10 +133,11 @@ class Job(ABC):
         request = self.request
         given = [(name, field) for field, name in ALIASES.items() if getattr(request, field, None) is not None]
         fields = dict(reversed(given))  # of several the one that counts
-        told = as_api_error(error, fields)
-        if str(error).startswith(NOTHING_LEFT):
-            told.param = next((name for name in _RULING_OUT if getattr(request, name) is not None), None)
-        elif told.param == "json_schema" and request.json_schema is None:
+        told = as_api_error(self.host.told(error), fields)
+        for reason, names in ((NOTHING_LEFT, _RULING_OUT), (TOO_LARGE, _ADDING)):
+            if str(error).startswith(reason):
+                told.param = next((name for name in names if getattr(request, name) is not None), None)
+        if told.param == "json_schema" and request.json_schema is None:
             told.param = "response_format"
         elif told.param == "prompt" and isinstance(request, ChatRequest):
             told.param = "messages"

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from .. import _core
-from ..errors import ArgumentError, ContextLengthError
+from ..errors import ArgumentError, BusyError, ContextLengthError, FixminError, UnsupportedError
 from ..inspect import describe_code
 from ..model import Model
 from .errors import APIError
@@ -121,11 +121,20 @@ class ModelHost:
             # In a thread that may be left behind: it waits for preparations that cannot be interrupted.
             self._closer = asyncio.ensure_future(Workers("close", 1).run(self._model.close))
 
+    @staticmethod
+    def _end() -> APIError:
+        return APIError(503, "the server is shutting down", code=503)
+
+    def told(self, error: Exception) -> Exception:
+        """`error`, or what clients are told in its place: a closed model is no fault of theirs, nor of the server's."""
+        mine = isinstance(error, ArgumentError | ContextLengthError | UnsupportedError | BusyError)
+        return self._end() if self._closing and isinstance(error, FixminError) and not mine else error
+
     @property
     def model(self) -> Model:
         """The loaded model. Raises APIError 503 before and after."""
         if self._closing:
-            raise APIError(503, "the server is shutting down", code=503)
+            raise self._end()
         if self.error is not None:
             raise APIError(503, "the model could not be loaded: the server's log says why", code=503)
         if self._model is None:
@@ -166,7 +175,9 @@ class ModelHost:
             await asyncio.wait({work, stopped}, return_when=asyncio.FIRST_COMPLETED)
             if work.done():
                 return work.result()
-            raise APIError(503, "the server is shutting down", code=503)
+            raise self._end()
+        except FixminError as error:
+            raise self.told(error) from None
         finally:
             work.cancel()
             stopped.cancel()
@@ -201,7 +212,7 @@ class ModelHost:
     def check_open(self, finish_reason: str) -> None:
         """Raises APIError if a generation ended because the server does."""
         if finish_reason == "cancelled":
-            raise APIError(503, "the server is shutting down", code=503)
+            raise self._end()
 
 
 def _default_n_kv(metadata: dict[str, Any], settings: ServeSettings) -> int | None:
