@@ -272,12 +272,12 @@ WORST = [
 
 def test_what_stands_in_texts_counts_too(server: Server) -> None:
     """UTF-16 has bytes that look like quotes, a schema may come as JSON text, many generations have lists each."""
-    hidden = ('{"prompt": ["\u2241", ' + "{}, " * 600_000 + "1]}").encode("utf-16-le")
+    hidden = ('{"prompt":["\u2241",' + "{}," * 600_000 + '"\u2241"]}').encode("utf-16-le")
     headers = {"Content-Type": "application/json"}
     for body in (hidden, '{"prompt": "a", "max_tokens": 1}'.encode("utf-16")):
         answer = httpx.post(f"{server.url}/v1/completions", content=body, headers=headers, timeout=60)
         assert answer.status_code == 400
-        assert "not UTF-8" in answer.json()["error"]["message"]
+        assert "the body is not JSON" in answer.json()["error"]["message"]
     text = '{"enum": [' + "1," * 20_000 + "1]}"
     for fields, name in (
         ({"json_schema": text}, "json_schema"),
@@ -507,6 +507,11 @@ def test_the_description_with_keys(served_path: Path, start: Start) -> None:
     ("path", "body", "param"),
     [
         ("/v1/completions", {"prompt": "a", "allowed_ids": [5], "banned_ids": [5]}, "banned_ids"),
+        ("/v1/completions", {"prompt": "a", "allowed_ids": [5], "regex": "[^a-z]+", "max_tokens": 3}, "allowed_ids"),
+        ("/v1/completions", {"prompt": "a", "frequency_penalty": -3e38, "max_tokens": 9}, "frequency_penalty"),
+        ("/v1/completions", {"prompt": "the the", "repeat_penalty": 1e-45, "max_tokens": 3}, "repeat_penalty"),
+        ("/v1/completions", {"prompt": "a", "regex": "a", "choices": ["a"]}, "regex"),
+        ("/v1/completions", {"prompt": "a", "max_tokens": 3, "max_completion_tokens": -7}, "max_completion_tokens"),
         ("/v1/embeddings", {"input": ["ok", ""]}, "input"),
         ("/v1/embeddings", {"input": [[1], [10**6]]}, "input"),
         ("/detokenize", {"tokens": [10**6]}, "tokens"),
@@ -571,6 +576,21 @@ def test_shutdown_lets_streams_finish(long_path: Path, start: Start) -> None:
         assert server.process.wait(30) == 0
         with pytest.raises(httpx.ConnectError):
             server.get("/health")
+
+
+def test_what_has_not_begun_is_told_of_the_shutdown(long_path: Path, start: Start) -> None:
+    """Generations that wait for their turn find the model closed: that is no error of the server's."""
+    body = json.dumps({"prompt": "the", "n": 128, "max_tokens": 90_000, "ignore_eos": True}).encode()
+    with start(long_path, "--shutdown-timeout", "1") as server, contextlib.ExitStack() as stack:
+        asking = [stack.enter_context(connected(server)) for _ in range(3)]
+        for raw in asking:
+            raw.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        deadline = time.monotonic() + 60
+        while server.metric("fixmin:sequences_admitted") < 384 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        server.process.send_signal(signal.SIGTERM)
+        assert [raw.recv(12) for raw in asking] == [b"HTTP/1.1 503"] * 3
+        assert server.process.wait(30) == 0
 
 
 def test_shutdown_does_not_wait_for_ever(long_path: Path, start: Start) -> None:

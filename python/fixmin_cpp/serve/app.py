@@ -263,22 +263,31 @@ def _embed(host: ModelHost, name: str, text: Any, parse_special: bool) -> tuple[
 
 
 def _add_tokens(app: FastAPI, host: ModelHost) -> None:
+    async def computed(request: Request, function: Callable[..., Response], body: Any) -> Response:
+        answer = await _unless_disconnected(host.compute(function, host, body), request.receive)
+        return _JSON(None) if answer is None else answer
+
     @app.post("/tokenize", response_model=answers.Tokens)
-    async def tokenize(body: TokenizeRequest) -> Response:
+    async def tokenize(request: Request, body: TokenizeRequest) -> Response:
         """Token ids of a text, as llama-server and vLLM give them."""
-        return await host.compute(_tokenize, host, body)
+        return await computed(request, _tokenize, body)
 
     @app.post("/detokenize", response_model=answers.Detokenized)
-    async def detokenize(body: DetokenizeRequest) -> Response:
+    async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
         """Text of token ids."""
-        ids: Any = as_token_ids("tokens", body.tokens, host.model.info["vocab_size"]) if body.tokens else []
-        text = await host.compute(host.model.decode, ids)
-        return _JSON({"content": text, "prompt": text})
+        return await computed(request, _detokenize, body)
 
     @app.post("/codes", response_model=answers.Codes)
-    async def codes(body: CodesRequest) -> Response:
+    async def codes(request: Request, body: CodesRequest) -> Response:
         """What stands in place of an input embedding: the bits of each token's id and its code, bit i at place i."""
-        return await host.compute(_codes, host, body)
+        return await computed(request, _codes, body)
+
+
+def _detokenize(host: ModelHost, body: DetokenizeRequest) -> Response:
+    model = host.model
+    ids: Any = as_token_ids("tokens", body.tokens, model.info["vocab_size"]) if body.tokens else []
+    text = model.decode(ids)
+    return _JSON({"content": text, "prompt": text})
 
 
 def _tokenize(host: ModelHost, body: TokenizeRequest) -> Response:

@@ -115,9 +115,10 @@ class Guard:
         # Every key is compared, each in a time that does not depend on where it differs.
         known = [hmac.compare_digest(given.strip(), key) for key in self._keys]
         if scheme.lower() != b"bearer" or not any(known):
+            is_key = scheme.lower() == b"bearer" and given.strip()
             raise APIError(
                 401,
-                "the API key is wrong" if header else "an API key is needed: Authorization: Bearer KEY",
+                "the API key is wrong" if is_key else "an API key is needed: Authorization: Bearer KEY",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
