@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 from servers import Server, Start, httpx, serving
 
-from fixmin_cpp import ArgumentError
+from fixmin_cpp import ArgumentError, Model
 
 serve = pytest.importorskip("fixmin_cpp.serve")
 schemas = pytest.importorskip("fixmin_cpp.serve.schemas")
+_check_breakers = pytest.importorskip("fixmin_cpp.serve.generation")._check_breakers
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
@@ -284,12 +285,21 @@ def test_what_stands_in_texts_counts_too(server: Server) -> None:
         ({"n": 128, "banned_ids": [5] * 60_000}, "banned_ids"),
         ({"n": 128, "bad_ids": [5] * 60_000}, "bad_ids"),
         ({"prompt": ["a"] * 500, "dry_sequence_breakers": [[5] * 1000] * 60}, "dry_sequence_breakers"),
-        ({"n": 128, "dry_multiplier": 1, "dry_sequence_breakers": [*"abcdefgh"] * 8}, "dry_sequence_breakers"),
+        ({"dry_multiplier": 1, "dry_sequence_breakers": ["a" * 65]}, "dry_sequence_breakers"),
     ):
         answer = server.post("/v1/completions", {"prompt": "a", "max_tokens": 1, **fields})
         assert answer.status_code == 400, fields
         assert answer.json()["error"]["param"] == name
     assert server.post("/v1/completions", {"prompt": "a", "max_tokens": 1, "banned_ids": [5] * 60_000}).is_success
+
+
+def test_breakers_are_counted_as_they_are_met(model: Model) -> None:
+    """A letter is met by every token that holds it, and each generation keeps all of them: that took gigabytes."""
+    given = {"dry_multiplier": 1.0, "dry_sequence_breakers": ["a"] * 64}
+    _check_breakers(model, given, 1)
+    with pytest.raises(ArgumentError, match="dry_sequence_breakers are met by more than 131072 sequences"):
+        _check_breakers(model, given, 10_000)
+    _check_breakers(model, {**given, "dry_multiplier": 0.0}, 10_000)
 
 
 @pytest.mark.parametrize(
@@ -509,7 +519,6 @@ def test_the_description_with_keys(served_path: Path, start: Start) -> None:
         ("/v1/completions", {"prompt": "a", "allowed_ids": [5], "banned_ids": [5]}, "banned_ids"),
         ("/v1/completions", {"prompt": "a", "allowed_ids": [5], "regex": "[^a-z]+", "max_tokens": 3}, "allowed_ids"),
         ("/v1/completions", {"prompt": "a", "frequency_penalty": -3e38, "max_tokens": 9}, "frequency_penalty"),
-        ("/v1/completions", {"prompt": "the the", "repeat_penalty": 1e-45, "max_tokens": 3}, "repeat_penalty"),
         ("/v1/completions", {"prompt": "a", "regex": "a", "choices": ["a"]}, "regex"),
         ("/v1/completions", {"prompt": "a", "max_tokens": 3, "max_completion_tokens": -7}, "max_completion_tokens"),
         ("/v1/embeddings", {"input": ["ok", ""]}, "input"),
