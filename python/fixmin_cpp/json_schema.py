@@ -320,7 +320,7 @@ class _Preparation:
 _KINDS: dict[str, type] = {"properties": dict, "patternProperties": dict, "required": list, "enum": list} | {
     name: int for name in ("minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties")
 }
-_KIND_NAMES = {dict: "an object", list: "an array"}
+_KIND_NAMES: dict[type, str] = {dict: "an object", list: "an array"}
 
 
 def _count(node: _Node, keyword: str, place: str) -> None:
