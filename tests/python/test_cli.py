@@ -42,6 +42,14 @@ def test_version_and_help():
     assert fixmin("-h").stdout.decode() == shown
 
 
+def test_as_a_module():
+    """For environments whose scripts are not in PATH."""
+    run = subprocess.run(
+        [sys.executable, "-m", "fixmin_cpp", "info", "--json"], capture_output=True, timeout=TIMEOUT, check=True
+    )
+    assert json.loads(run.stdout) == json.loads(fixmin("info", "--json").stdout)
+
+
 @pytest.mark.parametrize("terminal", [False, True])
 @pytest.mark.parametrize("name", ["generate", "batch", "serve", "bench"])
 def test_help_has_headings_and_whole_names(name, terminal):
