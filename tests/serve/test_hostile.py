@@ -447,12 +447,16 @@ def test_a_client_that_goes_while_it_asks_is_no_error(served_path: Path, start: 
 def test_a_body_that_is_too_large_is_answered_before_it_ends(server: Server) -> None:
     """And the connection can be used again: clients that are cut off while they send see no answer."""
     body = b'{"prompt":"' + b"a" * (6 << 20) + b'"}'
-    with httpx.Client(timeout=60) as client:
-        for _ in range(3):
-            answer = client.post(
-                f"{server.url}/v1/completions", content=body, headers={"Content-Type": "application/json"}
-            )
-            assert answer.status_code == 413
+    for kind, close in (("application/json", False), ("application/json", True), ("text/plain", True)):
+        headers = {"Content-Type": kind, **({"Connection": "close"} if close else {})}
+        with httpx.Client(timeout=60, headers=headers) as client:
+            for _ in range(3):
+                answer = client.post(f"{server.url}/v1/completions", content=body)
+                assert answer.status_code == 413
+    lines = HEAD + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
+    with connected(server) as raw:
+        raw.sendall(lines + body)  # without a reset
+        assert raw.recv(12) == b"HTTP/1.1 413"
 
 
 # --- limits ----------------------------------------------------------------------------------------------------------

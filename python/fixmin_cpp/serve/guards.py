@@ -20,6 +20,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 _PUBLIC = ("/health", "/v1/health", "/", "/docs")
 
 
+_PATIENCE = 8  # bodies of the largest size that are read and forgotten
 _GONE = 499  # as nginx counts them
 _REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 _log = logging.getLogger(__name__)
@@ -94,13 +95,25 @@ class Guard:
             if scope["method"] == "POST":
                 _check_kind(headers)
         except APIError as error:
+            if b"expect" not in headers:  # who waits for leave sends nothing
+                await self._take_the_rest(receive)
             return await error.response()(scope, receive, answer)
         counted = _Counted(receive, answer, self._max_body_bytes)
         try:
             await self._app(scope, counted.receive, counted.send)
         except _TooLargeError:
             if not counted.answered:
+                await self._take_the_rest(receive)
                 await self._too_large().response()(scope, receive, answer)
+
+    async def _take_the_rest(self, receive: Receive) -> None:
+        """Of the body, so that the client sees the answer: what is closed on who still sends is reset."""
+        left = _PATIENCE * self._max_body_bytes
+        while left > 0:
+            message = await receive()
+            left -= len(message.get("body", b""))
+            if not message.get("more_body"):
+                return
 
     def _check_host(self, header: bytes) -> None:
         """A page of a site whose name is made to lead to this machine must not reach what only this machine may."""
