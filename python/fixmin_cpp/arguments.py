@@ -217,13 +217,13 @@ class GenerationOptions:
         return params
 
 
-def candidate_counts(n: Any, best_of: Any, options: GenerationOptions) -> tuple[int, int]:
-    """n and best_of (None: n) of Model.generate, checked."""
+def candidate_counts(n: Any, best_of: Any, options: GenerationOptions, *, equal: bool = False) -> tuple[int, int]:
+    """n and best_of (None: n) of Model.generate, checked. `equal`: they may be all the same, without a temperature."""
     n = 1 if n is None else as_int("n", n, 1, _MAX_CANDIDATES)
     best_of = n if best_of is None else as_int("best_of", best_of, 1, _MAX_CANDIDATES)
     if best_of < n:
         raise ArgumentError(f"best_of is {best_of}, below n, which is {n}")
-    if best_of > 1 and options.temperature == 0.0:
+    if best_of > 1 and options.temperature == 0.0 and not equal:
         name, value = ("n", n) if n > 1 else ("best_of", best_of)
         raise ArgumentError(f"{name}={value} needs a temperature above 0: without one all completions are the same")
     return n, best_of

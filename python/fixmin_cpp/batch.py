@@ -228,7 +228,7 @@ def _generate(model: Model, settings: Settings, request: Request) -> dict[str, A
         **({"token_ids": completion.token_ids} if settings.token_ids else {}),
         "finish_reason": completion.finish_reason,
         **_logprobs(logprobs=completion.logprobs, prompt_logprobs=completion.prompt_logprobs),
-        "usage": _usage(timings.n_prompt, timings.n_generated),
+        "usage": _usage(timings.n_prompt, completion.n_drawn),
         "seed": completion.seed,
         "timings": {"prefill_s": round(timings.prefill_s, 6), "decode_s": round(timings.decode_s, 6)},
     }

@@ -171,7 +171,9 @@ class OpenAIEntry(Entry):
     """{"custom_id", "method": "POST", "url": "/v1/completions", "body": {...}}, as OpenAI's batch interface has it."""
 
     _USUAL: ClassVar[Mapping[str, Any]] = {"max_new_tokens": 16, **USUAL}
-    _KNOWN = frozenset({*GenerationArguments.__annotations__, *ALIASES, "prompt", "model"} - {"logprobs"})
+    _KNOWN = frozenset(
+        {*GenerationArguments.__annotations__, *ALIASES, "response_format", "prompt", "model"} - {"logprobs"}
+    )
 
     def requests(self, settings: Settings) -> list[Request]:
         body = self._body(settings.task)

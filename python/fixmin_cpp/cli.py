@@ -35,6 +35,7 @@ from .cli_output import status as _status
 from .cli_output import write as _write
 from .errors import ArgumentError
 from .inspect import printable
+from .logs import LogFormat, LogLevel, configure
 
 __all__ = ["app", "main"]
 
@@ -384,7 +385,15 @@ def batch(
 def serve(
     model: Annotated[Path, typer.Argument(metavar="MODEL.gguf", help="GGUF file.", envvar="FIXMIN_MODEL")],
     host: Annotated[str, typer.Option(envvar="FIXMIN_HOST", help="Address to listen on; 0.0.0.0: all.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(envvar="FIXMIN_PORT", help="0: a free one.")] = 8000,
+    port: Annotated[int | None, typer.Option(envvar="FIXMIN_PORT", help="0: a free one. Default: 8000.")] = None,
+    uds: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", envvar="FIXMIN_UDS", help="Unix socket to listen on, instead of host and port."),
+    ] = None,
+    root_path: Annotated[
+        str,
+        typer.Option(metavar="PREFIX", envvar="FIXMIN_ROOT_PATH", help="As /llm: where a proxy shows the server."),
+    ] = "",
     model_name: Annotated[
         str | None, typer.Option(envvar="FIXMIN_MODEL_NAME", help="In answers. Default: the file's name.")
     ] = None,
@@ -453,7 +462,15 @@ def serve(
     n_parallel: Annotated[
         int, typer.Option("--parallel", envvar="FIXMIN_PARALLEL", help="Generations that run at a time.")
     ] = 64,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing but errors.")] = False,
+    log_level: Annotated[
+        LogLevel | None,
+        typer.Option(envvar="FIXMIN_LOG_LEVEL", case_sensitive=False, help="Least level of lines. Default: info."),
+    ] = None,
+    log_format: Annotated[
+        LogFormat,
+        typer.Option(envvar="FIXMIN_LOG_FORMAT", case_sensitive=False, help="json: an object per line."),
+    ] = LogFormat.text,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="The same as --log-level warning.")] = False,
     debug: _Debug = False,
 ) -> None:
     """Serve a model to OpenAI's clients and to a browser (needs fixmin-cpp[serve]). docs/serving.md describes it.
@@ -461,9 +478,15 @@ def serve(
     Every option can be an environment variable: --max-queue is FIXMIN_MAX_QUEUE. Ctrl-C, or SIGTERM, lets running
     requests finish.
     """
-    with _errors(debug):
+    configure(log_level or (LogLevel.warning if quiet else LogLevel.info), log_format)
+
+    def tell(line: str) -> None:
+        logging.getLogger(__name__).critical(line, exc_info=debug)
+
+    with _errors(debug, tell if log_format is LogFormat.json else None):
+        if quiet and log_level is not None:
+            raise ArgumentError("--quiet is the same as --log-level warning: give one")
         package = _extra("serve", "serve")
-        _log_to_stderr(quiet)
         if os.environ.get("FIXMIN_API_KEY", "x").strip() == "":
             raise ArgumentError("FIXMIN_API_KEY is empty: unset it for a server without keys")
         settings = package.ServeSettings(
@@ -471,6 +494,8 @@ def serve(
             model_name=model_name,
             host=host,
             port=port,
+            uds=uds,
+            root_path=root_path,
             api_keys=(*(api_key or ()), *_keys_of(api_key_file)),
             allowed_hosts=tuple(allowed_host or ()),
             max_connections=max_connections,
@@ -507,13 +532,6 @@ def _keys_of(path: Path | None) -> tuple[str, ...]:
     if not keys:
         raise ArgumentError(f"{path} holds no API key")
     return keys
-
-
-def _log_to_stderr(quiet: bool) -> None:
-    """Shows what a server does and what went wrong in it."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    for name in ("fixmin_cpp", "uvicorn"):
-        logging.getLogger(name).setLevel(logging.WARNING if quiet else logging.INFO)
 
 
 @app.command(rich_help_panel=_MEASURE)

@@ -84,8 +84,8 @@ def _open_closed_streams() -> None:
 
 
 @contextmanager
-def errors(debug: bool) -> Iterator[None]:
-    """Turns exceptions into a line on stderr and an exit code."""
+def errors(debug: bool, tell: Callable[[str], object] | None = None) -> Iterator[None]:
+    """Turns exceptions into a line on stderr and an exit code. `tell`: writes the line in another form."""
     try:
         yield
         sys.stdout.flush()
@@ -98,9 +98,12 @@ def errors(debug: bool) -> Iterator[None]:
     except (typer.Exit, typer.Abort, typer.BadParameter):
         raise
     except Exception as error:
-        if debug:
-            traceback.print_exc()
-        note(f"error: {_one_line(error)}", "bold red")
+        if tell is None:
+            if debug:
+                traceback.print_exc()
+            note(f"error: {_one_line(error)}", "bold red")
+        else:
+            tell(_one_line(error))
         with contextlib.suppress(OSError):
             sys.stdout.flush()
         _discard_stdout()

@@ -88,6 +88,11 @@ class Completion:
     stop_logprob: TokenLogprob | None = None  # its own, if asked for
     candidates: "list[Completion] | None" = None  # if n > 1 were asked for: all n, the first being this one
 
+    @property
+    def n_drawn(self) -> int:
+        """Tokens that were drawn: those of token_ids, and what ended the text (stop_id). OpenAI's completion_tokens."""
+        return self.timings.n_generated + (self.stop_id is not None)
+
 
 @dataclass(frozen=True)
 class Piece:

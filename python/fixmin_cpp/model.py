@@ -716,9 +716,11 @@ class Model:
         n: Any = 1,
         best_of: Any = None,
         on_token: Any = None,
+        *,
+        equal: bool = False,
     ) -> Batch:
         options = GenerationOptions.check(arguments, self._vocab_size)
-        n, best_of = candidate_counts(n, best_of, options)
+        n, best_of = candidate_counts(n, best_of, options, equal=equal)
         if on_token is not None and not callable(on_token):
             raise ArgumentTypeError(f"on_token must be callable, got {type(on_token).__name__}")
         prompts, many = split_prompts(prompt)

@@ -1,12 +1,14 @@
 """What the fields of OpenAI's interface mean as arguments of Model.generate: for the server and for batch lines."""
 
 import difflib
+import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from .arguments import GenerationArguments, Int
 from .errors import ArgumentError, ArgumentTypeError
 
-__all__ = ["ALIASES", "MAX_SEED", "USUAL", "FieldError", "as_arguments", "without_no_ops"]
+__all__ = ["ALIASES", "MAX_SEED", "USUAL", "FieldError", "as_arguments", "breakers", "schema_of", "without_no_ops"]
 
 # What OpenAI's interface means when it does not say otherwise: the model's own distribution.
 USUAL: Mapping[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
@@ -26,6 +28,8 @@ ALIASES: Mapping[str, str] = {
     "cache_prompt": "prefix_cache",
 }
 _OPENAIS = ("max_completion_tokens", "max_tokens")  # of which OpenAI's clients send both, the first one being the newer
+
+_INTEGERS = frozenset(name for name, kind in GenerationArguments.__annotations__.items() if kind == Int) | {"seed"}
 
 _ANY: None = None
 _CHOICE = ("none", "auto")
@@ -93,6 +97,7 @@ _NO_OPS: Mapping[str, tuple[Any, ...] | None] = {
     "guided_whitespace_pattern": (),
     "return_tokens_as_token_ids": (False,),
     "return_hidden_states": (False,),
+    "return_token_ids": (False,),
     "logits_processors": ([],),
     "lora_path": (),
     "ebnf": (),
@@ -152,6 +157,7 @@ _WHY = {
     "tool_choice": "this model calls no functions",
     "function_call": "this model calls no functions",
     "store": "nothing is kept",
+    "return_token_ids": "--token-ids gives them for every line",
     "modalities": "there is only text",
     "audio": "there is only text",
 }
@@ -195,7 +201,15 @@ def _similar(name: Any, known: Collection[str]) -> str:
 
 def as_arguments(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of Model.generate for fields under OpenAI's, vLLM's and llama-server's names, none of them None."""
-    given = dict(fields)
+    given = {name: _whole(name, value) for name, value in fields.items()}
+    if "response_format" in given:
+        schema = schema_of(given.pop("response_format"))
+        if schema is not None:
+            if "json_schema" in given:
+                raise ArgumentError("response_format and json_schema are the same: give one")
+            given["json_schema"] = schema
+    if isinstance(given.get("dry_sequence_breakers"), str):
+        given["dry_sequence_breakers"] = breakers(given["dry_sequence_breakers"])
     for field, name in ALIASES.items():
         if field not in given:
             continue
@@ -211,15 +225,65 @@ def as_arguments(fields: Mapping[str, Any]) -> dict[str, Any]:
         given["top_p"] = 1e-30  # only the most probable token
     if "logit_bias" in given:
         given["logit_bias"] = _bias(given["logit_bias"])
-    if isinstance(given.get("seed"), int) and not isinstance(given["seed"], bool):
+    if "seed" in given:
         _set_seed(given)
     # Under llama.cpp's name for the window the penalties mean what they mean there.
     given.setdefault("openai_penalties", "repeat_last_n" not in given)
     return given
 
 
+def _whole(name: str, value: Any) -> Any:
+    """JSON's 16.0 is an integer too."""
+    is_whole = isinstance(value, float) and value.is_integer() and ALIASES.get(name, name) in _INTEGERS
+    return int(value) if is_whole else value
+
+
+def breakers(text: str) -> list[Any]:
+    """dry_sequence_breakers as some clients of llama-server's send them: the list as JSON text."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, list):
+        raise ArgumentError("dry_sequence_breakers must be a list of texts or token ids, or such a list as JSON text")
+    return found
+
+
+def schema_of(response_format: Any) -> Any:
+    """The JSON schema that response_format asks for, OpenAI's or llama-server's; None: any text will do."""
+    form = _part("response_format", response_format, ("type", "json_schema", "schema"))
+    inner = _part(
+        "response_format.json_schema", form.get("json_schema", {}), ("name", "description", "schema", "strict")
+    )
+    kind, schema = form.get("type"), form.get("schema", inner.get("schema"))
+    if kind not in ("text", "json_object", "json_schema"):
+        raise ArgumentError(f"response_format.type must be text, json_object or json_schema, got {kind!r:.60}")
+    if schema is not None and not isinstance(schema, Mapping | bool):
+        raise ArgumentTypeError(f"response_format's schema must be an object, got {schema!r:.60}")
+    if "schema" in form and "schema" in inner:
+        raise ArgumentError("response_format.schema and response_format.json_schema.schema are the same: give one")
+    if kind == "text" and schema is not None:
+        raise ArgumentError("response_format has a schema, but its type is 'text': say 'json_schema'")
+    if kind == "json_schema" and schema is None:
+        raise ArgumentError("response_format.json_schema.schema is missing")
+    return {"type": "object"} if kind == "json_object" and schema is None else schema
+
+
+def _part(name: str, given: Any, known: Collection[str]) -> dict[str, Any]:
+    """An object of a request without the fields that are null."""
+    if not isinstance(given, Mapping):
+        raise ArgumentTypeError(f"{name} must be an object, got {given!r:.60}")
+    part = {field: value for field, value in given.items() if value is not None}
+    for field in part:
+        if field not in known:
+            raise ArgumentError(f"{name} has no field {field!r:.60}{_similar(field, known)}")
+    return part
+
+
 def _set_seed(given: dict[str, Any]) -> None:
     seed = given["seed"]
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise ArgumentTypeError(f"seed must be an integer, got {seed!r:.60}")
     if not -(2**63) <= seed < 2**64:
         raise ArgumentError(f"seed must be between {-(2**63)} and {2**64 - 1}, got {seed}")
     if seed == -1:

@@ -47,7 +47,8 @@ def test_each_line_gets_what_generate_gives(model, tmp_path, out):
     for number, (line, record) in enumerate(zip(lines, records(out), strict=True), 1):
         own = {name: value for name, value in line.items() if name not in ("id", "prompt")}
         expected = model.generate(line["prompt"], **own)
-        n_prompt, n_new = expected.timings.n_prompt, len(expected.token_ids)
+        n_prompt = expected.timings.n_prompt
+        n_new = len(expected.token_ids) + (expected.finish_reason == "eos")
         seed = record.pop("seed")
         assert seed == own.get("seed", seed)
         assert record == {
@@ -124,6 +125,26 @@ def test_a_stop_token_is_called_stop_in_openai_lines(model_path, model, tmp_path
     openai, native = records(out)
     assert openai["response"]["body"]["choices"][0]["finish_reason"] == "stop"
     assert native["finish_reason"] == "eos"
+    # It was generated too: usage counts it as the server's does.
+    n_prompt, n_new = expected.timings.n_prompt, len(expected.token_ids) + 1
+    usage = {"prompt_tokens": n_prompt, "completion_tokens": n_new, "total_tokens": n_prompt + n_new}
+    assert openai["response"]["body"]["usage"] == native["usage"] == usage
+
+
+def test_openai_lines_with_a_response_format(model, tmp_path, out):
+    """As the server reads it; test_batch_fields.py compares the two."""
+    schema = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"]}
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": {**schema, "additionalProperties": False}}}
+    bodies = [
+        {"prompt": "the", "max_tokens": 100, "response_format": form},
+        {"prompt": "the", "max_tokens": 100, "response_format": {"type": "xml"}},
+        {"prompt": "the", "max_tokens": 5, "response_format": {"type": "json_object"}},
+    ]
+    run_job(model.path, write_lines(tmp_path / "in", [{**OPENAI, "body": body} for body in bodies]), out)
+    first, second, third = (record["response"]["body"] for record in records(out))
+    assert json.loads(first["choices"][0]["text"])["a"] in ("x", "y")
+    assert "response_format.type must be" in second["error"]["message"]
+    assert third["choices"][0]["text"].startswith("{")
 
 
 # A line, its id in the record, and what the record says of it.

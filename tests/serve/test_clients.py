@@ -224,6 +224,29 @@ def test_n_and_best_of(client: Any, model: fixmin_cpp.Model) -> None:
     assert ends == {0, 1, 2}
 
 
+def test_n_without_a_temperature_are_equal(client: Any, model: fixmin_cpp.Model) -> None:
+    expected = [model.generate(prompt, max_new_tokens=8).text for prompt in ("the", "abc")]
+    for given in ({"n": 3}, {"n": 3, "best_of": 4}):
+        answer = client.completions.create(
+            model="any", prompt=["the", "abc"], max_tokens=8, temperature=0, logprobs=1, **given
+        )
+        assert [choice.text for choice in answer.choices] == [expected[0]] * 3 + [expected[1]] * 3
+        assert answer.choices[0].logprobs == answer.choices[2].logprobs
+        assert answer.usage.completion_tokens > 2 * 8
+    (alone,) = client.completions.create(model="any", prompt="the", best_of=2, max_tokens=8, temperature=0).choices
+    assert alone.text == expected[0]
+    streamed = ["", ""]
+    for chunk in client.completions.create(
+        model="any", prompt="the", n=2, max_tokens=8, temperature=0, stream=True, extra_body={"min_p": 0.1}
+    ):
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.text
+    assert streamed == [expected[0]] * 2
+    messages = [{"role": "user", "content": "the"}]
+    chat = client.chat.completions.create(model="any", messages=messages, n=2, max_tokens=8, temperature=0)
+    assert chat.choices[0].message.content == chat.choices[1].message.content
+
+
 def test_stop(client: Any, model: fixmin_cpp.Model) -> None:
     whole = model.generate(PROMPT, max_new_tokens=40, seed=4, ignore_eos=True, **PLAIN).text
     stop = whole[10:12]

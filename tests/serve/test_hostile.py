@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from servers import Server, Start, httpx, serving
+from servers import Server, Start, httpx, serving, until
 
 from fixmin_cpp import ArgumentError, Model
 
@@ -569,6 +569,8 @@ def test_cors_only_when_asked_for(server: Server, served_path: Path, start: Star
     with start(served_path, "--cors-origin", "https://a.example", "--api-key", "k") as open_server:
         preflight = httpx.options(f"{open_server.url}/v1/completions", headers=asking)
         assert preflight.headers["access-control-allow-origin"] == "https://a.example"
+        own_id = preflight.headers["x-request-id"]
+        until(lambda: f"request_id={own_id} method=OPTIONS" in open_server.log.read_text())
         other = httpx.options(f"{open_server.url}/v1/completions", headers={**asking, "Origin": "https://b.example"})
         assert "access-control-allow-origin" not in other.headers
 

@@ -1,17 +1,21 @@
 """What an operator meets: the end of a server, its connections, its log, its metrics."""
 
 import json
+import re
 import signal
 import socket
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from servers import Server, Start
+from servers import Server, Start, until
+from typer.main import get_command
 
+from fixmin_cpp.cli import app
+
+DOCS = Path(__file__).parents[2] / "docs" / "serving.md"
 LONG = {"prompt": "the", "max_tokens": 90_000, "ignore_eos": True}
 
 
@@ -23,10 +27,7 @@ def _in_thread(ask: Any) -> tuple[threading.Thread, list[Any]]:
 
 
 def _running(server: Server, n: int) -> None:
-    deadline = time.monotonic() + 30
-    while server.metric("llamacpp:requests_processing") < n:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    until(lambda: server.metric("llamacpp:requests_processing") >= n)
 
 
 def test_past_the_shutdown_timeout_everybody_is_told(long_path: Path, start: Start) -> None:
@@ -45,15 +46,22 @@ def test_past_the_shutdown_timeout_everybody_is_told(long_path: Path, start: Sta
     events = [line[6:] for line in streams[0].text.splitlines() if line.startswith("data: ")]
     assert events[-1] == "[DONE]"
     assert "shutting down" in json.loads(events[-2])["error"]["message"]
-    assert "Traceback" not in server.log.read_text()
+    log = server.log.read_text()
+    assert "Traceback" not in log
+    for status in (503, 200):  # a stream has begun well
+        assert len(re.findall(f" path=/v1/completions status={status} .* finish_reason=abort$", log, re.MULTILINE)) == 1
 
 
 def test_busy_preparation_does_not_keep_a_process(served_path: Path, start: Start) -> None:
-    slow = "import time, fixmin_cpp.serve.app as app\napp._chat_prompt = lambda *_: time.sleep(600)"
+    slow = (
+        "import time, logging, fixmin_cpp.serve.app as app, fixmin_cpp.serve.host as host\n"
+        "app._chat_prompt = lambda *_: time.sleep(600)\n"
+        "host.ModelHost.require_room = lambda *_: logging.getLogger('fixmin_cpp').info('ASKED')"
+    )
     with start(served_path, "--shutdown-timeout", "1", before=slow) as server:
         body = {"messages": [{"role": "user", "content": "the"}]}
         asked = [_in_thread(lambda: server.post("/v1/chat/completions", body)) for _ in range(6)]
-        time.sleep(1)
+        until(lambda: server.log.read_text().count("ASKED") == 6)
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(40) == 0
         for thread, _ in asked:
@@ -65,15 +73,24 @@ def test_busy_preparation_does_not_keep_a_process(served_path: Path, start: Star
 def test_connections_beyond_the_limit_get_json(served_path: Path, start: Start) -> None:
     with start(served_path, "--max-connections", "2") as server:
         url = httpx.URL(server.url)
-        time.sleep(0.5)  # until the connections of the start are gone
-        with socket.create_connection((url.host, url.port)), socket.create_connection((url.host, url.port)):
-            time.sleep(0.5)
+        alone = re.compile(r"^fixmin:connections_open\{.*\} 1\.0$", re.MULTILINE)
+        until(lambda: alone.search(server.get("/metrics").text))  # those of the start are gone
+        with (
+            socket.create_connection((url.host, url.port)) as one,
+            socket.create_connection((url.host, url.port)) as two,
+        ):
+            until(lambda: server.get("/v1/models").status_code == 503)
             answer = server.get("/v1/models")
             assert answer.status_code == 503
             assert answer.json()["error"]["code"] == "too_many_connections"
             assert answer.headers["connection"] == "close"
-        time.sleep(0.5)
+            one.close()
+            two.close()
+        until(lambda: server.get("/v1/models/").status_code == 200)
         assert server.get("/v1/models/").json()["data"][0]["id"] == server.model.stem
+        refused = server.log.read_text().count("connection refused connections=")
+        assert refused >= 2
+        assert server.metric("fixmin:connections_refused_total") == refused
 
 
 def test_idle_connections_are_closed(served_path: Path, start: Start) -> None:
@@ -135,7 +152,7 @@ def test_request_ids_and_log_lines(served_path: Path, start: Start) -> None:
             made = server.get("/v1/models", headers={"X-Request-ID": wrong}).headers["x-request-id"]
             assert len(made) == 32
     log = server.log.read_text()
-    assert "mine-1 GET /v1/models: 200 in " in log
+    assert "request request_id=mine-1 method=GET path=/v1/models status=200 duration_s=" in log
     assert "loaded " in log
 
 
@@ -146,11 +163,14 @@ def test_clients_that_went_away_are_499(long_path: Path, start: Start) -> None:
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{server.url}/v1/completions", json=LONG, timeout=0.5)
         assert server.idle()
-        deadline = time.monotonic() + 10
-        while 'status="499"} 2.0' not in server.get("/metrics").text:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-    assert server.log.read_text().count("POST /v1/completions: client gone") == 2
+        until(lambda: server.metric("fixmin:http_responses_total", status="499") == 2)
+        assert server.metric("vllm:request_success_total", finished_reason="abort") == 2
+    lines = [line for line in server.log.read_text().splitlines() if "status=499" in line]
+    assert len(lines) == 2
+    for line in lines:
+        facts = dict(pair.split("=") for pair in line.split() if "=" in pair)
+        assert (facts["prompt_tokens"], facts["finish_reason"]) == ("1", "abort")
+        assert int(facts["generated_tokens"]) > 0
 
 
 def test_every_sample_names_the_model(server: Server) -> None:
@@ -160,3 +180,15 @@ def test_every_sample_names_the_model(server: Server) -> None:
     assert [line for line in lines if 'model_name="toy"' not in line] == []
     assert server.idle()
     assert server.metric("llamacpp:kv_cache_usage_ratio") == 0  # known prompts give way
+
+
+def test_every_option_is_documented() -> None:
+    command: Any = get_command(app)
+    described = DOCS.read_text()
+    for option in command.commands["serve"].params:
+        if option.param_type_name != "option" or option.name == "help":
+            continue
+        long = [name for name in option.opts if name.startswith("--")]
+        assert any(f"`{name}`" in described for name in long), long
+        if option.name not in ("quiet", "debug"):
+            assert option.envvar in [f"FIXMIN_{name[2:].replace('-', '_').upper()}" for name in long]

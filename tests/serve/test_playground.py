@@ -20,6 +20,7 @@ import gguf
 import numpy as np
 import pytest
 from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_playwright
+from servers import proxy, serving
 from tokenizers import Tokenizer
 from toy_models import concatenating, write_model
 
@@ -1006,6 +1007,34 @@ def test_theme_is_chosen_and_kept(open_page: Open, demo_server: Any) -> None:
     assert page.evaluate(ground) == light
     toggle.click()
     assert page.evaluate(ground) == dark
+
+
+@pytest.mark.parametrize("strips", [False, True])
+def test_below_a_prefix(browser: Browser, served_path: Path, tmp_path: Path, strips: bool) -> None:
+    """Behind a proxy: the page, what it asks, the request that it shows, and /docs."""
+    with (
+        serving(served_path, tmp_path / "log", "--root-path", "/a/llm") as server,
+        proxy(server, "/a/llm", strips) as url,
+    ):
+        page = browser.new_page()
+        outside: list[str] = []
+        page.on("request", lambda request: request.url.startswith(url) or outside.append(request.url))
+        for address in (url, url + "/"):
+            page.goto(address)
+            expect(page.locator("#model")).not_to_be_empty()
+            generate(page, "the")
+            wait_for_end(page)
+            expect(page.locator("#finish")).not_to_be_empty()
+            page.evaluate("document.getElementById('elsewhere').open = true")
+            expect(page.locator("#curl")).to_contain_text(f"{url}/v1/completions")
+        page.goto(f"{url}/docs/")
+        expect(page.locator("#source")).to_have_attribute("href", "/a/llm/openapi.json")
+        tokenize = page.locator("details", has_text="POST /tokenize")
+        tokenize.locator("summary").click()
+        tokenize.get_by_role("button", name="Send").click()
+        expect(tokenize.locator("pre")).to_contain_text("tokens")
+        assert outside == []
+        page.close()
 
 
 def test_reduced_motion(open_page: Open, long_server: Any) -> None:

@@ -13,8 +13,8 @@ from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from numpy.typing import NDArray
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import ClientDisconnect
 from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
 
 from .. import __version__
 from ..arguments import as_token_ids, split_prompts
@@ -23,7 +23,7 @@ from . import answers, rendering
 from .chat import ChatTemplate, strings
 from .errors import APIError, install
 from .generation import ChatJob, CompletionJob, Job
-from .guards import Guard, Receive, Scope, Send
+from .guards import Guard, Log, Prefix, Receive, Scope, Send, facts_of
 from .host import ModelHost
 from .limits import read_body
 from .metrics import Metrics
@@ -45,7 +45,7 @@ _PAGE = Path(__file__).with_name("playground.html")
 _DOCS = Path(__file__).with_name("docs.html")
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self' 'unsafe-inline'; style-src 'unsafe-inline'; "
-    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "connect-src 'self'; img-src data:; base-uri 'self'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
@@ -111,10 +111,7 @@ class _Route(APIRoute):
 
         async def bounded(request: Request) -> Response:
             if request.method == "POST":
-                try:
-                    body = await request.body()
-                except ClientDisconnect:
-                    return Response()  # which nobody reads
+                body = await request.body()
                 host: ModelHost = request.app.state.host
                 request._json = await host.compute(read_body, body)  # where request.json() keeps it
             answer: Response = await handle(request)
@@ -144,7 +141,7 @@ def create_app(
         load_first: the start ends when the model is loaded, and fails if it cannot be.
 
     Raises:
-        ArgumentError: settings.chat_template is no template.
+        ArgumentError: settings.chat_template is no template, or root_path begins like a path of the server's own.
     """
     template = ChatTemplate(settings.chat_template)
     host = ModelHost(settings, on_failure)
@@ -163,33 +160,39 @@ def create_app(
         summary="Language models without an input embedding table.",
         version=__version__,
         lifespan=lifespan,
-        redirect_slashes=False,  # Guard takes paths with one at the end
         default_response_class=_JSON,
         responses=_ERRORS,
         openapi_url=None,  # made in a thread, below
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # Guard takes paths with a slash at the end
         dependencies=[Depends(HTTPBearer(auto_error=False))],  # described; Guard checks keys
     )
     app.router.route_class = _Route
     app.state.host = host
+    app.state.metrics = metrics
     app.state.chat_template = template.source
     install(app)
-    app.add_middleware(
-        Guard,
-        api_keys=settings.api_keys,
-        max_body_bytes=settings.max_body_bytes,
-        on_answer=metrics.answered,
-        hosts=hosts,
-    )
-    if settings.cors_origins:  # outside: a browser asks for leave without a key
+    # The last one comes first.
+    app.add_middleware(Guard, api_keys=settings.api_keys, max_body_bytes=settings.max_body_bytes, hosts=hosts)
+    if settings.cors_origins:  # a browser asks for leave without a key
         app.add_middleware(
             CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["*"], allow_headers=["*"]
         )
+    app.add_middleware(Log, on_answer=metrics.answered)
     _add_generation(app, host, metrics, template)
     _add_tokens(app, host)
     _add_facts(app, host, metrics)
+    if settings.prefix:
+        _add_prefix(app, settings.prefix)
     return app
+
+
+def _add_prefix(app: FastAPI, prefix: str) -> None:
+    first = prefix.split("/")[1]
+    if any(route.path.split("/")[1] == first for route in app.routes if isinstance(route, Route)):
+        raise ArgumentError(f"root_path {prefix} begins like a path of the server's own, /{first}: choose another one")
+    app.add_middleware(Prefix, prefix=prefix)
 
 
 def _add_generation(app: FastAPI, host: ModelHost, metrics: Metrics, template: ChatTemplate) -> None:
@@ -204,7 +207,8 @@ def _add_generation(app: FastAPI, host: ModelHost, metrics: Metrics, template: C
     async def completions(request: Request, body: CompletionRequest) -> Response:
         """Continues prompts: texts or token ids."""
         host.require_room()  # before anything is tokenised
-        job = await _unless_disconnected(CompletionJob.prepare(host, metrics, body), request.receive)
+        preparing = CompletionJob.prepare(host, metrics, facts_of(request.scope), body)
+        job = await _unless_disconnected(preparing, request.receive)
         return _JSON(None) if job is None else await answer(request, job)
 
     @app.post("/v1/chat/completions", response_model=answers.ChatCompletion)
@@ -213,7 +217,7 @@ def _add_generation(app: FastAPI, host: ModelHost, metrics: Metrics, template: C
         _ = host.model
         host.require_room()
         prompt = await host.compute(_chat_prompt, host, template, body)
-        preparing = ChatJob.prepare(host, metrics, body, prompt, template.stop)
+        preparing = ChatJob.prepare(host, metrics, facts_of(request.scope), body, prompt, template.stop)
         job = await _unless_disconnected(preparing, request.receive)
         return _JSON(None) if job is None else await answer(request, job)
 
@@ -236,8 +240,9 @@ def _add_generation(app: FastAPI, host: ModelHost, metrics: Metrics, template: C
             found = await _unless_disconnected(embed(), request.receive)
         if found is None:
             return _JSON(None)
-        vectors, counts = [vector for vector, _ in found], [n for _, n in found]
-        return rendering.embeddings(vectors, sum(counts), host.settings.name, body.encoding_format == "base64")
+        vectors, n_tokens = [vector for vector, _ in found], sum(n for _, n in found)
+        facts_of(request.scope)["prompt_tokens"] = n_tokens
+        return rendering.embeddings(vectors, n_tokens, host.settings.name, body.encoding_format == "base64")
 
 
 def _chat_prompt(host: ModelHost, template: ChatTemplate, body: ChatRequest) -> list[int]:
@@ -413,8 +418,9 @@ def _add_facts(app: FastAPI, host: ModelHost, metrics: Metrics) -> None:
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def playground() -> Response:
-        """The playground."""
-        return HTMLResponse(_PAGE.read_text("utf-8"), headers=_PAGE_HEADERS)
+        """The playground. Its paths are relative: a proxy may show it at /llm as well as at /llm/."""
+        base = f'<base href="{host.settings.prefix}/">' if host.settings.prefix else ""
+        return HTMLResponse(_PAGE.read_text("utf-8").replace("<head>", f"<head>{base}", 1), headers=_PAGE_HEADERS)
 
     @app.get("/openapi.json", include_in_schema=False)
     async def description(request: Request) -> Response:

@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from ..errors import ArgumentError, BusyError, ContextLengthError, FixminError, UnsupportedError
+from ..logs import Facts, request_id
 from .schemas import FIELDS
 
 __all__ = ["APIError", "as_api_error", "install"]
@@ -73,10 +74,9 @@ def as_api_error(error: Exception, renamed: Mapping[str, str] | None = None) -> 
     """What to answer when `error` was raised. `renamed`: field of the request by name of the argument."""
     if isinstance(error, APIError):
         return error
-    if isinstance(error, ArgumentError | ContextLengthError | UnsupportedError) or str(error).startswith(
-        (NOTHING_LEFT, TOO_LARGE)
-    ):
-        message = str(error)
+    message = str(error)
+    in_a_run = isinstance(error, FixminError) and message.startswith((NOTHING_LEFT, TOO_LARGE))
+    if isinstance(error, ArgumentError | ContextLengthError | UnsupportedError) or in_a_run:
         for name, field in (renamed or {}).items():
             message = re.sub(rf"\b{name}\b", field, message, count=1)
         first = re.match(r"(?:the |only one of )?(?=json_schema|regex|grammar|choices)(\w+)|(\w+)", message)
@@ -88,7 +88,7 @@ def as_api_error(error: Exception, renamed: Mapping[str, str] | None = None) -> 
         return APIError(503, str(error), headers={"Retry-After": "10"})
     if isinstance(error, FixminError):
         return APIError(500, str(error))
-    _log.error("a request failed", exc_info=error)
+    _log.error("a request failed %s", Facts(request_id=request_id.get()), exc_info=error)
     return APIError(500, "internal error: the server's log has it")
 
 

@@ -20,6 +20,7 @@ from ..text import IncrementalDecoder
 from .errors import NOTHING_LEFT, TOO_LARGE, APIError, as_api_error
 from .host import ModelHost
 from .metrics import Metrics
+from .record import Record
 from .schemas import ChatRequest, CompletionRequest, GenerationRequest
 from .token_names import TokenNames
 
@@ -82,7 +83,9 @@ class Job(ABC):
     chunk_object: str
     request: GenerationRequest
 
-    def __init__(self, host: ModelHost, metrics: Metrics) -> None:
+    def __init__(self, host: ModelHost, metrics: Metrics, facts: dict[str, Any]) -> None:
+        """`facts`: for the log, see Record."""
+        self.record = Record(facts)
         self.host = host
         self.metrics = metrics
         self.id = f"{self.prefix}-{uuid.uuid4().hex}"
@@ -124,7 +127,7 @@ class Job(ABC):
             by = "grammar" if constrained else "prepare"
             given = {**USUAL, **arguments, "timeout": limited}
             await self.host.compute(_check_breakers, model, arguments, n_sequences)
-            self._batch = await self.host.compute(model._batch, prompts, given, n, best_of, by=by)
+            self._batch = await self.host.compute(model._batch, prompts, given, n, best_of, equal=True, by=by)
         except (ArgumentError, ContextLengthError) as error:
             raise self._failed(error) from None
 
@@ -182,26 +185,33 @@ class Job(ABC):
             try:
                 async with self.host.turns.turn(self, self.n_sequences):
                     self._count_wait(run)
-                    await follow(number, AsyncTextStream(run, model._start_async))
+                    await follow(number, AsyncTextStream(run, model._start_async), self._seconds())
             except Exception as error:
                 news.put_nowait((number, error))
 
-        async def follow(number: int, stream: AsyncTextStream) -> None:
+        async def follow(number: int, stream: AsyncTextStream, waited: float) -> None:
             last = 0.0
             async with stream:
                 async for piece in stream:
-                    now = time.perf_counter()
+                    now = self._seconds()
                     if last:
                         self.metrics.between_tokens.observe(now - last)
                     else:
-                        self.metrics.first_token.observe(now - self._begin)
+                        self.metrics.first_token.observe(now)
                     last = now
+                    self.record.token(number, now)
                     news.put_nowait((number, piece))
                     if stream.behind:
                         await asyncio.sleep(0)  # others' turn in the event loop
-                assert stream.completion is not None
-                news.put_nowait((number, stream.completion))
+                completion = stream.completion
+                assert completion is not None
+                queue_s = waited + completion.timings.queued_s
+                self.metrics.queued.observe(queue_s)
+                n_tokens = 0 if self.only_prompt else completion.n_drawn
+                self.record.ended(number, self._reason(completion), n_tokens, self._seconds(), queue_s)
+                news.put_nowait((number, completion))
 
+        self.record.begin(self.n_sequences, sum(len(run._ids) for run in self._batch.runs[:: self._best_of]))
         # Tasks begin in this order, so that a prompt's first run is queued before those that follow it.
         tasks = [asyncio.create_task(read(i, run)) for i, run in enumerate(self._batch.runs)]
         try:
@@ -209,6 +219,7 @@ class Job(ABC):
             while left:
                 number, item = await news.get()
                 if isinstance(item, Exception):
+                    self.record.failed()
                     raise self._failed(item) from item
                 if isinstance(item, Completion):
                     left -= 1
@@ -219,13 +230,21 @@ class Job(ABC):
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            self.metrics.whole.observe(time.perf_counter() - self._begin)
+            self.metrics.whole.observe(self._seconds())
+            if self.record.n_left:
+                self.metrics.count_end(self.record.close(), self.record.n_left)
+            else:
+                self.record.close()
+
+    def _seconds(self) -> float:
+        """Since the request."""
+        return time.perf_counter() - self._begin
 
     def _count_wait(self, run: Run) -> None:
         """The time that a run waited for its turn is part of its timeout."""
         options = run._options
         if options.timeout is not None:
-            left = options.timeout - (time.perf_counter() - self._begin)
+            left = options.timeout - self._seconds()
             run._options = dataclasses.replace(options, timeout=max(left, 1e-3))
 
     async def answer(self) -> bytes:
@@ -298,7 +317,7 @@ class Job(ABC):
         n_prompt = sum(timings.n_prompt for timings in first)
         n_generated = 0
         if not self.only_prompt:  # the end-of-text token was generated too
-            n_generated = sum(one.timings.n_generated + (one.stop_id is not None) for one in completions.values())
+            n_generated = sum(one.n_drawn for one in completions.values())
         return {
             "prompt_tokens": n_prompt,
             "completion_tokens": n_generated,
@@ -393,9 +412,11 @@ class CompletionJob(Job):
     request: CompletionRequest
 
     @classmethod
-    async def prepare(cls, host: ModelHost, metrics: Metrics, request: CompletionRequest) -> "CompletionJob":
+    async def prepare(
+        cls, host: ModelHost, metrics: Metrics, facts: dict[str, Any], request: CompletionRequest
+    ) -> "CompletionJob":
         """Raises APIError or ArgumentError for what cannot be answered."""
-        job = cls(host, metrics)
+        job = cls(host, metrics, facts)
         job.request = request
         if request.suffix:
             raise APIError(
@@ -523,10 +544,16 @@ class ChatJob(Job):
 
     @classmethod
     async def prepare(
-        cls, host: ModelHost, metrics: Metrics, request: ChatRequest, prompt: list[int], stop: Sequence[str]
+        cls,
+        host: ModelHost,
+        metrics: Metrics,
+        facts: dict[str, Any],
+        request: ChatRequest,
+        prompt: list[int],
+        stop: Sequence[str],
     ) -> "ChatJob":
         """`prompt`: ids of what the template made, `stop`: what ends an answer in it."""
-        job = cls(host, metrics)
+        job = cls(host, metrics, facts)
         job.request = request
         arguments = {"max_new_tokens": host.model.info["n_ctx"], **request.arguments()}
         given = arguments.get("stop", [])

@@ -1,16 +1,19 @@
-"""What stands before every request, as ASGI middleware: keys and the size of bodies."""
+"""What stands before every request, as ASGI middleware: a proxy's prefix, names, keys, sizes of bodies, the log."""
 
 import hmac
 import logging
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
-from .errors import APIError
+from starlette.requests import ClientDisconnect
 
-__all__ = ["Guard"]
+from ..logs import Facts, request_id
+from .errors import APIError, as_api_error
+
+__all__ = ["Guard", "Log", "Prefix", "facts_of"]
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -19,48 +22,66 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 # What answers without a key: whether the server lives, and a page that asks for the key itself.
 _PUBLIC = ("/health", "/v1/health", "/", "/docs")
 
-
 _PATIENCE = 8  # bodies of the largest size that are read and forgotten
 _GONE = 499  # as nginx counts them
+_FACTS = "fixmin.facts"  # of a scope
 _REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 _log = logging.getLogger(__name__)
 _PORT = re.compile(r":\d*$")
 
 
-class Guard:
-    """Refuses requests without a key (401) or with too large a body (413) before anything of them is parsed."""
+def facts_of(scope: Mapping[str, Any]) -> dict[str, Any]:
+    """What the log line of a request will say besides: to be filled while it is answered."""
+    facts: dict[str, Any] = scope.get(_FACTS, {})
+    return facts
 
-    def __init__(
-        self,
-        app: Any,
-        api_keys: tuple[str, ...],
-        max_body_bytes: int,
-        on_answer: Callable[[int], None],
-        hosts: tuple[str, ...] = (),
-    ) -> None:
-        """`on_answer`: told the status of each answer. `hosts`: names by which the server may be asked; none: any."""
-        self._hosts = frozenset(name.lower() for name in hosts)
+
+class Prefix:
+    """Lets a server be found below a prefix, whether the proxy before it takes that away or passes it on."""
+
+    def __init__(self, app: Any, prefix: str) -> None:
+        """`prefix`: as "/llm"; no path of the server's own begins so."""
         self._app = app
-        self._on_answer = on_answer
-        self._keys = [key.encode() for key in api_keys]
-        self._max_body_bytes = max_body_bytes
+        self._prefix = prefix
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
+        """One request, whose path then has the prefix once, as ASGI wants it."""
+        if scope["type"] == "http":
+            outer = scope.get("root_path", "")
+            path = scope["path"].removeprefix(outer)
+            if path != self._prefix and not path.startswith(f"{self._prefix}/"):
+                path = self._prefix + path
+            elif path == self._prefix:
+                path += "/"
+            scope = {**scope, "root_path": outer + self._prefix, "path": outer + path}
+        await self._app(scope, receive, send)
+
+
+class Log:
+    """Gives each request an id, counts its answer and writes its line when the last of that has been sent."""
+
+    def __init__(self, app: Any, on_answer: Callable[[int], None]) -> None:
+        """`on_answer`: told the status of each answer."""
+        self._app = app
+        self._on_answer = on_answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request. What fails in it becomes its answer."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
 
-        asked = _plain(scope)
-        headers = dict(asked["headers"])
-        given = headers.get(b"x-request-id", b"")
-        request_id = given.decode() if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        given = dict(scope["headers"]).get(b"x-request-id", b"")
+        own_id = given.decode() if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        request_id.set(own_id)
+        facts: dict[str, Any] = {}
+        scope[_FACTS] = facts
         begin, status, ended, gone = time.monotonic(), 0, False, False
 
         async def answer(message: MutableMapping[str, Any]) -> None:
             nonlocal status, ended
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id.encode())]}
+                message = {**message, "headers": [*message["headers"], (b"x-request-id", own_id.encode())]}
             await send(message)
             ended = ended or (message["type"] == "http.response.body" and not message.get("more_body"))
 
@@ -71,21 +92,40 @@ class Guard:
             return message
 
         try:
-            await self._guarded(asked, hear, answer, headers)
+            await self._app(scope, hear, answer)
+        except ClientDisconnect:
+            gone = True
+        except Exception as error:
+            refused = as_api_error(error)
+            if status:  # too late for an answer: the server breaks the connection off
+                status, ended = refused.status, True
+                raise
+            await refused.response()(scope, receive, answer)
         finally:
             if gone or not ended:
                 status = _GONE
             self._on_answer(status)
-            _log.info(
-                "%s %s %s: %s in %.3f s",
-                request_id,
-                scope["method"],
-                ascii(scope["path"][:200])[1:-1],
-                "client gone" if status == _GONE else status,
-                time.monotonic() - begin,
-            )
+            named = {"request_id": own_id, "method": scope["method"][:20], "path": scope["path"][:200]}
+            taken = time.monotonic() - begin
+            _log.info("request %s", Facts(**named, status=status, duration_s=taken, **facts))
 
-    async def _guarded(self, scope: Scope, receive: Receive, answer: Send, headers: dict[bytes, bytes]) -> None:
+
+class Guard:
+    """Refuses requests without a key (401) or with too large a body (413) before anything of them is parsed."""
+
+    def __init__(self, app: Any, api_keys: tuple[str, ...], max_body_bytes: int, hosts: tuple[str, ...] = ()) -> None:
+        """`hosts`: names by which the server may be asked; none: any."""
+        self._hosts = frozenset(name.lower() for name in hosts)
+        self._app = app
+        self._keys = [key.encode() for key in api_keys]
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        scope = _plain(scope)
+        headers = dict(scope["headers"])
         try:
             path = scope["path"].removeprefix(scope.get("root_path", ""))
             if b"host" in headers or scope.get("http_version") != "1.0":  # which no browser speaks
@@ -97,14 +137,14 @@ class Guard:
         except APIError as error:
             if b"expect" not in headers:  # who waits for leave sends nothing
                 await self._take_the_rest(receive)
-            return await error.response()(scope, receive, answer)
-        counted = _Counted(receive, answer, self._max_body_bytes)
+            return await error.response()(scope, receive, send)
+        counted = _Counted(receive, send, self._max_body_bytes)
         try:
             await self._app(scope, counted.receive, counted.send)
         except _TooLargeError:
             if not counted.answered:
                 await self._take_the_rest(receive)
-                await self._too_large().response()(scope, receive, answer)
+                await self._too_large().response()(scope, receive, send)
 
     async def _take_the_rest(self, receive: Receive) -> None:
         """Of the body, so that the client sees the answer: what is closed on who still sends is reset."""
@@ -148,8 +188,8 @@ class Guard:
 def _plain(scope: Scope) -> Scope:
     """The request under its resource's usual path and method: what may be written in several ways.
 
-    GET in place of HEAD (servers send the head only of the answer), no slash at the end, no address before the path,
-    as a proxy is asked.
+    GET in place of HEAD (servers send the head only of the answer), no slash at the end (a redirection would need to
+    know the address that a proxy shows), no address before the path, as a proxy is asked.
     """
     root, headers = scope.get("root_path", ""), scope["headers"]
     path = scope["path"].removeprefix(root)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from ..generation import Completion
@@ -25,6 +25,7 @@ class Metrics:
             all_models = Histogram(name, text, ("model_name",), buckets=buckets, registry=self._registry)
             return all_models.labels(label)
 
+        self.queued = histogram("vllm:request_queue_time_seconds", "Until a generation begins to run.", _SECONDS)
         self.first_token = histogram("vllm:time_to_first_token_seconds", "Until the first token.", _SECONDS)
         self.between_tokens = histogram("vllm:inter_token_latency_seconds", "Between two tokens.", _TOKEN_SECONDS)
         self.whole = histogram("vllm:e2e_request_latency_seconds", "From the request to its end.", _SECONDS)
@@ -40,6 +41,14 @@ class Metrics:
             labelnames=("model_name", "status"),
             registry=self._registry,
         )
+        refused = Counter(
+            "fixmin:connections_refused",
+            "Connections beyond --max-connections.",
+            labelnames=("model_name",),
+            registry=self._registry,
+        )
+        open_ = Gauge("fixmin:connections_open", "Connections.", ("model_name",), registry=self._registry)
+        self.refused_connections, self.open_connections = refused.labels(label), open_.labels(label)
         self.prompt_seconds = 0.0
         self.predicted_seconds = 0.0
         self._label = label
@@ -47,9 +56,13 @@ class Metrics:
 
     def ended(self, completion: Completion) -> None:
         """Counts a generation."""
-        self._ends.labels(self._label, completion.finish_reason).inc()
+        self.count_end(completion.finish_reason)
         self.prompt_seconds += completion.timings.prefill_s
         self.predicted_seconds += completion.timings.decode_s
+
+    def count_end(self, reason: str, n: int = 1) -> None:
+        """Counts generations by how they ended, those of which nothing else is known too."""
+        self._ends.labels(self._label, {"cancelled": "abort"}.get(reason, reason)).inc(n)
 
     def answered(self, status: int) -> None:
         """Counts an answer."""

@@ -1,13 +1,12 @@
 """Bodies of requests: fields and types. Ranges are checked where fixmin_cpp checks its arguments."""
 
-import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError, ValidationError
 
 from ..errors import ArgumentError
-from ..openai_fields import ALIASES, FieldError, as_arguments, without_no_ops
+from ..openai_fields import ALIASES, FieldError, as_arguments, breakers, without_no_ops
 
 __all__ = [
     "ALIASES",
@@ -28,16 +27,12 @@ def _whole(value: Any) -> Any:
 
 
 def _breakers(value: Any) -> Any:
-    """Some clients of llama-server's send the list as JSON text."""
     if not isinstance(value, str):
         return value
     try:
-        found = json.loads(value)
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, list):
-        raise PydanticCustomError("breakers", "must be a list of texts or token ids, or such a list as JSON text")
-    return found
+        return breakers(value)
+    except ArgumentError as error:
+        raise PydanticCustomError("breakers", "{reason}", {"reason": str(error).partition(" ")[2]}) from None
 
 
 def _count_of_logprobs(value: Any) -> Any:
@@ -110,20 +105,6 @@ class ResponseFormat(_Body):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
     schema_: dict[str, Any] | None = Field(None, alias="schema", description="llama-server's place for a schema.")
-
-    def constraint(self) -> dict[str, Any] | bool | None:
-        """The schema that is asked for; None: any text will do."""
-        inner = None if self.json_schema is None else self.json_schema.json_schema
-        if inner is not None and self.schema_ is not None:
-            raise ArgumentError("response_format.schema and response_format.json_schema.schema are the same: give one")
-        schema = self.schema_ if inner is None else inner
-        if self.type == "text":
-            if schema is not None:
-                raise ArgumentError("response_format has a schema, but its type is 'text': say 'json_schema'")
-            return None
-        if self.type == "json_schema" and schema is None:
-            raise ArgumentError("response_format.json_schema.schema is missing")
-        return {"type": "object"} if schema is None else schema
 
 
 class GenerationRequest(_Body):
@@ -200,14 +181,9 @@ class GenerationRequest(_Body):
         """As arguments of Model.generate, under its names, without n and the fields about the answer's form."""
         given = {
             name: value
-            for name, value in self.model_dump(exclude=_NOT_ARGUMENTS | {"response_format"}, by_alias=True).items()
+            for name, value in self.model_dump(exclude=_NOT_ARGUMENTS, by_alias=True).items()
             if value is not None
         }
-        schema = None if self.response_format is None else self.response_format.constraint()
-        if schema is not None:
-            if "json_schema" in given:
-                raise ArgumentError("response_format and json_schema are the same: give one")
-            given["json_schema"] = schema
         return as_arguments(given)
 
 

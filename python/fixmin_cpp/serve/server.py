@@ -6,7 +6,7 @@ import logging
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import h11
@@ -14,10 +14,13 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..errors import FixminError
+from ..logs import Facts
 from .app import create_app
 from .errors import APIError
 from .host import ModelHost
+from .metrics import Metrics
 from .settings import ServeSettings
+from .sockets import listening
 
 __all__ = ["run"]
 
@@ -32,30 +35,28 @@ def run(settings: ServeSettings) -> None:
     """Serves until SIGINT or SIGTERM; then nothing new is taken and what runs gets settings.shutdown_timeout to end.
 
     Raises:
+        ArgumentError: settings.root_path cannot be told from the server's own paths, or chat_template is no template.
         FixminError: the model could not be loaded. OSError: the address cannot be used.
     """
-    server: uvicorn.Server
+    server: _Server
 
     def stop() -> None:
         server.should_exit = True
 
     app = create_app(settings, on_failure=stop, hosts=settings.hosts)
-    listener = _listen(settings.host, settings.port)
     config = uvicorn.Config(
         app,
-        http=_protocol(settings),
+        http=_protocol(settings, app.state.metrics),
         ws="none",
         lifespan="on",
         log_config=None,
         access_log=False,
         server_header=False,
         timeout_keep_alive=round(settings.keep_alive) or 1,
+        forwarded_allow_ips=None if settings.uds is None else "*",  # who may connect is a proxy on this machine
     )
-    server = _Server(config, settings.shutdown_timeout, app.state.host)
-    host, port = listener.getsockname()[:2]
-    _log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
-    _log.info("API keys: %s", f"{len(settings.api_keys)} are known" if settings.api_keys else "none, anybody may ask")
-    with listener, _signals_end_well():
+    server = _Server(config, settings, app.state.host)
+    with _signals_end_well(stop), listening(settings) as (listener, server.address):
         server.run(sockets=[listener])
     error = app.state.host.error
     if error is not None:
@@ -65,16 +66,25 @@ def run(settings: ServeSettings) -> None:
 class _Server(uvicorn.Server):
     """Past the shutdown's timeout requests are answered that they come too late. uvicorn would only cancel them."""
 
-    def __init__(self, config: uvicorn.Config, shutdown_timeout: float, host: ModelHost) -> None:
+    address = ""  # for the log
+
+    def __init__(self, config: uvicorn.Config, settings: ServeSettings, host: ModelHost) -> None:
         super().__init__(config)
-        self._shutdown_timeout = shutdown_timeout
+        self._settings = settings
         self._host = host
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            prefix, n_keys = self._settings.prefix, len(self._settings.api_keys)
+            _log.info("listening on %s%s", self.address, f" (a proxy shows it at {prefix})" if prefix else "")
+            _log.info("API keys: %s", f"{n_keys} are known" if n_keys else "none, anybody may ask")
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         loop = asyncio.get_running_loop()
         timers = [
-            loop.call_later(self._shutdown_timeout, self._host.stop),
-            loop.call_later(self._shutdown_timeout + _CUT_OFF, self._cut_off),
+            loop.call_later(self._settings.shutdown_timeout, self._host.stop),
+            loop.call_later(self._settings.shutdown_timeout + _CUT_OFF, self._cut_off),
         ]
         try:
             await super().shutdown(sockets)
@@ -88,12 +98,13 @@ class _Server(uvicorn.Server):
 
 
 @contextlib.contextmanager
-def _signals_end_well() -> Iterator[None]:
-    """uvicorn raises the signal that stopped it once more when it has shut down: that is no failure here."""
+def _signals_end_well(stop: Callable[[], None]) -> Iterator[None]:
+    """uvicorn raises the signal that stopped it once more when it has shut down: that is no failure here. Before it
+    listens to them they stop it too."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, lambda *_: stop()) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
@@ -101,19 +112,7 @@ def _signals_end_well() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-    except OSError as error:
-        listener.close()
-        raise OSError(error.errno, f"cannot listen on {host}:{port}: {error.strerror}") from None
-    return listener
-
-
-def _protocol(settings: ServeSettings) -> type[asyncio.Protocol]:
+def _protocol(settings: ServeSettings, metrics: Metrics) -> type[asyncio.Protocol]:
     """uvicorn's HTTP/1.1, which by itself waits for ever for a request that comes byte by byte, or for a reader that
     takes nothing, drops who has sent all it wants to, and has a form of its own for refusals."""
     read_timeout, write_timeout = settings.read_timeout, settings.write_timeout
@@ -131,7 +130,13 @@ def _protocol(settings: ServeSettings) -> type[asyncio.Protocol]:
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
+            metrics.open_connections.set(len(self.connections))
             if len(self.connections) > settings.max_connections:
+                metrics.refused_connections.inc()
+                _log.warning(
+                    "connection refused %s",
+                    Facts(connections=len(self.connections) - 1, max_connections=settings.max_connections),
+                )
                 self.app = full
             self._watch_request()
 
@@ -141,6 +146,7 @@ def _protocol(settings: ServeSettings) -> type[asyncio.Protocol]:
                 self._probing.cancel()
             self.resume_writing()
             super().connection_lost(exc)
+            metrics.open_connections.set(len(self.connections))
 
         def eof_received(self) -> bool:  # type: ignore[override]  # asyncio's protocols may say so
             """Whether the connection stays open: a client may end its side once it has asked."""

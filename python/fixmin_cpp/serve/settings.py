@@ -1,6 +1,7 @@
 """What an operator decides about a server. Nothing of it comes from requests."""
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from ..errors import ArgumentError, ArgumentTypeError
 __all__ = ["ServeSettings"]
 
 _MAX_INT32 = 2**31 - 1
+_PREFIX = re.compile(r"(/(?!\.{1,2}(/|$))[\w.~-]+)*/?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,9 @@ class ServeSettings:
     model: str | os.PathLike[str]  # GGUF file
     model_name: str | None = None  # in answers and /v1/models; None: the file's name without .gguf
     host: str = "127.0.0.1"
-    port: int = 8000  # 0: a free one
+    port: int | None = None  # 8000 if no `uds` is given; 0: a free one
+    uds: str | os.PathLike[str] | None = None  # path of a Unix socket to listen on instead of `host` and `port`
+    root_path: str = ""  # "/llm": where a reverse proxy shows the server, whether it passes that on or not
     api_keys: tuple[str, ...] = ()  # none: everybody may ask
     allowed_hosts: tuple[str, ...] = ()  # names (Host) by which run() may be asked besides `host` and, there, localhost
     cors_origins: tuple[str, ...] = ()  # sites whose pages may ask; "*": all
@@ -54,7 +58,12 @@ class ServeSettings:
     n_parallel: int = 64
 
     def __post_init__(self) -> None:
-        as_int("port", self.port, 0, 65535)
+        if self.port is not None:
+            as_int("port", self.port, 0, 65535)
+        if self.uds is not None:
+            self._check_uds()
+        if not isinstance(self.root_path, str) or not _PREFIX.fullmatch(self.root_path):
+            raise ArgumentError(f"root_path must be like /llm, of letters, digits and ._~-/, got {self.root_path!r}")
         for name in ("max_body_bytes", "max_n", "max_logprobs", "max_inputs", "max_connections", "n_parallel"):
             as_int(name, getattr(self, name), 1, _MAX_INT32)
         as_int("max_queue", self.max_queue, 0, _MAX_INT32)
@@ -68,6 +77,20 @@ class ServeSettings:
         if any(not key.isascii() or not key.isprintable() for key in self.api_keys):
             raise ArgumentError("an API key must be printable ASCII: it travels in a header")
 
+    def _check_uds(self) -> None:
+        if self.port is not None or self.host != ServeSettings.host:
+            raise ArgumentError("uds, the path of a socket, stands in place of host and port: give one or the other")
+        path = os.fspath(self.uds) if isinstance(self.uds, str | os.PathLike) else self.uds
+        if not isinstance(path, str):
+            raise ArgumentTypeError(f"uds must be a path, got {type(path).__name__}")
+        if not path or "\0" in path:
+            raise ArgumentError(f"uds must be the path of a file, got {path!r}")
+
+    @property
+    def prefix(self) -> str:
+        """root_path without a / at its end."""
+        return self.root_path.rstrip("/")
+
     @property
     def name(self) -> str:
         """The model's name in answers."""
@@ -75,8 +98,13 @@ class ServeSettings:
 
     @property
     def hosts(self) -> tuple[str, ...]:
-        """Names by which run() answers; none: any, as it listens to more than this machine and no name is given."""
+        """Names by which run() answers; none: any, as it listens to more than this machine and no name is given.
+
+        Any too on a Unix socket: no web page can reach that, and what stands before it decides which names it serves.
+        """
         local = ("localhost", "127.0.0.1", "[::1]")
+        if self.uds is not None:
+            return (*local, *self.allowed_hosts) if self.allowed_hosts else ()
         host = f"[{self.host}]" if ":" in self.host else self.host
         if self.host == "localhost" or host == "[::1]" or self.host.startswith("127."):
             return (*local, host, *self.allowed_hosts)
