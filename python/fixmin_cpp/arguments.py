@@ -243,7 +243,7 @@ def candidate_seed(seed: int, candidate: int) -> int:
     return (z ^ (z >> 31)) >> 11
 
 
-def as_int(name: str, value: Any, low: int, high: int | None = None) -> int:
+def as_int(name: str, value: Any, low: float, high: int | None = None) -> int:
     """`value` as an int in [low, high]; integers of NumPy and PyTorch are integers, bools and floats are not."""
     value = _scalar(value)
     if isinstance(value, bool | np.bool_):
@@ -308,7 +308,7 @@ def as_seeds(name: str, value: Any) -> int | tuple[int | None, ...] | None:
 
 
 def _as_seed(name: str, value: Any) -> int | None:
-    seed = as_int(name, value, -(2**256))
+    seed = as_int(name, value, -math.inf)
     if not -1 <= seed <= _MAX_SEED:
         raise ArgumentError(f"{name} must be between 0 and {_MAX_SEED}, or -1 for a random one, got {_digits(seed)}")
     return None if seed == -1 else seed
@@ -645,7 +645,7 @@ def _positive(name: str, value: Any, vocab_size: int) -> float:
 
 def _length(name: str, value: Any, vocab_size: int) -> int:
     """A number of tokens from 1 on; -1, and llama.cpp's -2, for as many as the context holds."""
-    number = as_int(name, value, -(2**256))
+    number = as_int(name, value, -math.inf)
     if number < 1 and number not in (-1, -2):
         raise ArgumentError(f"{name} must be at least 1, or -1: until the context ends, got {_digits(number)}")
     return _MAX_INT32 if number < 0 else number

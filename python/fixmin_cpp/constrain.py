@@ -110,7 +110,7 @@ class Constraint:
 def _as_text(name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise ArgumentTypeError(f"{name} must be a str, got {type(value).__name__}")
-    if not value.strip():
+    if not (value if name == "regex" else value.strip()):
         raise ArgumentError(f"{name} is empty")
     _check_length(name, len(value))
     try:

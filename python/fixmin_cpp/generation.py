@@ -139,9 +139,10 @@ class Run:
         leader: "Run | None" = None,
         ranked: bool = False,
         on_token: OnToken | None = None,
+        breakers: list[list[int]] | None = None,
     ) -> None:
         """`leader`: of the same prompt, which it reads first. `ranked`: mean_logprob will be asked for. `on_token`:
-        called with every piece; False from it ends the run there.
+        called with every piece; False from it ends the run there. `breakers`: of DRY, if they are known.
         """
         self._ids = ids
         self._options = options
@@ -151,7 +152,7 @@ class Run:
         self._ranked = ranked
         self._on_token = on_token
         self._seed = seed
-        self._params = model._sampling_params(options, seed)
+        self._params = model._sampling_params(options, seed, breakers)
         self._mask = None if options.constraint is None else _Mask(model._compile(options.constraint))
         tokenizer = model._require_tokenizer() if options.stop else model._tokenizer
         decoder = IncrementalDecoder(tokenizer, ids.tolist()) if tokenizer is not None else None
@@ -338,6 +339,7 @@ class Batch:
         self._n = n
         self._best_of = best_of
         self.runs: list[Run] = []  # those of one prompt next to each other
+        breakers = model._breakers(options)
         for index, (ids, seed) in enumerate(zip(prompts, seeds, strict=True)):
             leader: Run | None = None
             for i in range(best_of):
@@ -351,6 +353,7 @@ class Batch:
                     leader=leader,
                     ranked=best_of > n,
                     on_token=on_token,
+                    breakers=breakers,
                 )
                 leader = leader or run
                 self.runs.append(run)

@@ -202,7 +202,11 @@ class _Preparation:
         if node is not self.root and isinstance(node.get("$id"), str):
             raise _refuse("$id", place, "is not supported within a schema")
         for keyword, kind in (*_KINDS.items(), *((name, list) for name in ("allOf", "anyOf", "oneOf", "prefixItems"))):
-            if keyword in node and not isinstance(node[keyword], kind):
+            if keyword not in node:
+                continue
+            if kind is int:
+                _count(node, keyword, place)
+            elif not isinstance(node[keyword], kind):
                 raise _refuse(keyword, place, f"must be {_KIND_NAMES[kind]}, got {json.dumps(node[keyword])[:60]}")
         if not self.draft and ("additionalItems" in node or isinstance(node.get("items"), list)):
             wrong = "additionalItems" if "additionalItems" in node else "items"
@@ -255,7 +259,7 @@ class _Preparation:
     def _tell_apart(self, branches: list[Any], place: str) -> None:
         """Makes sure that no value can be valid under two branches, so that oneOf means anyOf."""
         found = [self._alternatives(branch) for branch in branches]
-        for i, j in combinations(range(len(branches)), 2):
+        for i, j in combinations([i for i, facts in enumerate(found) if facts], 2):
             if not all(self._apart(a, b) for a in found[i] for b in found[j]):
                 raise ArgumentError(
                     f"json_schema cannot be used: oneOf at {place.removesuffix('/oneOf')} is not supported where two "
@@ -316,7 +320,21 @@ class _Preparation:
 _KINDS: dict[str, type] = {"properties": dict, "patternProperties": dict, "required": list, "enum": list} | {
     name: int for name in ("minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties")
 }
-_KIND_NAMES = {dict: "an object", list: "an array", int: "an integer"}
+_KIND_NAMES: dict[type, str] = {dict: "an object", list: "an array"}
+
+
+def _count(node: _Node, keyword: str, place: str) -> None:
+    """A limit of lengths, as an integer: 1.0 is one. Nothing is too long for one beyond 2^53."""
+    value = node[keyword]
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise _refuse(keyword, place, f"must be an integer, got {json.dumps(value)[:60]}")
+    if value < 0:
+        raise _refuse(keyword, place, f"must not be negative, got {json.dumps(value)[:60]}")
+    node[keyword] = value
+    if keyword.startswith("max") and value > 2**53:
+        del node[keyword]
 
 
 def _references(root: Any) -> Iterator[str]:

@@ -752,17 +752,26 @@ class Model:
                 self._compiler = Compiler(self._require_tokenizer(), self._vocab_size, first, other_eos_ids=others)
         return self._compiler.matcher(constraint)
 
-    def _sampling_params(self, options: GenerationOptions, seed: int) -> _core.SamplingParams:
+    def _breakers(self, options: GenerationOptions) -> list[list[int]]:
+        """DRY's sequence breakers as sequences of ids."""
+        if options.dry_multiplier == 0:
+            return []
         breakers: list[list[int]] = []
-        if options.dry_multiplier > 0:
-            strings = options.dry_sequence_breakers
-            if strings is None:
-                strings = DEFAULT_BREAKERS if self._tokenizer is not None else ()
-            for item in strings:
-                if isinstance(item, str):
-                    breakers += self._require_tokenizer().sequences_with(item)
-                else:
-                    breakers.append(list(item))
+        strings = options.dry_sequence_breakers
+        if strings is None:
+            strings = DEFAULT_BREAKERS if self._tokenizer is not None else ()
+        for item in strings:
+            if isinstance(item, str):
+                breakers += self._require_tokenizer().sequences_with(item)
+            else:
+                breakers.append(list(item))
+        return breakers
+
+    def _sampling_params(
+        self, options: GenerationOptions, seed: int, breakers: list[list[int]] | None = None
+    ) -> _core.SamplingParams:
+        """`breakers`: those of the options, if they are known already."""
+        breakers = self._breakers(options) if breakers is None else breakers
         return options.native(seed=seed, eos_ids=self._eos_ids, breakers=breakers)
 
     def _check_open(self) -> None:
@@ -782,7 +791,7 @@ class Model:
         self._check_open()
         special = as_bool("parse_special", parse_special)
         if isinstance(prompt, str):
-            prompt = self._require_tokenizer().encode(prompt, parse_special=special)
+            prompt = self._require_tokenizer().encode(prompt, parse_special=special, name=name)
         elif isinstance(prompt, int):
             raise ArgumentTypeError(f"{name} must be a str or token ids, got {prompt!r}")
         return as_token_ids(name, prompt, self._vocab_size)

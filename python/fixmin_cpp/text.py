@@ -106,17 +106,8 @@ class StopStrings:
     """
 
     def __init__(self, stops: Iterable[str] = (), names: Mapping[int, str] | None = None) -> None:
-        stops = tuple(dict.fromkeys(stops))
-        # A lone surrogate, which no text holds, stands for each special token that a stop string names.
-        together = "\0".join(stops)
-        named = {i: name for i, name in (names or {}).items() if name and name in together}
-        self._signs = {token_id: chr(0xD800 + n % 0x800) for n, token_id in enumerate(named)}
+        stops, self._signs = _with_signs(tuple(dict.fromkeys(stops)), tuple((names or {}).items()))
         self._no_signs = str.maketrans(dict.fromkeys(self._signs.values(), ""))
-        signs = {name: self._signs[i] for i, name in named.items()}
-        longest_first = sorted(signs, key=len, reverse=True)
-        spelled = re.compile("|".join(map(re.escape, longest_first))) if signs else None
-        if spelled is not None:
-            stops += tuple(spelled.sub(lambda match: signs[match[0]], stop) for stop in stops)
         self._stops, self._longest = _sorted_stops(stops)
         self._first = frozenset(stop[0] for stop in self._stops)
         self._held = ""
@@ -184,6 +175,22 @@ class StopStrings:
 
 
 @lru_cache(maxsize=4)  # the runs of one call have the same ones
+def _with_signs(stops: tuple[str, ...], names: tuple[tuple[int, str], ...]) -> tuple[tuple[str, ...], dict[int, str]]:
+    """`stops`, also as they are met by special tokens, and the signs of those by their ids.
+
+    A sign is a lone surrogate, which no text holds: it stands for a special token that a stop string names.
+    """
+    together = "\0".join(stops)
+    named = {i: name for i, name in names if name and name in together}
+    if not named:
+        return stops, {}
+    signs = {token_id: chr(0xD800 + n % 0x800) for n, token_id in enumerate(named)}
+    by_name = {name: signs[i] for i, name in named.items()}
+    spelled = re.compile("|".join(map(re.escape, sorted(by_name, key=len, reverse=True))))
+    return stops + tuple(spelled.sub(lambda match: by_name[match[0]], stop) for stop in stops), signs
+
+
+@lru_cache(maxsize=4)
 def _sorted_stops(stops: tuple[str, ...]) -> tuple[list[str], int]:
     """Rising, and the length of the longest. One that begins with another is left out: that one ends a text there."""
     kept: list[str] = []

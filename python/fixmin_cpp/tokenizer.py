@@ -75,14 +75,16 @@ class TextTokenizer:
         """The tokenizer as it is used here, to do with what one likes."""
         return self.backend.from_str(self.backend.to_str())
 
-    def encode(self, text: str, *, add_special_tokens: bool = False, parse_special: bool = True) -> list[int]:
+    def encode(
+        self, text: str, *, add_special_tokens: bool = False, parse_special: bool = True, name: str = "text"
+    ) -> list[int]:
         """Token ids of `text`. By default nothing is put before or after it, as on the published model cards.
 
         parse_special: whether the name of a special token in the text, such as "</s>", stands for that token. False:
         it is text like any other. Tokens that a tokenizer has beside its vocabulary but does not call special always
-        are found.
+        are found. name: of `text` in errors.
         """
-        _check(text)
+        _check(text, name)
         backend = self.backend if parse_special else self._plain
         return backend.encode(text, add_special_tokens=add_special_tokens).ids
 
@@ -93,7 +95,7 @@ class TextTokenizer:
             text: as the template gave it.
             letters: code points that stand in it for other letters, which make no special token's name.
         """
-        _check(text)
+        _check(text, "messages")
         if self._names is not None:
             text = self._names.sub(lambda match: self._secret_names[match[0]], text)
         return self._plain.encode(text.translate(letters), add_special_tokens=False).ids
@@ -217,14 +219,14 @@ def read_tokenizer(path: str | os.PathLike[str]) -> tuple[dict[str, Any], TextTo
     return metadata, tokenizer
 
 
-def _check(text: object) -> None:
+def _check(text: object, name: str) -> None:
     if not isinstance(text, str):
-        raise ArgumentTypeError(f"text must be a str, got {type(text).__name__}")
+        raise ArgumentTypeError(f"{name} must be a str, got {type(text).__name__}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ArgumentError(
-            f"text is not valid Unicode: lone surrogate {text[error.start]!a} at character {error.start}"
+            f"{name} is not valid Unicode: lone surrogate {text[error.start]!a} at character {error.start}"
         ) from None
 
 

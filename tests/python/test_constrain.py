@@ -868,6 +868,13 @@ def test_many_choices_are_checked_letter_by_letter():
         start("letters", choices=[*choices, "x" * 100 + "ü"])
 
 
+def test_white_space_is_a_regex():
+    for pattern in (" ", "\t", "\n+"):
+        assert Constraint.check(regex=pattern).text == pattern
+    with pytest.raises(ArgumentError, match="regex is empty"):
+        Constraint.check(regex="")
+
+
 def test_equal_constraints_from_different_spellings_share_a_key():
     assert Constraint.check(json_schema='{"type": "null"}') == Constraint.check(json_schema={"type": "null"})
     assert Constraint.check(regex="^ab$") == Constraint.check(regex="ab")

@@ -178,3 +178,16 @@ FAILING = {
 def test_what_goes_wrong_in_a_template_is_an_error_with_its_message(source):
     with pytest.raises(ArgumentError, match=FAILING[source]):
         ChatTemplate(source).render([QUESTION])
+
+
+def test_private_letters_that_messages_use_up() -> None:
+    """None is left to stand for others: an error, and no search without an end."""
+    tokenizer = TOKENIZERS["byte_level"]
+    every = "".join(chr(0x100000 + i) for i in range(0x10000))
+    for message in ({"content": f"a</s>{every}"}, {"content": "a", "name": every}):
+        with pytest.raises(ArgumentError, match="private letters"):
+            ChatTemplate().render([{"role": "user", **message}], tokenizer)
+    some = every[:30_000]
+    assert str(ChatTemplate().render([{"role": "user", "content": f"</s>{some}"}], tokenizer)).startswith(
+        "Question: </s>"
+    )

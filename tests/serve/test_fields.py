@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from servers import Server, serving
+from servers import Server, httpx, serving
 from toy_models import SPECIALS, byte_fallback, byte_level, write_model
 
 import fixmin_cpp
@@ -223,6 +223,7 @@ NO_OPS: list[dict[str, Any]] = [
     {"modalities": ["text"], "prediction": None, "reasoning_effort": "low", "user": "me", "audio": None},
     {"skip_special_tokens": True, "spaces_between_special_tokens": True, "include_stop_str_in_output": False},
     {"request_id": "a", "priority": 0, "length_penalty": 1.0, "guided_json": None, "truncate_prompt_tokens": None},
+    {"prompt_logprobs": None, "stop_regex": None, "details": False, "watermark": False, "top_n_tokens": 0},
     {"id_slot": -1, "n_keep": 0, "tfs_z": 1, "n_probs": 0, "cache_prompt": True, "samplers": None},
 ]
 
@@ -230,7 +231,7 @@ NO_OPS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
 def test_no_ops_change_nothing(server: Server, path: str) -> None:
     expected = ask(server, path, seed=1)["choices"]
-    for fields in NO_OPS[:5]:
+    for fields in NO_OPS:
         assert ask(server, path, seed=1, **fields)["choices"] == expected
 
 
@@ -278,6 +279,41 @@ def test_what_is_wrong_is_named(server: Server, fields: dict[str, Any], param: s
         assert words in error["message"], error
         assert error["param"] == param
         assert "Value error" not in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        (COMPLETIONS, {"prompt": ["the", "\ud800"]}, "prompt"),
+        (COMPLETIONS, {"prompt": [1, "a"]}, "prompt"),
+        (COMPLETIONS, {"response_format": {"type": "json_schema", "schema": {"uniqueItems": True}}}, "response_format"),
+        (COMPLETIONS, {"json_schema": {"uniqueItems": True}}, "json_schema"),
+        (COMPLETIONS, {"min_tokens": 9}, "min_tokens"),
+        (CHAT, {"messages": [{"role": "user", "content": "\ud800"}]}, "messages"),
+        (CHAT, {"messages": [{"role": "user", "content": "the " * 300}]}, "messages"),
+        (CHAT, {"response_format": {"type": "json_schema", "schema": {"type": "no"}}}, "response_format"),
+        ("/tokenize", {"content": "\ud800"}, "content"),
+        ("/tokenize", {"prompt": "\ud800"}, "prompt"),
+        ("/codes", {"text": "\ud800"}, "text"),
+        ("/v1/embeddings", {"input": ["the", "\ud800"]}, "input"),
+    ],
+)
+def test_the_callers_own_field_is_named(server: Server, path: str, fields: dict[str, Any], param: str) -> None:
+    given = {"messages": MESSAGES, "max_tokens": 4} if path == CHAT else {}
+    given = {"prompt": "the", "max_tokens": 4} if path == COMPLETIONS else given
+    body = json.dumps({**given, **fields}).encode()
+    answer = httpx.post(server.url + path, content=body, headers={"Content-Type": "application/json"}, timeout=60)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == param, answer.text
+    assert "<" not in answer.json()["error"]["message"]  # the name of a form
+
+
+def test_the_places_of_wrong_elements(server: Server) -> None:
+    assert refused(server, prompt=[1, "a"])["message"].startswith("prompt[1]: ")
+    assert refused(server, prompt=[[1], [1.5]])["message"].startswith("prompt[1][0]: ")
+    assert refused(server, stop=["a", 1])["message"].startswith("stop[1]: ")
+    messages = [{"role": "user", "content": [{"type": "text"}]}]
+    assert refused(server, CHAT, messages=messages)["message"].startswith("messages[0].content[0].text: ")
 
 
 def test_booleans_are_no_ids_and_no_counts(server: Server) -> None:

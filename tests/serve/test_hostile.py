@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 from servers import Server, Start, httpx, serving, until
 
-from fixmin_cpp import ArgumentError
+from fixmin_cpp import ArgumentError, Model
 
 serve = pytest.importorskip("fixmin_cpp.serve")
 schemas = pytest.importorskip("fixmin_cpp.serve.schemas")
+_check_breakers = pytest.importorskip("fixmin_cpp.serve.generation")._check_breakers
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
@@ -130,6 +131,7 @@ def test_malformed_requests_elsewhere(server: Server, path: str, body: dict[str,
 
 def test_what_is_no_http(strict: Server) -> None:
     assert answer_to(strict, b"\x16\x03\x01\x02\x00\x01\x00").startswith(b"HTTP/1.1 4")
+    assert b'"invalid_request_error"' in answer_to(strict, b"no\r\n\r\n")
     assert answer_to(strict, b"GET / HTTP/1.1\r\n" + b"a: " + b"b" * 200_000 + b"\r\n\r\n").startswith(b"HTTP/1.1 4")
     assert works(strict)
 
@@ -269,6 +271,75 @@ WORST = [
 ]
 
 
+def test_what_stands_in_texts_counts_too(server: Server) -> None:
+    """UTF-16 has bytes that look like quotes, a schema may come as JSON text, many generations have lists each."""
+    hidden = ('{"prompt":["\u2241",' + "{}," * 600_000 + '"\u2241"]}').encode("utf-16-le")
+    headers = {"Content-Type": "application/json"}
+    for body in (hidden, '{"prompt": "a", "max_tokens": 1}'.encode("utf-16")):
+        answer = httpx.post(f"{server.url}/v1/completions", content=body, headers=headers, timeout=60)
+        assert answer.status_code == 400
+        assert "the body is not JSON" in answer.json()["error"]["message"]
+    text = '{"enum": [' + "1," * 20_000 + "1]}"
+    for fields, name in (
+        ({"json_schema": text}, "json_schema"),
+        ({"n": 128, "banned_ids": [5] * 60_000}, "banned_ids"),
+        ({"n": 128, "bad_ids": [5] * 60_000}, "bad_ids"),
+        ({"prompt": ["a"] * 500, "dry_sequence_breakers": [[5] * 1000] * 60}, "dry_sequence_breakers"),
+        ({"dry_multiplier": 1, "dry_sequence_breakers": ["a" * 65]}, "dry_sequence_breakers"),
+    ):
+        answer = server.post("/v1/completions", {"prompt": "a", "max_tokens": 1, **fields})
+        assert answer.status_code == 400, fields
+        assert answer.json()["error"]["param"] == name
+    assert server.post("/v1/completions", {"prompt": "a", "max_tokens": 1, "banned_ids": [5] * 60_000}).is_success
+
+
+def test_breakers_are_counted_as_they_are_met(model: Model) -> None:
+    """A letter is met by every token that holds it, and each generation keeps all of them: that took gigabytes."""
+    given = {"dry_multiplier": 1.0, "dry_sequence_breakers": ["a"] * 64}
+    _check_breakers(model, given, 1)
+    with pytest.raises(ArgumentError, match="dry_sequence_breakers are met by more than 131072 sequences"):
+        _check_breakers(model, given, 10_000)
+    _check_breakers(model, {**given, "dry_multiplier": 0.0}, 10_000)
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/completions", {"choices": ["\ue123" * 100_000]}),
+        ("/v1/completions", {"json_schema": {"$ref": "#/" + "x" * 100_000}}),
+        ("/v1/completions", {"json_schema": {"const": "\ue123" * 100_000}}),
+        ("/v1/completions", {"stream_options": {"x" * 100_000: 1}}),
+    ],
+)
+def test_messages_are_short(server: Server, path: str, fields: dict[str, Any]) -> None:
+    answer = server.post(path, {"prompt": "a", **fields})
+    assert answer.status_code == 400
+    assert len(answer.content) < 20_000  # an escape for each of 2,000 characters
+
+
+def test_what_waits_for_the_engine_holds_up_nobody(long_path: Path, start: Start) -> None:
+    """Embeddings are computed behind what runs; meanwhile texts are tokenised, and nothing is stuck."""
+    with start(long_path, "--parallel", "1") as server, contextlib.ExitStack() as stack:
+        endless = {"prompt": "the", "max_tokens": 90_000, "ignore_eos": True, "stream": True}
+        stack.enter_context(httpx.stream("POST", f"{server.url}/v1/completions", json=endless, timeout=60))
+        body = json.dumps({"input": "the"}).encode()
+        head = HEAD.replace(b"/v1/completions", b"/v1/embeddings")
+        for _ in range(6):
+            raw = stack.enter_context(connected(server))
+            raw.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        deadline = time.monotonic() + 30
+        while server.metric("fixmin:sequences_admitted") < 7 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        begin = time.monotonic()
+        while time.monotonic() - begin < 6:
+            assert server.get("/health").status_code == 200
+            assert server.post("/tokenize", {"content": "the"}).status_code == 200
+            time.sleep(0.5)
+        stack.close()
+        assert server.idle()
+        assert server.post("/v1/embeddings", {"input": "the"}).status_code == 200
+
+
 def test_no_request_holds_up_the_others(server: Server) -> None:
     """The worst wait for /health and the memory, with room for a busy machine: unloaded 100 ms and 64 MB."""
     before, waits, ended = memory(server), [0.0], threading.Event()
@@ -310,9 +381,17 @@ def test_bodies_that_are_not_said_to_be_json_are_415(server: Server, headers: di
     assert "Content-" in answer.json()["error"]["message"]
 
 
-@pytest.mark.parametrize(("host", "status"), [("localhost:1", 200), ("[::1]", 200), ("evil.example", 421)])
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [("localhost:1", 200), ("[::1]", 200), ("LocalHost.", 200), ("evil.example", 421), ("localhost.evil.example", 421)],
+)
 def test_foreign_names_are_not_served(server: Server, host: str, status: int) -> None:
     assert server.get("/v1/models", headers={"Host": host}).status_code == status
+
+
+def test_old_http_needs_no_name(server: Server) -> None:
+    assert answer_to(server, b"GET /health HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 200")
+    assert answer_to(server, b"GET /health HTTP/1.0\r\nHost: evil.example\r\n\r\n").startswith(b"HTTP/1.1 421")
 
 
 def test_empty_keys_do_not_open_a_server(served_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,11 +410,53 @@ def test_keys_from_a_file(served_path: Path, start: Start, tmp_path: Path) -> No
         assert "2 are known" in server.log.read_text()
 
 
-def test_head(server: Server) -> None:
-    for path in ("/", "/health"):
+def test_paths_and_methods_that_mean_the_same(server: Server) -> None:
+    for path in ("/", "/health", "/v1/health", "/v1/models", "/v1/models/toy", "/props", "/metrics", "/docs"):
         answer = httpx.head(server.url + path)
-        assert answer.status_code == 200
+        assert answer.status_code == 200, path
         assert answer.content == b""
+        assert server.get(f"{path}/").status_code == 200, path
+    asked = {"prompt": "the", "max_tokens": 1}
+    assert server.post("/v1/completions/", asked).status_code == 200
+    assert httpx.head(f"{server.url}/v1/completions").status_code == 405
+    assert server.get("/health", params={"a": "b"}).status_code == 200
+    assert httpx.request("GET", f"{server.url}/health", content=b"a body").status_code == 200
+    address = server.url.removeprefix("http://").encode()
+    for host, status in ((address, b"200"), (b"evil.example", b"421")):
+        line = b"GET http://%s/v1/models HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n" % (host, address)
+        assert answer_to(server, line).startswith(b"HTTP/1.1 " + status)
+
+
+def test_an_empty_line_between_requests(server: Server) -> None:
+    body = b'{"prompt":"the","max_tokens":1}'
+    asked = HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    last = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    assert answer_to(server, b"\r\n" + asked, b"\r\n" + last, pause=1.0).count(b"HTTP/1.1 200 OK") == 2
+
+
+def test_a_client_that_goes_while_it_asks_is_no_error(served_path: Path, start: Start) -> None:
+    with start(served_path) as server:
+        for part in (b"Content-Length: 100\r\n\r\n{", b"Transfer-Encoding: chunked\r\n\r\nzz\r\n"):
+            with connected(server) as raw:
+                raw.sendall(HEAD + part)
+                time.sleep(0.2)
+        assert works(server)
+        assert "Traceback" not in server.log.read_text()
+
+
+def test_a_body_that_is_too_large_is_answered_before_it_ends(server: Server) -> None:
+    """And the connection can be used again: clients that are cut off while they send see no answer."""
+    body = b'{"prompt":"' + b"a" * (6 << 20) + b'"}'
+    for kind, close in (("application/json", False), ("application/json", True), ("text/plain", True)):
+        headers = {"Content-Type": kind, **({"Connection": "close"} if close else {})}
+        with httpx.Client(timeout=60, headers=headers) as client:
+            for _ in range(3):
+                answer = client.post(f"{server.url}/v1/completions", content=body)
+                assert answer.status_code == 413
+    lines = HEAD + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
+    with connected(server) as raw:
+        raw.sendall(lines + body)  # without a reset
+        assert raw.recv(12) == b"HTTP/1.1 413"
 
 
 # --- limits ----------------------------------------------------------------------------------------------------------
@@ -399,7 +520,11 @@ def test_the_description_with_keys(served_path: Path, start: Start) -> None:
 @pytest.mark.parametrize(
     ("path", "body", "param"),
     [
-        ("/v1/completions", {"prompt": "a", "allowed_ids": [5], "banned_ids": [5]}, "allowed_ids"),
+        ("/v1/completions", {"prompt": "a", "allowed_ids": [5], "banned_ids": [5]}, "banned_ids"),
+        ("/v1/completions", {"prompt": "a", "allowed_ids": [5], "regex": "[^a-z]+", "max_tokens": 3}, "allowed_ids"),
+        ("/v1/completions", {"prompt": "a", "frequency_penalty": -3e38, "max_tokens": 9}, "frequency_penalty"),
+        ("/v1/completions", {"prompt": "a", "regex": "a", "choices": ["a"]}, "regex"),
+        ("/v1/completions", {"prompt": "a", "max_tokens": 3, "max_completion_tokens": -7}, "max_completion_tokens"),
         ("/v1/embeddings", {"input": ["ok", ""]}, "input"),
         ("/v1/embeddings", {"input": [[1], [10**6]]}, "input"),
         ("/detokenize", {"tokens": [10**6]}, "tokens"),
@@ -466,6 +591,21 @@ def test_shutdown_lets_streams_finish(long_path: Path, start: Start) -> None:
         assert server.process.wait(30) == 0
         with pytest.raises(httpx.ConnectError):
             server.get("/health")
+
+
+def test_what_has_not_begun_is_told_of_the_shutdown(long_path: Path, start: Start) -> None:
+    """Generations that wait for their turn find the model closed: that is no error of the server's."""
+    body = json.dumps({"prompt": "the", "n": 128, "max_tokens": 90_000, "ignore_eos": True}).encode()
+    with start(long_path, "--shutdown-timeout", "1") as server, contextlib.ExitStack() as stack:
+        asking = [stack.enter_context(connected(server)) for _ in range(3)]
+        for raw in asking:
+            raw.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        deadline = time.monotonic() + 60
+        while server.metric("fixmin:sequences_admitted") < 384 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        server.process.send_signal(signal.SIGTERM)
+        assert [raw.recv(12) for raw in asking] == [b"HTTP/1.1 503"] * 3
+        assert server.process.wait(30) == 0
 
 
 def test_shutdown_does_not_wait_for_ever(long_path: Path, start: Start) -> None:

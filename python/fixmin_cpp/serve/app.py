@@ -20,7 +20,7 @@ from .. import __version__
 from ..arguments import as_token_ids, split_prompts
 from ..errors import ArgumentError
 from . import answers, rendering
-from .chat import ChatTemplate
+from .chat import ChatTemplate, strings
 from .errors import APIError, install
 from .generation import ChatJob, CompletionJob, Job
 from .guards import Guard, Log, Prefix, Receive, Scope, Send, facts_of
@@ -110,8 +110,8 @@ class _Route(APIRoute):
         handle = super().get_route_handler()
 
         async def bounded(request: Request) -> Response:
-            body = await request.body()
-            if body:
+            if request.method == "POST":
+                body = await request.body()
                 host: ModelHost = request.app.state.host
                 request._json = await host.compute(read_body, body)  # where request.json() keeps it
             answer: Response = await handle(request)
@@ -162,9 +162,10 @@ def create_app(
         lifespan=lifespan,
         default_response_class=_JSON,
         responses=_ERRORS,
+        openapi_url=None,  # made in a thread, below
         docs_url=None,
         redoc_url=None,
-        redirect_slashes=False,
+        redirect_slashes=False,  # Guard takes paths with a slash at the end
         dependencies=[Depends(HTTPBearer(auto_error=False))],  # described; Guard checks keys
     )
     app.router.route_class = _Route
@@ -228,15 +229,18 @@ def _add_generation(app: FastAPI, host: ModelHost, metrics: Metrics, template: C
         inputs, many = split_prompts(body.input, "input")
         if len(inputs) > host.settings.max_inputs:
             raise ArgumentError(f"input has {len(inputs)} entries, but a request may have {host.settings.max_inputs}")
+        special = body.parse_special is not False
+
+        async def embed() -> list[tuple[NDArray[np.float32], int]]:
+            names = (f"input[{i}]" if many else "input" for i in range(len(inputs)))
+            pairs = zip(names, inputs, strict=True)
+            return [await host.compute(_embed, host, name, one, special, by="engine") for name, one in pairs]
+
         with host.admitted(1):
-            vectors, n_tokens = [], 0
-            for i, one in enumerate(inputs):
-                if await request.is_disconnected():
-                    break
-                name = f"input[{i}]" if many else "input"
-                vector, n = await host.compute(_embed, host, name, one, body.parse_special is not False)
-                n_tokens += n
-                vectors.append(vector)
+            found = await _unless_disconnected(embed(), request.receive)
+        if found is None:
+            return _JSON(None)
+        vectors, n_tokens = [vector for vector, _ in found], sum(n for _, n in found)
         facts_of(request.scope)["prompt_tokens"] = n_tokens
         return rendering.embeddings(vectors, n_tokens, host.settings.name, body.encoding_format == "base64")
 
@@ -244,7 +248,7 @@ def _add_generation(app: FastAPI, host: ModelHost, metrics: Metrics, template: C
 def _chat_prompt(host: ModelHost, template: ChatTemplate, body: ChatRequest) -> list[int]:
     tokenizer = host.model._require_tokenizer()
     messages = [message.plain() for message in body.messages]
-    host.check_texts("messages", ["".join(str(message["content"]) for message in messages)])
+    host.check_texts("messages", ["".join(strings(messages))])  # a template may read any of them
     prompt = template.render(
         messages,
         tokenizer,
@@ -264,32 +268,42 @@ def _embed(host: ModelHost, name: str, text: Any, parse_special: bool) -> tuple[
 
 
 def _add_tokens(app: FastAPI, host: ModelHost) -> None:
+    async def computed(request: Request, function: Callable[..., Response], body: Any) -> Response:
+        answer = await _unless_disconnected(host.compute(function, host, body), request.receive)
+        return _JSON(None) if answer is None else answer
+
     @app.post("/tokenize", response_model=answers.Tokens)
-    async def tokenize(body: TokenizeRequest) -> Response:
+    async def tokenize(request: Request, body: TokenizeRequest) -> Response:
         """Token ids of a text, as llama-server and vLLM give them."""
-        return await host.compute(_tokenize, host, body)
+        return await computed(request, _tokenize, body)
 
     @app.post("/detokenize", response_model=answers.Detokenized)
-    async def detokenize(body: DetokenizeRequest) -> Response:
+    async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
         """Text of token ids."""
-        ids: Any = as_token_ids("tokens", body.tokens, host.model.info["vocab_size"]) if body.tokens else []
-        text = await host.compute(host.model.decode, ids)
-        return _JSON({"content": text, "prompt": text})
+        return await computed(request, _detokenize, body)
 
     @app.post("/codes", response_model=answers.Codes)
-    async def codes(body: CodesRequest) -> Response:
+    async def codes(request: Request, body: CodesRequest) -> Response:
         """What stands in place of an input embedding: the bits of each token's id and its code, bit i at place i."""
-        return await host.compute(_codes, host, body)
+        return await computed(request, _codes, body)
+
+
+def _detokenize(host: ModelHost, body: DetokenizeRequest) -> Response:
+    model = host.model
+    ids: Any = as_token_ids("tokens", body.tokens, model.info["vocab_size"]) if body.tokens else []
+    text = model.decode(ids)
+    return _JSON({"content": text, "prompt": text})
 
 
 def _tokenize(host: ModelHost, body: TokenizeRequest) -> Response:
     text = body.content if body.content is not None else body.prompt
     if text is None:
         raise ArgumentError("content is missing (or prompt, as vLLM calls it)")
-    _check_length("prompt" if body.content is None else "content", _bytes(text), _MAX_TOKENIZED, "bytes")
+    name = "prompt" if body.content is None else "content"
+    _check_length(name, _bytes(text), _MAX_TOKENIZED, "bytes")
     model = host.model
-    special = body.add_special or body.add_special_tokens
-    ids = model.encode(text, add_special_tokens=special, parse_special=body.parse_special is not False)
+    special, parse = body.add_special or body.add_special_tokens, body.parse_special is not False
+    ids = model._require_tokenizer().encode(text, add_special_tokens=special, parse_special=parse, name=name)
     texts = rendering.by_id(ids, partial(_piece, host)) if body.with_pieces else (b"%d" % i for i in ids)
     return rendering.token_list(texts, count=len(ids), max_model_len=model.info["n_ctx"])
 
@@ -332,7 +346,6 @@ def _codes(host: ModelHost, body: CodesRequest) -> Response:
 def _add_facts(app: FastAPI, host: ModelHost, metrics: Metrics) -> None:
     name = host.settings.name
 
-    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     @app.get("/v1/health", include_in_schema=False)
     async def health() -> dict[str, str]:
@@ -403,12 +416,18 @@ def _add_facts(app: FastAPI, host: ModelHost, metrics: Metrics) -> None:
         _ = host.model
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @app.head("/", response_class=HTMLResponse, include_in_schema=False)
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def playground() -> Response:
         """The playground. Its paths are relative: a proxy may show it at /llm as well as at /llm/."""
         base = f'<base href="{host.settings.prefix}/">' if host.settings.prefix else ""
         return HTMLResponse(_PAGE.read_text("utf-8").replace("<head>", f"<head>{base}", 1), headers=_PAGE_HEADERS)
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def description(request: Request) -> Response:
+        """What there is, for programs; made at the first request, in a second."""
+        made = await host.compute(app.openapi)
+        root = request.scope.get("root_path", "")
+        return _JSON({**made, "servers": [{"url": root}]} if root else made)
 
     @app.get("/docs", response_class=HTMLResponse, include_in_schema=False)
     async def docs() -> Response:

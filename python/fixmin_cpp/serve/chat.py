@@ -18,7 +18,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from ..errors import ArgumentError
 from ..tokenizer import TextTokenizer
 
-__all__ = ["PLAIN_STOP", "PLAIN_TEMPLATE", "ChatPrompt", "ChatTemplate"]
+__all__ = ["PLAIN_STOP", "PLAIN_TEMPLATE", "ChatPrompt", "ChatTemplate", "strings"]
 
 # For base models, which know no roles: the form of the prompts on the published cards.
 PLAIN_TEMPLATE = """\
@@ -103,7 +103,7 @@ class ChatTemplate:
             raise ArgumentError("add_generation_prompt and continue_final_message cannot both be true")
         begins = not goes_on if add_generation_prompt is None else add_generation_prompt
         names = [] if parse_special or tokenizer is None else list(tokenizer.control_tokens)
-        letters = _Letters(names, [self.source, *_strings(messages)])
+        letters = _Letters(names, [self.source, *strings(messages)])
         guarded: list[Any] = [letters.guard(message) for message in messages]
         end = letters.unused()
         if goes_on:
@@ -160,10 +160,12 @@ class _Letters:
 
     def unused(self) -> str:
         """A letter of plane 16, which means nothing in any text. Nobody can know it, and so write it himself."""
-        while (letter := chr(0x100000 + secrets.randbelow(0xFFFE))) in self._used:
-            pass
-        self._used.add(letter)
-        return letter
+        for _ in range(100):
+            letter = chr(0x100000 + secrets.randbelow(0xFFFE))
+            if letter not in self._used:
+                self._used.add(letter)
+                return letter
+        raise ArgumentError("messages use most of the private letters from U+100000 on: leave them out")
 
     def guard(self, value: Any) -> Any:
         """`value` with no special token's name in its strings."""
@@ -198,17 +200,17 @@ class _Letters:
         return "".join(parts) + text[done:]
 
 
-def _strings(value: Any) -> Iterator[str]:
+def strings(value: Any) -> Iterator[str]:
     """All that are in it."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
         for key, one in value.items():
-            yield from _strings(key)
-            yield from _strings(one)
+            yield from strings(key)
+            yield from strings(one)
     elif isinstance(value, list | tuple):
         for one in value:
-            yield from _strings(one)
+            yield from strings(one)
 
 
 def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:

@@ -19,7 +19,9 @@ __all__ = ["APIError", "as_api_error", "install"]
 
 _log = logging.getLogger(__name__)
 
-_NO_TOKEN = "no token is left to draw"
+_FORM = re.compile(r"^(str|bool)$|[\[<]")  # pydantic's names of the forms that a value may have, within its place
+
+_MAX_MESSAGE = 2000  # characters: a message may quote what a request holds
 _TYPES = {401: "authentication_error", 429: "rate_limit_error", 503: "unavailable_error"}
 
 
@@ -36,6 +38,7 @@ class APIError(Exception):
         headers: Mapping[str, str] | None = None,
         **extra: Any,
     ) -> None:
+        message = message if len(message) <= _MAX_MESSAGE else f"{message[: _MAX_MESSAGE - 3]}..."
         super().__init__(message)
         self.status = status
         self.message = message
@@ -62,20 +65,23 @@ class ErrorResponse(JSONResponse):
         return json.dumps(content).encode()
 
 
+# What the engine finds in a run, and what was asked for is to blame.
+NOTHING_LEFT = "no token is left to draw"
+TOO_LARGE = "the logits are not finite after logit_bias and penalties"
+
+
 def as_api_error(error: Exception, renamed: Mapping[str, str] | None = None) -> APIError:
     """What to answer when `error` was raised. `renamed`: field of the request by name of the argument."""
     if isinstance(error, APIError):
         return error
     message = str(error)
-    if isinstance(error, ArgumentError | ContextLengthError | UnsupportedError) or (
-        isinstance(error, FixminError) and message.startswith(_NO_TOKEN)  # noticed while it was generating
-    ):
+    in_a_run = isinstance(error, FixminError) and message.startswith((NOTHING_LEFT, TOO_LARGE))
+    if isinstance(error, ArgumentError | ContextLengthError | UnsupportedError) or in_a_run:
         for name, field in (renamed or {}).items():
-            message = re.sub(rf"\b{name}\b", field, message)
-        first = re.match(r"\w+", message)
-        param = first[0] if first and first[0] in FIELDS else None
-        if message.startswith(_NO_TOKEN) and isinstance(error, ArgumentError):
-            param = next((field for field in ("allowed_ids", "banned_ids", "logit_bias") if field in message), None)
+            message = re.sub(rf"\b{name}\b", field, message, count=1)
+        first = re.match(r"(?:the |only one of )?(?=json_schema|regex|grammar|choices)(\w+)|(\w+)", message)
+        word = first[1] or first[2] if first else None
+        param = word if word in FIELDS else None
         code = "context_length_exceeded" if isinstance(error, ContextLengthError) else None
         return APIError(400, message, param=param, code=code)
     if isinstance(error, BusyError):
@@ -98,13 +104,13 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        where = [str(part) for part in first["loc"] if part != "body"]
+        where = [part for part in first["loc"] if part != "body" and not _FORM.search(str(part))]
         if first["type"] == "json_invalid":
             return APIError(
                 400, f"the body is not JSON: {first.get('ctx', {}).get('error', 'it ends too early')}"
             ).response()
-        param = where[0] if where else None
-        place = ".".join(where) if where else "the body"
+        param = str(where[0]) if where else None
+        place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where)[1:] or "the body"
         return APIError(400, f"{place}: {first['msg']}", param=param).response()
 
     @app.exception_handler(HTTPException)

@@ -11,11 +11,13 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
+from ..arguments import as_text
 from ..errors import ArgumentError, ContextLengthError
 from ..generation import AsyncTextStream, Batch, Completion, Piece, Run, TokenLogprob
+from ..model import Model
 from ..openai_fields import ALIASES, USUAL
 from ..text import IncrementalDecoder
-from .errors import APIError, as_api_error
+from .errors import NOTHING_LEFT, TOO_LARGE, APIError, as_api_error
 from .host import ModelHost
 from .metrics import Metrics
 from .record import Record
@@ -26,11 +28,51 @@ __all__ = ["ChatJob", "CompletionJob", "Job"]
 
 _MAX_LOGPROBS = 1 << 19  # of an answer with several generations: 100 bytes of memory each
 _MEAN_PROMPT = 256  # tokens, when it is not yet known
+_MAX_ENTRIES = 1 << 20  # of the lists of a request's generations
+_MAX_BREAKERS = 1 << 17  # sequences of tokens: 200 bytes each
+_MAX_BREAKER = 64  # characters: at each of them one may begin in a token
+_RULING_OUT = ("banned_ids", "bad_ids", "allowed_ids", "allowed_token_ids", "logit_bias", "regex", "grammar")
+_ADDING = (
+    "logit_bias",
+    "repeat_penalty",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+    "dry_multiplier",
+)
+_PER_GENERATION = ("allowed_ids", "banned_ids", "logit_bias", "dry_sequence_breakers")
 _FINISH = {"eos": "stop"}  # others have the same name
 
 
 def _json(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _n_entries(value: Any) -> int:
+    """Of a list and the lists in it."""
+    if isinstance(value, str):
+        return 1
+    return len(value) + sum(len(one) for one in value if isinstance(one, list))
+
+
+def _check_breakers(model: Model, arguments: Mapping[str, Any], n_sequences: int) -> None:
+    """A short string begins and ends in many tokens: each such way is kept for each generation."""
+    if not arguments.get("dry_multiplier"):
+        return
+    tokenizer = model._require_tokenizer()
+    n = 0
+    for one in arguments.get("dry_sequence_breakers", ()):
+        if isinstance(one, str) and len(one) > _MAX_BREAKER:
+            raise ArgumentError(
+                f"dry_sequence_breakers has a text of {len(one)} characters, at most {_MAX_BREAKER} are taken"
+            )
+        if isinstance(one, str) and one:
+            n += n_sequences * len(tokenizer.sequences_with(as_text("dry_sequence_breakers", one)))
+        if n > _MAX_BREAKERS:
+            raise ArgumentError(
+                f"dry_sequence_breakers are met by more than {_MAX_BREAKERS} sequences of tokens, counted for each of "
+                f"{n_sequences} generations: ask for fewer, or for longer ones"
+            )
 
 
 class Job(ABC):
@@ -74,22 +116,45 @@ class Job(ABC):
         n_prompts = 1 if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)) else len(prompts)
         n_sequences = n_prompts * self._best_of
         self.host.require_room(n_sequences)
+        try:
+            self._check_lists(arguments, n_sequences)
+        except ArgumentError as error:
+            raise self._failed(error) from None
         self._check_logprobs(arguments, n_sequences)
         if "logprobs" in arguments:
             self.names = await self.host.compute(TokenNames.of, model)
         try:
-            self._batch = await self.host.compute(
-                model._batch,
-                prompts,
-                {**USUAL, **arguments, "timeout": limited},
-                n,
-                best_of,
-                equal=True,
-                slow=constrained,
-            )
+            by = "grammar" if constrained else "prepare"
+            given = {**USUAL, **arguments, "timeout": limited}
+            await self.host.compute(_check_breakers, model, arguments, n_sequences)
+            self._batch = await self.host.compute(model._batch, prompts, given, n, best_of, equal=True, by=by)
         except (ArgumentError, ContextLengthError) as error:
-            fields = {name: field for field, name in ALIASES.items() if getattr(self.request, field, None) is not None}
-            raise as_api_error(error, fields) from None
+            raise self._failed(error) from None
+
+    def _failed(self, error: Exception) -> APIError:
+        """What the client is told, in the names of its own fields."""
+        request = self.request
+        given = [(name, field) for field, name in ALIASES.items() if getattr(request, field, None) is not None]
+        fields = dict(reversed(given))  # of several the one that counts
+        told = as_api_error(self.host.told(error), fields)
+        for reason, names in ((NOTHING_LEFT, _RULING_OUT), (TOO_LARGE, _ADDING)):
+            if str(error).startswith(reason):
+                told.param = next((name for name in names if getattr(request, name) is not None), None)
+        if told.param == "json_schema" and request.json_schema is None:
+            told.param = "response_format"
+        elif told.param == "prompt" and isinstance(request, ChatRequest):
+            told.param = "messages"
+        return told
+
+    @staticmethod
+    def _check_lists(arguments: Mapping[str, Any], n_sequences: int) -> None:
+        """Each generation has lists of its own."""
+        for name, value in arguments.items():
+            if name in _PER_GENERATION and n_sequences * _n_entries(value) > _MAX_ENTRIES:
+                raise ArgumentError(
+                    f"{name} has {_n_entries(value)} entries for each of {n_sequences} generations, at most "
+                    f"{_MAX_ENTRIES} are taken together: ask for fewer generations"
+                )
 
     def _check_logprobs(self, arguments: Mapping[str, Any], n_sequences: int) -> None:
         n_ctx, asked = self.host.model.info["n_ctx"], arguments["max_new_tokens"]
@@ -155,7 +220,7 @@ class Job(ABC):
                 number, item = await news.get()
                 if isinstance(item, Exception):
                     self.record.failed()
-                    raise item
+                    raise self._failed(item) from item
                 if isinstance(item, Completion):
                     left -= 1
                     self.metrics.ended(item)
@@ -236,8 +301,7 @@ class Job(ABC):
             if usage:
                 yield event([], self._usage(completions))
         except Exception as error:
-            failed = as_api_error(error)
-            yield b"data: " + json.dumps(failed.body()).encode() + b"\n\n"
+            yield b"data: " + json.dumps(as_api_error(error).body()).encode() + b"\n\n"
         finally:
             await pieces.aclose()
         yield b"data: [DONE]\n\n"

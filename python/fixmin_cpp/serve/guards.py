@@ -22,6 +22,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 # What answers without a key: whether the server lives, and a page that asks for the key itself.
 _PUBLIC = ("/health", "/v1/health", "/", "/docs")
 
+_PATIENCE = 8  # bodies of the largest size that are read and forgotten
 _GONE = 499  # as nginx counts them
 _FACTS = "fixmin.facts"  # of a scope
 _REQUEST_ID = re.compile(rb"[!-~]{1,128}")
@@ -123,30 +124,40 @@ class Guard:
         """One request."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
+        scope = _plain(scope)
         headers = dict(scope["headers"])
         try:
-            root = scope.get("root_path", "")
-            path = scope["path"].removeprefix(root)
-            if path.endswith("/"):  # as without: a redirection would need to know the address that a proxy shows
-                path = path.rstrip("/") or "/"
-                scope = {**scope, "path": root + path}
-            self._check_host(headers.get(b"host", b""))
+            path = scope["path"].removeprefix(scope.get("root_path", ""))
+            if b"host" in headers or scope.get("http_version") != "1.0":  # which no browser speaks
+                self._check_host(headers.get(b"host", b""))
             self._check_key(path, headers.get(b"authorization", b""))
             self._check_length(headers.get(b"content-length", b"0"))
             if scope["method"] == "POST":
                 _check_kind(headers)
         except APIError as error:
+            if b"expect" not in headers:  # who waits for leave sends nothing
+                await self._take_the_rest(receive)
             return await error.response()(scope, receive, send)
         counted = _Counted(receive, send, self._max_body_bytes)
         try:
             await self._app(scope, counted.receive, counted.send)
         except _TooLargeError:
             if not counted.answered:
+                await self._take_the_rest(receive)
                 await self._too_large().response()(scope, receive, send)
+
+    async def _take_the_rest(self, receive: Receive) -> None:
+        """Of the body, so that the client sees the answer: what is closed on who still sends is reset."""
+        left = _PATIENCE * self._max_body_bytes
+        while left > 0:
+            message = await receive()
+            left -= len(message.get("body", b""))
+            if not message.get("more_body"):
+                return
 
     def _check_host(self, header: bytes) -> None:
         """A page of a site whose name is made to lead to this machine must not reach what only this machine may."""
-        name = _PORT.sub("", header.decode("latin-1").lower())
+        name = _PORT.sub("", header.decode("latin-1").lower()).removesuffix(".")
         if self._hosts and name not in self._hosts:
             raise APIError(421, f"Host {name[:80]!r} is not served here: --allowed-host names those that are")
 
@@ -157,9 +168,10 @@ class Guard:
         # Every key is compared, each in a time that does not depend on where it differs.
         known = [hmac.compare_digest(given.strip(), key) for key in self._keys]
         if scheme.lower() != b"bearer" or not any(known):
+            is_key = scheme.lower() == b"bearer" and given.strip()
             raise APIError(
                 401,
-                "the API key is wrong" if header else "an API key is needed: Authorization: Bearer KEY",
+                "the API key is wrong" if is_key else "an API key is needed: Authorization: Bearer KEY",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
@@ -170,7 +182,24 @@ class Guard:
             raise self._too_large()
 
     def _too_large(self) -> APIError:
-        return APIError(413, f"the body is larger than {self._max_body_bytes} bytes", headers={"Connection": "close"})
+        return APIError(413, f"the body is larger than {self._max_body_bytes} bytes")
+
+
+def _plain(scope: Scope) -> Scope:
+    """The request under its resource's usual path and method: what may be written in several ways.
+
+    GET in place of HEAD (servers send the head only of the answer), no slash at the end (a redirection would need to
+    know the address that a proxy shows), no address before the path, as a proxy is asked.
+    """
+    root, headers = scope.get("root_path", ""), scope["headers"]
+    path = scope["path"].removeprefix(root)
+    if path.startswith(("http://", "https://")):
+        authority, slash, path = path.partition("://")[2].partition("/")
+        path = slash + path
+        headers = [*headers, (b"host", authority.encode("latin-1", "replace"))]  # it counts, not the header
+    path = path.rstrip("/") or "/"
+    method = "GET" if scope["method"] == "HEAD" else scope["method"]
+    return {**scope, "method": method, "path": root + path, "headers": headers}
 
 
 def _check_kind(headers: dict[bytes, bytes]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from ..errors import ArgumentError, ContextLengthError
+from ..errors import ArgumentError, BusyError, ContextLengthError, FixminError, UnsupportedError
 from ..inspect import describe_code
 from ..model import Model
 from .errors import APIError
@@ -22,9 +22,11 @@ __all__ = ["ModelHost"]
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
-_N_QUICK, _N_SLOW = 4, 4  # threads that tokenise, and those that compile grammars, which may take 30 s each
+# Threads that tokenise, those that compile grammars, which may take 30 s each, and those that wait for what the engine
+# computes, behind all that it was asked for before.
+_N_THREADS = {"prepare": 4, "grammar": 4, "engine": 4}
 _MEMORY_SHARE = 1 / 4  # of the machine's, for the KV cache at the most
-_STUCK = 5.0  # seconds that every one of the former may be busy with one thing before /health says so
+_STUCK = 5.0  # seconds that every one of the first may be busy with one thing before /health says so
 
 
 class ModelHost:
@@ -46,8 +48,7 @@ class ModelHost:
         self._closer: asyncio.Task[None] | None = None
         self._loading: asyncio.Task[None] | None = None
         self._longest_token = 1  # characters
-        self._quick = Workers("prepare", _N_QUICK)
-        self._slow = Workers("grammar", _N_SLOW)
+        self._workers = {name: Workers(name, n) for name, n in _N_THREADS.items()}
 
     def start(self) -> None:
         """Begins to load."""
@@ -106,8 +107,8 @@ class ModelHost:
         if self._closer is not None:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._closer, _STUCK)
-        self._quick.close()
-        self._slow.close()
+        for workers in self._workers.values():
+            workers.close()
 
     def stop(self) -> None:
         """Requests that run or are prepared end with APIError 503, and others are refused."""
@@ -117,11 +118,20 @@ class ModelHost:
             # In a thread that may be left behind: it waits for preparations that cannot be interrupted.
             self._closer = asyncio.ensure_future(Workers("close", 1).run(self._model.close))
 
+    @staticmethod
+    def _end() -> APIError:
+        return APIError(503, "the server is shutting down", code=503)
+
+    def told(self, error: Exception) -> Exception:
+        """`error`, or what clients are told in its place: a closed model is no fault of theirs, nor of the server's."""
+        mine = isinstance(error, ArgumentError | ContextLengthError | UnsupportedError | BusyError)
+        return self._end() if self._closing and isinstance(error, FixminError) and not mine else error
+
     @property
     def model(self) -> Model:
         """The loaded model. Raises APIError 503 before and after."""
         if self._closing:
-            raise APIError(503, "the server is shutting down", code=503)
+            raise self._end()
         if self.error is not None:
             raise APIError(503, "the model could not be loaded: the server's log says why", code=503)
         if self._model is None:
@@ -151,19 +161,20 @@ class ModelHost:
         finally:
             self.n_sequences -= n
 
-    async def compute(self, function: Callable[..., _T], *args: Any, slow: bool = False, **kwargs: Any) -> _T:
+    async def compute(self, function: Callable[..., _T], *args: Any, by: str = "prepare", **kwargs: Any) -> _T:
         """`function` in another thread: for what takes longer than the event loop should stand still.
 
-        `slow`: it may take seconds; others do not wait for it.
+        `by`: which of the threads. Others do not wait for what those of "grammar" and "engine" do.
         """
-        workers = self._slow if slow else self._quick
-        work = asyncio.ensure_future(workers.run(functools.partial(function, *args, **kwargs)))
+        work = asyncio.ensure_future(self._workers[by].run(functools.partial(function, *args, **kwargs)))
         stopped = asyncio.ensure_future(self._stopped.wait())
         try:
             await asyncio.wait({work, stopped}, return_when=asyncio.FIRST_COMPLETED)
             if work.done():
                 return work.result()
-            raise APIError(503, "the server is shutting down", code=503)
+            raise self._end()
+        except FixminError as error:
+            raise self.told(error) from None
         finally:
             work.cancel()
             stopped.cancel()
@@ -184,7 +195,7 @@ class ModelHost:
 
     def require_health(self) -> None:
         """Raises APIError 503 if requests are not prepared any more."""
-        seconds = self._quick.stuck_for
+        seconds = self._workers["prepare"].stuck_for
         if seconds > _STUCK:
             raise APIError(503, f"requests have not been prepared for {seconds:.0f} s", code=503)
 
@@ -198,4 +209,4 @@ class ModelHost:
     def check_open(self, finish_reason: str) -> None:
         """Raises APIError if a generation ended because the server does."""
         if finish_reason == "cancelled":
-            raise APIError(503, "the server is shutting down", code=503)
+            raise self._end()

@@ -4,6 +4,7 @@ A body of the allowed size may hold a million elements, each of which costs far 
 object, a validation error or a stop string. What is not named here has the usual limits, so that no field is without.
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping
@@ -47,9 +48,15 @@ def read_body(body: bytes) -> Any:
     Raises:
         APIError: 400, it is no JSON or exceeds a limit; the message says which.
     """
+    if not body:
+        raise APIError(400, "the body is empty: it must be a JSON object")
+    try:  # json.loads would take UTF-16 too, in which bytes that look like JSON's signs are parts of letters
+        text = body.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise APIError(400, f"the body is not JSON: it is not UTF-8 at byte {error.start}") from None
     _check_structure(body)
     try:
-        value = json.loads(body, parse_int=_integer)
+        value = json.loads(text, parse_int=_integer)
     except (ValueError, RecursionError) as error:
         raise APIError(400, f"the body is not JSON: {error}") from None
     if isinstance(value, dict):
@@ -57,8 +64,8 @@ def read_body(body: bytes) -> Any:
             raise APIError(400, f"the body has {len(value)} fields, more than any request has")
         for name, field in value.items():
             _check_field(name, field)
-    elif isinstance(value, list):
-        raise APIError(400, "the body must be an object, not a list")
+    else:
+        raise APIError(400, "the body must be a JSON object")
     return value
 
 
@@ -108,6 +115,9 @@ def _check_field(name: str, value: Any) -> None:
             raise _refused(name, f"{name} has {len(value)} entries, at most {limit} are taken")
     if name == "logit_bias" and isinstance(value, dict) and not set(map(type, value.values())) <= {int, float}:
         raise _refused(name, "logit_bias must have numbers as values")  # a validator would say so for each
+    if name == "json_schema" and isinstance(value, str):
+        with contextlib.suppress(ValueError, RecursionError):  # the library says what is wrong with it
+            value = json.loads(value, parse_int=_integer)
     if name in _ALL_ELEMENTS:
         enough = _ALL_ELEMENTS[name]
         if _n_elements(value, enough) > enough:

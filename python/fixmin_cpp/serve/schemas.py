@@ -51,23 +51,23 @@ _IdLists = Annotated[list[_Ids], Field(fail_fast=True)]
 def _kind(value: Any) -> str:
     """Which of several forms a value was meant to have, so that an error is about that one."""
     if not isinstance(value, list):
-        return "text"
+        return "<text>"
     first = value[0] if value else 0
-    return "texts" if isinstance(first, str) else "lists" if isinstance(first, list) else "ids"
+    return "<texts>" if isinstance(first, str) else "<lists>" if isinstance(first, list) else "<ids>"
 
 
 def _one_or_more(value: Any) -> str:
-    return "list" if isinstance(value, list) else "text"
+    return "<list>" if isinstance(value, list) else "<text>"
 
 
 _Prompt = Annotated[
-    Annotated[str, Tag("text")]
-    | Annotated[_Ids, Tag("ids")]
-    | Annotated[_Texts, Tag("texts")]
-    | Annotated[_IdLists, Tag("lists")],
+    Annotated[str, Tag("<text>")]
+    | Annotated[_Ids, Tag("<ids>")]
+    | Annotated[_Texts, Tag("<texts>")]
+    | Annotated[_IdLists, Tag("<lists>")],
     Discriminator(_kind),
 ]
-_Stop = Annotated[Annotated[str, Tag("text")] | Annotated[_Texts, Tag("list")], Discriminator(_one_or_more)]
+_Stop = Annotated[Annotated[str, Tag("<text>")] | Annotated[_Texts, Tag("<list>")], Discriminator(_one_or_more)]
 
 
 class _Body(BaseModel):
@@ -218,7 +218,7 @@ class _Part(BaseModel):
 
 
 _Parts = Annotated[list[_Part], Field(fail_fast=True)]
-_Content = Annotated[Annotated[str, Tag("text")] | Annotated[_Parts, Tag("list")], Discriminator(_one_or_more)]
+_Content = Annotated[Annotated[str, Tag("<text>")] | Annotated[_Parts, Tag("<list>")], Discriminator(_one_or_more)]
 
 
 class Message(BaseModel):

@@ -169,8 +169,19 @@ def _protocol(settings: ServeSettings, metrics: Metrics) -> type[asyncio.Protoco
             self._probing = self.loop.call_later(then, self._probe, _PROBES[1] if then == _PROBES[0] else then)
 
         def data_received(self, data: bytes) -> None:
+            if self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]:
+                data = data.lstrip(b"\r\n")  # some clients end a body with a line that does not belong to it
             super().data_received(data)
             self._watch_request()
+
+        def send_400_response(self, msg: str) -> None:
+            answer = APIError(400, "this is no HTTP that can be read", headers={"Connection": "close"}).response()
+            if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+                self.transport.write(
+                    self.conn.send(h11.Response(status_code=400, headers=answer.raw_headers, reason=b"Bad Request"))
+                )
+                self.transport.write(self.conn.send(h11.Data(data=bytes(answer.body))))
+            self.transport.close()
 
         def on_response_complete(self) -> None:
             super().on_response_complete()
