@@ -175,7 +175,13 @@ const Kernels& select(std::string_view name) {
 const Kernels& default_kernels() {
     static const Kernels& chosen = [&]() -> const Kernels& {
         const char* name = std::getenv("FIXMIN_ISA");
-        return select(name ? name : "");
+        try {
+            return select(name ? name : "");
+        } catch (const ArgumentError& error) {
+            throw ArgumentError(std::string("FIXMIN_ISA: ") + error.what());
+        } catch (const UnsupportedError& error) {
+            throw UnsupportedError(std::string("FIXMIN_ISA: ") + error.what());
+        }
     }();
     return chosen;
 }

@@ -253,7 +253,7 @@ def test_environment_chooses_the_isa():
         [sys.executable, "-c", code], env=dict(os.environ, FIXMIN_ISA="z80"), capture_output=True, text=True
     )
     assert failed.returncode != 0
-    assert "unknown instruction set 'z80'" in failed.stderr
+    assert "FIXMIN_ISA: unknown instruction set 'z80'" in failed.stderr
 
 
 # --- generation --------------------------------------------------------------------------------------------------
