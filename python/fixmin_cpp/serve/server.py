@@ -169,9 +169,10 @@ def _protocol(settings: ServeSettings, metrics: Metrics) -> type[asyncio.Protoco
             self._probing = self.loop.call_later(then, self._probe, _PROBES[1] if then == _PROBES[0] else then)
 
         def data_received(self, data: bytes) -> None:
-            if self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]:
+            if self.conn.their_state in (h11.IDLE, h11.DONE) and not self.conn.trailing_data[0]:
                 data = data.lstrip(b"\r\n")  # some clients end a body with a line that does not belong to it
-            super().data_received(data)
+            if data:  # for h11 nothing is the end, after which uvicorn would look for events for ever
+                super().data_received(data)
             self._watch_request()
 
         def send_400_response(self, msg: str) -> None:
