@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 from . import _core
-from .arguments import Prompt, as_bool, as_int, as_path
+from .arguments import Prompt, as_bool, as_path, as_threads
 from .errors import ArgumentTypeError
 from .model import Completion, Model
 
@@ -132,7 +132,7 @@ def _check_convert_options(log: Any, options: dict[str, Any]) -> None:
         elif name.startswith("allow_") and not isinstance(value, Sequence):
             raise ArgumentTypeError(f"{name} must be a list of names, got {type(value).__name__}")
         elif name == "n_threads":
-            as_int(name, value, 0, 1024)
+            as_threads(value)
         elif name == "keep_uncertified":
             as_bool(name, value)
 

@@ -296,7 +296,7 @@ def test_requantising_must_be_allowed(source, tmp_path):
         ({"tensor_types": {"a": "q4_k_m"}}, ArgumentError, "must be one of"),
         ({"tensor_types": "a=q8_0"}, ArgumentTypeError, "must be a dict"),
         ({"output_tensor_type": "x"}, ArgumentError, "output_tensor_type must be"),
-        ({"n_threads": 0}, ArgumentError, "n_threads must be"),
+        ({"n_threads": -2}, ArgumentError, "n_threads must be"),
         ({"allow_requantize": 1}, ArgumentTypeError, "allow_requantize must be"),
         ({"source": 5}, ArgumentTypeError, "source must be"),
         ({"source": __file__}, GGUFError, "does not begin with"),

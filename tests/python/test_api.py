@@ -240,8 +240,8 @@ def test_convert_is_the_package_and_can_be_called(tmp_path):
     ):
         with pytest.raises(ArgumentTypeError, match=next(iter(wrong))):
             fixmin_cpp.convert(**{"checkpoint_dir": tmp_path, **wrong})
-    with pytest.raises(fixmin_cpp.ArgumentError, match="n_threads must be between 0 and 1024, got -1"):
-        fixmin_cpp.convert(tmp_path, n_threads=-1)
+    with pytest.raises(fixmin_cpp.ArgumentError, match="n_threads must be between -1 and 1024, got -2"):
+        fixmin_cpp.convert(tmp_path, n_threads=-2)
 
 
 def test_importing_the_package_imports_no_converter():
