@@ -207,7 +207,7 @@ def test_wrong_usage(command, arguments, message, capsys):
     ("arguments", "message"),
     [
         (["x", "--outtype", "q9"], "q9"),
-        (["x", "--threads", "-1"], "negative"),
+        (["x", "--threads", "-2"], "between -1 and 1024"),
         (["x", "--outtpye", "f32"], "--outtype"),
     ],
 )

@@ -522,7 +522,7 @@ WRONG = [
     ({"target": "."}, "must be a file"),
     ({"target": "in"}, "is an input"),
     ({"kv_type": "q1"}, "kv_type"),
-    ({"n_threads": 0}, "n_threads"),
+    ({"n_threads": -2}, "n_threads"),
 ]
 
 
