@@ -1,7 +1,7 @@
 """What a server writes to stderr: lines of text, or one JSON object per line.
 
 A line may quote what clients send. No character of it begins a line, and no exception's message is shown, which may
-hold a piece of a prompt, unless the level is debug.
+hold a piece of a prompt, and no warning about a grammar, unless the level is debug.
 """
 
 import json
@@ -75,6 +75,8 @@ def configure(level: LogLevel, form: LogFormat) -> None:
     logging.captureWarnings(True)
     for name in ("fixmin_cpp", "uvicorn"):
         logging.getLogger(name).setLevel(number)
+    if number > logging.DEBUG:  # its warnings quote what a grammar holds
+        logging.getLogger("fixmin_cpp.constrain").setLevel(max(number, logging.ERROR))
 
 
 class _Formatter(logging.Formatter):

@@ -161,6 +161,14 @@ def test_requests_without_generations(logged: Server) -> None:
     assert asked(logged, "key")["status"] == 401
 
 
+def test_warnings_about_grammars_are_not_shown(logged: Server) -> None:
+    schema = {"x-guidance": {"lenient": True}, "type": "string", "format": SECRET}
+    body = {**BODY, "grammar": f"start: %json {json.dumps(schema)}"}
+    logged.post("/v1/completions", body, headers=headers("warned"))
+    asked(logged, "warned")
+    assert SECRET not in logged.log.read_text()
+
+
 def test_as_text(served_path: Path, start: Start) -> None:
     with start(served_path) as server:
         server.post("/v1/completions", BODY, headers={"X-Request-ID": "mine"})
