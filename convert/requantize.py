@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from .. import _core
 from ..arguments import as_bool, as_threads
 from ..atomic_file import AtomicFile, refuse_inputs
-from ..errors import ArgumentError, ArgumentTypeError, CheckpointError
+from ..errors import ArgumentError, ArgumentTypeError, CheckpointError, naming
 from .imatrix import read_imatrix
 from .quantize import BF16, F16, F32, Q8_0, bits_per_weight
 from .readback import read_gguf
@@ -152,7 +152,7 @@ def quantize(
             matrix of another model. ArgumentTypeError: a wrong type of argument.
         CheckpointError: a weight is not finite or too large for the type, the new file cannot be loaded, or the target
             is being written by another process. GGUFError: the source or the imatrix is malformed. OSError: a file
-            cannot be read or written.
+            cannot be read or written. MemoryError: loading the new file needs more than there is.
     """
     started = time.perf_counter()
     source_path, target_path = _as_path("source", source), _as_path("target", target)
@@ -182,7 +182,8 @@ def quantize(
             layout.write(file, {}, threads, progress or (lambda done, total, tensor: None))
         except CheckpointError as error:
             raise CheckpointError(f"{source_path}: {error}") from error
-        check_loads(file)
+        with naming(target_path):
+            check_loads(file)
         file.commit()
 
     tensors = tuple(

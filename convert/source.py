@@ -104,7 +104,8 @@ _MEASURES = ("norm_eps", "rope_base", "rope_fraction", "attention_scale")
 def check_numbers(config: Mapping[str, Any]) -> None:
     """CheckpointError for a hyper-parameter that no model could have, where the configuration alone is to be trusted.
 
-    Of a count, a whole number from 1 on; of the others, a positive one. None is the same as not given.
+    Of a count, a whole number from 1 on (of rope_dim, from 0); of the others, a positive one. None is the same as not
+    given.
     """
     for key in (*_COUNTS, *_MEASURES):
         value = hyper(config, key)
@@ -116,7 +117,7 @@ def check_numbers(config: Mapping[str, Any]) -> None:
         whole = key not in _COUNTS or value == value // 1
         above = value > 0 or (value == 0 and key in ("norm_eps", "rope_dim"))
         if not (above and value < 1 << 31 and whole):  # NaN fails too
-            wanted = "a whole number from 1 on" if key in _COUNTS else "a positive number"
+            wanted = "a positive number" if key in _MEASURES else f"a whole number from {int(key != 'rope_dim')} on"
             raise CheckpointError(f"config.json: {spelling(config, key)} is {_shown(value)}, but must be {wanted}")
 
 

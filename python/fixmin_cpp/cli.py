@@ -479,8 +479,8 @@ def serve(
 ) -> None:
     """Serve a model to OpenAI's clients and to a browser (needs fixmin-cpp[serve]). docs/serving.md describes it.
 
-    Every option can be an environment variable: --max-queue is FIXMIN_MAX_QUEUE. Ctrl-C, or SIGTERM, lets running
-    requests finish.
+    Every option but --quiet and --debug can be an environment variable: --max-queue is FIXMIN_MAX_QUEUE. Ctrl-C, or
+    SIGTERM, lets running requests finish.
     """
     configure(log_level or (LogLevel.warning if quiet else LogLevel.info), log_format)
 

@@ -14,6 +14,7 @@ from gguf import GGMLQuantizationType as Type
 from gguf_factory import make_model
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from spec_factory import array_recipe, make_reference, make_resolved, save_checkpoint
 
 from fixmin_cpp import _core
@@ -474,8 +475,8 @@ def test_verify_notices_another_checkpoint(checkpoint, converted, tmp_path):
 def test_verify_notices_weights_stored_anew(checkpoint, converted, tmp_path):
     """The same numbers in another file: not the one that was certified, and said in one line."""
     other = save_checkpoint(make_reference(code_kind="affine"), tmp_path / "other")
-    with (other / "model.safetensors").open("ab") as file:
-        file.write(b"\0")
+    weights = other / "model.safetensors"
+    save_file(load_file(weights), weights, metadata={"format": "pt", "note": "stored anew"})
     certificate = verify(converted, other, trust_remote_code=True)
     assert len(certificate.problems) == 1
     assert len(certificate.lines()) == 1

@@ -433,6 +433,8 @@ def test_an_empty_line_between_requests(server: Server) -> None:
     last = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
     assert answer_to(server, b"\r\n" + asked, b"\r\n" + last, pause=1.0).count(b"HTTP/1.1 200 OK") == 2
     assert answer_to(server, b"\r\n", asked, b"\r\n", last, pause=1.0).count(b"HTTP/1.1 200 OK") == 2
+    in_one = answer_to(server, asked + b"\r\n", last, pause=1.0)
+    assert (in_one.count(b"HTTP/1.1 "), in_one.count(b"HTTP/1.1 200 OK")) == (2, 2)
 
 
 def test_a_client_that_goes_while_it_asks_is_no_error(served_path: Path, start: Start) -> None:

@@ -192,6 +192,10 @@ def test_without_its_proxy_it_answers_as_well(below: Server) -> None:
     key = {"Authorization": "Bearer k"}
     assert below.get("/a/llm/a/llm/health", headers=key).status_code == 404
     assert below.get("/a/health", headers=key).status_code == 404
+    url = httpx.URL(below.url)
+    with socket.create_connection((url.host, url.port), timeout=60) as raw:  # as a proxy is asked
+        raw.sendall(f"GET {below.url}/a/llm/health HTTP/1.1\r\nHost: {url.netloc.decode()}\r\n\r\n".encode())
+        assert raw.recv(12) == b"HTTP/1.1 200"
 
 
 @pytest.mark.parametrize("wrong", ["llm", "/a b", "/a//b", "/..", "/a/./b", "//x", "/a?b", "/<b>", "/é", 7, None])

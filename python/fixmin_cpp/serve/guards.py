@@ -47,6 +47,7 @@ class Prefix:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request, whose path then has the prefix once, as ASGI wants it."""
         if scope["type"] == "http":
+            scope = _without_address(scope)
             outer = scope.get("root_path", "")
             path = scope["path"].removeprefix(outer)
             if path != self._prefix and not path.startswith(f"{self._prefix}/"):
@@ -189,17 +190,24 @@ def _plain(scope: Scope) -> Scope:
     """The request under its resource's usual path and method: what may be written in several ways.
 
     GET in place of HEAD (servers send the head only of the answer), no slash at the end (a redirection would need to
-    know the address that a proxy shows), no address before the path, as a proxy is asked.
+    know the address that a proxy shows), no address before the path.
     """
-    root, headers = scope.get("root_path", ""), scope["headers"]
-    path = scope["path"].removeprefix(root)
-    if path.startswith(("http://", "https://")):
-        authority, slash, path = path.partition("://")[2].partition("/")
-        path = slash + path
-        headers = [*headers, (b"host", authority.encode("latin-1", "replace"))]  # it counts, not the header
-    path = path.rstrip("/") or "/"
+    scope = _without_address(scope)
+    root = scope.get("root_path", "")
+    path = scope["path"].removeprefix(root).rstrip("/") or "/"
     method = "GET" if scope["method"] == "HEAD" else scope["method"]
-    return {**scope, "method": method, "path": root + path, "headers": headers}
+    return {**scope, "method": method, "path": root + path}
+
+
+def _without_address(scope: Scope) -> Scope:
+    """The request by its path alone, where it is written with an address before that, as a proxy is asked."""
+    root = scope.get("root_path", "")
+    path = scope["path"].removeprefix(root)
+    if not path.startswith(("http://", "https://")):
+        return scope
+    authority, slash, path = path.partition("://")[2].partition("/")
+    headers = [*scope["headers"], (b"host", authority.encode("latin-1", "replace"))]  # it counts, not the header
+    return {**scope, "path": root + slash + path, "headers": headers}
 
 
 def _check_kind(headers: dict[bytes, bytes]) -> None:

@@ -7,6 +7,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from ..generation import Completion
 from .host import ModelHost
+from .record import end_of
 
 __all__ = ["Metrics"]
 
@@ -62,7 +63,7 @@ class Metrics:
 
     def count_end(self, reason: str, n: int = 1) -> None:
         """Counts generations by how they ended, those of which nothing else is known too."""
-        self._ends.labels(self._label, {"cancelled": "abort"}.get(reason, reason)).inc(n)
+        self._ends.labels(self._label, end_of(reason)).inc(n)
 
     def answered(self, status: int) -> None:
         """Counts an answer."""

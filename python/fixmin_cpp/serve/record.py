@@ -2,9 +2,12 @@
 
 from typing import Any
 
-__all__ = ["Record"]
+__all__ = ["Record", "end_of"]
 
-_ENDS = {"cancelled": "abort"}
+
+def end_of(finish_reason: str) -> str:
+    """How log and metrics name the end of a generation: as vLLM does."""
+    return "abort" if finish_reason == "cancelled" else finish_reason
 
 
 class Record:
@@ -37,7 +40,7 @@ class Record:
         if n_tokens > 0 and number not in self._tokens:  # the only one has no text
             self.token(number, seconds)
         self._tokens[number] = n_tokens
-        self._ends[number] = _ENDS.get(reason, reason)
+        self._ends[number] = end_of(reason)
         self._facts["queue_s"] = max(self._facts["queue_s"] or 0.0, queue_s)
 
     def failed(self) -> None:

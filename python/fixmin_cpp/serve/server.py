@@ -185,6 +185,9 @@ def _protocol(settings: ServeSettings, metrics: Metrics) -> type[asyncio.Protoco
             self.transport.close()
 
         def on_response_complete(self) -> None:
+            rest = self.conn.trailing_data[0]
+            if lines := len(rest) - len(rest.lstrip(b"\r\n")):  # came with the body; h11 has no other way to drop them
+                self.conn._receive_buffer.maybe_extract_at_most(lines)
             super().on_response_complete()
             self._watch_request()
 
