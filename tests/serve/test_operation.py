@@ -64,7 +64,8 @@ def test_busy_preparation_does_not_keep_a_process(served_path: Path, start: Star
     with start(served_path, "--shutdown-timeout", "1", before=slow) as server:
         body = {"messages": [{"role": "user", "content": "the"}]}
         asked = [_in_thread(lambda: server.post("/v1/chat/completions", body)) for _ in range(6)]
-        until(lambda: server.log.read_text().count("ASKED") == 6)
+        # Bodies are read in the same four threads: the last ones may not get that far.
+        until(lambda: server.log.read_text().count("ASKED") >= 4)
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(40) == 0
         for thread, _ in asked:
