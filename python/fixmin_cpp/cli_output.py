@@ -31,7 +31,7 @@ EXTRAS = {
     "serve": ("fastapi", "uvicorn", "h11", "prometheus_client", "jinja2", "llguidance", "starlette", "pydantic"),
     "ray": ("ray",),
     "hub": ("huggingface_hub",),
-    "eval": ("lm_eval",),
+    "eval": ("lm_eval", "typing_extensions"),
     "bench": ("matplotlib",),
 }
 _PATIENCE = 0.4  # seconds after which a line says what takes so long, where no bar can be seen

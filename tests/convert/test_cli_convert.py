@@ -295,7 +295,11 @@ def test_killed_at_any_step_there_is_no_output(checkpoint, tmp_path, step):
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_interrupted_there_is_nothing(checkpoint, tmp_path, number, code):
-    process = start(checkpoint, tmp_path / "m.gguf")
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests below nohup would hand on that it is ignored
+    try:
+        process = start(checkpoint, tmp_path / "m.gguf")
+    finally:
+        signal.signal(signal.SIGHUP, before)
     for line in process.stdout:
         if "running the engine" in line:
             break

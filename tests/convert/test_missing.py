@@ -170,7 +170,7 @@ def test_a_block_too_many(tmp_path: Path, trusted: bool) -> None:
         ("num_attention_heads", (0, 2.5, float("inf")), "must be a whole number from 1 on"),
         ("num_key_value_heads", (-1, 10**12), "must be a whole number from 1 on"),
         ("max_position_embeddings", (-1, 10**12, 10**400), "must be a whole number from 1 on"),
-        ("rope_dim", (-2, 1.5, float("nan")), "must be a whole number from 1 on"),
+        ("rope_dim", (-2, 1.5, float("nan")), "must be a whole number from 0 on"),
         ("norm_eps", (-1e-5, float("nan"), float("inf"), 10**400), "must be a positive number"),
         ("rope_theta", (0, float("nan"), -(10**400)), "must be a positive number"),
         ("attn_scale", (0, float("inf"), "x"), "must be a positive number|which is no number"),

@@ -164,7 +164,7 @@ void matmul(WeightType type, uint32_t rows, uint32_t tokens) {
     Random random(rows * 100 + tokens);
     std::vector<std::byte> file(rows * row_bytes);
     for (uint32_t r = 0; r < rows; ++r) random_weights(type, random, inner, file.data() + r * row_bytes);
-    const model::Pages panels(n_panels * stride + 8192);
+    const model::Pages panels(n_panels * stride + 8192, "panels");
     for (uint32_t p = 0; p < n_panels; ++p) {
         const uint32_t first = p * quant::panel_rows, n = std::min(quant::panel_rows, rows - first);
         quant::pack_panel(type, file.data() + first * row_bytes, n, inner, panels.data() + p * stride);
