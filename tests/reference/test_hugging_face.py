@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from safetensors import safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
@@ -101,12 +103,13 @@ def test_every_way_to_decode_with_and_without_cache(make_model, arguments):
     ids, mask = torch.tensor([[5, 6, 7, 5, 6], [0, 0, 9, 8, 7]]), torch.tensor([[1] * 5, [0, 0, 1, 1, 1]])
     if "prompt_lookup_num_tokens" in arguments:  # transformers does that for one row only
         ids, mask = ids[:1], mask[:1]
-    # transformers 5.0 looks for an end of text while it guesses, whether there is one or not.
+    # Up to 5.12 at least, transformers looks for an end of text while it guesses, whether there is one or not.
     on = {"attention_mask": mask, "max_new_tokens": 10, "do_sample": False, "pad_token_id": 0, "eos_token_id": 1}
     without = {k: v for k, v in arguments.items() if not k.startswith(("cache", "prompt"))}
     expected = model.generate(ids, use_cache=False, **on, **without)
     got = model.generate(ids, use_cache=True, **on, **arguments)
-    if "prompt_lookup_num_tokens" in arguments:  # which up to 5.17 may go a token further than asked for
+    if "prompt_lookup_num_tokens" in arguments and Version(transformers.__version__) < Version("5.23"):
+        assert got.shape[1] <= expected.shape[1] + 1  # they may go a token further than asked for
         got = got[:, : expected.shape[1]]
     assert torch.equal(got, expected)
 
