@@ -142,8 +142,7 @@ def python(path: Path, rounds: int) -> dict[str, float]:
             return time.perf_counter() - start
 
         def native() -> float:
-            params = _core.SamplingParams()
-            params.max_new_tokens = 128
+            params = _core.SamplingParams(max_new_tokens=128)
             start = time.perf_counter()
             model._engine.submit(ids, params, prefix_cache=False).wait(1 << 62, 600.0)
             return time.perf_counter() - start

@@ -74,10 +74,8 @@ def main() -> None:
 
     print("| setting | best, µs | median, µs |\n|---|---|---|")
     for name, values in SETTINGS.items():
-        params = _core.SamplingParams()
-        for key, value in ({"temperature": 0.8} | values).items():
-            if key != "masked":
-                setattr(params, key, value)
+        given = {key: value for key, value in ({"temperature": 0.8} | values).items() if key != "masked"}
+        params = _core.SamplingParams(**given)
         sampler = _core.Sampler(params, history, arguments.isa)
         allowed = mask if values.get("masked") else None
         show(name, microseconds(lambda i, s=sampler, a=allowed: s.sample(data[i % 8], i, a), arguments.repeat))

@@ -39,8 +39,7 @@ def measure(path: str, n_threads: int, part: str, seconds: float) -> float:
     engine = _core.Engine(path, n_threads=n_threads)
     rng = np.random.default_rng(0)
     n_prompt = min(256, engine.info["n_ctx"])
-    params = _core.SamplingParams()
-    params.max_new_tokens = min(64, engine.info["n_ctx"] - 2)
+    params = _core.SamplingParams(max_new_tokens=min(64, engine.info["n_ctx"] - 2))
     n, spent = 0, 0.0
     while n == 0 or spent < seconds:
         ids = rng.integers(0, engine.info["vocab_size"], n_prompt, dtype=np.uint32)

@@ -61,7 +61,7 @@ class Fixmin(Engine):
 
         self.engine = None  # the old one's memory first
         self.engine = _core.Engine(self.model, n_threads=threads)
-        self.params = _core.SamplingParams()
+        self.params = _core.SamplingParams
 
     def prefill(self, ids: np.ndarray) -> float:
         start = time.perf_counter()
@@ -69,13 +69,13 @@ class Fixmin(Engine):
         return time.perf_counter() - start
 
     def decode(self, ids: np.ndarray, n: int) -> float:
-        self.params.max_new_tokens = n + 1  # the first one comes from the prompt
-        return self.engine.generate(ids.astype(np.uint32), self.params).decode_s
+        params = self.params(max_new_tokens=n + 1)  # the first one comes from the prompt
+        return self.engine.generate(ids.astype(np.uint32), params).decode_s
 
     def batch(self, prompts: np.ndarray, n: int) -> float:
-        self.params.max_new_tokens = n
+        params = self.params(max_new_tokens=n)
         start = time.perf_counter()
-        requests = [self.engine.submit(ids, self.params, prefix_cache=False) for ids in prompts.astype(np.uint32)]
+        requests = [self.engine.submit(ids, params, prefix_cache=False) for ids in prompts.astype(np.uint32)]
         for request in requests:
             request.wait(1 << 62, 600.0)
         seconds = time.perf_counter() - start

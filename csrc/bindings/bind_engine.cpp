@@ -569,7 +569,10 @@ class RequestHandle {
     std::shared_ptr<engine::Request> request_;
 };
 
-RequestHandle submit(const EngineHandle& handle, const Ids& ids, const engine::SamplingParams& params,
+// Nothing in Python can change them, so that they need not be copied.
+using Params = std::shared_ptr<engine::SamplingParams>;
+
+RequestHandle submit(const EngineHandle& handle, const Ids& ids, const Params& params, std::optional<uint64_t> seed,
                      const py::object& mask, int32_t n_logprobs, int32_t n_prompt_logprobs, bool prefix_cache,
                      uint32_t n_draft, double timeout_s, const RequestHandle* after,
                      const std::shared_ptr<engine::Mailbox>& mailbox, uint32_t first_row,
@@ -577,6 +580,7 @@ RequestHandle submit(const EngineHandle& handle, const Ids& ids, const engine::S
     const auto engine = handle.get();
     engine::RequestOptions options;
     options.sampling = params;
+    options.seed = seed;
     if (!mask.is_none())
         options.mask = std::make_shared<PythonMask>(mask, (engine->hyperparams().vocab_size + 31) / 32);
     options.n_logprobs = n_logprobs;
@@ -591,8 +595,8 @@ RequestHandle submit(const EngineHandle& handle, const Ids& ids, const engine::S
     return RequestHandle(engine->submit(id_span(ids), std::move(options), mailbox));
 }
 
-GenerationResult generate(const EngineHandle& handle, const Ids& ids, const engine::SamplingParams& params,
-                          const py::object& on_token, const CancelToken* cancel) {
+GenerationResult generate(const EngineHandle& handle, const Ids& ids, const Params& params, const py::object& on_token,
+                          const CancelToken* cancel) {
     const auto engine = handle.get();
     engine::RequestOptions options;
     options.sampling = params;
@@ -755,11 +759,11 @@ void bind_engine(py::module_& m) {
         .def("score", &score, py::arg("ids"), "float32 [T-1], natural log-probabilities of ids[1:]")
         .def("generate", &generate, py::arg("ids"), py::arg("params"), py::arg("on_token") = py::none(),
              py::arg("cancel") = py::none())
-        .def("submit", &submit, py::arg("ids"), py::arg("params"), py::kw_only(), py::arg("mask") = py::none(),
-             py::arg("n_logprobs") = -1, py::arg("n_prompt_logprobs") = -1, py::arg("prefix_cache") = true,
-             py::arg("n_draft") = 0, py::arg("timeout_s") = std::numeric_limits<double>::infinity(),
-             py::arg("after") = py::none(), py::arg("mailbox") = py::none(), py::arg("first_row") = 0,
-             py::arg("next") = py::none())
+        .def("submit", &submit, py::arg("ids"), py::arg("params").none(false), py::kw_only(),
+             py::arg("seed") = py::none(), py::arg("mask") = py::none(), py::arg("n_logprobs") = -1,
+             py::arg("n_prompt_logprobs") = -1, py::arg("prefix_cache") = true, py::arg("n_draft") = 0,
+             py::arg("timeout_s") = std::numeric_limits<double>::infinity(), py::arg("after") = py::none(),
+             py::arg("mailbox") = py::none(), py::arg("first_row") = 0, py::arg("next") = py::none())
         .def("stats", &stats)
         .def("export_prefix", &export_prefix, py::arg("ids"), "uint8: keys and values of whole blocks, as far as known")
         .def("import_prefix", &import_prefix, py::arg("ids"), py::arg("blocks"))

@@ -3,6 +3,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <functional>
+#include <map>
+#include <memory>
 #include <optional>
 #include <string>
 
@@ -59,41 +62,74 @@ py::tuple top_logprobs(const Logits& logits, uint32_t k, uint32_t chosen, const 
     return py::make_tuple(result.chosen.logprob, result.rank, array(ids), array(logprobs));
 }
 
+/// SamplingParams(name=value, ...), and a property for each name. Never changed after that: requests share them.
+class ParamsClass {
+  public:
+    explicit ParamsClass(py::module_& m)
+        : class_(m, "SamplingParams", "How the next token is chosen; see csrc/engine/sampling_params.h.") {
+        class_.def(py::init([setters = setters_](const py::kwargs& given) {
+            auto params = std::make_shared<SamplingParams>();
+            for (const auto& [key, value] : given) {
+                const auto name = key.cast<std::string>();
+                const auto setter = setters->find(name);
+                if (setter == setters->end()) throw py::type_error("SamplingParams has no '" + name + "'");
+                try {
+                    setter->second(*params, value);
+                } catch (const py::cast_error&) {
+                    throw py::type_error("SamplingParams cannot hold the " + name + " that was given");
+                }
+            }
+            return params;
+        }));
+    }
+
+    template <typename T>
+    ParamsClass& field(const char* name, T SamplingParams::* member, const char* help = "") {
+        class_.def_readonly(name, member, help);
+        (*setters_)[name] = [member](SamplingParams& params, py::handle value) { params.*member = value.cast<T>(); };
+        return *this;
+    }
+
+  private:
+    using Setters = std::map<std::string, std::function<void(SamplingParams&, py::handle)>>;
+    std::shared_ptr<Setters> setters_ = std::make_shared<Setters>();
+    py::class_<SamplingParams, std::shared_ptr<SamplingParams>> class_;
+};
+
 void bind_params(py::module_& m) {
-    py::class_<SamplingParams>(m, "SamplingParams", "How the next token is chosen; see csrc/engine/sampling_params.h.")
-        .def(py::init<>())
-        .def_readwrite("temperature", &SamplingParams::temperature, "0: greedy")
-        .def_readwrite("dynatemp_range", &SamplingParams::dynatemp_range, "0: off")
-        .def_readwrite("dynatemp_exponent", &SamplingParams::dynatemp_exponent)
-        .def_readwrite("top_n_sigma", &SamplingParams::top_n_sigma, "0 or less: off")
-        .def_readwrite("top_k", &SamplingParams::top_k, "0: off")
-        .def_readwrite("typical_p", &SamplingParams::typical_p, "1: off")
-        .def_readwrite("top_p", &SamplingParams::top_p, "1: off")
-        .def_readwrite("min_p", &SamplingParams::min_p, "0: off")
-        .def_readwrite("xtc_probability", &SamplingParams::xtc_probability, "0: off")
-        .def_readwrite("xtc_threshold", &SamplingParams::xtc_threshold, "above 0.5: off")
-        .def_readwrite("min_keep", &SamplingParams::min_keep)
-        .def_readwrite("mirostat", &SamplingParams::mirostat, "0: off; 1; 2")
-        .def_readwrite("mirostat_tau", &SamplingParams::mirostat_tau, "bits")
-        .def_readwrite("mirostat_eta", &SamplingParams::mirostat_eta)
-        .def_readwrite("seed", &SamplingParams::seed)
-        .def_readwrite("logit_bias", &SamplingParams::logit_bias, "id -> what is added")
-        .def_readwrite("banned_ids", &SamplingParams::banned_ids)
-        .def_readwrite("allowed_ids", &SamplingParams::allowed_ids, "empty: all")
-        .def_readwrite("min_new_tokens", &SamplingParams::min_new_tokens)
-        .def_readwrite("repeat_penalty", &SamplingParams::repeat_penalty, "1: off")
-        .def_readwrite("frequency_penalty", &SamplingParams::frequency_penalty, "0: off")
-        .def_readwrite("presence_penalty", &SamplingParams::presence_penalty, "0: off")
-        .def_readwrite("repeat_last_n", &SamplingParams::repeat_last_n, "tokens; -1: all")
-        .def_readwrite("openai_penalties", &SamplingParams::openai_penalties,
-                       "whether frequency and presence count all generated tokens and nothing of the prompt")
-        .def_readwrite("dry_multiplier", &SamplingParams::dry_multiplier, "0: off")
-        .def_readwrite("dry_base", &SamplingParams::dry_base)
-        .def_readwrite("dry_allowed_length", &SamplingParams::dry_allowed_length, "tokens")
-        .def_readwrite("dry_penalty_last_n", &SamplingParams::dry_penalty_last_n, "tokens; -1: all")
-        .def_readwrite("dry_sequence_breakers", &SamplingParams::dry_sequence_breakers, "sequences of ids")
-        .def_readwrite("max_new_tokens", &SamplingParams::max_new_tokens)
-        .def_readwrite("stop_ids", &SamplingParams::stop_ids);
+    ParamsClass(m)
+        .field("temperature", &SamplingParams::temperature, "0: greedy")
+        .field("dynatemp_range", &SamplingParams::dynatemp_range, "0: off")
+        .field("dynatemp_exponent", &SamplingParams::dynatemp_exponent)
+        .field("top_n_sigma", &SamplingParams::top_n_sigma, "0 or less: off")
+        .field("top_k", &SamplingParams::top_k, "0: off")
+        .field("typical_p", &SamplingParams::typical_p, "1: off")
+        .field("top_p", &SamplingParams::top_p, "1: off")
+        .field("min_p", &SamplingParams::min_p, "0: off")
+        .field("xtc_probability", &SamplingParams::xtc_probability, "0: off")
+        .field("xtc_threshold", &SamplingParams::xtc_threshold, "above 0.5: off")
+        .field("min_keep", &SamplingParams::min_keep)
+        .field("mirostat", &SamplingParams::mirostat, "0: off; 1; 2")
+        .field("mirostat_tau", &SamplingParams::mirostat_tau, "bits")
+        .field("mirostat_eta", &SamplingParams::mirostat_eta)
+        .field("seed", &SamplingParams::seed)
+        .field("logit_bias", &SamplingParams::logit_bias, "id -> what is added")
+        .field("banned_ids", &SamplingParams::banned_ids)
+        .field("allowed_ids", &SamplingParams::allowed_ids, "empty: all")
+        .field("min_new_tokens", &SamplingParams::min_new_tokens)
+        .field("repeat_penalty", &SamplingParams::repeat_penalty, "1: off")
+        .field("frequency_penalty", &SamplingParams::frequency_penalty, "0: off")
+        .field("presence_penalty", &SamplingParams::presence_penalty, "0: off")
+        .field("repeat_last_n", &SamplingParams::repeat_last_n, "tokens; -1: all")
+        .field("openai_penalties", &SamplingParams::openai_penalties,
+               "whether frequency and presence count all generated tokens and nothing of the prompt")
+        .field("dry_multiplier", &SamplingParams::dry_multiplier, "0: off")
+        .field("dry_base", &SamplingParams::dry_base)
+        .field("dry_allowed_length", &SamplingParams::dry_allowed_length, "tokens")
+        .field("dry_penalty_last_n", &SamplingParams::dry_penalty_last_n, "tokens; -1: all")
+        .field("dry_sequence_breakers", &SamplingParams::dry_sequence_breakers, "sequences of ids")
+        .field("max_new_tokens", &SamplingParams::max_new_tokens)
+        .field("stop_ids", &SamplingParams::stop_ids);
 }
 
 }  // namespace
@@ -103,10 +139,12 @@ void bind_sampler(py::module_& m) {
 
     // Keeps the GIL: a step takes microseconds, and a sampler is no object for several threads.
     py::class_<Sampler>(m, "Sampler", "Chooses the tokens of one request from logits; see csrc/engine/sampler.h.")
-        .def(py::init(
-                 [](const SamplingParams& params, const std::vector<uint32_t>& prompt_ids,
-                    const std::optional<std::string>& isa) { return Sampler(params, prompt_ids, kernels_for(isa)); }),
-             py::arg("params"), py::arg("prompt_ids") = std::vector<uint32_t>(), py::arg("isa") = py::none())
+        .def(py::init([](const std::shared_ptr<SamplingParams>& params, const std::vector<uint32_t>& prompt_ids,
+                         const std::optional<std::string>& isa) {
+                 return Sampler(params, {}, prompt_ids, kernels_for(isa));
+             }),
+             py::arg("params").none(false), py::arg("prompt_ids") = std::vector<uint32_t>(),
+             py::arg("isa") = py::none())
         .def(
             "sample",
             [](Sampler& self, const Logits& logits, uint64_t step, const std::optional<Words>& allowed) {

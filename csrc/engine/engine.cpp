@@ -149,7 +149,7 @@ void Engine::check_ids(std::span<const uint32_t> ids) const {
 std::shared_ptr<Request> Engine::submit(std::span<const uint32_t> prompt, RequestOptions options,
                                         std::shared_ptr<Mailbox> mailbox) {
     check_ids(prompt);
-    if (options.sampling.max_new_tokens == 0) options.generate = false;
+    if (options.sampling->max_new_tokens == 0) options.generate = false;
     if (options.generate && prompt.size() >= n_ctx_) {
         throw ContextLengthError("the prompt's " + std::to_string(prompt.size()) +
                                  " tokens leave no room for a new one in the context of " + std::to_string(n_ctx_));

@@ -58,7 +58,7 @@ Request::Request(uint64_t number, std::span<const uint32_t> prompt, RequestOptio
       submitted_(Clock::now()),
       deadline_(after(submitted_, options_.timeout_s)),
       ids_(prompt.begin(), prompt.end()),
-      sampler_(options_.sampling, prompt, kernels),
+      sampler_(options_.sampling, options_.seed, prompt, kernels),
       drafter_(options_.n_draft) {
     counters_.n_prompt = uint32_t(prompt.size());
     if (options_.n_prompt_logprobs >= 0)

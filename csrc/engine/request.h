@@ -39,8 +39,9 @@ class TokenMask {
 };
 
 struct RequestOptions {
-    SamplingParams sampling;
-    bool generate = true;  // false: only what follows is wanted
+    std::shared_ptr<const SamplingParams> sampling = std::make_shared<SamplingParams>();
+    std::optional<uint64_t> seed;  // if given: in place of that of `sampling`
+    bool generate = true;          // false: only what follows is wanted
     std::shared_ptr<TokenMask> mask;
     int32_t n_logprobs = -1;         // of generated tokens: -1 none, else how many of the most probable besides
     int32_t n_prompt_logprobs = -1;  // of the prompt's tokens but the first: the same

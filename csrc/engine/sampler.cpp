@@ -83,13 +83,16 @@ void check(const SamplingParams& p) {
     }
 }
 
-Sampler::Sampler(const SamplingParams& params, std::span<const uint32_t> prompt_ids, const kernels::Kernels& kernels)
-    : params_(params),
+Sampler::Sampler(std::shared_ptr<const SamplingParams> params, std::optional<uint64_t> seed,
+                 std::span<const uint32_t> prompt_ids, const kernels::Kernels& kernels)
+    : shared_params_(std::move(params)),
+      params_(*shared_params_),
+      seed_(seed.value_or(params_.seed)),
       kernels_(kernels),
-      repetition_(params, prompt_ids),
+      repetition_(params_, prompt_ids),
       candidates_(kernels),
-      mirostat_mu_(limited_mu(2.0 * params.mirostat_tau)) {
-    check(params);
+      mirostat_mu_(limited_mu(2.0 * params_.mirostat_tau)) {
+    check(params_);
 }
 
 uint32_t Sampler::sample(std::span<const float> logits, uint64_t step, const uint32_t* allowed) {
@@ -97,7 +100,7 @@ uint32_t Sampler::sample(std::span<const float> logits, uint64_t step, const uin
     const uint32_t best = most_probable(row);
     if (params_.temperature == 0) return best;
     const double total = narrow(row, row[best], step);
-    const Candidate drawn = candidates_.draw(uniform(params_.seed, step, Use::draw));
+    const Candidate drawn = candidates_.draw(uniform(seed_, step, Use::draw));
     if (params_.mirostat) draw_ = {drawn.id, std::log2(total / drawn.weight)};
     return drawn.id;
 }
@@ -193,7 +196,7 @@ void Sampler::truncate(uint64_t step) {
     if (p.top_p < 1) candidates_.top_p(p.top_p, p.min_keep);
     if (p.min_p > 0) candidates_.min_p(p.min_p, p.min_keep);
     // More than half of the probability is with one token at most, of which XTC never removes the last.
-    if (p.xtc_probability > 0 && p.xtc_threshold <= 0.5f && uniform(p.seed, step, Use::xtc) < p.xtc_probability) {
+    if (p.xtc_probability > 0 && p.xtc_threshold <= 0.5f && uniform(seed_, step, Use::xtc) < p.xtc_probability) {
         candidates_.xtc(p.xtc_threshold, p.min_keep);
     }
 }

@@ -1,6 +1,7 @@
 // The choice of the next token.
 #pragma once
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <span>
 #include <vector>
@@ -18,8 +19,12 @@ namespace fixmin::engine {
 /// and the same seed give the same tokens, in any batch and on every instruction set.
 class Sampler {
   public:
+    /// The parameters are shared, as the completions of one prompt have the same ones but for the seed.
+    ///
+    /// @param seed  if given: in place of that of the parameters
     /// Throws ArgumentError if a parameter is out of range.
-    Sampler(const SamplingParams& params, std::span<const uint32_t> prompt_ids, const kernels::Kernels& kernels);
+    Sampler(std::shared_ptr<const SamplingParams> params, std::optional<uint64_t> seed,
+            std::span<const uint32_t> prompt_ids, const kernels::Kernels& kernels);
 
     /// The next token; changes nothing that another call would notice: accept() does.
     ///
@@ -52,7 +57,9 @@ class Sampler {
     void truncate(uint64_t step);
     void check_ids(size_t vocab_size);
 
-    const SamplingParams params_;
+    const std::shared_ptr<const SamplingParams> shared_params_;
+    const SamplingParams& params_;
+    const uint64_t seed_;
     const kernels::Kernels& kernels_;
     Repetition repetition_;
     Candidates candidates_;

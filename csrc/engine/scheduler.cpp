@@ -26,7 +26,7 @@ Scheduler::Scheduler(KvPool& pool, const SchedulerLimits& limits, const model::H
 
 void Scheduler::add(Shared request) {
     // One thread may append a token while another one reads the prompt, so its place must not change.
-    const size_t most = size_t(request->ids_.size()) + request->options_.sampling.max_new_tokens;
+    const size_t most = size_t(request->ids_.size()) + request->options_.sampling->max_new_tokens;
     try {
         request->ids_.reserve(std::min<size_t>(most, limits_.n_ctx));
         waiting_.push_back(request);
@@ -194,7 +194,7 @@ void Scheduler::plan_decoding(uint32_t& rows_left) {
         if (!reserve(*request, n)) break;
         request->drafts_.clear();
         if (request->options_.generate && !request->options_.mask) {
-            const uint32_t wanted = request->options_.sampling.max_new_tokens - request->n_generated_;
+            const uint32_t wanted = request->options_.sampling->max_new_tokens - request->n_generated_;
             const uint32_t room = std::min({wanted, limits_.n_ctx - n + 1, rows_left}) - 1;
             request->drafts_ = request->drafter_.draft(request->ids_, room);
             // Nobody is sent back for a guess.
@@ -290,7 +290,7 @@ void Scheduler::hand_out(const Unit& unit, const float* logits) {
 // Draws after the last token; goes on with the next row as long as the draw is the draft that was computed there.
 void Scheduler::sample(Request& request, const float* logits, uint32_t n_rows) {
     const RequestOptions& options = request.options_;
-    const std::vector<uint32_t>& stops = options.sampling.stop_ids;
+    const std::vector<uint32_t>& stops = options.sampling->stop_ids;
     const auto stop = [&](FinishReason reason) {
         request.done_ = true;
         request.done_reason_ = reason;
@@ -316,7 +316,7 @@ void Scheduler::sample(Request& request, const float* logits, uint32_t n_rows) {
             options.mask->accept(id);
             if (options.mask->finished()) stop(FinishReason::stop);
         }
-        if (request.n_generated_ == options.sampling.max_new_tokens || request.ids_.size() == limits_.n_ctx)
+        if (request.n_generated_ == options.sampling->max_new_tokens || request.ids_.size() == limits_.n_ctx)
             stop(FinishReason::length);
         if (i == request.drafts_.size() || request.drafts_[i] != id) break;
         ++n_right;

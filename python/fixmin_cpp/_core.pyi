@@ -106,7 +106,7 @@ class FoldBuilder:
 # --- bind_sampler.cpp ------------------------------------------------------------------------------------------
 
 class SamplingParams:
-    """How the next token is chosen; see csrc/engine/sampling_params.h and docs/sampling.md."""
+    """How the next token is chosen; see csrc/engine/sampling_params.h and docs/sampling.md. Cannot be changed."""
 
     temperature: float  # 0: greedy
     dynatemp_range: float  # 0: off
@@ -139,7 +139,7 @@ class SamplingParams:
     dry_sequence_breakers: list[list[int]]
     max_new_tokens: int
     stop_ids: list[int]  # generation ends after one of these; it is not part of the result
-    def __init__(self) -> None: ...
+    def __init__(self, **values: Any) -> None: ...  # by name; TypeError for others, or of a wrong kind
 
 class Sampler:
     """Chooses the tokens of one request from logits; see csrc/engine/sampler.h. Not for several threads at once."""
@@ -255,6 +255,7 @@ class Engine:
         ids: NDArray[np.uint32],
         params: SamplingParams,  # max_new_tokens 0: nothing is generated
         *,
+        seed: int | None = None,  # in place of that of params
         mask: Any = None,  # object with allowed() -> uint32 [V/32], accept(id), finished() -> bool
         n_logprobs: int = -1,  # of generated tokens: -1 none, else how many of the most probable besides
         n_prompt_logprobs: int = -1,  # of the prompt's tokens but the first

@@ -201,20 +201,20 @@ class GenerationOptions:
             raise ArgumentError(f"seed has {len(self.seed)} entries, but there are {n_prompts} prompts")
         return [_random_seed() if seed is None else seed for seed in self.seed]
 
-    def native(self, *, seed: int, eos_ids: Sequence[int], breakers: list[list[int]]) -> _core.SamplingParams:
-        """The same for the engine. eos_ids: those that end a text. breakers: dry_sequence_breakers as ids."""
-        params = _core.SamplingParams()
-        for name in _NATIVE:
-            value = getattr(self, name)
-            # Counts beyond what any sequence can reach mean the same as the largest one that fits.
-            setattr(params, name, min(value, _MAX_INT32) if isinstance(value, int) else value)
-        params.seed = seed
-        params.logit_bias = dict(self.logit_bias)
-        params.allowed_ids = list(self.allowed_ids)
-        params.banned_ids = [*self.banned_ids, *(eos_ids if self.ignore_eos else [])]
-        params.stop_ids = [*self.stop_ids, *([] if self.ignore_eos else eos_ids)]
-        params.dry_sequence_breakers = breakers
-        return params
+    def native(self, *, eos_ids: Sequence[int], breakers: list[list[int]]) -> _core.SamplingParams:
+        """The same for the engine, but for the seed. eos_ids: those that end a text. breakers: dry_sequence_breakers
+        as ids."""
+        # Counts beyond what any sequence can reach mean the same as the largest one that fits.
+        values = {name: getattr(self, name) for name in _NATIVE}
+        numbers = {name: min(value, _MAX_INT32) if isinstance(value, int) else value for name, value in values.items()}
+        return _core.SamplingParams(
+            **numbers,
+            logit_bias=dict(self.logit_bias),
+            allowed_ids=self.allowed_ids,
+            banned_ids=[*self.banned_ids, *(eos_ids if self.ignore_eos else [])],
+            stop_ids=[*self.stop_ids, *([] if self.ignore_eos else eos_ids)],
+            dry_sequence_breakers=breakers,
+        )
 
 
 def candidate_counts(n: Any, best_of: Any, options: GenerationOptions, *, equal: bool = False) -> tuple[int, int]:

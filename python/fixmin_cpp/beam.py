@@ -83,8 +83,7 @@ def beam_search(
     # So many that n_beams go on even if every end-of-text token is among the best of each beam; as in transformers.
     n_candidates = max(2, 1 + len(eos_ids)) * n_beams
     search = _Search(n_beams, length_penalty, early_stopping, n_candidates)
-    params = _core.SamplingParams()
-    params.max_new_tokens = 1
+    params = _core.SamplingParams(max_new_tokens=1)
     for _ in range(max_new_tokens):
         requests = [
             engine.submit(np.append(prompt, np.array(ids, np.uint32)), params, n_logprobs=n_candidates)

@@ -152,8 +152,7 @@ def bench(
             )
         bytes_per_token = decode_bytes(info, first, n_generate)
         ids = np.random.default_rng(0).integers(0, info["vocab_size"], max(n_prompt, first)).astype(np.uint32)
-        params = _core.SamplingParams()
-        params.max_new_tokens = n_generate + 1
+        params = _core.SamplingParams(max_new_tokens=n_generate + 1)
 
         fastest = 0.0
 

@@ -139,10 +139,11 @@ class Run:
         leader: "Run | None" = None,
         ranked: bool = False,
         on_token: OnToken | None = None,
-        breakers: list[list[int]] | None = None,
+        params: _core.SamplingParams | None = None,
     ) -> None:
         """`leader`: of the same prompt, which it reads first. `ranked`: mean_logprob will be asked for. `on_token`:
-        called with every piece; False from it ends the run there. `breakers`: of DRY, if they are known.
+        called with every piece; False from it ends the run there. `params`: those of the options, if there are others
+        that share them.
         """
         self._ids = ids
         self._options = options
@@ -152,7 +153,7 @@ class Run:
         self._ranked = ranked
         self._on_token = on_token
         self._seed = seed
-        self._params = model._sampling_params(options, seed, breakers)
+        self._params = params or model._sampling_params(options)
         self._mask = None if options.constraint is None else _Mask(model._compile(options.constraint))
         tokenizer = model._require_tokenizer() if options.stop else model._tokenizer
         decoder = IncrementalDecoder(tokenizer, ids.tolist()) if tokenizer is not None else None
@@ -188,6 +189,7 @@ class Run:
         self._request = engine.submit(
             self._ids,
             self._params,
+            seed=self._seed,
             mask=self._mask,
             n_logprobs=-1 if n_logprobs is None else n_logprobs,
             n_prompt_logprobs=-1 if n_prompt_logprobs is None or not leads else n_prompt_logprobs,
@@ -339,7 +341,7 @@ class Batch:
         self._n = n
         self._best_of = best_of
         self.runs: list[Run] = []  # those of one prompt next to each other
-        breakers = model._breakers(options)
+        params = model._sampling_params(options)
         for index, (ids, seed) in enumerate(zip(prompts, seeds, strict=True)):
             leader: Run | None = None
             for i in range(best_of):
@@ -353,7 +355,7 @@ class Batch:
                     leader=leader,
                     ranked=best_of > n,
                     on_token=on_token,
-                    breakers=breakers,
+                    params=params,
                 )
                 leader = leader or run
                 self.runs.append(run)

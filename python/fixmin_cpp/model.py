@@ -423,8 +423,7 @@ class Model:
     def _submit_scores(
         self, engine: _core.Engine, ids: list[NDArray[np.uint32]], starts: list[int]
     ) -> list[_core.Request]:
-        params = _core.SamplingParams()
-        params.max_new_tokens = 0
+        params = _core.SamplingParams(max_new_tokens=0)
         requests: list[_core.Request] = []
         first: dict[bytes, _core.Request] = {}  # by what it reads before it scores
         for one, start in zip(ids, starts, strict=True):
@@ -464,8 +463,7 @@ class Model:
         path = as_path("path", path)
         refuse_inputs(path, self.path)
         ids = self._ids_in_context("text", text, 0, parse_special)
-        params = _core.SamplingParams()
-        params.max_new_tokens = 0
+        params = _core.SamplingParams(max_new_tokens=0)
         with self._running() as engine:
             _wait([engine.submit(ids, params)])
             blocks = engine.export_prefix(ids)
@@ -767,12 +765,8 @@ class Model:
                 breakers.append(list(item))
         return breakers
 
-    def _sampling_params(
-        self, options: GenerationOptions, seed: int, breakers: list[list[int]] | None = None
-    ) -> _core.SamplingParams:
-        """`breakers`: those of the options, if they are known already."""
-        breakers = self._breakers(options) if breakers is None else breakers
-        return options.native(seed=seed, eos_ids=self._eos_ids, breakers=breakers)
+    def _sampling_params(self, options: GenerationOptions) -> _core.SamplingParams:
+        return options.native(eos_ids=self._eos_ids, breakers=self._breakers(options))
 
     def _check_open(self) -> None:
         if self._closed:

@@ -260,10 +260,7 @@ def test_environment_chooses_the_isa():
 
 
 def params(**values):
-    p = _core.SamplingParams()
-    for name, value in values.items():
-        setattr(p, name, value)
-    return p
+    return _core.SamplingParams(**values)
 
 
 def test_greedy_generation_is_the_argmax_of_the_logits(model_file):

@@ -17,10 +17,7 @@ NAN, INF = math.nan, math.inf
 
 
 def native(**values):
-    params = _core.SamplingParams()
-    for name, value in values.items():
-        setattr(params, name, value)
-    return params
+    return _core.SamplingParams(**values)
 
 
 def sampler(history=(), isa=None, **values):

@@ -32,10 +32,7 @@ def path(tmp_path_factory):
 
 
 def sampling(**settings):
-    params = _core.SamplingParams()
-    for name, value in settings.items():
-        setattr(params, name, value)
-    return params
+    return _core.SamplingParams(**settings)
 
 
 def prompts(n, seed=0, longest=90):

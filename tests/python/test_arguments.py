@@ -271,7 +271,7 @@ def test_what_is_too_large_for_the_engine_means_the_same(model):
     huge = {"top_k": 10**30, "min_keep": 10**20, "repeat_last_n": 10**20, "dry_allowed_length": 10**20, "top_p": 1e-300}
     huge |= {"dry_penalty_last_n": 10**20, "max_new_tokens": 10**20, "repeat_penalty": 1e-300, "dry_multiplier": 1.0}
     options = GenerationOptions.check(huge, 269)
-    params = options.native(seed=1, eos_ids=(), breakers=[])
+    params = options.native(eos_ids=(), breakers=[])
     assert params.top_k == params.min_keep == params.repeat_last_n == params.max_new_tokens == 2**31 - 1
     _core.Sampler(params)
 
@@ -302,9 +302,9 @@ def test_ids_may_come_in_any_form(ids):
     assert options.banned_ids == (3, 4)
     with pytest.raises(ArgumentError, match="no token is left to draw"):
         GenerationOptions.check({"banned_ids": ids, "allowed_ids": ids}, 269)
-    params = options.native(seed=2, eos_ids=(7,), breakers=[[1]])
-    assert (params.banned_ids, params.stop_ids, params.seed) == ([3, 4], [3, 4, 7], 2)
-    params = dataclasses.replace(options, ignore_eos=True).native(seed=2, eos_ids=(7,), breakers=[])
+    params = options.native(eos_ids=(7,), breakers=[[1]])
+    assert (params.banned_ids, params.stop_ids, params.dry_sequence_breakers) == ([3, 4], [3, 4, 7], [[1]])
+    params = dataclasses.replace(options, ignore_eos=True).native(eos_ids=(7,), breakers=[])
     assert (params.banned_ids, params.stop_ids) == ([3, 4, 7], [3, 4])
 
 

@@ -288,8 +288,7 @@ def test_in_del_that_a_mask_collects(long_model_path):
 
     from fixmin_cpp import _core
 
-    params = _core.SamplingParams()
-    params.max_new_tokens = 10**6
+    params = _core.SamplingParams(max_new_tokens=10**6)
     with model._running() as engine:
         request = engine.submit(np.array([1], np.uint32), params, mask=Mask())
         while not request.wait(2**62, 60.0):

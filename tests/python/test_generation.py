@@ -234,15 +234,13 @@ def test_every_option_reaches_the_sampler(model, arguments):
     """Token for token what a Sampler with the same settings draws from the logits of the tokens so far."""
     ids = model.encode("the cat the cat")
     completion = model.generate(ids, max_new_tokens=8, temperature=1.2, seed=6, ignore_eos=True, **arguments)
-    params = _core.SamplingParams()
     names = {"repetition_penalty": "repeat_penalty", "bad_ids": "banned_ids"}
-    for name, value in {"temperature": 1.2, "seed": 6, **arguments}.items():
-        setattr(params, names.get(name, name), list(value) if isinstance(value, range) else value)
-    params.banned_ids = [*params.banned_ids, model.info["eos_token_id"]]
+    values = {names.get(name, name): value for name, value in {"temperature": 1.2, "seed": 6, **arguments}.items()}
+    values["banned_ids"] = [*values.get("banned_ids", ()), model.info["eos_token_id"]]
     if "dry_multiplier" in arguments:
         texts = [model.decode(i) for i in range(model.info["vocab_size"])]
-        params.dry_sequence_breakers = [[i] for i, text in enumerate(texts) if set(text) & set('\n:"*')]
-    sampler = _core.Sampler(params, ids)
+        values["dry_sequence_breakers"] = [[i] for i, text in enumerate(texts) if set(text) & set('\n:"*')]
+    sampler = _core.Sampler(_core.SamplingParams(**values), ids)
     expected = []
     for step in range(8):
         token = sampler.sample(model.logits(ids + expected, last=True), step)
