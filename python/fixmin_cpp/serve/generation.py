@@ -148,7 +148,7 @@ class Job(ABC):
 
     @staticmethod
     def _check_lists(arguments: Mapping[str, Any], n_sequences: int) -> None:
-        """Each generation has lists of its own."""
+        """Each generation goes through them at every step."""
         for name, value in arguments.items():
             if name in _PER_GENERATION and n_sequences * _n_entries(value) > _MAX_ENTRIES:
                 raise ArgumentError(
