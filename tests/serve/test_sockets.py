@@ -1,13 +1,17 @@
 """Servers at a Unix socket, and below a prefix behind a proxy."""
 
 import contextlib
+import fcntl
 import os
 import signal
 import socket
 import stat
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +65,40 @@ def test_the_socket_of_a_dead_server_is_replaced(served_path: Path, start: Start
     assert place.exists()
     with start(served_path, "--uds", str(place), port=None) as server:
         assert server.get("/health").status_code == 200
+    assert not place.exists()
+
+
+def test_of_two_that_find_a_dead_one_one_gets_its_place(place: Path) -> None:
+    """Neither removes the other's socket between looking and listening."""
+    dead = socket.socket(socket.AF_UNIX)
+    dead.bind(str(place))
+    dead.close()
+    settings = serve.ServeSettings(model="any.gguf", uds=str(place))
+    begun, enough = threading.Semaphore(0), threading.Event()
+
+    def one() -> str:
+        begun.release()
+        try:
+            with sockets.listening(settings):
+                assert enough.wait(30)
+                return ""
+        except OSError as error:
+            enough.set()
+            return str(error)
+
+    folder = os.open(place.parent, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(one) for _ in range(2)]
+        for _ in both:
+            assert begun.acquire(timeout=30)
+        time.sleep(0.2)
+        with socket.socket(socket.AF_UNIX) as probe, pytest.raises(ConnectionRefusedError):
+            probe.connect(str(place))  # both wait
+        os.close(folder)
+        served, refused = sorted(future.result(60) for future in both)
+    assert served == ""
+    assert "another process is listening there" in refused
     assert not place.exists()
 
 

@@ -2,9 +2,11 @@
 
 import contextlib
 import errno
+import fcntl
 import os
 import socket
 import stat
+import time
 from collections.abc import Iterator
 
 from .settings import ServeSettings
@@ -12,6 +14,7 @@ from .settings import ServeSettings
 __all__ = ["listening"]
 
 _PORT = 8000
+_PATIENCE = 5.0  # seconds; a server that looks for another one needs at most one
 
 
 @contextlib.contextmanager
@@ -46,10 +49,11 @@ def _tcp(host: str, port: int) -> socket.socket:
 def _unix(path: str) -> Iterator[socket.socket]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         try:
-            _make_way(path)
-            listener.bind(path)
-            own = os.lstat(path)
-            listener.listen()  # at once: a file that nobody answers at is taken for that of a dead server
+            with _alone(os.path.dirname(path) or "."):
+                _make_way(path)
+                listener.bind(path)
+                own = os.lstat(path)
+                listener.listen()  # at once: a file that nobody answers at is taken for that of a dead server
         except OSError as error:
             raise _refusal(path, error) from None
         try:
@@ -58,6 +62,25 @@ def _unix(path: str) -> Iterator[socket.socket]:
             with contextlib.suppress(OSError):
                 if os.path.samestat(os.lstat(path), own):  # and not that of a server which has taken its place
                     os.unlink(path)
+
+
+@contextlib.contextmanager
+def _alone(folder: str) -> Iterator[None]:
+    """One server at a time: of two that find a dead one's file, the second would remove that of the first."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # where that cannot be, all else works
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            stack.callback(os.close, descriptor)
+            end = time.monotonic() + _PATIENCE
+            while True:
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > end:
+                        raise
+                    time.sleep(0.01)
+        yield
 
 
 def _make_way(path: str) -> None:
