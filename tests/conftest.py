@@ -1,5 +1,6 @@
 """Shared by all tests: the import path of helper modules, and hypothesis without its clock."""
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -9,6 +10,10 @@ from hypothesis import settings
 # A shell that starts this in the background makes it ignore Ctrl-C, and Python keeps it so; tests send that signal, to
 # this process and to others that inherit the setting.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Where a process connects to Ray for the second time, as this one does, Ray's thread that exports metrics outlives
+# ray.shutdown() and meets what is destroyed at the end of the process, which then dies of a signal now and then.
+os.environ["RAY_enable_open_telemetry"] = "0"
 
 # Tests in subfolders can `import oracle` and `import gguf_factory`.
 sys.path.insert(0, str(Path(__file__).parent))
