@@ -20,5 +20,6 @@ void bind_codes(pybind11::module_& m);
 void bind_sampler(pybind11::module_& m);
 void bind_engine(pybind11::module_& m);
 void bind_kernels(pybind11::module_& m);
+void bind_park(pybind11::module_& m);
 
 }  // namespace fixmin::bindings

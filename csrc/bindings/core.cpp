@@ -23,4 +23,5 @@ PYBIND11_MODULE(_core, m) {
     fixmin::bindings::bind_sampler(m);
     fixmin::bindings::bind_engine(m);
     fixmin::bindings::bind_kernels(m);
+    fixmin::bindings::bind_park(m);
 }

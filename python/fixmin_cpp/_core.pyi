@@ -342,3 +342,9 @@ class Kernels:
     ) -> NDArray[np.float32]: ...  # [n, d]
     def argmax(self, x: NDArray[np.float32]) -> int | None: ...  # None: NaN or +infinity among x
     def softmax_stats(self, x: NDArray[np.float32]) -> tuple[float, float]: ...  # max, sum of exp(x - max)
+
+# --- bind_park.cpp ---------------------------------------------------------------------------------------------
+
+# Stops a thread of this process for good if it runs the code of the library that `type` is of, the same at each call.
+# True: it is parked, or has ended; False: not now, try again after letting go of the GIL; None: cannot be done here.
+def park_thread(thread_id: int, type: type) -> bool | None: ...

@@ -13,6 +13,7 @@ nothing of the engine:
 A mask holds exactly the tokens whose text the grammar can continue from, in whatever way the text is cut into tokens.
 """
 
+import atexit
 import contextlib
 import json
 import logging
@@ -20,6 +21,7 @@ import os
 import queue
 import re
 import threading
+import time
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
@@ -29,6 +31,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from ._core import park_thread
 from .errors import ArgumentError, ArgumentTypeError, BusyError, FixminError, UnsupportedError
 from .json_schema import literals, prepared
 from .tokenizer import TextTokenizer
@@ -58,6 +61,8 @@ _PATIENCE = 0.5
 # process. Reserved, not used: enough for as long a chain as _MAX_TEXT holds.
 _STACK = 256 << 20
 _stack_lock = threading.Lock()  # the size is set for all threads that are made
+
+_PARKING = 10.0  # seconds: milliseconds suffice unless such threads, at the lowest priority, hardly get to run
 
 # A lexer state takes 1 to 2 kB and is kept as long as the compiled grammar: 100 MB at the very most. With llguidance's
 # 50,000 items per mask an ambiguous grammar (x: x x | ...) takes minutes to fail; 400 optional properties need 5,000.
@@ -323,6 +328,37 @@ class _Vocabulary:
         return len(data)
 
 
+# --- the end of the interpreter ----------------------------------------------------------------------------------
+
+# Native ids of the threads that compile. Each adds and removes its own, one operation under the GIL: a lock might be
+# held by another thread at a fork.
+_compiling: set[int] = set()
+_ending = threading.Event()
+
+
+def _park_compiling() -> None:
+    """Sees to it that no thread that compiles comes back to an interpreter that is being taken down.
+
+    There CPython up to 3.13 ends it, which the frames of llguidance turn into a crash of the process.
+    """
+    _ending.set()  # which a thread looks at after it has added itself: none is missed
+    deadline = time.monotonic() + _PARKING
+    while _compiling and time.monotonic() < deadline:
+        from llguidance import LLMatcher
+
+        for thread_id in tuple(_compiling):
+            parked = park_thread(thread_id, LLMatcher)
+            if parked is None:
+                return
+            if parked:
+                _compiling.discard(thread_id)
+        time.sleep(0.001)  # one that waits for the GIL comes to its end
+
+
+atexit.register(_park_compiling)
+os.register_at_fork(after_in_child=_compiling.clear)
+
+
 # --- compiling ---------------------------------------------------------------------------------------------------
 
 
@@ -452,7 +488,7 @@ class Compiler:
         """llguidance's matcher, made by a thread that is left alone when the time is up.
 
         Most of what compiling does has limits of its own, not all of it, and nothing interrupts it. Such a thread goes
-        on at the lowest priority.
+        on at the lowest priority, at most until the interpreter ends.
         """
         source, results = self._source(constraint), queue.SimpleQueue[Any]()
         if not self._places.acquire(timeout=_PATIENCE):
@@ -461,11 +497,16 @@ class Compiler:
             )
 
         def work() -> None:
+            thread_id = threading.get_native_id()
+            _compiling.add(thread_id)
             try:
+                if _ending.is_set():
+                    raise FixminError(f"{constraint.kind} was not compiled: the interpreter is ending")
                 results.put(self._llguidance.LLMatcher(self._native, source, log_level=0, limits=self._limits))
             except BaseException as error:
                 results.put(error)
             finally:
+                _compiling.discard(thread_id)
                 self._places.release()
 
         thread = threading.Thread(target=work, name="fixmin-grammar", daemon=True)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders
 from toy_models import SPECIALS, byte_fallback, byte_level, concatenating
 
+from fixmin_cpp._core import park_thread
 from fixmin_cpp.constrain import Compiler, Constraint, Matcher, token_bytes
 from fixmin_cpp.errors import ArgumentError, ArgumentTypeError, BusyError, FixminError, UnsupportedError
 from fixmin_cpp.tokenizer import TextTokenizer
@@ -747,6 +748,65 @@ def test_hostile_descriptions_are_refused_or_run_in_bounded_time():
     assert (result.returncode, result.stderr) == (0, "")
     assert len(re.findall("^(ran|refused)", result.stdout, re.MULTILINE)) == HOSTILE.count('\n    {"')
     assert result.stdout.splitlines()[-1] == "refused grammar is too complex: not compiled within 2 s"
+
+
+ENDING = """
+import ctypes, os, sys
+os.setpriority = lambda *arguments: None  # on a busy machine they would get nothing done meanwhile
+libc = ctypes.CDLL(None)
+sleep = ctypes.cast(libc.sleep, ctypes.c_void_p)
+libc.__cxa_atexit(sleep, ctypes.c_void_p(10), None)  # when the interpreter is no more, but the process is
+import threading
+from tokenizers import Tokenizer
+from fixmin_cpp.constrain import Compiler, Constraint
+from fixmin_cpp.errors import ArgumentError
+from fixmin_cpp.tokenizer import TextTokenizer
+
+compiler = Compiler(TextTokenizer(Tokenizer.from_file(sys.argv[1])), 4096, 2, compile_timeout=0.01)
+def refused(letter):
+    grammar = "start: A\\nA: " + " & ".join(f"/[a-z]*[a-z]{{1,{i}}}{letter}.*/" for i in range(1, 20))
+    try:
+        compiler.matcher(Constraint.check(grammar=grammar))
+    except ArgumentError as error:
+        sys.stdout.write(f"{error}\\n")  # at once: others write too
+callers = [threading.Thread(target=refused, args=(letter,)) for letter in sys.argv[2]]
+for caller in callers:
+    caller.start()
+for caller in callers:
+    caller.join()
+sys.exit(int(sys.argv[3]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are parked on Linux only")
+def test_the_interpreter_may_end_while_grammars_compile():
+    """They would be compiled a second or two later, while the process still sleeps."""
+    cases = [("k", 0), ("k", 3), ("klmn", 0)]  # a grammar for each letter, the exit code
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", ENDING, str(DEMO), letters, str(code)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for letters, code in cases
+    ]
+    ends = [(process.communicate(timeout=120), process.returncode) for process in processes]
+    refused = "grammar is too complex: not compiled within 0.01 s\n"
+    assert ends == [((refused * len(letters), ""), code) for letters, code in cases]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are parked on Linux only")
+def test_a_thread_outside_the_library_is_not_parked():
+    go_on = threading.Event()
+    thread = threading.Thread(target=go_on.wait)
+    thread.start()
+    assert park_thread(thread.native_id, llguidance.LLMatcher) is False
+    go_on.set()
+    thread.join(60)
+    assert not thread.is_alive()
+    while not park_thread(thread.native_id, llguidance.LLMatcher):  # the system may take a moment longer to end it
+        pass
 
 
 class Stuck:
