@@ -139,7 +139,7 @@ class SamplingParams:
     dry_sequence_breakers: list[list[int]]
     max_new_tokens: int
     stop_ids: list[int]  # generation ends after one of these; it is not part of the result
-    def __init__(self, **values: Any) -> None: ...  # by name; TypeError for others, or of a wrong kind
+    def __init__(self, **kwargs: Any) -> None: ...  # values by name; TypeError for others, or of a wrong kind
 
 class Sampler:
     """Chooses the tokens of one request from logits; see csrc/engine/sampler.h. Not for several threads at once."""

@@ -62,6 +62,8 @@ def stub_parameters(function: ast.FunctionDef) -> list[tuple[str, bool]]:
         parameters.append(("*", False))
         pairs = zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
         parameters += [(a.arg, default is not None) for a, default in pairs]
+    if arguments.kwarg:
+        parameters.append((f"**{arguments.kwarg.arg}", False))
     return parameters
 
 
