@@ -79,6 +79,9 @@ class _Server(uvicorn.Server):
             prefix, n_keys = self._settings.prefix, len(self._settings.api_keys)
             _log.info("listening on %s%s", self.address, f" (a proxy shows it at {prefix})" if prefix else "")
             _log.info("API keys: %s", f"{n_keys} are known" if n_keys else "none, anybody may ask")
+            if self.should_exit:  # asked for meanwhile: uvicorn 0.34 would leave without shutting down what has started
+                self.should_exit = False
+                asyncio.get_running_loop().call_soon(setattr, self, "should_exit", True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         loop = asyncio.get_running_loop()
