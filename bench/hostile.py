@@ -98,12 +98,12 @@ def _dear() -> Iterator[tuple[str, str, dict[str, Any]]]:
         "grammar of many rules": {
             "grammar": "\n".join(["start: r0", *(f'r{i}: "a" r{i + 1} | "b"' for i in range(9000)), 'r9000: "c"'])
         },
-        "schema of many values": {"json_schema": {"enum": [f"v{i}" for i in range(9900)]}},
-        "schema of long values": {"json_schema": {"enum": ["v" * 300 + str(i) for i in range(9900)]}},
+        "schema of many values": {"json_schema": {"enum": [f"v{i}" for i in range(7900)]}},
+        "schema of long values": {"json_schema": {"enum": ["v" * 300 + str(i) for i in range(7900)]}},
         "schema of one long value": {"json_schema": {"const": "v" * 4_000_000}},
         "schema as text": {"json_schema": json.dumps({"enum": [f"v{i}" for i in range(20_000)]})},
         "schema of many properties": {
-            "json_schema": {"properties": {f"p{i}": {"type": "string"} for i in range(4900)}}
+            "json_schema": {"properties": {f"p{i}": {"type": "string"} for i in range(3950)}}
         },
         "schema of long arrays": {"json_schema": {"type": "array", "items": {"minLength": 10**6}, "minItems": 10**6}},
         "schema of many patterns": {

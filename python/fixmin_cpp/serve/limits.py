@@ -36,7 +36,7 @@ _STRINGS: Mapping[str, int] = {
     "regex": 1 << 14,
     "grammar": 1 << 16,
 }
-_ALL_ELEMENTS: Mapping[str, int] = {"json_schema": 10_000, "response_format": 10_000, "messages": 40_000}
+_ALL_ELEMENTS: Mapping[str, int] = {"json_schema": 8000, "response_format": 8000, "messages": 40_000}
 _MAX_DIGITS = 100  # of an integer
 
 _STRUCTURE = re.compile(rb'"[^"]*"|[\[\]{},:]')  # of a body without escapes
