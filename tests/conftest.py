@@ -12,7 +12,8 @@ from hypothesis import settings
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Where a process connects to Ray for the second time, as this one does, Ray's thread that exports metrics outlives
-# ray.shutdown() and meets what is destroyed at the end of the process, which then dies of a signal now and then.
+# ray.shutdown() and may meet what is destroyed at the end of the process: believed to be what crashed a whole run there
+# (Ray's pull requests 58952 and 60048).
 os.environ["RAY_enable_open_telemetry"] = "0"  # noqa: SIM112 - as Ray spells it
 
 # Tests in subfolders can `import oracle` and `import gguf_factory`.

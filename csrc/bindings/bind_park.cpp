@@ -1,7 +1,7 @@
 // Stops a thread for good inside the native code of another extension module.
 //
 // A thread that comes back from such code while the interpreter ends asks for the GIL, and CPython up to 3.13 ends it
-// by pthread_exit.  Its unwinding does not get through frames of Rust: the process dies of SIGSEGV.
+// by pthread_exit. Its unwinding does not get through frames of Rust: the process dies of SIGSEGV.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -82,7 +82,7 @@ void park_here(int, siginfo_t*, void* context) {
     while (inside && in_time) pause();  // all signals are blocked
 }
 
-/// A real-time signal that nobody uses, with park_here as its handler; 0 if there is none.  The handler stays: a signal
+/// A real-time signal that nobody uses, with park_here as its handler; 0 if there is none. The handler stays: a signal
 /// that comes too late for its question would end the process otherwise.
 int parking_signal() {
     struct sigaction mine{};
