@@ -1,4 +1,4 @@
-// Engine, GenerationResult, CancelToken, system_info.
+// Engine, GenerationResult, CancelToken.
 #include <pybind11/functional.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -14,10 +14,11 @@
 #include <thread>
 
 #include "bindings/bindings.h"
+#include "cpu/machine.h"
+#include "cpu/team_size.h"
+#include "cpu/thread_pool.h"
 #include "engine/engine.h"
-#include "engine/machine.h"
 #include "error.h"
-#include "kernels/isa.h"
 
 namespace py = pybind11;
 
@@ -79,7 +80,7 @@ void compute(F f) {
         const py::gil_scoped_release release;
         try {
             f([&] { return interruption(); });
-        } catch (const engine::Cancelled&) {
+        } catch (const model::Cancelled&) {
             cancelled = true;
         }
     }
@@ -171,11 +172,11 @@ class EngineHandle {
         Interruption interruption(nullptr);
         bool refused = false;
         const auto report = [&](double fraction) {
-            if (interruption()) throw engine::Cancelled();
+            if (interruption()) throw model::Cancelled();
             if (progress.is_none()) return;
             const py::gil_scoped_acquire gil;
             refused = progress(fraction).is(py::bool_(false));
-            if (refused) throw engine::Cancelled();
+            if (refused) throw model::Cancelled();
         };
         gguf::GgufFile file = open_gguf(path);
         source_ = file.source();
@@ -184,7 +185,7 @@ class EngineHandle {
             const py::gil_scoped_release release;
             try {
                 engine_ = std::make_shared<Engine>(std::move(file), options, report);
-            } catch (const engine::Cancelled&) {
+            } catch (const model::Cancelled&) {
             } catch (const GgufError& error) {
                 throw GgufError(with_path(error.what()));
             } catch (const UnsupportedError& error) {
@@ -285,7 +286,8 @@ class EngineHandle {
 };
 
 py::dict bytes_by_kind(const Engine& engine) {
-    const model::Weights& weights = engine.weights();
+    const model::Weights& weights = engine.backend().weights();
+    const model::MemoryUse memory = engine.backend().memory();
     const model::WeightBytes bytes = weights.bytes();
     const size_t total = bytes.attention + bytes.mlp + bytes.output + bytes.norms + bytes.codes;
     py::dict roles, types, d;
@@ -298,9 +300,9 @@ py::dict bytes_by_kind(const Engine& engine) {
     d["weights"] = total;
     d["weights_by_role"] = roles;
     d["weights_by_type"] = types;
-    d["kv_cache"] = engine.kv_bytes();
-    d["buffers"] = engine.buffer_bytes();
-    d["memory"] = total + engine.kv_bytes() + engine.buffer_bytes();
+    d["kv_cache"] = memory.kv_cache;
+    d["buffers"] = memory.buffers;
+    d["memory"] = total + memory.kv_cache + memory.buffers;
     d["mapped"] = weights.embedding.size();
     d["file"] = weights.file_bytes;
     return d;
@@ -309,7 +311,11 @@ py::dict bytes_by_kind(const Engine& engine) {
 py::dict info(const EngineHandle& handle) {
     const auto engine = handle.get();
     const model::Hyperparams& hp = engine->hyperparams();
-    const model::Weights& weights = engine->weights();
+    const model::Backend& backend = engine->backend();
+    const model::Weights& weights = backend.weights();
+    const model::Description description = backend.description();
+    const model::MemoryUse memory = backend.memory();
+    const size_t block_bytes = engine->block_bytes();
     py::dict d;
     d["vocab_size"] = hp.vocab_size;
     d["context_length"] = hp.context_length;
@@ -324,23 +330,23 @@ py::dict info(const EngineHandle& handle) {
     d["norm_eps"] = hp.norm_eps;
     d["rope_dimension_count"] = hp.rope_dim;
     d["rope_freq_base"] = hp.rope_base;
-    d["rope_style"] = hp.rope_style == kernels::RopeStyle::half ? "half" : "interleaved";
+    d["rope_style"] = hp.rope_style == numerics::RopeStyle::half ? "half" : "interleaved";
     d["activation"] = std::string(model::name(hp.activation));
     d["code_kind"] = std::string(model::name(hp.code_kind));
     d["code_width"] = hp.code_width;
     d["output_type"] = std::string(quant::name(weights.output.type));
-    d["isa"] = engine->kernels().name;
-    d["n_threads"] = engine->n_threads();
+    d["isa"] = description.isa;
+    d["n_threads"] = description.n_threads;
     d["n_ctx"] = engine->n_ctx();
-    d["weight_bytes"] = weights.panels.size();
-    d["kv_type"] = kernels::name(engine->kv_type());
-    d["kv_bytes"] = engine->kv_bytes();
+    d["weight_bytes"] = memory.weights;
+    d["kv_type"] = quant::name(backend.kv_type());
+    d["kv_bytes"] = memory.kv_cache;
     d["bytes"] = bytes_by_kind(*engine);
     d["bytes_per_token"] = weights.bytes_per_token();
-    d["kv_bytes_per_position"] = engine->kv_bytes_per_position();
-    d["n_kv"] = engine->n_kv();
-    d["kv_block_tokens"] = kernels::kv_block_tokens;
-    d["kv_block_bytes"] = engine->block_bytes();
+    d["kv_bytes_per_position"] = block_bytes / quant::kv_block_tokens;
+    d["n_kv"] = backend.n_blocks() * quant::kv_block_tokens;
+    d["kv_block_tokens"] = quant::kv_block_tokens;
+    d["kv_block_bytes"] = block_bytes;
     d["block_product_weights"] = weights.block_product_weights();
     return d;
 }
@@ -354,7 +360,8 @@ py::array_t<uint8_t> codes(const EngineHandle& handle, const Ids& ids) {
     const uint32_t width = engine->hyperparams().code_width;
     py::array_t<uint8_t> out({py::ssize_t(span.size()), py::ssize_t(width)});
     for (size_t t = 0; t < span.size(); ++t) {
-        codes::unpack_bits(engine->weights().code_map.code(span[t]), {out.mutable_data(py::ssize_t(t)), width});
+        codes::unpack_bits(engine->backend().weights().code_map.code(span[t]),
+                           {out.mutable_data(py::ssize_t(t)), width});
     }
     return out;
 }
@@ -397,7 +404,7 @@ py::array_t<float> hidden_states(const EngineHandle& handle, const Ids& ids, uin
     return out;
 }
 
-py::array_t<float> values(const std::vector<engine::TopLogprobs>& logprobs) {
+py::array_t<float> values(const std::vector<sampling::TopLogprobs>& logprobs) {
     py::array_t<float> out(static_cast<py::ssize_t>(logprobs.size()));
     for (size_t i = 0; i < logprobs.size(); ++i) out.mutable_at(py::ssize_t(i)) = logprobs[i].chosen.logprob;
     return out;
@@ -554,7 +561,7 @@ class RequestHandle {
     }
 
   private:
-    static py::tuple as_tuple(const engine::TopLogprobs& token) {
+    static py::tuple as_tuple(const sampling::TopLogprobs& token) {
         py::list top;
         for (const auto& [id, logprob] : token.top) top.append(py::make_tuple(id, logprob));
         return py::make_tuple(token.chosen.id, token.chosen.logprob, token.rank, top);
@@ -570,7 +577,7 @@ class RequestHandle {
 };
 
 // Nothing in Python can change them, so that they need not be copied.
-using Params = std::shared_ptr<engine::SamplingParams>;
+using Params = std::shared_ptr<sampling::SamplingParams>;
 
 RequestHandle submit(const EngineHandle& handle, const Ids& ids, const Params& params, std::optional<uint64_t> seed,
                      const py::object& mask, int32_t n_logprobs, int32_t n_prompt_logprobs, bool prefix_cache,
@@ -672,29 +679,13 @@ py::dict stats(const EngineHandle& handle) {
     return d;
 }
 
-py::dict system_info() {
-    py::dict d;
-    py::list built, usable;
-    for (const kernels::Isa& isa : kernels::isas()) {
-        built.append(isa.name);
-        if (isa.supported) usable.append(isa.name);
-    }
-    d["cpu"] = kernels::cpu_name();
-    d["isa"] = kernels::default_kernels().name;
-    d["isas_built"] = built;
-    d["isas_supported"] = usable;
-    d["usable_cpus"] = engine::usable_cpus();
-    d["default_threads"] = engine::default_threads();
-    return d;
-}
-
 }  // namespace
 
-kernels::KvType parse_kv_type(const std::string& name) {
+quant::KvType parse_kv_type(const std::string& name) {
     std::string known;
-    for (const kernels::KvType type : kernels::all_kv_types) {
-        if (name == kernels::name(type)) return type;
-        known += (known.empty() ? "" : ", ") + std::string(kernels::name(type));
+    for (const quant::KvType type : quant::all_kv_types) {
+        if (name == quant::name(type)) return type;
+        known += (known.empty() ? "" : ", ") + std::string(quant::name(type));
     }
     throw ArgumentError("kv_type is '" + name + "'; known: " + known);
 }
@@ -744,8 +735,9 @@ void bind_engine(py::module_& m) {
                      throw ArgumentError("kv_memory_share must lie in 0..1");
                  return std::make_unique<EngineHandle>(
                      path,
-                     engine::EngineOptions{n_threads, n_ctx, n_batch, parse_kv_type(kv_type), isa.value_or(""), n_kv,
-                                           kv_contexts, kv_memory_share, n_parallel},
+                     engine::EngineOptions{{n_ctx, n_batch, parse_kv_type(kv_type), n_kv, kv_contexts, kv_memory_share,
+                                            n_threads, isa.value_or("")},
+                                           n_parallel},
                      progress);
              }),
              py::arg("path"), py::kw_only(), py::arg("n_threads") = 0, py::arg("n_ctx") = 0, py::arg("kv_type") = "f16",
@@ -796,10 +788,10 @@ void bind_engine(py::module_& m) {
         .def("lease", &EngineHandle::lease, "The same engine for one call: close() ends what it runs, not its memory.")
         .def("close", &EngineHandle::close, "Ends all requests; frees the model once running calls have returned.");
 
-    py::class_<engine::TeamSize>(m, "TeamSize", "How many threads take a step; see csrc/engine/team_size.h. For tests.")
+    py::class_<cpu::TeamSize>(m, "TeamSize", "How many threads take a step; see csrc/cpu/team_size.h. For tests.")
         .def(py::init<uint32_t>(), py::arg("most"))
-        .def("choose", &engine::TeamSize::choose, py::arg("n_tokens"), py::arg("work_ns"))
-        .def("record", &engine::TeamSize::record, py::arg("elapsed_ns"));
+        .def("choose", &cpu::TeamSize::choose, py::arg("n_tokens"), py::arg("work_ns"))
+        .def("record", &cpu::TeamSize::record, py::arg("elapsed_ns"));
 
     py::class_<InputSquares>(m, "InputSquares", "Sums of squared inputs of every matrix product: an importance matrix.")
         .def(py::init<const EngineHandle&>(), py::arg("engine"))
@@ -811,7 +803,7 @@ void bind_engine(py::module_& m) {
     m.def(
         "cgroup_limits",
         [](const std::string& root) {
-            const engine::CgroupLimits limits = engine::cgroup_limits(root);
+            const cpu::CgroupLimits limits = cpu::cgroup_limits(root);
             py::dict d;
             d["cpus"] = limits.cpus;
             d["memory_bytes"] = limits.memory_bytes;
@@ -820,7 +812,6 @@ void bind_engine(py::module_& m) {
         },
         py::arg("root") = "",
         "What the control groups of this process allow; root stands before /proc and the mounts.");
-    m.def("system_info", &system_info, "What this machine offers and what was chosen.");
 }
 
 }  // namespace fixmin::bindings

@@ -1,18 +1,21 @@
-// Kernels: single kernels of one instruction set, so that tests can compare them with oracles and with each other.
+// Kernels: single kernels of one instruction set, so that tests can compare them with oracles and with each other; and
+// system_info, which lists the instruction sets.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <numeric>
 #include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "bindings/bindings.h"
+#include "cpu/thread_pool.h"
 #include "error.h"
 #include "kernels/isa.h"
-#include "model/weights.h"
+#include "model/pages.h"
 #include "quant/panels.h"
 
 namespace py = pybind11;
@@ -161,7 +164,7 @@ class KernelTable {
         py::array_t<float> y(x.size());
         std::copy_n(x.data(), x.size(), y.mutable_data());
         k_.rope(y.mutable_data(), uint32_t(2 * cos.size()),
-                interleaved ? kernels::RopeStyle::interleaved : kernels::RopeStyle::half, cos.data(), sin.data());
+                interleaved ? numerics::RopeStyle::interleaved : numerics::RopeStyle::half, cos.data(), sin.data());
         return y;
     }
 
@@ -173,13 +176,13 @@ class KernelTable {
         const uint32_t n = uint32_t(queries.shape(0)), tokens = uint32_t(keys.shape(0)), d = uint32_t(keys.shape(1));
         expect(queries.shape(1) == d && values.shape(1) == d && values.shape(0) == tokens && n >= 1 && n <= tokens,
                "shapes of queries, keys and values do not fit");
-        const kernels::KvType type = parse_kv_type(kv_type);
-        const size_t block_bytes = kernels::kv_head_bytes(type, d);
-        const uint32_t n_blocks = (tokens + kernels::kv_block_tokens - 1) / kernels::kv_block_tokens;
+        const quant::KvType type = parse_kv_type(kv_type);
+        const size_t block_bytes = quant::kv_head_bytes(type, d);
+        const uint32_t n_blocks = (tokens + quant::kv_block_tokens - 1) / quant::kv_block_tokens;
         const model::Pages cache(n_blocks * block_bytes, "keys and values");
-        std::vector<std::byte*> blocks;
-        for (uint32_t b = 0; b < n_blocks; ++b) blocks.push_back(cache.data() + b * block_bytes);
-        const kernels::KvHead kv{type, d, blocks.data(), 0};
+        std::vector<uint32_t> blocks(n_blocks);
+        std::iota(blocks.rbegin(), blocks.rend(), 0u);  // in no natural order
+        const kernels::KvHead kv{type, d, cache.data(), block_bytes, blocks.data()};
         for (uint32_t t = 0; t < tokens; ++t)
             k_.kv_store(kv, t, keys.data(py::ssize_t(t)), values.data(py::ssize_t(t)));
         std::vector<float> scratch(kernels::attention_scratch_floats(tokens, d));
@@ -206,6 +209,22 @@ class KernelTable {
     const kernels::Kernels& k_;
 };
 
+py::dict system_info() {
+    py::dict d;
+    py::list built, usable;
+    for (const kernels::Isa& isa : kernels::isas()) {
+        built.append(isa.name);
+        if (isa.supported) usable.append(isa.name);
+    }
+    d["cpu"] = kernels::cpu_name();
+    d["isa"] = kernels::default_kernels().name;
+    d["isas_built"] = built;
+    d["isas_supported"] = usable;
+    d["usable_cpus"] = cpu::usable_cpus();
+    d["default_threads"] = cpu::default_threads();
+    return d;
+}
+
 }  // namespace
 
 void bind_kernels(py::module_& m) {
@@ -228,6 +247,7 @@ void bind_kernels(py::module_& m) {
              py::arg("values"))
         .def("argmax", &KernelTable::argmax, py::arg("x"))
         .def("softmax_stats", &KernelTable::softmax_stats, py::arg("x"));
+    m.def("system_info", &system_info, "What this machine offers and what was chosen.");
 }
 
 }  // namespace fixmin::bindings

@@ -10,23 +10,22 @@
 #include <string>
 
 #include "bindings/bindings.h"
-#include "engine/logprobs.h"
-#include "engine/sampler.h"
 #include "error.h"
-#include "kernels/isa.h"
+#include "sampling/logprobs.h"
+#include "sampling/sampler.h"
 
 namespace py = pybind11;
 
 namespace fixmin::bindings {
 namespace {
 
-using engine::Sampler;
-using engine::SamplingParams;
+using sampling::Sampler;
+using sampling::SamplingParams;
 using Logits = py::array_t<float, py::array::c_style>;
 using Words = py::array_t<uint32_t, py::array::c_style>;
 
 const kernels::Kernels& kernels_for(const std::optional<std::string>& isa) {
-    return isa ? kernels::select(*isa) : kernels::default_kernels();
+    return sampling::kernels_of(isa.value_or(""));
 }
 
 std::span<const float> row(const Logits& logits) {
@@ -52,10 +51,10 @@ py::array_t<T> array(const std::vector<T>& values) {
 }
 
 py::tuple top_logprobs(const Logits& logits, uint32_t k, uint32_t chosen, const std::optional<std::string>& isa) {
-    const engine::TopLogprobs result = engine::top_logprobs(row(logits), k, chosen, kernels_for(isa));
+    const sampling::TopLogprobs result = sampling::top_logprobs(row(logits), k, chosen, kernels_for(isa));
     std::vector<uint32_t> ids;
     std::vector<float> logprobs;
-    for (const engine::TokenLogprob& token : result.top) {
+    for (const sampling::TokenLogprob& token : result.top) {
         ids.push_back(token.id);
         logprobs.push_back(token.logprob);
     }
@@ -66,7 +65,7 @@ py::tuple top_logprobs(const Logits& logits, uint32_t k, uint32_t chosen, const 
 class ParamsClass {
   public:
     explicit ParamsClass(py::module_& m)
-        : class_(m, "SamplingParams", "How the next token is chosen; see csrc/engine/sampling_params.h.") {
+        : class_(m, "SamplingParams", "How the next token is chosen; see csrc/sampling/sampling_params.h.") {
         class_.def(py::init([setters = setters_](const py::kwargs& given) {
             auto params = std::make_shared<SamplingParams>();
             for (const auto& [key, value] : given) {
@@ -138,7 +137,7 @@ void bind_sampler(py::module_& m) {
     bind_params(m);
 
     // Keeps the GIL: a step takes microseconds, and a sampler is no object for several threads.
-    py::class_<Sampler>(m, "Sampler", "Chooses the tokens of one request from logits; see csrc/engine/sampler.h.")
+    py::class_<Sampler>(m, "Sampler", "Chooses the tokens of one request from logits; see csrc/sampling/sampler.h.")
         .def(py::init([](const std::shared_ptr<SamplingParams>& params, const std::vector<uint32_t>& prompt_ids,
                          const std::optional<std::string>& isa) {
                  return Sampler(params, {}, prompt_ids, kernels_for(isa));

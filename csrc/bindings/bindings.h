@@ -5,12 +5,12 @@
 #include <string>
 
 #include "gguf/gguf_file.h"
-#include "kernels/kernels.h"
+#include "quant/kv_format.h"
 
 namespace fixmin::bindings {
 
 /// "f32", "f16", "q8_0"; anything else throws ArgumentError.
-kernels::KvType parse_kv_type(const std::string& name);
+quant::KvType parse_kv_type(const std::string& name);
 
 /// All keys in file order; bytes that are not UTF-8 become U+FFFD.
 pybind11::dict metadata(const gguf::GgufFile& file);

@@ -1,4 +1,4 @@
-// Token id -> K-bit code, the part of the model that replaces the input embedding table (DESIGN §2).
+// Token id -> K-bit code, the part of the model that replaces the input embedding table (docs/design.md).
 //
 // A code is held in the low K bits of a uint32: bit i is c̃[i], the bit with lift index i.
 #pragma once

@@ -1,4 +1,4 @@
-// The exact layer-0 fold (DESIGN §2): norm1 followed by a projection of layer 0, collapsed into K+2 columns.
+// The exact layer-0 fold (docs/design.md): norm1 followed by a projection of layer 0, collapsed into K+2 columns.
 //
 // x of layer 0 takes two values in a pattern given by the code, so with the sets N_j = {n : lift index of n
 // is j}

@@ -1,4 +1,4 @@
-// K-bit code -> model width: x[n] = v[c̃[index(n)]] (DESIGN §2).
+// K-bit code -> model width: x[n] = v[c̃[index(n)]] (docs/design.md).
 #pragma once
 #include <cstdint>
 #include <string_view>

@@ -4,14 +4,10 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cmath>
-#include <cstdlib>
-#include <cstring>
 #include <numeric>
 
-#include "engine/machine.h"
+#include "cpu/cpu_backend.h"
 #include "error.h"
-#include "kernels/isa.h"
 
 namespace fixmin::engine {
 namespace {
@@ -24,68 +20,27 @@ constexpr uint32_t max_draft = 31;
 
 constexpr const char* closed = "the model was closed";
 
-uint32_t checked_n_ctx(uint32_t wanted, const model::Hyperparams& hp) {
-    if (wanted > hp.context_length) {
-        throw ArgumentError("n_ctx is " + std::to_string(wanted) + " but the model was made for a context of " +
-                            std::to_string(hp.context_length) + " tokens");
+// What was left open, from the file.
+EngineOptions completed(EngineOptions options, const gguf::GgufFile& file) {
+    const uint32_t context_length = model::read_hyperparams(file).context_length;
+    uint32_t& n_ctx = options.backend.n_ctx;
+    if (n_ctx > context_length) {
+        throw ArgumentError("n_ctx is " + std::to_string(n_ctx) + " but the model was made for a context of " +
+                            std::to_string(context_length) + " tokens");
     }
-    return wanted ? wanted : hp.context_length;
-}
-
-// Of the machine, or of the control group if that has less.
-double memory_bytes() {
-    const double bytes = double(sysconf(_SC_PHYS_PAGES)) * double(sysconf(_SC_PAGESIZE));
-    return std::min(bytes, cgroup_limits().memory_bytes);
-}
-
-// The memory becomes resident as it is used.
-uint32_t n_kv_blocks(const EngineOptions& options, uint32_t n_ctx, const model::Hyperparams& hp) {
-    const size_t block_bytes = KvPool::block_bytes(hp, options.kv_type);
-    const auto blocks = [](uint64_t positions) {
-        return (positions + kernels::kv_block_tokens - 1) / kernels::kv_block_tokens;
-    };
-    if (options.n_kv == 0) {
-        constexpr uint64_t countable = uint64_t(INT32_MAX) / kernels::kv_block_tokens;  // positions are numbered
-        const double affordable = memory_bytes() * options.kv_memory_share / double(block_bytes);
-        const uint64_t most = uint64_t(std::min(affordable, double(countable)));
-        return uint32_t(std::max(blocks(n_ctx), std::min(blocks(uint64_t(n_ctx) * options.kv_contexts), most)));
-    }
-    if (options.n_kv < n_ctx) {
-        throw ArgumentError("n_kv is " + std::to_string(options.n_kv) +
-                            ": the cache must hold at least one context of " + std::to_string(n_ctx) + " tokens");
-    }
-    return uint32_t(blocks(options.n_kv));
-}
-
-// No more threads than there are CPUs for them, unless the environment wants them all: more are never faster.
-TeamSize team_size(uint32_t n_threads) {
-    const char* team = std::getenv("FIXMIN_TEAM");
-    const std::string wanted = team && *team ? team : "auto";
-    if (wanted == "fixed") return TeamSize(n_threads, true);
-    if (wanted == "auto") return TeamSize(std::min(n_threads, usable_cpus()));
-    throw ArgumentError("FIXMIN_TEAM is '" + wanted + "'; known: auto, fixed");
-}
-
-// A small file is packed faster than a thread is awaited that another process keeps from running.
-model::Weights load(gguf::GgufFile file, ThreadPool& pool, const std::function<void(double)>& progress) {
-    constexpr size_t alone = size_t(32) << 20;
-    const uint32_t n_threads = file.bytes().size() < alone ? 1 : ThreadPool::all;
-    const auto parallel_for = [&](uint32_t n, const auto& body) { pool.parallel_for(n, body, n_threads); };
-    return model::load_weights(std::move(file), parallel_for, progress);
+    if (n_ctx == 0) n_ctx = context_length;
+    options.backend.n_batch = std::max(options.backend.n_batch, 1u);
+    options.n_parallel = std::clamp(options.n_parallel, 1u, options.backend.n_batch);
+    return options;
 }
 
 }  // namespace
 
 Engine::Engine(gguf::GgufFile file, const EngineOptions& options, const std::function<void(double)>& progress)
-    : kernels_(options.isa.empty() ? kernels::default_kernels() : kernels::select(options.isa)),
-      pool_(options.n_threads ? options.n_threads : default_threads()),
-      team_size_(team_size(pool_.size())),
-      weights_(load(std::move(file), pool_, progress)),
-      n_ctx_(checked_n_ctx(options.n_ctx, weights_.hyperparams)),
-      n_batch_(std::max(options.n_batch, 1u)),
-      decoder_(weights_, kernels_, n_batch_, n_ctx_, pool_.size()),
-      kv_(weights_.hyperparams, options.kv_type, n_kv_blocks(options, n_ctx_, weights_.hyperparams)),
-      n_parallel_(std::clamp(options.n_parallel, 1u, n_batch_)) {
+    : options_(completed(options, file)),
+      kernels_(sampling::kernels_of(options.backend.isa)),
+      backend_(std::make_unique<cpu::CpuBackend>(std::move(file), options_.backend, progress)),
+      kv_(backend_->n_blocks()) {
     start_thread();
 }
 
@@ -122,8 +77,9 @@ void Engine::start_thread() {
         kv_.clear();
     }
     shared_ = std::make_unique<Shared>();
-    scheduler_ =
-        std::make_unique<Scheduler>(kv_, SchedulerLimits{n_ctx_, n_batch_, n_parallel_}, hyperparams(), kernels_);
+    scheduler_ = std::make_unique<Scheduler>(kv_, *backend_,
+                                             SchedulerLimits{n_ctx(), options_.backend.n_batch, options_.n_parallel},
+                                             hyperparams(), kernels_);
     try {
         thread_ = std::thread([this] { serve(); });
     } catch (const std::system_error& error) {
@@ -134,9 +90,9 @@ void Engine::start_thread() {
 
 void Engine::check_ids(std::span<const uint32_t> ids) const {
     if (ids.empty()) throw ArgumentError("there are no token ids");
-    if (ids.size() > n_ctx_) {
+    if (ids.size() > n_ctx()) {
         throw ContextLengthError(std::to_string(ids.size()) + " tokens do not fit the context of " +
-                                 std::to_string(n_ctx_));
+                                 std::to_string(n_ctx()));
     }
     for (size_t i = 0; i < ids.size(); ++i) {
         if (ids[i] >= hyperparams().vocab_size) {
@@ -150,9 +106,9 @@ std::shared_ptr<Request> Engine::submit(std::span<const uint32_t> prompt, Reques
                                         std::shared_ptr<Mailbox> mailbox) {
     check_ids(prompt);
     if (options.sampling->max_new_tokens == 0) options.generate = false;
-    if (options.generate && prompt.size() >= n_ctx_) {
+    if (options.generate && prompt.size() >= n_ctx()) {
         throw ContextLengthError("the prompt's " + std::to_string(prompt.size()) +
-                                 " tokens leave no room for a new one in the context of " + std::to_string(n_ctx_));
+                                 " tokens leave no room for a new one in the context of " + std::to_string(n_ctx()));
     }
     if (options.hidden_layer > hyperparams().block_count) {
         throw ArgumentError("layer is " + std::to_string(options.hidden_layer) + "; it must lie in 0.." +
@@ -200,7 +156,7 @@ void Engine::exclusively(const std::function<void(const Stop&)>& job, const Stop
         const std::lock_guard lock(shared_->mutex);
         if (std::erase(shared_->jobs, queued)) {
             shared_->changed.notify_all();
-            throw Cancelled();  // it need not wait for its turn
+            throw model::Cancelled();  // it need not wait for its turn
         }
     }
     ended.get();
@@ -297,9 +253,7 @@ bool Engine::step(bool admit) {
 }
 
 void Engine::compute(const Scheduler::Step& step) {
-    decoder_.prepare_positions(step.end_position);
     const Stop given_up = [this] { return stopped_ || scheduler_->given_up(); };
-    const model::Batch batch{step.ids, step.chunks, kv_.layout(), &given_up, nullptr};
     const size_t v = hyperparams().vocab_size;
 
     // Whole units, as many as there are logits for.
@@ -317,8 +271,6 @@ void Engine::compute(const Scheduler::Step& step) {
         return Group{begin, end, std::span(step.rows).subspan(first, n_rows)};
     };
     Group group = group_from(0);
-    const double work = guessed_ns(weights_, batch, group.rows.size());
-    const uint32_t n_threads = team_size_.choose(uint32_t(step.ids.size()), work);
     const auto hand_out = [&](const Group& group) {
         const auto some = [&](uint32_t begin, uint32_t end) {
             for (size_t i = group.begin + begin; i < group.begin + end; ++i) {
@@ -330,35 +282,18 @@ void Engine::compute(const Scheduler::Step& step) {
         if (n == 1)
             some(0, 1);
         else if (n > 1)
-            pool_.parallel_for(n, some, n_threads);
+            backend_->parallel_for(n, some);
     };
 
-    if (!forward(batch, group.rows, n_threads)) return scheduler_->abandon(nullptr);
-    weights_.check_readable();
+    const model::Batch batch{step.ids, step.chunks, group.rows, logits_.data(), &given_up};
+    if (!backend_->forward(batch)) return scheduler_->abandon(nullptr);
     hand_out(group);
     while (group.end < step.units.size()) {
         group = group_from(group.end);
-        pool_.run([&](model::Team& team) { decoder_.project(group.rows, logits_.data(), team); }, n_threads);
+        backend_->project(group.rows, logits_.data());
         hand_out(group);
     }
     scheduler_->finish();
-}
-
-// Logits of `rows` too, if there are any. False if the batch's should_stop said so.
-bool Engine::forward(const model::Batch& batch, std::span<const uint32_t> rows, uint32_t n_threads) {
-    std::atomic<bool> done = true;
-    const auto start = std::chrono::steady_clock::now();
-    pool_.run(
-        [&](model::Team& team) {
-            if (!decoder_.forward(batch, team))
-                done = false;
-            else if (!rows.empty())
-                decoder_.project(rows, logits_.data(), team);
-        },
-        n_threads);
-    if (done)
-        team_size_.record(std::chrono::duration<double, std::nano>(std::chrono::steady_clock::now() - start).count());
-    return done;
 }
 
 std::vector<std::byte> Engine::export_prefix(std::span<const uint32_t> ids, const Stop& stop) {
@@ -367,11 +302,11 @@ std::vector<std::byte> Engine::export_prefix(std::span<const uint32_t> ids, cons
         [&](const Stop&) {
             // Whole blocks only: the rest of another would be what somebody else left there.
             const PrefixCache::Match known = scheduler_->prefix_cache().find(ids);
-            const size_t size = kv_.block_bytes();
-            bytes.reserve(known.blocks.size() * size);
-            for (const uint32_t block : known.blocks) {
-                bytes.insert(bytes.end(), kv_.data(block), kv_.data(block) + size);
-                kv_.remove_user(block);
+            const size_t size = block_bytes();
+            bytes.resize(known.blocks.size() * size);
+            for (size_t i = 0; i < known.blocks.size(); ++i) {
+                backend_->read_block(known.blocks[i], bytes.data() + i * size);
+                kv_.remove_user(known.blocks[i]);
             }
             if (known.n_more) kv_.remove_user(known.more);
         },
@@ -380,8 +315,8 @@ std::vector<std::byte> Engine::export_prefix(std::span<const uint32_t> ids, cons
 }
 
 void Engine::import_prefix(std::span<const uint32_t> ids, std::span<const std::byte> blocks, const Stop& stop) {
-    const size_t size = kv_.block_bytes(), n = blocks.size() / size;
-    if (blocks.size() != n * size || ids.size() != n * kernels::kv_block_tokens)
+    const size_t size = block_bytes(), n = blocks.size() / size;
+    if (blocks.size() != n * size || ids.size() != n * quant::kv_block_tokens)
         throw ArgumentError("the keys and values do not belong to as many tokens, or not to this model and cache type");
     if (ids.empty()) return;
     check_ids(ids);
@@ -392,7 +327,7 @@ void Engine::import_prefix(std::span<const uint32_t> ids, std::span<const std::b
             std::vector<uint32_t> taken;
             for (size_t i = 0; i < n; ++i) {
                 taken.push_back(kv_.take());
-                std::memcpy(kv_.data(taken.back()), blocks.data() + i * size, size);
+                backend_->write_block(taken.back(), blocks.data() + i * size);
             }
             cache.insert(ids, taken);
             for (const uint32_t block : taken) kv_.remove_user(block);
@@ -404,42 +339,63 @@ void Engine::collect_squares(std::span<const uint32_t> ids, float* logprobs, con
                              model::InputSquares& squares) {
     check_ids(ids);
     const size_t v = hyperparams().vocab_size;
+    const uint32_t n_batch = options_.backend.n_batch;
+    // Log-probabilities of the tokens that follow some rows of the last batch, which begins with token `first`.
+    const auto score = [&](uint32_t first, uint32_t row, uint32_t n_rows) {
+        std::vector<uint32_t> rows(n_rows);
+        std::iota(rows.begin(), rows.end(), row);
+        backend_->project(rows, logits_.data());
+        backend_->parallel_for(n_rows, [&](uint32_t begin, uint32_t end) {
+            for (uint32_t r = begin; r < end; ++r) {
+                const uint32_t token = first + row + r;
+                logprobs[token] =
+                    sampling::top_logprobs({logits_.data() + r * v, v}, 0, ids[token + 1], kernels_).chosen.logprob;
+            }
+        });
+    };
+    const auto pass = [&](const Stop& stopped) {
+        // A sequence of its own, which nobody will look for.
+        scheduler_->clear_prefix_cache();
+        std::vector<uint32_t> blocks((ids.size() + quant::kv_block_tokens - 1) / quant::kv_block_tokens);
+        std::iota(blocks.begin(), blocks.end(), 0u);
+        logits_.resize(std::max(logits_.size(), rows_at_a_time * v));
+        for (uint32_t first = 0; first < ids.size(); first += n_batch) {
+            const uint32_t n = std::min(n_batch, uint32_t(ids.size()) - first);
+            const model::Chunk chunk{0, n, first, blocks.data()};
+            if (!backend_->forward({ids.subspan(first, n), {&chunk, 1}, {}, nullptr, &stopped}))
+                throw model::Cancelled();
+            // The last token predicts nothing known.
+            const uint32_t wanted = std::min(n, uint32_t(ids.size()) - 1 - first);
+            for (uint32_t row = 0; row < wanted; row += rows_at_a_time)
+                score(first, row, std::min(rows_at_a_time, wanted - row));
+        }
+    };
     exclusively(
         [&](const Stop& stopped) {
-            // A sequence of its own, which nobody will look for.
-            scheduler_->clear_prefix_cache();
-            std::vector<std::byte*> blocks;
-            for (size_t i = 0; i * kernels::kv_block_tokens < ids.size(); ++i) blocks.push_back(kv_.data(uint32_t(i)));
-            decoder_.prepare_positions(uint32_t(ids.size()));
-            logits_.resize(std::max(logits_.size(), rows_at_a_time * v));
-            for (uint32_t first = 0; first < ids.size(); first += n_batch_) {
-                const uint32_t n = std::min(n_batch_, uint32_t(ids.size()) - first);
-                const model::Chunk chunk{0, n, first, blocks.data()};
-                const model::Batch batch{ids.subspan(first, n), {&chunk, 1}, kv_.layout(), &stopped, &squares};
-                const uint32_t n_threads = team_size_.choose(n, guessed_ns(weights_, batch, 0));
-                if (!forward(batch, {}, n_threads)) throw Cancelled();
-                weights_.check_readable();
-                // The last token predicts nothing known.
-                const uint32_t wanted = std::min(n, uint32_t(ids.size()) - 1 - first);
-                for (uint32_t row = 0; row < wanted; row += rows_at_a_time) {
-                    std::vector<uint32_t> rows(std::min(rows_at_a_time, wanted - row));
-                    std::iota(rows.begin(), rows.end(), row);
-                    pool_.run([&](model::Team& team) { decoder_.project(rows, logits_.data(), team, &squares); },
-                              n_threads);
-                    const auto score = [&](uint32_t begin, uint32_t end) {
-                        for (uint32_t r = begin; r < end; ++r) {
-                            logprobs[first + row + r] =
-                                top_logprobs({logits_.data() + r * v, v}, 0, ids[first + row + r + 1], kernels_)
-                                    .chosen.logprob;
-                        }
-                    };
-                    pool_.parallel_for(uint32_t(rows.size()), score, n_threads);
+            struct Collecting {
+                explicit Collecting(model::Backend& backend, model::InputSquares& squares) : backend(backend) {
+                    backend.collect_squares(&squares);
                 }
-            }
+                ~Collecting() { backend.collect_squares(nullptr); }
+                model::Backend& backend;
+            } const collecting(*backend_, squares);
+            pass(stopped);
         },
         stop);
     squares.block_tokens += ids.size();
     squares.output_tokens += ids.size() - 1;
+}
+
+std::vector<double> Engine::read_ceiling(size_t n_bytes, uint32_t passes, const Stop& stop) {
+    std::vector<double> rates;
+    exclusively([&](const Stop& stopped) { rates = backend_->read_ceiling(n_bytes, passes, stopped); }, stop);
+    return rates;
+}
+
+std::vector<double> Engine::int8_ceiling(uint32_t passes, const Stop& stop) {
+    std::vector<double> rates;
+    exclusively([&](const Stop& stopped) { rates = backend_->int8_ceiling(passes, stopped); }, stop);
+    return rates;
 }
 
 }  // namespace fixmin::engine

@@ -2,18 +2,6 @@
 
 namespace fixmin::engine {
 
-size_t KvPool::block_bytes(const model::Hyperparams& hp, kernels::KvType type) {
-    return size_t(hp.block_count) * hp.head_count_kv * kernels::kv_head_bytes(type, hp.head_dim);
-}
-
-KvPool::KvPool(const model::Hyperparams& hp, kernels::KvType type, uint32_t n_blocks)
-    : layout_{type, hp.head_count_kv * kernels::kv_head_bytes(type, hp.head_dim)},
-      block_bytes_(block_bytes(hp, type)),
-      pages_(n_blocks * block_bytes_, "the KV cache (n_kv, n_ctx and kv_type make it smaller)"),
-      users_(n_blocks) {
-    clear();
-}
-
 void KvPool::clear() {
     users_.assign(users_.size(), 0);
     free_.clear();

@@ -2,9 +2,11 @@
 
 #include <algorithm>
 
+#include "quant/kv_format.h"
+
 namespace fixmin::engine {
 
-using kernels::kv_block_tokens;
+using quant::kv_block_tokens;
 
 namespace {
 

@@ -81,7 +81,7 @@ Request::News Request::read(size_t from) const {
     return news;
 }
 
-void Request::push(uint32_t id, TopLogprobs logprobs) {
+void Request::push(uint32_t id, sampling::TopLogprobs logprobs) {
     {
         const std::lock_guard lock(mutex_);
         generated_.push_back(id);

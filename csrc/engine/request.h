@@ -17,8 +17,8 @@
 #include <vector>
 
 #include "engine/drafter.h"
-#include "engine/logprobs.h"
-#include "engine/sampler.h"
+#include "sampling/logprobs.h"
+#include "sampling/sampler.h"
 
 namespace fixmin::engine {
 
@@ -39,7 +39,7 @@ class TokenMask {
 };
 
 struct RequestOptions {
-    std::shared_ptr<const SamplingParams> sampling = std::make_shared<SamplingParams>();
+    std::shared_ptr<const sampling::SamplingParams> sampling = std::make_shared<sampling::SamplingParams>();
     std::optional<uint64_t> seed;  // if given: in place of that of `sampling`
     bool generate = true;          // false: only what follows is wanted
     std::shared_ptr<TokenMask> mask;
@@ -114,8 +114,8 @@ class Request {
     bool wait_end(double timeout_s) { return wait(SIZE_MAX, timeout_s); }
 
     struct News {
-        std::vector<uint32_t> ids;          // generated, from the place asked for on
-        std::vector<TopLogprobs> logprobs;  // the same, if wanted
+        std::vector<uint32_t> ids;                    // generated, from the place asked for on
+        std::vector<sampling::TopLogprobs> logprobs;  // the same, if wanted
         bool ended = false;
     };
     News read(size_t from) const;
@@ -124,11 +124,11 @@ class Request {
     FinishReason reason() const { return reason_; }
     std::exception_ptr error() const { return error_; }  // null unless it failed
     /// Of the tokens behind first_row, `next` included; fewer if it ended before they were read.
-    const std::vector<TopLogprobs>& prompt_logprobs() const { return prompt_logprobs_; }
+    const std::vector<sampling::TopLogprobs>& prompt_logprobs() const { return prompt_logprobs_; }
     /// Whether prompt_logprobs() is complete, and may be read before the end.
     bool prompt_scored() const { return prompt_scored_; }
     /// The stop id that ended it, if there was one; no probabilities if n_logprobs asks for none.
-    const std::optional<TopLogprobs>& last() const { return last_; }
+    const std::optional<sampling::TopLogprobs>& last() const { return last_; }
     const RequestCounters& counters() const { return counters_; }
 
   private:
@@ -143,7 +143,7 @@ class Request {
         const std::lock_guard lock(mutex_);
         failure_ = std::move(error);
     }
-    void push(uint32_t id, TopLogprobs logprobs);
+    void push(uint32_t id, sampling::TopLogprobs logprobs);
     bool scores(uint32_t row) const {
         return options_.n_prompt_logprobs >= 0 && row >= options_.first_row &&
                row + 1 < counters_.n_prompt + options_.next.has_value();
@@ -163,7 +163,7 @@ class Request {
     mutable std::mutex mutex_;  // of the part that both sides use
     std::condition_variable changed_;
     std::vector<uint32_t> generated_;
-    std::vector<TopLogprobs> logprobs_;
+    std::vector<sampling::TopLogprobs> logprobs_;
     bool ended_ = false;
     FinishReason reason_ = FinishReason::cancelled;
     std::exception_ptr error_;
@@ -172,22 +172,21 @@ class Request {
     bool running_ = false;  // has blocks
     bool over_ = false;
     std::vector<uint32_t> ids_;  // prompt and generated
-    Sampler sampler_;
+    sampling::Sampler sampler_;
     uint32_t n_generated_ = 0;
     uint32_t n_counted_ = 0;   // of these, in the statistics
     uint32_t n_computed_ = 0;  // tokens whose keys and values are in the blocks
     uint32_t n_handed_ = 0;    // rows of the prompt that have been scored or copied
     std::vector<uint32_t> blocks_;
-    std::vector<std::byte*> block_data_;
-    uint32_t n_kept_ = 0;              // blocks that the prefix cache has been given
-    bool done_ = false;                // no further token is wanted
-    std::optional<TopLogprobs> last_;  // the stop id that was drawn
+    uint32_t n_kept_ = 0;                        // blocks that the prefix cache has been given
+    bool done_ = false;                          // no further token is wanted
+    std::optional<sampling::TopLogprobs> last_;  // the stop id that was drawn
     FinishReason done_reason_ = FinishReason::length;
     std::exception_ptr failure_;
     Drafter drafter_;
     std::vector<uint32_t> drafts_;  // of the present step
     Clock::time_point first_step_{}, prompt_done_{};
-    std::vector<TopLogprobs> prompt_logprobs_;  // of row first_row on, if wanted
+    std::vector<sampling::TopLogprobs> prompt_logprobs_;  // of row first_row on, if wanted
     RequestCounters counters_;
 };
 

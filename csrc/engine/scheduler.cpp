@@ -5,7 +5,7 @@
 
 namespace fixmin::engine {
 
-using kernels::kv_block_tokens;
+using quant::kv_block_tokens;
 
 namespace {
 
@@ -13,9 +13,10 @@ uint32_t blocks_for(size_t n_positions) { return uint32_t((n_positions + kv_bloc
 
 }  // namespace
 
-Scheduler::Scheduler(KvPool& pool, const SchedulerLimits& limits, const model::Hyperparams& hp,
+Scheduler::Scheduler(KvPool& pool, model::Backend& backend, const SchedulerLimits& limits, const model::Hyperparams& hp,
                      const kernels::Kernels& kernels)
     : pool_(pool),
+      backend_(backend),
       limits_(limits),
       vocab_size_(hp.vocab_size),
       embedding_length_(hp.embedding_length),
@@ -92,7 +93,7 @@ bool Scheduler::admit(Request& request) {
     request.n_kept_ = n_known;
     while (request.blocks_.size() < blocks_for(request.ids_.size())) append_block(request, pool_.take());
     if (known.n_more) {
-        std::memcpy(request.block_data_[n_known], pool_.data(known.more), pool_.block_bytes());
+        backend_.copy_block(known.more, request.blocks_[n_known]);
         pool_.remove_user(known.more);
     }
     if (request.first_step_ == Clock::time_point{}) {
@@ -105,10 +106,7 @@ bool Scheduler::admit(Request& request) {
     return true;
 }
 
-void Scheduler::append_block(Request& request, uint32_t block) {
-    request.blocks_.push_back(block);
-    request.block_data_.push_back(pool_.data(block));
-}
+void Scheduler::append_block(Request& request, uint32_t block) { request.blocks_.push_back(block); }
 
 // Room for n_positions of a running request; sends back those that started last if there is no other way, itself at
 // last.
@@ -140,7 +138,6 @@ void Scheduler::release(Request& request) {
         cache_.insert(std::span(request.ids_).first(request.n_computed_), request.blocks_);
     for (const uint32_t block : request.blocks_) pool_.remove_user(block);
     request.blocks_.clear();
-    request.block_data_.clear();
     request.n_computed_ = request.n_kept_ = 0;
 }
 
@@ -241,14 +238,13 @@ void Scheduler::add_chunk(const Shared& shared, uint32_t n_known) {
     const auto known = request.ids_.begin() + position;
     step_.ids.insert(step_.ids.end(), known, known + n_known);
     step_.ids.insert(step_.ids.end(), request.drafts_.begin(), request.drafts_.end());
-    model::Chunk chunk{first, n, position, request.block_data_.data()};
+    model::Chunk chunk{first, n, position, request.blocks_.data()};
     if (options.hidden && position >= options.first_row && position < n_prompt) {
         chunk.hidden_layer = options.hidden_layer;
         chunk.hidden = options.hidden + size_t(position - options.first_row) * embedding_length_;
     }
     step_.chunks.push_back(chunk);
     step_.requests.push_back(shared);
-    step_.end_position = std::max(step_.end_position, position + n);
 
     const auto want = [&](uint32_t row_position, uint32_t n_rows, bool sample) {
         step_.units.push_back({&request, uint32_t(step_.rows.size()), n_rows, row_position, sample});
@@ -279,8 +275,8 @@ void Scheduler::hand_out(const Unit& unit, const float* logits) {
         }
         if (request.scores(unit.position)) {
             request.prompt_logprobs_[unit.position - options.first_row] =
-                top_logprobs({logits, vocab_size_}, uint32_t(options.n_prompt_logprobs),
-                             request.token_after(unit.position), kernels_);
+                sampling::top_logprobs({logits, vocab_size_}, uint32_t(options.n_prompt_logprobs),
+                                       request.token_after(unit.position), kernels_);
         }
     } catch (...) {
         request.fail(std::current_exception());
@@ -302,16 +298,18 @@ void Scheduler::sample(Request& request, const float* logits, uint32_t n_rows) {
         const uint32_t id = request.sampler_.sample(row, request.n_generated_, allowed);
         ++request.n_computed_;  // the token that this row belongs to
         if (std::find(stops.begin(), stops.end(), id) != stops.end()) {
-            request.last_ = options.n_logprobs >= 0 ? top_logprobs(row, uint32_t(options.n_logprobs), id, kernels_)
-                                                    : TopLogprobs{{id, 0}, 0, {}};
+            request.last_ = options.n_logprobs >= 0
+                                ? sampling::top_logprobs(row, uint32_t(options.n_logprobs), id, kernels_)
+                                : sampling::TopLogprobs{{id, 0}, 0, {}};
             stop(FinishReason::stop);
             break;
         }
         request.sampler_.accept(id);
         request.ids_.push_back(id);
         ++request.n_generated_;
-        request.push(id, options.n_logprobs >= 0 ? top_logprobs(row, uint32_t(options.n_logprobs), id, kernels_)
-                                                 : TopLogprobs{});
+        request.push(id, options.n_logprobs >= 0
+                             ? sampling::top_logprobs(row, uint32_t(options.n_logprobs), id, kernels_)
+                             : sampling::TopLogprobs{});
         if (options.mask) {
             options.mask->accept(id);
             if (options.mask->finished()) stop(FinishReason::stop);

@@ -8,7 +8,7 @@
 #include "engine/kv_pool.h"
 #include "engine/prefix_cache.h"
 #include "engine/request.h"
-#include "model/decoder.h"
+#include "model/backend.h"
 
 namespace fixmin::engine {
 
@@ -35,7 +35,7 @@ struct EngineStats {
 /// computed again later, with the same result. Used by one thread, except hand_out().
 class Scheduler {
   public:
-    Scheduler(KvPool& pool, const SchedulerLimits& limits, const model::Hyperparams& hp,
+    Scheduler(KvPool& pool, model::Backend& backend, const SchedulerLimits& limits, const model::Hyperparams& hp,
               const kernels::Kernels& kernels);
 
     void add(std::shared_ptr<Request> request);
@@ -56,7 +56,6 @@ class Scheduler {
         std::vector<std::shared_ptr<Request>> requests;  // of the chunks
         std::vector<uint32_t> rows;                      // whose logits are wanted
         std::vector<Unit> units;
-        uint32_t end_position = 0;  // all positions lie below
     };
 
     /// What to compute next; no rows if there is nothing to do. Starts waiting requests if `admit`.
@@ -103,6 +102,7 @@ class Scheduler {
     void end(const Shared& request, FinishReason reason, std::exception_ptr error = nullptr);
 
     KvPool& pool_;
+    model::Backend& backend_;
     const SchedulerLimits limits_;
     const uint32_t vocab_size_;
     const uint32_t embedding_length_;

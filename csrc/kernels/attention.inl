@@ -8,6 +8,10 @@
     for (size_t i = 0; i < bytes; i += 64) prefetch((const uint8_t*)p + i);
 }
 
+std::byte* kv_block(const KvHead& kv, uint32_t token) {
+    return kv.memory + kv.blocks[token / kv_block_tokens] * kv.block_bytes;
+}
+
 // ---- float32 and binary16 -------------------------------------------------------------------------------------------
 // In a block: keys [kv_block_tokens/16][head_dim][16], values [kv_block_tokens][value_dim].
 
@@ -26,9 +30,7 @@ template <typename Row>
 struct FloatKv {
     using Element = typename Row::Element;
 
-    static Element* block_of(const KvHead& kv, uint32_t token) {
-        return (Element*)(kv.blocks[token / kv_block_tokens] + kv.offset);
-    }
+    static Element* block_of(const KvHead& kv, uint32_t token) { return (Element*)kv_block(kv, token); }
     static Element* keys(const KvHead& kv, uint32_t token) {  // of 16 tokens, the first of which is given
         return block_of(kv, token) + size_t(token % kv_block_tokens) * kv.head_dim;
     }
@@ -147,9 +149,7 @@ uint16_t quantize_kv(const float* x, uint32_t n, int8_t* codes) {
 struct Q8Kv {
     using Element = int8_t;
 
-    static uint8_t* block_of(const KvHead& kv, uint32_t token) {
-        return (uint8_t*)(kv.blocks[token / kv_block_tokens] + kv.offset);
-    }
+    static uint8_t* block_of(const KvHead& kv, uint32_t token) { return (uint8_t*)kv_block(kv, token); }
     static uint8_t* keys(const KvHead& kv, uint32_t token) {  // of 16 tokens, the first of which is given
         return block_of(kv, token) + size_t(token % kv_block_tokens) * kv_value_dim(kv.head_dim);
     }

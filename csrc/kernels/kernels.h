@@ -9,12 +9,20 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "numerics/rope_style.h"
+#include "quant/kv_format.h"
 #include "quant/panels.h"
 
 namespace fixmin::kernels {
 
+using numerics::RopeStyle;
+using quant::kv_block_tokens;
+using quant::kv_head_bytes;
+using quant::kv_scales;
+using quant::kv_value_dim;
+using quant::KvType;
+
 inline constexpr uint32_t lanes = 16;
-inline constexpr uint32_t kv_block_tokens = 32;  // tokens per block of the KV cache, a multiple of `lanes`
 
 /// 32 activations in 8 bits: x ~ scale * q, q in [-127, 127].
 struct ActivationBlock {
@@ -56,45 +64,15 @@ static constexpr size_t matmul_scratch_bytes(size_t inner, size_t n_tokens) {
     return (matmul_tile_panels * lanes + tiles * matmul_tile_tokens) * row_bytes;
 }
 
-enum class KvType : uint8_t { f32, f16, q8_0 };
-
-inline constexpr KvType all_kv_types[] = {KvType::f32, KvType::f16, KvType::q8_0};
-
-static constexpr const char* name(KvType type) {
-    switch (type) {
-        case KvType::f32: return "f32";
-        case KvType::f16: return "f16";
-        case KvType::q8_0: return "q8_0";
-    }
-    return "?";
-}
-
-/// One key/value head in the blocks of one sequence and one layer: first the keys of kv_block_tokens tokens, then their
+/// One key/value head of one layer in the blocks of one sequence: first the keys of kv_block_tokens tokens, then their
 /// values, laid out as attention.inl says.
 struct KvHead {
     KvType type;
     uint32_t head_dim;
-    std::byte* const* blocks;  // one pointer per kv_block_tokens tokens
-    size_t offset;             // bytes from the start of a block to this head
+    std::byte* memory;       // this head in block 0
+    size_t block_bytes;      // from a block to the next
+    const uint32_t* blocks;  // numbers of the sequence's blocks, one per kv_block_tokens tokens
 };
-
-/// Length of a value in the cache: head_dim rounded up to 16.
-static constexpr uint32_t kv_value_dim(uint32_t head_dim) { return (head_dim + lanes - 1) / lanes * lanes; }
-
-/// Scales of a key or a value in 8 bits: one for 32 values.
-static constexpr uint32_t kv_scales(uint32_t head_dim) {
-    return (head_dim + quant::block_size - 1) / quant::block_size;
-}
-
-static constexpr size_t kv_head_bytes(KvType type, uint32_t head_dim) {
-    const size_t padded = kv_value_dim(head_dim);
-    switch (type) {
-        case KvType::f32: return kv_block_tokens * (head_dim + padded) * 4;
-        case KvType::f16: return kv_block_tokens * (head_dim + padded) * 2;
-        case KvType::q8_0: return kv_block_tokens * 2 * (padded + 2 * kv_scales(head_dim));
-    }
-    return 0;
-}
 
 /// Causal attention of n_queries consecutive tokens of one head; the token at `position` sees keys 0..position.
 struct AttentionArgs {
@@ -115,8 +93,6 @@ static constexpr size_t attention_scratch_floats(size_t n_keys, uint32_t head_di
     const size_t query_floats = kv_scales(head_dim) * sizeof(ActivationBlock) / sizeof(float);
     return attention_tile * ((n_keys + lanes - 1) / lanes * lanes + query_floats);
 }
-
-enum class RopeStyle : uint8_t { half, interleaved };
 
 /// Loops without any other work in them.
 struct Ceilings {

@@ -21,53 +21,8 @@ int32_t read_int32(const int8_t* p) {
 }
 
 // ---- elementary functions -------------------------------------------------------------------------------------------
-// Coefficients and errors: bench/fit_polynomials.py.
 
-// Relative error below 1e-7. Results under 2^-126 are 0; above exp(88.3) the result stays at exp(88.3).
-VecF exp(VecF x) {
-    const VecF low = set1(-87.3f), high = set1(88.3f);
-    const VecF clamped = min(high, max(low, x));  // in this order a NaN stays one
-    const VecI n = round_to_int(mul(clamped, set1(1.44269504f)));
-    const VecF nf = to_float(n);
-    VecF r = fma(nf, set1(-0.693359375f), clamped);
-    r = fma(nf, set1(2.12194440e-4f), r);
-    VecF p = set1(1.990978344e-04f);
-    p = fma(p, r, set1(1.394656138e-03f));
-    p = fma(p, r, set1(8.333280683e-03f));
-    p = fma(p, r, set1(4.166626185e-02f));
-    p = fma(p, r, set1(1.666666716e-01f));
-    p = fma(p, r, set1(5.000000000e-01f));
-    p = fma(p, r, set1(1.0f));
-    p = fma(p, r, set1(1.0f));
-    return select_less(x, low, zero(), mul(p, pow2(n)));
-}
-
-// Absolute error below 1.4e-7: x P(x^2) under 1, 1 - exp(Q(|x|)) above.
-VecF erf(VecF x) {
-    const VecF t = min(set1(4.0f), abs(x));
-    const VecF s = mul(t, t);
-    VecF p = set1(7.933485904e-05f);
-    p = fma(p, s, set1(-8.034844068e-04f));
-    p = fma(p, s, set1(5.191218108e-03f));
-    p = fma(p, s, set1(-2.685539983e-02f));
-    p = fma(p, s, set1(1.128362566e-01f));
-    p = fma(p, s, set1(-3.761262894e-01f));
-    p = fma(p, s, set1(1.128379226e+00f));
-    VecF q = set1(6.428265351e-07f);
-    q = fma(q, t, set1(-3.071786705e-05f));
-    q = fma(q, t, set1(4.957722849e-04f));
-    q = fma(q, t, set1(-4.388493951e-03f));
-    q = fma(q, t, set1(2.558944188e-02f));
-    q = fma(q, t, set1(-1.089149565e-01f));
-    q = fma(q, t, set1(-6.328230500e-01f));
-    q = fma(q, t, set1(-1.129756570e+00f));
-    q = fma(q, t, set1(2.224631608e-04f));
-    const VecF magnitude = select_less(t, set1(1.0f), mul(t, p), sub(set1(1.0f), exp(q)));
-    return with_sign_of(magnitude, x);
-}
-
-// x * sigmoid(y)
-VecF times_sigmoid(VecF x, VecF y) { return div(x, add(set1(1.0f), exp(sub(zero(), y)))); }
+#include "numerics/elementary.inl"
 
 template <typename F>
 void map(float* x, uint32_t n, F f) {
@@ -77,26 +32,18 @@ void map(float* x, uint32_t n, F f) {
 }
 
 void gelu_erf(float* x, uint32_t n) {
-    map(x, n, [](VecF v) { return mul(mul(set1(0.5f), v), add(set1(1.0f), erf(mul(v, set1(0.707106781f))))); });
+    map(x, n, [](VecF v) { return gelu(v); });
 }
 
 void gelu_tanh(float* x, uint32_t n) {
-    // 0.5 (1 + tanh(u)) = sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3)
-    map(x, n, [](VecF v) {
-        const VecF cubic = mul(mul(v, v), v);
-        return times_sigmoid(v, mul(set1(1.59576912f), fma(set1(0.044715f), cubic, v)));
-    });
+    map(x, n, [](VecF v) { return gelu_by_tanh(v); });
 }
 
 void silu_mul(const float* gate, float* up, uint32_t n) {
     uint32_t i = 0;
-    for (; i + lanes <= n; i += lanes) {
-        const VecF g = load(gate + i);
-        store(up + i, mul(times_sigmoid(g, g), load(up + i)));
-    }
+    for (; i + lanes <= n; i += lanes) store(up + i, mul(silu(load(gate + i)), load(up + i)));
     if (i < n) {
-        const VecF g = load_first(gate + i, n - i);
-        store_first(up + i, mul(times_sigmoid(g, g), load_first(up + i, n - i)), n - i);
+        store_first(up + i, mul(silu(load_first(gate + i, n - i)), load_first(up + i, n - i)), n - i);
     }
 }
 
@@ -120,44 +67,47 @@ void normalize(const float* x, uint32_t n, float mean, float rstd, const float* 
     const VecF m = set1(mean), r = set1(rstd);
     for (uint32_t i = 0; i < n; i += lanes) {
         const uint32_t left = n - i < lanes ? n - i : lanes;
-        const VecF unit = mul(sub(load_first(x + i, left), m), r);
-        const VecF w = load_first(weight + i, left);
-        store_first(y + i, bias ? fma(unit, w, load_first(bias + i, left)) : mul(unit, w), left);
+        const VecF v = load_first(x + i, left), w = load_first(weight + i, left);
+        store_first(y + i, bias ? normalized(v, m, r, w, load_first(bias + i, left)) : normalized(v, m, r, w), left);
     }
 }
 
 void layer_norm(const float* x, uint32_t n, float eps, const float* weight, const float* bias, float* y) {
     const float mean = sum_of(x, n, [](VecF acc, VecF v) { return add(acc, v); }) / float(n);
     const VecF m = set1(mean);
-    const float square = sum_of(x, n, [=](VecF acc, VecF v) {
-        const VecF d = sub(v, m);
-        return fma(d, d, acc);
-    });
-    normalize(x, n, mean, 1.0f / sqrt1(square / float(n) + eps), weight, bias, y);
+    const float squares = sum_of(x, n, [=](VecF acc, VecF v) { return add_square_from(acc, v, m); });
+    normalize(x, n, mean, reciprocal_deviation(squares, n, eps), weight, bias, y);
 }
 
 void rms_norm(const float* x, uint32_t n, float eps, const float* weight, const float* bias, float* y) {
-    const float square = sum_of(x, n, [](VecF acc, VecF v) { return fma(v, v, acc); });
-    normalize(x, n, 0.0f, 1.0f / sqrt1(square / float(n) + eps), weight, bias, y);
+    const float squares = sum_of(x, n, [](VecF acc, VecF v) { return add_square(acc, v); });
+    normalize(x, n, 0.0f, reciprocal_deviation(squares, n, eps), weight, bias, y);
 }
 
 // ---- rotary positions -----------------------------------------------------------------------------------------------
 
 void rope(float* x, uint32_t dim, RopeStyle style, const float* cos, const float* sin) {
     const uint32_t pairs = dim / 2;
-    if (style == RopeStyle::half) {
-        for (uint32_t i = 0; i < pairs; i += lanes) {
-            const uint32_t left = pairs - i < lanes ? pairs - i : lanes;
-            const VecF a = load_first(x + i, left), b = load_first(x + pairs + i, left);
-            const VecF c = load_first(cos + i, left), s = load_first(sin + i, left);
-            store_first(x + i, fma(a, c, sub(zero(), mul(b, s))), left);
-            store_first(x + pairs + i, fma(b, c, mul(a, s)), left);
-        }
-    } else {
-        for (uint32_t i = 0; i < pairs; ++i) {
-            const float a = x[2 * i], b = x[2 * i + 1];
-            x[2 * i] = fma1(a, cos[i], 0.0f - b * sin[i]);
-            x[2 * i + 1] = fma1(b, cos[i], a * sin[i]);
+    for (uint32_t i = 0; i < pairs; i += lanes) {
+        const uint32_t left = pairs - i < lanes ? pairs - i : lanes;
+        const VecF c = load_first(cos + i, left), s = load_first(sin + i, left);
+        if (style == RopeStyle::half) {
+            const Pair turned = rotated({load_first(x + i, left), load_first(x + pairs + i, left)}, c, s);
+            store_first(x + i, turned.first, left);
+            store_first(x + pairs + i, turned.second, left);
+        } else {
+            float first[lanes] = {}, second[lanes] = {};
+            for (uint32_t j = 0; j < left; ++j) {
+                first[j] = x[2 * (i + j)];
+                second[j] = x[2 * (i + j) + 1];
+            }
+            const Pair turned = rotated({load(first), load(second)}, c, s);
+            store(first, turned.first);
+            store(second, turned.second);
+            for (uint32_t j = 0; j < left; ++j) {
+                x[2 * (i + j)] = first[j];
+                x[2 * (i + j) + 1] = second[j];
+            }
         }
     }
 }

@@ -73,9 +73,9 @@ void read_attention(const gguf::GgufFile& file, Hyperparams& hp) {
     if (!(hp.rope_base > 0)) throw GgufError("fixmin.rope.freq_base must be positive");
     const std::string_view style = file.get_string("fixmin.rope.style");
     if (style == "half")
-        hp.rope_style = kernels::RopeStyle::half;
+        hp.rope_style = numerics::RopeStyle::half;
     else if (style == "interleaved")
-        hp.rope_style = kernels::RopeStyle::interleaved;
+        hp.rope_style = numerics::RopeStyle::interleaved;
     else
         unknown_value("fixmin.rope.style", style, "half, interleaved");
 }

@@ -1,4 +1,4 @@
-// What kind of model a file holds: the keys of DESIGN §3, checked.
+// What kind of model a file holds: the keys of docs/design.md, checked.
 #pragma once
 #include <cstdint>
 #include <string>
@@ -7,7 +7,7 @@
 #include "codes/code_map.h"
 #include "codes/lift.h"
 #include "gguf/gguf_file.h"
-#include "kernels/kernels.h"
+#include "numerics/rope_style.h"
 
 namespace fixmin::model {
 
@@ -28,7 +28,7 @@ struct Hyperparams {
     float norm_eps = 0;
     uint32_t rope_dim = 0;  // rotated elements at the start of each head, even
     float rope_base = 0;
-    kernels::RopeStyle rope_style = kernels::RopeStyle::half;
+    numerics::RopeStyle rope_style = numerics::RopeStyle::half;
     Activation activation = Activation::gelu;
     CodeKind code_kind = CodeKind::affine;
     uint32_t code_width = 0;  // K; 0 for CodeKind::learned

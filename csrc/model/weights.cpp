@@ -1,30 +1,16 @@
 #include "model/weights.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <atomic>
 #include <string>
 #include <unordered_set>
 
 #include "error.h"
+#include "quant/panels.h"
 
 namespace fixmin::model {
 
 using quant::WeightType;
-
-Pages::Pages(size_t bytes, const char* what) {
-    if (bytes == 0) return;
-    void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (p == MAP_FAILED) throw OutOfMemory("the system gives no " + std::to_string(bytes) + " bytes for " + what);
-    // Fewer translation misses while weights stream past; a refusal does not matter.
-#ifdef MADV_HUGEPAGE  // Linux
-    madvise(p, bytes, MADV_HUGEPAGE);
-#endif
-    data_ = {static_cast<std::byte*>(p), Unmap{bytes}};
-}
-
-void Pages::Unmap::operator()(std::byte* p) const { munmap(p, bytes); }
 
 void Weights::embed(uint32_t id, float* x) const {
     const uint32_t d = hyperparams.embedding_length;
@@ -118,7 +104,7 @@ std::string shape_text(std::span<const uint64_t> ne) {
 // Takes tensors out of the file by name, checks them, and packs the matrices in one go at the end.
 class Loader {
   public:
-    explicit Loader(const gguf::GgufFile& file) : file_(file) {}
+    Loader(const gguf::GgufFile& file, const Packing& packing) : file_(file), packing_(packing) {}
 
     const gguf::TensorInfo* find(const std::string& name, uint64_t ne0, uint64_t ne1) {
         const gguf::TensorInfo* tensor = file_.find_tensor(name);
@@ -162,10 +148,11 @@ class Loader {
         w.type = weight_type(tensor);
         w.rows = rows;
         w.inner = inner;
-        w.panel_stride = quant::panel_bytes(w.type, inner);
-        w.bias = vector(name + ".bias", rows, quant::panel_rows);
+        w.n_panels = (rows + packing_.panel_rows - 1) / packing_.panel_rows;
+        w.panel_stride = packing_.panel_bytes(w.type, inner);
+        w.bias = vector(name + ".bias", rows, packing_.panel_rows);
         jobs_.push_back({&tensor, &w, total_bytes_});
-        total_bytes_ += w.n_panels() * w.panel_stride;
+        total_bytes_ += w.matrix_bytes();
     }
 
     Pages pack(const ParallelFor& parallel_for, const std::function<void(double)>& progress) {
@@ -173,7 +160,7 @@ class Loader {
         for (const Job& job : jobs_) {
             job.weight->panels = pages.data() + job.offset;
             pack_matrix(*job.tensor, *job.weight, pages.data() + job.offset, parallel_for);
-            progress(double(job.offset + job.weight->n_panels() * job.weight->panel_stride) / double(total_bytes_));
+            progress(double(job.offset + job.weight->matrix_bytes()) / double(total_bytes_));
         }
         return pages;
     }
@@ -220,20 +207,21 @@ class Loader {
                      const ParallelFor& parallel_for) {
         const size_t row = quant::row_bytes(w.type, w.inner);
         std::atomic<bool> finite = true;
-        parallel_for(w.n_panels(), [&](uint32_t begin, uint32_t end) {
-            const uint32_t piece = uint32_t(std::max<size_t>(1, piece_bytes / (quant::panel_rows * row)));
+        const uint32_t panel_rows = packing_.panel_rows;
+        parallel_for(w.n_panels, [&](uint32_t begin, uint32_t end) {
+            const uint32_t piece = uint32_t(std::max<size_t>(1, piece_bytes / (panel_rows * row)));
             std::vector<std::byte> stored;
             for (uint32_t p = begin; p < end; p += piece) {
-                const uint32_t first = p * quant::panel_rows;
-                const uint32_t last = std::min(std::min(p + piece, end) * quant::panel_rows, w.rows);
+                const uint32_t first = p * panel_rows;
+                const uint32_t last = std::min(std::min(p + piece, end) * panel_rows, w.rows);
                 const auto rows = tensor.data.subspan(first * row, (last - first) * row);
                 stored.resize(rows.size());
                 file_.read(rows, stored.data());
-                for (uint32_t r = first; r < last; r += quant::panel_rows) {
-                    const uint32_t n = std::min(quant::panel_rows, last - r);
-                    std::byte* panel = panels + r / quant::panel_rows * w.panel_stride;
+                for (uint32_t r = first; r < last; r += panel_rows) {
+                    const uint32_t n = std::min(panel_rows, last - r);
+                    std::byte* panel = panels + r / panel_rows * w.panel_stride;
                     const std::byte* from = stored.data() + (r - first) * row;
-                    if (!quant::pack_panel(w.type, from, n, w.inner, panel)) finite = false;
+                    if (!packing_.pack_panel(w.type, from, n, w.inner, panel)) finite = false;
                 }
             }
         });
@@ -259,6 +247,7 @@ class Loader {
     }
 
     const gguf::GgufFile& file_;
+    const Packing& packing_;
     std::unordered_set<std::string_view> used_;
     std::vector<Job> jobs_;
     size_t total_bytes_ = 0;
@@ -300,12 +289,12 @@ void read_layer(Loader& loader, const Hyperparams& hp, uint32_t index, Layer& la
 
 }  // namespace
 
-Weights load_weights(gguf::GgufFile file, const ParallelFor& parallel_for,
+Weights load_weights(gguf::GgufFile file, const Packing& packing, const ParallelFor& parallel_for,
                      const std::function<void(double)>& progress) {
     Weights weights;
     const Hyperparams hp = weights.hyperparams = read_hyperparams(file);
     weights.file_bytes = file.bytes().size();
-    Loader loader(file);
+    Loader loader(file, packing);
 
     if (hp.code_kind == CodeKind::learned) {
         const gguf::TensorInfo& embedding = loader.get("token_embd.weight", hp.embedding_length, hp.vocab_size);

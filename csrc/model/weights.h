@@ -1,4 +1,4 @@
-// The weights of one model in memory, in the layout that the kernels read.
+// The weights of one model in the host's memory, its matrices in the layout of a device.
 #pragma once
 #include <array>
 #include <atomic>
@@ -15,25 +15,17 @@
 #include "codes/fold.h"
 #include "gguf/gguf_file.h"
 #include "model/hyperparams.h"
-#include "quant/panels.h"
+#include "model/pages.h"
+#include "quant/blocks.h"
 
 namespace fixmin::model {
 
-/// Zeroed pages straight from the kernel: 64-byte aligned, resident only once touched.
-class Pages {
-  public:
-    Pages() = default;
-    /// Throws OutOfMemory, which says `what` for.
-    Pages(size_t bytes, const char* what);
-    std::byte* data() const { return data_.get(); }
-    size_t size() const { return data_.get_deleter().bytes; }
-
-  private:
-    struct Unmap {
-        size_t bytes;
-        void operator()(std::byte* p) const;
-    };
-    std::unique_ptr<std::byte, Unmap> data_;
+/// How a device wants a matrix in memory: panels of so many rows, one after the other.
+struct Packing {
+    uint32_t panel_rows;
+    size_t (*panel_bytes)(quant::WeightType type, uint32_t inner);
+    /// Lays out n_rows <= panel_rows rows of a file; false if a value or scale is not finite.
+    bool (*pack_panel)(quant::WeightType type, const std::byte* rows, uint32_t n_rows, uint32_t inner, std::byte* out);
 };
 
 /// y = W x + bias.
@@ -41,12 +33,12 @@ struct Linear {
     quant::WeightType type = quant::WeightType::f32;
     uint32_t rows = 0;                  // outputs
     uint32_t inner = 0;                 // inputs
-    const std::byte* panels = nullptr;  // ceil(rows/16) panels, inside Weights::panels
+    uint32_t n_panels = 0;              // as Packing says
+    const std::byte* panels = nullptr;  // inside Weights::panels
     size_t panel_stride = 0;            // bytes
-    std::vector<float> bias;            // [rows rounded up to 16], or empty
+    std::vector<float> bias;            // [rows rounded up to whole panels], or empty
 
-    uint32_t n_panels() const { return (rows + quant::panel_rows - 1) / quant::panel_rows; }
-    size_t matrix_bytes() const { return n_panels() * panel_stride; }
+    size_t matrix_bytes() const { return n_panels * panel_stride; }
     size_t bias_bytes() const { return bias.size() * sizeof(float); }
     size_t bytes() const { return matrix_bytes() + bias_bytes(); }
 };
@@ -116,6 +108,7 @@ using ParallelFor = std::function<void(uint32_t n, const std::function<void(uint
 /// Reads, checks and repacks everything; the file's pages are released behind.
 /// Throws GgufError for a tensor that is missing, unknown, of a wrong shape or not finite; UnsupportedError for its
 /// type. `progress` gets the fraction done, 0 to 1.
-Weights load_weights(gguf::GgufFile file, const ParallelFor& parallel_for, const std::function<void(double)>& progress);
+Weights load_weights(gguf::GgufFile file, const Packing& packing, const ParallelFor& parallel_for,
+                     const std::function<void(double)>& progress);
 
 }  // namespace fixmin::model

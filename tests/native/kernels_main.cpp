@@ -8,11 +8,12 @@
 #include <cstdio>
 #include <cstring>
 #include <exception>
+#include <numeric>
 #include <string>
 #include <vector>
 
 #include "kernels/isa.h"
-#include "model/weights.h"
+#include "model/pages.h"
 #include "quant/half.h"
 #include "quant/panels.h"
 
@@ -20,7 +21,7 @@ namespace {
 
 using namespace fixmin;
 using kernels::ActivationBlock;
-using kernels::KvType;
+using quant::KvType;
 using quant::WeightType;
 using Floats = std::vector<float>;
 
@@ -228,10 +229,10 @@ void ropes() {
     for (const uint32_t dim : {2u, 8u, 32u, 34u, 128u}) {
         Random random(dim);
         const Floats cos = random.values(dim / 2, 0.25f), sin = random.values(dim / 2, 0.25f);
-        for (const auto style : {kernels::RopeStyle::half, kernels::RopeStyle::interleaved}) {
+        for (const auto style : {numerics::RopeStyle::half, numerics::RopeStyle::interleaved}) {
             Floats x = random.values(dim + 6);
             k->rope(x.data(), dim, style, cos.data(), sin.data());
-            print("rope " + std::to_string(dim) + (style == kernels::RopeStyle::half ? " half" : " interleaved"), x);
+            print("rope " + std::to_string(dim) + (style == numerics::RopeStyle::half ? " half" : " interleaved"), x);
         }
     }
 }
@@ -239,12 +240,12 @@ void ropes() {
 // One head of a cache filled with `keys` and `values` [tokens][d], and the attention of the last `n` tokens.
 void attention(const std::string& name, KvType type, uint32_t d, const Floats& keys, const Floats& values, uint32_t n) {
     const uint32_t tokens = uint32_t(keys.size()) / d;
-    const size_t block_bytes = kernels::kv_head_bytes(type, d);
-    const uint32_t n_blocks = (tokens + kernels::kv_block_tokens - 1) / kernels::kv_block_tokens;
+    const size_t block_bytes = quant::kv_head_bytes(type, d);
+    const uint32_t n_blocks = (tokens + quant::kv_block_tokens - 1) / quant::kv_block_tokens;
     std::vector<std::byte> cache(n_blocks * block_bytes);
-    std::vector<std::byte*> blocks;
-    for (uint32_t b = 0; b < n_blocks; ++b) blocks.push_back(cache.data() + b * block_bytes);
-    const kernels::KvHead kv{type, d, blocks.data(), 0};
+    std::vector<uint32_t> blocks(n_blocks);
+    std::iota(blocks.begin(), blocks.end(), 0u);
+    const kernels::KvHead kv{type, d, cache.data(), block_bytes, blocks.data()};
     for (uint32_t t = 0; t < tokens; ++t) k->kv_store(kv, t, &keys[size_t(t) * d], &values[size_t(t) * d]);
     const Floats queries = Random(d).values(size_t(n) * d, 0.25f);
     Floats scratch(kernels::attention_scratch_floats(tokens, d)), out(size_t(n) * d);
@@ -252,7 +253,7 @@ void attention(const std::string& name, KvType type, uint32_t d, const Floats& k
     Hash hash;
     hash.add(cache.data(), cache.size());
     hash.add(out);
-    hash.print("attention " + name + " " + kernels::name(type));
+    hash.print("attention " + name + " " + quant::name(type));
 }
 
 // Conversion to the type and back: what is stored is hashed, and a single key has the weight 1.
@@ -262,9 +263,9 @@ void stored_extremes(KvType type) {
     if (type == KvType::q8_0) std::erase_if(all, [](float x) { return !std::isfinite(x); });  // codes are not promised
     const Floats zeros(d);
     Hash hash;
-    std::vector<std::byte> cache(kernels::kv_head_bytes(type, d));
-    std::byte* block = cache.data();
-    const kernels::KvHead kv{type, d, &block, 0};
+    std::vector<std::byte> cache(quant::kv_head_bytes(type, d));
+    const uint32_t block = 0;
+    const kernels::KvHead kv{type, d, cache.data(), cache.size(), &block};
     Floats scratch(kernels::attention_scratch_floats(1, d)), out(d);
     for (size_t i = 0; i + d <= all.size(); i += d) {
         k->kv_store(kv, 0, zeros.data(), &all[i]);
@@ -272,11 +273,11 @@ void stored_extremes(KvType type) {
         k->attention({kv, zeros.data(), d, 1, 0, out.data(), d, scratch.data()});
         hash.add(out);
     }
-    hash.print(std::string(kernels::name(type)) + " extremes");
+    hash.print(std::string(quant::name(type)) + " extremes");
 }
 
 void attentions() {
-    for (const KvType type : kernels::all_kv_types) {
+    for (const KvType type : quant::all_kv_types) {
         for (const uint32_t d : {7u, 16u, 20u, 32u, 48u, 64u, 80u, 96u, 128u}) {
             for (const uint32_t tokens : {1u, 7u, 33u, 150u}) {  // 150: more than one block
                 Random random(d + tokens);

@@ -35,18 +35,19 @@ void print_isas() {
 
 void run_line(const std::string& line) {
     std::istringstream in(line);
-    engine::EngineOptions options;
+    engine::EngineOptions all;
+    model::BackendOptions& options = all.backend;
     std::string kv, model, out;
     in >> options.isa >> options.n_threads >> options.n_batch >> kv >> model >> out;
-    const auto is_named = [&](kernels::KvType type) { return kv == kernels::name(type); };
-    const auto* type = std::find_if(std::begin(kernels::all_kv_types), std::end(kernels::all_kv_types), is_named);
-    if (!in || type == std::end(kernels::all_kv_types)) throw ArgumentError("this line is not a run: " + line);
+    const auto is_named = [&](quant::KvType type) { return kv == quant::name(type); };
+    const auto* type = std::find_if(std::begin(quant::all_kv_types), std::end(quant::all_kv_types), is_named);
+    if (!in || type == std::end(quant::all_kv_types)) throw ArgumentError("this line is not a run: " + line);
     if (options.isa == "-") options.isa.clear();
     options.kv_type = *type;
     std::vector<uint32_t> ids;
     for (uint32_t id; in >> id;) ids.push_back(id);
 
-    engine::Engine engine(gguf::GgufFile::open(model), options, [](double) {});
+    engine::Engine engine(gguf::GgufFile::open(model), all, [](double) {});
     std::vector<float> logits(ids.size() * engine.hyperparams().vocab_size);
     engine::RequestOptions wanted;
     wanted.generate = false;

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-namespace fixmin::model {
+namespace fixmin::cpu {
 
 /// One thread's view of the team; each thread calls the same functions with its own.
 class Team {
@@ -87,4 +87,4 @@ class Team {
     uint32_t loop_ = 0;
 };
 
-}  // namespace fixmin::model
+}  // namespace fixmin::cpu

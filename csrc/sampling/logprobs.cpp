@@ -1,13 +1,14 @@
-#include "engine/logprobs.h"
+#include "sampling/logprobs.h"
 
 #include <algorithm>
 #include <cmath>
 #include <string>
 
-#include "engine/candidates.h"
 #include "error.h"
+#include "kernels/kernels.h"
+#include "sampling/candidates.h"
 
-namespace fixmin::engine {
+namespace fixmin::sampling {
 
 TopLogprobs top_logprobs(std::span<const float> logits, uint32_t k, uint32_t chosen, const kernels::Kernels& kernels) {
     const uint32_t n = uint32_t(logits.size());
@@ -25,7 +26,7 @@ TopLogprobs top_logprobs(std::span<const float> logits, uint32_t k, uint32_t cho
     }
     float highest, sum;
     kernels.softmax_stats(logits.data(), n, &highest, &sum);
-    // The same roundings as in Engine::score.
+    // Rounded once, at the end.
     const double log_sum = std::log(double(sum));
     const auto logprob = [&](float logit) { return float(double(logit) - highest - log_sum); };
 
@@ -43,4 +44,4 @@ TopLogprobs top_logprobs(std::span<const float> logits, uint32_t k, uint32_t cho
     return result;
 }
 
-}  // namespace fixmin::engine
+}  // namespace fixmin::sampling

@@ -1,4 +1,4 @@
-#include "engine/sampler.h"
+#include "sampling/sampler.h"
 
 #include <algorithm>
 #include <bit>
@@ -7,8 +7,9 @@
 #include <string>
 
 #include "error.h"
+#include "kernels/isa.h"
 
-namespace fixmin::engine {
+namespace fixmin::sampling {
 namespace {
 
 constexpr float infinity = std::numeric_limits<float>::infinity();
@@ -81,6 +82,10 @@ void check(const SamplingParams& p) {
     for (const auto& [id, bias] : p.logit_bias) {
         expect(bias < infinity, "logit_bias of token " + std::to_string(id), bias, "finite or -infinity");
     }
+}
+
+const kernels::Kernels& kernels_of(std::string_view isa) {
+    return isa.empty() ? kernels::default_kernels() : kernels::select(isa);
 }
 
 Sampler::Sampler(std::shared_ptr<const SamplingParams> params, std::optional<uint64_t> seed,
@@ -216,4 +221,4 @@ void Sampler::check_ids(size_t vocab_size) {
     checked_size_ = vocab_size;
 }
 
-}  // namespace fixmin::engine
+}  // namespace fixmin::sampling

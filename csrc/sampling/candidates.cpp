@@ -1,11 +1,13 @@
-#include "engine/candidates.h"
+#include "sampling/candidates.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
 
-namespace fixmin::engine {
+#include "kernels/kernels.h"
+
+namespace fixmin::sampling {
 namespace {
 
 // A k of 40 then looks at 40 blocks of 32 values after one pass for the maxima.
@@ -361,4 +363,4 @@ std::vector<Candidate> Candidates::list() const {
     return all;
 }
 
-}  // namespace fixmin::engine
+}  // namespace fixmin::sampling

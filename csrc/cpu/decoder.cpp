@@ -1,14 +1,16 @@
-// The forward pass, top to bottom in the order of DESIGN §2. Every function is called by all threads of a team, each of
-// which does its share; a barrier stands where a step needs what another thread has made.
-#include "model/decoder.h"
+// The forward pass, top to bottom in the order of docs/design.md. Every function is called by all threads of a team,
+// each of which does its share; a barrier stands where a step needs what another thread has made.
+#include "cpu/decoder.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 
-namespace fixmin::model {
+namespace fixmin::cpu {
 
 using kernels::ActivationBlock;
+using model::Activation;
+using model::Layer;
 using quant::block_size;
 
 namespace {
@@ -28,9 +30,9 @@ size_t matmul_scratch(size_t inner, size_t max_tokens) {
 
 }  // namespace
 
-Decoder::Decoder(const Weights& weights, const kernels::Kernels& kernels, uint32_t max_tokens, uint32_t n_ctx,
-                 uint32_t n_threads)
-    : weights_(weights), hp_(weights.hyperparams), kernels_(kernels) {
+Decoder::Decoder(const model::Weights& weights, const kernels::Kernels& kernels, const KvMemory& kv,
+                 uint32_t max_tokens, uint32_t n_ctx, uint32_t n_threads)
+    : weights_(weights), hp_(weights.hyperparams), kernels_(kernels), kv_(kv) {
     const size_t t = max_tokens, d = hp_.embedding_length, f = hp_.feed_forward_length;
     const size_t widest = std::max(d, f);
     x_.resize(t * d);
@@ -66,15 +68,6 @@ size_t Decoder::buffer_bytes() const {
     return total;
 }
 
-InputSquares::InputSquares(const Hyperparams& hp) : blocks(hp.block_count), output(hp.embedding_length) {
-    for (Block& block : blocks) {
-        if (&block != &blocks.front() || !hp.folds_layer_0()) block.qkv.resize(hp.embedding_length);
-        block.attn_output.resize(hp.q_length());
-        block.gate_up.resize(hp.embedding_length);
-        block.down.resize(hp.feed_forward_length);
-    }
-}
-
 namespace {
 
 // This thread's share of the channels.
@@ -101,7 +94,7 @@ void Decoder::prepare_positions(uint32_t end) {
     }
 }
 
-bool Decoder::forward(const Batch& batch, Team& team) {
+bool Decoder::forward(const Batch& batch, Team& team, InputSquares* all_squares) {
     const uint32_t n_tokens = uint32_t(batch.ids.size());
     if (team.index == 0) stopped_ = false;
     lift(batch, team);
@@ -109,12 +102,12 @@ bool Decoder::forward(const Batch& batch, Team& team) {
     capture_hidden(0, batch, team);
     for (uint32_t l = 0; l < hp_.block_count; ++l) {
         const Layer& layer = weights_.layers[l];
-        project_qkv(l, batch, team);  // h = norm1(x); q, k, v
+        InputSquares::Block* squares = all_squares ? &all_squares->blocks[l] : nullptr;
+        project_qkv(l, batch, squares, team);  // h = norm1(x); q, k, v
         if (n_tokens == 1) prefetch_kv(l, batch, team);
         team.barrier();
         attend(l, batch, team);  // softmax(q.k * scale) v
         team.barrier();
-        InputSquares::Block* squares = batch.squares ? &batch.squares->blocks[l] : nullptr;
         const Rows rows =
             as_rows(attended_.data(), hp_.q_length(), n_tokens, is_quantized(layer.attn_output.type), team);
         if (squares) add_squares(squares->attn_output, rows.values, n_tokens, team);
@@ -142,7 +135,7 @@ void Decoder::lift(const Batch& batch, Team& team) {
     for (uint32_t t = begin; t < end; ++t) weights_.embed(batch.ids[t], x_.data() + size_t(t) * hp_.embedding_length);
 }
 
-void Decoder::project_qkv(uint32_t l, const Batch& batch, Team& team) {
+void Decoder::project_qkv(uint32_t l, const Batch& batch, InputSquares::Block* squares, Team& team) {
     const uint32_t n_tokens = uint32_t(batch.ids.size());
     const size_t stride = hp_.qkv_length();
     if (l == 0 && hp_.folds_layer_0()) {
@@ -155,7 +148,7 @@ void Decoder::project_qkv(uint32_t l, const Batch& batch, Team& team) {
     const Layer& layer = weights_.layers[l];
     const bool quantize = is_quantized(layer.q.type) || is_quantized(layer.k.type) || is_quantized(layer.v.type);
     const Rows rows = normalized(layer.attn_norm, n_tokens, quantize, team);
-    if (batch.squares) add_squares(batch.squares->blocks[l].qkv, rows.values, n_tokens, team);
+    if (squares) add_squares(squares->qkv, rows.values, n_tokens, team);
     multiply(layer.q, rows, n_tokens, qkv_.data(), stride, false, team);
     multiply(layer.k, rows, n_tokens, qkv_.data() + hp_.q_length(), stride, false, team);
     multiply(layer.v, rows, n_tokens, qkv_.data() + hp_.q_length() + hp_.kv_length(), stride, false, team);
@@ -167,20 +160,20 @@ void Decoder::project_qkv(uint32_t l, const Batch& batch, Team& team) {
 void Decoder::attend(uint32_t l, const Batch& batch, Team& team) {
     const uint32_t n_heads = hp_.head_count_kv, group = hp_.head_count / n_heads;
     team.for_pieces(uint32_t(batch.chunks.size()) * n_heads, [&](uint32_t begin, uint32_t end) {
-        for (uint32_t i = begin; i < end; ++i) store_kv(l, batch, batch.chunks[i / n_heads], i % n_heads);
+        for (uint32_t i = begin; i < end; ++i) store_kv(l, batch.chunks[i / n_heads], i % n_heads);
         for (uint32_t i = begin; i < end; ++i) {
             if (i + 1 < end) {  // a single token is the first to read its cache since the step before
                 const Chunk& next = batch.chunks[(i + 1) / n_heads];
                 if (next.n_tokens == 1)
-                    kernels_.kv_prefetch(kv_head_of(l, batch, next, (i + 1) % n_heads), next.position);
+                    kernels_.kv_prefetch(kv_.head(l, (i + 1) % n_heads, next.blocks), next.position);
             }
             for (uint32_t head = i % n_heads * group; head < (i % n_heads + 1) * group; ++head)
-                attend_head(l, batch, batch.chunks[i / n_heads], head, team);
+                attend_head(l, batch.chunks[i / n_heads], head, team);
         }
     });
 }
 
-void Decoder::store_kv(uint32_t l, const Batch& batch, const Chunk& chunk, uint32_t kv_head) {
+void Decoder::store_kv(uint32_t l, const Chunk& chunk, uint32_t kv_head) {
     const uint32_t d = hp_.head_dim, n_tokens = chunk.n_tokens;
     const size_t stride = hp_.qkv_length();
     float* keys = qkv_.data() + chunk.first_row * stride + hp_.q_length() + kv_head * d;
@@ -194,12 +187,12 @@ void Decoder::store_kv(uint32_t l, const Batch& batch, const Chunk& chunk, uint3
             }
         }
         rotate(keys + t * stride, chunk.position + t);
-        kernels_.kv_store(kv_head_of(l, batch, chunk, kv_head), chunk.position + t, keys + t * stride,
+        kernels_.kv_store(kv_.head(l, kv_head, chunk.blocks), chunk.position + t, keys + t * stride,
                           values + t * stride);
     }
 }
 
-void Decoder::attend_head(uint32_t l, const Batch& batch, const Chunk& chunk, uint32_t head, const Team& team) {
+void Decoder::attend_head(uint32_t l, const Chunk& chunk, uint32_t head, const Team& team) {
     const uint32_t d = hp_.head_dim, group = hp_.head_count / hp_.head_count_kv;
     const size_t stride = hp_.qkv_length();
     float* queries = qkv_.data() + chunk.first_row * stride + head * d;
@@ -207,7 +200,7 @@ void Decoder::attend_head(uint32_t l, const Batch& batch, const Chunk& chunk, ui
         rotate(queries + t * stride, chunk.position + t);
         kernels_.scale(queries + t * stride, d, hp_.attention_scale);
     }
-    kernels_.attention({kv_head_of(l, batch, chunk, head / group), queries, stride, chunk.n_tokens, chunk.position,
+    kernels_.attention({kv_.head(l, head / group, chunk.blocks), queries, stride, chunk.n_tokens, chunk.position,
                         attended_.data() + size_t(chunk.first_row) * hp_.q_length() + head * d, hp_.q_length(),
                         reinterpret_cast<float*>(private_[team.index].scratch.data())});
 }
@@ -218,17 +211,12 @@ void Decoder::rotate(float* head, uint32_t position) const {
     if (pairs) kernels_.rope(head, hp_.rope_dim, hp_.rope_style, cos_.data() + row, sin_.data() + row);
 }
 
-kernels::KvHead Decoder::kv_head_of(uint32_t l, const Batch& batch, const Chunk& chunk, uint32_t kv_head) const {
-    return {batch.kv.type, hp_.head_dim, chunk.blocks,
-            l * batch.kv.layer_bytes + kv_head * kernels::kv_head_bytes(batch.kv.type, hp_.head_dim)};
-}
-
 // Of the heads that this thread will probably attend to, before it waits for the others.
 void Decoder::prefetch_kv(uint32_t l, const Batch& batch, const Team& team) const {
     const Chunk& chunk = batch.chunks.front();
     const auto [begin, end] = team.share(hp_.head_count_kv);
     for (uint32_t kv_head = begin; kv_head < end; ++kv_head)
-        kernels_.kv_prefetch(kv_head_of(l, batch, chunk, kv_head), chunk.position);
+        kernels_.kv_prefetch(kv_.head(l, kv_head, chunk.blocks), chunk.position);
 }
 
 void Decoder::feed_forward(const Layer& layer, uint32_t n_tokens, InputSquares::Block* squares, Team& team) {
@@ -349,9 +337,9 @@ void Decoder::multiply_part(const Linear& w, const Rows& rows, const Part& part,
 
 // Where this thread reads on after its share of w; null inside of it.
 const std::byte* Decoder::next_read(const Linear& w, const Part& part, const Team& team) const {
-    if (part.end_row < std::min(team.share(w.n_panels()).end * quant::panel_rows, w.rows)) return nullptr;
+    if (part.end_row < std::min(team.share(w.n_panels).end * quant::panel_rows, w.rows)) return nullptr;
     const Linear& next = *following_.at(&w);
-    return next.panels + team.share(next.n_panels()).begin * next.panel_stride;
+    return next.panels + team.share(next.n_panels).begin * next.panel_stride;
 }
 
 void Decoder::capture_hidden(uint32_t layer, const Batch& batch, Team& team) const {
@@ -364,4 +352,4 @@ void Decoder::capture_hidden(uint32_t layer, const Batch& batch, Team& team) con
     }
 }
 
-}  // namespace fixmin::model
+}  // namespace fixmin::cpu

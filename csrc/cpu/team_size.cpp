@@ -1,9 +1,9 @@
-#include "engine/team_size.h"
+#include "cpu/team_size.h"
 
 #include <algorithm>
 #include <bit>
 
-namespace fixmin::engine {
+namespace fixmin::cpu {
 namespace {
 
 constexpr double ms = 1e6;
@@ -143,15 +143,16 @@ void TeamSize::end_trial(Kind& kind, bool better, double rate) {
     }
 }
 
-double guessed_ns(const model::Weights& weights, const model::Batch& batch, size_t n_logits) {
+double guessed_ns(const model::Weights& weights, const model::Batch& batch) {
     // 8-bit weights, AVX-512 VNNI: 0.013 ns for a product in a batch; reading a weight costs as much as five of them.
     constexpr double product_ns = 0.013, reading = 5, attention_ns = 0.03;
     const model::Hyperparams& hp = weights.hyperparams;
     double products = double(weights.block_product_weights()) * (double(batch.ids.size()) + reading);
-    if (n_logits) products += double(hp.vocab_size) * hp.embedding_length * (double(n_logits) + reading);
+    if (const size_t n = batch.rows.size())
+        products += double(hp.vocab_size) * hp.embedding_length * (double(n) + reading);
     double pairs = 0;
     for (const model::Chunk& chunk : batch.chunks) pairs += chunk.n_tokens * (chunk.position + chunk.n_tokens / 2.0);
     return product_ns * products + attention_ns * 2 * pairs * hp.q_length() * hp.block_count;
 }
 
-}  // namespace fixmin::engine
+}  // namespace fixmin::cpu

@@ -9,9 +9,9 @@
 #include <thread>
 #include <vector>
 
-#include "model/decoder.h"
+#include "cpu/team.h"
 
-namespace fixmin::engine {
+namespace fixmin::cpu {
 
 /// Sense-reversing barrier: spins for a bounded time, then sleeps in the kernel.
 class Barrier {
@@ -45,7 +45,7 @@ class ThreadPool {
     /// call at a time. The other threads sleep on: with n = 1 nothing is woken and no barrier waits. The floating-point
     /// environment is the default one inside. In a forked child the workers are made anew. An exception of the job ends
     /// up here; a job that uses team.barrier() must not throw.
-    void run(const std::function<void(model::Team&)>& job, uint32_t n = all);
+    void run(const std::function<void(Team&)>& job, uint32_t n = all);
 
     /// body(begin, end) on contiguous shares of 0..n, one for each of n_threads.
     void parallel_for(uint32_t n, const std::function<void(uint32_t, uint32_t)>& body, uint32_t n_threads = all);
@@ -67,4 +67,4 @@ uint32_t usable_cpus();
 /// usable_cpus(), but no more than the physical cores in the affinity mask.
 uint32_t default_threads();
 
-}  // namespace fixmin::engine
+}  // namespace fixmin::cpu

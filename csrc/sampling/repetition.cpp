@@ -1,9 +1,9 @@
-#include "engine/repetition.h"
+#include "sampling/repetition.h"
 
 #include <algorithm>
 #include <limits>
 
-namespace fixmin::engine {
+namespace fixmin::sampling {
 namespace {
 
 size_t window_of(int32_t last_n) { return last_n < 0 ? std::numeric_limits<size_t>::max() : size_t(last_n); }
@@ -133,4 +133,4 @@ bool Repetition::breaks_alone(uint32_t id) const {
            std::any_of(tails->second.begin(), tails->second.end(), [](const auto& tail) { return tail.empty(); });
 }
 
-}  // namespace fixmin::engine
+}  // namespace fixmin::sampling

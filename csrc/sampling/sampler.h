@@ -4,14 +4,18 @@
 #include <memory>
 #include <optional>
 #include <span>
+#include <string_view>
 #include <vector>
 
-#include "engine/candidates.h"
-#include "engine/repetition.h"
-#include "engine/sampling_params.h"
-#include "kernels/kernels.h"
+#include "sampling/candidates.h"
+#include "sampling/repetition.h"
+#include "sampling/sampling_params.h"
 
-namespace fixmin::engine {
+namespace fixmin::sampling {
+
+/// The arithmetic of an instruction set; an empty name: FIXMIN_ISA, else the best there is. Throws ArgumentError,
+/// UnsupportedError.
+const kernels::Kernels& kernels_of(std::string_view isa = {});
 
 /// One per request; it holds all that sampling remembers. Not for several threads at once.
 ///
@@ -76,4 +80,4 @@ class Sampler {
 /// Number `index` of the SplitMix64 sequence that starts at `seed`, as a double in [0, 1).
 double counter_uniform(uint64_t seed, uint64_t index);
 
-}  // namespace fixmin::engine
+}  // namespace fixmin::sampling

@@ -4,7 +4,7 @@
 #include <map>
 #include <vector>
 
-namespace fixmin::engine {
+namespace fixmin::sampling {
 
 struct SamplingParams {
     // Changes of single logits, in this order; they count for greedy too.
@@ -52,4 +52,4 @@ struct SamplingParams {
 /// Throws ArgumentError, naming what is out of range or not a number.
 void check(const SamplingParams& params);
 
-}  // namespace fixmin::engine
+}  // namespace fixmin::sampling

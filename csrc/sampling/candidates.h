@@ -4,9 +4,11 @@
 #include <span>
 #include <vector>
 
-#include "kernels/kernels.h"
+namespace fixmin::kernels {
+struct Kernels;
+}
 
-namespace fixmin::engine {
+namespace fixmin::sampling {
 
 struct Candidate {
     float logit;
@@ -93,4 +95,4 @@ class Candidates {
     double total_ = 0;
 };
 
-}  // namespace fixmin::engine
+}  // namespace fixmin::sampling

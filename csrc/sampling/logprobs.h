@@ -4,9 +4,11 @@
 #include <span>
 #include <vector>
 
-#include "kernels/kernels.h"
+namespace fixmin::kernels {
+struct Kernels;
+}
 
-namespace fixmin::engine {
+namespace fixmin::sampling {
 
 inline constexpr uint32_t max_top_logprobs = 1024;
 
@@ -26,4 +28,4 @@ struct TopLogprobs {
 /// Throws Error if a logit is NaN or +infinity, ArgumentError if k is too large or `chosen` is not below V.
 TopLogprobs top_logprobs(std::span<const float> logits, uint32_t k, uint32_t chosen, const kernels::Kernels& kernels);
 
-}  // namespace fixmin::engine
+}  // namespace fixmin::sampling

@@ -1,4 +1,6 @@
-#include "engine/machine.h"
+#include "cpu/machine.h"
+
+#include <unistd.h>
 
 #include <algorithm>
 #include <fstream>
@@ -7,7 +9,7 @@
 #include <string_view>
 #include <vector>
 
-namespace fixmin::engine {
+namespace fixmin::cpu {
 namespace {
 
 bool lists(const std::string& names, std::string_view name) {
@@ -136,4 +138,9 @@ CgroupLimits cgroup_limits(const std::string& root) {
     return limits;
 }
 
-}  // namespace fixmin::engine
+double memory_bytes() {
+    const double bytes = double(sysconf(_SC_PHYS_PAGES)) * double(sysconf(_SC_PAGESIZE));
+    return std::min(bytes, cgroup_limits().memory_bytes);
+}
+
+}  // namespace fixmin::cpu

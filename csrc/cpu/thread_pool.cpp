@@ -1,4 +1,4 @@
-#include "engine/thread_pool.h"
+#include "cpu/thread_pool.h"
 
 #include <sched.h>
 #include <unistd.h>
@@ -16,10 +16,10 @@
 #include <system_error>
 #include <thread>
 
-#include "engine/machine.h"
+#include "cpu/machine.h"
 #include "error.h"
 
-namespace fixmin::engine {
+namespace fixmin::cpu {
 namespace {
 
 // About 50 microseconds of `pause`: longer than any step between two barriers of a decoded token is uneven, far shorter
@@ -78,12 +78,12 @@ struct ThreadPool::Shared {
 
     const uint32_t spins;
     Barrier barrier;
-    model::Team::Counters counters;
+    Team::Counters counters;
     std::vector<Calls> calls;
     std::atomic<uint32_t> running = 0;  // workers still in the job
     std::atomic<bool> quit = false;
     uint32_t team_size = 0;
-    const std::function<void(model::Team&)>* job = nullptr;
+    const std::function<void(Team&)>* job = nullptr;
     std::mutex error_mutex;
     std::exception_ptr error;  // the first one of a job
 
@@ -93,7 +93,7 @@ struct ThreadPool::Shared {
     }
 
     void call(uint32_t index, uint32_t size) {
-        class PoolTeam final : public model::Team {
+        class PoolTeam final : public Team {
           public:
             PoolTeam(uint32_t index, uint32_t size, Shared& shared)
                 : Team(index, size, shared.counters), barrier_(shared.barrier) {}
@@ -161,7 +161,7 @@ void ThreadPool::stop() {
     workers_.clear();
 }
 
-void ThreadPool::run(const std::function<void(model::Team&)>& job, uint32_t n) {
+void ThreadPool::run(const std::function<void(Team&)>& job, uint32_t n) {
     n = std::min(n, size_);
     if (owner_ != getpid()) {
         stop();
@@ -184,7 +184,7 @@ void ThreadPool::run(const std::function<void(model::Team&)>& job, uint32_t n) {
 
 void ThreadPool::parallel_for(uint32_t n, const std::function<void(uint32_t, uint32_t)>& body, uint32_t n_threads) {
     run(
-        [&](model::Team& team) {
+        [&](Team& team) {
             const auto [begin, end] = team.share(n);
             if (begin < end) body(begin, end);
         },
@@ -239,4 +239,4 @@ uint32_t default_threads() {
     return std::max(1u, std::min(uint32_t(cores.size()), usable_cpus()));
 }
 
-}  // namespace fixmin::engine
+}  // namespace fixmin::cpu

@@ -5,9 +5,9 @@
 #include <cstdint>
 #include <vector>
 
-#include "model/decoder.h"
+#include "model/backend.h"
 
-namespace fixmin::engine {
+namespace fixmin::cpu {
 
 /// Finds the team's size for each kind of step (by the number of its tokens, in powers of two) by trying. No clock is
 /// read here: times are given, so that a test can make them up.
@@ -69,6 +69,6 @@ class TeamSize {
 
 /// Nanoseconds that one thread would take for a step, within a factor of about three: weights are read once and
 /// multiplied with every token, every cached position is read by every token behind it.
-double guessed_ns(const model::Weights& weights, const model::Batch& batch, size_t n_logits);
+double guessed_ns(const model::Weights& weights, const model::Batch& batch);
 
-}  // namespace fixmin::engine
+}  // namespace fixmin::cpu

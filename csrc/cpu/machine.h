@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <string>
 
-namespace fixmin::engine {
+namespace fixmin::cpu {
 
 struct CgroupLimits {
     double cpus = 1e9;  // by quota
@@ -15,4 +15,7 @@ struct CgroupLimits {
 /// /proc/self and the mount points that it names. Files that are absent or unreadable limit nothing.
 CgroupLimits cgroup_limits(const std::string& root = "");
 
-}  // namespace fixmin::engine
+/// Of the machine, or of the control group if that has less.
+double memory_bytes();
+
+}  // namespace fixmin::cpu

@@ -10,7 +10,7 @@
 #include <sys/mman.h>
 #endif
 
-namespace fixmin::model {
+namespace fixmin::cpu {
 
 template <typename T>
 struct BufferAllocator {
@@ -42,4 +42,4 @@ struct BufferAllocator {
 template <typename T>
 using Buffer = std::vector<T, BufferAllocator<T>>;
 
-}  // namespace fixmin::model
+}  // namespace fixmin::cpu

@@ -5,9 +5,9 @@
 #include <unordered_map>
 #include <vector>
 
-#include "engine/sampling_params.h"
+#include "sampling/sampling_params.h"
 
-namespace fixmin::engine {
+namespace fixmin::sampling {
 
 /// The tokens of a request so far, as far as the parameters ask for them.
 class Repetition {
@@ -46,4 +46,4 @@ class Repetition {
     std::vector<uint32_t> reversed_, matches_;
 };
 
-}  // namespace fixmin::engine
+}  // namespace fixmin::sampling

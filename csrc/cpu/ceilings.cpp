@@ -1,0 +1,71 @@
+// What the threads could do at best: the denominators of `fixmin bench`.
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+
+#include "cpu/cpu_backend.h"
+#include "error.h"
+#include "model/pages.h"
+
+namespace fixmin::cpu {
+namespace {
+
+double seconds(const auto& f) {
+    const auto start = std::chrono::steady_clock::now();
+    f();
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+}  // namespace
+
+std::vector<double> CpuBackend::read_ceiling(size_t n_bytes, uint32_t passes, const model::Stop& stop) {
+    constexpr size_t unit = 4096;
+    const size_t n_units = n_bytes / unit;
+    if (n_units < pool_.size()) throw ArgumentError("a read of fewer than 4096 bytes for each thread says nothing");
+    if (n_units > UINT32_MAX) throw ArgumentError("the read is larger than 16 TiB");
+    const model::Pages buffer(n_units * unit, "what is read");
+    pool_.parallel_for(uint32_t(n_units), [&](uint32_t begin, uint32_t end) {
+        std::memset(buffer.data() + begin * unit, 1, (end - begin) * unit);
+    });
+    // A small buffer is read again and again: one wake of the threads must not be what is measured.
+    const uint64_t rounds = std::max<uint64_t>(1, (size_t(256) << 20) / (n_units * unit));
+    const auto read = [&](Team& team) {
+        for (uint64_t r = 0; r < rounds; ++r) {
+            team.for_pieces(uint32_t(n_units), [&](uint32_t begin, uint32_t end) {
+                kernels_.ceilings.read(buffer.data() + begin * unit, (end - begin) * unit);
+            });
+            team.barrier();
+        }
+    };
+    std::vector<double> rates;
+    for (uint32_t pass = 0; pass < passes; ++pass) {
+        if (stop()) throw model::Cancelled();
+        const double time = seconds([&] { pool_.run(read); });
+        rates.push_back(double(rounds) * double(n_units * unit) / time);
+    }
+    return rates;
+}
+
+std::vector<double> CpuBackend::int8_ceiling(uint32_t passes, const model::Stop& stop) {
+    // In pieces, as the model's work is shared: else a slow core would lower the ceiling of all.
+    constexpr uint32_t pieces = 256;
+    const auto run = [&](uint64_t rounds) {
+        return seconds([&] {
+            pool_.run([&](Team& team) {
+                team.for_pieces(pieces * pool_.size(), [&](uint32_t begin, uint32_t end) {
+                    kernels_.ceilings.multiply(rounds / pieces * (end - begin));
+                });
+            });
+        });
+    };
+    uint64_t rounds = pieces * 8;
+    while (run(rounds) < 0.025) rounds *= 2;
+    std::vector<double> rates;
+    for (uint32_t pass = 0; pass < passes; ++pass) {
+        if (stop()) throw model::Cancelled();
+        rates.push_back(double(rounds) * kernels_.ceilings.int8_operations * pool_.size() / run(rounds));
+    }
+    return rates;
+}
+
+}  // namespace fixmin::cpu

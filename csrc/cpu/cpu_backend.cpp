@@ -1,0 +1,89 @@
+#include "cpu/cpu_backend.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+#include "cpu/machine.h"
+#include "error.h"
+#include "kernels/isa.h"
+#include "quant/panels.h"
+
+namespace fixmin::cpu {
+namespace {
+
+constexpr model::Packing packing = {quant::panel_rows, quant::panel_bytes, quant::pack_panel};
+
+// No more threads than there are CPUs for them, unless the environment wants them all: more are never faster.
+TeamSize team_size(uint32_t n_threads) {
+    const char* team = std::getenv("FIXMIN_TEAM");
+    const std::string wanted = team && *team ? team : "auto";
+    if (wanted == "fixed") return TeamSize(n_threads, true);
+    if (wanted == "auto") return TeamSize(std::min(n_threads, usable_cpus()));
+    throw ArgumentError("FIXMIN_TEAM is '" + wanted + "'; known: auto, fixed");
+}
+
+// A small file is packed faster than a thread is awaited that another process keeps from running.
+model::Weights load(gguf::GgufFile file, ThreadPool& pool, const std::function<void(double)>& progress) {
+    constexpr size_t alone = size_t(32) << 20;
+    const uint32_t n_threads = file.bytes().size() < alone ? 1 : ThreadPool::all;
+    const auto parallel_for = [&](uint32_t n, const auto& body) { pool.parallel_for(n, body, n_threads); };
+    return model::load_weights(std::move(file), packing, parallel_for, progress);
+}
+
+}  // namespace
+
+CpuBackend::CpuBackend(gguf::GgufFile file, const model::BackendOptions& options,
+                       const std::function<void(double)>& progress)
+    : kernels_(options.isa.empty() ? kernels::default_kernels() : kernels::select(options.isa)),
+      pool_(options.n_threads ? options.n_threads : default_threads()),
+      team_size_(team_size(pool_.size())),
+      weights_(load(std::move(file), pool_, progress)),
+      kv_(weights_.hyperparams, options.kv_type, n_kv_blocks(options, weights_.hyperparams, memory_bytes())),
+      decoder_(weights_, kernels_, kv_, options.n_batch, options.n_ctx, pool_.size()) {}
+
+bool CpuBackend::forward(const model::Batch& batch) {
+    uint32_t end = 0;
+    for (const model::Chunk& chunk : batch.chunks) end = std::max(end, chunk.position + chunk.n_tokens);
+    decoder_.prepare_positions(end);
+    n_threads_ = team_size_.choose(uint32_t(batch.ids.size()), guessed_ns(weights_, batch));
+    std::atomic<bool> done = true;
+    const auto start = std::chrono::steady_clock::now();
+    pool_.run(
+        [&](Team& team) {
+            if (!decoder_.forward(batch, team, squares_))
+                done = false;
+            else if (!batch.rows.empty())
+                decoder_.project(batch.rows, batch.logits, team, squares_);
+        },
+        n_threads_);
+    if (!done) return false;
+    team_size_.record(std::chrono::duration<double, std::nano>(std::chrono::steady_clock::now() - start).count());
+    weights_.check_readable();
+    return true;
+}
+
+void CpuBackend::project(std::span<const uint32_t> rows, float* logits) {
+    pool_.run([&](Team& team) { decoder_.project(rows, logits, team, squares_); }, n_threads_);
+}
+
+void CpuBackend::copy_block(uint32_t from, uint32_t to) {
+    std::memcpy(kv_.block(to), kv_.block(from), kv_.block_bytes);
+}
+
+void CpuBackend::read_block(uint32_t block, std::byte* out) const {
+    std::memcpy(out, kv_.block(block), kv_.block_bytes);
+}
+
+void CpuBackend::write_block(uint32_t block, const std::byte* in) {
+    std::memcpy(kv_.block(block), in, kv_.block_bytes);
+}
+
+void CpuBackend::parallel_for(uint32_t n, const std::function<void(uint32_t, uint32_t)>& body) {
+    pool_.parallel_for(n, body, n_threads_);
+}
+
+}  // namespace fixmin::cpu
