@@ -20,19 +20,16 @@
 
 namespace fixmin::kernels {
 
-extern const Kernels kernels_scalar;
+// FIXMIN_ISAS, from CMakeLists.txt: ISA(name) for every instruction set of this build, slowest first.
+#define ISA(name) extern const Kernels kernels_##name;
+FIXMIN_ISAS
+#undef ISA
 
 #if defined(__x86_64__)
-extern const Kernels kernels_avx2;
-extern const Kernels kernels_avxvnni;
-extern const Kernels kernels_avx512;
-extern const Kernels kernels_avx512vnni;
-extern const Kernels kernels_amx;
-
 namespace {
 
 struct CpuFeatures {
-    bool avx2 = false, avxvnni = false, avx512 = false, avx512vnni = false, amx = false;
+    bool scalar = true, avx2 = false, avxvnni = false, avx512 = false, avx512vnni = false, amx = false;
 };
 
 // Register state that the operating system saves on a context switch; an instruction set without it cannot be used.
@@ -77,19 +74,6 @@ CpuFeatures detect() {
 
 }  // namespace
 
-const std::vector<Isa>& isas() {
-    static const std::vector<Isa> list = [] {
-        const CpuFeatures cpu = detect();
-        return std::vector<Isa>{{"scalar", true, &kernels_scalar},
-                                {"avx2", cpu.avx2, &kernels_avx2},
-                                {"avxvnni", cpu.avxvnni, &kernels_avxvnni},
-                                {"avx512", cpu.avx512, &kernels_avx512},
-                                {"avx512vnni", cpu.avx512vnni, &kernels_avx512vnni},
-                                {"amx", cpu.amx, &kernels_amx}};
-    }();
-    return list;
-}
-
 std::string cpu_name() {
     uint32_t regs[12];
     if (__get_cpuid_max(0x80000000u, nullptr) < 0x80000004u) return "x86-64";
@@ -104,9 +88,6 @@ std::string cpu_name() {
 }
 
 #elif defined(__aarch64__)
-extern const Kernels kernels_neon;
-extern const Kernels kernels_neon_dotprod;
-
 namespace {
 
 bool has_dotprod() {
@@ -121,15 +102,14 @@ bool has_dotprod() {
 #endif
 }
 
-}  // namespace
-
-const std::vector<Isa>& isas() {
+struct CpuFeatures {
     // NEON is part of the base that every function of an aarch64 program may use.
-    static const std::vector<Isa> list = {{"scalar", true, &kernels_scalar},
-                                          {"neon", true, &kernels_neon},
-                                          {"neon_dotprod", has_dotprod(), &kernels_neon_dotprod}};
-    return list;
-}
+    bool scalar = true, neon = true, neon_dotprod = has_dotprod();
+};
+
+CpuFeatures detect() { return {}; }
+
+}  // namespace
 
 std::string cpu_name() {
 #if defined(__APPLE__)
@@ -142,14 +122,29 @@ std::string cpu_name() {
 
 #else
 
-const std::vector<Isa>& isas() {
-    static const std::vector<Isa> list = {{"scalar", true, &kernels_scalar}};
-    return list;
-}
+namespace {
+
+struct CpuFeatures {
+    bool scalar = true;
+};
+
+CpuFeatures detect() { return {}; }
+
+}  // namespace
 
 std::string cpu_name() { return "unknown"; }
 
 #endif
+
+const std::vector<Isa>& isas() {
+    static const std::vector<Isa> list = [] {
+        const CpuFeatures cpu = detect();
+#define ISA(name) Isa{#name, cpu.name, &kernels_##name},
+        return std::vector<Isa>{FIXMIN_ISAS};
+#undef ISA
+    }();
+    return list;
+}
 
 const Kernels& select(std::string_view name) {
     const auto& list = isas();

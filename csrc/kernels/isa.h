@@ -9,7 +9,7 @@
 namespace fixmin::kernels {
 
 struct Isa {
-    const char* name;  // "scalar"; "avx2", "avxvnni", "avx512", "avx512vnni"; "neon", "neon_dotprod"
+    const char* name;  // as CMakeLists.txt lists them
     bool supported;    // by this CPU and operating system
     const Kernels* kernels;
 };

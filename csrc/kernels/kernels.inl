@@ -710,14 +710,22 @@ void exp_minus(const float* x, uint32_t n, float highest, float* y) {
 
 namespace {
 
-constexpr Kernels table = {FIXMIN_ISA_NAME, quantize_activations,
-                           matmul,          layer_norm,
-                           rms_norm,        rope,
-                           scale,           gelu_erf,
-                           gelu_tanh,       silu_mul,
-                           kv_store,        kv_prefetch,
-                           attention,       softmax_stats,
-                           argmax,          exp_minus,
+constexpr Kernels table = {FIXMIN_NAME(FIXMIN_ISA),
+                           quantize_activations,
+                           matmul,
+                           layer_norm,
+                           rms_norm,
+                           rope,
+                           scale,
+                           gelu_erf,
+                           gelu_tanh,
+                           silu_mul,
+                           kv_store,
+                           kv_prefetch,
+                           attention,
+                           softmax_stats,
+                           argmax,
+                           exp_minus,
                            ceilings};
 
 }  // namespace

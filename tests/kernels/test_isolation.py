@@ -5,25 +5,39 @@ may define their table of kernels and nothing else that is visible outside.
 """
 
 import platform
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-SOURCES = Path(__file__).parents[2] / "csrc"
-AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-FLAGS = {
-    "scalar": [],
-    "avx2": AVX2,
-    "avxvnni": [*AVX2, "-mavxvnni"],
-    "avx512": AVX512,
-    "avx512vnni": [*AVX512, "-mavx512vnni"],
-    "amx": [*AVX512, "-mavx512vnni", "-mamx-tile", "-mamx-int8"],
-    "neon": [],
-    "neon_dotprod": ["-march=armv8.2-a+dotprod"],
-}
+from fixmin_cpp import _core
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ROOT / "csrc"
+
+
+def instruction_sets():
+    """Name -> options of the compiler, from the lines fixmin_isa(NAME HEADER OPTION...) of CMakeLists.txt."""
+    text = (ROOT / "CMakeLists.txt").read_text()
+    variables = {}
+
+    def expanded(words):
+        return [w for word in words for w in variables.get(word, [word])]
+
+    found = {}
+    for command, inside in re.findall(r"^ *(set|fixmin_isa)\(([^()]*)\)", text, re.MULTILINE):
+        name, *words = inside.split()
+        if command == "set":
+            variables["${" + name + "}"] = expanded(words)
+        else:
+            header, *options = expanded(words)
+            found[name] = [f'-DFIXMIN_VEC="kernels/{header}"', f"-DFIXMIN_ISA={name}", *options]
+    return found
+
+
+ISAS = instruction_sets()
 MACHINES = {"x86_64": ("avx", "amx"), "aarch64": ("neon",)}  # how the names of their own instruction sets begin
 
 
@@ -40,17 +54,21 @@ def tools_for(isa):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("isa", FLAGS)
+@pytest.mark.parametrize("isa", ISAS)
 def test_kernel_unit_defines_only_its_table(isa, tmp_path):
     compiler, nm = tools_for(isa)
     target = tmp_path / "unit.o"
-    source = SOURCES / "kernels" / f"kernels_{isa}.cpp"
-    options = ["-std=c++20", "-O0", "-w", "-fno-exceptions", *FLAGS[isa]]
+    source = SOURCES / "kernels" / "unit.cpp"
+    options = ["-std=c++20", "-O0", "-w", "-fno-exceptions", *ISAS[isa]]
     subprocess.run([compiler, *options, "-I", SOURCES, "-c", source, "-o", target], check=True)
     listing = subprocess.check_output([nm, "-C", "--defined-only", "--extern-only", target], text=True)
     symbols = [line.split(maxsplit=2)[1:] for line in listing.splitlines()]
     assert [name for _, name in symbols] == [f"fixmin::kernels::kernels_{isa}"]
     assert symbols[0][0] in "DR"
+
+
+def test_all_units_are_looked_at():
+    assert set(_core.system_info()["isas_built"]) <= set(ISAS)
 
 
 def test_a_unit_that_leaks_is_noticed(tmp_path):
