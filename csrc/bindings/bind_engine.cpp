@@ -99,7 +99,7 @@ void wait_for(engine::Request& request, const CancelToken* token) {
         }
     }
     interruption.rethrow();
-    if (request.error()) std::rethrow_exception(request.error());
+    if (request.result().error) std::rethrow_exception(request.result().error);
 }
 
 const char* name(engine::FinishReason reason) {
@@ -371,7 +371,7 @@ void run(Engine& engine, std::span<const uint32_t> ids, engine::RequestOptions o
     options.generate = false;
     const auto request = engine.submit(ids, std::move(options));
     wait_for(*request, nullptr);
-    if (request->reason() != engine::FinishReason::length) throw Error("the computation was cancelled");
+    if (request->result().reason != engine::FinishReason::length) throw Error("the computation was cancelled");
 }
 
 py::array_t<float> logits(const EngineHandle& handle, const Ids& ids, bool last, bool prefix_cache,
@@ -417,7 +417,7 @@ py::array_t<float> score(const EngineHandle& handle, const Ids& ids) {
     options.generate = false;
     const auto request = engine->submit(id_span(ids), std::move(options));
     wait_for(*request, nullptr);
-    if (request->reason() != engine::FinishReason::length) throw Error("the computation was cancelled");
+    if (request->result().reason != engine::FinishReason::length) throw Error("the computation was cancelled");
     return values(request->prompt_logprobs());
 }
 
@@ -522,11 +522,11 @@ class RequestHandle {
     py::dict result() const {
         check_here();
         if (!request_->read(SIZE_MAX).ended) throw ArgumentError("the request has not ended");
-        if (request_->error()) std::rethrow_exception(request_->error());
-        const engine::RequestCounters& c = request_->counters();
+        if (request_->result().error) std::rethrow_exception(request_->result().error);
+        const engine::RequestCounters& c = request_->result().counters;
         py::dict d;
-        d["finish_reason"] = name(request_->reason());
-        d["last"] = request_->last() ? py::object(as_tuple(*request_->last())) : py::none();
+        d["finish_reason"] = name(request_->result().reason);
+        d["last"] = request_->result().last ? py::object(as_tuple(*request_->result().last)) : py::none();
         d["n_prompt"] = c.n_prompt;
         d["n_cached"] = c.n_cached;
         d["n_drafted"] = c.n_drafted;
@@ -636,9 +636,9 @@ GenerationResult generate(const EngineHandle& handle, const Ids& ids, const Para
     wait_for(*request, cancel);
     engine::Request::News all = request->read(0);
     if (stopped) all.ids.resize(n_seen);  // the engine does not wait for the callback
-    const engine::RequestCounters& c = request->counters();
+    const engine::RequestCounters& c = request->result().counters;
     return {py::array_t<uint32_t>(py::ssize_t(all.ids.size()), all.ids.data()),
-            stopped ? "stop" : name(request->reason()), c.n_prompt, c.prefill_s, c.decode_s};
+            stopped ? "stop" : name(request->result().reason), c.n_prompt, c.prefill_s, c.decode_s};
 }
 
 py::array_t<uint8_t> export_prefix(const EngineHandle& handle, const Ids& ids) {
