@@ -100,15 +100,11 @@ py::array_t<uint8_t> codes(const EngineHandle& handle, const Ids& ids) {
 void run(Engine& engine, std::span<const uint32_t> ids, engine::RequestOptions options) {
     options.generate = false;
     const auto request = engine.submit(ids, std::move(options));
-    Interruption interruption;
-    {
-        const py::gil_scoped_release release;
-        // A short first wait: small models answer sooner than this thread would look again.
+    compute([&](const Engine::Stop& stop) {
         while (!request->wait_end(0.02)) {
-            if (interruption()) request->cancel();
+            if (stop()) request->cancel();
         }
-    }
-    interruption.rethrow();
+    });
     if (request->result().error) std::rethrow_exception(request->result().error);
     if (request->result().reason != engine::FinishReason::length) throw Error("the computation was cancelled");
 }

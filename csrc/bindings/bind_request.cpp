@@ -4,8 +4,10 @@
 #include <pybind11/stl.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <limits>
 #include <optional>
+#include <utility>
 
 #include "bindings/engine_handle.h"
 
@@ -28,47 +30,37 @@ class PythonMask : public engine::TokenMask {
     PythonMask(py::object object, size_t n_words) : object_(std::move(object)), n_words_(n_words) {}
     ~PythonMask() override {
         // Not left to the members' destructors, which run without the GIL.
-        const py::gil_scoped_acquire gil;
-        const Calling inside;
+        const Calling python;
         words_.release().dec_ref();
         object_.release().dec_ref();
     }
 
     const uint32_t* allowed() override {
-        const py::gil_scoped_acquire gil;
-        const Calling inside;
+        const Calling python;
         words_ = object_.attr("allowed")().cast<Words>();
         if (size_t(words_.size()) < n_words_) throw ArgumentError("a mask of tokens is shorter than the vocabulary");
         return words_.data();
     }
     void accept(uint32_t id) override {
-        const py::gil_scoped_acquire gil;
-        const Calling inside;
+        const Calling python;
         object_.attr("accept")(id);
     }
     bool finished() override {
-        const py::gil_scoped_acquire gil;
-        const Calling inside;
+        const Calling python;
         return object_.attr("finished")().cast<bool>();
     }
 
   private:
     struct Calling {
-        Calling() { calling_a_mask = true; }
         ~Calling() { calling_a_mask = before; }
-        const bool before = calling_a_mask;
+        const py::gil_scoped_acquire gil;
+        const bool before = std::exchange(calling_a_mask, true);
     };
     using Words = py::array_t<uint32_t, py::array::c_style>;
     py::object object_;
     Words words_;
     const size_t n_words_;
 };
-
-py::array_t<float> values(const std::vector<sampling::TopLogprobs>& logprobs) {
-    py::array_t<float> out(static_cast<py::ssize_t>(logprobs.size()));
-    for (size_t i = 0; i < logprobs.size(); ++i) out.mutable_at(py::ssize_t(i)) = logprobs[i].chosen.logprob;
-    return out;
-}
 
 /// A request as Python holds it. An engine that goes away ends its requests first.
 class RequestHandle {
@@ -129,18 +121,9 @@ class RequestHandle {
     }
 
     py::array_t<float> prompt_logprobs() const {
-        result();
-        return values(request_->prompt_logprobs());
+        return of_prompt<float>([](const sampling::TopLogprobs& token) { return token.chosen.logprob; });
     }
-
-    py::array_t<uint32_t> prompt_ranks() const {
-        result();
-        py::array_t<uint32_t> out(py::ssize_t(request_->prompt_logprobs().size()));
-        uint32_t* rank = out.mutable_data();
-        for (const auto& token : request_->prompt_logprobs()) *rank++ = token.rank;
-        return out;
-    }
-
+    py::array_t<uint32_t> prompt_ranks() const { return of_prompt<uint32_t>(&sampling::TopLogprobs::rank); }
     bool prompt_scored() const { return request_->prompt_scored(); }
 
     py::list prompt_top_logprobs() const {
@@ -151,6 +134,15 @@ class RequestHandle {
     }
 
   private:
+    template <typename T, typename F>
+    py::array_t<T> of_prompt(F value) const {
+        result();
+        const std::vector<sampling::TopLogprobs>& tokens = request_->prompt_logprobs();
+        py::array_t<T> out(py::ssize_t(tokens.size()));
+        std::ranges::transform(tokens, out.mutable_data(), value);
+        return out;
+    }
+
     static py::tuple as_tuple(const sampling::TopLogprobs& token) {
         py::list top;
         for (const auto& [id, logprob] : token.top) top.append(py::make_tuple(id, logprob));
