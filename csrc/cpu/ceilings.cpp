@@ -19,20 +19,20 @@ double seconds(const auto& f) {
 }  // namespace
 
 std::vector<double> CpuBackend::read_ceiling(size_t n_bytes, uint32_t passes, const model::Stop& stop) {
-    constexpr size_t unit = 4096;
-    const size_t n_units = n_bytes / unit;
-    if (n_units < pool_.size()) throw ArgumentError("a read of fewer than 4096 bytes for each thread says nothing");
-    if (n_units > UINT32_MAX) throw ArgumentError("the read is larger than 16 TiB");
-    const model::Pages buffer(n_units * unit, "what is read");
-    pool_.parallel_for(uint32_t(n_units), [&](uint32_t begin, uint32_t end) {
-        std::memset(buffer.data() + begin * unit, 1, (end - begin) * unit);
+    constexpr size_t page = 4096;
+    const size_t n_pages = n_bytes / page;
+    if (n_pages < pool_.size()) throw ArgumentError("a read of fewer than 4096 bytes for each thread says nothing");
+    if (n_pages > UINT32_MAX) throw ArgumentError("the read is larger than 16 TiB");
+    const model::Pages buffer(n_pages * page, "what is read");
+    pool_.parallel_for(uint32_t(n_pages), [&](uint32_t begin, uint32_t end) {
+        std::memset(buffer.data() + begin * page, 1, (end - begin) * page);
     });
     // A small buffer is read again and again: one wake of the threads must not be what is measured.
-    const uint64_t rounds = std::max<uint64_t>(1, (size_t(256) << 20) / (n_units * unit));
+    const uint64_t rounds = std::max<uint64_t>(1, (size_t(256) << 20) / (n_pages * page));
     const auto read = [&](Team& team) {
         for (uint64_t r = 0; r < rounds; ++r) {
-            team.for_pieces(uint32_t(n_units), [&](uint32_t begin, uint32_t end) {
-                kernels_.ceilings.read(buffer.data() + begin * unit, (end - begin) * unit);
+            team.for_pieces(uint32_t(n_pages), [&](uint32_t begin, uint32_t end) {
+                kernels_.ceilings.read(buffer.data() + begin * page, (end - begin) * page);
             });
             team.barrier();
         }
@@ -41,7 +41,7 @@ std::vector<double> CpuBackend::read_ceiling(size_t n_bytes, uint32_t passes, co
     for (uint32_t pass = 0; pass < passes; ++pass) {
         if (stop()) throw model::Cancelled();
         const double time = seconds([&] { pool_.run(read); });
-        rates.push_back(double(rounds) * double(n_units * unit) / time);
+        rates.push_back(double(rounds) * double(n_pages * page) / time);
     }
     return rates;
 }

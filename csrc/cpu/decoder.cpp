@@ -16,7 +16,8 @@ using quant::block_size;
 namespace {
 
 // Tokens per pass over the panels of a matrix, in whole tiles of every ISA. The activations of a pass come from a
-// shared cache once for every group of panels, and each thread's tiles of them have to fit somewhere (docs/kernels.md).
+// shared cache once for all panels that stay in the cache, and each thread's tiles of them have to fit somewhere
+// (docs/kernels.md).
 uint32_t tokens_per_pass(size_t row_bytes) {
     constexpr size_t cache_bytes = size_t(4) << 20, whole = 48;
     return uint32_t(std::max(cache_bytes / row_bytes / whole * whole, whole));
@@ -158,7 +159,7 @@ void Decoder::project_qkv(uint32_t l, const Batch& batch, InputSquares::Block* s
 // All heads of a piece are stored before any is read: a load that overlaps younger, narrower stores would wait for
 // them.
 void Decoder::attend(uint32_t l, const Batch& batch, Team& team) {
-    const uint32_t n_heads = hp_.head_count_kv, group = hp_.head_count / n_heads;
+    const uint32_t n_heads = hp_.head_count_kv, heads_per_kv_head = hp_.head_count / n_heads;
     team.for_pieces(uint32_t(batch.chunks.size()) * n_heads, [&](uint32_t begin, uint32_t end) {
         for (uint32_t i = begin; i < end; ++i) store_kv(l, batch.chunks[i / n_heads], i % n_heads);
         for (uint32_t i = begin; i < end; ++i) {
@@ -167,7 +168,7 @@ void Decoder::attend(uint32_t l, const Batch& batch, Team& team) {
                 if (next.n_tokens == 1)
                     kernels_.kv_prefetch(kv_.head(l, (i + 1) % n_heads, next.blocks), next.position);
             }
-            for (uint32_t head = i % n_heads * group; head < (i % n_heads + 1) * group; ++head)
+            for (uint32_t head = i % n_heads * heads_per_kv_head; head < (i % n_heads + 1) * heads_per_kv_head; ++head)
                 attend_head(l, batch.chunks[i / n_heads], head, team);
         }
     });
@@ -193,16 +194,16 @@ void Decoder::store_kv(uint32_t l, const Chunk& chunk, uint32_t kv_head) {
 }
 
 void Decoder::attend_head(uint32_t l, const Chunk& chunk, uint32_t head, const Team& team) {
-    const uint32_t d = hp_.head_dim, group = hp_.head_count / hp_.head_count_kv;
+    const uint32_t d = hp_.head_dim, heads_per_kv_head = hp_.head_count / hp_.head_count_kv;
     const size_t stride = hp_.qkv_length();
     float* queries = qkv_.data() + chunk.first_row * stride + head * d;
     for (uint32_t t = 0; t < chunk.n_tokens; ++t) {
         rotate(queries + t * stride, chunk.position + t);
         kernels_.scale(queries + t * stride, d, hp_.attention_scale);
     }
-    kernels_.attention({kv_.head(l, head / group, chunk.blocks), queries, stride, chunk.n_tokens, chunk.position,
-                        attended_.data() + size_t(chunk.first_row) * hp_.q_length() + head * d, hp_.q_length(),
-                        reinterpret_cast<float*>(private_[team.index].scratch.data())});
+    kernels_.attention({kv_.head(l, head / heads_per_kv_head, chunk.blocks), queries, stride, chunk.n_tokens,
+                        chunk.position, attended_.data() + size_t(chunk.first_row) * hp_.q_length() + head * d,
+                        hp_.q_length(), reinterpret_cast<float*>(private_[team.index].scratch.data())});
 }
 
 void Decoder::rotate(float* head, uint32_t position) const {
@@ -303,17 +304,17 @@ template <typename Body>
 void Decoder::for_parts(const Linear& w, uint32_t n_tokens, Team& team, Body body) {
     const size_t row_bytes = is_quantized(w.type) ? quantized_bytes(w.inner) : w.inner * sizeof(float);
     const uint32_t tile = tokens_per_pass(row_bytes), n_passes = (n_tokens + tile - 1) / tile;
-    const uint32_t unit_rows = (n_tokens == 1 ? 1 : 2) * quant::panel_rows;
-    const uint32_t n_units = (w.rows + unit_rows - 1) / unit_rows;
+    const uint32_t entry_rows = (n_tokens == 1 ? 1 : 2) * quant::panel_rows;
+    const uint32_t n_entries = (w.rows + entry_rows - 1) / entry_rows;
     uint32_t last_pass = n_passes;
-    team.for_pieces(n_passes * n_units, [&](uint32_t begin, uint32_t end) {
+    team.for_pieces(n_passes * n_entries, [&](uint32_t begin, uint32_t end) {
         while (begin < end) {
-            const uint32_t pass = begin / n_units, unit = begin % n_units;
-            const uint32_t end_unit = std::min(n_units, unit + (end - begin));
-            body(Part{unit * unit_rows, std::min(end_unit * unit_rows, w.rows), pass * tile,
+            const uint32_t pass = begin / n_entries, entry = begin % n_entries;
+            const uint32_t end_entry = std::min(n_entries, entry + (end - begin));
+            body(Part{entry * entry_rows, std::min(end_entry * entry_rows, w.rows), pass * tile,
                       std::min(tile, n_tokens - pass * tile), pass == last_pass});
             last_pass = pass;
-            begin += end_unit - unit;
+            begin += end_entry - entry;
         }
     });
 }

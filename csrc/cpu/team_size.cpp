@@ -13,7 +13,7 @@ constexpr double ms = 1e6;
 constexpr double work_per_thread_ns = 1 * ms;
 
 // Long enough that a wake of the threads (0.05 ms) says nothing, short enough to be spared.
-constexpr double block_ns = 5 * ms;
+constexpr double round_ns = 5 * ms;
 
 // Between trials: doubled whenever the usual size has proved the best, so that what changes later is found within
 // seconds.
@@ -22,7 +22,7 @@ constexpr double first_interval_ns = 100 * ms, longest_interval_ns = 4000 * ms;
 // What trying may cost: at once, and as a part of the time computed.
 constexpr double first_credit_ns = 30 * ms, credit_share = 0.03;
 
-// Another size must be so much faster, else noise would change it all the time; a block so much slower ends a trial,
+// Another size must be so much faster, else noise would change it all the time; a round so much slower ends a trial,
 // and one that is so much slower than usual calls for one.
 constexpr double faster = 0.95, slower = 1.05, disturbed = 1.5;
 
@@ -72,15 +72,15 @@ void TeamSize::record(double elapsed_ns) {
     Kind& kind = *last_;
     last_ = nullptr;
     kind.credit_ns += credit_share * elapsed_ns;
-    kind.block.ns += elapsed_ns;
-    kind.block.work += last_work_ns_;
-    if (kind.block.ns < block_ns) return;
-    const Block block = kind.block;
-    kind.block = {};
-    end_block(kind, block.rate(), block.ns);
+    kind.round.ns += elapsed_ns;
+    kind.round.work += last_work_ns_;
+    if (kind.round.ns < round_ns) return;
+    const Round round = kind.round;
+    kind.round = {};
+    end_round(kind, round.rate(), round.ns);
 }
 
-void TeamSize::end_block(Kind& kind, double rate, double ns) {
+void TeamSize::end_round(Kind& kind, double rate, double ns) {
     const auto lose = [&] { kind.loss_ns += ns * (1 - kind.before / rate); };
     switch (kind.stage) {
         case Stage::usual:
@@ -105,7 +105,7 @@ void TeamSize::end_block(Kind& kind, double rate, double ns) {
         case Stage::second_try: {
             lose();
             bool better = kind.first + rate < faster * (kind.before + kind.after);
-            // One disturbed block of the usual size does not make a case for more threads.
+            // One disturbed round of the usual size does not make a case for more threads.
             if (kind.candidate > kind.size)
                 better = better && std::min(kind.first, rate) < std::min(kind.before, kind.after);
             return end_trial(kind, better, better ? (kind.first + rate) / 2 : (kind.before + kind.after) / 2);
@@ -113,14 +113,14 @@ void TeamSize::end_block(Kind& kind, double rate, double ns) {
     }
 }
 
-// Whether the next block is one of another size, and of which.
-bool TeamSize::may_try(Kind& kind, double block_ns, double work_ns) {
+// Whether the next round is one of another size, and of which.
+bool TeamSize::may_try(Kind& kind, double round_ns, double work_ns) {
     if (kind.since_trial_ns < kind.interval_ns) return false;
     const bool larger = kind.size == 0 || (kind.larger_next && kind.size + 1 < sizes_.size());
     kind.candidate = larger ? kind.size + 1 : kind.size - 1;
     const double fewer = larger ? 0.5 : double(sizes_[kind.size]) / sizes_[kind.candidate] - 1;
     // Where steps take far longer than the guess, a smaller team has little to lose.
-    const double cost = std::max(std::min(block_ns, 3 * work_ns) * fewer, kind.loss_before_ns[larger]);
+    const double cost = std::max(std::min(round_ns, 3 * work_ns) * fewer, kind.loss_before_ns[larger]);
     kind.credit_ns = std::min(kind.credit_ns, std::max(first_credit_ns, 2 * cost));
     return kind.credit_ns >= cost;
 }

@@ -13,7 +13,7 @@ namespace fixmin::cpu {
 /// read here: times are given, so that a test can make them up.
 ///
 /// A kind begins with a guess from its work. Now and then a few steps are taken with the next smaller or larger team,
-/// in blocks that take turns with the usual size: A B A B. A size that was clearly faster becomes the usual one. What
+/// in rounds that take turns with the usual size: A B A B. A size that was clearly faster becomes the usual one. What
 /// trying costs is bounded by a credit that grows with the time computed: beside a busy process one step of a small
 /// model with a second thread can take as long as eighty with one, since a barrier waits for a thread that is not
 /// running.
@@ -33,7 +33,7 @@ class TeamSize {
   private:
     enum class Stage { usual, first_try, usual_again, second_try };
 
-    struct Block {
+    struct Round {
         double ns = 0, work = 0;
         double rate() const { return ns / work; }
     };
@@ -43,7 +43,7 @@ class TeamSize {
         bool used = false, tried = false;
         size_t size = 0, candidate = 0;  // in sizes_
         Stage stage = Stage::usual;
-        Block block;                    // of steps with the same size, until it is long enough
+        Round round;                    // of steps with the same size, until it is long enough
         double usual_rate = 0;          // smoothed
         double before = 0, after = 0;   // of the usual size in a trial
         double first = 0;               // of the candidate
@@ -56,8 +56,8 @@ class TeamSize {
     };
 
     void begin(Kind& kind, double work_ns);
-    void end_block(Kind& kind, double rate, double ns);
-    bool may_try(Kind& kind, double block_ns, double work_ns);
+    void end_round(Kind& kind, double rate, double ns);
+    bool may_try(Kind& kind, double round_ns, double work_ns);
     void end_trial(Kind& kind, bool better, double rate);
 
     std::vector<uint32_t> sizes_;  // rising, from 1

@@ -257,43 +257,43 @@ void Engine::compute(const Scheduler::Step& step) {
     const Stop given_up = [this] { return stopped_ || scheduler_->given_up(); };
     const size_t v = hyperparams().vocab_size;
 
-    // Whole units, as many as there are logits for.
-    struct Group {
-        size_t begin, end;               // units
+    // Whole handouts, as many as there are logits for.
+    struct Pass {
+        size_t begin, end;               // handouts
         std::span<const uint32_t> rows;  // of the batch
     };
-    const auto group_from = [&](size_t begin) {
+    const auto pass_from = [&](size_t begin) {
         size_t end = begin;
         uint32_t n_rows = 0;
-        while (end < step.units.size() && (n_rows == 0 || n_rows + step.units[end].n <= rows_at_a_time))
-            n_rows += step.units[end++].n;
-        const size_t first = begin < step.units.size() ? step.units[begin].first : 0;
+        while (end < step.handouts.size() && (n_rows == 0 || n_rows + step.handouts[end].n <= rows_at_a_time))
+            n_rows += step.handouts[end++].n;
+        const size_t first = begin < step.handouts.size() ? step.handouts[begin].first : 0;
         if (logits_.size() < n_rows * v) logits_.resize(n_rows * v);
-        return Group{begin, end, std::span(step.rows).subspan(first, n_rows)};
+        return Pass{begin, end, std::span(step.rows).subspan(first, n_rows)};
     };
-    Group group = group_from(0);
-    const auto hand_out = [&](const Group& group) {
+    Pass pass = pass_from(0);
+    const auto hand_out = [&](const Pass& pass) {
         const auto some = [&](uint32_t begin, uint32_t end) {
-            for (size_t i = group.begin + begin; i < group.begin + end; ++i) {
-                const Scheduler::Unit& unit = step.units[i];
-                const float* logits = logits_.data() + (unit.first - step.units[group.begin].first) * v;
-                unit.sequence->hand_out(unit.position, unit.sample, {logits, unit.n * v});
+            for (size_t i = pass.begin + begin; i < pass.begin + end; ++i) {
+                const Scheduler::Handout& handout = step.handouts[i];
+                const float* logits = logits_.data() + (handout.first - step.handouts[pass.begin].first) * v;
+                handout.sequence->hand_out(handout.position, handout.sample, {logits, handout.n * v});
             }
         };
-        const uint32_t n = uint32_t(group.end - group.begin);
+        const uint32_t n = uint32_t(pass.end - pass.begin);
         if (n == 1)
             some(0, 1);
         else if (n > 1)
             backend_->parallel_for(n, some);
     };
 
-    const model::Batch batch{step.ids, step.chunks, group.rows, logits_.data(), &given_up};
+    const model::Batch batch{step.ids, step.chunks, pass.rows, logits_.data(), &given_up};
     if (!backend_->forward(batch)) return scheduler_->abandon(nullptr);
-    hand_out(group);
-    while (group.end < step.units.size()) {
-        group = group_from(group.end);
-        backend_->project(group.rows, logits_.data());
-        hand_out(group);
+    hand_out(pass);
+    while (pass.end < step.handouts.size()) {
+        pass = pass_from(pass.end);
+        backend_->project(pass.rows, logits_.data());
+        hand_out(pass);
     }
     scheduler_->finish();
 }

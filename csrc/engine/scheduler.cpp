@@ -199,7 +199,7 @@ void Scheduler::add_chunk(Sequence& sequence, uint32_t n_known) {
     step_.sequences.push_back(&sequence);
 
     const auto want = [&](uint32_t row_position, uint32_t n_rows, bool sample) {
-        step_.units.push_back({&sequence, uint32_t(step_.rows.size()), n_rows, row_position, sample});
+        step_.handouts.push_back({&sequence, uint32_t(step_.rows.size()), n_rows, row_position, sample});
         for (uint32_t i = 0; i < n_rows; ++i) step_.rows.push_back(first + row_position - position + i);
     };
     for (uint32_t p = position; p < std::min(known_end, sequence.n_prompt()); ++p) {

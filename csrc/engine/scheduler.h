@@ -42,7 +42,7 @@ class Scheduler {
     bool nothing_runs() const { return running_.empty(); }
 
     // Some rows of the step that one thread hands out to one sequence.
-    struct Unit {
+    struct Handout {
         Sequence* sequence;
         uint32_t first;  // in `rows`
         uint32_t n;
@@ -60,7 +60,7 @@ class Scheduler {
         std::vector<model::Chunk> chunks;
         std::vector<Sequence*> sequences;  // of the chunks
         std::vector<uint32_t> rows;        // whose logits are wanted
-        std::vector<Unit> units;
+        std::vector<Handout> handouts;
     };
 
     /// What to compute next; no tokens if there is nothing to do, but perhaps copies. Starts waiting sequences if
@@ -70,7 +70,7 @@ class Scheduler {
     /// Whether all sequences of the planned step have been given up. Called between layers.
     bool given_up() const;
 
-    /// After the step has been computed and all its units handed out.
+    /// After the step has been computed and all its handouts handed out.
     void finish();
 
     /// The step was not finished; `error`, if not null, ends its sequences.

@@ -5,7 +5,7 @@
 // after block, in the order of every other ISA.
 
 // Tiles: results 0 and 1 (tokens x 16 rows of int32), activations 2 and 3 (tokens x `depth` bytes), weights 4 and
-// 5 (depth / 4 groups of 4 consecutive k x 16 rows). Depth is 32, or 16 where 16 weights have a scale of their own.
+// 5 (depth / 4 times 4 consecutive k x 16 rows). Depth is 32, or 16 where 16 weights have a scale of their own.
 struct alignas(64) TileConfig {
     uint8_t palette;
     uint8_t start_row;
@@ -250,15 +250,15 @@ template <WeightType Type, uint32_t N, bool expands>
     for (uint32_t c = 0; c < n_tokens; ++c) finish(args, token + c, row, result[c]);
 }
 
-// Panels are taken, and expanded if need be, in groups that stay in the second-level cache. Inside, tokens outside, so
-// that results are written to neighbouring places; with the first ones the next group is fetched. The last tile may
+// Panels are taken, and expanded if need be, in as many as stay in the second-level cache. Inside, tokens outside, so
+// that results are written to neighbouring places; with the first ones the next panels are fetched. The last tile may
 // have fewer tokens and does the work of 16 all the same; where 8 or fewer are all there are, half of it.
 template <WeightType Type, bool expands>
 void tile_matmul(const MatmulArgs& args, const QuantizedMultiply<Type>& multiply) {
     using Tile = Tiles<Type>;
     const uint32_t n_blocks = args.inner / block, rest = args.n_tokens % tile_tokens;
     const uint32_t n_tokens = args.n_tokens - (args.n_tokens >= tile_tokens && rest < fewest_left_tokens ? rest : 0);
-    // Scratch: panels, then tokens in groups of 16, each with its values and its floats.
+    // Scratch: panels, then tokens by 16, each with its values and its floats.
     const size_t values = size_t(n_blocks) * lanes * block, floats = size_t(n_blocks) * lanes * sizeof(float);
     const size_t panel_bytes = values + Tile::panel_floats * floats, token_bytes = values + Tile::token_floats * floats;
     const auto side_at = [&](size_t offset) {
@@ -277,9 +277,9 @@ void tile_matmul(const MatmulArgs& args, const QuantizedMultiply<Type>& multiply
     _tile_loadconfig(half ? &tile_config<Tile::depth, half_tile> : &tile_config<Tile::depth, tile_tokens>);
     const uint32_t n_panels = (args.n_rows + lanes - 1) / lanes;
     // Few tokens meet a panel while it is still in the first-level cache.
-    const uint32_t group = n_tokens < 64 ? 2 : matmul_tile_panels;
-    for (uint32_t first = 0; first < n_panels; first += group) {
-        const uint32_t n = n_panels - first < group ? n_panels - first : group;
+    const uint32_t resident = n_tokens < 64 ? 2 : matmul_tile_panels;
+    for (uint32_t first = 0; first < n_panels; first += resident) {
+        const uint32_t n = n_panels - first < resident ? n_panels - first : resident;
         const uint8_t* panels = (const uint8_t*)args.panels + first * args.panel_stride;
         if constexpr (expands) {
             for (uint32_t p = 0; p < n; ++p)
@@ -291,7 +291,7 @@ void tile_matmul(const MatmulArgs& args, const QuantizedMultiply<Type>& multiply
                 const uint8_t* panel = panels + p * args.panel_stride;
                 const TileSide expanded = expands ? expanded_at(p) : TileSide{};
                 tile_columns<Type, N, expands>(args, panel, expanded, tokens_at(t), t, now, (first + p) * lanes,
-                                               multiply.stream, panel + group * args.panel_stride);
+                                               multiply.stream, panel + resident * args.panel_stride);
             }
         };
         uint32_t t = 0;
@@ -300,7 +300,7 @@ void tile_matmul(const MatmulArgs& args, const QuantizedMultiply<Type>& multiply
             if (half) run(Constant<half_tile>{}, 0, n_tokens);
         }
         if (t < n_tokens && !half) run(Constant<tile_tokens>{}, t, n_tokens - t);
-        group_of_tiles(args, multiply, first, first + n, n_tokens);
+        resident_tiles(args, multiply, first, first + n, n_tokens);
     }
     _tile_release();
 }

@@ -71,14 +71,14 @@ struct FloatKv {
         template <uint32_t G>
         void scores(const KvHead& kv, uint32_t token, VecF* result) const {
             const Element* k = keys(kv, token);
-            const size_t group = size_t(kv.head_dim) * lanes;
+            const size_t key_panel = size_t(kv.head_dim) * lanes;
             VecF acc[G * N];
 #pragma GCC unroll 16
             for (uint32_t i = 0; i < G * N; ++i) acc[i] = zero();
             for (uint32_t d = 0; d < kv.head_dim; ++d) {
                 VecF row[G];
 #pragma GCC unroll 4
-                for (uint32_t g = 0; g < G; ++g) row[g] = Row::load_row(k + g * group + size_t(d) * lanes);
+                for (uint32_t g = 0; g < G; ++g) row[g] = Row::load_row(k + g * key_panel + size_t(d) * lanes);
 #pragma GCC unroll 8
                 for (uint32_t c = 0; c < N; ++c) {
                     const VecF a = set1(q[c * stride + d]);
@@ -180,14 +180,15 @@ struct Q8Kv {
     }
 
     static void store(const KvHead& kv, uint32_t position, const float* key, const float* value) {
-        const uint32_t padded = kv_value_dim(kv.head_dim), group = position / lanes * lanes, lane = position % lanes;
-        uint8_t* to_keys = keys(kv, group) + lane * 4;
+        const uint32_t padded = kv_value_dim(kv.head_dim), key_panel = position / lanes * lanes,
+                       lane = position % lanes;
+        uint8_t* to_keys = keys(kv, key_panel) + lane * 4;
         int8_t* to_values = values(kv, position);
         for (uint32_t b = 0; b * block < kv.head_dim; ++b) {
             const uint32_t first = b * block, left = kv.head_dim - first < block ? kv.head_dim - first : block;
             const uint32_t stored = padded - first < block ? padded - first : block;
             int8_t codes[block];
-            key_scales(kv, group)[b * lanes + lane] = quantize_kv(key + first, left, codes);
+            key_scales(kv, key_panel)[b * lanes + lane] = quantize_kv(key + first, left, codes);
             for (uint32_t i = 0; i < stored; i += 4) {
                 const uint32_t four = uint32_t(read_int32(codes + i)) ^ 0x80808080u;  // q + 128
                 __builtin_memcpy(to_keys + (first + i) * lanes, &four, 4);
@@ -218,12 +219,12 @@ struct Q8Kv {
 
         // Vectors of four dimensions outside, queries inside: a vector is made ready for dot_q8 once.
         template <uint32_t G, uint32_t Vectors>
-        void dot(const uint8_t* k, size_t group, uint32_t b, VecI* sums) const {
+        void dot(const uint8_t* k, size_t key_panel, uint32_t b, VecI* sums) const {
 #pragma GCC unroll 8
             for (uint32_t j = 0; j < Vectors; ++j) {
                 Q8Bytes key[G];
 #pragma GCC unroll 4
-                for (uint32_t g = 0; g < G; ++g) key[g] = prepare_q8(load_bytes(k + g * group + j * 64));
+                for (uint32_t g = 0; g < G; ++g) key[g] = prepare_q8(load_bytes(k + g * key_panel + j * 64));
 #pragma GCC unroll 8
                 for (uint32_t c = 0; c < N; ++c) {
                     const int32_t a = read_int32(q[c * n + b].q + 4 * j);
@@ -237,7 +238,7 @@ struct Q8Kv {
         template <uint32_t G>
         void scores(const KvHead& kv, uint32_t token, VecF* result) const {
             const uint32_t padded = kv_value_dim(kv.head_dim);
-            const size_t group = size_t(padded) * lanes;
+            const size_t key_panel = size_t(padded) * lanes;
             const uint8_t* k = keys(kv, token);
             const uint16_t* scales = key_scales(kv, token);
             VecF acc[G * N];
@@ -248,9 +249,9 @@ struct Q8Kv {
 #pragma GCC unroll 16
                 for (uint32_t i = 0; i < G * N; ++i) sums[i] = q8_start(q[i % N * n + b].sum);
                 if ((b + 1) * block <= padded)
-                    dot<G, 8>(k, group, b, sums);
+                    dot<G, 8>(k, key_panel, b, sums);
                 else
-                    dot<G, 4>(k, group, b, sums);
+                    dot<G, 4>(k, key_panel, b, sums);
 #pragma GCC unroll 4
                 for (uint32_t g = 0; g < G; ++g) {
                     const VecF scale = load_bf16(scales + g * n * lanes);
@@ -305,8 +306,8 @@ constexpr uint32_t kv_ahead_bytes = 8192;
 
 template <typename Kv>
 uint32_t kv_ahead_tokens(uint32_t head_dim) {
-    const uint32_t unit = lanes * kv_value_dim(head_dim) * sizeof(typename Kv::Element);
-    return (kv_ahead_bytes + unit - 1) / unit * lanes;
+    const uint32_t row_bytes = lanes * kv_value_dim(head_dim) * sizeof(typename Kv::Element);
+    return (kv_ahead_bytes + row_bytes - 1) / row_bytes * lanes;
 }
 
 template <typename Kv>
@@ -431,7 +432,7 @@ void mix_values(const AttentionArgs& args, uint32_t first_query, uint32_t dim, u
 }
 
 template <uint32_t>
-struct Groups {};
+struct Count {};
 
 // N consecutive queries of one head. Each query's operations do not depend on N.
 template <typename Kv, uint32_t N>
@@ -443,7 +444,7 @@ void attention_tile_of(const AttentionArgs& args, uint32_t first_query) {
     float* const weights = args.scratch;
     const typename Kv::template Queries<N> queries(args, first_query, args.scratch + N * stride);
     const KvStream<Kv> stream{kv, uint32_t(stride), kv_ahead_tokens<Kv>(kv.head_dim)};
-    const auto score = [&]<uint32_t G>(uint32_t token, Groups<G>) {
+    const auto score = [&]<uint32_t G>(uint32_t token, Count<G>) {
         if (N == 1) {
             for (uint32_t g = 0; g < G; ++g) stream.at_key(token + g * lanes);
         }
@@ -454,22 +455,22 @@ void attention_tile_of(const AttentionArgs& args, uint32_t first_query) {
     constexpr uint32_t groups = N == 1 ? attention_lone_groups : attention_groups;
     static_assert(kv_block_tokens % (groups * lanes) == 0);
     uint32_t token = 0;
-    for (; token + groups * lanes <= stride; token += groups * lanes) score(token, Groups<groups>{});
-    for (; token < stride; token += lanes) score(token, Groups<1>{});
+    for (; token + groups * lanes <= stride; token += groups * lanes) score(token, Count<groups>{});
+    for (; token < stride; token += lanes) score(token, Count<1>{});
     float inverse[N];
     for (uint32_t c = 0; c < N; ++c) inverse[c] = 1.0f / softmax_weights(weights + c * stride, common + c);
 
     const uint32_t end = kv_value_dim(kv.head_dim);
     uint32_t dim = 0;
-    const auto mix = [&]<uint32_t V>(Groups<V>) {
+    const auto mix = [&]<uint32_t V>(Count<V>) {
         constexpr uint32_t parities = N == 1 ? 2 : 1;  // rows of a single query are read once
         for (; dim + V * lanes <= end; dim += V * lanes)
             mix_values<Kv, N, V, parities>(args, first_query, dim, common, weights, stride, inverse,
                                            N == 1 && dim == 0 ? &stream : nullptr);
     };
-    mix(Groups<(N == 1 ? attention_lone_vectors : attention_vectors)>{});
-    if constexpr (N == 1) mix(Groups<2>{});
-    mix(Groups<1>{});
+    mix(Count<(N == 1 ? attention_lone_vectors : attention_vectors)>{});
+    if constexpr (N == 1) mix(Count<2>{});
+    mix(Count<1>{});
 }
 
 template <typename Kv>

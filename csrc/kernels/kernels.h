@@ -140,7 +140,7 @@ struct Kernels {
 
     void (*attention)(const AttentionArgs& args);
 
-    /// max_i x[i] and sum_i exp(x[i] - max): the pieces of a log-softmax over n logits.
+    /// max_i x[i] and sum_i exp(x[i] - max): the terms of a log-softmax over n logits.
     void (*softmax_stats)(const float* x, uint32_t n, float* max, float* sum);
 
     /// The first place of the largest of n >= 1 values. Returns false if one is NaN or +infinity.

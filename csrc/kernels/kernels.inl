@@ -331,7 +331,7 @@ struct QuantizedTile {
     static constexpr uint32_t chains = Block::halves || lone ? 2 : 1;
     static constexpr bool high_nibbles = lone && Block::Reader::high_nibbles;
     // What a block takes with its part of the scales.
-    static constexpr size_t bytes = Block::layout.chunk_bytes / Block::layout.chunk_blocks;
+    static constexpr size_t bytes = Block::layout.parcel_bytes / Block::layout.parcel_blocks;
 
     // panels: P of them, panel_stride bytes apart. rows: [N][n_blocks]. result: [P][N].
     static void multiply(const uint8_t* panels, size_t panel_stride, uint32_t n_blocks, const ActivationBlock* rows,
@@ -519,7 +519,7 @@ void tile_at(const MatmulArgs& args, const Multiply& multiply, uint32_t panel, u
 
 // The panels first <= i < end, which fit the second-level cache, times the tokens from `token` on.
 template <typename Multiply>
-void group_of_tiles(const MatmulArgs& args, const Multiply& multiply, uint32_t first, uint32_t end, uint32_t token) {
+void resident_tiles(const MatmulArgs& args, const Multiply& multiply, uint32_t first, uint32_t end, uint32_t token) {
     // Tokens in tiles that stay in the first-level cache while the panels pass by, so that results are written to
     // neighbouring places.
     constexpr uint32_t panels = Multiply::panels, columns = Multiply::columns;
@@ -548,12 +548,12 @@ void group_of_tiles(const MatmulArgs& args, const Multiply& multiply, uint32_t f
 
 template <typename Multiply>
 void for_each_tile(const MatmulArgs& args, const Multiply& multiply) {
-    constexpr size_t group_bytes = size_t(1) << 18;
+    constexpr size_t resident_bytes = size_t(1) << 18;
     const uint32_t n_panels = (args.n_rows + lanes - 1) / lanes;
-    const uint32_t group = uint32_t(group_bytes / (2 * args.panel_stride) + 1) * 2;
+    const uint32_t resident = uint32_t(resident_bytes / (2 * args.panel_stride) + 1) * 2;
     for (uint32_t first = 0, end; first < n_panels; first = end) {
-        end = n_panels - first < group ? n_panels : first + group;
-        group_of_tiles(args, multiply, first, end, 0);
+        end = n_panels - first < resident ? n_panels : first + resident;
+        resident_tiles(args, multiply, first, end, 0);
     }
 }
 

@@ -196,7 +196,7 @@ class Loader {
     };
 
     // Of a file: what a thread has mapped at a time.
-    static constexpr size_t piece_bytes = size_t(2) << 20;
+    static constexpr size_t portion_bytes = size_t(2) << 20;
 
     [[noreturn]] static void not_finite(const gguf::TensorInfo& tensor) {
         throw GgufError("tensor '" + tensor.name + "' at offset " + std::to_string(tensor.offset) +
@@ -209,11 +209,11 @@ class Loader {
         std::atomic<bool> finite = true;
         const uint32_t panel_rows = packing_.panel_rows;
         parallel_for(w.n_panels, [&](uint32_t begin, uint32_t end) {
-            const uint32_t piece = uint32_t(std::max<size_t>(1, piece_bytes / (panel_rows * row)));
+            const uint32_t portion = uint32_t(std::max<size_t>(1, portion_bytes / (panel_rows * row)));
             std::vector<std::byte> stored;
-            for (uint32_t p = begin; p < end; p += piece) {
+            for (uint32_t p = begin; p < end; p += portion) {
                 const uint32_t first = p * panel_rows;
-                const uint32_t last = std::min(std::min(p + piece, end) * panel_rows, w.rows);
+                const uint32_t last = std::min(std::min(p + portion, end) * panel_rows, w.rows);
                 const auto rows = tensor.data.subspan(first * row, (last - first) * row);
                 stored.resize(rows.size());
                 file_.read(rows, stored.data());

@@ -13,22 +13,22 @@ uint16_t read_u16(const uint8_t* p) {
 
 uint16_t negated(uint16_t half) { return half ^ 0x8000u; }
 
-// `bits` low bits of every code, from bytes that hold several codes each: groups of `group` bytes, first the lowest
-// bits of all bytes of a group, then the next ones.
-void unpack_low(const uint8_t* packed, uint32_t n, uint32_t group, uint32_t bits, uint8_t* codes) {
+// `bits` low bits of every code, from bytes that hold several codes each: runs of `run` bytes, first the lowest
+// bits of all bytes of a run, then the next ones.
+void unpack_low(const uint8_t* packed, uint32_t n, uint32_t run, uint32_t bits, uint8_t* codes) {
     const uint32_t per_byte = 8 / bits, mask = (1u << bits) - 1;
-    for (uint32_t first = 0; first < n; first += group * per_byte, packed += group) {
+    for (uint32_t first = 0; first < n; first += run * per_byte, packed += run) {
         for (uint32_t part = 0; part < per_byte; ++part) {
-            for (uint32_t i = 0; i < group; ++i)
-                codes[first + part * group + i] = uint8_t(packed[i] >> (part * bits) & mask);
+            for (uint32_t i = 0; i < run; ++i)
+                codes[first + part * run + i] = uint8_t(packed[i] >> (part * bits) & mask);
         }
     }
 }
 
 // The same, for bits that go above `shift` bits already there.
-void unpack_high(const uint8_t* packed, uint32_t n, uint32_t group, uint32_t bits, uint32_t shift, uint8_t* codes) {
+void unpack_high(const uint8_t* packed, uint32_t n, uint32_t run, uint32_t bits, uint32_t shift, uint8_t* codes) {
     uint8_t high[max_block_values];
-    unpack_low(packed, n, group, bits, high);
+    unpack_low(packed, n, run, bits, high);
     for (uint32_t i = 0; i < n; ++i) codes[i] = uint8_t(codes[i] | high[i] << shift);
 }
 

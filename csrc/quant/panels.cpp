@@ -227,8 +227,8 @@ size_t panel_bytes(WeightType type, uint32_t inner) {
     if (!is_quantized(type)) return (row_bytes(type, inner) * panel_rows + 63) / 64 * 64;
     const PanelLayout layout = panel_layout(type);
     const uint32_t n_blocks = inner / block_size;
-    const uint32_t n_chunks = (n_blocks + layout.chunk_blocks - 1) / layout.chunk_blocks;
-    return n_chunks * layout.chunk_records * layout.record_bytes + n_blocks * layout.codes_bytes;
+    const uint32_t n_parcels = (n_blocks + layout.parcel_blocks - 1) / layout.parcel_blocks;
+    return n_parcels * layout.parcel_records * layout.record_bytes + n_blocks * layout.codes_bytes;
 }
 
 bool pack_panel(WeightType type, const std::byte* rows, uint32_t n_rows, uint32_t inner, std::byte* panel) {

@@ -4,7 +4,7 @@
 // vector holds the same inner position of 16 rows and no product needs a horizontal sum (docs/kernels.md).
 //
 //   float types      [inner][16] elements
-//   quantised types  chunks: a record of scales, then the codes of its values, 64 * bits bytes for every 32 of them;
+//   quantised types  parcels: a record of scales, then the codes of its values, 64 * bits bytes for every 32 of them;
 //                    or two records and the codes of both, where a record is not a multiple of 64 bytes
 //
 // Codes of a block of 32 are 8 vectors of 64 bytes, vector j holding k = 4j..4j+3 of each row. They are stored as
@@ -20,7 +20,7 @@
 // scale below).
 //
 // So every 64-byte load of codes is aligned, and a panel is read from its first byte to its last (docs/kernels.md). A
-// last chunk of one record instead of two has room for both.
+// last parcel of one record instead of two has room for both.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -51,8 +51,8 @@ static constexpr size_t scale_record_bytes(WeightType type) {
 /// Where the parts of a panel of a quantised type lie. Without member functions: they would be shared by the units of
 /// all ISAs (kernels.h).
 struct PanelLayout {
-    size_t codes_bytes, record_bytes, chunk_bytes;
-    uint32_t record_blocks, chunk_records, chunk_blocks;  // blocks of 32
+    size_t codes_bytes, record_bytes, parcel_bytes;
+    uint32_t record_blocks, parcel_records, parcel_blocks;  // blocks of 32
 };
 
 static constexpr PanelLayout panel_layout(WeightType type) {
@@ -60,21 +60,21 @@ static constexpr PanelLayout panel_layout(WeightType type) {
     layout.codes_bytes = code_bytes(type);
     layout.record_bytes = scale_record_bytes(type);
     layout.record_blocks = block_format(type).values / block_size;
-    layout.chunk_records = layout.record_bytes % 64 ? 2 : 1;
-    layout.chunk_blocks = layout.chunk_records * layout.record_blocks;
-    layout.chunk_bytes = layout.chunk_records * layout.record_bytes + layout.chunk_blocks * layout.codes_bytes;
+    layout.parcel_records = layout.record_bytes % 64 ? 2 : 1;
+    layout.parcel_blocks = layout.parcel_records * layout.record_blocks;
+    layout.parcel_bytes = layout.parcel_records * layout.record_bytes + layout.parcel_blocks * layout.codes_bytes;
     return layout;
 }
 
 /// Offset of the scales of block b in a panel.
 static constexpr size_t scales_at(const PanelLayout& layout, uint32_t b) {
-    return b / layout.chunk_blocks * layout.chunk_bytes +
-           b / layout.record_blocks % layout.chunk_records * layout.record_bytes;
+    return b / layout.parcel_blocks * layout.parcel_bytes +
+           b / layout.record_blocks % layout.parcel_records * layout.record_bytes;
 }
 
 /// Offset of the codes of block b in a panel.
 static constexpr size_t codes_at(const PanelLayout& layout, uint32_t b) {
-    return (b / layout.chunk_blocks + 1) * layout.chunk_records * layout.record_bytes + b * layout.codes_bytes;
+    return (b / layout.parcel_blocks + 1) * layout.parcel_records * layout.record_bytes + b * layout.codes_bytes;
 }
 
 static constexpr std::string_view name(WeightType type) { return block_format(type).name; }
