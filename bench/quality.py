@@ -2,7 +2,7 @@
 
     python bench/quality.py measure BASE_F32.gguf --text heldout.txt --importance-text other.txt --json fixed.json
     python bench/quality.py measure FULL_F32.gguf --random-ids 512 --bench DIR --json full.json
-    python bench/quality.py report fixed.json affine.json full.json --plot docs/quality.png
+    python bench/quality.py report fixed.json affine.json full.json --plot docs/benchmarks/quality.png
 
 `measure` quantises the float32 file to each type (into --files, where those of an earlier run are used again), reads
 the text in windows from an empty context, each token but a window's first predicted, and compares with the base on the

@@ -1,4 +1,4 @@
-"""Draw docs/demo_perplexity.png and print the table of docs/demo.md from the logs that train.py keeps in `runs/`."""
+"""Draw docs/benchmarks/demo.png and print the table of docs/benchmarks/demo.md from the logs that train.py keeps in `runs/`."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ VARIANTS = {"learned": ("#7f7f7f", "s"), "fixed": ("#0072b2", "o"), "affine": ("
 
 def main(
     runs: Annotated[Path, typer.Option(help="folder that train.py wrote to")] = HERE / "runs",
-    out: Annotated[Path, typer.Option(help="the picture")] = HERE.parent.parent / "docs" / "demo_perplexity.png",
+    out: Annotated[Path, typer.Option(help="the picture")] = HERE.parents[1] / "docs/benchmarks/demo.png",
 ) -> None:
     """Compare the three runs."""
     logs = {name: json.loads((runs / name / "log.json").read_text(encoding="utf-8"))["log"] for name in VARIANTS}
