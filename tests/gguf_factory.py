@@ -1,4 +1,4 @@
-"""Writes small random FixMin models as GGUF (the keys and tensors of DESIGN §3) with the `gguf` package.
+"""Writes small random FixMin models as GGUF (the keys and tensors of docs/design.md) with the `gguf` package.
 
 Weights are drawn so that every part of the model shows in the logits: norms differ from 1, biases from 0, and
 attention is far from uniform.

@@ -1,4 +1,4 @@
-"""The model of DESIGN §2 in float64 NumPy, from a small GGUF file: no fold, no cache, nothing shared with csrc."""
+"""The model of docs/design.md in float64 NumPy, from a small GGUF file: no fold, no cache, nothing shared with csrc."""
 
 import math
 from pathlib import Path

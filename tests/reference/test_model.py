@@ -1,4 +1,4 @@
-"""The reference model against the equations of DESIGN §2, written a second time here, and against itself."""
+"""The reference model against the equations of docs/design.md, written a second time here, and against itself."""
 
 import math
 from itertools import pairwise
@@ -39,7 +39,7 @@ def ids_of(length: int, vocab_size: int = 300, rows: int = 2) -> torch.Tensor:
 
 
 def equations(model, ids: np.ndarray) -> np.ndarray:
-    """Logits [T, V] of DESIGN §2 in float64 NumPy, one token and one head at a time."""
+    """Logits [T, V] of docs/design.md in float64 NumPy, one token and one head at a time."""
     c, w = model.config, {name: tensor.double().numpy() for name, tensor in model.state_dict().items()}
     d = c.hidden_size // c.num_attention_heads
 

@@ -168,7 +168,7 @@ STYLES |= {
                       "repeat_interleave(self.repeats, dim=-1)", "repeat_interleave(self.repeats, dim=-1) * self.gain"),
     ),
     "bochkov_v_equals_d": Style(BOCHKOV, {**BOCHKOV_FIELDS, "vocab_size": 64}),
-    # 7 bits nine times make 63 columns, the 64th is zero: no lift of DESIGN §2
+    # 7 bits nine times make 63 columns, the 64th is zero: no lift of docs/design.md
     "bochkov_zero_padded": Style(
         BOCHKOV, {**BOCHKOV_FIELDS, "n_embed": 7, "vocab_size": 128}, expect="either",
         edits=replace(".repeat_interleave(self.repeats, dim=-1)", ".repeat(1, 1, 9)\n        x = F.pad(x, (0, 1))"),
