@@ -1,4 +1,4 @@
-"""Draw docs/benchmarks/demo.png and print the table of docs/benchmarks/demo.md from the logs that train.py keeps in `runs/`."""
+"""Draw docs/benchmarks/demo.png and print the table beside it from the logs that train.py keeps in `runs/`."""
 
 import json
 from pathlib import Path
