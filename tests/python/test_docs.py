@@ -57,6 +57,20 @@ def test_nothing_is_cited_that_a_reader_cannot_open() -> None:
     assert not git("grep", "-nI", "--untracked", "-E", PRIVATE, "--", ".", itself)
 
 
+def test_files_that_pages_name_are_there() -> None:
+    """But in CONTRIBUTING.md, which also names files of before, and in what tells of the past."""
+    past = {ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"}
+    named = re.compile(r"`((?:csrc|python|convert|reference|bench|tests|examples|docs|notebooks)/[\w./-]+)`")
+    missing = [
+        f"{page.relative_to(ROOT)}: {name}"
+        for page in pages()
+        if page not in past and page.parent.name != "log"
+        for name in named.findall(page.read_text(encoding="utf-8"))
+        if not (ROOT / name).exists()
+    ]
+    assert not missing
+
+
 def test_pages_fit_a_screen() -> None:
     """But for the tables of figures, which scripts write."""
     own = [*(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "log").glob("*.md")]
