@@ -169,7 +169,7 @@ def close(*_):
     if sys.argv[3] == "raise":
         raise LookupError("mine")
 signal.signal(signal.SIGALRM, close)
-signal.setitimer(signal.ITIMER_REAL, 0.1)
+signal.setitimer(signal.ITIMER_REAL, 0.5)  # a busy machine takes a while to ask for all of it
 more = {"max_new_tokens": 10**6, "ignore_eos": True}
 try:
     if sys.argv[2] == "generate":
