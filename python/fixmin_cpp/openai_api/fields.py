@@ -1,17 +1,25 @@
-"""What the fields of OpenAI's interface mean as arguments of Model.generate: for the server and for batch lines."""
+"""The fields of OpenAI's interface and of those that copied it, and what they mean as arguments of Model.generate."""
 
 import difflib
 import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from .arguments import GenerationArguments, Int
-from .errors import ArgumentError, ArgumentTypeError
+from ..arguments import GenerationArguments, Int
+from ..errors import ArgumentError, ArgumentTypeError
 
-__all__ = ["ALIASES", "MAX_SEED", "USUAL", "FieldError", "as_arguments", "breakers", "schema_of", "without_no_ops"]
-
-# What OpenAI's interface means when it does not say otherwise: the model's own distribution.
-USUAL: Mapping[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+__all__ = [
+    "ALIASES",
+    "ARGUMENTS",
+    "MAX_SEED",
+    "OF_ANSWERS",
+    "OF_CHATS",
+    "OF_COMPLETIONS",
+    "FieldError",
+    "as_arguments",
+    "asked",
+    "part",
+]
 
 MAX_SEED = 2**53 - 1  # other readers of JSON hold numbers as doubles
 
@@ -29,7 +37,17 @@ ALIASES: Mapping[str, str] = {
 }
 _OPENAIS = ("max_completion_tokens", "max_tokens")  # of which OpenAI's clients send both, the first one being the newer
 
-_INTEGERS = frozenset(name for name, kind in GenerationArguments.__annotations__.items() if kind == Int) | {"seed"}
+# The fields that there are: of how to generate, of the form of any answer, of completions and of chats.
+ARGUMENTS = frozenset({*GenerationArguments.__annotations__, *ALIASES, "response_format"}) - {
+    "logprobs",  # OpenAI's of that name are below
+    "prompt_logprobs",
+}
+OF_ANSWERS = frozenset({"model", "n", "stream", "stream_options", "return_token_ids"})
+OF_COMPLETIONS = frozenset({"prompt", "best_of", "echo", "logprobs"})
+OF_CHATS = frozenset({"messages", "logprobs", "top_logprobs", "add_generation_prompt", "continue_final_message"})
+
+_INTEGERS = frozenset(name for name, kind in GenerationArguments.__annotations__.items() if kind == Int)
+_INTEGERS |= {"seed", "n", "best_of", "top_logprobs"}
 
 _ANY: None = None
 _CHOICE = ("none", "auto")
@@ -97,7 +115,6 @@ _NO_OPS: Mapping[str, tuple[Any, ...] | None] = {
     "guided_whitespace_pattern": (),
     "return_tokens_as_token_ids": (False,),
     "return_hidden_states": (False,),
-    "return_token_ids": (False,),
     "logits_processors": ([],),
     "lora_path": (),
     "ebnf": (),
@@ -145,11 +162,7 @@ _NO_OPS: Mapping[str, tuple[Any, ...] | None] = {
     "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
-    "logprobs": (False,),
     "top_logprobs": (0,),
-    "stream": (False,),
-    "n": (1,),
-    "stream_options": (),
 }
 _WHY = {
     "tools": "this model calls no functions",
@@ -157,33 +170,37 @@ _WHY = {
     "tool_choice": "this model calls no functions",
     "function_call": "this model calls no functions",
     "store": "nothing is kept",
-    "return_token_ids": "--token-ids gives them for every line",
+    "prompt_logprobs": "echo and logprobs give them",
+    "suffix": "the model continues texts, it does not fill in",
     "modalities": "there is only text",
     "audio": "there is only text",
 }
 
 
 class FieldError(ArgumentError):
-    """A field that there is not, or that asks for what is not here."""
+    """What is wrong with a field, as a sentence that begins with its name."""
 
-    def __init__(self, field: str, message: str) -> None:
-        super().__init__(message)
+    def __init__(self, field: str, what: str) -> None:
+        super().__init__(f"{field}{what}")
         self.field = field
 
 
-def without_no_ops(body: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
-    """The fields of `body` that ask for something, all of them `known`. FieldError for the first one that is wrong."""
-    asked = {}
+def asked(body: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """The fields of `body` that ask for something, all of them `known`. FieldError for the first one that is wrong.
+
+    As everywhere in OpenAI's interface, null stands for a field that is not given.
+    """
+    found = {}
     for name, value in body.items():
         if name in known:
             if value is not None:
-                asked[name] = value
+                found[name] = _whole(name, value)
         elif name not in _NO_OPS:
-            raise FieldError(str(name)[:64], f"there is no such field{_similar(name, known)}")
+            raise FieldError(str(name)[:64], f": there is no such field{_similar(name, known)}")
         elif not _asks_nothing(name, value):
             why = f": {_WHY[name]}" if name in _WHY else ""
-            raise FieldError(name, f"not supported{why}")
-    return asked
+            raise FieldError(name, f": not supported{why}")
+    return found
 
 
 def _asks_nothing(name: str, value: Any) -> bool:
@@ -200,29 +217,29 @@ def _similar(name: Any, known: Collection[str]) -> str:
 
 
 def as_arguments(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of Model.generate for fields under OpenAI's, vLLM's and llama-server's names, none of them None."""
-    given = {name: _whole(name, value) for name, value in fields.items()}
+    """Arguments of Model.generate for ARGUMENTS, none of them None. What they say is checked only as far as it changes.
+
+    Raises:
+        ArgumentError: two fields say different things, or one cannot be read.
+    """
+    given = dict(fields)
     if "response_format" in given:
-        schema = schema_of(given.pop("response_format"))
+        schema = _schema_of(given.pop("response_format"))
         if schema is not None:
             if "json_schema" in given:
                 raise ArgumentError("response_format and json_schema are the same: give one")
             given["json_schema"] = schema
     if isinstance(given.get("dry_sequence_breakers"), str):
-        given["dry_sequence_breakers"] = breakers(given["dry_sequence_breakers"])
+        given["dry_sequence_breakers"] = _breakers(given["dry_sequence_breakers"])
     for field, name in ALIASES.items():
         if field not in given:
             continue
         value = given.pop(field)
-        if field == "n_predict" and type(value) is int and value in (-1, -2):  # llama.cpp's: as much as there is room
-            value = 2**31 - 1
         if name in given and given[name] != value and not (field == _OPENAIS[1] and _OPENAIS[0] in fields):
             raise ArgumentError(f"{field} and {name} are the same: give one")
         given.setdefault(name, value)
     if type(given.get("top_k")) is int and given["top_k"] < 0:
         given["top_k"] = 0  # all, as in vLLM and llama.cpp
-    if not isinstance(given.get("top_p"), bool) and given.get("top_p") == 0:
-        given["top_p"] = 1e-30  # only the most probable token
     if "logit_bias" in given:
         given["logit_bias"] = _bias(given["logit_bias"])
     if "seed" in given:
@@ -238,7 +255,7 @@ def _whole(name: str, value: Any) -> Any:
     return int(value) if is_whole else value
 
 
-def breakers(text: str) -> list[Any]:
+def _breakers(text: str) -> list[Any]:
     """dry_sequence_breakers as some clients of llama-server's send them: the list as JSON text."""
     try:
         found = json.loads(text)
@@ -249,10 +266,10 @@ def breakers(text: str) -> list[Any]:
     return found
 
 
-def schema_of(response_format: Any) -> Any:
+def _schema_of(response_format: Any) -> Any:
     """The JSON schema that response_format asks for, OpenAI's or llama-server's; None: any text will do."""
-    form = _part("response_format", response_format, ("type", "json_schema", "schema"))
-    inner = _part(
+    form = part("response_format", response_format, ("type", "json_schema", "schema"))
+    inner = part(
         "response_format.json_schema", form.get("json_schema", {}), ("name", "description", "schema", "strict")
     )
     kind, schema = form.get("type"), form.get("schema", inner.get("schema"))
@@ -269,7 +286,7 @@ def schema_of(response_format: Any) -> Any:
     return {"type": "object"} if kind == "json_object" and schema is None else schema
 
 
-def _part(name: str, given: Any, known: Collection[str]) -> dict[str, Any]:
+def part(name: str, given: Any, known: Collection[str]) -> dict[str, Any]:
     """An object of a request without the fields that are null."""
     if not isinstance(given, Mapping):
         raise ArgumentTypeError(f"{name} must be an object, got {given!r:.60}")
