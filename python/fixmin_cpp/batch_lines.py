@@ -5,7 +5,7 @@ import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from .arguments import GenerationOptions, as_int, main_names, split_prompts
@@ -200,8 +200,9 @@ class OpenAIEntry(Entry):
 
     def failure(self, error: FixminError) -> tuple[dict[str, Any], str]:
         told = refusal(error, self._request)
-        named = replace(told, message=f"line {self.line}: {told.message}")
-        return self._record(told.status, named.body()), told.message
+        body = told.body()
+        body["error"]["message"] = f"line {self.line}: {told.message}"
+        return self._record(told.status, body), told.message
 
     def _record(self, status: int, body: dict[str, Any]) -> dict[str, Any]:
         response = {"status_code": status, "request_id": f"req_{self.line}", "body": body}

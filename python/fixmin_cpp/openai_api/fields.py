@@ -49,131 +49,52 @@ OF_CHATS = frozenset({"messages", "logprobs", "top_logprobs", "add_generation_pr
 _INTEGERS = frozenset(name for name, kind in GenerationArguments.__annotations__.items() if kind == Int)
 _INTEGERS |= {"seed", "n", "best_of", "top_logprobs"}
 
-_ANY: None = None
-_CHOICE = ("none", "auto")
-# Fields of OpenAI's, vLLM's, llama-server's and SGLang's clients that are not here, with the values (None: all) that
-# ask for nothing. null never asks for anything.
+# Fields of the clients of OpenAI, vLLM, SGLang, llama-server and TGI that are not here, or not at this endpoint, with
+# the values that ask for nothing. null never asks for anything. First what is never looked at:
+_IGNORED = """
+    metadata user safety_identifier prompt_cache_key prompt_cache_retention prompt_cache_options service_tier
+    reasoning_effort reasoning verbosity request_id rid priority cache_salt guided_decoding_backend id_slot n_keep
+"""
+_ONLY_NULL = """
+    audio prediction web_search_options moderation chat_template kv_transfer_params structured_outputs prompt_logprobs
+    prompt_embeds thinking_token_budget guided_json guided_regex guided_choice guided_grammar guided_whitespace_pattern
+    lora_path ebnf stop_regex session_params custom_params custom_logit_processor samplers chat_format truncate
+    adapter_id guideline
+"""
+_ONLY_FALSE = """
+    store include_stop_str_in_output no_stop_trim continue_final_message add_special_tokens use_beam_search
+    early_stopping return_tokens_as_token_ids return_hidden_states post_sampling_probs timings_per_token return_progress
+    return_tokens penalize_nl grammar_lazy backend_sampling thinking_forced_open details decoder_input_details
+    return_full_text watermark echo
+"""
+_ANY_FLAG = """
+    parallel_tool_calls spaces_between_special_tokens include_reasoning separate_reasoning stream_reasoning
+    parse_tool_calls
+"""
+_EMPTY_LIST = "tools functions bad_words documents logits_processors image_data lora response_fields grammar_triggers"
 _NO_OPS: Mapping[str, tuple[Any, ...] | None] = {
-    # OpenAI's
-    "metadata": _ANY,
-    "user": _ANY,
-    "safety_identifier": _ANY,
-    "prompt_cache_key": _ANY,
-    "prompt_cache_retention": _ANY,
-    "prompt_cache_options": _ANY,
-    "service_tier": _ANY,
-    "reasoning_effort": _ANY,
-    "reasoning": _ANY,
-    "verbosity": _ANY,
-    "store": (False,),
-    "parallel_tool_calls": (True, False),
-    "tools": ([],),
-    "tool_choice": _CHOICE,
-    "functions": ([],),
-    "function_call": _CHOICE,
+    **dict.fromkeys(_IGNORED.split(), None),
+    **dict.fromkeys(_ONLY_NULL.split(), ()),
+    **dict.fromkeys(_ONLY_FALSE.split(), (False,)),
+    **dict.fromkeys(_ANY_FLAG.split(), (True, False)),
+    **dict.fromkeys((*_EMPTY_LIST.split(), "preserved_tokens"), ([],)),
+    **dict.fromkeys(("chat_template_kwargs", "mm_processor_kwargs", "media_io_kwargs", "vllm_xargs"), ({},)),
+    **dict.fromkeys(("skip_special_tokens", "detokenize", "add_generation_prompt"), (True,)),
+    **dict.fromkeys(("n_probs", "n_discard", "n_indent", "n_cache_reuse", "top_n_tokens", "top_logprobs"), (0,)),
+    **dict.fromkeys(("length_penalty", "tfs_z"), (1, 1.0)),
+    **dict.fromkeys(("tool_choice", "function_call", "reasoning_format"), ("none", "auto")),
     "modalities": (["text"],),
-    "audio": (),
-    "prediction": (),
-    "web_search_options": (),
-    "moderation": (),
-    # vLLM's and SGLang's
-    "request_id": _ANY,
-    "rid": _ANY,
-    "priority": _ANY,
-    "cache_salt": _ANY,
-    "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True, False),
-    "detokenize": (True,),
-    "include_stop_str_in_output": (False,),
-    "no_stop_trim": (False,),
-    "include_reasoning": (True, False),
-    "separate_reasoning": (True, False),
-    "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
-    "add_special_tokens": (False,),
-    "use_beam_search": (False,),
-    "early_stopping": (False,),
-    "length_penalty": (1, 1.0),
     "truncate_prompt_tokens": (-1,),
-    "bad_words": ([],),
-    "documents": ([],),
-    "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "mm_processor_kwargs": ({},),
-    "media_io_kwargs": ({},),
-    "vllm_xargs": ({},),
-    "kv_transfer_params": (),
-    "structured_outputs": (),
-    "prompt_logprobs": (),
-    "prompt_embeds": (),
-    "thinking_token_budget": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_decoding_backend": _ANY,
-    "guided_whitespace_pattern": (),
-    "return_tokens_as_token_ids": (False,),
-    "return_hidden_states": (False,),
-    "logits_processors": ([],),
-    "lora_path": (),
-    "ebnf": (),
-    "stop_regex": (),
-    "session_params": (),
-    "custom_params": (),
-    "custom_logit_processor": (),
-    "stream_reasoning": (True, False),
-    # llama-server's
-    "id_slot": _ANY,
-    "n_keep": _ANY,
-    "n_probs": (0,),
-    "n_discard": (0,),
-    "n_indent": (0,),
-    "post_sampling_probs": (False,),
-    "timings_per_token": (False,),
-    "return_progress": (False,),
-    "return_tokens": (False,),
-    "penalize_nl": (False,),
-    "tfs_z": (1, 1.0),
-    "image_data": ([],),
-    "lora": ([],),
     "t_max_predict_ms": (0, -1),
-    "reasoning_format": ("none", "auto"),
-    "samplers": (),
-    "response_fields": ([],),
-    "grammar_lazy": (False,),
-    "grammar_triggers": ([],),
-    "preserved_tokens": ([],),
-    "parse_tool_calls": (True, False),
-    "chat_format": (),
-    "backend_sampling": (False,),
-    "thinking_forced_open": (False,),
-    "n_cache_reuse": (0,),
-    # TGI's
-    "details": (False,),
-    "decoder_input_details": (False,),
-    "return_full_text": (False,),
-    "watermark": (False,),
-    "truncate": (),
-    "top_n_tokens": (0,),
-    "adapter_id": (),
-    "guideline": (),
-    # of the other of the two endpoints, or of none
     "best_of": (1,),
-    "echo": (False,),
     "suffix": ("",),
-    "top_logprobs": (0,),
 }
 _WHY = {
-    "tools": "this model calls no functions",
-    "functions": "this model calls no functions",
-    "tool_choice": "this model calls no functions",
-    "function_call": "this model calls no functions",
+    **dict.fromkeys(("tools", "functions", "tool_choice", "function_call"), "this model calls no functions"),
+    **dict.fromkeys(("modalities", "audio"), "there is only text"),
     "store": "nothing is kept",
     "prompt_logprobs": "echo and logprobs give them",
     "suffix": "the model continues texts, it does not fill in",
-    "modalities": "there is only text",
-    "audio": "there is only text",
 }
 
 

@@ -60,7 +60,7 @@ class GenerationRequest(ABC):
     def renamed(self) -> dict[str, str]:
         """The fields by the names of the arguments that they are."""
         # Of several the first one counts, as in as_arguments().
-        renamed = {name: field for field, name in reversed(ALIASES.items()) if field in self.fields}
+        renamed = {name: field for field, name in reversed(list(ALIASES.items())) if field in self.fields}
         if "response_format" in self.fields and "json_schema" not in self.fields:
             renamed["json_schema"] = "response_format"
         return renamed

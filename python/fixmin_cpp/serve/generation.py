@@ -37,7 +37,11 @@ class Job:
         self._record = Record(facts)
         self._host = host
         self._metrics = metrics
-        self._head = {"name": uuid.uuid4().hex, "created": int(time.time()), "model": host.settings.name}
+        self._head: dict[str, Any] = {
+            "name": uuid.uuid4().hex,
+            "created": int(time.time()),
+            "model": host.settings.name,
+        }
         self._begin = time.perf_counter()
         self._answer: Answer[Any]
 
