@@ -8,7 +8,7 @@ from ..arguments import as_bool, as_int, as_stop_strings, split_prompts
 from ..errors import ArgumentError, ArgumentTypeError
 from .fields import ALIASES, ARGUMENTS, OF_ANSWERS, OF_CHATS, OF_COMPLETIONS, FieldError, as_arguments, asked, part
 
-__all__ = ["ChatRequest", "CompletionRequest", "GenerationRequest"]
+__all__ = ["ChatRequest", "CompletionRequest", "GenerationRequest", "prompts_in"]
 
 _MAX_ROLE = 64  # characters
 
@@ -103,7 +103,7 @@ class CompletionRequest(GenerationRequest):
         if "prompt" not in self.fields:
             raise ArgumentError("prompt is missing")
         self.prompt = self.fields["prompt"]
-        self.prompts = _prompts(self.prompt)
+        self.prompts, self.many = prompts_in("prompt", self.prompt)
         self.echo = self._flag("echo") or False
         if self.stream and self.best_of is not None and self.best_of > self.n:
             raise ArgumentError("best_of cannot be streamed: which ones are the best is known at the end")
@@ -127,10 +127,11 @@ class CompletionRequest(GenerationRequest):
         return None if given is None or given is False else as_int("logprobs", given, 0)
 
 
-def _prompts(given: Any) -> list[Any]:
+def prompts_in(name: str, given: Any) -> tuple[list[Any], bool]:
+    """The texts or ids in a field, and whether they came as a list. ArgumentError if it holds none, or objects."""
     if isinstance(given, Mapping) or (isinstance(given, list) and any(isinstance(one, Mapping) for one in given)):
-        raise ArgumentTypeError("prompt must be a text, token ids, or a list of those, got an object")
-    return split_prompts(given)[0]
+        raise ArgumentTypeError(f"{name} must be a text, token ids, or a list of those, got an object")
+    return split_prompts(given, name)
 
 
 class ChatRequest(GenerationRequest):

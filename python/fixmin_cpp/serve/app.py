@@ -17,10 +17,10 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from .. import __version__
-from ..arguments import as_token_ids, split_prompts
+from ..arguments import as_token_ids
 from ..errors import ArgumentError
 from ..openai_api.chat import ChatTemplate, strings
-from ..openai_api.request import ChatRequest
+from ..openai_api.request import ChatRequest, prompts_in
 from . import answers, rendering
 from .errors import APIError, install
 from .generation import Job
@@ -219,7 +219,7 @@ def _add_generation(app: FastAPI, host: ModelHost, metrics: Metrics, template: C
         """The mean of the last layer's states for each text, before the last norm: D numbers."""
         if body.dimensions is not None:
             raise APIError(400, "dimensions is not supported: states have one length", param="dimensions")
-        inputs, many = split_prompts(body.input, "input")
+        inputs, many = prompts_in("input", body.input)
         if len(inputs) > host.settings.max_inputs:
             raise ArgumentError(f"input has {len(inputs)} entries, but a request may have {host.settings.max_inputs}")
         special = body.parse_special is not False

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,13 +14,11 @@ from ..errors import BusyError, FixminError
 from ..logs import Facts, request_id
 from ..openai_api.refusal import Refusal, refusal
 from ..openai_api.request import GenerationRequest
-from .schemas import FIELDS
+from .schemas import FIELDS, Refused
 
 __all__ = ["APIError", "as_api_error", "install"]
 
 _log = logging.getLogger(__name__)
-
-_FORM = re.compile(r"^(str|bool)$|[\[<]")  # pydantic's names of the forms that a value may have, within its place
 
 
 class APIError(Exception):
@@ -83,10 +80,10 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        cause = first.get("ctx", {}).get("error")
-        if isinstance(cause, FixminError):
-            return as_api_error(cause).response()
-        where = [part for part in first["loc"] if part != "body" and not _FORM.search(str(part))]
+        refused = first.get("ctx", {}).get("error")
+        if isinstance(refused, Refused):
+            return as_api_error(refused.cause).response()
+        where = [part for part in first["loc"] if part != "body"]
         param = str(where[0]) if where else None
         place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where)[1:] or "the body"
         return APIError(400, f"{place}: {first['msg']}", param=param).response()

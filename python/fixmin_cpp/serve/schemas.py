@@ -3,17 +3,17 @@
 Those of completions and chats are only described here: fixmin_cpp.openai_api reads them.
 """
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeAlias
 
 from fastapi import Body
 from pydantic import (
     BaseModel,
     ConfigDict,
-    Discriminator,
     Field,
     GetJsonSchemaHandler,
-    Tag,
+    SkipValidation,
     create_model,
     model_validator,
 )
@@ -21,6 +21,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
 from ..arguments import Biases, Breakers, Flag, Float, GenerationArguments, Ids, Int, Seeds, Text, Texts
+from ..errors import ArgumentError
 from ..openai_api.fields import ALIASES, asked
 from ..openai_api.request import ChatRequest, CompletionRequest, GenerationRequest
 
@@ -32,29 +33,28 @@ __all__ = [
     "CompletionBody",
     "DetokenizeRequest",
     "EmbeddingRequest",
+    "Refused",
     "TokenizeRequest",
 ]
 
 _Ids = Annotated[list[int], Field(fail_fast=True)]
-_Texts = Annotated[list[str], Field(fail_fast=True)]
-_IdLists = Annotated[list[_Ids], Field(fail_fast=True)]
+_Prompt: TypeAlias = str | list[str] | list[int] | list[list[int]]
 
 
-def _kind(value: Any) -> str:
-    """Which of several forms a value was meant to have, so that an error is about that one."""
-    if not isinstance(value, list):
-        return "<text>"
-    first = value[0] if value else 0
-    return "<texts>" if isinstance(first, str) else "<lists>" if isinstance(first, list) else "<ids>"
+class Refused(ValueError):
+    """Carries an error through pydantic, which could not write a message that quotes half of a surrogate pair."""
+
+    def __init__(self, cause: ArgumentError) -> None:
+        super().__init__("refused")
+        self.cause = cause
 
 
-_Prompt = Annotated[
-    Annotated[str, Tag("<text>")]
-    | Annotated[_Ids, Tag("<ids>")]
-    | Annotated[_Texts, Tag("<texts>")]
-    | Annotated[_IdLists, Tag("<lists>")],
-    Discriminator(_kind),
-]
+@contextlib.contextmanager
+def _told_elsewhere() -> Iterator[None]:
+    try:
+        yield
+    except ArgumentError as error:
+        raise Refused(error) from None
 
 
 class _Body(BaseModel):
@@ -65,13 +65,14 @@ class _Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _asked(cls, body: Any) -> Any:
-        return asked(body, cls.model_fields) if isinstance(body, dict) else body
+        with _told_elsewhere():
+            return asked(body, cls.model_fields)
 
 
 class EmbeddingRequest(_Body):
     """POST /v1/embeddings."""
 
-    input: _Prompt
+    input: SkipValidation[_Prompt]
     model: str | None = None
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Any = None
@@ -193,7 +194,11 @@ class _Described:
         self.model = create_model(request.__name__, __doc__=request.__doc__, **fields)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
-        return core_schema.no_info_plain_validator_function(source)
+        @_told_elsewhere()
+        def read(body: Any) -> Any:
+            return source(body)
+
+        return core_schema.no_info_plain_validator_function(read)
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         return handler(self.model.__pydantic_core_schema__)
