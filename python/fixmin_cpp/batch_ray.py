@@ -13,9 +13,9 @@ import ray
 import ray.data
 
 from .arguments import as_int
-from .batch import ModelFile, Result, run_lines
 from .batch_lines import InputFile, Line, Settings
 from .batch_output import Resumed
+from .batch_work import ModelFile, Result, run_lines
 from .errors import ArgumentError, FixminError
 from .model import Model
 

@@ -1,17 +1,25 @@
-"""What the fields of OpenAI's interface mean as arguments of Model.generate: for the server and for batch lines."""
+"""The fields of OpenAI's interface and of those that copied it, and what they mean as arguments of Model.generate."""
 
 import difflib
 import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from .arguments import GenerationArguments, Int
-from .errors import ArgumentError, ArgumentTypeError
+from ..arguments import GenerationArguments, Int
+from ..errors import ArgumentError, ArgumentTypeError
 
-__all__ = ["ALIASES", "MAX_SEED", "USUAL", "FieldError", "as_arguments", "breakers", "schema_of", "without_no_ops"]
-
-# What OpenAI's interface means when it does not say otherwise: the model's own distribution.
-USUAL: Mapping[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+__all__ = [
+    "ALIASES",
+    "ARGUMENTS",
+    "MAX_SEED",
+    "OF_ANSWERS",
+    "OF_CHATS",
+    "OF_COMPLETIONS",
+    "FieldError",
+    "as_arguments",
+    "asked",
+    "part",
+]
 
 MAX_SEED = 2**53 - 1  # other readers of JSON hold numbers as doubles
 
@@ -29,161 +37,91 @@ ALIASES: Mapping[str, str] = {
 }
 _OPENAIS = ("max_completion_tokens", "max_tokens")  # of which OpenAI's clients send both, the first one being the newer
 
-_INTEGERS = frozenset(name for name, kind in GenerationArguments.__annotations__.items() if kind == Int) | {"seed"}
+# The fields that there are: of how to generate, of the form of any answer, of completions and of chats.
+ARGUMENTS = frozenset({*GenerationArguments.__annotations__, *ALIASES, "response_format"}) - {
+    "logprobs",  # OpenAI's of that name are below
+    "prompt_logprobs",
+}
+OF_ANSWERS = frozenset({"model", "n", "stream", "stream_options", "return_token_ids"})
+OF_COMPLETIONS = frozenset({"prompt", "best_of", "echo", "logprobs"})
+OF_CHATS = frozenset({"messages", "logprobs", "top_logprobs", "add_generation_prompt", "continue_final_message"})
 
-_ANY: None = None
-_CHOICE = ("none", "auto")
-# Fields of OpenAI's, vLLM's, llama-server's and SGLang's clients that are not here, with the values (None: all) that
-# ask for nothing. null never asks for anything.
+_INTEGERS = frozenset(name for name, kind in GenerationArguments.__annotations__.items() if kind == Int)
+_INTEGERS |= {"seed", "n", "best_of", "top_logprobs"}
+
+# Fields of the clients of OpenAI, vLLM, SGLang, llama-server and TGI that are not here, or not at this endpoint, with
+# the values that ask for nothing. null never asks for anything. First what is never looked at:
+_IGNORED = """
+    metadata user safety_identifier prompt_cache_key prompt_cache_retention prompt_cache_options service_tier
+    reasoning_effort reasoning verbosity request_id rid priority cache_salt guided_decoding_backend id_slot n_keep
+"""
+_ONLY_NULL = """
+    audio prediction web_search_options moderation chat_template kv_transfer_params structured_outputs prompt_logprobs
+    prompt_embeds thinking_token_budget guided_json guided_regex guided_choice guided_grammar guided_whitespace_pattern
+    lora_path ebnf stop_regex session_params custom_params custom_logit_processor samplers chat_format truncate
+    adapter_id guideline
+"""
+_ONLY_FALSE = """
+    store include_stop_str_in_output no_stop_trim continue_final_message add_special_tokens use_beam_search
+    early_stopping return_tokens_as_token_ids return_hidden_states post_sampling_probs timings_per_token return_progress
+    return_tokens penalize_nl grammar_lazy backend_sampling thinking_forced_open details decoder_input_details
+    return_full_text watermark echo
+"""
+_ANY_FLAG = """
+    parallel_tool_calls spaces_between_special_tokens include_reasoning separate_reasoning stream_reasoning
+    parse_tool_calls
+"""
+_EMPTY_LIST = "tools functions bad_words documents logits_processors image_data lora response_fields grammar_triggers"
 _NO_OPS: Mapping[str, tuple[Any, ...] | None] = {
-    # OpenAI's
-    "metadata": _ANY,
-    "user": _ANY,
-    "safety_identifier": _ANY,
-    "prompt_cache_key": _ANY,
-    "prompt_cache_retention": _ANY,
-    "prompt_cache_options": _ANY,
-    "service_tier": _ANY,
-    "reasoning_effort": _ANY,
-    "reasoning": _ANY,
-    "verbosity": _ANY,
-    "store": (False,),
-    "parallel_tool_calls": (True, False),
-    "tools": ([],),
-    "tool_choice": _CHOICE,
-    "functions": ([],),
-    "function_call": _CHOICE,
+    **dict.fromkeys(_IGNORED.split(), None),
+    **dict.fromkeys(_ONLY_NULL.split(), ()),
+    **dict.fromkeys(_ONLY_FALSE.split(), (False,)),
+    **dict.fromkeys(_ANY_FLAG.split(), (True, False)),
+    **dict.fromkeys((*_EMPTY_LIST.split(), "preserved_tokens"), ([],)),
+    **dict.fromkeys(("chat_template_kwargs", "mm_processor_kwargs", "media_io_kwargs", "vllm_xargs"), ({},)),
+    **dict.fromkeys(("skip_special_tokens", "detokenize", "add_generation_prompt"), (True,)),
+    **dict.fromkeys(("n_probs", "n_discard", "n_indent", "n_cache_reuse", "top_n_tokens", "top_logprobs"), (0,)),
+    **dict.fromkeys(("length_penalty", "tfs_z"), (1, 1.0)),
+    **dict.fromkeys(("tool_choice", "function_call", "reasoning_format"), ("none", "auto")),
     "modalities": (["text"],),
-    "audio": (),
-    "prediction": (),
-    "web_search_options": (),
-    "moderation": (),
-    # vLLM's and SGLang's
-    "request_id": _ANY,
-    "rid": _ANY,
-    "priority": _ANY,
-    "cache_salt": _ANY,
-    "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True, False),
-    "detokenize": (True,),
-    "include_stop_str_in_output": (False,),
-    "no_stop_trim": (False,),
-    "include_reasoning": (True, False),
-    "separate_reasoning": (True, False),
-    "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
-    "add_special_tokens": (False,),
-    "use_beam_search": (False,),
-    "early_stopping": (False,),
-    "length_penalty": (1, 1.0),
     "truncate_prompt_tokens": (-1,),
-    "bad_words": ([],),
-    "documents": ([],),
-    "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "mm_processor_kwargs": ({},),
-    "media_io_kwargs": ({},),
-    "vllm_xargs": ({},),
-    "kv_transfer_params": (),
-    "structured_outputs": (),
-    "prompt_logprobs": (),
-    "prompt_embeds": (),
-    "thinking_token_budget": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_decoding_backend": _ANY,
-    "guided_whitespace_pattern": (),
-    "return_tokens_as_token_ids": (False,),
-    "return_hidden_states": (False,),
-    "return_token_ids": (False,),
-    "logits_processors": ([],),
-    "lora_path": (),
-    "ebnf": (),
-    "stop_regex": (),
-    "session_params": (),
-    "custom_params": (),
-    "custom_logit_processor": (),
-    "stream_reasoning": (True, False),
-    # llama-server's
-    "id_slot": _ANY,
-    "n_keep": _ANY,
-    "n_probs": (0,),
-    "n_discard": (0,),
-    "n_indent": (0,),
-    "post_sampling_probs": (False,),
-    "timings_per_token": (False,),
-    "return_progress": (False,),
-    "return_tokens": (False,),
-    "penalize_nl": (False,),
-    "tfs_z": (1, 1.0),
-    "image_data": ([],),
-    "lora": ([],),
     "t_max_predict_ms": (0, -1),
-    "reasoning_format": ("none", "auto"),
-    "samplers": (),
-    "response_fields": ([],),
-    "grammar_lazy": (False,),
-    "grammar_triggers": ([],),
-    "preserved_tokens": ([],),
-    "parse_tool_calls": (True, False),
-    "chat_format": (),
-    "backend_sampling": (False,),
-    "thinking_forced_open": (False,),
-    "n_cache_reuse": (0,),
-    # TGI's
-    "details": (False,),
-    "decoder_input_details": (False,),
-    "return_full_text": (False,),
-    "watermark": (False,),
-    "truncate": (),
-    "top_n_tokens": (0,),
-    "adapter_id": (),
-    "guideline": (),
-    # of the other of the two endpoints, or of none
     "best_of": (1,),
-    "echo": (False,),
     "suffix": ("",),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "stream": (False,),
-    "n": (1,),
-    "stream_options": (),
 }
 _WHY = {
-    "tools": "this model calls no functions",
-    "functions": "this model calls no functions",
-    "tool_choice": "this model calls no functions",
-    "function_call": "this model calls no functions",
+    **dict.fromkeys(("tools", "functions", "tool_choice", "function_call"), "this model calls no functions"),
+    **dict.fromkeys(("modalities", "audio"), "there is only text"),
     "store": "nothing is kept",
-    "return_token_ids": "--token-ids gives them for every line",
-    "modalities": "there is only text",
-    "audio": "there is only text",
+    "prompt_logprobs": "echo and logprobs give them",
+    "suffix": "the model continues texts, it does not fill in",
 }
 
 
 class FieldError(ArgumentError):
-    """A field that there is not, or that asks for what is not here."""
+    """What is wrong with a field, as a sentence that begins with its name."""
 
-    def __init__(self, field: str, message: str) -> None:
-        super().__init__(message)
+    def __init__(self, field: str, what: str) -> None:
+        super().__init__(f"{field}{what}")
         self.field = field
 
 
-def without_no_ops(body: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
-    """The fields of `body` that ask for something, all of them `known`. FieldError for the first one that is wrong."""
-    asked = {}
+def asked(body: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """The fields of `body` that ask for something, all of them `known`. FieldError for the first one that is wrong.
+
+    As everywhere in OpenAI's interface, null stands for a field that is not given.
+    """
+    found = {}
     for name, value in body.items():
         if name in known:
             if value is not None:
-                asked[name] = value
+                found[name] = _whole(name, value)
         elif name not in _NO_OPS:
-            raise FieldError(str(name)[:64], f"there is no such field{_similar(name, known)}")
+            raise FieldError(str(name)[:64], f": there is no such field{_similar(name, known)}")
         elif not _asks_nothing(name, value):
             why = f": {_WHY[name]}" if name in _WHY else ""
-            raise FieldError(name, f"not supported{why}")
-    return asked
+            raise FieldError(name, f": not supported{why}")
+    return found
 
 
 def _asks_nothing(name: str, value: Any) -> bool:
@@ -200,29 +138,29 @@ def _similar(name: Any, known: Collection[str]) -> str:
 
 
 def as_arguments(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of Model.generate for fields under OpenAI's, vLLM's and llama-server's names, none of them None."""
-    given = {name: _whole(name, value) for name, value in fields.items()}
+    """Arguments of Model.generate for ARGUMENTS, none of them None. What they say is checked only as far as it changes.
+
+    Raises:
+        ArgumentError: two fields say different things, or one cannot be read.
+    """
+    given = dict(fields)
     if "response_format" in given:
-        schema = schema_of(given.pop("response_format"))
+        schema = _schema_of(given.pop("response_format"))
         if schema is not None:
             if "json_schema" in given:
                 raise ArgumentError("response_format and json_schema are the same: give one")
             given["json_schema"] = schema
     if isinstance(given.get("dry_sequence_breakers"), str):
-        given["dry_sequence_breakers"] = breakers(given["dry_sequence_breakers"])
+        given["dry_sequence_breakers"] = _breakers(given["dry_sequence_breakers"])
     for field, name in ALIASES.items():
         if field not in given:
             continue
         value = given.pop(field)
-        if field == "n_predict" and type(value) is int and value in (-1, -2):  # llama.cpp's: as much as there is room
-            value = 2**31 - 1
         if name in given and given[name] != value and not (field == _OPENAIS[1] and _OPENAIS[0] in fields):
             raise ArgumentError(f"{field} and {name} are the same: give one")
         given.setdefault(name, value)
     if type(given.get("top_k")) is int and given["top_k"] < 0:
         given["top_k"] = 0  # all, as in vLLM and llama.cpp
-    if not isinstance(given.get("top_p"), bool) and given.get("top_p") == 0:
-        given["top_p"] = 1e-30  # only the most probable token
     if "logit_bias" in given:
         given["logit_bias"] = _bias(given["logit_bias"])
     if "seed" in given:
@@ -238,7 +176,7 @@ def _whole(name: str, value: Any) -> Any:
     return int(value) if is_whole else value
 
 
-def breakers(text: str) -> list[Any]:
+def _breakers(text: str) -> list[Any]:
     """dry_sequence_breakers as some clients of llama-server's send them: the list as JSON text."""
     try:
         found = json.loads(text)
@@ -249,10 +187,10 @@ def breakers(text: str) -> list[Any]:
     return found
 
 
-def schema_of(response_format: Any) -> Any:
+def _schema_of(response_format: Any) -> Any:
     """The JSON schema that response_format asks for, OpenAI's or llama-server's; None: any text will do."""
-    form = _part("response_format", response_format, ("type", "json_schema", "schema"))
-    inner = _part(
+    form = part("response_format", response_format, ("type", "json_schema", "schema"))
+    inner = part(
         "response_format.json_schema", form.get("json_schema", {}), ("name", "description", "schema", "strict")
     )
     kind, schema = form.get("type"), form.get("schema", inner.get("schema"))
@@ -269,7 +207,7 @@ def schema_of(response_format: Any) -> Any:
     return {"type": "object"} if kind == "json_object" and schema is None else schema
 
 
-def _part(name: str, given: Any, known: Collection[str]) -> dict[str, Any]:
+def part(name: str, given: Any, known: Collection[str]) -> dict[str, Any]:
     """An object of a request without the fields that are null."""
     if not isinstance(given, Mapping):
         raise ArgumentTypeError(f"{name} must be an object, got {given!r:.60}")
