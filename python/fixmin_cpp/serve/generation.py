@@ -16,7 +16,7 @@ from ..openai_api.answer import Answer, answer_to
 from ..openai_api.request import GenerationRequest
 from ..sampling_fields import FORMS
 from .errors import APIError, as_api_error
-from .events import CHUNK_OBJECTS, writer
+from .events import WRITERS
 from .host import ModelHost
 from .limits import check_counts, check_generations
 from .metrics import Metrics
@@ -170,7 +170,7 @@ class Job:
     def _render(self) -> bytes:
         # Choice by choice: the objects of all of them would take many times the memory of the text.
         choices = (_json(self._answer.choice(i, one)) for i, one in enumerate(self._answer.completions()))
-        head, end = _json(self._answer.head(**self._head)), _json({"usage": self._usage()})
+        head, end = _json(self._answer.head(self._answer.object, **self._head)), _json({"usage": self._usage()})
         return head[:-1] + b',"choices":[' + b",".join(choices) + b"]," + end[1:]
 
     def _usage(self) -> dict[str, Any]:
@@ -180,7 +180,7 @@ class Job:
     async def events(self) -> AsyncGenerator[bytes, None]:
         """The answer as server-sent events. Errors after the first one become an event too."""
         answer = self._answer
-        head = answer.head(**self._head, kind=CHUNK_OBJECTS[type(answer)])
+        head = answer.head(answer.chunk_object, **self._head)
         usage = self.request.include_usage
 
         def event(choices: list[dict[str, Any]], total: dict[str, Any] | None = None) -> bytes:
@@ -189,7 +189,7 @@ class Job:
 
         pieces = self._pieces()
         try:
-            writers = [writer(answer, i) for i in range(self.n_sequences)]
+            writers = [WRITERS[type(answer)](answer, i) for i in range(self.n_sequences)]
             held: dict[int, list[Piece | Completion]] = {}
             for i, one in enumerate(writers):
                 if (first := one.begin()) is not None:
