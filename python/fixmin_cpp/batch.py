@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .arguments import as_int, as_threads
@@ -15,8 +15,14 @@ from .batch_lines import InputFile, Line, Settings
 from .batch_output import OutputFile, Resumed
 from .batch_work import ModelFile, Result, run_lines
 from .errors import ArgumentError, FixminError
+from .load_options import LoadArguments, LoadOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # in typing from Python 3.11
 
 __all__ = ["BatchReport", "run_batch"]
+
+_N_PARALLEL = 64
 
 
 @dataclass(frozen=True)
@@ -47,16 +53,13 @@ def run_batch(
     options: Mapping[str, Any] | None = None,
     seed: int = 0,
     token_ids: bool = False,
-    n_parallel: int = 64,
     fail_fast: bool = False,
     overwrite: bool = False,
-    n_threads: int | None = None,
-    n_ctx: int | None = None,
-    kv_type: str = "f16",
     ray_address: str | None = None,
     ray_actors: int | None = None,
     ray_lines: int | None = None,
     progress: Callable[[BatchReport], object] | None = None,
+    **load: "Unpack[LoadArguments]",
 ) -> BatchReport:
     """Answers every line of a JSON Lines file by a line of another one, in the same order; see docs/batch.md.
 
@@ -72,27 +75,28 @@ def run_batch(
         options: GenerationArguments for lines that do not give them.
         seed: 0 to 2^64-1. A line without a seed gets one that depends on this one and its number only.
         token_ids: records of generated texts hold their token ids too.
-        n_parallel: lines that a model works on at a time.
         fail_fast: the first bad line ends the job; otherwise its record says what was wrong.
         overwrite: do not resume, start again, whatever `target` holds.
-        n_threads, n_ctx, kv_type: see Model. With Ray, n_threads is also the CPUs that an actor reserves.
         ray_address: "auto", "HOST:PORT", "local" (a Ray instance of its own), or None: this process.
         ray_actors: models in the cluster; None: one per node that has CPUs.
         ray_lines: lines that an actor gets at a time, and repeats if it dies; None: four times `n_parallel`.
         progress: called after each line.
+        **load: n_threads, n_ctx, kv_type, n_parallel, ...: see Model. So many lines as n_parallel says (64) are worked
+            on at a time. With Ray, n_threads is also the CPUs that an actor reserves.
 
     Raises:
         ArgumentError: an argument is wrong, or `target` belongs to another job (other input, model, options or version)
             or was changed after its job had ended.
         FixminError: a bad line with fail_fast, "FILE, line N: ...". OSError, GGUFError: a file cannot be used.
     """
-    n_parallel = as_int("n_parallel", n_parallel, 1, 4096)
-    n_threads = as_threads(n_threads) or None
+    n_parallel = as_int("n_parallel", load.get("n_parallel", _N_PARALLEL), 1, 4096)
+    n_threads = as_threads(load.get("n_threads")) or None
     if ray_address is None and (ray_actors, ray_lines) != (None, None):
         raise ArgumentError("ray_actors and ray_lines need ray_address")
     refuse_inputs(target, source, model)
     lines = InputFile.scan(source)
-    file = ModelFile.of(model, n_threads=n_threads, n_ctx=n_ctx, kv_type=kv_type, n_parallel=n_parallel)
+    load_options = LoadOptions.check({**load, "n_threads": n_threads, "n_parallel": n_parallel})
+    file = ModelFile.of(model, load_options)
     settings = Settings.check(task, seed, options or {}, token_ids, file.vocab_size())
     with contextlib.ExitStack() as stack:
         output = stack.enter_context(OutputFile(target, _identity(settings, lines, file), lines, overwrite=overwrite))
@@ -159,8 +163,8 @@ def _identity(settings: Settings, lines: InputFile, file: ModelFile) -> dict[str
         "fixmin": __version__,
         "input": lines.sha256,
         "model": file.sha256,
-        "n_ctx": file.n_ctx,
-        "kv_type": file.kv_type,
+        "n_ctx": file.options.n_ctx,
+        "kv_type": file.options.kv_type,
         "task": settings.task,
         "seed": settings.seed,
         "token_ids": settings.token_ids,

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-from .arguments import GenerationOptions, as_int, main_names, split_prompts
+from .arguments import as_int, split_prompts
 from .errors import ArgumentError, ArgumentTypeError, FixminError
+from .generation_options import GenerationOptions, main_names
 from .openai_api.refusal import refusal
 from .openai_api.request import ChatRequest, CompletionRequest, GenerationRequest
 

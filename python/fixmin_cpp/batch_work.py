@@ -18,6 +18,7 @@ from .arguments import split_prompts
 from .batch_lines import Line, NativeEntry, OpenAIEntry, Settings, parse_line, write_record
 from .errors import ArgumentError, FixminError, naming
 from .generation import Completion, TokenLogprob, drive
+from .load_options import LoadOptions
 from .model import Model
 from .openai_api.answer import answer_to
 from .openai_api.request import ChatRequest, CompletionRequest, GenerationRequest
@@ -44,19 +45,16 @@ class ModelFile:
 
     path: str
     sha256: str
-    n_threads: int | None
-    n_ctx: int | None
-    kv_type: str
-    n_parallel: int
+    options: LoadOptions
 
     @classmethod
-    def of(cls, path: str | os.PathLike[str], **settings: Any) -> "ModelFile":
+    def of(cls, path: str | os.PathLike[str], options: LoadOptions) -> "ModelFile":
         """Reads the file for its hash."""
         refuse_wrong_model(path)
         if not os.path.isfile(path):
             os.stat(path)  # raises the error that says what is missing
             raise ArgumentError(f"{os.fspath(path)}: not a regular file")  # reading a pipe could wait for ever
-        return cls(os.path.abspath(path), file_sha256(path), **settings)
+        return cls(os.path.abspath(path), file_sha256(path), options)
 
     def load(self, n_threads: int | None = None) -> Model:
         """The model; `n_threads` counts where the job names none.
@@ -64,16 +62,8 @@ class ModelFile:
         Raises FixminError if the file of that name is another one here, or by now.
         """
         with contextlib.ExitStack() as stack:
-            model = stack.enter_context(
-                Model(
-                    self.path,
-                    n_threads=n_threads if self.n_threads is None else self.n_threads,
-                    n_ctx=self.n_ctx,
-                    kv_type=self.kv_type,
-                    n_parallel=self.n_parallel,
-                )
-            )
-            if model._sha256() != self.sha256:
+            model = stack.enter_context(Model(self.path, **{"n_threads": n_threads, **self.options.given()}))
+            if model.file_sha256() != self.sha256:
                 raise FixminError(f"{self.path} on {os.uname().nodename} is another file than when the job was started")
             stack.pop_all()
         return model

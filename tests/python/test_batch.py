@@ -21,6 +21,7 @@ import fixmin_cpp
 from fixmin_cpp.batch import BatchReport
 from fixmin_cpp.batch_lines import InputFile, Line, Settings
 from fixmin_cpp.batch_work import ModelFile, run_lines
+from fixmin_cpp.load_options import LoadOptions
 
 OPENAI = {"custom_id": "x", "method": "POST", "url": "/v1/completions"}
 
@@ -631,7 +632,7 @@ def test_what_is_appended_to_the_input_later_is_not_part_of_the_job(tmp_path):
 def test_a_model_file_that_differs_elsewhere(model_path, tmp_path):
     copy = tmp_path / "copy.gguf"
     copy.write_bytes(model_path.read_bytes())
-    file = ModelFile.of(copy, n_threads=1, n_ctx=None, kv_type="f16", n_parallel=1)
+    file = ModelFile.of(copy, LoadOptions.check({"n_threads": 1, "n_parallel": 1}))
     file.load().close()
     with open(copy, "r+b") as changed:
         changed.seek(-1, os.SEEK_END)

@@ -5,8 +5,9 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from ..arguments import GenerationArguments, Int
 from ..errors import ArgumentError, ArgumentTypeError
+from ..sampling_fields import ALIASES as OTHER_NAMES
+from ..sampling_fields import BODY_ALIASES, FIELDS, Int
 
 __all__ = [
     "ALIASES",
@@ -24,29 +25,16 @@ __all__ = [
 MAX_SEED = 2**53 - 1  # other readers of JSON hold numbers as doubles
 
 # Fields with another name than the argument, those that win before those that they win over.
-ALIASES: Mapping[str, str] = {
-    "max_completion_tokens": "max_new_tokens",
-    "max_tokens": "max_new_tokens",
-    "n_predict": "max_new_tokens",
-    "min_tokens": "min_new_tokens",
-    "stop_token_ids": "stop_ids",
-    "allowed_token_ids": "allowed_ids",
-    "repetition_penalty": "repeat_penalty",
-    "bad_ids": "banned_ids",
-    "cache_prompt": "prefix_cache",
-}
+ALIASES: Mapping[str, str] = {**BODY_ALIASES, **OTHER_NAMES}
 _OPENAIS = ("max_completion_tokens", "max_tokens")  # of which OpenAI's clients send both, the first one being the newer
 
 # The fields that there are: of how to generate, of the form of any answer, of completions and of chats.
-ARGUMENTS = frozenset({*GenerationArguments.__annotations__, *ALIASES, "response_format"}) - {
-    "logprobs",  # OpenAI's of that name are below
-    "prompt_logprobs",
-}
+ARGUMENTS = frozenset(name for name, row in FIELDS.items() if row.bodies is not None) | {*ALIASES, "response_format"}
 OF_ANSWERS = frozenset({"model", "n", "stream", "stream_options", "return_token_ids"})
 OF_COMPLETIONS = frozenset({"prompt", "best_of", "echo", "logprobs"})
 OF_CHATS = frozenset({"messages", "logprobs", "top_logprobs", "add_generation_prompt", "continue_final_message"})
 
-_INTEGERS = frozenset(name for name, kind in GenerationArguments.__annotations__.items() if kind == Int)
+_INTEGERS = frozenset(name for name, row in FIELDS.items() if row.kind == Int)
 _INTEGERS |= {"seed", "n", "best_of", "top_logprobs"}
 
 # Fields of the clients of OpenAI, vLLM, SGLang, llama-server and TGI that are not here, or not at this endpoint, with

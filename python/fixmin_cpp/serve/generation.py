@@ -14,10 +14,11 @@ from ..errors import FixminError
 from ..generation import AsyncTextStream, Completion, Piece, Run
 from ..openai_api.answer import Answer, answer_to
 from ..openai_api.request import GenerationRequest
+from ..sampling_fields import FORMS
 from .errors import APIError, as_api_error
 from .events import CHUNK_OBJECTS, writer
 from .host import ModelHost
-from .limits import FORMS, check_counts, check_generations
+from .limits import check_counts, check_generations
 from .metrics import Metrics
 from .record import Record
 

@@ -9,17 +9,17 @@ import contextlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, get_args
+from typing import Any
 
-from ..arguments import GenerationOptions
-from ..constrain import Kind
 from ..errors import ArgumentError
+from ..generation_options import GenerationOptions
 from ..model import Model
 from ..openai_api.request import CompletionRequest, GenerationRequest
+from ..sampling_fields import FORMS
 from .errors import APIError
 from .settings import ServeSettings
 
-__all__ = ["FORMS", "MAX_DEPTH", "MAX_ELEMENTS", "check_breakers", "check_counts", "check_generations", "read_body"]
+__all__ = ["MAX_DEPTH", "MAX_ELEMENTS", "check_breakers", "check_counts", "check_generations", "read_body"]
 
 MAX_ELEMENTS = 200_000  # list elements and fields of objects in a body: 40 MB as Python objects at the very most
 _MAX_PARTS = 40_000  # fields of objects, lists and objects in a body: each costs more than an element of a list
@@ -45,8 +45,6 @@ _STRINGS: Mapping[str, int] = {
 }
 _ALL_ELEMENTS: Mapping[str, int] = {"json_schema": 8000, "response_format": 8000, "messages": 40_000}
 _MAX_DIGITS = 100  # of an integer
-
-FORMS = get_args(Kind)  # arguments that constrain an output, which take long to compile
 
 # Of all generations of a request together
 _MAX_LOGPROBS = 1 << 19  # of an answer with several generations: 100 bytes of memory each
@@ -228,7 +226,7 @@ def check_breakers(model: Model, breakers: Iterable[Any], n: int) -> None:
             raise ArgumentError(
                 f"dry_sequence_breakers has a text of {len(one)} characters, at most {_MAX_BREAKER} are taken"
             )
-        n_sequences += n * len(model._require_tokenizer().sequences_with(one))
+        n_sequences += n * len(model.require_tokenizer().sequences_with(one))
         if n_sequences > _MAX_BREAKERS:
             raise ArgumentError(
                 f"dry_sequence_breakers are met by more than {_MAX_BREAKERS} sequences of tokens, counted for each of "

@@ -4,7 +4,7 @@ Those of completions and chats are only described here: fixmin_cpp.openai_api re
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, TypeAlias
 
 from fastapi import Body
@@ -20,10 +20,11 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
-from ..arguments import Biases, Breakers, Flag, Float, GenerationArguments, Ids, Int, Seeds, Text, Texts
 from ..errors import ArgumentError
 from ..openai_api.fields import ALIASES, asked
 from ..openai_api.request import ChatRequest, CompletionRequest, GenerationRequest
+from ..sampling_fields import FIELDS as ROWS
+from ..sampling_fields import Biases, Breakers, Choices, Flag, Float, Ids, Int, Seeds, Text, Texts
 
 __all__ = [
     "BODIES",
@@ -144,20 +145,11 @@ class Message(BaseModel):
 
 # What JSON has for the types of arguments.
 _JSON: Mapping[Any, Any] = {
-    Flag: bool,
-    Int: int,
-    Float: float,
-    Text: str,
-    Texts: str | list[str],
-    Ids: list[int],
-    Seeds: int,
-    Biases: dict[str, float],
-    Breakers: list[str | list[int]],
-    Sequence[str] | None: list[str],
-    Any: dict[str, Any] | str | bool,
+    **{Flag: bool, Int: int, Float: float, Text: str, Texts: str | list[str], Choices: list[str], Ids: list[int]},
+    **{Seeds: int, Biases: dict[str, float], Breakers: list[str | list[int]], Any: dict[str, Any] | str | bool},
 }
 _KINDS: Mapping[str, Any] = {
-    **{name: _JSON[kind] for name, kind in GenerationArguments.__annotations__.items()},
+    **{name: _JSON[row.kind] for name, row in ROWS.items()},
     **dict.fromkeys(("n", "best_of", "top_logprobs"), int),
     **dict.fromkeys(("stream", "return_token_ids", "echo", "add_generation_prompt", "continue_final_message"), bool),
     "model": str,
@@ -167,15 +159,13 @@ _KINDS: Mapping[str, Any] = {
     "messages": Annotated[list[Message], Field(min_length=1)],
 }
 _HELP = {
-    "model": "Any name: a server has one model and answers with its name.",
+    **{name: row.help for name, row in ROWS.items()},
+    **{name: f"The same as {main}." for name, main in ALIASES.items()},
     "max_completion_tokens": "The same as max_tokens; it wins.",
-    "n_predict": "The same as max_tokens; -1: as many as fit.",
-    "logit_bias": "By token id.",
+    "parse_special": f"{ROWS['parse_special'].help} By default they are, but not in the messages of a chat.",
+    "openai_penalties": f"{ROWS['openai_penalties'].help} By default, unless repeat_last_n is given.",
+    "model": "Any name: a server has one model and answers with its name.",
     "return_token_ids": "Adds token_ids to each choice.",
-    "parse_special": "Whether names of special tokens in the text given, as </s>, are such tokens. By default yes, but "
-    "not in the messages of a chat.",
-    "openai_penalties": "Whether presence and frequency are counted over the generated tokens, and over all of them. "
-    "Unless repeat_last_n is given they are.",
     "add_generation_prompt": "Whether the beginning of an answer follows. By default, unless a message is continued.",
     "continue_final_message": "Whether the model goes on with the last message. By default, if it is the assistant's.",
 }
@@ -189,8 +179,7 @@ class _Described:
         fields: dict[str, Any] = {needed: (_KINDS[needed], ...)}
         for name in sorted(request.known - {needed}):
             kind = kinds.get(name) or _KINDS[ALIASES.get(name, name)]
-            text = _HELP.get(name) or (f"The same as {ALIASES[name]}." if name in ALIASES else None)
-            fields[name] = (kind | None, Field(None, description=text))
+            fields[name] = (kind | None, Field(None, description=_HELP.get(name)))
         self.model = create_model(request.__name__, __doc__=request.__doc__, **fields)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
