@@ -178,7 +178,7 @@ def score(
         text = read_prompt(prompt, file, escape)
         with _load(model, quiet=quiet or as_json, n_threads=threads, n_ctx=ctx, kv_type=kv_type) as loaded:
             found = loaded.score(text)
-            pieces = [loaded._require_tokenizer().token_piece(i) for i in found.token_ids]
+            pieces = [loaded.require_tokenizer().token_piece(i) for i in found.token_ids]
         if as_json:
             facts = dataclasses.asdict(found)
             facts |= {"logprobs": found.logprobs.tolist(), "ranks": found.ranks.tolist()}

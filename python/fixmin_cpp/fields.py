@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeAlias, get_args, get_origin
 
 from .arguments import as_float, as_int
 
-__all__ = ["Alias", "Check", "Field", "Integer", "Number", "aliases_of", "checked_class", "fields_of", "summary", "unsized"]
+__all__ = ["Alias", "Field", "Integer", "Number", "aliases_of", "checked_class", "fields_of", "summary", "unsized"]
 
 Check: TypeAlias = Callable[[str, Any, int], Any]  # name, value, vocabulary size -> the checked value
 
@@ -104,7 +104,7 @@ def summary(fields: Mapping[str, Field]) -> str:
 
 
 def checked_class(name: str, fields: Mapping[str, Field], **more: Any) -> Any:
-    """A frozen dataclass of checked values, keyword arguments only. more: fields that are not in the table, defaults."""
+    """A frozen dataclass of checked values, keyword arguments only. more: defaults of fields that no row is of."""
     defaults = {**{row: field.default for row, field in fields.items() if field.check is not None}, **more}
     rows = [(row, Any, dataclasses.field(default=default)) for row, default in defaults.items()]
     return dataclasses.make_dataclass(name, rows, frozen=True, kw_only=True)

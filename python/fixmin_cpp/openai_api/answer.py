@@ -5,8 +5,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
-from ..generation import Batch, Completion, Run, TokenLogprob
+from ..generation import Completion, Run, TokenLogprob
 from ..model import Model
+from ..running import Generations
 from ..text import IncrementalDecoder
 from .request import ChatRequest, CompletionRequest, GenerationRequest
 from .token_names import TokenNames
@@ -36,8 +37,9 @@ class Answer(ABC, Generic[_Request]):
     def __init__(self, request: _Request, model: Model, prompt: Any, arguments: Mapping[str, Any]) -> None:
         self.request = request
         self.model = model
-        given: Any = arguments
-        self.batch: Batch = model._batch(prompt, given, request.n, request.best_of, equal=True)
+        self.generations: Generations = model.prepare(
+            prompt, arguments, n=request.n, best_of=request.best_of, allow_equal=True
+        )
         self.best_of = request.n if request.best_of is None else request.best_of
         self.names: Any = None if request.logprobs is None else TokenNames.of(model)
 
@@ -47,7 +49,7 @@ class Answer(ABC, Generic[_Request]):
 
     def completions(self) -> list[Completion]:
         """Those of the answer, in the order of their choices, once all runs have ended."""
-        chosen = self.batch.result()
+        chosen = self.generations.result()
         per_prompt = chosen if isinstance(chosen, list) else [chosen]
         return [one for each in per_prompt for one in each.candidates or [each]]
 
@@ -62,7 +64,7 @@ class Answer(ABC, Generic[_Request]):
     def usage(self) -> dict[str, int]:
         """Of all runs. A prompt counts once, however many continuations it has; what ended a text was generated too."""
         n_prompt = sum(run.finished.timings.n_prompt for run in self.leaders)
-        n_generated = 0 if self.only_prompt else sum(run.finished.n_drawn for run in self.batch.runs)
+        n_generated = 0 if self.only_prompt else sum(run.finished.n_drawn for run in self.generations.runs)
         total = n_prompt + n_generated
         return {"prompt_tokens": n_prompt, "completion_tokens": n_generated, "total_tokens": total}
 
@@ -80,7 +82,7 @@ class Answer(ABC, Generic[_Request]):
     @property
     def leaders(self) -> list[Run]:
         """The first run of each prompt."""
-        return self.batch.runs[:: self.best_of]
+        return self.generations.runs[:: self.best_of]
 
     @abstractmethod
     def _content(self, index: int, completion: Completion) -> dict[str, Any]:
@@ -94,7 +96,7 @@ class TextLogprobs:
         """`context`: ids before the first token, `offset`: its place in the text."""
         self._names = names
         self._offset = offset  # of the next token
-        tokenizer = model._tokenizer
+        tokenizer = model.text_tokenizer
         self._special = frozenset() if tokenizer is None else tokenizer.special_ids
         self._decoder = None if tokenizer is None else IncrementalDecoder(tokenizer, context)
         self._lists = self._empty()
@@ -146,7 +148,7 @@ class CompletionAnswer(Answer[CompletionRequest]):
 
     def leader(self, index: int) -> Run:
         """The first run of a choice's prompt."""
-        return self.batch.runs[index // self.request.n * self.best_of]
+        return self.generations.runs[index // self.request.n * self.best_of]
 
     def prompt_logprobs(self, index: int) -> dict[str, list[Any]] | None:
         """None: not yet known. Tokens that were not read before the end have null."""

@@ -240,13 +240,13 @@ def _add_generation(app: FastAPI, host: ModelHost, metrics: Metrics, template: C
 
 def _chat_prompt(host: ModelHost, template: ChatTemplate, body: ChatRequest) -> list[int]:
     host.check_texts("messages", ["".join(strings(body.messages))])  # a template may read any of them
-    return template.prompt_of(body, host.model._require_tokenizer())
+    return template.prompt_of(body, host.model.require_tokenizer())
 
 
 def _embed(host: ModelHost, name: str, text: Any, parse_special: bool) -> tuple[NDArray[np.float32], int]:
     model = host.model
     host.check_texts(name, [text])
-    ids = model._ids_in_context(name, text, 0, parse_special)
+    ids = model.token_ids(text, name=name, room=0, parse_special=parse_special)
     states = model.hidden_states(ids, model.info["block_count"])
     return states.mean(axis=0, dtype=np.float64).astype(np.float32), len(states)
 
@@ -287,7 +287,7 @@ def _tokenize(host: ModelHost, body: TokenizeRequest) -> Response:
     _check_length(name, _bytes(text), _MAX_TOKENIZED, "bytes")
     model = host.model
     special, parse = body.add_special or body.add_special_tokens, body.parse_special is not False
-    ids = model._require_tokenizer().encode(text, add_special_tokens=special, parse_special=parse, name=name)
+    ids = model.require_tokenizer().encode(text, add_special_tokens=special, parse_special=parse, name=name)
     texts = rendering.by_id(ids, partial(_piece, host)) if body.with_pieces else (b"%d" % i for i in ids)
     return rendering.token_list(texts, count=len(ids), max_model_len=model.info["n_ctx"])
 

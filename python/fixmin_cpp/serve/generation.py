@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import dataclasses
 import json
 import time
 import uuid
@@ -11,9 +10,10 @@ from typing import Any
 
 from ..arguments import split_prompts
 from ..errors import FixminError
-from ..generation import AsyncTextStream, Completion, Piece, Run
+from ..generation import Completion, Piece, Run
 from ..openai_api.answer import Answer, answer_to
 from ..openai_api.request import GenerationRequest
+from ..running import AsyncTextStream
 from ..sampling_fields import FORMS
 from .errors import APIError, as_api_error
 from .events import WRITERS
@@ -80,7 +80,7 @@ class Job:
     @property
     def n_sequences(self) -> int:
         """Generations that this takes."""
-        return len(self._answer.batch.runs)
+        return len(self._answer.generations.runs)
 
     # --- running -----------------------------------------------------------------------------------------------------
 
@@ -89,14 +89,13 @@ class Job:
 
         Closing it cancels what has not ended.
         """
-        model = self._host.model
         news: asyncio.Queue[tuple[int, Piece | Completion | Exception]] = asyncio.Queue()
 
         async def read(number: int, run: Run) -> None:
             try:
                 async with self._host.turns.turn(self, self.n_sequences):
                     self._count_wait(run)
-                    await follow(number, AsyncTextStream(run, model._start_async), self._seconds())
+                    await follow(number, self._answer.generations.astream(number), self._seconds())
             except Exception as error:
                 news.put_nowait((number, error))
 
@@ -124,7 +123,7 @@ class Job:
 
         self._record.begin(self.n_sequences, sum(len(run.prompt_ids) for run in self._answer.leaders))
         # Tasks begin in this order, so that a prompt's first run is queued before those that follow it.
-        tasks = [asyncio.create_task(read(i, run)) for i, run in enumerate(self._answer.batch.runs)]
+        tasks = [asyncio.create_task(read(i, run)) for i, run in enumerate(self._answer.generations.runs)]
         try:
             left = len(tasks)
             while left:
@@ -153,10 +152,8 @@ class Job:
 
     def _count_wait(self, run: Run) -> None:
         """The time that a run waited for its turn is part of its timeout."""
-        options = run._options
-        if options.timeout is not None:
-            left = options.timeout - self._seconds()
-            run._options = dataclasses.replace(options, timeout=max(left, 1e-3))
+        if run.timeout is not None:
+            run.timeout = max(run.timeout - self._seconds(), 1e-3)
 
     # --- the answer --------------------------------------------------------------------------------------------------
 

@@ -90,10 +90,10 @@ class ModelHost:
             info["n_ctx"],
             info["n_threads"],
         )
-        self.code = describe_code(model._metadata)
+        self.code = describe_code(model.metadata)
         if model.info["tokenizer"]:
             model.encode("a")  # the first call builds tables
-            self._longest_token = max(map(len, model._require_tokenizer().token_texts), default=1)
+            self._longest_token = max(map(len, model.require_tokenizer().token_texts), default=1)
         return model
 
     async def close(self) -> None:
@@ -182,7 +182,7 @@ class ModelHost:
         Tokenising takes 200 bytes of memory for a byte of text, so this comes before.
         """
         model = self.model
-        if model._tokenizer is None:
+        if model.text_tokenizer is None:
             return
         n_ctx = model.info["n_ctx"]
         longest = max(1 << 16, n_ctx * self._longest_token)  # some tokenizers drop characters of short texts
