@@ -9,7 +9,17 @@ from ..errors import ArgumentError, ArgumentTypeError
 from ..sampling_fields import ALIASES as OTHER_NAMES
 from ..sampling_fields import BODY_ALIASES, FIELDS, Int
 
-__all__ = ["ALIASES", "ARGUMENTS", "CHAT_FIELDS", "COMPLETION_FIELDS", "FieldError", "as_arguments", "asked", "part"]
+__all__ = [
+    "ALIASES",
+    "ARGUMENTS",
+    "CHAT_FIELDS",
+    "COMPLETION_FIELDS",
+    "FieldError",
+    "as_arguments",
+    "asked",
+    "part",
+    "shown",
+]
 
 _MAX_SEED = 2**53 - 1  # other readers of JSON hold numbers as doubles
 
@@ -94,12 +104,16 @@ def asked(body: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
             if value is not None:
                 found[name] = _whole(name, value)
         elif name not in _NO_OPS:
-            shown = name[:64].encode(errors="backslashreplace").decode()  # no half of a surrogate pair
-            raise FieldError(shown, f": there is no such field{_similar(name, known)}")
+            raise FieldError(shown(name), f": there is no such field{_similar(name, known)}")
         elif not _asks_nothing(name, value):
             why = f": {_WHY[name]}" if name in _WHY else ""
             raise FieldError(name, f": not supported{why}")
     return found
+
+
+def shown(text: str) -> str:
+    """The beginning of what a client wrote, for a message, which cannot hold half of a surrogate pair."""
+    return text[:64].encode(errors="backslashreplace").decode()
 
 
 def _asks_nothing(name: str, value: Any) -> bool:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from ..arguments import as_bool, as_int, as_stop_strings, split_prompts
 from ..errors import ArgumentError, ArgumentTypeError
-from .fields import ALIASES, ARGUMENTS, CHAT_FIELDS, COMPLETION_FIELDS, FieldError, as_arguments, asked, part
+from .fields import ALIASES, ARGUMENTS, CHAT_FIELDS, COMPLETION_FIELDS, FieldError, as_arguments, asked, part, shown
 
 __all__ = ["ChatRequest", "CompletionRequest", "GenerationRequest", "prompts_in"]
 
@@ -192,7 +192,7 @@ def _content(place: str, given: Any) -> str:
     for i, one in enumerate(given):
         kind, text = (one.get("type"), one.get("text")) if isinstance(one, Mapping) else (None, None)
         if isinstance(kind, str) and kind != "text":
-            raise ArgumentError(f"{place}[{i}]: {kind!r:.64} is not supported: the model reads texts")
+            raise ArgumentError(f"{place}[{i}]: {shown(kind)} is not supported: the model reads texts")
         if kind != "text" or not isinstance(text, str):
             what = "text must be a text" if kind == "text" else 'type must be "text"'
             raise ArgumentTypeError(f"{place}[{i}].{what}")
