@@ -17,7 +17,7 @@ from . import _core
 from .arguments import split_prompts
 from .batch_lines import Line, NativeEntry, OpenAIEntry, Settings, parse_line, write_record
 from .errors import ArgumentError, FixminError, naming
-from .generation import Completion, TokenLogprob, drive
+from .generation import Completion, TokenLogprob
 from .load_options import LoadOptions
 from .model import Model
 from .openai_api.answer import answer_to
@@ -123,8 +123,7 @@ def _openai(model: Model, settings: Settings, entry: OpenAIEntry) -> dict[str, A
     seeds = [settings.seed_of(entry.line, i) for i in range(len(prompts))]
     arguments = request.resolved({"seed": seeds if many else seeds[0], **settings.options}, stop)
     answer = answer_to(request, model, prompt, arguments)
-    with model._running() as engine:
-        drive(answer.batch.runs, engine)
+    answer.generations.run()
     completions = answer.completions()
     _refuse_cancelled(completions)
     return {
@@ -138,7 +137,7 @@ def _prompt(model: Model, request: GenerationRequest) -> tuple[Any, Sequence[str
     """What the model reads, and what ends a text besides the request's own stop strings."""
     if isinstance(request, ChatRequest):
         template = _plain_template()
-        return template.prompt_of(request, model._require_tokenizer()), template.stop
+        return template.prompt_of(request, model.require_tokenizer()), template.stop
     assert isinstance(request, CompletionRequest)
     return request.prompt, ()
 

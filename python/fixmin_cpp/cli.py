@@ -24,7 +24,16 @@ from rich.progress import BarColumn, Progress, TextColumn
 from . import __version__
 from .atomic_file import refuse_inputs
 from .cli_help import App
-from .cli_options import from_argv, read_options, read_prompt, read_text, with_options
+from .cli_options import (
+    MACHINE,
+    from_argv,
+    load_options,
+    read_options,
+    read_prompt,
+    read_text,
+    with_load_options,
+    with_options,
+)
 from .cli_output import Stdout, guarded, json_pieces
 from .cli_output import bar as _bar
 from .cli_output import errors as _errors
@@ -53,13 +62,13 @@ _FORWARD: dict[str, Any] = {
     "add_help_option": False,
 }
 _MAKE, _RUN, _MEASURE = "Make a file", "Run a model", "Look and measure"
-_INPUT, _MACHINE, _JOB, _CLUSTER = "Input and output", "Model and machine", "The job", "On Ray (needs fixmin-cpp[ray])"
+_INPUT, _JOB, _CLUSTER = "Input and output", "The job", "On Ray (needs fixmin-cpp[ray])"
 
 _Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 _All = Annotated[bool, typer.Option("--all", help="Show everything, not a summary.")]
 _Model = Annotated[
-    Path, typer.Option("-m", "--model", metavar="FILE.gguf", help="File of the model.", rich_help_panel=_MACHINE)
+    Path, typer.Option("-m", "--model", metavar="FILE.gguf", help="File of the model.", rich_help_panel=MACHINE)
 ]
 _Prompt = Annotated[
     str | None,
@@ -80,15 +89,6 @@ _Escape = Annotated[
         rich_help_panel=_INPUT,
     ),
 ]
-_Threads = Annotated[
-    int | None,
-    typer.Option("-t", "--threads", help="Default, 0 or -1: what the machine offers.", rich_help_panel=_MACHINE),
-]
-_Ctx = Annotated[
-    int | None,
-    typer.Option("-c", "--ctx", help="Context positions. Default, or 0: the model's.", rich_help_panel=_MACHINE),
-]
-_KvType = Annotated[str, typer.Option(help="Type of the KV cache: f16, f32 or q8_0.", rich_help_panel=_MACHINE)]
 
 
 def _gguf(text: str) -> Any:
@@ -157,17 +157,16 @@ def tokenize(
 
 
 @app.command(rich_help_panel=_MEASURE)
+@with_load_options(before="quiet")
 def score(
     model: _Model,
     prompt: _Prompt = None,
     file: _File = None,
     escape: _Escape = True,
-    threads: _Threads = None,
-    ctx: _Ctx = None,
-    kv_type: _KvType = "f16",
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No table of the tokens.")] = False,
     as_json: _Json = False,
     debug: _Debug = False,
+    **options: Any,
 ) -> None:
     """Show how probable the model finds a text: its perplexity, and each token's probability and rank.
 
@@ -176,7 +175,7 @@ def score(
     """
     with _errors(debug):
         text = read_prompt(prompt, file, escape)
-        with _load(model, quiet=quiet or as_json, n_threads=threads, n_ctx=ctx, kv_type=kv_type) as loaded:
+        with _load(model, quiet=quiet or as_json, **load_options(options)) as loaded:
             found = loaded.score(text)
             pieces = [loaded.require_tokenizer().token_piece(i) for i in found.token_ids]
         if as_json:
@@ -228,6 +227,7 @@ def inspect(
 
 
 @app.command(rich_help_panel=_RUN)
+@with_load_options(before="debug")
 @with_options(before="debug")
 def generate(
     model: _Model,
@@ -239,9 +239,6 @@ def generate(
     ] = True,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No timings on stderr.", rich_help_panel=_INPUT)] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.", rich_help_panel=_INPUT)] = False,
-    threads: _Threads = None,
-    ctx: _Ctx = None,
-    kv_type: _KvType = "f16",
     debug: _Debug = False,
     **options: Any,
 ) -> None:
@@ -252,11 +249,12 @@ def generate(
     """
     with _errors(debug):
         text = read_prompt(prompt, file, escape)
+        load = load_options(options)
         arguments = read_options(options, escape)
         if not as_json and {"logprobs", "prompt_logprobs"} & arguments.keys():
             raise typer.BadParameter("--logprobs and --prompt-logprobs need --json")
         one = arguments.get("n", 1) == 1 and "best_of" not in arguments
-        with _load(model, quiet=quiet or as_json, n_threads=threads, n_ctx=ctx, kv_type=kv_type) as loaded:
+        with _load(model, quiet=quiet or as_json, **load) as loaded:
             if one:
                 arguments.pop("n", None)
                 completion = _stream(loaded, text, arguments, show=stream and not as_json)
@@ -307,6 +305,7 @@ def _summary(completion: Any, *, sampled: bool) -> str:
 
 
 @app.command(rich_help_panel=_RUN)
+@with_load_options(before="quiet")
 @with_options(before="debug")
 def batch(
     source: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="One JSON object per line.")],
@@ -339,9 +338,6 @@ def batch(
     ray_lines: Annotated[
         int | None, typer.Option(help="Lines of a Ray task. Default: 4 times --parallel.", rich_help_panel=_CLUSTER)
     ] = None,
-    threads: _Threads = None,
-    ctx: _Ctx = None,
-    kv_type: _KvType = "f16",
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Neither progress nor a summary.")] = False,
     as_json: _Json = False,
     debug: _Debug = False,
@@ -356,6 +352,7 @@ def batch(
     from .batch import run_batch
 
     with _errors(debug):
+        load = load_options(options)
         arguments = read_options(options, escape=True)
         seed = arguments.pop("seed", 0)
         with _batch_progress(quiet or as_json) as update:
@@ -370,9 +367,7 @@ def batch(
                 n_parallel=n_parallel,
                 fail_fast=fail_fast,
                 overwrite=overwrite,
-                n_threads=threads,
-                n_ctx=ctx or None,  # 0 and no option are the same job
-                kv_type=kv_type,
+                **load,
                 ray_address=ray,
                 ray_actors=ray_actors,
                 ray_lines=ray_lines,
@@ -385,6 +380,14 @@ def batch(
 
 
 @app.command(rich_help_panel=_RUN)
+@with_load_options(
+    before="log_level",
+    also={
+        "n_kv": (None, "Positions of the KV cache, of all requests. Default: --parallel contexts, if memory allows."),
+        "n_parallel": (64, "Generations that run at a time."),
+    },
+    env=True,
+)
 def serve(
     model: Annotated[Path, typer.Argument(metavar="MODEL.gguf", help="GGUF file.", envvar="FIXMIN_MODEL")],
     host: Annotated[str, typer.Option(envvar="FIXMIN_HOST", help="Address to listen on; 0.0.0.0: all.")] = "127.0.0.1",
@@ -445,27 +448,6 @@ def serve(
     shutdown_timeout: Annotated[
         float, typer.Option(envvar="FIXMIN_SHUTDOWN_TIMEOUT", help="Seconds that requests get to end.")
     ] = 30.0,
-    threads: Annotated[
-        int | None,
-        typer.Option("-t", "--threads", envvar="FIXMIN_THREADS", help="Default, 0 or -1: what the machine offers."),
-    ] = None,
-    n_ctx: Annotated[
-        int | None,
-        typer.Option("-c", "--n-ctx", "--ctx", envvar="FIXMIN_N_CTX", help="Context positions. Default: the model's."),
-    ] = None,
-    kv_type: Annotated[
-        str, typer.Option(envvar="FIXMIN_KV_TYPE", help="Type of the KV cache: f16, f32 or q8_0.")
-    ] = "f16",
-    n_kv: Annotated[
-        int | None,
-        typer.Option(
-            envvar="FIXMIN_N_KV",
-            help="Positions of the KV cache, of all requests. Default: --parallel contexts, if memory allows.",
-        ),
-    ] = None,
-    n_parallel: Annotated[
-        int, typer.Option("--parallel", envvar="FIXMIN_PARALLEL", help="Generations that run at a time.")
-    ] = 64,
     log_level: Annotated[
         LogLevel | None,
         typer.Option(envvar="FIXMIN_LOG_LEVEL", case_sensitive=False, help="Least level of lines. Default: info."),
@@ -476,6 +458,7 @@ def serve(
     ] = LogFormat.text,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="The same as --log-level warning.")] = False,
     debug: _Debug = False,
+    **options: Any,
 ) -> None:
     """Serve a model to OpenAI's clients and to a browser (needs fixmin-cpp[serve]). docs/serving.md describes it.
 
@@ -515,11 +498,7 @@ def serve(
             read_timeout=read_timeout,
             write_timeout=write_timeout,
             shutdown_timeout=shutdown_timeout,
-            n_threads=threads,
-            n_ctx=n_ctx,
-            kv_type=kv_type,
-            n_kv=n_kv,
-            n_parallel=n_parallel,
+            **load_options(options),
         )
         package.run(settings)
         if any(thread.name.startswith("fixmin-") and thread.daemon for thread in threading.enumerate()):
@@ -539,6 +518,7 @@ def _keys_of(path: Path | None) -> tuple[str, ...]:
 
 
 @app.command(rich_help_panel=_MEASURE)
+@with_load_options(before="everything", without=["n_ctx"])
 def bench(
     model: _Model,
     prompt: Annotated[
@@ -549,11 +529,10 @@ def bench(
     ] = None,
     depth: Annotated[int, typer.Option("-d", "--depth", help="Tokens in the context before decoding begins.")] = 0,
     repeat: Annotated[int, typer.Option("-r", "--repeat", help="How often prefill and decode take turns.")] = 5,
-    threads: _Threads = None,
-    kv_type: _KvType = "f16",
     everything: _All = False,
     as_json: _Json = False,
     debug: _Debug = False,
+    **options: Any,
 ) -> None:
     """Measure prefill and decode, and how much of the machine that is.
 
@@ -588,13 +567,12 @@ def bench(
         with _status(as_json) as tell:
             report = measure(
                 model,
-                n_threads=threads,
-                kv_type=kv_type,
                 n_prompt=prompt,
                 n_generate=generate,
                 depth=depth,
                 repeat=repeat,
                 progress=tell,
+                **load_options(options),
             )
         if as_json or everything:
             _report(dataclasses.asdict(report), as_json)
@@ -680,6 +658,7 @@ def _kinds_of_tensors(report: Any) -> list[str]:
 
 
 @app.command(rich_help_panel=_MAKE)
+@with_load_options(before="as_json", without=["n_ctx", "kv_type"])
 def imatrix(
     model: Annotated[
         Path, typer.Option("-m", "--model", metavar="FILE.gguf", help="File of the model, best in F32 or F16.")
@@ -690,9 +669,9 @@ def imatrix(
         typer.Option("-o", "--out", metavar="OUT.gguf", help="File to write, for `fixmin quantize --imatrix`."),
     ],
     ctx: Annotated[int | None, typer.Option("-c", "--ctx", help="Tokens of a chunk. Default: 512 at most.")] = None,
-    threads: _Threads = None,
     as_json: _Json = False,
     debug: _Debug = False,
+    **options: Any,
 ) -> None:
     """Collect how large the inputs of every matrix are over a text (needs fixmin-cpp[quantize]).
 
@@ -702,12 +681,13 @@ def imatrix(
         collector = _extra("convert.imatrix", "quantize")
         refuse_inputs(out, model, file)
         text = read_text(file)
-        with _load(model, quiet=as_json, n_threads=threads) as loaded, _bar("reading", as_json) as update:
+        with _load(model, quiet=as_json, **load_options(options)) as loaded, _bar("reading", as_json) as update:
             report = collector.collect(loaded, text, out, ctx=ctx or None, dataset=file.name, progress=update)
         _report({**dataclasses.asdict(report), "path": str(report.path)}, as_json)
 
 
 @app.command(rich_help_panel=_MEASURE)
+@with_load_options(before="base_kv_type", without=["n_ctx"])
 def perplexity(
     model: _Model,
     file: _Text,
@@ -721,13 +701,12 @@ def perplexity(
         Path | None, typer.Option(help="Write the logits: 4 bytes per token and vocabulary.")
     ] = None,
     kl: Annotated[Path | None, typer.Option(help="Compare with logits saved before, of another model.")] = None,
-    kv_type: _KvType = "f16",
     base_kv_type: Annotated[
-        str | None, typer.Option(help="The base model's. Default: the same.", rich_help_panel=_MACHINE)
+        str | None, typer.Option(help="The base model's. Default: the same.", rich_help_panel=MACHINE)
     ] = None,
-    threads: _Threads = None,
     as_json: _Json = False,
     debug: _Debug = False,
+    **options: Any,
 ) -> None:
     """Perplexity of a text, and the divergence from another model's predictions.
 
@@ -741,11 +720,12 @@ def perplexity(
         if save_logits is not None:
             refuse_inputs(save_logits, model, file, base_model, kl)
         text = read_text(file)
-        loaded = stack.enter_context(_load(model, quiet=as_json, n_threads=threads, kv_type=kv_type))
+        load = load_options(options)
+        loaded = stack.enter_context(_load(model, quiet=as_json, **load))
         base = None
         if base_model is not None:
-            settings = {"n_threads": threads, "kv_type": base_kv_type or kv_type}
-            base = stack.enter_context(_load(base_model, quiet=as_json, **settings))
+            load["kv_type"] = base_kv_type or load["kv_type"]
+            base = stack.enter_context(_load(base_model, quiet=as_json, **load))
         with _bar("reading", as_json) as update:
             report = measure(
                 loaded,

@@ -61,6 +61,11 @@ class Field:
     rare: bool = False  # an option of those commands alone that ask for it
     kind: Any = None  # its static type; set by fields_of()
 
+    def checked(self, name: str, value: Any, vocab_size: int = 0) -> Any:
+        """The value as it is used. Raises ArgumentError, ArgumentTypeError."""
+        assert self.check is not None
+        return self.check(name, value, vocab_size)
+
     @property
     def low(self) -> float | None:
         """Least number that is taken; None: no number, or no simple range."""

@@ -268,7 +268,7 @@ def test_nothing_left_to_draw(model):
 def test_dry_breaks_at_strings(letters_model):
     """Tokens that hold the string, and tokens that begin it together with those that complete it."""
     encode = letters_model.encode
-    sequences = letters_model._tokenizer.sequences_with("th")
+    sequences = letters_model.text_tokenizer.sequences_with("th")
     single = {encode("th")[0], encode("the")[0]}
     assert {s[0] for s in sequences if len(s) == 1} == single
     assert sorted(s for s in sequences if len(s) > 1) == sorted([[encode(t)[0], encode("h")[0]] for t in ("t", " t")])

@@ -11,7 +11,7 @@ from servers import Server, httpx
 
 import fixmin_cpp
 from fixmin_cpp import _core
-from fixmin_cpp.arguments import GenerationArguments
+from fixmin_cpp.sampling_fields import GenerationArguments
 
 serve = pytest.importorskip("fixmin_cpp.serve")
 prometheus_parser = pytest.importorskip("prometheus_client.parser")

@@ -11,9 +11,10 @@ from typing import Any
 
 from ..arguments import split_prompts
 from ..errors import FixminError
-from ..generation import AsyncTextStream, Completion, Piece, Run
+from ..generation import Completion, Piece, Run
 from ..openai_api.answer import Answer, answer_to
 from ..openai_api.request import GenerationRequest
+from ..running import AsyncTextStream
 from ..sampling_fields import FORMS
 from .errors import APIError, as_api_error
 from .events import CHUNK_OBJECTS, writer
@@ -80,7 +81,7 @@ class Job:
     @property
     def n_sequences(self) -> int:
         """Generations that this takes."""
-        return len(self._answer.batch.runs)
+        return len(self._answer.generations.runs)
 
     # --- running -----------------------------------------------------------------------------------------------------
 
@@ -89,14 +90,14 @@ class Job:
 
         Closing it cancels what has not ended.
         """
-        model = self._host.model
+        generations = self._answer.generations
         news: asyncio.Queue[tuple[int, Piece | Completion | Exception]] = asyncio.Queue()
 
         async def read(number: int, run: Run) -> None:
             try:
                 async with self._host.turns.turn(self, self.n_sequences):
                     self._count_wait(run)
-                    await follow(number, AsyncTextStream(run, model._start_async), self._seconds())
+                    await follow(number, generations.astream(number), self._seconds())
             except Exception as error:
                 news.put_nowait((number, error))
 
@@ -124,7 +125,7 @@ class Job:
 
         self._record.begin(self.n_sequences, sum(len(run.prompt_ids) for run in self._answer.leaders))
         # Tasks begin in this order, so that a prompt's first run is queued before those that follow it.
-        tasks = [asyncio.create_task(read(i, run)) for i, run in enumerate(self._answer.batch.runs)]
+        tasks = [asyncio.create_task(read(i, run)) for i, run in enumerate(generations.runs)]
         try:
             left = len(tasks)
             while left:
