@@ -14,6 +14,7 @@ import fixmin_cpp
 from fixmin_cpp import ArgumentError, ArgumentTypeError, Model, _core, generation_options
 from fixmin_cpp.generation_options import GenerationOptions
 from fixmin_cpp.load_options import LOAD_FIELDS, LoadOptions
+from fixmin_cpp.running import Runner
 from fixmin_cpp.sampling_fields import FIELDS
 
 INF, NAN = math.inf, math.nan
@@ -282,9 +283,9 @@ def test_load_options_are_arguments_of_model_and_of_the_engine(model_path):
     shown = {name: p.default for name, p in parameters.items() if name not in ("path", "progress")}
     assert shown == {name: row.default for name, row in LOAD_FIELDS.items()}
     assert all(f"        {name}: " in Model.__doc__ for name in shown)
-    numbers = {"n_threads": 1, "n_ctx": 64, "n_batch": 7, "n_kv": 96, "n_parallel": 3}
-    with Model(model_path, kv_type="q8_0", **numbers) as model:
-        assert {name: model.info[name] for name in (*numbers, "kv_type")} == {**numbers, "kv_type": "q8_0"}
+    given = {"n_threads": 1, "n_ctx": 64, "n_kv": 96, "kv_type": "q8_0"}
+    with Model(model_path, **given, n_batch=7, n_parallel=3) as model:
+        assert {name: model.info[name] for name in given} == given
     with Model(model_path, kv_contexts=3, kv_memory_share=1.0) as model:
         assert model.info["n_kv"] == -(-3 * model.n_ctx // 32) * 32
     for name, value in {"n_kv": 0, "n_parallel": 0, "kv_memory_share": 1.5, "kv_type": "f8", "n_batch": None}.items():
@@ -523,7 +524,7 @@ def test_columns_of_texts(model):
 
 
 def test_wrong_prompt_in_a_list_runs_nothing(model, monkeypatch):
-    monkeypatch.setattr(model, "_engine", None)  # any use would be an AttributeError
+    monkeypatch.setattr(Runner, "lease", None)  # any use of the engine would be a TypeError
     with pytest.raises(ArgumentError):
         model.generate(["a", "b", ""])
 

@@ -1,5 +1,6 @@
 """Model on the real engine: generate, stream, logits, score, codes, text, life and death."""
 
+import contextlib
 import gc
 import math
 import os
@@ -16,6 +17,7 @@ from toy_models import byte_level, concatenating, write_model
 
 import fixmin_cpp
 from fixmin_cpp import FixminError, Model, _core
+from fixmin_cpp.running import Runner
 
 UNTRUNCATED = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
 PROMPTS = ["a", "the cat", "日本 é", "Question: Who?\nAnswer:"]
@@ -371,13 +373,10 @@ def test_other_calls_work_while_a_stream_is_being_read(model):
 
 def test_error_in_the_run_reaches_the_reader(model, monkeypatch):
     class Broken:
-        def lease(self) -> "Broken":
-            return self
-
         def submit(self, *_: object, **__: object) -> None:
             raise MemoryError("no room")
 
-    monkeypatch.setattr(model, "_engine", Broken())
+    monkeypatch.setattr(Runner, "lease", lambda runner: contextlib.nullcontext(Broken()))
     stream = model.stream("a")
     with pytest.raises(MemoryError, match="no room"):
         next(stream)
