@@ -127,7 +127,7 @@ def _openai(model: Model, settings: Settings, entry: OpenAIEntry) -> dict[str, A
     completions = answer.completions()
     _refuse_cancelled(completions)
     return {
-        **answer.head(str(entry.line), int(time.time()), request.fields.get("model")),
+        **answer.head(answer.object, str(entry.line), int(time.time()), request.fields.get("model")),
         "choices": [answer.choice(i, one) for i, one in enumerate(completions)],
         "usage": answer.usage(),
     }

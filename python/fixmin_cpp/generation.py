@@ -134,6 +134,7 @@ class Run:
     def __init__(self, plan: Plan, index: int = 0, candidate: int = 0, leader: "Run | None" = None) -> None:
         self._ids = plan.prompts[index]
         self._options = plan.options
+        self.timeout: float | None = plan.options.timeout  # seconds from start(), before which it may be changed
         self._params = plan.params
         self._on_token = plan.on_token
         self._index = index
@@ -182,7 +183,7 @@ class Run:
             n_prompt_logprobs=-1 if n_prompt_logprobs is None or not leads else n_prompt_logprobs,
             n_draft=options.prompt_lookup_num_tokens,
             prefix_cache=options.prefix_cache,
-            timeout_s=math.inf if options.timeout is None else options.timeout,
+            timeout_s=math.inf if self.timeout is None else self.timeout,
             mailbox=mailbox,
             after=None if self._leader is None or not options.prefix_cache else self._leader._request,
         )

@@ -10,8 +10,7 @@ import pytest
 from servers import Server, httpx
 
 import fixmin_cpp
-from fixmin_cpp import _core
-from fixmin_cpp.sampling_fields import GenerationArguments
+from fixmin_cpp import GenerationArguments, _core
 
 serve = pytest.importorskip("fixmin_cpp.serve")
 prometheus_parser = pytest.importorskip("prometheus_client.parser")

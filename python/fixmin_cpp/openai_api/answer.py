@@ -32,6 +32,7 @@ class Answer(ABC, Generic[_Request]):
 
     prefix: ClassVar[str]  # of ids
     object: ClassVar[str]
+    chunk_object: ClassVar[str]  # of a stream's events
 
     def __init__(self, request: _Request, model: Model, prompt: Any, arguments: Mapping[str, Any]) -> None:
         self.request = request
@@ -42,10 +43,9 @@ class Answer(ABC, Generic[_Request]):
         self.best_of = request.n if request.best_of is None else request.best_of
         self.names: Any = None if request.logprobs is None else TokenNames.of(model)
 
-    def head(self, name: str, created: int, model: str | None, kind: str | None = None) -> dict[str, Any]:
-        """What an answer begins with. `name`: its own, after the prefix; `created`: seconds since 1970; `kind`: another
-        one than the whole answer's."""
-        return {"id": f"{self.prefix}-{name}", "object": kind or self.object, "created": created, "model": model}
+    def head(self, kind: str, name: str, created: int, model: str | None) -> dict[str, Any]:
+        """What an answer begins with. kind: object or chunk_object; name: its own; created: seconds since 1970."""
+        return {"id": f"{self.prefix}-{name}", "object": kind, "created": created, "model": model}
 
     def completions(self) -> list[Completion]:
         """Those of the answer, in the order of their choices, once all runs have ended."""
@@ -65,11 +65,8 @@ class Answer(ABC, Generic[_Request]):
         """Of all runs. A prompt counts once, however many continuations it has; what ended a text was generated too."""
         n_prompt = sum(run.finished.timings.n_prompt for run in self.leaders)
         n_generated = 0 if self.only_prompt else sum(run.finished.n_drawn for run in self.generations.runs)
-        return {
-            "prompt_tokens": n_prompt,
-            "completion_tokens": n_generated,
-            "total_tokens": n_prompt + n_generated,
-        }
+        total = n_prompt + n_generated
+        return {"prompt_tokens": n_prompt, "completion_tokens": n_generated, "total_tokens": total}
 
     def reason(self, completion: Completion) -> str:
         """finish_reason: the end-of-text token is a "stop"."""
@@ -137,7 +134,7 @@ class CompletionAnswer(Answer[CompletionRequest]):
     """Of POST /v1/completions."""
 
     prefix = "cmpl"
-    object = "text_completion"
+    object = chunk_object = "text_completion"
 
     @property
     def only_prompt(self) -> bool:
@@ -196,7 +193,7 @@ class ChatAnswer(Answer[ChatRequest]):
     """Of POST /v1/chat/completions."""
 
     prefix = "chatcmpl"
-    object = "chat.completion"
+    object, chunk_object = "chat.completion", "chat.completion.chunk"
 
     def logprobs(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
         """Tokens as chat answers have them."""

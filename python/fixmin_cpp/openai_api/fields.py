@@ -12,27 +12,26 @@ from ..sampling_fields import BODY_ALIASES, FIELDS, Int
 __all__ = [
     "ALIASES",
     "ARGUMENTS",
-    "MAX_SEED",
-    "OF_ANSWERS",
-    "OF_CHATS",
-    "OF_COMPLETIONS",
+    "CHAT_FIELDS",
+    "COMPLETION_FIELDS",
     "FieldError",
     "as_arguments",
     "asked",
     "part",
+    "shown",
 ]
 
-MAX_SEED = 2**53 - 1  # other readers of JSON hold numbers as doubles
+_MAX_SEED = 2**53 - 1  # other readers of JSON hold numbers as doubles
 
 # Fields with another name than the argument, those that win before those that they win over.
 ALIASES: Mapping[str, str] = {**BODY_ALIASES, **OTHER_NAMES}
 _OPENAIS = ("max_completion_tokens", "max_tokens")  # of which OpenAI's clients send both, the first one being the newer
 
-# The fields that there are: of how to generate, of the form of any answer, of completions and of chats.
+# The fields that there are: of how to generate, and of the endpoints.
 ARGUMENTS = frozenset(name for name, row in FIELDS.items() if row.bodies is not None) | {*ALIASES, "response_format"}
-OF_ANSWERS = frozenset({"model", "n", "stream", "stream_options", "return_token_ids"})
-OF_COMPLETIONS = frozenset({"prompt", "best_of", "echo", "logprobs"})
-OF_CHATS = frozenset({"messages", "logprobs", "top_logprobs", "add_generation_prompt", "continue_final_message"})
+_OF_BOTH = ARGUMENTS | {"model", "n", "stream", "stream_options", "return_token_ids", "logprobs"}
+COMPLETION_FIELDS = _OF_BOTH | {"prompt", "best_of", "echo"}
+CHAT_FIELDS = _OF_BOTH | {"messages", "top_logprobs", "add_generation_prompt", "continue_final_message"}
 
 _INTEGERS = frozenset(name for name, row in FIELDS.items() if row.kind == Int)
 _INTEGERS |= {"seed", "n", "best_of", "top_logprobs"}
@@ -105,11 +104,16 @@ def asked(body: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
             if value is not None:
                 found[name] = _whole(name, value)
         elif name not in _NO_OPS:
-            raise FieldError(str(name)[:64], f": there is no such field{_similar(name, known)}")
+            raise FieldError(shown(name), f": there is no such field{_similar(name, known)}")
         elif not _asks_nothing(name, value):
             why = f": {_WHY[name]}" if name in _WHY else ""
             raise FieldError(name, f": not supported{why}")
     return found
+
+
+def shown(text: str) -> str:
+    """The beginning of what a client wrote, for a message, which cannot hold half of a surrogate pair."""
+    return text[:64].encode(errors="backslashreplace").decode()
 
 
 def _asks_nothing(name: str, value: Any) -> bool:
@@ -118,8 +122,8 @@ def _asks_nothing(name: str, value: Any) -> bool:
     return value is None or values is None or any(type(value) is type(v) and value == v for v in values)
 
 
-def _similar(name: Any, known: Collection[str]) -> str:
-    if not isinstance(name, str) or len(name) > 64:
+def _similar(name: str, known: Collection[str]) -> str:
+    if len(name) > 64:
         return ""
     similar = difflib.get_close_matches(name, [*known, *_NO_OPS], 1)
     return f": did you mean {similar[0]!r}?" if similar else ""
@@ -216,7 +220,7 @@ def _set_seed(given: dict[str, Any]) -> None:
         del given["seed"]  # a random one, as in llama.cpp and vLLM
     else:
         seed %= 2**64
-        given["seed"] = seed if seed <= MAX_SEED else (seed ^ seed >> 53) & MAX_SEED  # reported, and gives the same
+        given["seed"] = seed if seed <= _MAX_SEED else (seed ^ seed >> 53) & _MAX_SEED  # reported, and gives the same
 
 
 def _bias(given: Any) -> Any:

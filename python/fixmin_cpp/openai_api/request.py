@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from ..arguments import as_bool, as_int, as_stop_strings, split_prompts
 from ..errors import ArgumentError, ArgumentTypeError
-from .fields import ALIASES, ARGUMENTS, OF_ANSWERS, OF_CHATS, OF_COMPLETIONS, FieldError, as_arguments, asked, part
+from .fields import ALIASES, ARGUMENTS, CHAT_FIELDS, COMPLETION_FIELDS, FieldError, as_arguments, asked, part, shown
 
 __all__ = ["ChatRequest", "CompletionRequest", "GenerationRequest", "prompts_in"]
 
@@ -93,7 +93,7 @@ class GenerationRequest(ABC):
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions. `prompt`: as it came, `prompts`: each of those in it, text or ids."""
 
-    known = ARGUMENTS | OF_ANSWERS | OF_COMPLETIONS
+    known = COMPLETION_FIELDS
     usual: ClassVar[Mapping[str, Any]] = {"max_new_tokens": 16, **GenerationRequest.usual}
     prompt_field = "prompt"
     logprobs_field = "logprobs"
@@ -137,7 +137,7 @@ def prompts_in(name: str, given: Any) -> tuple[list[Any], bool]:
 class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions. `messages`: for a template, each with its `content` as one text."""
 
-    known = ARGUMENTS | OF_ANSWERS | OF_CHATS
+    known = CHAT_FIELDS
     usual: ClassVar[Mapping[str, Any]] = {"max_new_tokens": -1, **GenerationRequest.usual}
     prompt_field = "messages"
     logprobs_field = "top_logprobs"
@@ -192,7 +192,7 @@ def _content(place: str, given: Any) -> str:
     for i, one in enumerate(given):
         kind, text = (one.get("type"), one.get("text")) if isinstance(one, Mapping) else (None, None)
         if isinstance(kind, str) and kind != "text":
-            raise ArgumentError(f"{place}[{i}]: {kind[:64]} is not supported: the model reads texts")
+            raise ArgumentError(f"{place}[{i}]: {shown(kind)} is not supported: the model reads texts")
         if kind != "text" or not isinstance(text, str):
             what = "text must be a text" if kind == "text" else 'type must be "text"'
             raise ArgumentTypeError(f"{place}[{i}].{what}")

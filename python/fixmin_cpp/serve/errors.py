@@ -14,7 +14,7 @@ from ..errors import BusyError, FixminError
 from ..logs import Facts, request_id
 from ..openai_api.refusal import Refusal, refusal
 from ..openai_api.request import GenerationRequest
-from .schemas import FIELDS, Refused
+from .schemas import FIELDS
 
 __all__ = ["APIError", "as_api_error", "install"]
 
@@ -80,9 +80,9 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        refused = first.get("ctx", {}).get("error")
-        if isinstance(refused, Refused):
-            return as_api_error(refused.cause).response()
+        cause = first.get("ctx", {}).get("error")
+        if isinstance(cause, FixminError):
+            return as_api_error(cause).response()
         where = [part for part in first["loc"] if part != "body"]
         param = str(where[0]) if where else None
         place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where)[1:] or "the body"

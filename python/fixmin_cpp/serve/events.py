@@ -1,14 +1,13 @@
 """What the events of a stream hold: the parts of an answer, as they become known."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 from ..generation import Completion, Piece
-from ..openai_api.answer import Answer, ChatAnswer, CompletionAnswer, add_end
+from ..openai_api.answer import ChatAnswer, CompletionAnswer, add_end
 
-__all__ = ["CHUNK_OBJECTS", "Writer", "writer"]
-
-CHUNK_OBJECTS = {CompletionAnswer: CompletionAnswer.object, ChatAnswer: "chat.completion.chunk"}
+__all__ = ["WRITERS", "Writer"]
 
 
 class Writer(ABC):
@@ -72,7 +71,7 @@ class _CompletionWriter(Writer):
 
 
 class _ChatWriter(Writer):
-    def __init__(self, answer: ChatAnswer) -> None:
+    def __init__(self, answer: ChatAnswer, index: int) -> None:
         self._answer = answer
 
     def begin(self) -> dict[str, Any] | None:
@@ -87,9 +86,4 @@ class _ChatWriter(Writer):
         return {"delta": {}, "logprobs": None}
 
 
-def writer(answer: Answer[Any], index: int) -> Writer:
-    """For one choice of a stream."""
-    if isinstance(answer, ChatAnswer):
-        return _ChatWriter(answer)
-    assert isinstance(answer, CompletionAnswer)
-    return _CompletionWriter(answer, index)
+WRITERS: Mapping[Any, Any] = {CompletionAnswer: _CompletionWriter, ChatAnswer: _ChatWriter}

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import dataclasses
 import json
 import time
 import uuid
@@ -17,7 +16,7 @@ from ..openai_api.request import GenerationRequest
 from ..running import AsyncTextStream
 from ..sampling_fields import FORMS
 from .errors import APIError, as_api_error
-from .events import CHUNK_OBJECTS, writer
+from .events import WRITERS
 from .host import ModelHost
 from .limits import check_counts, check_generations
 from .metrics import Metrics
@@ -90,14 +89,13 @@ class Job:
 
         Closing it cancels what has not ended.
         """
-        generations = self._answer.generations
         news: asyncio.Queue[tuple[int, Piece | Completion | Exception]] = asyncio.Queue()
 
         async def read(number: int, run: Run) -> None:
             try:
                 async with self._host.turns.turn(self, self.n_sequences):
                     self._count_wait(run)
-                    await follow(number, generations.astream(number), self._seconds())
+                    await follow(number, self._answer.generations.astream(number), self._seconds())
             except Exception as error:
                 news.put_nowait((number, error))
 
@@ -125,7 +123,7 @@ class Job:
 
         self._record.begin(self.n_sequences, sum(len(run.prompt_ids) for run in self._answer.leaders))
         # Tasks begin in this order, so that a prompt's first run is queued before those that follow it.
-        tasks = [asyncio.create_task(read(i, run)) for i, run in enumerate(generations.runs)]
+        tasks = [asyncio.create_task(read(i, run)) for i, run in enumerate(self._answer.generations.runs)]
         try:
             left = len(tasks)
             while left:
@@ -154,10 +152,8 @@ class Job:
 
     def _count_wait(self, run: Run) -> None:
         """The time that a run waited for its turn is part of its timeout."""
-        options = run._options
-        if options.timeout is not None:
-            left = options.timeout - self._seconds()
-            run._options = dataclasses.replace(options, timeout=max(left, 1e-3))
+        if run.timeout is not None:
+            run.timeout = max(run.timeout - self._seconds(), 1e-3)
 
     # --- the answer --------------------------------------------------------------------------------------------------
 
@@ -171,7 +167,7 @@ class Job:
     def _render(self) -> bytes:
         # Choice by choice: the objects of all of them would take many times the memory of the text.
         choices = (_json(self._answer.choice(i, one)) for i, one in enumerate(self._answer.completions()))
-        head, end = _json(self._answer.head(**self._head)), _json({"usage": self._usage()})
+        head, end = _json(self._answer.head(self._answer.object, **self._head)), _json({"usage": self._usage()})
         return head[:-1] + b',"choices":[' + b",".join(choices) + b"]," + end[1:]
 
     def _usage(self) -> dict[str, Any]:
@@ -181,7 +177,7 @@ class Job:
     async def events(self) -> AsyncGenerator[bytes, None]:
         """The answer as server-sent events. Errors after the first one become an event too."""
         answer = self._answer
-        head = answer.head(**self._head, kind=CHUNK_OBJECTS[type(answer)])
+        head = answer.head(answer.chunk_object, **self._head)
         usage = self.request.include_usage
 
         def event(choices: list[dict[str, Any]], total: dict[str, Any] | None = None) -> bytes:
@@ -190,7 +186,7 @@ class Job:
 
         pieces = self._pieces()
         try:
-            writers = [writer(answer, i) for i in range(self.n_sequences)]
+            writers = [WRITERS[type(answer)](answer, i) for i in range(self.n_sequences)]
             held: dict[int, list[Piece | Completion]] = {}
             for i, one in enumerate(writers):
                 if (first := one.begin()) is not None:

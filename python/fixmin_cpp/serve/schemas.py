@@ -3,8 +3,7 @@
 Those of completions and chats are only described here: fixmin_cpp.openai_api reads them.
 """
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeAlias
 
 from fastapi import Body
@@ -20,7 +19,6 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
-from ..errors import ArgumentError
 from ..openai_api.fields import ALIASES, asked
 from ..openai_api.request import ChatRequest, CompletionRequest, GenerationRequest
 from ..sampling_fields import FIELDS as ROWS
@@ -34,28 +32,11 @@ __all__ = [
     "CompletionBody",
     "DetokenizeRequest",
     "EmbeddingRequest",
-    "Refused",
     "TokenizeRequest",
 ]
 
 _Ids = Annotated[list[int], Field(fail_fast=True)]
 _Prompt: TypeAlias = str | list[str] | list[int] | list[list[int]]
-
-
-class Refused(ValueError):
-    """Carries an error through pydantic, which could not write a message that quotes half of a surrogate pair."""
-
-    def __init__(self, cause: ArgumentError) -> None:
-        super().__init__("refused")
-        self.cause = cause
-
-
-@contextlib.contextmanager
-def _told_elsewhere() -> Iterator[None]:
-    try:
-        yield
-    except ArgumentError as error:
-        raise Refused(error) from None
 
 
 class _Body(BaseModel):
@@ -66,8 +47,7 @@ class _Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _asked(cls, body: Any) -> Any:
-        with _told_elsewhere():
-            return asked(body, cls.model_fields)
+        return asked(body, cls.model_fields)
 
 
 class EmbeddingRequest(_Body):
@@ -183,11 +163,7 @@ class _Described:
         self.model = create_model(request.__name__, __doc__=request.__doc__, **fields)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
-        @_told_elsewhere()
-        def read(body: Any) -> Any:
-            return source(body)
-
-        return core_schema.no_info_plain_validator_function(read)
+        return core_schema.no_info_plain_validator_function(source)
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         return handler(self.model.__pydantic_core_schema__)
