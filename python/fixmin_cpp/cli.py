@@ -31,6 +31,7 @@ from .cli_options import (
     read_options,
     read_prompt,
     read_text,
+    with_environment,
     with_load_options,
     with_options,
 )
@@ -380,81 +381,57 @@ def batch(
 
 
 @app.command(rich_help_panel=_RUN)
+@with_environment("context", "quiet", "debug")
 @with_load_options(
     before="log_level",
     also={
         "n_kv": (None, "Positions of the KV cache, of all requests. Default: --parallel contexts, if memory allows."),
         "n_parallel": (64, "Generations that run at a time."),
     },
-    env=True,
+    panel="",
 )
 def serve(
-    model: Annotated[Path, typer.Argument(metavar="MODEL.gguf", help="GGUF file.", envvar="FIXMIN_MODEL")],
-    host: Annotated[str, typer.Option(envvar="FIXMIN_HOST", help="Address to listen on; 0.0.0.0: all.")] = "127.0.0.1",
-    port: Annotated[int | None, typer.Option(envvar="FIXMIN_PORT", help="0: a free one. Default: 8000.")] = None,
+    context: typer.Context,
+    model: Annotated[Path, typer.Argument(metavar="MODEL.gguf", help="GGUF file.")],
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: all.")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(help="0: a free one. Default: 8000.")] = None,
     uds: Annotated[
-        Path | None,
-        typer.Option(metavar="PATH", envvar="FIXMIN_UDS", help="Unix socket to listen on, instead of host and port."),
+        Path | None, typer.Option(metavar="PATH", help="Unix socket to listen on, instead of host and port.")
     ] = None,
-    root_path: Annotated[
-        str,
-        typer.Option(metavar="PREFIX", envvar="FIXMIN_ROOT_PATH", help="As /llm: where a proxy shows the server."),
-    ] = "",
-    model_name: Annotated[
-        str | None, typer.Option(envvar="FIXMIN_MODEL_NAME", help="In answers. Default: the file's name.")
-    ] = None,
+    root_path: Annotated[str, typer.Option(metavar="PREFIX", help="As /llm: where a proxy shows the server.")] = "",
+    model_name: Annotated[str | None, typer.Option(help="In answers. Default: the file's name.")] = None,
     api_key: Annotated[
-        list[str] | None,
-        typer.Option(envvar="FIXMIN_API_KEY", help="Requests must bring it; repeatable. Default: none needed."),
+        list[str] | None, typer.Option(help="Requests must bring it; repeatable. Default: none needed.")
     ] = None,
-    api_key_file: Annotated[
-        Path | None, typer.Option(envvar="FIXMIN_API_KEY_FILE", help="Keys, one a line; empty lines do not count.")
-    ] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help="Keys, one a line; empty lines do not count.")] = None,
     allowed_host: Annotated[
         list[str] | None,
         typer.Option(
-            envvar="FIXMIN_ALLOWED_HOST",
-            help="Name by which the server may be asked besides its own; repeatable. Default on 127.0.0.1: localhost.",
+            help="Name by which the server may be asked besides its own; repeatable. Default on 127.0.0.1: localhost."
         ),
     ] = None,
     cors_origin: Annotated[
-        list[str] | None,
-        typer.Option(envvar="FIXMIN_CORS_ORIGIN", help="Site whose pages may ask, or *; repeatable. Default: none."),
+        list[str] | None, typer.Option(help="Site whose pages may ask, or *; repeatable. Default: none.")
     ] = None,
     chat_template: Annotated[
-        Path | None,
-        typer.Option(envvar="FIXMIN_CHAT_TEMPLATE", help="Jinja file. Default: Question/Answer, for base models."),
+        Path | None, typer.Option(help="Jinja file. Default: Question/Answer, for base models.")
     ] = None,
-    max_queue: Annotated[
-        int, typer.Option(envvar="FIXMIN_MAX_QUEUE", help="Generations that may wait; others get 429.")
-    ] = 512,
-    max_body_bytes: Annotated[int, typer.Option(envvar="FIXMIN_MAX_BODY_BYTES", help="Of a request.")] = 4 << 20,
-    max_n: Annotated[int, typer.Option(envvar="FIXMIN_MAX_N", help="Largest n and best_of.")] = 128,
-    max_logprobs: Annotated[int, typer.Option(envvar="FIXMIN_MAX_LOGPROBS", help="Largest logprobs.")] = 20,
-    max_inputs: Annotated[int, typer.Option(envvar="FIXMIN_MAX_INPUTS", help="Most prompts of a request.")] = 2048,
-    timeout: Annotated[float, typer.Option(envvar="FIXMIN_TIMEOUT", help="Seconds of a generation.")] = 600.0,
-    max_connections: Annotated[
-        int, typer.Option(envvar="FIXMIN_MAX_CONNECTIONS", help="Open at a time; more get 503.")
-    ] = 1000,
-    keep_alive: Annotated[
-        float, typer.Option(envvar="FIXMIN_KEEP_ALIVE", help="Seconds that a connection may be idle.")
-    ] = 75.0,
-    read_timeout: Annotated[
-        float, typer.Option(envvar="FIXMIN_READ_TIMEOUT", help="Seconds in which a request has to arrive.")
-    ] = 30.0,
-    write_timeout: Annotated[
-        float, typer.Option(envvar="FIXMIN_WRITE_TIMEOUT", help="Seconds that a client may take no data.")
-    ] = 60.0,
-    shutdown_timeout: Annotated[
-        float, typer.Option(envvar="FIXMIN_SHUTDOWN_TIMEOUT", help="Seconds that requests get to end.")
-    ] = 30.0,
+    max_queue: Annotated[int, typer.Option(help="Generations that may wait; others get 429.")] = 512,
+    max_body_bytes: Annotated[int, typer.Option(help="Of a request.")] = 4 << 20,
+    max_n: Annotated[int, typer.Option(help="Largest n and best_of.")] = 128,
+    max_logprobs: Annotated[int, typer.Option(help="Largest logprobs.")] = 20,
+    max_inputs: Annotated[int, typer.Option(help="Most prompts of a request.")] = 2048,
+    timeout: Annotated[float, typer.Option(help="Seconds of a generation.")] = 600.0,
+    max_connections: Annotated[int, typer.Option(help="Open at a time; more get 503.")] = 1000,
+    keep_alive: Annotated[float, typer.Option(help="Seconds that a connection may be idle.")] = 75.0,
+    read_timeout: Annotated[float, typer.Option(help="Seconds in which a request has to arrive.")] = 30.0,
+    write_timeout: Annotated[float, typer.Option(help="Seconds that a client may take no data.")] = 60.0,
+    shutdown_timeout: Annotated[float, typer.Option(help="Seconds that requests get to end.")] = 30.0,
     log_level: Annotated[
-        LogLevel | None,
-        typer.Option(envvar="FIXMIN_LOG_LEVEL", case_sensitive=False, help="Least level of lines. Default: info."),
+        LogLevel | None, typer.Option(case_sensitive=False, help="Least level of lines. Default: info.")
     ] = None,
     log_format: Annotated[
-        LogFormat,
-        typer.Option(envvar="FIXMIN_LOG_FORMAT", case_sensitive=False, help="json: an object per line."),
+        LogFormat, typer.Option(case_sensitive=False, help="json: an object per line.")
     ] = LogFormat.text,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="The same as --log-level warning.")] = False,
     debug: _Debug = False,
@@ -476,30 +453,13 @@ def serve(
         package = _extra("serve", "serve")
         if os.environ.get("FIXMIN_API_KEY", "x").strip() == "":
             raise ArgumentError("FIXMIN_API_KEY is empty: unset it for a server without keys")
-        settings = package.ServeSettings(
-            model=str(model),
-            model_name=model_name,
-            host=host,
-            port=port,
-            uds=uds,
-            root_path=root_path,
-            api_keys=(*(api_key or ()), *_keys_of(api_key_file)),
-            allowed_hosts=tuple(allowed_host or ()),
-            max_connections=max_connections,
-            keep_alive=keep_alive,
-            cors_origins=tuple(cors_origin or ()),
-            chat_template=None if chat_template is None else read_text(chat_template),
-            max_queue=max_queue,
-            max_body_bytes=max_body_bytes,
-            max_n=max_n,
-            max_logprobs=max_logprobs,
-            max_inputs=max_inputs,
-            timeout=timeout,
-            read_timeout=read_timeout,
-            write_timeout=write_timeout,
-            shutdown_timeout=shutdown_timeout,
-            **load_options(options),
-        )
+        own = {field.name for field in dataclasses.fields(package.ServeSettings)}
+        given = {name: value for name, value in context.params.items() if name in own}
+        given["model"] = str(model)
+        given["api_keys"] = (*(api_key or ()), *_keys_of(api_key_file))
+        given["allowed_hosts"], given["cors_origins"] = tuple(allowed_host or ()), tuple(cors_origin or ())
+        given["chat_template"] = None if chat_template is None else read_text(chat_template)
+        settings = package.ServeSettings(**given, **load_options(options))
         package.run(settings)
         if any(thread.name.startswith("fixmin-") and thread.daemon for thread in threading.enumerate()):
             # Threads that cannot be interrupted must not meet an interpreter that is being taken down.

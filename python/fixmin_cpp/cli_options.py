@@ -24,6 +24,7 @@ __all__ = [
     "read_stdin",
     "read_text",
     "unescape",
+    "with_environment",
     "with_load_options",
     "with_options",
 ]
@@ -97,14 +98,14 @@ def with_options(before: str) -> Callable[[_F], _F]:
 
 
 def with_load_options(
-    before: str, without: Sequence[str] = (), also: Mapping[str, tuple[Any, str]] | None = None, env: bool = False
+    before: str, without: Sequence[str] = (), also: Mapping[str, tuple[Any, str]] | None = None, panel: str = MACHINE
 ) -> Callable[[_F], _F]:
     """Gives a command the load options, for load_options().
 
     Args:
         without: arguments that the command has no options for.
         also: arguments that only this one has options for, with its own defaults and help.
-        env: each can be an environment variable too.
+        panel: its heading in --help; "": that of options without one.
     """
     also = also or {}
     parameters = []
@@ -113,15 +114,28 @@ def with_load_options(
         if name in without or (LOAD_FIELDS[name].rare and name not in also):
             continue
         default, text = also.get(name, (LOAD_FIELDS[name].default, option.help))
-        variable = f"FIXMIN_{option.flags[-1][2:].replace('-', '_').upper()}" if env else None
-        option = option._replace(help=text, panel="" if env else MACHINE)
-        parameters.append(_parameter(f"load_{name}", option, default, variable))
+        parameters.append(_parameter(f"load_{name}", option._replace(help=text, panel=panel), default))
     return _adding(before, parameters)
 
 
 def load_options(options: dict[str, Any]) -> dict[str, Any]:
     """Takes the load options out of a command's, as arguments of Model()."""
     return {name: options.pop(f"load_{name}") for name in LOAD_FIELDS if f"load_{name}" in options}
+
+
+def with_environment(*others: str) -> Callable[[_F], _F]:
+    """Each option of a command but `others` can be an environment variable: --max-queue is FIXMIN_MAX_QUEUE."""
+
+    def add(command: _F) -> _F:
+        for name, parameter in inspect.signature(command).parameters.items():
+            for shown in getattr(parameter.annotation, "__metadata__", ()):
+                if name not in others:
+                    # typer takes the first of its own names for a default.
+                    flags = [one for one in (shown.default, *(shown.param_decls or ())) if isinstance(one, str)]
+                    shown.envvar = f"FIXMIN_{(flags or [name])[-1].lstrip('-').replace('-', '_').upper()}"
+        return command
+
+    return add
 
 
 def _adding(before: str, more: list[inspect.Parameter]) -> Callable[[_F], _F]:
@@ -137,11 +151,10 @@ def _adding(before: str, more: list[inspect.Parameter]) -> Callable[[_F], _F]:
     return add
 
 
-def _parameter(key: str, option: _Option, default: Any = None, variable: str | None = None) -> inspect.Parameter:
+def _parameter(key: str, option: _Option, default: Any = None) -> inspect.Parameter:
     flag = option.type is bool
-    shown = typer.Option(
-        *option.flags, help=option.help, metavar=option.metavar, rich_help_panel=option.panel or None, envvar=variable
-    )
+    about = {"help": option.help, "metavar": option.metavar, "rich_help_panel": option.panel or None}
+    shown = typer.Option(*option.flags, **about)  # type: ignore[call-overload]
     kind = option.type if flag or default is not None else option.type | None
     default = False if flag else default
     return inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, shown])

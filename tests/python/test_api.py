@@ -68,6 +68,17 @@ def test_other_settings_load_again(model_path, loads):
         fixmin_cpp.generate(model_path, [1] * 20, n_ctx=20)
 
 
+def test_every_option_of_model_may_be_given(model_path, loads, monkeypatch):
+    given = {"n_threads": 1, "n_ctx": 40, "kv_type": "f32", "n_batch": 8, "n_kv": 64, "n_parallel": 2}
+    seen = []
+    load = api.Model
+    monkeypatch.setattr(api, "Model", lambda path, **options: seen.append(options) or load(path, **options))
+    fixmin_cpp.generate(model_path, "a", max_new_tokens=1, **given)
+    assert given.items() <= seen[0].items()
+    fixmin_cpp.generate(model_path, "a", max_new_tokens=1, n_kv=96, n_parallel=3)
+    assert len(loads) == 2
+
+
 def test_a_changed_file_is_loaded_again(model_path, loads, tmp_path):
     path = tmp_path / "m.gguf"
     shutil.copy(model_path, path)
