@@ -158,9 +158,7 @@ def as_logit_bias(name: str, value: Any, vocab_size: int) -> tuple[tuple[int, fl
             key = int(key)  # JSON has only texts as keys
         token_id = as_int(f"{name} key", key, 0)
         if token_id >= vocab_size:
-            raise ArgumentError(
-                f"{name} has token id {digits(token_id)}, but token ids run from 0 to {vocab_size - 1}"
-            )
+            raise ArgumentError(f"{name} has token id {digits(token_id)}, but token ids run from 0 to {vocab_size - 1}")
         if token_id in biases:
             raise ArgumentError(f"{name} has token id {token_id} twice")
         biases[token_id] = as_float(f"{name}[{token_id}]", bias, -math.inf, MAX_FLOAT32)
@@ -311,4 +309,3 @@ def _show(value: Any) -> str:
 def digits(number: int) -> str:
     """An integer in full, or how long it is: Python does not write those of more than 4,300 digits."""
     return str(number) if number.bit_length() <= 256 else f"an integer of {number.bit_length()} bits"
-

@@ -4,6 +4,7 @@ A table is a TypedDict, so that type checkers read the same rows; each name is a
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeAlias, get_args, get_origin
@@ -16,29 +17,20 @@ Check: TypeAlias = Callable[[str, Any, int], Any]  # name, value, vocabulary siz
 
 
 @dataclass(frozen=True)
-class Integer:
-    """Checks integers in [low, high]; those below `least` count as that."""
+class Number:
+    """Checks numbers in [low, high]; those below `least` count as that."""
 
     low: float
-    high: int | None = None
+    high: float | None = None
     least: float | None = None
+    read: Callable[..., Any] = as_float
 
     def __call__(self, name: str, value: Any, vocab_size: int = 0) -> Any:
-        number = as_int(name, value, self.low, self.high)
+        number = self.read(name, value, self.low, self.high)
         return number if self.least is None else max(number, self.least)
 
 
-@dataclass(frozen=True)
-class Number:
-    """Checks floats in [low, high]; those below `least` count as that."""
-
-    low: float
-    high: float
-    least: float | None = None
-
-    def __call__(self, name: str, value: Any, vocab_size: int = 0) -> float:
-        number = as_float(name, value, self.low, self.high)
-        return number if self.least is None else max(number, self.least)
+Integer = functools.partial(Number, read=as_int)
 
 
 def unsized(check: Callable[[str, Any], Any]) -> Check:
@@ -60,6 +52,11 @@ class Field:
     elsewhere: str = ""  # what other programs call it
     rare: bool = False  # an option of those commands alone that ask for it
     kind: Any = None  # its static type; set by fields_of()
+
+    def checked(self, name: str, value: Any, vocab_size: int = 0) -> Any:
+        """The value as it is used. Raises ArgumentError, ArgumentTypeError."""
+        assert self.check is not None
+        return self.check(name, value, vocab_size)
 
     @property
     def low(self) -> float | None:

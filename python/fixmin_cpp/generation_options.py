@@ -46,7 +46,7 @@ class GenerationOptions(_Checked):  # type: ignore[misc]  # made of the table
         if sample:
             given.setdefault("temperature", 1.0)
         constraint = Constraint.check(**{name: given.pop(name) for name in FORMS if name in given})
-        checked = {name: FIELDS[name].check(name, value, vocab_size) for name, value in given.items()}
+        checked = {name: FIELDS[name].checked(name, value, vocab_size) for name, value in given.items()}
         if sample and checked["temperature"] == 0.0:
             raise ArgumentError("do_sample=True needs a temperature above 0, got temperature=0")
         if sample is False:
@@ -122,7 +122,6 @@ def candidate_seed(seed: int, candidate: int) -> int:
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MAX_SEED
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MAX_SEED
     return (z ^ (z >> 31)) >> 11
-
 
 
 def _random_seed() -> int:

@@ -68,8 +68,7 @@ class LoadOptions(_Checked):  # type: ignore[misc]  # made of the table
             if name not in LOAD_FIELDS:
                 raise ArgumentTypeError(f"Model() has no argument {name!r}: it has {', '.join(LOAD_FIELDS)}")
             row = LOAD_FIELDS[name]
-            assert row.check is not None
-            checked[name] = None if value is row.default is None else row.check(name, value, 0)
+            checked[name] = None if value is row.default is None else row.checked(name, value)
         return cls(**checked)
 
     def given(self) -> dict[str, Any]:

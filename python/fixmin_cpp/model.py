@@ -247,9 +247,7 @@ class Model:
             raise ArgumentTypeError(f"on_token must be callable, got {type(on_token).__name__}")
         prompts, many = split_prompts(prompt)
         seeds = options.seeds(len(prompts), many)
-        names = [f"prompt[{i}]" for i in range(len(prompts))] if many else ["prompt"]
-        special = options.parse_special
-        ids = [self.token_ids(one, name=name, room=1, parse_special=special) for name, one in zip(names, prompts, strict=True)]
+        ids = list(self._named_ids("prompt", prompts, many, 1, options.parse_special).values())
         params = options.native(eos_ids=self._eos_ids, breakers=self._breakers(options))
         form = options.constraint
         matcher = None if form is None else functools.partial(self._grammars().matcher, form)
@@ -396,9 +394,9 @@ class Model:
         """
         silent = not as_bool("progress", progress)
         texts, many = split_prompts(text, "text")
-        names = [f"text[{i}]" for i in range(len(texts))] if many else ["text"]
-        ids = [self.token_ids(one, name=name, room=-1, parse_special=parse_special) for name, one in zip(names, texts, strict=True)]
-        starts = _starts(start, names, ids) if many else _starts([start], names, ids)
+        named = self._named_ids("text", texts, many, -1, parse_special)
+        ids = list(named.values())
+        starts = _starts(start if many else [start], named)
         with bar("scoring", silent) as update, self.native() as engine:
             requests = self._submit_scores(engine, ids, starts)
             _wait(requests, update)
@@ -593,6 +591,14 @@ class Model:
             )
         return ids
 
+    def _named_ids(
+        self, name: str, texts: Sequence[Any], many: bool, room: int, parse_special: bool
+    ) -> dict[str, NDArray[np.uint32]]:
+        """token_ids() of each text, by what errors call it. `many`: whether the texts came as a list."""
+        names = [f"{name}[{i}]" for i in range(len(texts))] if many else [name]
+        pairs = zip(names, texts, strict=True)
+        return {each: self.token_ids(one, name=each, room=room, parse_special=parse_special) for each, one in pairs}
+
     @property
     def text_tokenizer(self) -> TextTokenizer | None:
         """What encode(), decode() and prompts use, None if the file holds no tokenizer. Not to be changed."""
@@ -777,18 +783,18 @@ def _wait(requests: Sequence[_core.Request], on_end: Callable[[int, int], object
         raise
 
 
-def _starts(given: Any, names: list[str], ids: list[NDArray[np.uint32]]) -> list[int]:
+def _starts(given: Any, ids: Mapping[str, NDArray[np.uint32]]) -> list[int]:
     """Where scoring begins in each text: one number for all of them, or a list."""
     given = [given] * len(ids) if isinstance(given, int) else given
     if not isinstance(given, Sequence) or isinstance(given, str):
         raise ArgumentTypeError(f"start must be an integer or a list of them, got {type(given).__name__}")
     if len(given) != len(ids):
         raise ArgumentError(f"start has {len(given)} entries, but there are {len(ids)} texts")
-    for name, one in zip(names, ids, strict=True):
+    for name, one in ids.items():
         if len(one) < 2:
             raise ArgumentError(f"{name} to score must have at least 2 tokens, got 1: the first one has no probability")
-    starts = [f"start of {name}" for name in names]
-    return [as_int(what, start, 1, len(one) - 1) for what, start, one in zip(starts, given, ids, strict=True)]
+    pairs = zip(ids.items(), given, strict=True)
+    return [as_int(f"start of {name}", start, 1, len(one) - 1) for (name, one), start in pairs]
 
 
 def _score(ids: list[int], request: _core.Request) -> Score:
@@ -806,7 +812,9 @@ def _show_load_options() -> None:
     signature = inspect.signature(Model.__init__)
     own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     keyword = inspect.Parameter.KEYWORD_ONLY
-    options = [inspect.Parameter(name, keyword, default=row.default, annotation=row.kind) for name, row in LOAD_FIELDS.items()]
+    options = [
+        inspect.Parameter(name, keyword, default=row.default, annotation=row.kind) for name, row in LOAD_FIELDS.items()
+    ]
     Model.__init__.__signature__ = signature.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
 
 

@@ -1,7 +1,7 @@
 """The arguments that say how a prompt is continued: GenerationArguments is the table of them.
 
-A new argument that the engine takes as it is needs a row here, and nothing else in Python: it is checked, has a default,
-reaches _core.SamplingParams under its name, is an option of the command line and a field of the server.
+A new argument that the engine takes as it is needs a row here, and nothing else in Python: that checks it, gives it a
+default, hands it to _core.SamplingParams, and makes it an option of the command line and a field of the server.
 """
 
 import math
@@ -75,7 +75,6 @@ class GenerationArguments(TypedDict, total=False):
 
     Names, defaults and order are llama.cpp's; None is the same as not given. Without a temperature the most probable
     token is taken: what narrows the choice then has no effect, biases, bans and penalties do.
-
     """
 
     # fmt: off
@@ -158,7 +157,7 @@ class GenerationArguments(TypedDict, total=False):
     dry_sequence_breakers: Annotated[Breakers, Field(None, as_breakers,
         "DRY: repetitions do not reach across these, texts or token ids; by default newline : \" *",
         option="--dry-sequence-breaker",
-        option_help="DRY: repetitions end here; 'none' for none. Default: newline : \" *")]
+        option_help="DRY: repetitions end here, by default newline : \" *; 'none' for none.")]
 
     logit_bias: Annotated[Biases, Field((), as_logit_bias,
         "By token id, what is added to its logit; -inf: never drawn.", heading="Single tokens",
@@ -203,4 +202,4 @@ ALIASES: Mapping[str, str] = aliases_of(GenerationArguments)  # other names of a
 # Further ones in bodies of HTTP requests. Of two for the same argument the first wins.
 BODY_ALIASES: Mapping[str, str] = {other: name for name, row in FIELDS.items() for other in (row.bodies or "").split()}
 FORMS = ("json_schema", "regex", "grammar", "choices")  # checked together
-GenerationArguments.__doc__ = f"{GenerationArguments.__doc__}{summary(FIELDS)}"
+GenerationArguments.__doc__ = f"{str(GenerationArguments.__doc__).rstrip()}\n\n{summary(FIELDS)}"

@@ -149,7 +149,7 @@ def test_cache_is_a_quarter_of_the_memory_at_most(served_path: Path, monkeypatch
         opened = host.ModelHost(ServeSettings(model=served_path, n_parallel=40, n_kv=n_kv))._open()
         assert opened.info["n_kv"] == positions
         opened.close()
-    assert [arguments["_kv_room"] for arguments in seen] == [(40, 0.25)] * 2
+    assert [(each["kv_contexts"], each["kv_memory_share"]) for each in seen] == [(40, 0.25)] * 2
 
 
 def test_the_code_shown_is_that_of_the_loaded_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
