@@ -144,7 +144,8 @@ def python(path: Path, rounds: int) -> dict[str, float]:
         def native() -> float:
             params = _core.SamplingParams(max_new_tokens=128)
             start = time.perf_counter()
-            model._engine.submit(ids, params, prefix_cache=False).wait(1 << 62, 600.0)
+            with model.native() as engine:
+                engine.submit(ids, params, prefix_cache=False).wait(1 << 62, 600.0)
             return time.perf_counter() - start
 
         streamed, alone = alternating(rounds, stream, native)

@@ -160,18 +160,16 @@ def _fields() -> Iterator[Body]:
     """A long list, a long object, a long text and a longer list in place of each field."""
     from fixmin_cpp.serve import schemas
 
-    models: dict[str, tuple[Any, dict[str, Any]]] = {
-        COMPLETIONS: (schemas.CompletionRequest, {"prompt": "a"}),
-        CHAT: (schemas.ChatRequest, {"messages": [{"role": "user", "content": "a"}]}),
-        "/v1/embeddings": (schemas.EmbeddingRequest, {"input": "a"}),
-        "/tokenize": (schemas.TokenizeRequest, {}),
-        "/detokenize": (schemas.DetokenizeRequest, {}),
-        "/codes": (schemas.CodesRequest, {}),
+    needed: dict[str, dict[str, Any]] = {
+        COMPLETIONS: {"prompt": "a"},
+        CHAT: {"messages": [{"role": "user", "content": "a"}]},
+        "/v1/embeddings": {"input": "a"},
     }
     parts = (b"1.5,", b"{},", b"[],", b"[1],", b'"",', b'"zz",', b'{"a":1},')
-    for path, (model, needed) in models.items():
+    for path, model in schemas.BODIES.items():
         for i, name in enumerate(model.model_fields):
-            others = json.dumps({key: value for key, value in needed.items() if key != name})[:-1].encode()
+            given = {key: value for key, value in needed.get(path, {}).items() if key != name}
+            others = json.dumps(given)[:-1].encode()
             head = others + (b"," if len(others) > 1 else b"") + json.dumps(name).encode() + b":"
             part = parts[i % len(parts)]
             values = {

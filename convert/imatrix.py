@@ -69,12 +69,12 @@ def collect(
             return collect(loaded, text, out, ctx=ctx, dataset=dataset, progress=progress)
     n_ctx = model.info["n_ctx"]
     size = min(512, n_ctx) if ctx is None else as_int("ctx", ctx, 2, n_ctx)
-    ids = model._ids("text", text)
+    ids = model.token_ids(text)
     chunks = [chunk for i in range(0, len(ids), size) if len(chunk := ids[i : i + size]) > 1]
     if not chunks:
         raise ArgumentError("text must have at least 2 tokens, got 1")
     refuse_inputs(out, model.path)
-    with AtomicFile(out) as file, model._running() as engine:
+    with AtomicFile(out) as file, model.native() as engine:
         squares = _core.InputSquares(engine)
         logprobs = []
         for done, chunk in enumerate(chunks):

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 from ._core import __version__
 from .api import clear_cache, generate, quantize, system_info
-from .arguments import GenerationArguments
 from .beam import Beam
 from .errors import (
     ArgumentError,
@@ -26,7 +25,10 @@ from .errors import (
     UnsupportedError,
 )
 from .evaluate import Divergence, Perplexity, perplexity
-from .model import AsyncTextStream, Completion, Model, Piece, Score, TextStream, Timings, TokenLogprob
+from .generation import Completion, Piece, Timings, TokenLogprob
+from .model import Model, Score
+from .running import AsyncTextStream, TextStream
+from .sampling_fields import GenerationArguments
 
 if TYPE_CHECKING:
     from .api import convert

@@ -16,7 +16,9 @@ import numpy as np
 from . import _core
 from .arguments import Prompt, as_bool, as_path, as_threads
 from .errors import ArgumentTypeError
-from .model import Completion, Model
+from .generation import Completion
+from .load_options import LOAD_FIELDS, LoadOptions
+from .model import Model
 
 if TYPE_CHECKING:
     # In the source tree they lie elsewhere, where mypy does not look.
@@ -27,7 +29,6 @@ __all__ = ["clear_cache", "convert", "generate", "quantize", "system_info"]
 
 # Two, so that a script which compares two files does not load one of them for every prompt.
 _MAX_MODELS = 2
-_LOAD_ARGUMENTS = ("n_threads", "n_ctx", "kv_type", "n_batch")
 
 _cache: "OrderedDict[tuple[Any, ...], Model]" = OrderedDict()
 _cache_lock = threading.Lock()
@@ -48,14 +49,14 @@ def generate(
     Args:
         path: a GGUF file.
         prompt: text, token ids, or a list of those: see Model.generate.
-        **arguments: n_threads, n_ctx, kv_type, n_batch go to Model, all others to Model.generate.
+        **arguments: those of Model (n_threads, n_ctx, kv_type, n_kv, ...) go there, all others to Model.generate.
 
     Returns:
         A Completion, or a list of them for a list of prompts.
     """
     path = as_path("path", path)
-    settings = {name: arguments.pop(name) for name in _LOAD_ARGUMENTS if name in arguments}
-    return _load(path, settings).generate(prompt, **arguments)
+    options = LoadOptions.check({name: arguments.pop(name) for name in LOAD_FIELDS if name in arguments})
+    return _load(path, options).generate(prompt, **arguments)
 
 
 def convert(
@@ -199,17 +200,15 @@ def system_info() -> dict[str, Any]:
     }
 
 
-def _load(path: str, settings: dict[str, Any]) -> Model:
+def _load(path: str, options: LoadOptions) -> Model:
     status = os.stat(path)
-    identity = (os.path.realpath(path), status.st_mtime_ns, status.st_size, status.st_ino)
-    # repr, because an argument that is about to be rejected need not be hashable.
-    key = (*identity, *((name, repr(value)) for name, value in sorted(settings.items())))
+    key = (os.path.realpath(path), status.st_mtime_ns, status.st_size, status.st_ino, options)
     with _cache_lock:  # held while loading, so that two threads do not load the same file twice
         model = _cache.get(key)
         if model is None:
             while len(_cache) >= _MAX_MODELS:
                 _cache.popitem(last=False)  # not close(): another thread may be in the middle of a call
-            model = _cache[key] = Model(path, **settings)
+            model = _cache[key] = Model(path, **options.given())
         _cache.move_to_end(key)
         return model
 

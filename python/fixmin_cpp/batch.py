@@ -4,27 +4,25 @@ import contextlib
 import itertools
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from . import __version__, _core
+from . import __version__
 from .arguments import as_int, as_threads
 from .atomic_file import refuse_inputs
-from .batch_lines import InputFile, Line, NativeEntry, Request, Settings, parse_line, write_record
+from .batch_lines import InputFile, Line, Settings
 from .batch_output import OutputFile, Resumed
-from .errors import ArgumentError, FixminError, naming
-from .generation import TokenLogprob
-from .model import Model
-from .recognise import refuse_wrong_model
-from .state import file_sha256
+from .batch_work import ModelFile, Result, run_lines
+from .errors import ArgumentError, FixminError
+from .load_options import LoadArguments, LoadOptions
 
-__all__ = ["BatchReport", "ModelFile", "Result", "run_batch", "run_lines"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # in typing from Python 3.11
+
+__all__ = ["BatchReport", "run_batch"]
+
+_N_PARALLEL = 64
 
 
 @dataclass(frozen=True)
@@ -46,64 +44,6 @@ class BatchReport:
     first_error: str | None = None  # of this run: "FILE, line N: what is wrong with it"
 
 
-@dataclass(frozen=True)
-class Result:
-    """What becomes of one line."""
-
-    line: int
-    record: bytes  # the line of output
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    error: str | None = None  # what was wrong with it, if the record says so
-
-
-@dataclass(frozen=True)
-class ModelFile:
-    """A file and how to load it, on whatever machine."""
-
-    path: str
-    sha256: str
-    n_threads: int | None
-    n_ctx: int | None
-    kv_type: str
-    n_parallel: int
-
-    @classmethod
-    def of(cls, path: str | os.PathLike[str], **settings: Any) -> "ModelFile":
-        """Reads the file for its hash."""
-        refuse_wrong_model(path)
-        if not os.path.isfile(path):
-            os.stat(path)  # raises the error that says what is missing
-            raise ArgumentError(f"{os.fspath(path)}: not a regular file")  # reading a pipe could wait for ever
-        return cls(os.path.abspath(path), file_sha256(path), **settings)
-
-    def load(self, n_threads: int | None = None) -> Model:
-        """The model; `n_threads` counts where the job names none.
-
-        Raises FixminError if the file of that name is another one here, or by now.
-        """
-        with contextlib.ExitStack() as stack:
-            model = stack.enter_context(
-                Model(
-                    self.path,
-                    n_threads=n_threads if self.n_threads is None else self.n_threads,
-                    n_ctx=self.n_ctx,
-                    kv_type=self.kv_type,
-                    n_parallel=self.n_parallel,
-                )
-            )
-            if model._sha256() != self.sha256:
-                raise FixminError(f"{self.path} on {os.uname().nodename} is another file than when the job was started")
-            stack.pop_all()
-        return model
-
-    def vocab_size(self) -> int:
-        """From the header; beyond any token id if it does not say: loading it tells what is wrong with the file."""
-        with naming(self.path):
-            size = _core.GgufFile(self.path).metadata.get("fixmin.vocab_size")
-        return size if isinstance(size, int) and size > 1 else 2**32
-
-
 def run_batch(
     model: str | os.PathLike[str],
     source: str | os.PathLike[str],
@@ -113,16 +53,13 @@ def run_batch(
     options: Mapping[str, Any] | None = None,
     seed: int = 0,
     token_ids: bool = False,
-    n_parallel: int = 64,
     fail_fast: bool = False,
     overwrite: bool = False,
-    n_threads: int | None = None,
-    n_ctx: int | None = None,
-    kv_type: str = "f16",
     ray_address: str | None = None,
     ray_actors: int | None = None,
     ray_lines: int | None = None,
     progress: Callable[[BatchReport], object] | None = None,
+    **load: "Unpack[LoadArguments]",
 ) -> BatchReport:
     """Answers every line of a JSON Lines file by a line of another one, in the same order; see docs/batch.md.
 
@@ -138,27 +75,28 @@ def run_batch(
         options: GenerationArguments for lines that do not give them.
         seed: 0 to 2^64-1. A line without a seed gets one that depends on this one and its number only.
         token_ids: records of generated texts hold their token ids too.
-        n_parallel: lines that a model works on at a time.
         fail_fast: the first bad line ends the job; otherwise its record says what was wrong.
         overwrite: do not resume, start again, whatever `target` holds.
-        n_threads, n_ctx, kv_type: see Model. With Ray, n_threads is also the CPUs that an actor reserves.
         ray_address: "auto", "HOST:PORT", "local" (a Ray instance of its own), or None: this process.
         ray_actors: models in the cluster; None: one per node that has CPUs.
         ray_lines: lines that an actor gets at a time, and repeats if it dies; None: four times `n_parallel`.
         progress: called after each line.
+        **load: n_threads, n_ctx, kv_type, n_parallel, ...: see Model. So many lines as n_parallel says (64) are worked
+            on at a time. With Ray, n_threads is also the CPUs that an actor reserves.
 
     Raises:
         ArgumentError: an argument is wrong, or `target` belongs to another job (other input, model, options or version)
             or was changed after its job had ended.
         FixminError: a bad line with fail_fast, "FILE, line N: ...". OSError, GGUFError: a file cannot be used.
     """
-    n_parallel = as_int("n_parallel", n_parallel, 1, 4096)
-    n_threads = as_threads(n_threads) or None
+    n_parallel = as_int("n_parallel", load.get("n_parallel", _N_PARALLEL), 1, 4096)
+    n_threads = as_threads(load.get("n_threads")) or None
     if ray_address is None and (ray_actors, ray_lines) != (None, None):
         raise ArgumentError("ray_actors and ray_lines need ray_address")
     refuse_inputs(target, source, model)
     lines = InputFile.scan(source)
-    file = ModelFile.of(model, n_threads=n_threads, n_ctx=n_ctx, kv_type=kv_type, n_parallel=n_parallel)
+    load_options = LoadOptions.check({**load, "n_threads": n_threads, "n_parallel": n_parallel})
+    file = ModelFile.of(model, load_options)
     settings = Settings.check(task, seed, options or {}, token_ids, file.vocab_size())
     with contextlib.ExitStack() as stack:
         output = stack.enter_context(OutputFile(target, _identity(settings, lines, file), lines, overwrite=overwrite))
@@ -180,91 +118,6 @@ def run_batch(
                     progress(tally.report())
         output.finish()
         return tally.report()
-
-
-# Finished results may wait for a slow line before them; so many lines per place are begun at the most.
-_AHEAD = 4
-
-
-def run_lines(
-    model: Model, settings: Settings, lines: Iterable[Line], n_parallel: int
-) -> Generator[Result, None, None]:
-    """Answers lines, n_parallel at a time, and gives the results in their order.
-
-    Reads `lines` only as far ahead as it works on them. Errors other than those of a line end it. The model stays the
-    caller's; closing it cancels what runs.
-    """
-    window: deque[Future[Result]] = deque()
-    # Their requests meet in the model's scheduler, where each of these threads sleeps until its answer is complete.
-    pool = ThreadPoolExecutor(n_parallel, "fixmin-batch")
-    try:
-        for line in lines:
-            window.append(pool.submit(answer, model, settings, line))
-            while window and (window[0].done() or len(window) >= _AHEAD * n_parallel):
-                yield window.popleft().result()
-        while window:
-            yield window.popleft().result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-def answer(model: Model, settings: Settings, line: Line) -> Result:
-    """The record for a line: its answer, or what is wrong with the line."""
-    entry: Any = NativeEntry(line.number, {})  # in whose form a line is answered that cannot be read
-    try:
-        entry = parse_line(line)
-        outputs = [_OUTPUTS[settings.task](model, settings, request) for request in entry.requests(settings)]
-    except FixminError as error:
-        if model.closed:
-            raise  # the line is not to blame
-        return Result(line.number, write_record(entry.failure(error)), error=str(error))
-    usages = [output["usage"] for output in outputs]
-    return Result(
-        line.number,
-        write_record(entry.answer(outputs)),
-        sum(usage["prompt_tokens"] for usage in usages),
-        sum(usage["completion_tokens"] for usage in usages),
-    )
-
-
-def _generate(model: Model, settings: Settings, request: Request) -> dict[str, Any]:
-    completion = model.generate(request.prompt, **request.arguments)
-    if completion.finish_reason == "cancelled":
-        raise FixminError("the model was closed")
-    timings = completion.timings
-    return {
-        "text": completion.text,
-        **({"token_ids": completion.token_ids} if settings.token_ids else {}),
-        "finish_reason": completion.finish_reason,
-        **_logprobs(logprobs=completion.logprobs, prompt_logprobs=completion.prompt_logprobs),
-        "usage": _usage(timings.n_prompt, completion.n_drawn),
-        "seed": completion.seed,
-        "timings": {"prefill_s": round(timings.prefill_s, 6), "decode_s": round(timings.decode_s, 6)},
-    }
-
-
-def _score(model: Model, settings: Settings, request: Request) -> dict[str, Any]:
-    score = model.score(request.prompt)
-    return {
-        "token_ids": score.token_ids,
-        "logprobs": _floats(score.logprobs),
-        "nll": score.nll,
-        "perplexity": score.perplexity if score.perplexity < float("inf") else None,
-        "usage": _usage(len(score.token_ids), 0),
-    }
-
-
-def _embed(model: Model, settings: Settings, request: Request) -> dict[str, Any]:
-    states = model.hidden_states(request.prompt, model.info["block_count"])  # [T, D], before the last norm
-    mean = states.mean(axis=0, dtype=np.float64).astype(np.float32)
-    return {"embedding": _floats(mean), "usage": _usage(len(states), 0)}
-
-
-_OUTPUTS: dict[str, Callable[[Model, Settings, Request], dict[str, Any]]] = {
-    "generate": _generate,
-    "score": _score,
-    "embed": _embed,
-}
 
 
 class _Tally:
@@ -310,8 +163,8 @@ def _identity(settings: Settings, lines: InputFile, file: ModelFile) -> dict[str
         "fixmin": __version__,
         "input": lines.sha256,
         "model": file.sha256,
-        "n_ctx": file.n_ctx,
-        "kv_type": file.kv_type,
+        "n_ctx": file.options.n_ctx,
+        "kv_type": file.options.kv_type,
         "task": settings.task,
         "seed": settings.seed,
         "token_ids": settings.token_ids,
@@ -328,16 +181,3 @@ def _run_on_ray(*arguments: Any) -> Generator[Result, None, None]:
     except ImportError as error:
         raise ImportError(f"a job on Ray needs pip install 'fixmin-cpp[ray]': {error}") from error
     return run_on_ray(*arguments)
-
-
-def _logprobs(**fields: list[TokenLogprob] | None) -> dict[str, Any]:
-    return {name: [asdict(token) for token in tokens] for name, tokens in fields.items() if tokens is not None}
-
-
-def _usage(n_prompt: int, n_completion: int) -> dict[str, int]:
-    return {"prompt_tokens": n_prompt, "completion_tokens": n_completion, "total_tokens": n_prompt + n_completion}
-
-
-def _floats(values: NDArray[np.float32]) -> list[float]:
-    """float32 as the doubles with the shortest decimals that read back as the same float32."""
-    return [float(str(value)) for value in values]

@@ -3,17 +3,29 @@
 import hashlib
 import json
 import os
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-from .arguments import GenerationArguments, GenerationOptions, as_int, main_names, split_prompts
-from .errors import ArgumentError, ArgumentTypeError
-from .openai_fields import ALIASES, USUAL, FieldError, as_arguments, without_no_ops
+from .arguments import as_int, split_prompts
+from .errors import ArgumentError, ArgumentTypeError, FixminError
+from .generation_options import GenerationOptions, main_names
+from .openai_api.refusal import refusal
+from .openai_api.request import ChatRequest, CompletionRequest, GenerationRequest
 
-__all__ = ["TASKS", "Entry", "InputFile", "Line", "Request", "Settings", "parse_line", "read_record", "write_record"]
+__all__ = [
+    "TASKS",
+    "Entry",
+    "InputFile",
+    "Line",
+    "NativeEntry",
+    "OpenAIEntry",
+    "Settings",
+    "parse_line",
+    "read_record",
+    "write_record",
+]
 
 TASKS = ("generate", "score", "embed")
 
@@ -99,28 +111,17 @@ class Settings:
         if "seed" in options:
             raise ArgumentError("seed is that of the job: give it as such, or in a line")
         try:
-            checked = _arguments(json.loads(json.dumps(dict(options))))
+            checked = main_names(json.loads(json.dumps(dict(options))))
         except TypeError as error:
             raise ArgumentTypeError(f"options must be what JSON can hold: {error}") from None
         GenerationOptions.check(checked, vocab_size)
         return cls(task, as_int("seed", seed, 0, _MAX_SEED), checked, token_ids)
 
-    def arguments(self, line: int, index: int, own: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
-        """Arguments for one prompt: the line's own, else the job's, else what is `usual` in that form of line."""
-        if self.task != "generate":
-            return {}
+    def seed_of(self, line: int, index: int) -> int:
+        """Of a prompt that comes without one."""
         # 53 bits: other readers of JSON hold numbers as doubles.
         digest = hashlib.blake2b(b"%d %d %d" % (self.seed, line, index), digest_size=8).digest()
-        derived = int.from_bytes(digest, "little") >> 11
-        return {"seed": derived, **usual, **self.options, **own}
-
-
-@dataclass(frozen=True)
-class Request:
-    """One prompt, str or ids, and its GenerationArguments."""
-
-    prompt: Any
-    arguments: dict[str, Any]
+        return int.from_bytes(digest, "little") >> 11
 
 
 class Entry(ABC):
@@ -132,36 +133,35 @@ class Entry(ABC):
         self.fields = {name: value for name, value in fields.items() if value is not None}
 
     @abstractmethod
-    def requests(self, settings: Settings) -> list[Request]:
-        """What the line asks for. ArgumentError if that is not clear."""
+    def answer(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The record that holds an answer."""
 
     @abstractmethod
-    def answer(self, outputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """The record for the outputs of its requests, in their order."""
-
-    @abstractmethod
-    def failure(self, error: Exception) -> dict[str, Any]:
-        """The record that says why there is no answer."""
+    def failure(self, error: FixminError) -> tuple[dict[str, Any], str]:
+        """The record that says why there is no answer, and the reason alone."""
 
 
 class NativeEntry(Entry):
     """{"id"?: anything, "prompt": text or ids, and any of GenerationArguments}."""
 
-    def requests(self, settings: Settings) -> list[Request]:
+    def read(self, settings: Settings) -> tuple[Any, dict[str, Any]]:
+        """The prompt and, for the task generate, its GenerationArguments. ArgumentError if they are not clear."""
         own = {name: value for name, value in self.fields.items() if name not in ("id", "prompt")}
         if own and settings.task != "generate":
             raise ArgumentError(f"the task {settings.task} takes no {next(iter(own))}: a line has id and prompt")
-        prompts = _prompts(self.fields)
+        if "prompt" not in self.fields:
+            raise ArgumentError("prompt is missing")
+        prompts = split_prompts(self.fields["prompt"])[0]
         if len(prompts) != 1:
             raise ArgumentError(f"prompt must be one text or its ids, got {len(prompts)} prompts: give each its line")
-        return [Request(prompts[0], settings.arguments(self.line, 0, _arguments(own), {}))]
+        return prompts[0], {"seed": settings.seed_of(self.line, 0), **settings.options, **main_names(own)}
 
-    def answer(self, outputs: list[dict[str, Any]]) -> dict[str, Any]:
-        return {**self._head(), **outputs[0], "error": None}
+    def answer(self, body: dict[str, Any]) -> dict[str, Any]:
+        return {**self._head(), **body, "error": None}
 
-    def failure(self, error: Exception) -> dict[str, Any]:
+    def failure(self, error: FixminError) -> tuple[dict[str, Any], str]:
         reason = {"line": self.line, "type": type(error).__name__, "message": str(error)}
-        return {**self._head(), "error": reason}
+        return {**self._head(), "error": reason}, str(error)
 
     def _head(self) -> dict[str, Any]:
         return {"id": self.fields.get("id", self.line), "line": self.line}
@@ -170,54 +170,40 @@ class NativeEntry(Entry):
 class OpenAIEntry(Entry):
     """{"custom_id", "method": "POST", "url": "/v1/completions", "body": {...}}, as OpenAI's batch interface has it."""
 
-    _USUAL: ClassVar[Mapping[str, Any]] = {"max_new_tokens": 16, **USUAL}
-    _KNOWN = frozenset(
-        {*GenerationArguments.__annotations__, *ALIASES, "response_format", "prompt", "model"} - {"logprobs"}
-    )
+    _REQUESTS: ClassVar[Mapping[Any, type[GenerationRequest]]] = {
+        "/v1/completions": CompletionRequest,
+        "/v1/chat/completions": ChatRequest,
+    }
+    _request: GenerationRequest | None = None
 
-    def requests(self, settings: Settings) -> list[Request]:
-        body = self._body(settings.task)
-        try:
-            asked = without_no_ops(body, self._KNOWN)
-        except FieldError as error:
-            raise ArgumentError(f"body: {error.field}: {error}") from None
-        own = {name: value for name, value in asked.items() if name not in ("prompt", "model")}  # the job has one model
-        arguments = _arguments(as_arguments(own))
-        return [
-            Request(prompt, settings.arguments(self.line, i, arguments, self._USUAL))
-            for i, prompt in enumerate(_prompts(body))
-        ]
-
-    def answer(self, outputs: list[dict[str, Any]]) -> dict[str, Any]:
-        usage = {name: sum(output["usage"][name] for output in outputs) for name in outputs[0]["usage"]}
-        body = {
-            "id": f"cmpl-{self.line}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": self.fields["body"].get("model"),
-            "choices": [self._choice(i, output) for i, output in enumerate(outputs)],
-            "usage": usage,
-        }
-        return self._record(200, body)
-
-    def failure(self, error: Exception) -> dict[str, Any]:
-        message = f"line {self.line}: {error}"
-        reason = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
-        return self._record(400, {"error": reason})
-
-    def _body(self, task: str) -> dict[str, Any]:
+    def read(self, settings: Settings) -> GenerationRequest:
+        """The request in its body. ArgumentError if that is not clear."""
         if unknown := self.fields.keys() - {"custom_id", "method", "url", "body"}:
             raise ArgumentError(f"there is no field {min(unknown)!r} beside custom_id, method, url and body")
         if not isinstance(self.fields.get("custom_id"), str):
             raise ArgumentTypeError(f"custom_id must be a text, got {self.fields.get('custom_id')!r}")
         if self.fields.get("method", "POST") != "POST":
             raise ArgumentError(f"method must be POST, got {self.fields['method']!r}")
-        if self.fields.get("url") != "/v1/completions" or task != "generate":
-            raise ArgumentError(f"the task {task} has no answer to url {self.fields.get('url')!r}: /v1/completions has")
+        url = self.fields.get("url")
+        if settings.task != "generate" or not isinstance(url, str) or url not in self._REQUESTS:
+            raise ArgumentError(
+                f"the task {settings.task} has no answer to url {url!r}: generate has to {' and '.join(self._REQUESTS)}"
+            )
         body = self.fields.get("body")
         if not isinstance(body, dict):
             raise ArgumentTypeError(f"body must be an object, got {body!r}")
-        return {name: value for name, value in body.items() if value is not None}
+        self._request = self._REQUESTS[url](body, streams=False)
+        self._request.return_token_ids |= settings.token_ids
+        return self._request
+
+    def answer(self, body: dict[str, Any]) -> dict[str, Any]:
+        return self._record(200, body)
+
+    def failure(self, error: FixminError) -> tuple[dict[str, Any], str]:
+        told = refusal(error, self._request)
+        body = told.body()
+        body["error"]["message"] = f"line {self.line}: {told.message}"
+        return self._record(told.status, body), told.message
 
     def _record(self, status: int, body: dict[str, Any]) -> dict[str, Any]:
         response = {"status_code": status, "request_id": f"req_{self.line}", "body": body}
@@ -227,12 +213,6 @@ class OpenAIEntry(Entry):
             "response": response,
             "error": None,
         }
-
-    @staticmethod
-    def _choice(index: int, output: dict[str, Any]) -> dict[str, Any]:
-        reason = "stop" if output["finish_reason"] == "eos" else output["finish_reason"]
-        choice = {"index": index, "text": output["text"], "logprobs": None, "finish_reason": reason}
-        return {**choice, **{name: output[name] for name in ("seed", "token_ids") if name in output}}
 
 
 _OPENAI_ID = "batch_req_"  # the number of the line follows
@@ -277,17 +257,6 @@ def read_record(data: bytes) -> tuple[int, bool] | None:
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
     return (number, failed) if data.endswith(b"\n") else None
-
-
-def _prompts(fields: Mapping[str, Any]) -> list[Any]:
-    if "prompt" not in fields:
-        raise ArgumentError("prompt is missing")
-    return split_prompts(fields["prompt"])[0]
-
-
-def _arguments(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """GenerationArguments as JSON has them, under their main names. ArgumentTypeError for unknown ones."""
-    return main_names(fields)
 
 
 def _no_constant(name: str) -> None:

@@ -13,9 +13,9 @@ import ray
 import ray.data
 
 from .arguments import as_int
-from .batch import ModelFile, Result, run_lines
 from .batch_lines import InputFile, Line, Settings
 from .batch_output import Resumed
+from .batch_work import ModelFile, Result, run_lines
 from .errors import ArgumentError, FixminError
 from .model import Model
 
@@ -57,10 +57,10 @@ def run_on_ray(
         address: "auto", "HOST:PORT", or "local" for a Ray instance of its own.
         actors: number of models. lines_per_task: see run_batch.
     """
-    per_task = 4 * file.n_parallel if lines_per_task is None else as_int("ray_lines", lines_per_task, 1)
+    per_task = 4 * file.options.n_parallel if lines_per_task is None else as_int("ray_lines", lines_per_task, 1)
     per_task = max(per_task, -(-(lines.n_lines - resumed.n_records) // _MAX_PIECES))
     with _connection(address):
-        n_actors, n_threads = _pool(actors, file.n_threads)
+        n_actors, n_threads = _pool(actors, file.options.n_threads)
         pieces = _pieces(lines, resumed, per_task)
         here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
         attempts = ray.remote(_Attempts).options(num_cpus=0, label_selector=here).remote(_MAX_ATTEMPTS)
@@ -105,7 +105,7 @@ class _Worker:
     ) -> None:
         self._attempts = attempts
         self._settings = settings
-        self._n_parallel = file.n_parallel
+        self._n_parallel = file.options.n_parallel
         self._model: Model | Exception
         try:
             self._model = file.load(n_threads)

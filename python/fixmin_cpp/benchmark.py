@@ -8,14 +8,18 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import _core
 from .arguments import as_int
 from .errors import ArgumentError
+from .load_options import LoadArguments
 from .model import Model
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # in typing from Python 3.11
 
 __all__ = ["BenchReport", "bench"]
 
@@ -91,14 +95,13 @@ def _spread(runs: Sequence[float]) -> str:
 def bench(
     path: str | os.PathLike[str],
     *,
-    n_threads: int | None = None,
-    kv_type: str = "f16",
     n_prompt: int | None = None,
     n_generate: int | None = None,
     depth: int = 0,
     repeat: int = 5,
     read_buffer_bytes: int | None = None,
     progress: Callable[[str], None] | None = None,
+    **options: "Unpack[LoadArguments]",
 ) -> BenchReport:
     """Measures a model: prefill, decode and the ceilings take turns `repeat` times.
 
@@ -109,8 +112,6 @@ def bench(
 
     Args:
         path: a GGUF file.
-        n_threads: worker threads, for the model and for the ceilings; None: Model's default.
-        kv_type: type of the KV cache, "f16", "f32" or "q8_0".
         n_prompt: tokens of a prefill, from an empty context to the last token's logits; None: 512 or what fits.
         n_generate: tokens decoded one by one; None: 64 or what fits.
         depth: tokens in the context before the first decoded one (at least one is always there).
@@ -119,6 +120,7 @@ def bench(
             256 MiB and 1 GiB, but no more than a quarter of the memory that is free, nor than four times the file (at
             least 16 MiB): how fast weights in a cache can be read is not told by a gigabyte that does not fit there.
         progress: called with what is being done.
+        **options: those of Model; the threads are those of the ceilings too.
 
     Returns:
         A BenchReport.
@@ -135,7 +137,7 @@ def bench(
 
     tell("loading")
     start = time.perf_counter()
-    with Model(path, n_threads=n_threads, kv_type=kv_type) as model, model._running() as engine:
+    with Model(path, **options) as model, model.native() as engine:
         load_s = time.perf_counter() - start
         info = model.info
         buffer = read_buffer_bytes or default_read_buffer(info["bytes"]["file"])
@@ -190,7 +192,7 @@ def bench(
         file=Path(path).name,
         isa=info["isa"],
         threads=info["n_threads"],
-        kv_type=kv_type,
+        kv_type=info["kv_type"],
         n_prompt=n_prompt,
         n_generate=n_generate,
         depth=depth,

@@ -24,7 +24,17 @@ from rich.progress import BarColumn, Progress, TextColumn
 from . import __version__
 from .atomic_file import refuse_inputs
 from .cli_help import App
-from .cli_options import from_argv, read_options, read_prompt, read_text, with_options
+from .cli_options import (
+    MACHINE,
+    from_argv,
+    load_options,
+    read_options,
+    read_prompt,
+    read_text,
+    with_environment,
+    with_load_options,
+    with_options,
+)
 from .cli_output import Stdout, guarded, json_pieces
 from .cli_output import bar as _bar
 from .cli_output import errors as _errors
@@ -53,13 +63,13 @@ _FORWARD: dict[str, Any] = {
     "add_help_option": False,
 }
 _MAKE, _RUN, _MEASURE = "Make a file", "Run a model", "Look and measure"
-_INPUT, _MACHINE, _JOB, _CLUSTER = "Input and output", "Model and machine", "The job", "On Ray (needs fixmin-cpp[ray])"
+_INPUT, _JOB, _CLUSTER = "Input and output", "The job", "On Ray (needs fixmin-cpp[ray])"
 
 _Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 _All = Annotated[bool, typer.Option("--all", help="Show everything, not a summary.")]
 _Model = Annotated[
-    Path, typer.Option("-m", "--model", metavar="FILE.gguf", help="File of the model.", rich_help_panel=_MACHINE)
+    Path, typer.Option("-m", "--model", metavar="FILE.gguf", help="File of the model.", rich_help_panel=MACHINE)
 ]
 _Prompt = Annotated[
     str | None,
@@ -80,15 +90,6 @@ _Escape = Annotated[
         rich_help_panel=_INPUT,
     ),
 ]
-_Threads = Annotated[
-    int | None,
-    typer.Option("-t", "--threads", help="Default, 0 or -1: what the machine offers.", rich_help_panel=_MACHINE),
-]
-_Ctx = Annotated[
-    int | None,
-    typer.Option("-c", "--ctx", help="Context positions. Default, or 0: the model's.", rich_help_panel=_MACHINE),
-]
-_KvType = Annotated[str, typer.Option(help="Type of the KV cache: f16, f32 or q8_0.", rich_help_panel=_MACHINE)]
 
 
 def _gguf(text: str) -> Any:
@@ -157,17 +158,16 @@ def tokenize(
 
 
 @app.command(rich_help_panel=_MEASURE)
+@with_load_options(before="quiet")
 def score(
     model: _Model,
     prompt: _Prompt = None,
     file: _File = None,
     escape: _Escape = True,
-    threads: _Threads = None,
-    ctx: _Ctx = None,
-    kv_type: _KvType = "f16",
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No table of the tokens.")] = False,
     as_json: _Json = False,
     debug: _Debug = False,
+    **options: Any,
 ) -> None:
     """Show how probable the model finds a text: its perplexity, and each token's probability and rank.
 
@@ -176,9 +176,9 @@ def score(
     """
     with _errors(debug):
         text = read_prompt(prompt, file, escape)
-        with _load(model, quiet=quiet or as_json, n_threads=threads, n_ctx=ctx, kv_type=kv_type) as loaded:
+        with _load(model, quiet=quiet or as_json, **load_options(options)) as loaded:
             found = loaded.score(text)
-            pieces = [loaded._require_tokenizer().token_piece(i) for i in found.token_ids]
+            pieces = [loaded.require_tokenizer().token_piece(i) for i in found.token_ids]
         if as_json:
             facts = dataclasses.asdict(found)
             facts |= {"logprobs": found.logprobs.tolist(), "ranks": found.ranks.tolist()}
@@ -228,6 +228,7 @@ def inspect(
 
 
 @app.command(rich_help_panel=_RUN)
+@with_load_options(before="debug")
 @with_options(before="debug")
 def generate(
     model: _Model,
@@ -239,9 +240,6 @@ def generate(
     ] = True,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No timings on stderr.", rich_help_panel=_INPUT)] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.", rich_help_panel=_INPUT)] = False,
-    threads: _Threads = None,
-    ctx: _Ctx = None,
-    kv_type: _KvType = "f16",
     debug: _Debug = False,
     **options: Any,
 ) -> None:
@@ -252,11 +250,12 @@ def generate(
     """
     with _errors(debug):
         text = read_prompt(prompt, file, escape)
+        load = load_options(options)
         arguments = read_options(options, escape)
         if not as_json and {"logprobs", "prompt_logprobs"} & arguments.keys():
             raise typer.BadParameter("--logprobs and --prompt-logprobs need --json")
         one = arguments.get("n", 1) == 1 and "best_of" not in arguments
-        with _load(model, quiet=quiet or as_json, n_threads=threads, n_ctx=ctx, kv_type=kv_type) as loaded:
+        with _load(model, quiet=quiet or as_json, **load) as loaded:
             if one:
                 arguments.pop("n", None)
                 completion = _stream(loaded, text, arguments, show=stream and not as_json)
@@ -307,6 +306,7 @@ def _summary(completion: Any, *, sampled: bool) -> str:
 
 
 @app.command(rich_help_panel=_RUN)
+@with_load_options(before="quiet")
 @with_options(before="debug")
 def batch(
     source: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="One JSON object per line.")],
@@ -339,9 +339,6 @@ def batch(
     ray_lines: Annotated[
         int | None, typer.Option(help="Lines of a Ray task. Default: 4 times --parallel.", rich_help_panel=_CLUSTER)
     ] = None,
-    threads: _Threads = None,
-    ctx: _Ctx = None,
-    kv_type: _KvType = "f16",
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Neither progress nor a summary.")] = False,
     as_json: _Json = False,
     debug: _Debug = False,
@@ -356,6 +353,7 @@ def batch(
     from .batch import run_batch
 
     with _errors(debug):
+        load = load_options(options)
         arguments = read_options(options, escape=True)
         seed = arguments.pop("seed", 0)
         with _batch_progress(quiet or as_json) as update:
@@ -370,9 +368,7 @@ def batch(
                 n_parallel=n_parallel,
                 fail_fast=fail_fast,
                 overwrite=overwrite,
-                n_threads=threads,
-                n_ctx=ctx or None,  # 0 and no option are the same job
-                kv_type=kv_type,
+                **load,
                 ray_address=ray,
                 ray_actors=ray_actors,
                 ray_lines=ray_lines,
@@ -385,97 +381,61 @@ def batch(
 
 
 @app.command(rich_help_panel=_RUN)
+@with_environment("context", "quiet", "debug")
+@with_load_options(
+    before="log_level",
+    also={
+        "n_kv": (None, "Positions of the KV cache, of all requests. Default: --parallel contexts, if memory allows."),
+        "n_parallel": (64, "Generations that run at a time."),
+    },
+    panel="",
+)
 def serve(
-    model: Annotated[Path, typer.Argument(metavar="MODEL.gguf", help="GGUF file.", envvar="FIXMIN_MODEL")],
-    host: Annotated[str, typer.Option(envvar="FIXMIN_HOST", help="Address to listen on; 0.0.0.0: all.")] = "127.0.0.1",
-    port: Annotated[int | None, typer.Option(envvar="FIXMIN_PORT", help="0: a free one. Default: 8000.")] = None,
+    context: typer.Context,
+    model: Annotated[Path, typer.Argument(metavar="MODEL.gguf", help="GGUF file.")],
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: all.")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(help="0: a free one. Default: 8000.")] = None,
     uds: Annotated[
-        Path | None,
-        typer.Option(metavar="PATH", envvar="FIXMIN_UDS", help="Unix socket to listen on, instead of host and port."),
+        Path | None, typer.Option(metavar="PATH", help="Unix socket to listen on, instead of host and port.")
     ] = None,
-    root_path: Annotated[
-        str,
-        typer.Option(metavar="PREFIX", envvar="FIXMIN_ROOT_PATH", help="As /llm: where a proxy shows the server."),
-    ] = "",
-    model_name: Annotated[
-        str | None, typer.Option(envvar="FIXMIN_MODEL_NAME", help="In answers. Default: the file's name.")
-    ] = None,
+    root_path: Annotated[str, typer.Option(metavar="PREFIX", help="As /llm: where a proxy shows the server.")] = "",
+    model_name: Annotated[str | None, typer.Option(help="In answers. Default: the file's name.")] = None,
     api_key: Annotated[
-        list[str] | None,
-        typer.Option(envvar="FIXMIN_API_KEY", help="Requests must bring it; repeatable. Default: none needed."),
+        list[str] | None, typer.Option(help="Requests must bring it; repeatable. Default: none needed.")
     ] = None,
-    api_key_file: Annotated[
-        Path | None, typer.Option(envvar="FIXMIN_API_KEY_FILE", help="Keys, one a line; empty lines do not count.")
-    ] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help="Keys, one a line; empty lines do not count.")] = None,
     allowed_host: Annotated[
         list[str] | None,
         typer.Option(
-            envvar="FIXMIN_ALLOWED_HOST",
-            help="Name by which the server may be asked besides its own; repeatable. Default on 127.0.0.1: localhost.",
+            help="Name by which the server may be asked besides its own; repeatable. Default on 127.0.0.1: localhost."
         ),
     ] = None,
     cors_origin: Annotated[
-        list[str] | None,
-        typer.Option(envvar="FIXMIN_CORS_ORIGIN", help="Site whose pages may ask, or *; repeatable. Default: none."),
+        list[str] | None, typer.Option(help="Site whose pages may ask, or *; repeatable. Default: none.")
     ] = None,
     chat_template: Annotated[
-        Path | None,
-        typer.Option(envvar="FIXMIN_CHAT_TEMPLATE", help="Jinja file. Default: Question/Answer, for base models."),
+        Path | None, typer.Option(help="Jinja file. Default: Question/Answer, for base models.")
     ] = None,
-    max_queue: Annotated[
-        int, typer.Option(envvar="FIXMIN_MAX_QUEUE", help="Generations that may wait; others get 429.")
-    ] = 512,
-    max_body_bytes: Annotated[int, typer.Option(envvar="FIXMIN_MAX_BODY_BYTES", help="Of a request.")] = 4 << 20,
-    max_n: Annotated[int, typer.Option(envvar="FIXMIN_MAX_N", help="Largest n and best_of.")] = 128,
-    max_logprobs: Annotated[int, typer.Option(envvar="FIXMIN_MAX_LOGPROBS", help="Largest logprobs.")] = 20,
-    max_inputs: Annotated[int, typer.Option(envvar="FIXMIN_MAX_INPUTS", help="Most prompts of a request.")] = 2048,
-    timeout: Annotated[float, typer.Option(envvar="FIXMIN_TIMEOUT", help="Seconds of a generation.")] = 600.0,
-    max_connections: Annotated[
-        int, typer.Option(envvar="FIXMIN_MAX_CONNECTIONS", help="Open at a time; more get 503.")
-    ] = 1000,
-    keep_alive: Annotated[
-        float, typer.Option(envvar="FIXMIN_KEEP_ALIVE", help="Seconds that a connection may be idle.")
-    ] = 75.0,
-    read_timeout: Annotated[
-        float, typer.Option(envvar="FIXMIN_READ_TIMEOUT", help="Seconds in which a request has to arrive.")
-    ] = 30.0,
-    write_timeout: Annotated[
-        float, typer.Option(envvar="FIXMIN_WRITE_TIMEOUT", help="Seconds that a client may take no data.")
-    ] = 60.0,
-    shutdown_timeout: Annotated[
-        float, typer.Option(envvar="FIXMIN_SHUTDOWN_TIMEOUT", help="Seconds that requests get to end.")
-    ] = 30.0,
-    threads: Annotated[
-        int | None,
-        typer.Option("-t", "--threads", envvar="FIXMIN_THREADS", help="Default, 0 or -1: what the machine offers."),
-    ] = None,
-    n_ctx: Annotated[
-        int | None,
-        typer.Option("-c", "--n-ctx", "--ctx", envvar="FIXMIN_N_CTX", help="Context positions. Default: the model's."),
-    ] = None,
-    kv_type: Annotated[
-        str, typer.Option(envvar="FIXMIN_KV_TYPE", help="Type of the KV cache: f16, f32 or q8_0.")
-    ] = "f16",
-    n_kv: Annotated[
-        int | None,
-        typer.Option(
-            envvar="FIXMIN_N_KV",
-            help="Positions of the KV cache, of all requests. Default: --parallel contexts, if memory allows.",
-        ),
-    ] = None,
-    n_parallel: Annotated[
-        int, typer.Option("--parallel", envvar="FIXMIN_PARALLEL", help="Generations that run at a time.")
-    ] = 64,
+    max_queue: Annotated[int, typer.Option(help="Generations that may wait; others get 429.")] = 512,
+    max_body_bytes: Annotated[int, typer.Option(help="Of a request.")] = 4 << 20,
+    max_n: Annotated[int, typer.Option(help="Largest n and best_of.")] = 128,
+    max_logprobs: Annotated[int, typer.Option(help="Largest logprobs.")] = 20,
+    max_inputs: Annotated[int, typer.Option(help="Most prompts of a request.")] = 2048,
+    timeout: Annotated[float, typer.Option(help="Seconds of a generation.")] = 600.0,
+    max_connections: Annotated[int, typer.Option(help="Open at a time; more get 503.")] = 1000,
+    keep_alive: Annotated[float, typer.Option(help="Seconds that a connection may be idle.")] = 75.0,
+    read_timeout: Annotated[float, typer.Option(help="Seconds in which a request has to arrive.")] = 30.0,
+    write_timeout: Annotated[float, typer.Option(help="Seconds that a client may take no data.")] = 60.0,
+    shutdown_timeout: Annotated[float, typer.Option(help="Seconds that requests get to end.")] = 30.0,
     log_level: Annotated[
-        LogLevel | None,
-        typer.Option(envvar="FIXMIN_LOG_LEVEL", case_sensitive=False, help="Least level of lines. Default: info."),
+        LogLevel | None, typer.Option(case_sensitive=False, help="Least level of lines. Default: info.")
     ] = None,
     log_format: Annotated[
-        LogFormat,
-        typer.Option(envvar="FIXMIN_LOG_FORMAT", case_sensitive=False, help="json: an object per line."),
+        LogFormat, typer.Option(case_sensitive=False, help="json: an object per line.")
     ] = LogFormat.text,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="The same as --log-level warning.")] = False,
     debug: _Debug = False,
+    **options: Any,
 ) -> None:
     """Serve a model to OpenAI's clients and to a browser (needs fixmin-cpp[serve]). docs/serving.md describes it.
 
@@ -493,34 +453,13 @@ def serve(
         package = _extra("serve", "serve")
         if os.environ.get("FIXMIN_API_KEY", "x").strip() == "":
             raise ArgumentError("FIXMIN_API_KEY is empty: unset it for a server without keys")
-        settings = package.ServeSettings(
-            model=str(model),
-            model_name=model_name,
-            host=host,
-            port=port,
-            uds=uds,
-            root_path=root_path,
-            api_keys=(*(api_key or ()), *_keys_of(api_key_file)),
-            allowed_hosts=tuple(allowed_host or ()),
-            max_connections=max_connections,
-            keep_alive=keep_alive,
-            cors_origins=tuple(cors_origin or ()),
-            chat_template=None if chat_template is None else read_text(chat_template),
-            max_queue=max_queue,
-            max_body_bytes=max_body_bytes,
-            max_n=max_n,
-            max_logprobs=max_logprobs,
-            max_inputs=max_inputs,
-            timeout=timeout,
-            read_timeout=read_timeout,
-            write_timeout=write_timeout,
-            shutdown_timeout=shutdown_timeout,
-            n_threads=threads,
-            n_ctx=n_ctx,
-            kv_type=kv_type,
-            n_kv=n_kv,
-            n_parallel=n_parallel,
-        )
+        own = {field.name for field in dataclasses.fields(package.ServeSettings)}
+        given = {name: value for name, value in context.params.items() if name in own}
+        given["model"] = str(model)
+        given["api_keys"] = (*(api_key or ()), *_keys_of(api_key_file))
+        given["allowed_hosts"], given["cors_origins"] = tuple(allowed_host or ()), tuple(cors_origin or ())
+        given["chat_template"] = None if chat_template is None else read_text(chat_template)
+        settings = package.ServeSettings(**given, **load_options(options))
         package.run(settings)
         if any(thread.name.startswith("fixmin-") and thread.daemon for thread in threading.enumerate()):
             # Threads that cannot be interrupted must not meet an interpreter that is being taken down.
@@ -539,6 +478,7 @@ def _keys_of(path: Path | None) -> tuple[str, ...]:
 
 
 @app.command(rich_help_panel=_MEASURE)
+@with_load_options(before="everything", without=["n_ctx"])
 def bench(
     model: _Model,
     prompt: Annotated[
@@ -549,11 +489,10 @@ def bench(
     ] = None,
     depth: Annotated[int, typer.Option("-d", "--depth", help="Tokens in the context before decoding begins.")] = 0,
     repeat: Annotated[int, typer.Option("-r", "--repeat", help="How often prefill and decode take turns.")] = 5,
-    threads: _Threads = None,
-    kv_type: _KvType = "f16",
     everything: _All = False,
     as_json: _Json = False,
     debug: _Debug = False,
+    **options: Any,
 ) -> None:
     """Measure prefill and decode, and how much of the machine that is.
 
@@ -588,13 +527,12 @@ def bench(
         with _status(as_json) as tell:
             report = measure(
                 model,
-                n_threads=threads,
-                kv_type=kv_type,
                 n_prompt=prompt,
                 n_generate=generate,
                 depth=depth,
                 repeat=repeat,
                 progress=tell,
+                **load_options(options),
             )
         if as_json or everything:
             _report(dataclasses.asdict(report), as_json)
@@ -680,6 +618,7 @@ def _kinds_of_tensors(report: Any) -> list[str]:
 
 
 @app.command(rich_help_panel=_MAKE)
+@with_load_options(before="as_json", without=["n_ctx", "kv_type"])
 def imatrix(
     model: Annotated[
         Path, typer.Option("-m", "--model", metavar="FILE.gguf", help="File of the model, best in F32 or F16.")
@@ -690,9 +629,9 @@ def imatrix(
         typer.Option("-o", "--out", metavar="OUT.gguf", help="File to write, for `fixmin quantize --imatrix`."),
     ],
     ctx: Annotated[int | None, typer.Option("-c", "--ctx", help="Tokens of a chunk. Default: 512 at most.")] = None,
-    threads: _Threads = None,
     as_json: _Json = False,
     debug: _Debug = False,
+    **options: Any,
 ) -> None:
     """Collect how large the inputs of every matrix are over a text (needs fixmin-cpp[quantize]).
 
@@ -702,12 +641,13 @@ def imatrix(
         collector = _extra("convert.imatrix", "quantize")
         refuse_inputs(out, model, file)
         text = read_text(file)
-        with _load(model, quiet=as_json, n_threads=threads) as loaded, _bar("reading", as_json) as update:
+        with _load(model, quiet=as_json, **load_options(options)) as loaded, _bar("reading", as_json) as update:
             report = collector.collect(loaded, text, out, ctx=ctx or None, dataset=file.name, progress=update)
         _report({**dataclasses.asdict(report), "path": str(report.path)}, as_json)
 
 
 @app.command(rich_help_panel=_MEASURE)
+@with_load_options(before="base_kv_type", without=["n_ctx"])
 def perplexity(
     model: _Model,
     file: _Text,
@@ -721,13 +661,12 @@ def perplexity(
         Path | None, typer.Option(help="Write the logits: 4 bytes per token and vocabulary.")
     ] = None,
     kl: Annotated[Path | None, typer.Option(help="Compare with logits saved before, of another model.")] = None,
-    kv_type: _KvType = "f16",
     base_kv_type: Annotated[
-        str | None, typer.Option(help="The base model's. Default: the same.", rich_help_panel=_MACHINE)
+        str | None, typer.Option(help="The base model's. Default: the same.", rich_help_panel=MACHINE)
     ] = None,
-    threads: _Threads = None,
     as_json: _Json = False,
     debug: _Debug = False,
+    **options: Any,
 ) -> None:
     """Perplexity of a text, and the divergence from another model's predictions.
 
@@ -741,11 +680,12 @@ def perplexity(
         if save_logits is not None:
             refuse_inputs(save_logits, model, file, base_model, kl)
         text = read_text(file)
-        loaded = stack.enter_context(_load(model, quiet=as_json, n_threads=threads, kv_type=kv_type))
+        load = load_options(options)
+        loaded = stack.enter_context(_load(model, quiet=as_json, **load))
         base = None
         if base_model is not None:
-            settings = {"n_threads": threads, "kv_type": base_kv_type or kv_type}
-            base = stack.enter_context(_load(base_model, quiet=as_json, **settings))
+            load["kv_type"] = base_kv_type or load["kv_type"]
+            base = stack.enter_context(_load(base_model, quiet=as_json, **load))
         with _bar("reading", as_json) as update:
             report = measure(
                 loaded,

@@ -1,134 +1,149 @@
-"""The arguments of Model.generate() as options of the command line, each a row of one table."""
+"""The arguments of Model() and Model.generate() as options of the command line, made of the tables of them."""
 
 import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar, get_origin
 
 import typer
 
-__all__ = ["OPTIONS", "from_argv", "read_options", "read_prompt", "read_stdin", "read_text", "unescape", "with_options"]
+from .fields import Field
+from .load_options import LOAD_FIELDS
+from .sampling_fields import FIELDS, Biases, Breakers, Choices, Flag, Float, Ids, Int, Seeds, Text, Texts
+
+__all__ = [
+    "MACHINE",
+    "OPTIONS",
+    "from_argv",
+    "load_options",
+    "read_options",
+    "read_prompt",
+    "read_stdin",
+    "read_text",
+    "unescape",
+    "with_environment",
+    "with_load_options",
+    "with_options",
+]
 
 
 class _Option(NamedTuple):
+    argument: str  # of generate(), or of Model()
     type: Any  # list[...]: may be given several times; bool: a flag
+    flags: tuple[str, ...]
     help: str
-    names: tuple[str, ...] = ()  # in place of the one made of the option's own
+    panel: str
     metavar: str | None = None
-    argument: str | None = None  # of generate(), if it has another name
 
 
-# Names and defaults are llama.cpp's where it has the option. What is not given is not passed on:
-# defaults are those of generate(), and only shown here.
-_GROUPS: dict[str, dict[str, _Option]] = {
-    "Prompt": {
-        "no_parse_special": _Option(
-            bool, "Read names of special tokens in the prompt, as </s>, as plain text.", argument="parse_special"
-        ),
-    },
-    "Length": {
-        "max_new_tokens": _Option(
-            int, "Upper limit of new tokens; -1: until the context ends. Default: 128", ("-n", "--max-new-tokens")
-        ),
-        "min_new_tokens": _Option(int, "Do not end before so many. Default: 0"),
-        "stop": _Option(list[str], "End before this text; repeatable.", metavar="TEXT"),
-        "stop_id": _Option(list[int], "End at this token; repeatable.", metavar="ID", argument="stop_ids"),
-        "ignore_eos": _Option(bool, "Never draw the end-of-text token."),
-        "timeout": _Option(float, "End after so many seconds."),
-    },
-    "Chance": {
-        "temperature": _Option(float, "Default: 0, greedy", ("--temperature", "--temp")),
-        "seed": _Option(
-            int, "The same one, the same text. Default: -1, a random one, shown at the end.", ("-s", "--seed")
-        ),
-        "n": _Option(int, "Several completions, with seeds made of the given one. Default: 1"),
-        "best_of": _Option(int, "The --n most probable of so many."),
-        "dynatemp_range": _Option(float, "Temperature +- range, by the entropy. Default: 0"),
-        "dynatemp_exponent": _Option(
-            float, "How it depends on the entropy. Default: 1", ("--dynatemp-exponent", "--dynatemp-exp")
-        ),
-    },
-    "Which tokens may be drawn, in this order": {
-        "top_n_sigma": _Option(
-            float, "Logits within n deviations of the largest. Default: -1, off", ("--top-n-sigma", "--top-nsigma")
-        ),
-        "top_k": _Option(int, "From the k most probable tokens. Default: 40; 0 or -1: all"),
-        "typical_p": _Option(float, "From this share of typical tokens. Default: 1, off", ("--typical-p", "--typical")),
-        "top_p": _Option(float, "From this share of the probability. Default: 0.95; 1: all"),
-        "min_p": _Option(float, "From tokens so probable beside the first. Default: 0.05; 0: all"),
-        "xtc_probability": _Option(float, "How often to leave out the most probable tokens. Default: 0"),
-        "xtc_threshold": _Option(float, "Which these are. Default: 0.1"),
-        "min_keep": _Option(int, "Tokens that typical-p, top-p, min-p and XTC leave at least. Default: 0"),
-        "mirostat": _Option(int, "1 or 2 in place of all that. Default: 0, off"),
-        "mirostat_tau": _Option(
-            float, "Surprise in bits that mirostat aims at. Default: 5", ("--mirostat-tau", "--mirostat-ent")
-        ),
-        "mirostat_eta": _Option(float, "How fast. Default: 0.1", ("--mirostat-eta", "--mirostat-lr")),
-    },
-    "Repetition": {
-        "repeat_penalty": _Option(float, "Divides logits of recent tokens. Default: 1, off"),
-        "presence_penalty": _Option(float, "Subtracted from logits of recent tokens. Default: 0"),
-        "frequency_penalty": _Option(float, "The same, for every time. Default: 0"),
-        "repeat_last_n": _Option(int, "Which are recent, prompt included. Default: 64; -1: all"),
-        "openai_penalties": _Option(
-            bool, "Presence and frequency: of all generated tokens and none of the prompt, as OpenAI's."
-        ),
-        "dry_multiplier": _Option(float, "DRY, against repeated sequences. Default: 0, off"),
-        "dry_base": _Option(float, "DRY: growth with their length. Default: 1.75"),
-        "dry_allowed_length": _Option(int, "DRY: length that costs nothing yet. Default: 2"),
-        "dry_penalty_last_n": _Option(int, "DRY: tokens to look back. Default: -1, all"),
-        "dry_sequence_breaker": _Option(
-            list[str],
-            "DRY: repetitions end here; repeatable, 'none' for none. Default: newline : \" *",
-            metavar="TEXT",
-            argument="dry_sequence_breakers",
-        ),
-    },
-    "Single tokens": {
-        "logit_bias": _Option(
-            list[str], "Add to a logit: 17+1.5, 17-inf; repeatable.", ("-l", "--logit-bias"), "ID[+-]BIAS"
-        ),
-        "banned_id": _Option(list[int], "Never draw this token; repeatable.", metavar="ID", argument="banned_ids"),
-        "allowed_id": _Option(
-            list[int], "Draw nothing but these tokens; repeatable.", metavar="ID", argument="allowed_ids"
-        ),
-    },
-    "Form of the text (needs fixmin-cpp[grammar])": {
-        "json_schema": _Option(str, "The text is JSON of this schema ({}: any).", ("-j", "--json-schema")),
-        "json_schema_file": _Option(Path, "The same, from a file.", argument="json_schema"),
-        "regex": _Option(str, "The text matches it."),
-        "grammar": _Option(str, "The text is of this grammar, Lark or GBNF."),
-        "grammar_file": _Option(Path, "The same, from a file.", argument="grammar"),
-        "choice": _Option(
-            list[str], "The text is this or another one given so; repeatable.", metavar="TEXT", argument="choices"
-        ),
-    },
-    "Probabilities and speed": {
-        "logprobs": _Option(int, "With --json: log-probabilities of the tokens, and of the k most probable."),
-        "prompt_logprobs": _Option(int, "With --json: the same for the prompt."),
-        "prompt_lookup_num_tokens": _Option(int, "Guess up to so many tokens from the text so far. Default: 0"),
-        "no_prefix_cache": _Option(bool, "Read the prompt for every completion.", argument="prefix_cache"),
-    },
+# How values of an argument's type are written.
+_WRITTEN: dict[Any, tuple[Any, str | None]] = {
+    **{Flag: (bool, None), Int: (int, None), Float: (float, None), Seeds: (int, None), Text: (str, None)},
+    **{Any: (str, None), Texts: (list[str], "TEXT"), Choices: (list[str], "TEXT"), Breakers: (list[str], "TEXT")},
+    **{Ids: (list[int], "ID"), Biases: (list[str], "ID[+-]BIAS"), str: (str, None), int: (int, None)},
 }
-OPTIONS: dict[str, _Option] = {name: option for group in _GROUPS.values() for name, option in group.items()}
+_NAMES = re.compile(rf"\b({'|'.join(name for name in FIELDS if '_' in name)})\b")
+MACHINE = "Model and machine"
+
+
+def _option(name: str, row: Field, panel: str) -> _Option:
+    flags = tuple((row.option or f"--{_hyphens(name)}").split())
+    kind, metavar = _WRITTEN[row.kind]
+    text = row.option_help or _NAMES.sub(lambda found: _hyphens(found[0]), row.help)
+    if get_origin(kind) is list:
+        text = text.removesuffix(".") + "; repeatable."
+    if kind in (int, float) and row.default is not None and not row.option_help:
+        text += f" Default: {row.default:g}"
+    return _Option(name, kind, flags, text, panel, metavar)
+
+
+def _hyphens(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _key(option: _Option) -> str:
+    """The option's name in the command."""
+    return next(flag for flag in option.flags if flag.startswith("--"))[2:].replace("-", "_")
+
+
+def _sampling_options() -> list[_Option]:
+    """Names and defaults are llama.cpp's where it has the option. What is not given is not passed on: defaults are
+    those of generate(), and only shown here."""
+    options, panel = [], ""
+    for name, row in FIELDS.items():
+        panel = row.heading or panel
+        if row.option is not None:
+            options.append(_option(name, row, panel))
+        if name == "seed":
+            made = "Several completions, with seeds made of the given one. Default: 1"
+            options.append(_Option("n", int, ("--n",), made, panel))
+            options.append(_Option("best_of", int, ("--best-of",), "The --n most probable of so many.", panel))
+        if name in ("json_schema", "grammar"):
+            options.append(_Option(name, Path, (f"--{_hyphens(name)}-file",), "The same, from a file.", panel))
+    return options
+
+
+OPTIONS: dict[str, _Option] = {_key(option): option for option in _sampling_options()}
+_LOAD_OPTIONS = [_option(name, row, MACHINE) for name, row in LOAD_FIELDS.items() if row.option is not None]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def with_options(before: str) -> Callable[[_F], _F]:
-    """Gives a command the options of the table in the place of its **options; --help shows them before `before`."""
+    """Gives a command the sampling options in the place of its **options; --help shows them before `before`."""
+    return _adding(before, [_parameter(key, option) for key, option in OPTIONS.items()])
+
+
+def with_load_options(
+    before: str, without: Sequence[str] = (), also: Mapping[str, tuple[Any, str]] | None = None, panel: str = MACHINE
+) -> Callable[[_F], _F]:
+    """Gives a command the load options, for load_options().
+
+    Args:
+        without: arguments that the command has no options for.
+        also: arguments that only this one has options for, with its own defaults and help.
+        panel: its heading in --help; "": that of options without one.
+    """
+    also = also or {}
+    parameters = []
+    for option in _LOAD_OPTIONS:
+        name = option.argument
+        if name in without or (LOAD_FIELDS[name].rare and name not in also):
+            continue
+        default, text = also.get(name, (LOAD_FIELDS[name].default, option.help))
+        parameters.append(_parameter(f"load_{name}", option._replace(help=text, panel=panel), default))
+    return _adding(before, parameters)
+
+
+def load_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Takes the load options out of a command's, as arguments of Model()."""
+    return {name: options.pop(f"load_{name}") for name in LOAD_FIELDS if f"load_{name}" in options}
+
+
+def with_environment(*others: str) -> Callable[[_F], _F]:
+    """Each option of a command but `others` can be an environment variable: --max-queue is FIXMIN_MAX_QUEUE."""
 
     def add(command: _F) -> _F:
-        parameters: list[inspect.Parameter] = []
-        for parameter in inspect.signature(command).parameters.values():
-            if parameter.name == before:
-                for panel, group in _GROUPS.items():
-                    parameters += [_parameter(name, option, panel) for name, option in group.items()]
-            if parameter.kind is not inspect.Parameter.VAR_KEYWORD:
-                parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+        for name, parameter in inspect.signature(command).parameters.items():
+            for shown in getattr(parameter.annotation, "__metadata__", ()):
+                if name not in others:
+                    # typer takes the first of its own names for a default.
+                    flags = [one for one in (shown.default, *(shown.param_decls or ())) if isinstance(one, str)]
+                    shown.envvar = f"FIXMIN_{(flags or [name])[-1].lstrip('-').replace('-', '_').upper()}"
+        return command
+
+    return add
+
+
+def _adding(before: str, more: list[inspect.Parameter]) -> Callable[[_F], _F]:
+    def add(command: _F) -> _F:
+        own = inspect.signature(command).parameters.values()
+        parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in own if p.kind is not p.VAR_KEYWORD]
+        at = next(i for i, parameter in enumerate(parameters) if parameter.name == before)
+        parameters[at:at] = more
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {p.name: p.annotation for p in parameters}
         return command
@@ -136,17 +151,13 @@ def with_options(before: str) -> Callable[[_F], _F]:
     return add
 
 
-def _parameter(name: str, option: _Option, panel: str) -> inspect.Parameter:
-    names = option.names or (f"--{name.replace('_', '-')}",)
-    kind = bool if option.type is bool else option.type | None
-    return inspect.Parameter(
-        name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=False if option.type is bool else None,
-        annotation=Annotated[
-            kind, typer.Option(*names, help=option.help, metavar=option.metavar, rich_help_panel=panel)
-        ],
-    )
+def _parameter(key: str, option: _Option, default: Any = None) -> inspect.Parameter:
+    flag = option.type is bool
+    about = {"help": option.help, "metavar": option.metavar, "rich_help_panel": option.panel or None}
+    shown = typer.Option(*option.flags, **about)  # type: ignore[call-overload]
+    kind = option.type if flag or default is not None else option.type | None
+    default = False if flag else default
+    return inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, shown])
 
 
 def read_options(values: Mapping[str, Any], escape: bool) -> dict[str, Any]:
@@ -160,7 +171,7 @@ def read_options(values: Mapping[str, Any], escape: bool) -> dict[str, Any]:
             value = from_argv(value)
         elif isinstance(value, list) and isinstance(value[0], str):
             value = [from_argv(text) for text in value]
-        argument = OPTIONS[name].argument or name
+        argument = OPTIONS[name].argument
         if argument in arguments:
             raise typer.BadParameter(f"give --{argument.replace('_', '-')} or --{name.replace('_', '-')}, not both")
         if name == "logit_bias":

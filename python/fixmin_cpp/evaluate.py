@@ -148,7 +148,7 @@ def perplexity(
         ctx = n_ctx if ctx is None else as_int("ctx", ctx, 2, n_ctx)
         stride = ctx if stride is None else as_int("stride", stride, 1, ctx)
         limit = _MAX if max_windows is None else as_int("max_windows", max_windows, 1, _MAX)
-        ids = model._ids("text", text)
+        ids = model.token_ids(text)
         if len(ids) < 2:
             raise ArgumentError("text must have at least 2 tokens, got 1: the first one is not predicted")
         parts = windows(len(ids), ctx, stride)[:limit]

@@ -1,43 +1,26 @@
-"""Generations on their way: from a request in the engine to text, one at a time, many at once, or in an event loop."""
+"""One generation on its way: from what was asked for to a request in the engine, and from its tokens to text.
 
-import asyncio
-import contextlib
+A Plan goes in, a Completion comes out; nothing here knows the model that made the plan.
+"""
+
 import itertools
 import logging
 import math
-import os
-import threading
-import weakref
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import _core
-from .arguments import GenerationOptions, candidate_seed
 from .constrain import Matcher
 from .errors import FixminError
+from .generation_options import GenerationOptions, candidate_seed
 from .text import IncrementalDecoder, StopStrings, TextAssembler
+from .tokenizer import TextTokenizer
 
-if TYPE_CHECKING:
-    from .model import Model
-
-__all__ = [
-    "AsyncTextStream",
-    "Batch",
-    "Completion",
-    "Dispatcher",
-    "Piece",
-    "Run",
-    "TextStream",
-    "Timings",
-    "TokenLogprob",
-    "drive",
-]
+__all__ = ["Completion", "OnToken", "Piece", "Plan", "Run", "Timings", "TokenLogprob"]
 
 _log = logging.getLogger(__name__)
 
@@ -112,6 +95,22 @@ class Piece:
 OnToken: TypeAlias = Callable[[Piece], object]
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What one generate() asks for, checked and in terms of tokens."""
+
+    prompts: Sequence[NDArray[np.uint32]]  # the ids of each, [T]
+    many: bool  # whether the prompts came as a list
+    seeds: Sequence[int]  # one for each prompt
+    n: int  # completions of each prompt that are wanted
+    best_of: int  # and that are generated
+    options: GenerationOptions
+    params: _core.SamplingParams  # the same for the engine
+    tokenizer: TextTokenizer | None  # None: tokens have no text
+    matcher: Callable[[], Matcher] | None  # one for each run, if its form is constrained
+    on_token: OnToken | None  # called with every piece; False from it ends the run there
+
+
 class _Mask:
     """A matcher as the engine calls it, from a thread of its own."""
 
@@ -125,40 +124,29 @@ class _Mask:
 
 
 class Run:
-    """One generation. Used by one thread at a time, but for cancel()."""
+    """One completion of one prompt of a plan. Used by one thread at a time, but for cancel().
 
-    def __init__(
-        self,
-        model: "Model",
-        ids: NDArray[np.uint32],
-        options: GenerationOptions,
-        seed: int,
-        *,
-        index: int = 0,
-        candidate: int = 0,
-        leader: "Run | None" = None,
-        ranked: bool = False,
-        on_token: OnToken | None = None,
-        params: _core.SamplingParams | None = None,
-    ) -> None:
-        """`leader`: of the same prompt, which it reads first. `ranked`: mean_logprob will be asked for. `on_token`:
-        called with every piece; False from it ends the run there. `params`: those of the options, if there are others
-        that share them.
-        """
-        self._ids = ids
-        self._options = options
+    Args:
+        index, candidate: which of the prompts, which of its completions.
+        leader: another run of the prompt, which reads it first.
+    """
+
+    def __init__(self, plan: Plan, index: int = 0, candidate: int = 0, leader: "Run | None" = None) -> None:
+        self._ids = plan.prompts[index]
+        self._options = plan.options
+        self.timeout: float | None = plan.options.timeout  # seconds from start(), before which it may be changed
+        self._params = plan.params
+        self._on_token = plan.on_token
         self._index = index
         self._candidate = candidate
         self._leader = leader
-        self._ranked = ranked
-        self._on_token = on_token
-        self._seed = seed
-        self._params = params or model._sampling_params(options)
-        self._mask = None if options.constraint is None else _Mask(model._compile(options.constraint))
-        tokenizer = model._require_tokenizer() if options.stop else model._tokenizer
-        decoder = IncrementalDecoder(tokenizer, ids.tolist()) if tokenizer is not None else None
-        names = tokenizer.special_tokens if tokenizer is not None and options.stop else None
-        self._assembler = TextAssembler(decoder, StopStrings(options.stop, names), options.min_new_tokens)
+        self._ranked = plan.best_of > plan.n  # mean_logprob will be asked for
+        self._seed = candidate_seed(plan.seeds[index], candidate)
+        self._mask = None if plan.matcher is None else _Mask(plan.matcher())
+        stop = plan.options.stop
+        decoder = IncrementalDecoder(plan.tokenizer, self._ids.tolist()) if plan.tokenizer is not None else None
+        names = plan.tokenizer.special_tokens if plan.tokenizer is not None and stop else None
+        self._assembler = TextAssembler(decoder, StopStrings(stop, names), plan.options.min_new_tokens)
         self._texts: list[str] = []  # of the pieces
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprob] = []
@@ -195,7 +183,7 @@ class Run:
             n_prompt_logprobs=-1 if n_prompt_logprobs is None or not leads else n_prompt_logprobs,
             n_draft=options.prompt_lookup_num_tokens,
             prefix_cache=options.prefix_cache,
-            timeout_s=math.inf if options.timeout is None else options.timeout,
+            timeout_s=math.inf if self.timeout is None else self.timeout,
             mailbox=mailbox,
             after=None if self._leader is None or not options.prefix_cache else self._leader._request,
         )
@@ -315,323 +303,6 @@ class Run:
             None if self._options.logprobs is None else last,
         )
         _log.debug("request %d ended: %s, %s", self.number, reason, timings)
-
-
-class Batch:
-    """The runs of one generate(): n of best_of completions for each prompt.
-
-    Args:
-        prompts: the ids of each, uint32 [T].
-        seeds: one for each.
-        many: whether the prompts came as a list.
-    """
-
-    def __init__(
-        self,
-        model: "Model",
-        prompts: Sequence[NDArray[np.uint32]],
-        options: GenerationOptions,
-        seeds: Sequence[int],
-        many: bool,
-        n: int = 1,
-        best_of: int = 1,
-        on_token: OnToken | None = None,
-    ) -> None:
-        self._many = many
-        self._n = n
-        self._best_of = best_of
-        self.runs: list[Run] = []  # those of one prompt next to each other
-        params = model._sampling_params(options)
-        for index, (ids, seed) in enumerate(zip(prompts, seeds, strict=True)):
-            leader: Run | None = None
-            for i in range(best_of):
-                run = Run(
-                    model,
-                    ids,
-                    options,
-                    candidate_seed(seed, i),
-                    index=index,
-                    candidate=i,
-                    leader=leader,
-                    ranked=best_of > n,
-                    on_token=on_token,
-                    params=params,
-                )
-                leader = leader or run
-                self.runs.append(run)
-
-    def result(self) -> Completion | list[Completion]:
-        """What generate() returns, once all runs have ended."""
-        size = self._best_of
-        completions = [self._chosen(self.runs[i : i + size]) for i in range(0, len(self.runs), size)]
-        return completions if self._many else completions[0]
-
-    def _chosen(self, runs: Sequence[Run]) -> Completion:
-        """The completion of a prompt: its best candidate, or the first if none had to be left out."""
-        prompt_logprobs = runs[0].finished.prompt_logprobs  # computed once
-        if self._best_of > self._n:
-            runs = sorted(runs, key=lambda run: -run.mean_logprob)[: self._n]  # stable: equal ones stay in order
-        completions = [replace(run.finished, prompt_logprobs=prompt_logprobs) for run in runs]
-        if self._n == 1:
-            return completions[0]
-        return replace(completions[0], candidates=completions)
-
-
-def drive(runs: Sequence[Run], engine: _core.Engine, on_end: Callable[[int, int], object] | None = None) -> None:
-    """Runs all of them together to their ends; `on_end` is told how many have got there, and of how many."""
-    mailbox = _core.Mailbox() if len(runs) > 1 else None
-    try:
-        for run in runs:
-            run.start(engine, mailbox)
-        left = {run.number: run for run in runs}
-        while left:
-            if mailbox is None:
-                runs[0].wait(for_end=not runs[0].watched)
-                news = list(left)
-            else:
-                news = mailbox.wait(0.05)  # returns often: Ctrl-C is noticed in between
-            for number in news:
-                one = left.get(number)
-                if one is None:
-                    continue
-                one.take()
-                if one.completion is not None:
-                    del left[number]
-                    if on_end is not None:
-                        on_end(len(runs) - len(left), len(runs))
-    except BaseException:
-        for run in runs:
-            run.cancel()
-        raise
-
-
-class TextStream(Iterator[Piece]):
-    """The pieces of one generation, in order; made by Model.stream(). A context manager: leaving it cancels the run.
-
-    The engine does not wait for a slow reader. One thread may read while another one closes.
-    """
-
-    def __init__(self, run: Run, start: Callable[[Run], None]) -> None:
-        self._run = run
-        self._start = start
-        self._lock = threading.Lock()  # guards what follows
-        self._holder: int | None = None  # the thread that has it
-        self._process = os.getpid()  # that it was started in
-        self._pieces: deque[Piece] = deque()
-        self._started = False
-        self._closed = False
-
-    @property
-    def completion(self) -> Completion | None:
-        """The whole result, once the last piece was given or the stream was closed after it had begun."""
-        return None if self._pieces else self._run.completion
-
-    def __iter__(self) -> "TextStream":
-        return self
-
-    def __next__(self) -> Piece:
-        self._notice_fork()
-        while True:
-            with self._locked():
-                if self._closed:
-                    raise StopIteration
-                try:
-                    self._read()
-                except BaseException:
-                    self._closed = True
-                    raise
-                if self._pieces:
-                    return self._pieces.popleft()
-                if self._run.ended:
-                    self._closed = True
-                    raise StopIteration
-            try:
-                self._run.wait()
-            except BaseException:  # Ctrl-C while waiting
-                self.close()
-                raise
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        with self._lock:
-            self._holder = threading.get_ident()
-            try:
-                yield
-            finally:
-                self._holder = None
-
-    def _notice_fork(self) -> None:
-        """A started run stays in the parent, as does a thread that may hold the lock."""
-        if self._process != os.getpid():
-            self._process = os.getpid()
-            self._lock = threading.Lock()
-            self._holder = None
-
-    def _read(self) -> None:
-        if not self._started:
-            self._start(self._run)
-            self._started = True
-        if not self._pieces:
-            self._pieces.extend(self._run.take())
-
-    def close(self) -> None:
-        """Cancels the run, if it has not ended, and waits for its end. May be called again."""
-        self._run.cancel()
-        if self._holder == threading.get_ident():  # a signal handler in the midst of a read, which ends after it
-            self._closed = True
-            return
-        self._notice_fork()
-        with self._locked():
-            self._closed = True
-            self._pieces.clear()
-            # What went wrong nobody wants to know any more; in a forked child nothing is there to wait for.
-            with contextlib.suppress(FixminError):
-                while self._started and not self._run.ended:
-                    self._run.wait(for_end=True)
-                    self._run.take()
-
-    def __enter__(self) -> "TextStream":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        self._run.cancel()  # does not wait: this may run in any thread
-
-
-class Dispatcher:
-    """The thread that tells event loops of news: one for all the asynchronous requests of a model."""
-
-    def __init__(self) -> None:
-        self._mailbox = _core.Mailbox()
-        self._listeners: dict[int, tuple[asyncio.AbstractEventLoop, Callable[[], None]]] = {}
-        self._lock = threading.Lock()
-        self.closed = False
-        # No daemon: Python would end it inside a native call when the interpreter ends, which ends the process.
-        arguments = (weakref.ref(self), self._mailbox)
-        threading.Thread(target=_dispatch, args=arguments, name="fixmin-async").start()
-
-    def start(self, run: Run, engine: _core.Engine, listener: Callable[[], None]) -> None:
-        """Starts a run; `listener` is called in the running event loop whenever there is news of it."""
-        loop = asyncio.get_running_loop()
-        with self._lock:  # news that come before the listener is known wait for it
-            run.start(engine, self._mailbox)
-            self._listeners[run.number] = (loop, listener)
-
-    def forget(self, run: Run) -> None:
-        """No further news are wanted."""
-        with self._lock:
-            self._listeners.pop(run.number, None)
-
-    def wake_all(self) -> None:
-        """In a forked child, without the lock: who waits for news there learns that none will come."""
-        for loop, listener in list(self._listeners.values()):
-            with contextlib.suppress(RuntimeError):  # the loop has been closed
-                loop.call_soon(listener)
-
-    def close(self) -> None:
-        """Ends the thread."""
-        self.closed = True
-        self._mailbox.close()
-
-    def tell(self, numbers: list[int]) -> None:
-        """Passes news on to the event loops."""
-        with self._lock:
-            known = [self._listeners[n] for n in numbers if n in self._listeners]
-        for loop, listener in known:
-            try:
-                loop.call_soon_threadsafe(listener)
-            except RuntimeError:  # the loop has been closed: nobody listens any more
-                continue
-
-    def __del__(self) -> None:
-        self.close()
-
-
-def _dispatch(dispatcher: "weakref.ref[Dispatcher]", mailbox: _core.Mailbox) -> None:
-    while threading.main_thread().is_alive():  # else the interpreter waits for this thread before it ends
-        numbers = mailbox.wait(0.2)
-        target = dispatcher()
-        if target is None or (target.closed and not numbers):
-            return
-        target.tell(numbers)
-        del target  # else it would live as long as this waits
-
-
-class AsyncTextStream(AsyncIterator[Piece]):
-    """The pieces of one generation for `async for`; made by Model.astream(). Leaving `async with` cancels the run."""
-
-    def __init__(self, run: Run, start: Callable[[Run, Callable[[], None]], Dispatcher]) -> None:
-        self._run = run
-        self._start = start
-        self._dispatcher: Dispatcher | None = None
-        self._news = asyncio.Event()
-        self._process = os.getpid()  # that it was started in
-        self._pieces: deque[Piece] = deque()
-        self._closed = False
-
-    @property
-    def completion(self) -> Completion | None:
-        """The whole result, once the last piece was given."""
-        return None if self._pieces else self._run.completion
-
-    @property
-    def behind(self) -> bool:
-        """Whether pieces are there that were not yet read: the next ones come without waiting."""
-        return bool(self._pieces)
-
-    def __aiter__(self) -> "AsyncTextStream":
-        return self
-
-    async def __anext__(self) -> Piece:
-        while not self._closed:
-            if self._dispatcher is None:
-                self._process = os.getpid()
-                self._dispatcher = self._start(self._run, self._news.set)
-            if self._pieces:
-                return self._pieces.popleft()
-            if self._run.ended:
-                break
-            try:
-                if self._process == os.getpid():  # else the run stays in the parent, as take() says
-                    await self._news.wait()
-                self._news.clear()
-                self._pieces.extend(self._run.take())
-            except BaseException:  # the task was cancelled, or the run failed
-                self._end()
-                raise
-        self._end()
-        raise StopAsyncIteration
-
-    async def complete(self) -> Completion:
-        """Reads to the end."""
-        async for _ in self:
-            pass
-        return self._run.finished
-
-    def _end(self) -> None:
-        self._closed = True
-        self._run.cancel()
-        if self._dispatcher is not None and self._process == os.getpid():
-            self._dispatcher.forget(self._run)
-
-    async def aclose(self) -> None:
-        """Cancels the run, if it has not ended; the engine notices within one step."""
-        self._end()
-
-    async def __aenter__(self) -> "AsyncTextStream":
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._end()
-
-    def __del__(self) -> None:
-        self._run.cancel()
 
 
 def _timings(result: dict[str, Any], n_generated: int, reason: str) -> Timings:

@@ -11,7 +11,7 @@ transformers' loop would (`FixMinForCausalLM.generate` says where; `last_decodin
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
 from typing import Any, NoReturn, TypeAlias
@@ -53,7 +53,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .arguments import as_int
 from .errors import ArgumentError, ArgumentTypeError, ContextLengthError, FixminError, UnsupportedError
-from .model import Completion, Model
+from .generation import Completion
+from .model import Model
 from .tokenizer import read_tokenizer
 
 __all__ = ["Decoding", "FixMinForCausalLM", "FixMinGgufConfig", "TokenCache", "load_tokenizer"]
@@ -88,7 +89,7 @@ class FixMinGgufConfig(PretrainedConfig):
             "tie_word_embeddings": False,
             "name_or_path": model.path,
         }
-        sizes |= _special_ids(model._metadata)
+        sizes |= _special_ids(model.metadata)
         if len(info["eos_token_ids"]) > 1:
             sizes["eos_token_id"] = info["eos_token_ids"]
         return cls(**sizes)
@@ -109,8 +110,8 @@ def load_tokenizer(source: "str | os.PathLike[str] | Model | FixMinForCausalLM")
     model = source.engine if isinstance(source, FixMinForCausalLM) else source
     n_ctx: int | None
     if isinstance(model, Model):
-        metadata, n_ctx = model._metadata, model.n_ctx
-        backend = model._require_tokenizer().copy()  # transformers changes the one that it is given
+        metadata, n_ctx = model.metadata, model.n_ctx
+        backend = model.require_tokenizer().copy()  # transformers changes the one that it is given
     else:
         metadata, tokenizer = read_tokenizer(model)
         backend = tokenizer.backend
@@ -128,7 +129,7 @@ def load_tokenizer(source: "str | os.PathLike[str] | Model | FixMinForCausalLM")
     )
 
 
-def _special_ids(metadata: dict[str, Any]) -> dict[str, Any]:
+def _special_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
     names = {"bos": "bos", "eos": "eos", "pad": "padding"}
     return {f"{name}_token_id": metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in names.items()}
 

@@ -11,7 +11,7 @@ import math
 import os
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from lm_eval.api.instance import Instance
@@ -24,7 +24,11 @@ from tqdm import tqdm
 
 from .arguments import as_int
 from .errors import ArgumentError, UnsupportedError
+from .load_options import LoadArguments
 from .model import Model
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # in typing from Python 3.11
 
 __all__ = ["FixMinLM"]
 
@@ -58,7 +62,6 @@ class FixMinLM(TemplateLM):
 
     Args:
         pretrained: the GGUF file, or a loaded Model.
-        n_ctx, n_threads, kv_type, n_batch: as Model, for a file.
         max_length: tokens that the model sees at most; what is longer loses its beginning. None: n_ctx.
         max_gen_toks: tokens to generate where a task does not say. None: 256, or half of max_length if that is less.
         add_bos_token: whether a text gets the special tokens that the tokenizer knows of; None: what it says itself.
@@ -66,6 +69,7 @@ class FixMinLM(TemplateLM):
         batch_size: requests handed to the engine at a time; None or "auto": 64.
         max_batch_size: not used; the harness passes it to every model.
         device: None or "cpu"; "cuda:0" too, which the harness' command line passes where the user says nothing.
+        **options: those of Model, for a file: n_ctx, n_threads, kv_type, ...
 
     Raises:
         ArgumentError, UnsupportedError, GGUFError, OSError: as Model; UnsupportedError also for a file without a
@@ -76,10 +80,6 @@ class FixMinLM(TemplateLM):
         self,
         pretrained: str | os.PathLike[str] | Model,
         *,
-        n_ctx: int | None = None,
-        n_threads: int | None = None,
-        kv_type: str = "f16",
-        n_batch: int = 512,
         max_length: int | None = None,
         max_gen_toks: int | None = None,
         add_bos_token: bool | None = None,
@@ -87,14 +87,12 @@ class FixMinLM(TemplateLM):
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
         device: str | None = None,
+        **options: "Unpack[LoadArguments]",
     ) -> None:
         super().__init__()
         if device not in (None, "cpu", "cuda:0"):
             raise UnsupportedError(f"device={device!r}: the native engine runs on the CPU")
-        if isinstance(pretrained, Model):
-            self.model = pretrained
-        else:
-            self.model = Model(pretrained, n_ctx=n_ctx, n_threads=n_threads, kv_type=kv_type, n_batch=n_batch)
+        self.model = pretrained if isinstance(pretrained, Model) else Model(pretrained, **options)
         info = self.model.info
         if not info["tokenizer"] or info["eos_token_id"] is None:
             lacks = "end-of-text token" if info["tokenizer"] else "tokenizer"

@@ -3,63 +3,33 @@
 import asyncio
 import functools
 import hashlib
+import inspect
 import logging
 import math
 import os
-import threading
 import time
-import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import _core
-from .arguments import (
-    DEFAULT_BREAKERS,
-    GenerationArguments,
-    GenerationOptions,
-    Prompt,
-    TokenIds,
-    as_bool,
-    as_float,
-    as_int,
-    as_path,
-    as_threads,
-    as_token_ids,
-    candidate_counts,
-    split_prompts,
-)
+from .arguments import MAX_INT32, Prompt, TokenIds, as_bool, as_float, as_int, as_path, as_token_ids, split_prompts
 from .atomic_file import refuse_inputs
 from .beam import Beam, beam_search
-from .constrain import Compiler, Constraint, Matcher
-from .errors import (
-    ArgumentError,
-    ArgumentTypeError,
-    ContextLengthError,
-    FixminError,
-    UnsupportedError,
-    naming,
-)
-from .generation import (
-    AsyncTextStream,
-    Batch,
-    Completion,
-    Dispatcher,
-    OnToken,
-    Piece,
-    Run,
-    TextStream,
-    Timings,
-    TokenLogprob,
-    drive,
-)
+from .constrain import Compiler
+from .errors import ArgumentError, ArgumentTypeError, ContextLengthError, FixminError, UnsupportedError, naming
+from .generation import Completion, OnToken, Plan
+from .generation_options import DEFAULT_BREAKERS, GenerationOptions, candidate_counts
+from .load_options import LOAD_FIELDS, LoadArguments, LoadOptions
 from .progress import bar
 from .recognise import refuse_wrong_model
+from .running import AsyncTextStream, Generations, Runner, TextStream
+from .sampling_fields import GenerationArguments
 from .state import read_state, write_state
 from .tokenizer import TextTokenizer, end_of_text_ids
 
@@ -67,11 +37,9 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from typing_extensions import Unpack  # in typing from Python 3.11
 
-__all__ = ["AsyncTextStream", "Completion", "Model", "Piece", "Score", "TextStream", "Timings", "TokenLogprob"]
+__all__ = ["Model", "Score"]
 
 _log = logging.getLogger(__name__)
-
-_MAX_INT32 = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -85,18 +53,6 @@ class Score:
     perplexity: float  # exp(nll); inf beyond the range of a double
 
 
-_Init = TypeVar("_Init", bound=Callable[..., None])
-
-
-def _naming_its_file(init: _Init) -> _Init:
-    @functools.wraps(init)
-    def named(self: "Model", path: Any, **settings: Any) -> None:
-        with naming(path):
-            init(self, path, **settings)
-
-    return cast(_Init, named)
-
-
 class Model:
     """A model in memory, ready to run. Safe to use from several threads and event loops: requests meet in one
     scheduler, which computes a step of all of them together. What one gives does not depend on what runs beside it.
@@ -105,14 +61,7 @@ class Model:
 
     Args:
         path: a GGUF file of architecture "fixmin", as `fixmin convert` writes it.
-        n_threads: worker threads; None, 0 or -1: the smallest of CPU affinity, cgroup quota and physical cores.
-        n_ctx: positions of the context, prompt and answer together; None or 0: what the model was trained with, which
-            is also the most it can be.
-        kv_type: type of the KV cache: "f16", "f32", or "q8_0", 8 bits and a scale for 32 values.
-        n_batch: tokens of all requests that are processed at a time. Results do not depend on it.
-        n_kv: positions of the KV cache, for all requests together and for what is remembered of earlier ones; None: 16
-            full contexts, or less if that were more than an eighth of the memory. Requests that do not fit wait.
-        n_parallel: most requests that run at a time; more of them wait.
+        {options}
         progress: called with the loaded fraction, above 0.0 and rising to 1.0, after each matrix; by the thread that
             constructs. False from it (no other value) ends the loading; an exception from it ends it too.
 
@@ -124,53 +73,30 @@ class Model:
         MemoryError: for weights, cache or buffers; it says what for.
     """
 
-    @_naming_its_file
     def __init__(
         self,
         path: str | os.PathLike[str],
         *,
-        n_threads: int | None = None,
-        n_ctx: int | None = None,
-        kv_type: str = "f16",
-        n_batch: int = 512,
-        n_kv: int | None = None,
-        n_parallel: int = 256,
         progress: Callable[[float], object] | None = None,
-        _kv_room: tuple[int, float] = (16, 1 / 8),  # without n_kv: contexts, and the share of the memory for them
+        **options: "Unpack[LoadArguments]",
     ) -> None:
-        self._closed = True  # until everything below has worked
+        self._runner: Runner | None = None  # until everything below has worked
+        with naming(path):
+            self._load(path, LoadOptions.check(options), progress)
+
+    def _load(self, path: Any, options: LoadOptions, progress: Any) -> None:
         self.path = as_path("path", path)
-        if kv_type not in ("f16", "f32", "q8_0"):
-            raise ArgumentError(f'kv_type must be "f16", "f32" or "q8_0", got {kv_type!r}')
         if progress is not None and not callable(progress):
             raise ArgumentTypeError(f"progress must be callable, got {type(progress).__name__}")
-        self._settings = {
-            "n_threads": n_threads,
-            "n_ctx": n_ctx,
-            "kv_type": kv_type,
-            "n_batch": n_batch,
-            "n_kv": n_kv,
-            "n_parallel": n_parallel,
-        }
+        self._options = options
         refuse_wrong_model(path)
         begin = time.monotonic()
         file_name: Any = os.fsencode(self.path)  # which need not be UTF-8
-        self._engine = _core.Engine(
-            file_name,
-            n_threads=as_threads(n_threads),
-            n_ctx=0 if n_ctx is None else as_int("n_ctx", n_ctx, 0, _MAX_INT32),
-            kv_type=kv_type,
-            n_batch=as_int("n_batch", n_batch, 1, _MAX_INT32),
-            n_kv=0 if n_kv is None else as_int("n_kv", n_kv, 1, _MAX_INT32),
-            kv_contexts=_kv_room[0],
-            kv_memory_share=_kv_room[1],
-            n_parallel=as_int("n_parallel", n_parallel, 1, _MAX_INT32),
-            progress=progress,
-        )
-        self._info = dict(self._engine.info)
+        engine = _core.Engine(file_name, progress=progress, **options.given())
+        self._info = dict(engine.info)
         self._vocab_size: int = self._info["vocab_size"]
         self._n_ctx: int = self._info["n_ctx"]
-        metadata = self._engine.take_metadata()  # of the bytes that were loaded, whatever the path names by now
+        metadata = engine.take_metadata()  # of the bytes that were loaded, whatever the path names by now
         self._tokenizer = TextTokenizer.from_metadata(metadata)
         # What else the file says; its vocabulary, a hundred thousand strings, is in the tokenizer.
         self._metadata = {key: value for key, value in metadata.items() if not _is_vocabulary(key, value)}
@@ -180,9 +106,7 @@ class Model:
         self._eos_ids = end_of_text_ids(metadata, self._vocab_size)
         bos_id = metadata.get("tokenizer.ggml.bos_token_id")
         self._bos_id = bos_id if isinstance(bos_id, int) and 0 <= bos_id < self._vocab_size else None
-        self._reset_lock()
-        self._closed = False
-        _models.add(self)
+        self._runner = Runner(engine, self.path)
         _log.debug(
             "loaded %s in %.2f s: %.1f MB of weights, KV cache of %d positions, %d threads, %s",
             self.path,
@@ -258,11 +182,10 @@ class Model:
             KeyboardInterrupt: Ctrl-C ends a run in the main thread within one layer.
         """
         _check_unnamed("generate", unnamed)
-        batch = self._batch(prompt, arguments, n, best_of, on_token)
-        silent = not as_bool("progress", progress)
-        with bar("generating", silent) as update, self._running() as engine:
-            drive(batch.runs, engine, update)
-        return batch.result()
+        generations = self.prepare(prompt, arguments, n=n, best_of=best_of, on_token=on_token)
+        with bar("generating", not as_bool("progress", progress)) as update:
+            generations.run(update)
+        return generations.result()
 
     def stream(self, prompt: Prompt, *unnamed: Any, **arguments: "Unpack[GenerationArguments]") -> "TextStream":
         """Like generate() for one prompt, but gives each token as soon as it is there.
@@ -271,7 +194,7 @@ class Model:
         reader. Leaving the loop, close(), or Ctrl-C cancels it.
         """
         _check_unnamed("stream", unnamed)
-        return TextStream(self._single_run("stream", prompt, arguments), self._start)
+        return self._single("stream", prompt, arguments).stream()
 
     async def agenerate(
         self,
@@ -284,20 +207,80 @@ class Model:
     ) -> Completion | list[Completion]:
         """generate() for an event loop: does not block it. Cancelling the task cancels the generation."""
         _check_unnamed("agenerate", unnamed)
-        batch = self._batch(prompt, arguments, n, best_of, on_token)
+        generations = self.prepare(prompt, arguments, n=n, best_of=best_of, on_token=on_token)
         # Tasks begin in this order, so that a prompt's first run is queued before those that follow it.
-        tasks = [asyncio.ensure_future(AsyncTextStream(run, self._start_async).complete()) for run in batch.runs]
+        streams = [generations.astream(i) for i in range(len(generations.runs))]
+        tasks = [asyncio.ensure_future(stream.complete()) for stream in streams]
         try:
             await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
-        return batch.result()
+        return generations.result()
 
     def astream(self, prompt: Prompt, *unnamed: Any, **arguments: "Unpack[GenerationArguments]") -> AsyncTextStream:
         """stream() for `async for`. Arguments are checked at the call; the first piece asked for starts the run."""
         _check_unnamed("astream", unnamed)
-        return AsyncTextStream(self._single_run("astream", prompt, arguments), self._start_async)
+        return self._single("astream", prompt, arguments).astream()
+
+    def prepare(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        arguments: GenerationArguments | Mapping[str, Any],
+        *,
+        n: int = 1,
+        best_of: int | None = None,
+        on_token: OnToken | None = None,
+        allow_equal: bool = False,
+    ) -> Generations:
+        """generate() up to where it would run: everything is checked and compiled, nothing has begun.
+
+        For programs that run the completions in their own way, as the server does. allow_equal: without a temperature
+        several completions of a prompt, which are all the same, are no error.
+
+        Raises:
+            As generate().
+        """
+        options = GenerationOptions.check(arguments, self._vocab_size)
+        n, best_of = candidate_counts(n, best_of, options, equal=allow_equal)
+        if on_token is not None and not callable(on_token):
+            raise ArgumentTypeError(f"on_token must be callable, got {type(on_token).__name__}")
+        prompts, many = split_prompts(prompt)
+        seeds = options.seeds(len(prompts), many)
+        ids = list(self._named_ids("prompt", prompts, many, 1, options.parse_special).values())
+        params = options.native(eos_ids=self._eos_ids, breakers=self._breakers(options))
+        form = options.constraint
+        matcher = None if form is None else functools.partial(self._grammars().matcher, form)
+        tokenizer = self.require_tokenizer() if options.stop else self._tokenizer
+        plan = Plan(ids, many, seeds, n, best_of, options, params, tokenizer, matcher, on_token)
+        return Generations(plan, self._runner_open())
+
+    def _single(self, method: str, prompt: Any, arguments: GenerationArguments) -> Generations:
+        if split_prompts(prompt)[1]:
+            raise ArgumentTypeError(f"prompt of {method}() must be one prompt, got a list of prompts")
+        return self.prepare(prompt, arguments)
+
+    def _grammars(self) -> Compiler:
+        with self._runner_open().lock:
+            if self._compiler is None:
+                first, others = next(iter(self._eos_ids), None), self._eos_ids[1:]
+                self._compiler = Compiler(self.require_tokenizer(), self._vocab_size, first, other_eos_ids=others)
+            return self._compiler
+
+    def _breakers(self, options: GenerationOptions) -> list[list[int]]:
+        """DRY's sequence breakers as sequences of ids."""
+        if options.dry_multiplier == 0:
+            return []
+        breakers: list[list[int]] = []
+        strings = options.dry_sequence_breakers
+        if strings is None:
+            strings = DEFAULT_BREAKERS if self._tokenizer is not None else ()
+        for item in strings:
+            if isinstance(item, str):
+                breakers += self.require_tokenizer().sequences_with(item)
+            else:
+                breakers.append(list(item))
+        return breakers
 
     def beam_search(
         self,
@@ -326,8 +309,8 @@ class Model:
         penalty = as_float("length_penalty", length_penalty, -100.0, 100.0)
         early = as_bool("early_stopping", early_stopping)
         eos_ids = frozenset[int]() if as_bool("ignore_eos", ignore_eos) else frozenset(self._eos_ids)
-        ids = self._ids_in_context("prompt", prompt, 1, parse_special)
-        with self._running() as engine:
+        ids = self.token_ids(prompt, name="prompt", room=1, parse_special=parse_special)
+        with self.native() as engine:
             return beam_search(
                 engine,
                 ids,
@@ -355,9 +338,9 @@ class Model:
         last of them.
         """
         last = as_bool("last", last)
-        checked = self._ids_in_context("ids", ids, 0, parse_special)
+        checked = self.token_ids(ids, name="ids", room=0, parse_special=parse_special)
         if rows is None:
-            with self._running() as engine:
+            with self.native() as engine:
                 return engine.logits(checked, last)
         if last:
             raise ArgumentError("last and rows are two ways to say the same: give one")
@@ -368,15 +351,15 @@ class Model:
         rising, back = np.unique(wanted, return_inverse=True)
         if not len(rising):
             return np.empty((0, self._vocab_size), np.float32)
-        with self._running() as engine:
+        with self.native() as engine:
             logits = engine.logits(checked[: rising[-1] + 1], rows=rising.tolist())
         return logits if np.array_equal(rising, wanted) else logits[back]
 
     def hidden_states(self, ids: Prompt, layer: int, *, parse_special: bool = True) -> NDArray[np.float32]:
         """The residual stream, float32 [T, D]: layer 0 is the lifted code, layer i what block i-1 leaves."""
         layer = as_int("layer", layer, 0, self._info["block_count"])
-        checked = self._ids_in_context("ids", ids, 0, parse_special)
-        with self._running() as engine:
+        checked = self.token_ids(ids, name="ids", room=0, parse_special=parse_special)
+        with self.native() as engine:
             return engine.hidden_states(checked, layer)
 
     @overload
@@ -411,10 +394,10 @@ class Model:
         """
         silent = not as_bool("progress", progress)
         texts, many = split_prompts(text, "text")
-        names = [f"text[{i}]" for i in range(len(texts))] if many else ["text"]
-        ids = [self._ids_in_context(name, one, -1, parse_special) for name, one in zip(names, texts, strict=True)]
-        starts = _starts(start, names, ids) if many else _starts([start], names, ids)
-        with bar("scoring", silent) as update, self._running() as engine:
+        named = self._named_ids("text", texts, many, -1, parse_special)
+        ids = list(named.values())
+        starts = _starts(start if many else [start], named)
+        with bar("scoring", silent) as update, self.native() as engine:
             requests = self._submit_scores(engine, ids, starts)
             _wait(requests, update)
             scores = [_score(one.tolist(), request) for one, request in zip(ids, requests, strict=True)]
@@ -444,8 +427,8 @@ class Model:
 
     def codes(self, ids: Prompt, *, parse_special: bool = True) -> NDArray[np.uint8]:
         """The K-bit code of each token, uint8 [T, K] of 0 and 1; column i is the bit with lift index i."""
-        checked = self._ids("ids", ids, parse_special)
-        with self._running() as engine:
+        checked = self.token_ids(ids, name="ids", parse_special=parse_special)
+        with self.native() as engine:
             return engine.codes(checked)
 
     # --- state ------------------------------------------------------------------------------------------------------
@@ -462,12 +445,12 @@ class Model:
         """
         path = as_path("path", path)
         refuse_inputs(path, self.path)
-        ids = self._ids_in_context("text", text, 0, parse_special)
+        ids = self.token_ids(text, name="text", room=0, parse_special=parse_special)
         params = _core.SamplingParams(max_new_tokens=0)
-        with self._running() as engine:
+        with self.native() as engine:
             _wait([engine.submit(ids, params)])
             blocks = engine.export_prefix(ids)
-            write_state(path, self._sha256(), self._info, ids, blocks)
+            write_state(path, self.file_sha256(), self._info, ids, blocks)
         return len(blocks) // self._info["kv_block_bytes"] * self._info["kv_block_tokens"]
 
     def load_state(self, path: str | os.PathLike[str]) -> list[int]:
@@ -480,16 +463,20 @@ class Model:
             FixminError: the model file has been written to since it was loaded. (Replacing it does no harm.)
         """
         path = as_path("path", path)
-        with self._running() as engine:
-            ids, blocks = read_state(path, self._sha256(), self._info)
+        with self.native() as engine:
+            ids, blocks = read_state(path, self.file_sha256(), self._info)
             n = len(blocks) // self._info["kv_block_bytes"] * self._info["kv_block_tokens"]
             if n:
                 engine.import_prefix(as_token_ids("token ids", ids[:n], self._vocab_size), blocks)
         return ids.tolist()
 
-    def _sha256(self) -> str:
-        """Of the bytes that were loaded: the file is still open, even if its path names another one by now."""
-        with self._running() as engine, self._lock:
+    def file_sha256(self) -> str:
+        """Of the bytes that were loaded, hexadecimal: also if the path names another file by now.
+
+        Raises:
+            FixminError: the file has been written to since it was loaded.
+        """
+        with self.native() as engine, self._runner_open().lock:
             if self._hash is None:
                 digest, position = hashlib.sha256(), 0
                 while not engine.file_changed and (part := engine.read_file(position, 1 << 22)):
@@ -524,8 +511,8 @@ class Model:
         Raises:
             ArgumentError, ArgumentTypeError: no str, or half of a surrogate pair. UnsupportedError: no tokenizer.
         """
-        self._check_open()
-        tokenizer = self._require_tokenizer()
+        self._runner_open()
+        tokenizer = self.require_tokenizer()
         add = as_bool("add_special_tokens", add_special_tokens)
         special = as_bool("parse_special", parse_special)
         if isinstance(text, str) or not isinstance(text, Sequence) or isinstance(text, bytes | bytearray):
@@ -557,8 +544,8 @@ class Model:
             ids: one id, ids (a list or an integer array [T]); or several texts' ids, a list of those or an array
                 [n, T], which give a list of n texts.
         """
-        self._check_open()
-        tokenizer = self._require_tokenizer()
+        self._runner_open()
+        tokenizer = self.require_tokenizer()
         skip = as_bool("skip_special_tokens", skip_special_tokens)
         n_dimensions = getattr(ids, "ndim", None)
         many = n_dimensions == 2 or (isinstance(ids, list | tuple) and len(ids) > 0 and _is_row(ids[0]))
@@ -569,6 +556,62 @@ class Model:
             checked = [] if none else as_token_ids(f"ids[{i}]" if many else "ids", row, self._vocab_size).tolist()
             texts.append(tokenizer.decode(checked, skip_special_tokens=skip))
         return texts if many else texts[0]
+
+    def token_ids(
+        self, text: Prompt, *, name: str = "text", room: int | None = None, parse_special: bool = True
+    ) -> NDArray[np.uint32]:
+        """Text or ids as checked ids, uint32 [T], T >= 1.
+
+        Args:
+            text: text, or ids in any form that a prompt may have.
+            name: of it in errors.
+            room: positions of the context that it has to leave free; -1: one token more than the context fits. None: it
+                may be longer than the context.
+            parse_special: as in encode().
+
+        Raises:
+            ArgumentError, ArgumentTypeError, ContextLengthError (too long for `room`). UnsupportedError: text, but the
+            file holds no tokenizer.
+        """
+        self._runner_open()
+        special = as_bool("parse_special", parse_special)
+        given: Any = text
+        if isinstance(text, str):
+            given = self.require_tokenizer().encode(text, parse_special=special, name=name)
+        elif isinstance(text, int):
+            raise ArgumentTypeError(f"{name} must be a str or token ids, got {text!r}")
+        ids = as_token_ids(name, given, self._vocab_size)
+        if room is not None and len(ids) > self._n_ctx - room:
+            holds = f"the context holds {self._n_ctx}" + (", the answer included" if room > 0 else "")
+            raise ContextLengthError(
+                f"{name} has {len(ids)} tokens, but "
+                + (holds if room >= 0 else f"at most {self._n_ctx - room} can be scored")
+                + ": shorten it"
+                + (" or load the model with a larger n_ctx" if self._n_ctx < self._info["context_length"] else "")
+            )
+        return ids
+
+    def _named_ids(
+        self, name: str, texts: Sequence[Any], many: bool, room: int, parse_special: bool
+    ) -> dict[str, NDArray[np.uint32]]:
+        """token_ids() of each text, by what errors call it. `many`: whether the texts came as a list."""
+        names = [f"{name}[{i}]" for i in range(len(texts))] if many else [name]
+        pairs = zip(names, texts, strict=True)
+        return {each: self.token_ids(one, name=each, room=room, parse_special=parse_special) for each, one in pairs}
+
+    @property
+    def text_tokenizer(self) -> TextTokenizer | None:
+        """What encode(), decode() and prompts use, None if the file holds no tokenizer. Not to be changed."""
+        return self._tokenizer
+
+    def require_tokenizer(self) -> TextTokenizer:
+        """text_tokenizer. UnsupportedError: the file holds none."""
+        if self._tokenizer is None:
+            raise UnsupportedError(
+                f"{self.path} holds no tokenizer (key tokenizer.huggingface.json): pass token ids instead of text and "
+                "no stop strings, or convert the checkpoint again with its tokenizer.json"
+            )
+        return self._tokenizer
 
     # --- life ------------------------------------------------------------------------------------------------------
 
@@ -592,6 +635,11 @@ class Model:
         """
         eos = {"eos_token_id": self.eos_token_id, "eos_token_ids": self.eos_token_ids}
         return {**self._info, "path": self.path, **eos, "tokenizer": self._tokenizer is not None}
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """The file's keys and values, but for those of its vocabulary."""
+        return self._metadata
 
     @property
     def vocab_size(self) -> int:
@@ -628,6 +676,13 @@ class Model:
             self._tokenizer_copy = self._tokenizer.copy()
         return self._tokenizer_copy
 
+    def native(self) -> AbstractContextManager[_core.Engine]:
+        """The native engine (see _core.pyi), which stays usable inside the with block: for measurements and tools.
+
+        close() ends what it runs. Raises FixminError if that has been called.
+        """
+        return self._runner_open().lease()
+
     def stats(self) -> dict[str, int]:
         """What the scheduler is doing and has done.
 
@@ -637,18 +692,18 @@ class Model:
         n_prompt_tokens and, of these, n_cached_prompt_tokens (found in the prefix cache), n_generated,
         n_drafted and n_accepted (guessed tokens), n_preempted (requests sent back for lack of room), n_finished.
         """
-        with self._running() as engine:
+        with self.native() as engine:
             return engine.stats()
 
     def clear_prefix_cache(self) -> None:
         """Forgets what earlier requests have computed. Waits until no request is running."""
-        with self._running() as engine:
+        with self.native() as engine:
             engine.clear_prefix_cache()
 
     @property
     def closed(self) -> bool:
         """Whether close() has been called."""
-        return self._closed
+        return self._runner is None or self._runner.closed
 
     def close(self) -> None:
         """Ends all requests within a layer and returns; the memory is free once the last call has returned too.
@@ -659,18 +714,11 @@ class Model:
         was, beam_search() gives the best so far; score(), logits(), hidden_states() and the rest raise FixminError.
         Later calls raise FixminError.
         """
-        engine = self.__dict__.get("_engine")
-        if engine is None:  # it never was open
-            return
-        first, self._closed = not self._closed, True
-        engine.close()
-        if self._dispatcher is not None:
-            self._dispatcher.close()  # passes on how the last requests ended
-        if first:
+        if self._runner is not None and self._runner.close():  # else it never was open
             _log.debug("closed %s", self.path)
 
     def __enter__(self) -> "Model":
-        self._check_open()
+        self._runner_open()
         return self
 
     def __exit__(
@@ -679,9 +727,9 @@ class Model:
         self.close()
 
     def __repr__(self) -> str:
-        facts = ["closed"] if self._closed else []
+        facts = ["closed"] if self.closed else []
         if hasattr(self, "_n_ctx"):  # it has been loaded
-            facts.append(f"vocab_size={self._vocab_size} n_ctx={self._n_ctx} kv_type={self._settings['kv_type']!r}")
+            facts.append(f"vocab_size={self._vocab_size} n_ctx={self._n_ctx} kv_type={self._options.kv_type!r}")
         return f"<fixmin_cpp.Model {getattr(self, 'path', None)!r} {' '.join(facts)}>"
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -690,126 +738,22 @@ class Model:
         Raises:
             FixminError: the model is closed.
         """
-        self._check_open()
-        return _load, (type(self), os.path.abspath(self.path), self._settings)
+        self._runner_open()
+        return _load, (type(self), os.path.abspath(self.path), self._options.given())
 
-    def _reset_lock(self) -> None:
-        """Also called in the child of a fork, where a thread that held the lock does not exist."""
-        self._lock = threading.RLock()  # a signal handler may come while it is held
-        self._dispatcher: Dispatcher | None = None
-
-    @contextmanager
-    def _running(self) -> Iterator[_core.Engine]:
-        """The engine, which stays usable inside the with block; close() ends the requests."""
-        self._check_open()
-        yield self._engine.lease()
-
-    def _start(self, run: Run) -> None:
-        with self._running() as engine:
-            run.start(engine)
-
-    def _start_async(self, run: Run, listener: Callable[[], None]) -> Dispatcher:
-        with self._running() as engine:
-            with self._lock:
-                if self._dispatcher is None:
-                    self._dispatcher = Dispatcher()
-                dispatcher = self._dispatcher
-            dispatcher.start(run, engine, listener)
-            return dispatcher
-
-    def _batch(
-        self,
-        prompt: Any,
-        arguments: GenerationArguments,
-        n: Any = 1,
-        best_of: Any = None,
-        on_token: Any = None,
-        *,
-        equal: bool = False,
-    ) -> Batch:
-        options = GenerationOptions.check(arguments, self._vocab_size)
-        n, best_of = candidate_counts(n, best_of, options, equal=equal)
-        if on_token is not None and not callable(on_token):
-            raise ArgumentTypeError(f"on_token must be callable, got {type(on_token).__name__}")
-        prompts, many = split_prompts(prompt)
-        seeds = options.seeds(len(prompts), many)
-        names = [f"prompt[{i}]" for i in range(len(prompts))] if many else ["prompt"]
-        special = options.parse_special
-        ids = [self._ids_in_context(name, one, 1, special) for name, one in zip(names, prompts, strict=True)]
-        return Batch(self, ids, options, seeds, many, n, best_of, on_token)
-
-    def _single_run(self, method: str, prompt: Any, arguments: GenerationArguments) -> Run:
-        if split_prompts(prompt)[1]:
-            raise ArgumentTypeError(f"prompt of {method}() must be one prompt, got a list of prompts")
-        return self._batch(prompt, arguments).runs[0]
-
-    def _compile(self, constraint: Constraint) -> Matcher:
-        with self._lock:
-            if self._compiler is None:
-                first, others = next(iter(self._eos_ids), None), self._eos_ids[1:]
-                self._compiler = Compiler(self._require_tokenizer(), self._vocab_size, first, other_eos_ids=others)
-        return self._compiler.matcher(constraint)
-
-    def _breakers(self, options: GenerationOptions) -> list[list[int]]:
-        """DRY's sequence breakers as sequences of ids."""
-        if options.dry_multiplier == 0:
-            return []
-        breakers: list[list[int]] = []
-        strings = options.dry_sequence_breakers
-        if strings is None:
-            strings = DEFAULT_BREAKERS if self._tokenizer is not None else ()
-        for item in strings:
-            if isinstance(item, str):
-                breakers += self._require_tokenizer().sequences_with(item)
-            else:
-                breakers.append(list(item))
-        return breakers
-
-    def _sampling_params(self, options: GenerationOptions) -> _core.SamplingParams:
-        return options.native(eos_ids=self._eos_ids, breakers=self._breakers(options))
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise FixminError(f"the model {self.path} is closed")
-
-    def _require_tokenizer(self) -> TextTokenizer:
-        if self._tokenizer is None:
-            raise UnsupportedError(
-                f"{self.path} holds no tokenizer (key tokenizer.huggingface.json): pass token ids instead of text and "
-                "no stop strings, or convert the checkpoint again with its tokenizer.json"
-            )
-        return self._tokenizer
-
-    def _ids(self, name: str, prompt: Any, parse_special: bool = True) -> NDArray[np.uint32]:
-        """Text or ids as checked ids, uint32 [T], T >= 1."""
-        self._check_open()
-        special = as_bool("parse_special", parse_special)
-        if isinstance(prompt, str):
-            prompt = self._require_tokenizer().encode(prompt, parse_special=special, name=name)
-        elif isinstance(prompt, int):
-            raise ArgumentTypeError(f"{name} must be a str or token ids, got {prompt!r}")
-        return as_token_ids(name, prompt, self._vocab_size)
-
-    def _ids_in_context(self, name: str, prompt: Any, room: int = 0, parse_special: bool = True) -> NDArray[np.uint32]:
-        """Checked ids that leave `room` positions of the context free."""
-        ids = self._ids(name, prompt, parse_special)
-        if len(ids) > self._n_ctx - room:
-            holds = f"the context holds {self._n_ctx}" + (", the answer included" if room > 0 else "")
-            raise ContextLengthError(
-                f"{name} has {len(ids)} tokens, but "
-                + (holds if room >= 0 else f"at most {self._n_ctx - room} can be scored")
-                + ": shorten it"
-                + (" or load the model with a larger n_ctx" if self._n_ctx < self._info["context_length"] else "")
-            )
-        return ids
+    def _runner_open(self) -> Runner:
+        if self._runner is None:
+            raise FixminError("the model has not been loaded")
+        self._runner.check_open()
+        return self._runner
 
 
 def _is_vocabulary(key: str, value: Any) -> bool:
     return key.startswith("tokenizer.") and not isinstance(value, int)
 
 
-def _load(cls: type[Model], path: str, settings: dict[str, Any]) -> Model:
-    return cls(path, **settings)
+def _load(cls: type[Model], path: str, options: dict[str, Any]) -> Model:
+    return cls(path, **options)
 
 
 def _check_unnamed(method: str, unnamed: tuple[Any, ...]) -> None:
@@ -829,7 +773,7 @@ def _wait(requests: Sequence[_core.Request], on_end: Callable[[int, int], object
     """Until all have ended; Ctrl-C cancels them. `on_end` as in drive()."""
     try:
         for i, request in enumerate(requests):
-            while not request.wait(_MAX_INT32, 3600.0):
+            while not request.wait(MAX_INT32, 3600.0):
                 pass
             if on_end is not None:
                 on_end(i + 1, len(requests))
@@ -839,18 +783,18 @@ def _wait(requests: Sequence[_core.Request], on_end: Callable[[int, int], object
         raise
 
 
-def _starts(given: Any, names: list[str], ids: list[NDArray[np.uint32]]) -> list[int]:
+def _starts(given: Any, ids: Mapping[str, NDArray[np.uint32]]) -> list[int]:
     """Where scoring begins in each text: one number for all of them, or a list."""
     given = [given] * len(ids) if isinstance(given, int) else given
     if not isinstance(given, Sequence) or isinstance(given, str):
         raise ArgumentTypeError(f"start must be an integer or a list of them, got {type(given).__name__}")
     if len(given) != len(ids):
         raise ArgumentError(f"start has {len(given)} entries, but there are {len(ids)} texts")
-    for name, one in zip(names, ids, strict=True):
+    for name, one in ids.items():
         if len(one) < 2:
             raise ArgumentError(f"{name} to score must have at least 2 tokens, got 1: the first one has no probability")
-    starts = [f"start of {name}" for name in names]
-    return [as_int(what, start, 1, len(one) - 1) for what, start, one in zip(starts, given, ids, strict=True)]
+    pairs = zip(ids.items(), given, strict=True)
+    return [as_int(f"start of {name}", start, 1, len(one) - 1) for (name, one), start in pairs]
 
 
 def _score(ids: list[int], request: _core.Request) -> Score:
@@ -861,15 +805,17 @@ def _score(ids: list[int], request: _core.Request) -> Score:
     return Score(ids, logprobs, request.prompt_ranks(), nll, math.exp(nll) if nll < 700 else math.inf)
 
 
-_models: "weakref.WeakSet[Model]" = weakref.WeakSet()
+def _show_load_options() -> None:
+    """In help() and in signatures Model has the options of the table as arguments of their own."""
+    rows = [f"{name}: {row.help}" for name, row in LOAD_FIELDS.items()]
+    Model.__doc__ = str(Model.__doc__).replace("{options}", "\n        ".join(rows))
+    signature = inspect.signature(Model.__init__)
+    own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    options = [
+        inspect.Parameter(name, keyword, default=row.default, annotation=row.kind) for name, row in LOAD_FIELDS.items()
+    ]
+    Model.__init__.__signature__ = signature.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
 
 
-def _reset_locks_after_fork() -> None:
-    for model in list(_models):
-        dispatcher = model._dispatcher
-        model._reset_lock()
-        if dispatcher is not None:
-            dispatcher.wake_all()
-
-
-os.register_at_fork(after_in_child=_reset_locks_after_fork)
+_show_load_options()

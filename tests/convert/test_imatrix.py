@@ -41,8 +41,9 @@ def test_demo_against_hooks_of_pytorch(tmp_path):
             module.register_forward_pre_hook(record(name))
     with fixmin_cpp.Model(path, kv_type="f32", n_threads=2) as loaded:
         ids = loaded.encode((DEMO / "heldout.txt").read_text(encoding="utf-8")[:600])[:100]
-        squares = _core.InputSquares(loaded._engine)
-        squares.add(loaded._engine, np.array(ids, dtype=np.uint32))
+        with loaded.native() as engine:
+            squares = _core.InputSquares(engine)
+            squares.add(engine, np.array(ids, dtype=np.uint32))
         found = squares.sums
     with torch.no_grad():
         model(torch.tensor([ids]))

@@ -5,15 +5,20 @@ import dataclasses
 import inspect
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import fixmin_cpp
-from fixmin_cpp import ArgumentError, ArgumentTypeError, Model, _core, arguments
-from fixmin_cpp.arguments import GenerationOptions
+from fixmin_cpp import ArgumentError, ArgumentTypeError, Model, _core, generation_options
+from fixmin_cpp.generation_options import GenerationOptions
+from fixmin_cpp.load_options import LOAD_FIELDS, LoadOptions
+from fixmin_cpp.running import Runner
+from fixmin_cpp.sampling_fields import FIELDS
 
 INF, NAN = math.inf, math.nan
+ROOT = Path(__file__).parents[2]
 
 # argument, value, part of the message
 OUT_OF_RANGE = [
@@ -212,8 +217,8 @@ def test_unknown_argument_unlike_any(model):
 
 def test_hints_name_arguments_that_there_are():
     known = {*fixmin_cpp.GenerationArguments.__annotations__, *inspect.signature(Model.generate).parameters}
-    assert set(arguments._OTHER_NAMES.values()) <= known
-    assert not known & {*arguments._OTHER_NAMES, *arguments._OTHER_WAYS}
+    assert set(generation_options._OTHER_NAMES.values()) <= known
+    assert not known & {*generation_options._OTHER_NAMES, *generation_options._OTHER_WAYS}
 
 
 @pytest.mark.parametrize(
@@ -247,17 +252,54 @@ def test_one_argument_under_two_names(model, given):
 
 
 def test_documented_arguments_are_those_that_are_checked():
-    """GenerationArguments is what type checkers and readers see; its comments begin with the defaults."""
+    """The table makes the checks, and help() shows it; docs/sampling.md was written by hand."""
     options = {field.name: field.default for field in dataclasses.fields(GenerationOptions)}
     aliases = {"repetition_penalty", "bad_ids"}
     forms = {"json_schema", "regex", "grammar", "choices"}
     given = set(options) - {"constraint"} | forms | aliases | {"do_sample"}
     assert set(fixmin_cpp.GenerationArguments.__annotations__) == given
-    documented = dict(
-        re.findall(r"^    (\w+): .*?  # (-?\d+(?:\.\d+)?)[.\s]", inspect.getsource(arguments), re.MULTILINE)
-    )
-    numbers = {name: value for name, value in options.items() if type(value) in (int, float) and name != "temperature"}
-    assert {name: float(documented[name]) for name in numbers} == numbers
+    assert given - aliases <= set(re.findall(r"^    (\w+): ", fixmin_cpp.GenerationArguments.__doc__, re.MULTILINE))
+    rows = re.findall(r"^\|[ \d]*\| (`.+?`) \| ([^|]*) \|", (ROOT / "docs/sampling.md").read_text(), re.MULTILINE)
+    documented = {name: default.strip() for names, default in rows for name in re.findall(r"\w+", names)}
+    numbers = {
+        name: float(text.replace("−", "-")) for name, text in documented.items() if re.fullmatch("[−\\d.]+", text)
+    }
+    assert len(numbers) > 12
+    assert {name: options[name] for name in numbers} == numbers
+
+
+def test_the_engine_gets_every_number_of_the_table():
+    """Whatever the table has that the engine knows under the same name arrives there, with the value given."""
+    known = {name for name in vars(_core.SamplingParams) if not name.startswith("_")}
+    made = {"logit_bias", "banned_ids", "allowed_ids", "stop_ids", "dry_sequence_breakers", "seed"}
+    given = {name: FIELDS[name].low + 1 if FIELDS[name].low in (0, -1) else 1 for name in known - made}
+    given |= {"openai_penalties": True, "max_new_tokens": 5}
+    params = GenerationOptions.check(given, 269).native(eos_ids=(), breakers=[])
+    assert {name: getattr(params, name) for name in given} == given
+
+
+def test_load_options_are_arguments_of_model_and_of_the_engine(model_path):
+    parameters = inspect.signature(Model).parameters
+    shown = {name: p.default for name, p in parameters.items() if name not in ("path", "progress")}
+    assert shown == {name: row.default for name, row in LOAD_FIELDS.items()}
+    assert all(f"        {name}: " in Model.__doc__ for name in shown)
+    given = {"n_threads": 1, "n_ctx": 64, "n_kv": 96, "kv_type": "q8_0"}
+    with Model(model_path, **given, n_batch=7, n_parallel=3) as model:
+        assert {name: model.info[name] for name in given} == given
+    with Model(model_path, kv_contexts=3, kv_memory_share=1.0) as model:
+        assert model.info["n_kv"] == -(-3 * model.n_ctx // 32) * 32
+    for name, value in {"n_kv": 0, "n_parallel": 0, "kv_memory_share": 1.5, "kv_type": "f8", "n_batch": None}.items():
+        with pytest.raises(ArgumentError, match=name):
+            Model(model_path, **{name: value})
+    with pytest.raises(ArgumentTypeError, match=r"Model\(\) has no argument 'threads'"):
+        Model(model_path, threads=3)
+
+
+def test_load_options_mean_the_same_however_they_are_written():
+    assert LoadOptions.check({"n_threads": -1, "n_ctx": 0}) == LoadOptions.check({"n_threads": 0, "n_ctx": None})
+    options = LoadOptions.check({"n_kv": np.int64(64), "kv_type": "f32"})
+    assert LoadOptions.check(options.given()) == options != LoadOptions()
+    assert len({options, LoadOptions.check(options.given())}) == 1
 
 
 def test_defaults_are_those_of_the_engine():
@@ -482,7 +524,7 @@ def test_columns_of_texts(model):
 
 
 def test_wrong_prompt_in_a_list_runs_nothing(model, monkeypatch):
-    monkeypatch.setattr(model, "_engine", None)  # any use would be an AttributeError
+    monkeypatch.setattr(Runner, "lease", None)  # any use of the engine would be a TypeError
     with pytest.raises(ArgumentError):
         model.generate(["a", "b", ""])
 

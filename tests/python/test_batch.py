@@ -18,8 +18,10 @@ from fixmin_cli import FIXMIN, TIMEOUT, fixmin
 from toy_models import byte_level, write_model
 
 import fixmin_cpp
-from fixmin_cpp.batch import BatchReport, ModelFile, run_lines
+from fixmin_cpp.batch import BatchReport
 from fixmin_cpp.batch_lines import InputFile, Line, Settings
+from fixmin_cpp.batch_work import ModelFile, run_lines
+from fixmin_cpp.load_options import LoadOptions
 
 OPENAI = {"custom_id": "x", "method": "POST", "url": "/v1/completions"}
 
@@ -132,7 +134,7 @@ def test_a_stop_token_is_called_stop_in_openai_lines(model_path, model, tmp_path
 
 
 def test_openai_lines_with_a_response_format(model, tmp_path, out):
-    """As the server reads it; test_batch_fields.py compares the two."""
+    """As the server reads it; test_batch_answers.py compares the two."""
     schema = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"]}
     form = {"type": "json_schema", "json_schema": {"name": "n", "schema": {**schema, "additionalProperties": False}}}
     bodies = [
@@ -167,13 +169,14 @@ BAD = [
     ({"id": "x", "prompt": "a", "temperature": "hot"}, "x", "temperature must be a number"),
     ({"id": "x", "prompt": "a", "seed": -2}, "x", "seed must be between"),
     ({"id": "x", "prompt": "a", "stop": [""]}, "x", "stop[0] must not be empty"),
-    ({**OPENAI, "url": "/v1/chat/completions", "body": {}}, "x", "/v1/chat/completions"),
+    ({**OPENAI, "url": "/v1/embeddings", "body": {}}, "x", "/v1/embeddings"),
+    ({**OPENAI, "url": "/v1/chat/completions", "body": {}}, "x", "messages is missing"),
     ({**OPENAI, "method": "GET", "body": {"prompt": "a"}}, "x", "method must be POST"),
     ({**OPENAI, "body": [1]}, "x", "body must be an object"),
     ({**OPENAI, "custom_id": 5, "body": {"prompt": "a"}}, 5, "custom_id must be a text"),
     ({**OPENAI, "body": {"prompt": "a"}, "priority": 1}, "x", "there is no field 'priority'"),
-    ({**OPENAI, "body": {"prompt": "a", "n": 2}}, "x", "n: not supported"),
-    ({**OPENAI, "body": {"prompt": "a", "logprobs": 1}}, "x", "logprobs: not supported"),
+    ({**OPENAI, "body": {"prompt": "a", "n": 0}}, "x", "n must be at least 1"),
+    ({**OPENAI, "body": {"prompt": "a", "stream": True}}, "x", "stream: not supported"),
     ({"id": "x", "prompt": "a", "logit_bias": {"b": 1}}, "x", "logit_bias key must be an integer"),
     ({"id": "x", "prompt": "a", "logit_bias": {"9" * 5000: 1}}, "x", "logit_bias key must be an integer"),
     ({"id": "x", "prompt": "a", "repeat_penalty": 2, "repetition_penalty": 2}, "x", "are one argument"),
@@ -417,7 +420,7 @@ def test_a_job_that_is_done(model_path, tmp_path, out, monkeypatch):
     run_job(model_path, source, out)
     done, account = out.read_bytes(), out.with_name("out.jsonl.done")
     with monkeypatch.context() as patch:
-        patch.setattr("fixmin_cpp.batch.ModelFile.load", None)  # it is not loaded again
+        patch.setattr("fixmin_cpp.batch_work.ModelFile.load", None)  # it is not loaded again
         for _ in range(2):
             report = run_job(model_path, source, out)
             assert (report.n_lines, report.n_done, report.n_resumed, report.n_errors) == (10, 10, 10, 1)
@@ -629,7 +632,7 @@ def test_what_is_appended_to_the_input_later_is_not_part_of_the_job(tmp_path):
 def test_a_model_file_that_differs_elsewhere(model_path, tmp_path):
     copy = tmp_path / "copy.gguf"
     copy.write_bytes(model_path.read_bytes())
-    file = ModelFile.of(copy, n_threads=1, n_ctx=None, kv_type="f16", n_parallel=1)
+    file = ModelFile.of(copy, LoadOptions.check({"n_threads": 1, "n_parallel": 1}))
     file.load().close()
     with open(copy, "r+b") as changed:
         changed.seek(-1, os.SEEK_END)
@@ -647,7 +650,7 @@ def test_a_model_file_that_is_replaced_while_a_job_begins(model_path, bare_model
         return fixmin_cpp.Model(path, **settings)
 
     (tmp_path / "other.gguf").write_bytes(bare_model_path.read_bytes())
-    monkeypatch.setattr("fixmin_cpp.batch.Model", replaced)
+    monkeypatch.setattr("fixmin_cpp.batch_work.Model", replaced)
     source = write_lines(tmp_path / "in", [{"prompt": [1, 2]}])
     with pytest.raises(fixmin_cpp.FixminError, match="is another file than when the job was started"):
         run_job(copy, source, out)

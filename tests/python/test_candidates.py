@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from fixmin_cpp import Model
-from fixmin_cpp.arguments import candidate_seed
 from fixmin_cpp.errors import ArgumentError, ArgumentTypeError
+from fixmin_cpp.generation_options import candidate_seed
 
 SETTINGS = {"max_new_tokens": 12, "temperature": 1.2, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 MASK = 2**64 - 1

@@ -180,7 +180,8 @@ try:
         ends = {stream.completion.finish_reason}
     elif sys.argv[2] == "exclusive":
         next(model.stream("a", **more))
-        model._engine.read_ceiling(1 << 20, 10**9)
+        with model.native() as engine:
+            engine.read_ceiling(1 << 20, 10**9)
     else:
         model.score([1] * 99_000)
 except fixmin_cpp.FixminError as error:
@@ -276,7 +277,7 @@ def test_in_del_that_a_mask_collects(long_model_path):
             self.n += 1
             if self.n == 3:
                 Closing()
-            return np.full((model._vocab_size + 31) // 32, 2**32 - 1, np.uint32)
+            return np.full((model.vocab_size + 31) // 32, 2**32 - 1, np.uint32)
 
         def accept(self, token_id):
             pass
@@ -289,7 +290,7 @@ def test_in_del_that_a_mask_collects(long_model_path):
     from fixmin_cpp import _core
 
     params = _core.SamplingParams(max_new_tokens=10**6)
-    with model._running() as engine:
+    with model.native() as engine:
         request = engine.submit(np.array([1], np.uint32), params, mask=Mask())
         while not request.wait(2**62, 60.0):
             pass

@@ -1,5 +1,6 @@
 """Model on the real engine: generate, stream, logits, score, codes, text, life and death."""
 
+import contextlib
 import gc
 import math
 import os
@@ -16,6 +17,7 @@ from toy_models import byte_level, concatenating, write_model
 
 import fixmin_cpp
 from fixmin_cpp import FixminError, Model, _core
+from fixmin_cpp.running import Runner
 
 UNTRUNCATED = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
 PROMPTS = ["a", "the cat", "日本 é", "Question: Who?\nAnswer:"]
@@ -268,7 +270,7 @@ def test_nothing_left_to_draw(model):
 def test_dry_breaks_at_strings(letters_model):
     """Tokens that hold the string, and tokens that begin it together with those that complete it."""
     encode = letters_model.encode
-    sequences = letters_model._tokenizer.sequences_with("th")
+    sequences = letters_model.text_tokenizer.sequences_with("th")
     single = {encode("th")[0], encode("the")[0]}
     assert {s[0] for s in sequences if len(s) == 1} == single
     assert sorted(s for s in sequences if len(s) > 1) == sorted([[encode(t)[0], encode("h")[0]] for t in ("t", " t")])
@@ -371,13 +373,10 @@ def test_other_calls_work_while_a_stream_is_being_read(model):
 
 def test_error_in_the_run_reaches_the_reader(model, monkeypatch):
     class Broken:
-        def lease(self) -> "Broken":
-            return self
-
         def submit(self, *_: object, **__: object) -> None:
             raise MemoryError("no room")
 
-    monkeypatch.setattr(model, "_engine", Broken())
+    monkeypatch.setattr(Runner, "lease", lambda runner: contextlib.nullcontext(Broken()))
     stream = model.stream("a")
     with pytest.raises(MemoryError, match="no room"):
         next(stream)

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "python"))
 from toy_models import byte_fallback, byte_level
 
 from fixmin_cpp.errors import ArgumentError
-from fixmin_cpp.serve.chat import ChatTemplate
+from fixmin_cpp.openai_api.chat import ChatTemplate
 from fixmin_cpp.tokenizer import TextTokenizer
 
 CONTROL = ["<|im_start|>", "<|im_end|>", "<|im|>", "</s>"]

@@ -10,8 +10,7 @@ import pytest
 from servers import Server, httpx
 
 import fixmin_cpp
-from fixmin_cpp import _core
-from fixmin_cpp.arguments import GenerationArguments
+from fixmin_cpp import GenerationArguments, _core
 
 serve = pytest.importorskip("fixmin_cpp.serve")
 prometheus_parser = pytest.importorskip("prometheus_client.parser")
@@ -129,10 +128,12 @@ def test_health_and_requests_while_loading(served_path: Any, monkeypatch: pytest
 
 def test_every_argument_is_a_field() -> None:
     """What generate() takes can be asked for, but for the two that have other fields."""
-    from fixmin_cpp.serve.schemas import GenerationRequest
+    from fixmin_cpp.serve.schemas import BODIES
 
-    fields = GenerationRequest.model_fields.keys()
-    assert GenerationArguments.__annotations__.keys() - fields == {"logprobs", "prompt_logprobs"}
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        kinds = {name: field.annotation for name, field in BODIES[path].model_fields.items()}
+        assert GenerationArguments.__annotations__.keys() - kinds.keys() == {"prompt_logprobs"}
+        assert kinds["logprobs"] == (int | None if path == "/v1/completions" else bool | None)
 
 
 def test_schema_is_openapi(server: Server) -> None:

@@ -19,7 +19,7 @@ from fixmin_cpp import ArgumentError, Model
 
 serve = pytest.importorskip("fixmin_cpp.serve")
 schemas = pytest.importorskip("fixmin_cpp.serve.schemas")
-_check_breakers = pytest.importorskip("fixmin_cpp.serve.generation")._check_breakers
+limits = pytest.importorskip("fixmin_cpp.serve.limits")
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
@@ -207,14 +207,7 @@ def test_connection_that_is_dropped_while_it_waits(long_path: Path, start: Start
 
 # --- work before limits ----------------------------------------------------------------------------------------------
 
-BODIES = {
-    "/v1/completions": schemas.CompletionRequest,
-    "/v1/chat/completions": schemas.ChatRequest,
-    "/v1/embeddings": schemas.EmbeddingRequest,
-    "/tokenize": schemas.TokenizeRequest,
-    "/detokenize": schemas.DetokenizeRequest,
-    "/codes": schemas.CodesRequest,
-}
+BODIES = schemas.BODIES
 PARTS = (b"1.5,", b"{},", b"[],", b"[1],", b'"",', b'"zz",')
 REQUIRED = {"prompt": "a", "messages": [{"role": "user", "content": "a"}], "input": "a", "tokens": [1]}
 
@@ -296,10 +289,10 @@ def test_what_stands_in_texts_counts_too(server: Server) -> None:
 def test_breakers_are_counted_as_they_are_met(model: Model) -> None:
     """A letter is met by every token that holds it, and each generation keeps all of them: that took gigabytes."""
     given = {"dry_multiplier": 1.0, "dry_sequence_breakers": ["a"] * 64}
-    _check_breakers(model, given, 1)
+    limits.check_generations(model, given, 1)
     with pytest.raises(ArgumentError, match="dry_sequence_breakers are met by more than 131072 sequences"):
-        _check_breakers(model, given, 10_000)
-    _check_breakers(model, {**given, "dry_multiplier": 0.0}, 10_000)
+        limits.check_generations(model, given, 10_000)
+    limits.check_generations(model, {**given, "dry_multiplier": 0.0}, 10_000)
 
 
 @pytest.mark.parametrize(

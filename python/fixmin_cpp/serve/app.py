@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Sized
+from collections.abc import AsyncIterator, Callable, Sequence, Sized
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,24 +17,18 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from .. import __version__
-from ..arguments import as_token_ids, split_prompts
+from ..arguments import as_token_ids
 from ..errors import ArgumentError
+from ..openai_api.chat import ChatTemplate, strings
+from ..openai_api.request import ChatRequest, prompts_in
 from . import answers, rendering
-from .chat import ChatTemplate, strings
 from .errors import APIError, install
-from .generation import ChatJob, CompletionJob, Job
+from .generation import Job
 from .guards import Guard, Log, Prefix, Receive, Scope, Send, facts_of
 from .host import ModelHost
 from .limits import read_body
 from .metrics import Metrics
-from .schemas import (
-    ChatRequest,
-    CodesRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    EmbeddingRequest,
-    TokenizeRequest,
-)
+from .schemas import ChatBody, CodesRequest, CompletionBody, DetokenizeRequest, EmbeddingRequest, TokenizeRequest
 from .settings import ServeSettings
 
 __all__ = ["create_app"]
@@ -196,7 +190,10 @@ def _add_prefix(app: FastAPI, prefix: str) -> None:
 
 
 def _add_generation(app: FastAPI, host: ModelHost, metrics: Metrics, template: ChatTemplate) -> None:
-    async def answer(request: Request, job: Job) -> Response:
+    async def answer(request: Request, job: Job, prompt: Any, stop: Sequence[str] = ()) -> Response:
+        ready = await _unless_disconnected(job.prepare(prompt, stop), request.receive)
+        if ready is None:
+            return _JSON(None)
         if job.request.stream:
             return _Events(host, job)
         with host.admitted(job.n_sequences):
@@ -204,29 +201,25 @@ def _add_generation(app: FastAPI, host: ModelHost, metrics: Metrics, template: C
         return Response(result or b"null", media_type="application/json")
 
     @app.post("/v1/completions", response_model=answers.Completion)
-    async def completions(request: Request, body: CompletionRequest) -> Response:
+    async def completions(request: Request, body: CompletionBody) -> Response:
         """Continues prompts: texts or token ids."""
         host.require_room()  # before anything is tokenised
-        preparing = CompletionJob.prepare(host, metrics, facts_of(request.scope), body)
-        job = await _unless_disconnected(preparing, request.receive)
-        return _JSON(None) if job is None else await answer(request, job)
+        return await answer(request, Job(host, metrics, facts_of(request.scope), body), body.prompt)
 
     @app.post("/v1/chat/completions", response_model=answers.ChatCompletion)
-    async def chat_completions(request: Request, body: ChatRequest) -> Response:
+    async def chat_completions(request: Request, body: ChatBody) -> Response:
         """Answers a chat through the server's template."""
         _ = host.model
         host.require_room()
-        prompt = await host.compute(_chat_prompt, host, template, body)
-        preparing = ChatJob.prepare(host, metrics, facts_of(request.scope), body, prompt, template.stop)
-        job = await _unless_disconnected(preparing, request.receive)
-        return _JSON(None) if job is None else await answer(request, job)
+        job = Job(host, metrics, facts_of(request.scope), body)
+        return await answer(request, job, await host.compute(_chat_prompt, host, template, body), template.stop)
 
     @app.post("/v1/embeddings", response_model=answers.Embeddings)
     async def embeddings(request: Request, body: EmbeddingRequest) -> Response:
         """The mean of the last layer's states for each text, before the last norm: D numbers."""
         if body.dimensions is not None:
             raise APIError(400, "dimensions is not supported: states have one length", param="dimensions")
-        inputs, many = split_prompts(body.input, "input")
+        inputs, many = prompts_in("input", body.input)
         if len(inputs) > host.settings.max_inputs:
             raise ArgumentError(f"input has {len(inputs)} entries, but a request may have {host.settings.max_inputs}")
         special = body.parse_special is not False
@@ -246,23 +239,14 @@ def _add_generation(app: FastAPI, host: ModelHost, metrics: Metrics, template: C
 
 
 def _chat_prompt(host: ModelHost, template: ChatTemplate, body: ChatRequest) -> list[int]:
-    tokenizer = host.model._require_tokenizer()
-    messages = [message.plain() for message in body.messages]
-    host.check_texts("messages", ["".join(strings(messages))])  # a template may read any of them
-    prompt = template.render(
-        messages,
-        tokenizer,
-        add_generation_prompt=body.add_generation_prompt,
-        continue_final_message=body.continue_final_message,
-        parse_special=bool(body.parse_special),
-    )
-    return prompt.ids(tokenizer)
+    host.check_texts("messages", ["".join(strings(body.messages))])  # a template may read any of them
+    return template.prompt_of(body, host.model.require_tokenizer())
 
 
 def _embed(host: ModelHost, name: str, text: Any, parse_special: bool) -> tuple[NDArray[np.float32], int]:
     model = host.model
     host.check_texts(name, [text])
-    ids = model._ids_in_context(name, text, 0, parse_special)
+    ids = model.token_ids(text, name=name, room=0, parse_special=parse_special)
     states = model.hidden_states(ids, model.info["block_count"])
     return states.mean(axis=0, dtype=np.float64).astype(np.float32), len(states)
 
@@ -303,7 +287,7 @@ def _tokenize(host: ModelHost, body: TokenizeRequest) -> Response:
     _check_length(name, _bytes(text), _MAX_TOKENIZED, "bytes")
     model = host.model
     special, parse = body.add_special or body.add_special_tokens, body.parse_special is not False
-    ids = model._require_tokenizer().encode(text, add_special_tokens=special, parse_special=parse, name=name)
+    ids = model.require_tokenizer().encode(text, add_special_tokens=special, parse_special=parse, name=name)
     texts = rendering.by_id(ids, partial(_piece, host)) if body.with_pieces else (b"%d" % i for i in ids)
     return rendering.token_list(texts, count=len(ids), max_model_len=model.info["n_ctx"])
 

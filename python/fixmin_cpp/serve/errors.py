@@ -2,7 +2,6 @@
 
 import json
 import logging
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,18 +10,15 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
-from ..errors import ArgumentError, BusyError, ContextLengthError, FixminError, UnsupportedError
+from ..errors import BusyError, FixminError
 from ..logs import Facts, request_id
+from ..openai_api.refusal import Refusal, refusal
+from ..openai_api.request import GenerationRequest
 from .schemas import FIELDS
 
 __all__ = ["APIError", "as_api_error", "install"]
 
 _log = logging.getLogger(__name__)
-
-_FORM = re.compile(r"^(str|bool)$|[\[<]")  # pydantic's names of the forms that a value may have, within its place
-
-_MAX_MESSAGE = 2000  # characters: a message may quote what a request holds
-_TYPES = {401: "authentication_error", 429: "rate_limit_error", 503: "unavailable_error"}
 
 
 class APIError(Exception):
@@ -38,20 +34,15 @@ class APIError(Exception):
         headers: Mapping[str, str] | None = None,
         **extra: Any,
     ) -> None:
-        message = message if len(message) <= _MAX_MESSAGE else f"{message[: _MAX_MESSAGE - 3]}..."
-        super().__init__(message)
+        self.refusal = Refusal(status, message, param, code)
+        super().__init__(self.refusal.message)
         self.status = status
-        self.message = message
-        self.param = param
-        self.code = code
         self.headers = headers
         self.extra = extra
 
     def body(self) -> dict[str, Any]:
         """The JSON object of the answer."""
-        kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
-        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
-        return {"error": error, **self.extra}
+        return {**self.refusal.body(), **self.extra}
 
     def response(self) -> Response:
         """The answer itself."""
@@ -65,29 +56,14 @@ class ErrorResponse(JSONResponse):
         return json.dumps(content).encode()
 
 
-# What the engine finds in a run, and what was asked for is to blame.
-NOTHING_LEFT = "no token is left to draw"
-TOO_LARGE = "the logits are not finite after logit_bias and penalties"
-
-
-def as_api_error(error: Exception, renamed: Mapping[str, str] | None = None) -> APIError:
-    """What to answer when `error` was raised. `renamed`: field of the request by name of the argument."""
+def as_api_error(error: Exception, request: GenerationRequest | None = None) -> APIError:
+    """What to answer when `error` was raised, for a `request` if it could be read."""
     if isinstance(error, APIError):
         return error
-    message = str(error)
-    in_a_run = isinstance(error, FixminError) and message.startswith((NOTHING_LEFT, TOO_LARGE))
-    if isinstance(error, ArgumentError | ContextLengthError | UnsupportedError) or in_a_run:
-        for name, field in (renamed or {}).items():
-            message = re.sub(rf"\b{name}\b", field, message, count=1)
-        first = re.match(r"(?:the |only one of )?(?=json_schema|regex|grammar|choices)(\w+)|(\w+)", message)
-        word = first[1] or first[2] if first else None
-        param = word if word in FIELDS else None
-        code = "context_length_exceeded" if isinstance(error, ContextLengthError) else None
-        return APIError(400, message, param=param, code=code)
-    if isinstance(error, BusyError):
-        return APIError(503, str(error), headers={"Retry-After": "10"})
     if isinstance(error, FixminError):
-        return APIError(500, str(error))
+        told = refusal(error, request, FIELDS)
+        headers = {"Retry-After": "10"} if isinstance(error, BusyError) else None
+        return APIError(told.status, told.message, param=told.param, code=told.code, headers=headers)
     _log.error("a request failed %s", Facts(request_id=request_id.get()), exc_info=error)
     return APIError(500, "internal error: the server's log has it")
 
@@ -104,11 +80,10 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        where = [part for part in first["loc"] if part != "body" and not _FORM.search(str(part))]
-        if first["type"] == "json_invalid":
-            return APIError(
-                400, f"the body is not JSON: {first.get('ctx', {}).get('error', 'it ends too early')}"
-            ).response()
+        cause = first.get("ctx", {}).get("error")
+        if isinstance(cause, FixminError):
+            return as_api_error(cause).response()
+        where = [part for part in first["loc"] if part != "body"]
         param = str(where[0]) if where else None
         place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where)[1:] or "the body"
         return APIError(400, f"{place}: {first['msg']}", param=param).response()

@@ -25,7 +25,6 @@ _T = TypeVar("_T")
 # Threads that tokenise, those that compile grammars, which may take 30 s each, and those that wait for what the engine
 # computes, behind all that it was asked for before.
 _N_THREADS = {"prepare": 4, "grammar": 4, "engine": 4}
-_MEMORY_SHARE = 1 / 4  # of the machine's, for the KV cache at the most
 _STUCK = 5.0  # seconds that every one of the first may be busy with one thing before /health says so
 
 
@@ -77,9 +76,7 @@ class ModelHost:
             return not self._closing
 
         begin = time.monotonic()
-        # As many whole contexts as requests may run.
-        room = (self.settings.n_parallel, _MEMORY_SHARE)
-        model = Model(self.settings.model, progress=progress, _kv_room=room, **self.settings.model_arguments())
+        model = Model(self.settings.model, progress=progress, **self.settings.load_options().given())
         info = model.info
         _log.info(
             "loaded %s in %.1f s: %.1f MB in the file, KV cache of %d positions (%.1f MB; %d requests of %d fit), "
@@ -93,10 +90,10 @@ class ModelHost:
             info["n_ctx"],
             info["n_threads"],
         )
-        self.code = describe_code(model._metadata)
+        self.code = describe_code(model.metadata)
         if model.info["tokenizer"]:
             model.encode("a")  # the first call builds tables
-            self._longest_token = max(map(len, model._require_tokenizer().token_texts), default=1)
+            self._longest_token = max(map(len, model.require_tokenizer().token_texts), default=1)
         return model
 
     async def close(self) -> None:
@@ -185,7 +182,7 @@ class ModelHost:
         Tokenising takes 200 bytes of memory for a byte of text, so this comes before.
         """
         model = self.model
-        if model._tokenizer is None:
+        if model.text_tokenizer is None:
             return
         n_ctx = model.info["n_ctx"]
         longest = max(1 << 16, n_ctx * self._longest_token)  # some tokenizers drop characters of short texts

@@ -1,18 +1,25 @@
-"""How much a request may carry, checked on its bytes and on its JSON before anything is made of it.
+"""How much a request may carry and ask for.
 
-A body of the allowed size may hold a million elements, each of which costs far more than its bytes once it is an
-object, a validation error or a stop string. What is not named here has the usual limits, so that no field is without.
+What it carries is checked on its bytes and on its JSON before anything is made of it: a body of the allowed size may
+hold a million elements, each of which costs far more than its bytes once it is an object, a validation error or a stop
+string. What is not named here has the usual limits, so that no field is without.
 """
 
 import contextlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ..errors import ArgumentError
+from ..generation_options import GenerationOptions
+from ..model import Model
+from ..openai_api.request import CompletionRequest, GenerationRequest
+from ..sampling_fields import FORMS
 from .errors import APIError
+from .settings import ServeSettings
 
-__all__ = ["MAX_DEPTH", "MAX_ELEMENTS", "read_body"]
+__all__ = ["MAX_DEPTH", "MAX_ELEMENTS", "check_breakers", "check_counts", "check_generations", "read_body"]
 
 MAX_ELEMENTS = 200_000  # list elements and fields of objects in a body: 40 MB as Python objects at the very most
 _MAX_PARTS = 40_000  # fields of objects, lists and objects in a body: each costs more than an element of a list
@@ -38,6 +45,13 @@ _STRINGS: Mapping[str, int] = {
 }
 _ALL_ELEMENTS: Mapping[str, int] = {"json_schema": 8000, "response_format": 8000, "messages": 40_000}
 _MAX_DIGITS = 100  # of an integer
+
+# Of all generations of a request together
+_MAX_LOGPROBS = 1 << 19  # of an answer with several generations: 100 bytes of memory each
+_MEAN_PROMPT = 256  # tokens, when it is not yet known
+_MAX_ENTRIES = 1 << 20  # of lists that each of them goes through at every step
+_MAX_BREAKERS = 1 << 17  # sequences of tokens: 200 bytes each
+_MAX_BREAKER = 64  # characters: at each of them one may begin in a token
 
 _STRUCTURE = re.compile(rb'"[^"]*"|[\[\]{},:]')  # of a body without escapes
 
@@ -108,13 +122,11 @@ def _check_structure(body: bytes) -> None:
 
 def _check_field(name: str, value: Any) -> None:
     longest = _STRINGS.get(name, _MAX_TEXT)
-    _check_text(name, name, value, longest)
+    _check_text(name, value, longest)
     if isinstance(value, list | dict):
         limit = _LISTS.get(name, _MAX_LIST)
         if len(value) > limit:
             raise _refused(name, f"{name} has {len(value)} entries, at most {limit} are taken")
-    if name == "logit_bias" and isinstance(value, dict) and not set(map(type, value.values())) <= {int, float}:
-        raise _refused(name, "logit_bias must have numbers as values")  # a validator would say so for each
     if name == "json_schema" and isinstance(value, str):
         with contextlib.suppress(ValueError, RecursionError):  # the library says what is wrong with it
             value = json.loads(value, parse_int=_integer)
@@ -123,25 +135,13 @@ def _check_field(name: str, value: Any) -> None:
         if _n_elements(value, enough) > enough:
             raise _refused(name, f"{name} has more than {enough} elements")
     elif isinstance(value, list):
-        _check_list(name, value, longest)
+        for i, one in enumerate(value):
+            _check_text(name, one, longest, i)
 
 
-def _check_list(name: str, values: list[Any], longest: int) -> None:
-    kinds = set(map(type, values))
-    if len(values) > _MAX_LIST and (len(kinds) > 1 or not kinds <= {int, str, list}):
-        # A validator would say the same, once for every element.
-        raise _refused(name, f"{name} must hold numbers, or texts, or lists of numbers")
-    for i, one in enumerate(values):
-        if type(one) is int:
-            continue
-        place = f"{name}[{i}]"
-        _check_text(name, place, one, longest)
-        if isinstance(one, list) and len(one) > _MAX_LIST and set(map(type, one)) != {int}:
-            raise _refused(name, f"{place} must hold numbers")
-
-
-def _check_text(name: str, place: str, value: Any, longest: int) -> None:
+def _check_text(name: str, value: Any, longest: int, index: int | None = None) -> None:
     if isinstance(value, str) and len(value) > longest:
+        place = name if index is None else f"{name}[{index}]"
         raise _refused(name, f"{place} has {len(value)} characters, at most {longest} are taken")
 
 
@@ -160,3 +160,75 @@ def _n_elements(value: Any, enough: int) -> int:
 
 def _refused(name: str, message: str) -> APIError:
     return APIError(400, message, param=name if name.isascii() and len(name) <= 64 else None)
+
+
+# --- what a request asks for ---------------------------------------------------------------------------------------
+
+
+def check_counts(request: GenerationRequest, settings: ServeSettings) -> None:
+    """Raises ArgumentError for more completions, log-probabilities or prompts than the operator allows."""
+    for name, value, low, high in (
+        ("n", request.n, 1, settings.max_n),
+        ("best_of", request.best_of, 1, settings.max_n),
+        (request.logprobs_field, request.logprobs, 0, settings.max_logprobs),
+    ):
+        if value is not None and value > high:
+            raise ArgumentError(f"{name} must be between {low} and {high}, got {value}")
+    n = len(request.prompts) if isinstance(request, CompletionRequest) else 1
+    if n > settings.max_inputs:
+        raise ArgumentError(f"prompt has {n} entries, but a request may have {settings.max_inputs}")
+
+
+def check_generations(model: Model, arguments: Mapping[str, Any], n: int) -> GenerationOptions:
+    """The arguments but for the constraint, checked.
+
+    Raises:
+        ArgumentError: one is wrong, or `n` generations would take too much memory for lists and log-probabilities.
+    """
+    given: Any = {name: value for name, value in arguments.items() if name not in FORMS}
+    options = GenerationOptions.check(given, model.vocab_size)
+    breakers = options.dry_sequence_breakers or ()
+    n_breakers = len(breakers) + sum(len(one) for one in breakers if not isinstance(one, str))
+    for name, n_entries in (
+        ("allowed_ids", len(options.allowed_ids)),
+        ("banned_ids", len(options.banned_ids)),
+        ("logit_bias", len(options.logit_bias)),
+        ("dry_sequence_breakers", n_breakers),
+    ):
+        if n * n_entries > _MAX_ENTRIES:
+            raise ArgumentError(
+                f"{name} has {n_entries} entries for each of {n} generations, at most {_MAX_ENTRIES} are taken "
+                "together: ask for fewer generations"
+            )
+    _check_logprobs(options, n, model.n_ctx)
+    if options.dry_multiplier:
+        check_breakers(model, breakers, n)
+    return options
+
+
+def _check_logprobs(options: GenerationOptions, n: int, n_ctx: int) -> None:
+    per_token, per_prompt = (0 if top is None else top + 1 for top in (options.logprobs, options.prompt_logprobs))
+    n_numbers = n * (per_token * min(options.max_new_tokens, n_ctx) + per_prompt * min(n_ctx, _MEAN_PROMPT))
+    if n > 1 and n_numbers > _MAX_LOGPROBS:
+        raise ArgumentError(
+            f"logprobs of {n} generations would be up to {n_numbers} numbers, at most {_MAX_LOGPROBS} are given: ask "
+            "for fewer generations, tokens or logprobs"
+        )
+
+
+def check_breakers(model: Model, breakers: Iterable[Any], n: int) -> None:
+    """A short string begins and ends in many tokens: each such way is kept for each of `n` generations."""
+    n_sequences = 0
+    for one in breakers:
+        if not isinstance(one, str):
+            continue
+        if len(one) > _MAX_BREAKER:
+            raise ArgumentError(
+                f"dry_sequence_breakers has a text of {len(one)} characters, at most {_MAX_BREAKER} are taken"
+            )
+        n_sequences += n * len(model.require_tokenizer().sequences_with(one))
+        if n_sequences > _MAX_BREAKERS:
+            raise ArgumentError(
+                f"dry_sequence_breakers are met by more than {_MAX_BREAKERS} sequences of tokens, counted for each of "
+                f"{n} generations: ask for fewer, or for longer ones"
+            )

@@ -2,22 +2,35 @@
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Any
 
-from ..arguments import as_float, as_int
+from ..arguments import MAX_INT32, as_float, as_int
 from ..errors import ArgumentError, ArgumentTypeError
+from ..load_options import LOAD_FIELDS, LoadOptions
 
 __all__ = ["ServeSettings"]
 
-_MAX_INT32 = 2**31 - 1
 _PREFIX = re.compile(r"(/(?!\.{1,2}(/|$))[\w.~-]+)*/?", re.ASCII)
+_MEMORY_SHARE = 1 / 4  # of the machine's, for the KV cache at the most
+
+# Of the model, as in fixmin_cpp.Model, but for what a server says itself: its KV cache holds as many whole contexts as
+# requests may run.
+_OWN = ("n_parallel", "kv_contexts", "kv_memory_share")
+_Load: Any = make_dataclass(
+    "_Load",
+    [(name, row.kind, field(default=row.default)) for name, row in LOAD_FIELDS.items() if name not in _OWN],
+    frozen=True,
+    kw_only=True,
+)
 
 
 @dataclass(frozen=True)
-class ServeSettings:
+class ServeSettings(_Load):  # type: ignore[misc]  # made of a table
     """Settings of create_app() and run(); each is an option of `fixmin serve` and an environment variable.
+
+    n_threads, n_ctx, kv_type, n_batch, n_kv: as in fixmin_cpp.Model.
 
     Raises:
         ArgumentError, ArgumentTypeError: one is out of range.
@@ -42,20 +55,13 @@ class ServeSettings:
     timeout: float = 600.0  # seconds until a generation ends, those in the queue included
 
     # Limits of all
+    n_parallel: int = 64  # generations that run at a time
     max_queue: int = 512  # generations that wait while n_parallel run; more of them are refused with 429
     max_connections: int = 1000  # open at a time; more get 503
     keep_alive: float = 75.0  # seconds that a connection may be idle between requests
     read_timeout: float = 30.0  # seconds in which a request has to arrive
     write_timeout: float = 60.0  # seconds that a client may take no data before its connection is closed
     shutdown_timeout: float = 30.0  # seconds that running requests get to finish
-
-    # Of the model, as in fixmin_cpp.Model
-    n_threads: int | None = None
-    n_ctx: int | None = None
-    kv_type: str = "f16"
-    n_batch: int = 512
-    n_kv: int | None = None
-    n_parallel: int = 64
 
     def __post_init__(self) -> None:
         if self.port is not None:
@@ -64,9 +70,9 @@ class ServeSettings:
             self._check_uds()
         if not isinstance(self.root_path, str) or not _PREFIX.fullmatch(self.root_path):
             raise ArgumentError(f"root_path must be like /llm, of letters, digits and ._~-/, got {self.root_path!r}")
-        for name in ("max_body_bytes", "max_n", "max_logprobs", "max_inputs", "max_connections", "n_parallel"):
-            as_int(name, getattr(self, name), 1, _MAX_INT32)
-        as_int("max_queue", self.max_queue, 0, _MAX_INT32)
+        for name in ("max_body_bytes", "max_n", "max_logprobs", "max_inputs", "max_connections"):
+            as_int(name, getattr(self, name), 1, MAX_INT32)
+        as_int("max_queue", self.max_queue, 0, MAX_INT32)
         for name in ("timeout", "keep_alive", "read_timeout", "write_timeout", "shutdown_timeout"):
             if as_float(name, getattr(self, name), 0.0, 1e9) == 0.0:
                 raise ArgumentError(f"{name} must be above 0 seconds")
@@ -74,6 +80,7 @@ class ServeSettings:
             values = getattr(self, name)
             if not isinstance(values, tuple) or not all(isinstance(v, str) and v for v in values):
                 raise ArgumentTypeError(f"{name} must be a tuple of texts that are not empty")
+        self.load_options()
         if any(not key.isascii() or not key.isprintable() for key in self.api_keys):
             raise ArgumentError("an API key must be printable ASCII: it travels in a header")
 
@@ -115,7 +122,7 @@ class ServeSettings:
         """Generations that may run and wait together."""
         return self.n_parallel + self.max_queue
 
-    def model_arguments(self) -> dict[str, Any]:
+    def load_options(self) -> LoadOptions:
         """For fixmin_cpp.Model."""
-        names = ("n_threads", "n_ctx", "kv_type", "n_batch", "n_kv", "n_parallel")
-        return {name: getattr(self, name) for name in names}
+        given = {name: getattr(self, name) for name in LOAD_FIELDS if hasattr(self, name)}
+        return LoadOptions.check({**given, "kv_contexts": self.n_parallel, "kv_memory_share": _MEMORY_SHARE})

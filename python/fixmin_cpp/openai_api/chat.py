@@ -17,6 +17,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ..errors import ArgumentError
 from ..tokenizer import TextTokenizer
+from .request import ChatRequest
 
 __all__ = ["PLAIN_STOP", "PLAIN_TEMPLATE", "ChatPrompt", "ChatTemplate", "strings"]
 
@@ -73,6 +74,17 @@ class ChatTemplate:
             self._template = environment.from_string(self.source)
         except TemplateError as error:
             raise ArgumentError(f"chat_template is no Jinja template: {error}") from None
+
+    def prompt_of(self, request: ChatRequest, tokenizer: TextTokenizer) -> list[int]:
+        """The ids of a request's prompt. Raises ArgumentError like render()."""
+        prompt = self.render(
+            request.messages,
+            tokenizer,
+            add_generation_prompt=request.add_generation_prompt,
+            continue_final_message=request.continue_final_message,
+            parse_special=request.arguments.get("parse_special") is True,
+        )
+        return prompt.ids(tokenizer)
 
     def render(
         self,

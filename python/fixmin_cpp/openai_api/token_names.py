@@ -36,7 +36,7 @@ class TokenNames:
         """Those of `model`, made at the first call: some tenths of a second for a large vocabulary."""
         names = _known.get(model)
         if names is None:
-            names = _known[model] = cls(model._tokenizer, model.info["vocab_size"])
+            names = _known[model] = cls(model.text_tokenizer, model.info["vocab_size"])
         return names
 
     def name(self, token_id: int) -> str:

@@ -1,0 +1,76 @@
+"""How a model is loaded: LoadArguments is the table of it, from Model() to the command line, batch jobs and the server.
+
+A new option that the engine takes needs a row here, and nothing else in Python.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, TypedDict
+
+from .arguments import MAX_INT32, as_int
+from .errors import ArgumentError, ArgumentTypeError
+from .fields import Field, Integer, Number, checked_class, fields_of
+
+__all__ = ["LOAD_FIELDS", "LoadArguments", "LoadOptions"]
+
+
+def _kv_type(name: str, value: Any, vocab_size: int) -> str:
+    if not isinstance(value, str) or value not in ("f16", "f32", "q8_0"):
+        raise ArgumentError(f'{name} must be "f16", "f32" or "q8_0", got {value!r}')
+    return value
+
+
+def _context(name: str, value: Any, vocab_size: int) -> int | None:
+    return as_int(name, value, 0, MAX_INT32) or None
+
+
+class LoadArguments(TypedDict, total=False):
+    """How Model() loads a file. All are optional."""
+
+    # fmt: off
+    n_threads: Annotated[int | None, Field(None, Integer(-1, 1024, least=0),
+        "worker threads; None, 0 or -1: the smallest of CPU affinity, cgroup quota and physical cores.",
+        option="-t --threads", option_help="Default, 0 or -1: what the machine offers.")]
+    n_ctx: Annotated[int | None, Field(None, _context,
+        "positions of the context, prompt and answer together; None or 0: what the model was trained with, which is "
+        "also the most it can be.",
+        option="-c --ctx --n-ctx", option_help="Context positions. Default, or 0: the model's.")]
+    kv_type: Annotated[str, Field("f16", _kv_type,
+        'type of the KV cache: "f16", "f32", or "q8_0", 8 bits and a scale for 32 values.',
+        option_help="Type of the KV cache: f16, f32 or q8_0.")]
+    n_batch: Annotated[int, Field(512, Integer(1, MAX_INT32),
+        "tokens of all requests that are processed at a time. Results do not depend on it.", option=None)]
+    n_kv: Annotated[int | None, Field(None, Integer(1, MAX_INT32),
+        "positions of the KV cache, for all requests together and for what is remembered of earlier ones; None: "
+        "kv_contexts full contexts, or less if that were more than kv_memory_share. Requests that do not fit wait.",
+        option="--n-kv", option_help="Positions of the KV cache, of all requests.", rare=True)]
+    n_parallel: Annotated[int, Field(256, Integer(1, MAX_INT32),
+        "most requests that run at a time; more of them wait.",
+        option="--parallel", option_help="Generations that run at a time.", rare=True)]
+    kv_contexts: Annotated[int, Field(16, Integer(1, MAX_INT32),
+        "contexts that the KV cache holds without n_kv.", option=None)]
+    kv_memory_share: Annotated[float, Field(1 / 8, Number(0.0, 1.0),
+        "most of the memory that it then takes, a share.", option=None)]
+    # fmt: on
+
+
+LOAD_FIELDS: Mapping[str, Field] = fields_of(LoadArguments)
+_Checked: Any = checked_class("LoadOptions", LOAD_FIELDS)
+
+
+class LoadOptions(_Checked):  # type: ignore[misc]  # made of the table
+    """Checked LoadArguments, in a form that can be compared, kept and pickled."""
+
+    @classmethod
+    def check(cls, given: Mapping[str, Any]) -> "LoadOptions":
+        """Raises ArgumentError (a ValueError) or ArgumentTypeError (also a TypeError) for anything out of place."""
+        checked = {}
+        for name, value in given.items():
+            if name not in LOAD_FIELDS:
+                raise ArgumentTypeError(f"Model() has no argument {name!r}: it has {', '.join(LOAD_FIELDS)}")
+            row = LOAD_FIELDS[name]
+            checked[name] = None if value is row.default is None else row.checked(name, value)
+        return cls(**checked)
+
+    def given(self) -> dict[str, Any]:
+        """As arguments again, without what is left to the machine."""
+        return {name: value for name in LOAD_FIELDS if (value := getattr(self, name)) is not None}
