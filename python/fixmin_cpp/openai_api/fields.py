@@ -9,17 +9,7 @@ from ..errors import ArgumentError, ArgumentTypeError
 from ..sampling_fields import ALIASES as OTHER_NAMES
 from ..sampling_fields import BODY_ALIASES, FIELDS, Int
 
-__all__ = [
-    "ALIASES",
-    "ARGUMENTS",
-    "CHAT_FIELDS",
-    "COMPLETION_FIELDS",
-    "FieldError",
-    "as_arguments",
-    "asked",
-    "part",
-    "shown",
-]
+__all__ = ["ALIASES", "ARGUMENTS", "CHAT_FIELDS", "COMPLETION_FIELDS", "FieldError", "as_arguments", "asked", "part"]
 
 _MAX_SEED = 2**53 - 1  # other readers of JSON hold numbers as doubles
 
