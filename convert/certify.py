@@ -31,12 +31,13 @@ from numpy.typing import NDArray
 
 from .. import _core
 from ..errors import naming
-from .quantize import BY_GGML_TYPE, OUT_TYPES
-from .readback import StoredModel, read_gguf
-from .resolve import OVERRIDES, resolve
-from .source import Source
+from .checkpoint.source import Source
+from .gguf_file.formats import BY_GGML_TYPE, OUT_TYPES
+from .gguf_file.readback import StoredModel, read_gguf
+from .observed.torch_threads import torch_threads
+from .overrides import OVERRIDES, option
+from .resolve import resolve
 from .spec import ModelSpec, Resolved, TensorRecipe
-from .torch_threads import torch_threads
 
 OWN_CODE = "the checkpoint's own code"
 REFERENCE = "the reference implementation (the checkpoint's code was not run)"
@@ -280,7 +281,7 @@ def _verify(
     overrides = {**remembered_overrides(stored.metadata), **(overrides or {})}
     allowed = remembered_allowances(stored.metadata)
     if any(allowed.values()):
-        names = ", ".join(f"--{option.replace('_', '-')} {name}" for option, some in allowed.items() for name in some)
+        names = ", ".join(f"{option(kind)} {name}" for kind, some in allowed.items() for name in some)
         progress(f"as in the conversion, which the file remembers: {names}")
     progress("hashing the weights")
     with Source(Path(checkpoint_dir)) as source:
@@ -309,10 +310,10 @@ def remembered_overrides(metadata: Mapping[str, Any]) -> dict[str, Any]:
 def remembered_allowances(metadata: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     """allow_missing and allow_unexpected of the conversion; () where the file holds none or something else."""
     found = {}
-    for option in ("allow_missing", "allow_unexpected"):
-        names = metadata.get(f"fixmin.convert.{option}")
-        plain = isinstance(names, list) and all(isinstance(name, str) for name in names)
-        found[option] = tuple(names) if plain else ()
+    for name in ("allow_missing", "allow_unexpected"):
+        names = metadata.get(f"fixmin.convert.{name}")
+        plain = isinstance(names, list) and all(isinstance(text, str) for text in names)
+        found[name] = tuple(names) if plain else ()
     return found
 
 
@@ -397,8 +398,8 @@ def rounding_error(true: NDArray[np.float32], stored: NDArray[np.float32], ggml_
 
 
 def rounded_products(stored: StoredModel) -> set[str]:
-    """Names of the matrices whose products the engine takes with 8-bit activations (DESIGN §5): the quantised ones,
-    but not the queries, keys and values of layer 0 that it folds with the code."""
+    """Names of the matrices whose products the engine takes with 8-bit activations (docs/numerics.md): the quantised
+    ones, but not the queries, keys and values of layer 0 that it folds with the code."""
     floats = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
     folded = set()
     if stored.spec.code.kind != "learned":

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import CheckpointError
+from ...errors import CheckpointError
+from ..checkpoint.source import Source
 from .files import Files, Item, State
-from .source import Source
 
 # A calibration decides if the alternative costs this much more, in nats per token and in standard errors.
 _MARGIN, _SIGMAS = 0.01, 4.0
@@ -55,7 +55,7 @@ class Losses:
 
     def of(self, state: State, windows: int) -> NDArray[np.float64]:
         """Losses in nats of the predicted tokens of the first windows."""
-        from .streaming import reference_logits
+        from ..streaming import reference_logits
 
         key = (windows, *((k, v if isinstance(v, (str, int, float, tuple)) else id(v)) for k, v in state.items()))
         if key not in self._known:

@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
-from ..errors import CheckpointError
+from ...errors import CheckpointError
 
 _PRINTED_LINES = 10  # of what the code prints, shown for each call
 

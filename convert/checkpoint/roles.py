@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import CheckpointError
+from ...errors import CheckpointError
+from ..spec import TensorRecipe
 from .recipes import gather, stored_ref
 from .source import Source, hyper, is_no_weight, some
-from .spec import TensorRecipe
 
 
 def leftovers_error(source: Source, names: Iterable[str], why: str) -> CheckpointError:

@@ -1,4 +1,4 @@
-"""Read the conventions of a model off recordings of its own code (`trace.Tape`).
+"""Read the conventions of a model off recordings of its own code (`tape.Tape`).
 
 Each step of DESIGN §2 is held against the numbers that went in and came out of the checkpoint's matrix products: which
 norm makes the input of q, k, v from the residual stream, which attention makes the input of the output projection from
@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ...errors import CheckpointError
+from ..checkpoint.source import is_no_weight
 from .attention import Attention, AttentionReader, Hints
 from .fitting import difference, minimum, rounded
-from .source import is_no_weight
-from .trace import Elementwise, Product, Tape, Weight
+from .tape import Elementwise, Product, Tape, Weight
 
 # Largest difference, relative to the largest element, that counts as the same function. Float32 rounding leaves 1e-7 to
 # 1e-5; the nearest wrong conventions (tanh for erf, 1e-6 for 1e-5) are told apart by which fits better, not by these.

@@ -22,9 +22,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import CheckpointError
-from ..inspect import printable
-from ..recognise import describe_content, describe_no_file, describe_path
+from ...errors import CheckpointError
+from ...inspect import printable
+from ...recognise import describe_content, describe_no_file, describe_path
 from .tokenizer_files import build_tokenizer
 
 F32 = NDArray[np.float32]

@@ -16,11 +16,11 @@ import numpy as np
 from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
-from .. import _core
-from ..errors import GGUFError, naming
-from ..recognise import refuse_wrong_model
-from .quantize import dequantize, row_bytes
-from .spec import CodeSpec, ModelSpec, TensorRecipe
+from ... import _core
+from ...errors import GGUFError, naming
+from ...recognise import refuse_wrong_model
+from ..spec import CodeSpec, ModelSpec, TensorRecipe
+from .formats import dequantize, row_bytes
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ...errors import CheckpointError
 from .fitting import minimum, nice, rounded
 
 # Largest difference, relative to the largest element, that counts as the same function.

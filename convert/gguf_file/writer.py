@@ -31,11 +31,11 @@ from gguf import GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType, GG
 from gguf.utility import size_label
 from numpy.typing import NDArray
 
-from ..atomic_file import AtomicFile
-from ..errors import CheckpointError, GGUFError, UnsupportedError
-from ..tokenizer import EOS_IDS_KEY
-from .quantize import OUT_TYPES, NotFiniteError, choose_type, dequantize, quantize_rows, row_bytes
-from .spec import ModelSpec, TensorRecipe
+from ...atomic_file import AtomicFile
+from ...errors import CheckpointError, GGUFError, UnsupportedError
+from ...tokenizer import EOS_IDS_KEY
+from ..spec import ModelSpec, TensorRecipe
+from .formats import OUT_TYPES, NotFiniteError, choose_type, dequantize, quantize_rows, row_bytes
 
 ARCHITECTURE = "fixmin"
 CERTIFICATE_PREFIX = "fixmin.convert.certificate."
@@ -395,7 +395,7 @@ def check_loads(file: AtomicFile) -> None:
 
     Raises CheckpointError if that fails: such a file must not get its name.
     """
-    from ..model import Model
+    from ...model import Model
 
     try:
         Model(file.path, n_ctx=1, n_kv=1, n_batch=1, n_parallel=1).close()

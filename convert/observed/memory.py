@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from .source import Source
+from ..checkpoint.source import Source
 
 # Elements from which on a parameter is worth it: 4 MB of float32.
 _LARGE = 1 << 20

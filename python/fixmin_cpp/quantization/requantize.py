@@ -25,12 +25,12 @@ from numpy.typing import NDArray
 from .. import _core
 from ..arguments import as_bool, as_threads
 from ..atomic_file import AtomicFile, refuse_inputs
+from ..convert.gguf_file.formats import BF16, F16, F32, Q8_0, bits_per_weight
+from ..convert.gguf_file.readback import read_gguf
+from ..convert.gguf_file.writer import Layout, Progress, TensorPlan, Value, check_loads
+from ..convert.spec import TensorRecipe
 from ..errors import ArgumentError, ArgumentTypeError, CheckpointError, naming
 from .imatrix import read_imatrix
-from .quantize import BF16, F16, F32, Q8_0, bits_per_weight
-from .readback import read_gguf
-from .spec import TensorRecipe
-from .writer import Layout, Progress, TensorPlan, Value, check_loads
 
 _T = GGMLQuantizationType
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import CheckpointError
-from .spec import F32, Bits, CodeSpec
+from ...errors import CheckpointError
+from ..spec import F32, Bits, CodeSpec
 
 MAX_WIDTH = 32  # bits of a code in the file format
 
