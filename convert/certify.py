@@ -313,7 +313,7 @@ def remembered_allowances(metadata: Mapping[str, Any]) -> dict[str, tuple[str, .
     for name in ("allow_missing", "allow_unexpected"):
         names = metadata.get(f"fixmin.convert.{name}")
         plain = isinstance(names, list) and all(isinstance(text, str) for text in names)
-        found[name] = tuple(names) if plain else ()
+        found[name] = tuple(names or ()) if plain else ()
     return found
 
 
@@ -473,8 +473,8 @@ def _with_tensors(conventions: ModelSpec, weights: ModelSpec) -> ModelSpec:
 
 def _differences(stored: ModelSpec, spec: ModelSpec) -> Iterator[str]:
     """Conventions and shapes in which a file differs from the checkpoint."""
-    skip = ("code", "tensors", "conventions", "name", "tokenizer_json", "weights_sha256")
-    skip += ("bos_token_id", "eos_token_ids", "pad_token_id")
+    skip = ("code", "tensors", "conventions", "name", "tokenizer_json", "weights_sha256",
+            "bos_token_id", "eos_token_ids", "pad_token_id")  # fmt: skip
     for item in fields(ModelSpec):
         ours, theirs = getattr(stored, item.name), getattr(spec, item.name)
         if item.name not in skip and ours != theirs and not _same_float32(ours, theirs):

@@ -190,9 +190,9 @@ def assign_roles(source: Source, mapping: Map, vocab_size: int | None, transpose
     transposed = orientation(source, blocks_at[0], width) if transposed is None else transposed
     blocks, alternatives, left = [], [], []
     for block in blocks_at:
-        parts, options, unknown = block_roles(source, block, width, transposed)
+        parts, unsure, unknown = block_roles(source, block, width, transposed)
         blocks.append(parts)
-        alternatives.append(options)
+        alternatives.append(unsure)
         left += unknown
     top, unknown = top_roles(source, rest, width, vocab_size)
     if left or unknown:

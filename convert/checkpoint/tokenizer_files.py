@@ -90,6 +90,6 @@ def _gpt2(vocab: Path, merges: Path, config: Mapping[str, Any]) -> Any:
 
 
 def _by_transformers(folder: Path) -> Any:
-    from transformers import GPT2TokenizerFast
+    from transformers import GPT2TokenizerFast  # type: ignore[attr-defined]  # a name made at run time
 
     return GPT2TokenizerFast.from_pretrained(folder, local_files_only=True).backend_tokenizer

@@ -194,7 +194,7 @@ class AttentionReader:
                 f"2 x {len(kv)} key and value heads of size {d}"
             )
         columns = elements[order].reshape(-1)
-        columns = None if (columns == np.arange(count * d)).all() else columns
+        reordered = None if (columns == np.arange(count * d)).all() else columns
         free = np.ones(outputs, dtype=bool)
         free[kv] = False
         seen: set[bytes] = set()
@@ -216,7 +216,7 @@ class AttentionReader:
                 key = q.tobytes() + k.tobytes()
                 if fits and key not in seen:
                     seen.add(key)
-                    yield Heads(q[order], k, kv, columns)
+                    yield Heads(q[order], k, kv, reordered)
 
     def fit_likely(self, heads: Heads) -> Attention:
         """The best combination of what the code says and of usual values."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -62,5 +63,9 @@ class Locator:
         for axes in itertools.permutations(range(base.ndim)):
             moved = base.permute(axes).reshape(shape)
             if torch.equal(moved, value):
-                return lambda stored, axes=axes: stored.transpose(axes).reshape(shape)
+                return partial(_moved, axes, shape)
         return None
+
+
+def _moved(axes: tuple[int, ...], shape: tuple[int, ...], stored: NDArray[Any]) -> NDArray[Any]:
+    return stored.transpose(axes).reshape(shape)

@@ -50,11 +50,11 @@ class Unwritten(TorchDispatchMode):
         kwargs = kwargs or {}
         target = args[0] if args and isinstance(args[0], Tensor) else None
         schema = func._schema
-        in_place = target is not None and _writes_only_first(schema)
-        others = tree_flatten((args[1:] if in_place else args, kwargs))[0]
+        target = target if _writes_only_first(schema) else None
+        others = tree_flatten((args if target is None else args[1:], kwargs))[0]
         if any(self._holds(t) for t in others) and not _is_view(schema):
             raise InitialValuesUsed(func.name())
-        if not in_place:
+        if target is None:
             return func(*args, **kwargs)
         random = any(a.name == "generator" for a in schema.arguments)
         if not self._holds(target):

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from operator import attrgetter
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ from ..checkpoint.recipes import Ref, constant, gather
 from ..checkpoint.roles import Map, leftovers_error, mapped_recipes, read_map
 from ..checkpoint.source import Source, context_length, hyper, is_no_weight
 from ..overrides import OVERRIDES, option
-from ..spec import CodeSpec, ModelSpec, Resolved, TensorRecipe
+from ..spec import Activation, CodeSpec, ModelSpec, Resolved, TensorRecipe
 from .attention import Hints
 from .confirm import confirm
 from .conventions import Block, Interpretation, Norm, Reader
@@ -242,7 +242,7 @@ class _Observation:
             rope_dim=found.attention.dim,
             rope_base=found.attention.base,
             rope_style="half" if found.attention.style == "half" else "interleaved",
-            activation=found.activation,
+            activation=cast(Activation, found.activation),  # others were refused
             code=self.code,
             tensors=tensors,
             conventions=self.conventions,

@@ -60,7 +60,7 @@ class OwnModel:
         self.vocab_size = 0  # known after the first logits
         self._call_style: Callable[[Tensor], Any] | None = None
         self._last_only = False
-        self._tap: tuple[str, int] | tuple[nn.Module, Any] | None = None
+        self._tap: tuple[Any, Any] = (None, None)  # a module and its argument, or "operation" and its number
 
     # --- logits --------------------------------------------------------------------------------------------------
 
@@ -178,7 +178,7 @@ class OwnModel:
         handle = module.register_forward_pre_hook(stop, with_kwargs=True)
         try:
             with self._running(), contextlib.suppress(_Stop):
-                self._call_style(torch.as_tensor(np.asarray(ids, dtype=np.int64))[None])
+                self._forward(ids)
         finally:
             handle.remove()
         return seen[0].reshape(len(ids), -1).numpy()
@@ -195,13 +195,13 @@ class OwnModel:
 
         tape = StopAt(self.model)
         with self._running(), contextlib.suppress(_Stop), tape:
-            self._call_style(torch.as_tensor(np.asarray(ids, dtype=np.int64))[None])
+            self._forward(ids)
         return tape.rows.reshape(len(ids), -1).numpy()
 
     def close(self) -> None:
         """Forget the model and the modules of its code."""
         self.model = nn.Module()
-        self._call_style = self._tap = None  # they hold the model too
+        self._call_style, self._tap = None, (None, None)  # they hold the model too
         _forget_modules(self.source.directory)
         self.put_back()
 
@@ -488,7 +488,7 @@ def _unsaved(model: nn.Module) -> list[str]:
 def _tie_output(model: nn.Module, missing: list[str], file_name: dict[str, str]) -> list[str]:
     """Share the embedding with the output projection, as transformers would; returns what is still missing."""
     try:
-        output, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        output, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
         return missing
     if output is None or embedding is None:
@@ -506,7 +506,7 @@ def _match_names(model: nn.Module, source: Source) -> tuple[dict[str, str], list
     best: dict[str, str] = {}
     for strip in _prefixes(source.tensors):
         for add in _prefixes(wanted):
-            stored = {}
+            stored: dict[str, str] = {}
             for name in source.tensors:
                 short = name.removeprefix(strip)
                 for wrapper in _WRAPPERS if add == "" else ():

@@ -90,12 +90,14 @@ def choose(
             joint.append(item)
     combos = itertools.product(*(range(len(i.options)) for i in joint))
     states = [state | {i.name: i.options[n][1] for i, n in zip(joint, combo, strict=True)} for combo in combos]
-    state.update(min(states, key=lambda s: losses.of(s, 1).mean()))
+    best_state = min(states, key=lambda s: losses.of(s, 1).mean())
+    state.update(best_state)
     for windows in (1, *[len(losses.windows)] * _ROUNDS):
         before = dict(state)
         for item in movable:
             tries = [state | {item.name: value} for _, value in item.options]
-            state.update(min(tries, key=lambda s: losses.of(s, windows).mean()))
+            best_state = min(tries, key=lambda s: losses.of(s, windows).mean())
+            state.update(best_state)
         if windows == len(losses.windows) and all(state[i.name] is before[i.name] for i in movable):
             break
     windows = len(losses.windows)

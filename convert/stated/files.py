@@ -17,7 +17,7 @@ from ..checkpoint.recipes import Ref, constant, gather, stored_ref
 from ..checkpoint.roles import Part, Roles, assign_roles, mapped_recipes, read_map
 from ..checkpoint.source import Source, check_numbers, context_length, hyper, spelling
 from ..overrides import OVERRIDES, option
-from ..spec import Bits, CodeSpec, ModelSpec, TensorRecipe
+from ..spec import Bits, CodeSpec, Lift, ModelSpec, TensorRecipe
 
 
 @dataclass
@@ -107,7 +107,7 @@ class Files:
                 raise CheckpointError(
                     f"config.json: tie_word_embeddings is false, but the files hold {ends[0]} and no output projection"
                 )
-        elif tied and not np.array_equal(*(self.source.read_raw(name) for name in ends)):
+        elif tied and not np.array_equal(self.source.read_raw(ends[0]), self.source.read_raw(ends[1])):
             raise CheckpointError(
                 f"config.json: tie_word_embeddings is true, but {ends[0]} and {ends[1]} hold different values: which "
                 "of the two counts depends on who loads it"
@@ -188,8 +188,7 @@ class Files:
         if name in self.stated:
             value = self.stated[name]
             return Item(name, [(_text(value), value)], f"given with {option(name)}")
-        found = hyper(self.config, key) if key else None
-        if found is not None:
+        if key is not None and (found := hyper(self.config, key)) is not None:
             return Item(name, [(_text(found), found)], f"config.json, {spelling(self.config, key)}")
         if settled is not None:
             return Item(name, [(_text(settled[0]), settled[0])], settled[1])
@@ -301,7 +300,7 @@ class Files:
         if codes.shape[1] > MAX_WIDTH:
             raise CheckpointError(f"tensor {name}: codes of {codes.shape[1]} bits; the file format has {MAX_WIDTH}")
 
-        def rows(lift: str) -> Callable[[NDArray[np.int64]], Any]:
+        def rows(lift: Lift) -> Callable[[NDArray[np.int64]], Any]:
             values = (0.0, 1.0)
             plain = CodeSpec("table", codes.shape[1], table=codes, lift=lift, values=values)
             return lambda ids: plain.lift_codes(codes[ids], self.width)
@@ -309,9 +308,8 @@ class Files:
         def code(state: State) -> CodeSpec:
             found = recover_code(rows(state["lift"]), self.vocab_size, 4096)
             assert found is not None
-            values = tuple(float(v) for v in state["values"])
-            swapped = found.values == (1.0, 0.0)
-            values = values[::-1] if swapped else values
+            low, high = map(float, state["values"])
+            values = (high, low) if found.values == (1.0, 0.0) else (low, high)
             return CodeSpec(found.kind, found.width, found.matrix, found.shift, found.table, found.lift, values)
 
         self.code = code
@@ -359,8 +357,8 @@ class Files:
         def code(state: State) -> CodeSpec:
             a = matrix.T if state.get("affine_orientation") == "cA" else matrix
             a = a[:, ::-1] if state["bit_order"] == "msb" else a
-            values = tuple(float(v) for v in state["values"])
-            return CodeSpec("affine", width, np.ascontiguousarray(a), shift, lift=state["lift"], values=values)
+            low, high = map(float, state["values"])
+            return CodeSpec("affine", width, np.ascontiguousarray(a), shift, lift=state["lift"], values=(low, high))
 
         shift = np.zeros(width, np.uint8) if shift is None else shift
         self.code = code
@@ -425,8 +423,8 @@ class Files:
         for i, block in enumerate(blocks):
             self._block(tensors, f"blk.{i}.", block, bool(transposed), state)
         for name in ("output_norm", "output"):
-            part = self.roles.top.get(name)
-            if part is not None:
+            if name in self.roles.top:
+                part = self.roles.top[name]
                 flip = self._out_first(part.weight) if name == "output" else False
                 ref = self._matrix(part, flip) if name == "output" else self._vector(part.weight)
                 kept = np.arange(self.vocab_size) if name == "output" else None
