@@ -13,8 +13,6 @@ tightly as float32 allows, and the end-to-end figures then say what the rounding
 the links that need it fall away and `against` says so: the certificate then covers the conversion, not the conventions.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -222,7 +220,7 @@ def certify(
         errors[:] = math.inf
 
     progress("running the reference model on the weights of the checkpoint")
-    truth = reference_logits(_with_tensors(stored.spec, spec), prompts)
+    truth = reference_logits(replace(stored.spec, tensors=spec.tensors), prompts)
     if resolved.reference_logits is not None:
         progress("running the checkpoint's own code")
         own = [resolved.reference_logits(p) for p in prompts]
@@ -464,11 +462,6 @@ def _outtype(stored: StoredModel) -> str:
     if not isinstance(number, int) or number not in by_number:
         raise _core.GGUFError(f"general.file_type {number!r} is not one that the converter writes")
     return by_number[number]
-
-
-def _with_tensors(conventions: ModelSpec, weights: ModelSpec) -> ModelSpec:
-    """The conventions of one spec with the weights of another."""
-    return replace(conventions, tensors=weights.tensors)
 
 
 def _differences(stored: ModelSpec, spec: ModelSpec) -> Iterator[str]:

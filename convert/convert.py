@@ -6,8 +6,6 @@
 `main` is `fixmin convert` and `convert/hf_to_gguf.py`, `verify_main` is `fixmin verify`: one definition of the options.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import difflib

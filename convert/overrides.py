@@ -1,7 +1,5 @@
 """What a user may state of a checkpoint: one table, which gives the command line options, their checks and messages."""
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import math

@@ -1,7 +1,5 @@
 """Find out what function a checkpoint computes and settle its conventions."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

@@ -4,8 +4,6 @@ The weights may come from a checkpoint or from a GGUF file: a spec reads its ten
 prompts go through a block before the next one is read, so a 2 GB model costs one block (50 MB for the published ones).
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 from typing import Any
 

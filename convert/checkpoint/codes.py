@@ -1,7 +1,5 @@
 """Recover the code of every token id from the rows that enter the first block."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

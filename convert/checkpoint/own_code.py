@@ -1,7 +1,5 @@
 """Which code computes a checkpoint: its own, in its directory, or an architecture of transformers. Nothing is run."""
 
-from __future__ import annotations
-
 import ast
 import contextlib
 from pathlib import Path

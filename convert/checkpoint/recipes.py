@@ -1,7 +1,5 @@
 """Tensors of the files as recipes: rows taken, stacked and reordered when they are read."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -5,8 +5,6 @@ characters and cut with one regular expression, others do not. So only where tok
 is a tokenizer built, and it is compared with the one that transformers makes of the same files.
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path

@@ -4,8 +4,6 @@ Independent of the writer and of the engine's arithmetic: the bytes are dequanti
 read with plain reads, not through the mapping, because mapped pages count as resident memory.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass

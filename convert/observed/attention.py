@@ -6,8 +6,6 @@ values, all elements of a head alike: that finds the heads. Which of the rest is
 scale are then tried, likely combinations first.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence

@@ -1,7 +1,5 @@
 """Hold a resolved model against the checkpoint's own code over its whole context, block by block."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

@@ -6,8 +6,6 @@ output projection from them, which activation makes the input of the second MLP 
 reproduces is refused by name. All comparisons are made in float64 against the float32 of the checkpoint's code.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence

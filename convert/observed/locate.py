@@ -1,10 +1,7 @@
 """Where the files hold a weight that an operation was seen to use, and how to read the same numbers from them."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -63,9 +60,5 @@ class Locator:
         for axes in itertools.permutations(range(base.ndim)):
             moved = base.permute(axes).reshape(shape)
             if torch.equal(moved, value):
-                return partial(_moved, axes, shape)
+                return lambda stored: stored.transpose(axes).reshape(shape)
         return None
-
-
-def _moved(axes: tuple[int, ...], shape: tuple[int, ...], stored: NDArray[Any]) -> NDArray[Any]:
-    return stored.transpose(axes).reshape(shape)

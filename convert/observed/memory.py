@@ -5,8 +5,6 @@ then puts the checkpoint's file in their place, mapped, and has the pages of eve
 returns. What a model computes stays the same; the weights of a 1.9 GB checkpoint take the 0.3 GB of its largest module.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import gc

@@ -1,7 +1,5 @@
 """Resolve a checkpoint by running its own code and reading the conventions off what it computes."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Callable, Mapping

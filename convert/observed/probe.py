@@ -5,8 +5,6 @@ in float32, and its tensors are filled one by one; `from_pretrained` is the seco
 modules are imported under a package of their own and forgotten, and the registries of transformers are put back.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import inspect

@@ -5,8 +5,6 @@ does. A `Tape` sits below every spelling of it (nn.Linear, `x @ w`, einsum, Conv
 records each operation that combines a weight with an activation.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any

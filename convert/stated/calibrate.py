@@ -1,7 +1,5 @@
 """Settle what the files leave open by the model's own loss on a text."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import os

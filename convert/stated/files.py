@@ -1,7 +1,5 @@
 """What the files of a checkpoint say about the model, without running any code, and what they leave open."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence

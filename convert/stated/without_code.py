@@ -6,8 +6,6 @@ items are either settled by calibration, each with its margin, or listed in the 
 them.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -5,8 +5,6 @@ Tensors stream from file to file; the bytes come from `ggml_quantize_chunk`. All
 src/llama-quant.cpp (function llama_tensor_get_type, as of 2025); written here anew, only for what these models have.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
