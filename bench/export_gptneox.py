@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models
 
-from fixmin_cpp.convert.quantize import OUT_TYPES, quantize_rows
+from fixmin_cpp.convert.gguf_file.formats import OUT_TYPES, quantize_rows
 from fixmin_cpp.convert.resolve import resolve
 from fixmin_cpp.convert.spec import ModelSpec
 

@@ -47,8 +47,8 @@ WITH_IMATRIX = " + imatrix"
 
 def measure(arguments: argparse.Namespace) -> None:
     from fixmin_cpp import Model, perplexity
-    from fixmin_cpp.convert.imatrix import collect
-    from fixmin_cpp.convert.requantize import quantize
+    from fixmin_cpp.quantization.imatrix import collect
+    from fixmin_cpp.quantization.requantize import quantize
 
     base_path = Path(arguments.base)
     with tempfile.TemporaryDirectory() as temporary:

@@ -1,7 +1,19 @@
-"""From a Hugging Face checkpoint to a certified GGUF file (DESIGN §4).
+"""From a Hugging Face checkpoint to a certified GGUF file.
 
-`resolve` finds out what function a checkpoint computes and returns it as a `ModelSpec`; writing and certifying the file
-is built on top of that. torch is imported only by the modules that run a model, and only when they do.
+The rooms in the order of work; each imports only from those above it:
+
+    spec        what a model computes, as numbers and lazily read tensors: the interface of everything below
+    overrides   what a user may state: one table of options
+    streaming   logits of a spec by the PyTorch model in reference/, block by block
+    checkpoint  what lies in the folder: config.json, tensors and their roles, codes, tokenizer, which code
+    observed    the checkpoint's own code, run and watched: conventions read off what it computes
+    stated      without code: what files and options say, and what the loss on a text decides
+    resolve     one of the two, and its checks: a checkpoint -> a spec with the origin of every convention
+    gguf_file   a spec -> a GGUF file, and back; number formats
+    certify     the proof that the file computes the function of the checkpoint
+    convert     all of it in one call, and the command line (hf_to_gguf.py is a script for it)
+
+torch is imported only by the modules that run a model, and only when they do.
 
 The package itself can be called: `fixmin_cpp.convert(...)` is `fixmin_cpp.api.convert(...)`.
 """

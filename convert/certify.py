@@ -13,8 +13,6 @@ tightly as float32 allows, and the end-to-end figures then say what the rounding
 the links that need it fall away and `against` says so: the certificate then covers the conversion, not the conventions.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -31,12 +29,13 @@ from numpy.typing import NDArray
 
 from .. import _core
 from ..errors import naming
-from .quantize import BY_GGML_TYPE, OUT_TYPES
-from .readback import StoredModel, read_gguf
-from .resolve import OVERRIDES, resolve
-from .source import Source
+from .checkpoint.source import Source
+from .gguf_file.formats import BY_GGML_TYPE, OUT_TYPES
+from .gguf_file.readback import StoredModel, read_gguf
+from .observed.torch_threads import torch_threads
+from .overrides import OVERRIDES, option
+from .resolve import resolve
 from .spec import ModelSpec, Resolved, TensorRecipe
-from .torch_threads import torch_threads
 
 OWN_CODE = "the checkpoint's own code"
 REFERENCE = "the reference implementation (the checkpoint's code was not run)"
@@ -221,7 +220,7 @@ def certify(
         errors[:] = math.inf
 
     progress("running the reference model on the weights of the checkpoint")
-    truth = reference_logits(_with_tensors(stored.spec, spec), prompts)
+    truth = reference_logits(replace(stored.spec, tensors=spec.tensors), prompts)
     if resolved.reference_logits is not None:
         progress("running the checkpoint's own code")
         own = [resolved.reference_logits(p) for p in prompts]
@@ -280,7 +279,7 @@ def _verify(
     overrides = {**remembered_overrides(stored.metadata), **(overrides or {})}
     allowed = remembered_allowances(stored.metadata)
     if any(allowed.values()):
-        names = ", ".join(f"--{option.replace('_', '-')} {name}" for option, some in allowed.items() for name in some)
+        names = ", ".join(f"{option(kind)} {name}" for kind, some in allowed.items() for name in some)
         progress(f"as in the conversion, which the file remembers: {names}")
     progress("hashing the weights")
     with Source(Path(checkpoint_dir)) as source:
@@ -309,10 +308,10 @@ def remembered_overrides(metadata: Mapping[str, Any]) -> dict[str, Any]:
 def remembered_allowances(metadata: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     """allow_missing and allow_unexpected of the conversion; () where the file holds none or something else."""
     found = {}
-    for option in ("allow_missing", "allow_unexpected"):
-        names = metadata.get(f"fixmin.convert.{option}")
-        plain = isinstance(names, list) and all(isinstance(name, str) for name in names)
-        found[option] = tuple(names) if plain else ()
+    for name in ("allow_missing", "allow_unexpected"):
+        names = metadata.get(f"fixmin.convert.{name}")
+        plain = isinstance(names, list) and all(isinstance(text, str) for text in names)
+        found[name] = tuple(names or ()) if plain else ()
     return found
 
 
@@ -397,8 +396,8 @@ def rounding_error(true: NDArray[np.float32], stored: NDArray[np.float32], ggml_
 
 
 def rounded_products(stored: StoredModel) -> set[str]:
-    """Names of the matrices whose products the engine takes with 8-bit activations (DESIGN §5): the quantised ones,
-    but not the queries, keys and values of layer 0 that it folds with the code."""
+    """Names of the matrices whose products the engine takes with 8-bit activations (docs/numerics.md): the quantised
+    ones, but not the queries, keys and values of layer 0 that it folds with the code."""
     floats = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
     folded = set()
     if stored.spec.code.kind != "learned":
@@ -465,15 +464,10 @@ def _outtype(stored: StoredModel) -> str:
     return by_number[number]
 
 
-def _with_tensors(conventions: ModelSpec, weights: ModelSpec) -> ModelSpec:
-    """The conventions of one spec with the weights of another."""
-    return replace(conventions, tensors=weights.tensors)
-
-
 def _differences(stored: ModelSpec, spec: ModelSpec) -> Iterator[str]:
     """Conventions and shapes in which a file differs from the checkpoint."""
-    skip = ("code", "tensors", "conventions", "name", "tokenizer_json", "weights_sha256")
-    skip += ("bos_token_id", "eos_token_ids", "pad_token_id")
+    skip = ("code", "tensors", "conventions", "name", "tokenizer_json", "weights_sha256",
+            "bos_token_id", "eos_token_ids", "pad_token_id")  # fmt: skip
     for item in fields(ModelSpec):
         ours, theirs = getattr(stored, item.name), getattr(spec, item.name)
         if item.name not in skip and ours != theirs and not _same_float32(ours, theirs):

@@ -6,8 +6,6 @@
 `main` is `fixmin convert` and `convert/hf_to_gguf.py`, `verify_main` is `fixmin verify`: one definition of the options.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import difflib
@@ -33,12 +31,13 @@ from ..arguments import as_threads
 from ..errors import CheckpointError
 from ..inspect import printable
 from .certify import Certificate, OpenRunner, certify, open_engine, pending, verify
-from .quantize import OUT_TYPES
-from .resolve import OVERRIDES, resolve
-from .source import check_directory
+from .checkpoint.source import check_directory
+from .gguf_file.formats import OUT_TYPES
+from .gguf_file.writer import AtomicFile, Layout, Progress, Provenance, check_loads
+from .observed.torch_threads import torch_threads
+from .overrides import add_options, stated_options
+from .resolve import resolve
 from .spec import Resolved
-from .torch_threads import torch_threads
-from .writer import AtomicFile, Layout, Progress, Provenance, check_loads
 
 UNCERTIFIED_SUFFIX = ".uncertified"
 
@@ -147,7 +146,7 @@ def convert(
         checkpoint_dir: config.json, weights (safetensors or pytorch_model.bin), tokenizer.json, modeling code.
         out: the file to write, or the folder for it; None: in the checkpoint's folder. Its name is then made from the
             folder's and the type.
-        outtype: a key of `quantize.OUT_TYPES`.
+        outtype: a key of `gguf_file.formats.OUT_TYPES`.
         keep_uncertified: keep a file that fails certification, as OUT.uncertified.
         n_threads: threads that quantise; None, 0 or -1: the CPUs of this process.
         open_runner: opens the file for certification; the native engine by default.
@@ -245,27 +244,6 @@ def _convention(name: str, value: Any, origin: str) -> str:
 
 # --- command line -----------------------------------------------------------------------------------------------
 
-# How the values of `OVERRIDES` are given; those that are not here are strings.
-_OVERRIDE_ARGUMENTS: dict[str, dict[str, Any]] = {
-    "lift": {"choices": ("tile", "interleave")},
-    "bit_order": {"choices": ("lsb", "msb")},
-    "affine": {"nargs": 2, "metavar": ("A.npy", "B.npy")},
-    "affine_orientation": {"choices": ("Ac", "cA")},
-    "values": {"nargs": 2, "type": float, "metavar": ("V0", "V1")},
-    "norm": {"choices": ("layernorm", "rmsnorm")},
-    "norm_eps": {"type": float},
-    "activation": {"choices": ("gelu", "gelu_tanh", "swiglu")},
-    "rope_style": {"choices": ("half", "interleaved")},
-    "rope_base": {"type": float},
-    "rope_dim": {"type": int},
-    "n_head": {"type": int},
-    "n_head_kv": {"type": int},
-    "attention_scale": {"type": float},
-    "gate_up_order": {"choices": ("gate_up", "up_gate")},
-    "transposed": {"action": argparse.BooleanOptionalAction},
-    "context_length": {"type": int},
-}
-
 
 def _add_resolve_options(parser: argparse.ArgumentParser) -> None:
     """The checkpoint directory and everything that tells `resolve` how to read it."""
@@ -287,25 +265,18 @@ def _add_resolve_options(parser: argparse.ArgumentParser) -> None:
             metavar="NAME",
             help=f"{instead} where a tensor of this name (* and ? stand for any text) is {what}; may be repeated",
         )
-    group = parser.add_argument_group("what the checkpoint does not say")
-    for name, what in OVERRIDES.items():
-        arguments = {"default": None, "help": what.replace("%", "%%"), **_OVERRIDE_ARGUMENTS.get(name, {})}
-        group.add_argument(f"--{name.replace('_', '-')}", **arguments)
+    add_options(parser.add_argument_group("what the checkpoint does not say"))
 
 
 def _resolve_options(args: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments for `resolve` from the options of `_add_resolve_options`."""
-    overrides = {name: getattr(args, name) for name in OVERRIDES if getattr(args, name) is not None}
-    for name, value in overrides.items():
-        if isinstance(value, list):
-            overrides[name] = tuple(value)
     return {
         "trust_remote_code": args.trust_remote_code,
         "map_file": args.map_file,
         "calibrate": args.calibrate,
         "allow_missing": tuple(args.allow_missing),
         "allow_unexpected": tuple(args.allow_unexpected),
-        "overrides": overrides,
+        "overrides": stated_options(args),
     }
 
 

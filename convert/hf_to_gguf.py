@@ -12,7 +12,7 @@ from pathlib import Path
 
 def main() -> None:
     """Run `fixmin convert` with the arguments of this process; does not return."""
-    # Python put this folder first on the path, where trace.py and others would hide modules of the standard library.
+    # Python put this folder first on the path, where spec.py and others would hide modules of a checkpoint.
     here = Path(__file__).resolve().parent
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != here]
     try:

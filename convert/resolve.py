@@ -1,9 +1,5 @@
-"""Find out what function a checkpoint computes (DESIGN §4, steps 1 to 3)."""
+"""Find out what function a checkpoint computes and settle its conventions."""
 
-from __future__ import annotations
-
-import itertools
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,32 +8,14 @@ from typing import Any
 import numpy as np
 
 from ..errors import CheckpointError
-from .source import Source, is_no_weight, some
+from .checkpoint.own_code import check_code, has_own_code, needs_trust
+from .checkpoint.roles import read_map
+from .checkpoint.source import Source, is_no_weight, some
+from .overrides import checked
 from .spec import Resolved
+from .stated.without_code import resolve_without_code
 
 Log = Callable[[str], None]
-
-# What a user may state: name -> what it is. On the command line each is an option with dashes.
-OVERRIDES = {
-    "lift": '"tile" or "interleave"',
-    "bit_order": '"lsb" or "msb": which bit of an id the first element of a code is',
-    "affine": "(A, b) as arrays or paths of .npy files: code = A·bin(id) xor b, or (c·A if orientation is given so)",
-    "affine_orientation": '"Ac" (A times the column of bits) or "cA" (the row of bits times A)',
-    "values": "(value of a 0 bit, value of a 1 bit)",
-    "norm": '"layernorm" or "rmsnorm"',
-    "norm_eps": "number added under the root of every norm",
-    "activation": '"gelu", "gelu_tanh" or "swiglu"',
-    "rope_style": '"half" or "interleaved"',
-    "rope_base": "rotary base",
-    "rope_dim": "elements of a head that are rotated",
-    "n_head": "query heads",
-    "n_head_kv": "key/value heads",
-    "attention_scale": "factor on q·k",
-    "qkv_order": 'layout of a fused projection: "qkv", "kqv", ... or, with one such triple per head, "qkv/head"',
-    "gate_up_order": '"gate_up" or "up_gate": order in a fused projection',
-    "transposed": "whether matrices are stored [in, out]",
-    "context_length": "longest prompt in tokens",
-}
 
 
 def resolve(
@@ -52,14 +30,14 @@ def resolve(
     remembered: Mapping[str, Sequence[str]] | None = None,
     log: Log | None = None,
 ) -> Resolved:
-    """Read a checkpoint directory and settle every convention of DESIGN §2, each with its provenance.
+    """Read a checkpoint directory and settle every convention of the model, each with its provenance.
 
     Args:
         checkpoint_dir: config.json, weights, and perhaps the modeling code and tokenizer.json.
         trust_remote_code: run the checkpoint's own code. What it computes then decides; nothing is guessed.
         map_file: which checkpoint tensor is which GGUF tensor, see `roles.read_map`.
         calibrate: a text file; without code, what the files leave open is chosen by the model's loss on it.
-        overrides: what the user states; keys and values as in `OVERRIDES`.
+        overrides: what the user states; keys and values as in `overrides.OVERRIDES`.
         allow_missing: names, or patterns with * and ?, of tensors that the files may lack: they get what a new model
             has there (the constructor's values; without code, biases of 0 and gains of 1).
         allow_unexpected: the same for tensors that have no place in the model: they are left out.
@@ -72,11 +50,7 @@ def resolve(
     Raises:
         CheckpointError: unreadable, ambiguous, or a function the file format does not have.
     """
-    stated = {k: v for k, v in (overrides or {}).items() if v is not None}
-    unknown = sorted(set(stated) - set(OVERRIDES))
-    if unknown:
-        raise CheckpointError(f"unknown override: {', '.join(unknown)}; known: {', '.join(OVERRIDES)}")
-    _check_overrides(stated)
+    stated = checked(overrides)
     report: list[str] = []
 
     def tell(line: str) -> None:
@@ -88,17 +62,13 @@ def resolve(
     for allowance in (source.allow_missing, source.allow_unexpected):
         allowance.remembered = tuple((remembered or {}).get(allowance.option.strip("-").replace("-", "_"), ()))
     try:
-        from . import probe
-
-        probe.check_code(source, trust_remote_code)
+        check_code(source, trust_remote_code)
         check_finite(source, map_file)
-        if probe.has_own_code(source) and (trust_remote_code or not probe.needs_trust(source)):
-            from .observe import resolve_by_code
+        if has_own_code(source) and (trust_remote_code or not needs_trust(source)):
+            from .observed.observe import resolve_by_code  # imports torch
 
             resolved = resolve_by_code(source, stated, map_file, tell)
         else:
-            from .without_code import resolve_without_code
-
             resolved = resolve_without_code(source, stated, map_file, calibrate, tell)
         source.allow_missing.check_used()
         source.allow_unexpected.check_used()
@@ -152,8 +122,6 @@ def check_finite(source: Source, map_file: str | os.PathLike[str] | None) -> Non
 
     Here, because further on such a number looks like a function that the file format does not have.
     """
-    from .roles import read_map  # imports torch
-
     ignored = read_map(source, map_file).ignored
     for name, tensor in source.tensors.items():
         square = len(tensor.shape) >= 2 and tensor.size == tensor.shape[-1] ** 2
@@ -163,42 +131,6 @@ def check_finite(source: Source, map_file: str | os.PathLike[str] | None) -> Non
             except CheckpointError:
                 if not (square and is_no_weight(name, source.read_raw(name))):  # a mask may hold -inf
                     raise
-
-
-_CHOICES = {
-    "lift": ("tile", "interleave"),
-    "bit_order": ("lsb", "msb"),
-    "affine_orientation": ("Ac", "cA"),
-    "norm": ("layernorm", "rmsnorm"),
-    "activation": ("gelu", "gelu_tanh", "swiglu"),
-    "rope_style": ("half", "interleaved"),
-    "qkv_order": tuple("".join(o) + end for o in itertools.permutations("qkv") for end in ("", "/head")),
-    "gate_up_order": ("gate_up", "up_gate"),
-    "transposed": (True, False),
-}
-_COUNTS = ("rope_dim", "n_head", "n_head_kv", "context_length")
-
-
-def _check_overrides(stated: Mapping[str, Any]) -> None:
-    """CheckpointError for a value that no checkpoint could have."""
-    for key, value in stated.items():
-        wanted = None
-        if key in _CHOICES:
-            wanted = None if value in _CHOICES[key] else f"one of {', '.join(map(str, _CHOICES[key]))}"
-        elif key in ("affine", "values"):
-            wanted = None if isinstance(value, (tuple, list)) and len(value) == 2 else "two values"
-            if key == "values" and wanted is None and not all(_is_finite(v) for v in value):
-                wanted = "two finite numbers"
-        elif key in _COUNTS:
-            wanted = None if _is_finite(value) and value >= 1 and value == int(value) else "a positive whole number"
-        elif not (_is_finite(value) and value > 0):
-            wanted = "a positive number"
-        if wanted is not None:
-            raise CheckpointError(f"--{key.replace('_', '-')} {value}: must be {wanted}")
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _short(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""What a checkpoint computes, in the terms of DESIGN §2: the interface between resolving a checkpoint and writing it.
+"""What a checkpoint computes, in the terms of the file format: what is between resolving and writing.
 
 Nothing here knows file formats or PyTorch. A `ModelSpec` holds numbers and, per GGUF tensor, a `TensorRecipe` that
 reads the values lazily, so a spec of a 2 GB checkpoint costs kilobytes until its tensors are read.
@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 F32 = NDArray[np.float32]
 Bits = NDArray[np.uint8]
+Lift = Literal["tile", "interleave"]
+Activation = Literal["gelu", "gelu_tanh", "swiglu"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class CodeSpec:
     affine: code = matrix · bin(id) xor shift over GF(2), bin least significant bit first, invertible matrix.
     table:  code of id v is `table[v]`.
     learned: no code; the rows are the tensor `token_embd.weight`, and width is 0.
-    Bit i of a code is the one with lift index i (DESIGN §2): x[n] = values[code[n % K]] for lift "tile",
+    Bit i of a code is the one with lift index i: x[n] = values[code[n % K]] for lift "tile",
     values[code[n // (D // K)]] for "interleave".
     """
 
@@ -34,7 +36,7 @@ class CodeSpec:
     matrix: Bits | None = None  # [K, K] of 0/1, affine only
     shift: Bits | None = None  # [K] of 0/1, affine only
     table: Bits | None = None  # [V, K] of 0/1, table only
-    lift: Literal["tile", "interleave"] = "tile"
+    lift: Lift = "tile"
     values: tuple[float, float] = (0.0, 1.0)  # of a 0 bit and of a 1 bit
 
     def codes(self, ids: NDArray[Any]) -> Bits:
@@ -67,7 +69,7 @@ class TensorRecipe:
 
     shape: tuple[int, ...]
     sources: tuple[str, ...]  # checkpoint tensor names; empty if the checkpoint's code computes the values
-    read_rows: Callable[[int, int], F32] = field(repr=False, compare=False)
+    read_rows: Callable[[int, int], NDArray[Any]] = field(repr=False, compare=False)
 
     def load_rows(self, start: int, stop: int) -> F32:
         """Rows start..stop as a C-contiguous float32 array [stop - start, ...]."""
@@ -100,7 +102,7 @@ class ModelSpec:
     rope_dim: int
     rope_base: float
     rope_style: Literal["half", "interleaved"]
-    activation: Literal["gelu", "gelu_tanh", "swiglu"]
+    activation: Activation
     code: CodeSpec
     tensors: dict[str, TensorRecipe]  # GGUF name -> recipe, in file order
     conventions: dict[str, tuple[Any, str]]  # name -> (value, where it came from)

@@ -4,8 +4,6 @@ The weights may come from a checkpoint or from a GGUF file: a spec reads its ten
 prompts go through a block before the next one is read, so a 2 GB model costs one block (50 MB for the published ones).
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -23,7 +21,7 @@ _OUTPUT_ROWS = 8192
 # A block that adds less than this fraction of the residual stream is judged by the stream, whose float32 rounding would
 # otherwise count as the block's error.
 _LEAST_ADDED = 0.01
-_BLOCK = 32  # activations that share a scale, DESIGN §5
+_BLOCK = 32  # activations that share a scale: docs/numerics.md
 
 
 def reference_config(spec: ModelSpec) -> FixMinConfig:
@@ -77,9 +75,9 @@ def step_errors(
     """How far a recorded forward pass is, step by step, from the reference that starts each step where the record does.
 
     states: the inputs of all blocks and the output of the last one, block_count + 1 times [T, D]. logits: [T, V].
-    rounded: names of the weights whose products the recorded engine takes with 8-bit activations (DESIGN §5); their
-    inputs are rounded here in the same way. Starting anew at every block matters for those: a difference of 1e-7 turns
-    a few roundings over, and over many blocks that grows to the size of the rounding itself.
+    rounded: names of the weights whose products the recorded engine takes with 8-bit activations (docs/numerics.md);
+    their inputs are rounded here in the same way. Starting anew at every block matters for those: a difference of 1e-7
+    turns a few roundings over, and over many blocks that grows to the size of the rounding itself.
 
     Returns an array [T] for each block, ‖Δ‖ / ‖what it adds‖ at each position, and last ‖Δlogits‖ / ‖logits‖.
     """

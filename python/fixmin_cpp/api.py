@@ -23,7 +23,7 @@ from .model import Model
 if TYPE_CHECKING:
     # In the source tree they lie elsewhere, where mypy does not look.
     from fixmin_cpp.convert.convert import ConversionReport  # type: ignore[import-untyped, unused-ignore]
-    from fixmin_cpp.convert.requantize import QuantizeReport  # type: ignore[import-untyped, unused-ignore]
+    from fixmin_cpp.quantization.requantize import QuantizeReport  # type: ignore[import-untyped, unused-ignore]
 
 __all__ = ["clear_cache", "convert", "generate", "quantize", "system_info"]
 
@@ -157,7 +157,7 @@ def quantize(
         target: the file to write; it appears when it is complete.
         type: a type for every matrix, such as "q8_0" or "q4_k", or a mixed recipe such as "q4_k_m".
         imatrix, tensor_types, output_tensor_type, allow_requantize, n_threads, progress: see
-            fixmin_cpp.convert.requantize.quantize.
+            fixmin_cpp.quantization.requantize.quantize.
 
     Returns:
         A QuantizeReport: path, sizes, and the type of every tensor with the reason where it is not the one asked for.
@@ -166,7 +166,7 @@ def quantize(
         ArgumentError, ArgumentTypeError: before anything is written. GGUFError: a malformed file. CheckpointError: a
             weight that the type cannot hold. OSError. ImportError: gguf or ggml-python is not installed.
     """
-    report: QuantizeReport = import_module(".convert.requantize", __package__).quantize(
+    report: QuantizeReport = import_module(".quantization.requantize", __package__).quantize(
         source,
         target,
         type,

@@ -575,7 +575,7 @@ def quantize(
     Metadata is kept; the certificate in it remains that of the source file. Norms and biases are F32.
     """
     with _errors(debug):
-        quantizer = _extra("convert.requantize", "quantize")
+        quantizer = _extra("quantization.requantize", "quantize")
         with _bar("quantizing", as_json) as update:
             report = quantizer.quantize(
                 source,
@@ -638,7 +638,7 @@ def imatrix(
     The file is in llama.cpp's form: sums of squares per input channel, and how many tokens they are from.
     """
     with _errors(debug):
-        collector = _extra("convert.imatrix", "quantize")
+        collector = _extra("quantization.imatrix", "quantize")
         refuse_inputs(out, model, file)
         text = read_text(file)
         with _load(model, quiet=as_json, **load_options(options)) as loaded, _bar("reading", as_json) as update:

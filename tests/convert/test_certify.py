@@ -32,11 +32,11 @@ from fixmin_cpp.convert.certify import (
     rounding_error,
     verify,
 )
-from fixmin_cpp.convert.quantize import OUT_TYPES, quantize_rows
-from fixmin_cpp.convert.readback import dequantize, read_gguf
+from fixmin_cpp.convert.gguf_file.formats import OUT_TYPES, quantize_rows
+from fixmin_cpp.convert.gguf_file.readback import dequantize, read_gguf
+from fixmin_cpp.convert.gguf_file.writer import AtomicFile, Layout, Provenance
 from fixmin_cpp.convert.spec import CodeSpec, Resolved
 from fixmin_cpp.convert.streaming import reference_logits, round_activations
-from fixmin_cpp.convert.writer import AtomicFile, Layout, Provenance
 from fixmin_cpp.errors import CheckpointError, GGUFError
 
 SHA = "00" * 32

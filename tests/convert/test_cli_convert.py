@@ -20,7 +20,7 @@ from fixmin_cpp import _core
 from fixmin_cpp.convert import convert as module
 from fixmin_cpp.convert.certify import open_engine
 from fixmin_cpp.convert.convert import CertificationError, ConsoleReporter, convert, main, verify_main
-from fixmin_cpp.convert.quantize import OUT_TYPES
+from fixmin_cpp.convert.gguf_file.formats import OUT_TYPES
 from fixmin_cpp.errors import CheckpointError
 
 SCRIPT = Path(module.__file__).with_name("hf_to_gguf.py")

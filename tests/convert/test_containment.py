@@ -14,8 +14,8 @@ import pytest
 import torch
 from spec_factory import make_reference, save_checkpoint
 
-from fixmin_cpp.convert.containment import contained
 from fixmin_cpp.convert.convert import convert
+from fixmin_cpp.convert.observed.containment import contained
 from fixmin_cpp.convert.resolve import resolve
 from fixmin_cpp.errors import CheckpointError
 

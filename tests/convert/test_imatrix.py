@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 import fixmin_cpp
 from fixmin_cpp import _core
 from fixmin_cpp.convert.convert import convert
-from fixmin_cpp.convert.imatrix import collect, read_imatrix, write_imatrix
 from fixmin_cpp.errors import ArgumentError, GGUFError
+from fixmin_cpp.quantization.imatrix import collect, read_imatrix, write_imatrix
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo"
 FOLDED = {f"blk.0.attn_{part}.weight" for part in "qkv"}

@@ -12,9 +12,9 @@ torch = pytest.importorskip("torch")
 from safetensors.torch import save_file  # noqa: E402
 from torch import nn  # noqa: E402
 
-from fixmin_cpp.convert.memory import InitialValuesUsed, Unwritten, give_back, map_weights  # noqa: E402
-from fixmin_cpp.convert.probe import load_own_model  # noqa: E402
-from fixmin_cpp.convert.source import Source  # noqa: E402
+from fixmin_cpp.convert.checkpoint.source import Source  # noqa: E402
+from fixmin_cpp.convert.observed.memory import InitialValuesUsed, Unwritten, give_back, map_weights  # noqa: E402
+from fixmin_cpp.convert.observed.probe import load_own_model  # noqa: E402
 
 LARGE = 1024  # a square matrix of this width is just large enough to be left unwritten
 

@@ -12,9 +12,9 @@ from spec_factory import make_reference, save_checkpoint
 
 from fixmin_cpp import _core
 from fixmin_cpp.convert.certify import remembered_allowances, verify
+from fixmin_cpp.convert.checkpoint.source import Source
 from fixmin_cpp.convert.convert import convert
 from fixmin_cpp.convert.resolve import resolve
-from fixmin_cpp.convert.source import Source
 from fixmin_cpp.errors import CheckpointError
 
 GATED = {"activation": "swiglu", "norm_type": "rmsnorm", "mlp_bias": False}

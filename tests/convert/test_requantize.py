@@ -18,9 +18,9 @@ from gguf_factory import make_model
 from tokenizers import Tokenizer, models
 
 import fixmin_cpp
-from fixmin_cpp.convert import requantize
-from fixmin_cpp.convert.imatrix import write_imatrix
 from fixmin_cpp.errors import ArgumentError, ArgumentTypeError, CheckpointError, GGUFError
+from fixmin_cpp.quantization import requantize
+from fixmin_cpp.quantization.imatrix import write_imatrix
 
 PLAIN = [
     *("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"),

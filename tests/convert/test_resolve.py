@@ -11,7 +11,8 @@ torch = pytest.importorskip("torch")
 import zoo  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from fixmin_cpp.convert.resolve import OVERRIDES, resolve  # noqa: E402
+from fixmin_cpp.convert.overrides import OVERRIDES  # noqa: E402
+from fixmin_cpp.convert.resolve import resolve  # noqa: E402
 from fixmin_cpp.convert.streaming import reference_logits  # noqa: E402
 from fixmin_cpp.errors import CheckpointError  # noqa: E402
 

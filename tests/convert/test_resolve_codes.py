@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fixmin_cpp.convert.codes import check_tokenwise, fit_affine, recover_code
+from fixmin_cpp.convert.checkpoint.codes import check_tokenwise, fit_affine, recover_code
 from fixmin_cpp.convert.spec import CodeSpec
 from fixmin_cpp.errors import CheckpointError
 

@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch")
 import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
 
-from fixmin_cpp.convert.trace import Tape  # noqa: E402
+from fixmin_cpp.convert.observed.tape import Tape  # noqa: E402
 
 T, IN, OUT = 5, 6, 8
 

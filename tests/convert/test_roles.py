@@ -7,7 +7,7 @@ import pytest
 torch = pytest.importorskip("torch")
 from safetensors.torch import save_file  # noqa: E402
 
-from fixmin_cpp.convert.roles import (  # noqa: E402
+from fixmin_cpp.convert.checkpoint.roles import (  # noqa: E402
     Map,
     assign_roles,
     is_no_weight,
@@ -16,7 +16,7 @@ from fixmin_cpp.convert.roles import (  # noqa: E402
     role_by_name,
     split_blocks,
 )
-from fixmin_cpp.convert.source import Source  # noqa: E402
+from fixmin_cpp.convert.checkpoint.source import Source  # noqa: E402
 from fixmin_cpp.errors import CheckpointError  # noqa: E402
 
 D, FF, V = 16, 40, 50

@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch")
 from safetensors.torch import save_file  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 
-from fixmin_cpp.convert.source import Source, SpecialIds, context_length, hyper  # noqa: E402
+from fixmin_cpp.convert.checkpoint.source import Source, SpecialIds, context_length, hyper  # noqa: E402
 from fixmin_cpp.errors import CheckpointError  # noqa: E402
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fixmin_cpp.convert.torch_threads import SMALL, torch_threads
+from fixmin_cpp.convert.observed.torch_threads import SMALL, torch_threads
 
 
 @pytest.fixture

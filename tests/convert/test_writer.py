@@ -21,10 +21,10 @@ from gguf import GGMLQuantizationType as Type
 from gguf import GGUFReader, GGUFValueType, TokenType
 from spec_factory import array_recipe, make_reference, make_resolved
 
-from fixmin_cpp.convert import writer
-from fixmin_cpp.convert.quantize import OUT_TYPES, NotFiniteError, choose_type, quantize_rows
+from fixmin_cpp.convert.gguf_file import writer
+from fixmin_cpp.convert.gguf_file.formats import OUT_TYPES, NotFiniteError, choose_type, quantize_rows
+from fixmin_cpp.convert.gguf_file.writer import AtomicFile, Layout, Provenance, tokenizer_metadata
 from fixmin_cpp.convert.spec import TensorRecipe
-from fixmin_cpp.convert.writer import AtomicFile, Layout, Provenance, tokenizer_metadata
 from fixmin_cpp.errors import CheckpointError
 
 PROVENANCE = Provenance("tool 1", "folder", "ab" * 32, ("rope_style = half: test",), "{}", "nothing")
@@ -415,8 +415,8 @@ _CHILD = """
     from pathlib import Path
     from spec_factory import make_reference, make_resolved
     from test_writer import PROVENANCE, FIGURES
-    from fixmin_cpp.convert import writer
-    from fixmin_cpp.convert.writer import AtomicFile, Layout
+    from fixmin_cpp.convert.gguf_file import writer
+    from fixmin_cpp.convert.gguf_file.writer import AtomicFile, Layout
 
     writer._CHUNK = 1000
     layout = Layout.plan(make_resolved(make_reference()).spec, "q8_0", PROVENANCE)

@@ -18,7 +18,7 @@ from toy_models import byte_level, write_model
 
 import fixmin_cpp
 from fixmin_cpp import ArgumentTypeError, api
-from fixmin_cpp.convert import requantize
+from fixmin_cpp.quantization import requantize
 
 
 @pytest.fixture(autouse=True)

@@ -16,15 +16,16 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import CheckpointError
-from ..inspect import printable
-from ..recognise import describe_content, describe_no_file, describe_path
+from ...errors import CheckpointError
+from ...inspect import printable
+from ...recognise import describe_content, describe_no_file, describe_path
 from .tokenizer_files import build_tokenizer
 
 F32 = NDArray[np.float32]
@@ -299,7 +300,7 @@ class Source:
         if not tensor.is_float or not tensor.size:
             return
         for start in range(0, tensor.size, _CHUNK):
-            part = self.read_raw(name, lambda a, start=start: a.reshape(-1)[start : start + _CHUNK])
+            part = self.read_raw(name, partial(_piece, start))
             # min and max propagate NaN and need no temporary array.
             if max(-float(part.min()), float(part.max())) < 2.0**128 * (1 - 2.0**-25):
                 continue
@@ -611,6 +612,10 @@ class Source:
         if tensor.file.stat().st_size < end:  # it shrank since the header was read; touching the map would be SIGBUS
             raise CheckpointError(f"{tensor.file.name}: ends inside tensor {tensor.name}")
         return np.memmap(tensor.file, dtype, mode, tensor.offset, tensor.shape)
+
+
+def _piece(start: int, array: NDArray[Any]) -> NDArray[Any]:
+    return array.reshape(-1)[start : start + _CHUNK]
 
 
 def _is_there(path: Path) -> bool:

@@ -5,8 +5,6 @@ then puts the checkpoint's file in their place, mapped, and has the pages of eve
 returns. What a model computes stays the same; the weights of a 1.9 GB checkpoint take the 0.3 GB of its largest module.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import gc
@@ -20,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from .source import Source
+from ..checkpoint.source import Source
 
 # Elements from which on a parameter is worth it: 4 MB of float32.
 _LARGE = 1 << 20
@@ -50,11 +48,11 @@ class Unwritten(TorchDispatchMode):
         kwargs = kwargs or {}
         target = args[0] if args and isinstance(args[0], Tensor) else None
         schema = func._schema
-        in_place = target is not None and _writes_only_first(schema)
-        others = tree_flatten((args[1:] if in_place else args, kwargs))[0]
+        target = target if _writes_only_first(schema) else None
+        others = tree_flatten((args if target is None else args[1:], kwargs))[0]
         if any(self._holds(t) for t in others) and not _is_view(schema):
             raise InitialValuesUsed(func.name())
-        if not in_place:
+        if target is None:
             return func(*args, **kwargs)
         random = any(a.name == "generator" for a in schema.arguments)
         if not self._holds(target):

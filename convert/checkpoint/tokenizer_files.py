@@ -5,14 +5,12 @@ characters and cut with one regular expression, others do not. So only where tok
 is a tokenizer built, and it is compared with the one that transformers makes of the same files.
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError
+from ...errors import CheckpointError
 
 _GPT2 = ("GPT2Tokenizer", "GPT2TokenizerFast")
 _OTHERS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt", "tekken.json", "vocab.json")
@@ -90,6 +88,6 @@ def _gpt2(vocab: Path, merges: Path, config: Mapping[str, Any]) -> Any:
 
 
 def _by_transformers(folder: Path) -> Any:
-    from transformers import GPT2TokenizerFast
+    from transformers import GPT2TokenizerFast  # type: ignore[attr-defined]  # a name made at run time
 
     return GPT2TokenizerFast.from_pretrained(folder, local_files_only=True).backend_tokenizer

@@ -6,8 +6,6 @@ values, all elements of a head alike: that finds the heads. Which of the rest is
 scale are then tried, likely combinations first.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ...errors import CheckpointError
 from .fitting import minimum, nice, rounded
 
 # Largest difference, relative to the largest element, that counts as the same function.
@@ -194,7 +192,7 @@ class AttentionReader:
                 f"2 x {len(kv)} key and value heads of size {d}"
             )
         columns = elements[order].reshape(-1)
-        columns = None if (columns == np.arange(count * d)).all() else columns
+        reordered = None if (columns == np.arange(count * d)).all() else columns
         free = np.ones(outputs, dtype=bool)
         free[kv] = False
         seen: set[bytes] = set()
@@ -216,7 +214,7 @@ class AttentionReader:
                 key = q.tobytes() + k.tobytes()
                 if fits and key not in seen:
                     seen.add(key)
-                    yield Heads(q[order], k, kv, columns)
+                    yield Heads(q[order], k, kv, reordered)
 
     def fit_likely(self, heads: Heads) -> Attention:
         """The best combination of what the code says and of usual values."""

@@ -1,7 +1,5 @@
 """Hold a resolved model against the checkpoint's own code over its whole context, block by block."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,12 +8,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
-from ..reference.modeling_fixmin import causal_mask, rope_tables
+from ...errors import CheckpointError
+from ...reference.modeling_fixmin import causal_mask, rope_tables
+from ..spec import ModelSpec
+from ..streaming import embed, load_block, load_output_norm, reference_config
 from .memory import give_back
 from .probe import OwnModel
-from .spec import ModelSpec
-from .streaming import embed, load_block, load_output_norm, reference_config
 
 # Relative to the largest element. Checkpoints compute rotary angles in float32, which at position 1000 are off by 3e-5
 # and grow by the attention scores; a wrong convention is off by more than one percent at such lengths.

@@ -4,8 +4,6 @@ Independent of the writer and of the engine's arithmetic: the bytes are dequanti
 read with plain reads, not through the mapping, because mapped pages count as resident memory.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,11 +14,11 @@ import numpy as np
 from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
-from .. import _core
-from ..errors import GGUFError, naming
-from ..recognise import refuse_wrong_model
-from .quantize import dequantize, row_bytes
-from .spec import CodeSpec, ModelSpec, TensorRecipe
+from ... import _core
+from ...errors import GGUFError, naming
+from ...recognise import refuse_wrong_model
+from ..spec import CodeSpec, ModelSpec, TensorRecipe
+from .formats import dequantize, row_bytes
 
 
 @dataclass(frozen=True)

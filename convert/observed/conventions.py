@@ -1,12 +1,10 @@
-"""Read the conventions of a model off recordings of its own code (`trace.Tape`).
+"""Read the conventions of a model off recordings of its own code (`tape.Tape`).
 
-Each step of DESIGN §2 is held against the numbers that went in and came out of the checkpoint's matrix products: which
-norm makes the input of q, k, v from the residual stream, which attention makes the input of the output projection from
-them, which activation makes the input of the second MLP matrix. A step that nothing of DESIGN §2 reproduces is refused
-by name. All comparisons are made in float64 against the float32 of the checkpoint's code.
+Each step of the forward pass (docs/design.md) is held against the numbers that went in and came out of the checkpoint's
+matrix products: which norm makes the input of q, k, v from the residual stream, which attention makes the input of the
+output projection from them, which activation makes the input of the second MLP matrix. A step that nothing of it
+reproduces is refused by name. All comparisons are made in float64 against the float32 of the checkpoint's code.
 """
-
-from __future__ import annotations
 
 import itertools
 import math
@@ -19,11 +17,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ...errors import CheckpointError
+from ..checkpoint.source import is_no_weight
 from .attention import Attention, AttentionReader, Hints
 from .fitting import difference, minimum, rounded
-from .source import is_no_weight
-from .trace import Elementwise, Product, Tape, Weight
+from .tape import Elementwise, Product, Tape, Weight
 
 # Largest difference, relative to the largest element, that counts as the same function. Float32 rounding leaves 1e-7 to
 # 1e-5; the nearest wrong conventions (tanh for erf, 1e-6 for 1e-5) are told apart by which fits better, not by these.
@@ -100,7 +98,7 @@ class Interpretation:
         return [self.number[id(b.qkv[0])] for b in self.blocks] + [self.number[id(self.head)]]
 
 
-# --- the steps of DESIGN §2, in float64 ------------------------------------------------------------------------------
+# --- the steps of the forward pass, in float64 ------------------------------------------------------------------------
 
 
 def apply_norm(x: Tensor, kind: str, eps: float, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -115,7 +113,7 @@ def apply_norm(x: Tensor, kind: str, eps: float, weight: Tensor | None, bias: Te
 PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    # not in DESIGN §2; tried to name what a checkpoint does
+    # not in the file format; tried to name what a checkpoint does
     "relu": F.relu,
     "silu": F.silu,
     "squared relu": lambda x: F.relu(x).square(),
@@ -223,7 +221,7 @@ class Reader:
         on_input(order, stream[0].float())
         branches = self.follow_stream(layers, stream, kind, eps)
         blocks = [
-            Block(quad[0], quad[2], *branches[2 * i : 2 * i + 2], *norms[2 * i : 2 * i + 2])
+            Block(quad[0], quad[2], branches[2 * i], branches[2 * i + 1], norms[2 * i], norms[2 * i + 1])
             for i, quad in enumerate(quads)
         ]
         attention = self.find_attention(blocks)
@@ -419,7 +417,7 @@ class Reader:
         for factor, bias in itertools.product([1.0, *scalars], [None, *late]):
             if bias is not None and out.bias is not None:
                 continue
-            added = y * factor if bias is None else y * factor + _flat(bias, y.shape[-1])
+            added = y * factor if (shift := _flat(bias, y.shape[-1])) is None else y * factor + shift
             attempt = self.norm_error(stream + added, following, norm, kind, eps)
             if attempt < error:
                 error, after = attempt, stream + added

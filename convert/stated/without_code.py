@@ -6,17 +6,16 @@ items are either settled by calibration, each with its margin, or listed in the 
 them.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..errors import CheckpointError
+from ...errors import CheckpointError
+from ..checkpoint.own_code import has_own_code
+from ..checkpoint.source import Source
+from ..spec import Resolved
 from .calibrate import Losses, choose
 from .files import Files, Item, State
-from .source import Source
-from .spec import Resolved
 
 
 def resolve_without_code(
@@ -67,8 +66,6 @@ def _ambiguous(source: Source, items: list[Item], undecided: dict[str, str], cal
 
 def _hint(source: Source, calibratable: bool) -> str:
     """What else would settle things."""
-    from .probe import has_own_code
-
     ways = []
     if has_own_code(source):
         ways.append("--trust-remote-code, which runs the checkpoint's own code and lets it decide")

@@ -1,7 +1,5 @@
 """Small numerical helpers of the readers of recordings."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

@@ -4,8 +4,6 @@ This contains accidents, not malice: code that is run can do anything. A crash i
 cannot be caught from within the process; both leave no file behind, and Ctrl-C ends the latter.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import locale
@@ -22,7 +20,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
-from ..errors import CheckpointError
+from ...errors import CheckpointError
 
 _PRINTED_LINES = 10  # of what the code prints, shown for each call
 

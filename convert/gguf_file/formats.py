@@ -6,8 +6,6 @@ round-to-nearest-even of NumPy and PyTorch (tests/convert/test_writer.py); the o
 A further format is one more line in `OUT_TYPES`.
 """
 
-from __future__ import annotations
-
 import ctypes
 from dataclasses import dataclass
 
@@ -103,12 +101,6 @@ def choose_type(name: str, shape: tuple[int, ...], outtype: str) -> tuple[GGMLQu
     return wanted, reason
 
 
-def value_limit(ggml_type: GGMLQuantizationType) -> float:
-    """Magnitudes from here up cannot be stored. Where no exact bound is known: what a float16 minimum can hold."""
-    known = BY_GGML_TYPE.get(ggml_type)
-    return known.limit if known else _F16_OVERFLOW
-
-
 def quantize_rows(
     rows: NDArray[np.float32], ggml_type: GGMLQuantizationType, importance: NDArray[np.float32] | None = None
 ) -> NDArray[np.uint8]:
@@ -126,7 +118,8 @@ def quantize_rows(
         extreme = max(-low, high)
         if not np.isfinite(low) or not np.isfinite(high):
             raise NotFiniteError(rows)
-        if extreme >= value_limit(ggml_type):
+        # Where no exact bound is known: what a float16 minimum can hold.
+        if extreme >= (BY_GGML_TYPE[ggml_type].limit if ggml_type in BY_GGML_TYPE else _F16_OVERFLOW):
             raise OverflowError(f"holds the value {extreme:.6g}, which overflows {ggml_type.name}")
     if ggml_type == F32:
         return rows.view(np.uint8)

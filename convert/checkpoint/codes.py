@@ -1,14 +1,12 @@
 """Recover the code of every token id from the rows that enter the first block."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import CheckpointError
-from .spec import F32, Bits, CodeSpec
+from ...errors import CheckpointError
+from ..spec import F32, Bits, CodeSpec, Lift
 
 MAX_WIDTH = 32  # bits of a code in the file format
 
@@ -68,10 +66,10 @@ def recover_code(rows: Rows, vocab_size: int, length: int) -> CodeSpec | None:
 
 
 def _column(bits: Bits, column: int) -> Bits:
-    return (bits[:, column // 8] >> (7 - column % 8)) & 1
+    return np.bitwise_and(bits[:, column // 8] >> (7 - column % 8), 1)
 
 
-def _lift(bits: Bits, width: int) -> tuple[str, list[int]] | None:
+def _lift(bits: Bits, width: int) -> tuple[Lift, list[int]] | None:
     """(lift, one column per code bit) of the smallest code that gives the packed rows; bits [V, ceil(D/8)]."""
     same: dict[bytes, int] = {}
     kind = np.array([same.setdefault(np.packbits(_column(bits, c)).tobytes(), c) for c in range(width)])

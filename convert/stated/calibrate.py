@@ -1,7 +1,5 @@
 """Settle what the files leave open by the model's own loss on a text."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import os
@@ -12,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import CheckpointError
+from ...errors import CheckpointError
+from ..checkpoint.source import Source
 from .files import Files, Item, State
-from .source import Source
 
 # A calibration decides if the alternative costs this much more, in nats per token and in standard errors.
 _MARGIN, _SIGMAS = 0.01, 4.0
@@ -55,7 +53,7 @@ class Losses:
 
     def of(self, state: State, windows: int) -> NDArray[np.float64]:
         """Losses in nats of the predicted tokens of the first windows."""
-        from .streaming import reference_logits
+        from ..streaming import reference_logits
 
         key = (windows, *((k, v if isinstance(v, (str, int, float, tuple)) else id(v)) for k, v in state.items()))
         if key not in self._known:
@@ -90,12 +88,14 @@ def choose(
             joint.append(item)
     combos = itertools.product(*(range(len(i.options)) for i in joint))
     states = [state | {i.name: i.options[n][1] for i, n in zip(joint, combo, strict=True)} for combo in combos]
-    state.update(min(states, key=lambda s: losses.of(s, 1).mean()))
+    best_state = min(states, key=lambda s: losses.of(s, 1).mean())
+    state.update(best_state)
     for windows in (1, *[len(losses.windows)] * _ROUNDS):
         before = dict(state)
         for item in movable:
             tries = [state | {item.name: value} for _, value in item.options]
-            state.update(min(tries, key=lambda s: losses.of(s, windows).mean()))
+            best_state = min(tries, key=lambda s: losses.of(s, windows).mean())
+            state.update(best_state)
         if windows == len(losses.windows) and all(state[i.name] is before[i.name] for i in movable):
             break
     windows = len(losses.windows)

@@ -5,8 +5,6 @@ does. A `Tape` sits below every spelling of it (nn.Linear, `x @ w`, einsum, Conv
 records each operation that combines a weight with an activation.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -199,13 +197,15 @@ class Tape(TorchDispatchMode):
                 return lambda result: self._add_bias(*link, weight, result, x)
             return lambda result: self._add_elementwise(op, weight, None, x, result)
         if op in ("embedding", "index", "index_select", "gather"):
-            weight = self._weight(args[0])
-            if weight is not None:
-                return lambda result: self.lookups.append(Lookup(self.order, weight, result.detach().clone()))
+            table = self._weight(args[0])
+            if table is not None:
+                return lambda result: self.lookups.append(Lookup(self.order, table, result.detach().clone()))
         return _nothing
 
     def _weight(self, tensor: Tensor | None) -> Weight | None:
-        names = self.names_of(tensor) if isinstance(tensor, Tensor) else None
+        if not isinstance(tensor, Tensor):
+            return None
+        names = self.names_of(tensor)
         return Weight(tensor.detach(), names) if names else None
 
     def _add_elementwise(
@@ -330,8 +330,8 @@ def _first(result: Any) -> Tensor:
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
     """First and last element of its storage that a tensor touches."""
-    start = tensor.storage_offset()
-    reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n)
+    start = int(tensor.storage_offset())
+    reach = sum(int((n - 1) * s) for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n)
     return start, start + reach
 
 

@@ -5,9 +5,6 @@ in float32, and its tensors are filled one by one; `from_pretrained` is the seco
 modules are imported under a package of their own and forgotten, and the registries of transformers are put back.
 """
 
-from __future__ import annotations
-
-import ast
 import contextlib
 import importlib
 import inspect
@@ -24,17 +21,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
+from ...errors import CheckpointError
+from ..checkpoint.own_code import library_class, local_reference, needs_trust, own_class
+from ..checkpoint.source import Source, is_no_weight, some
 from .containment import contained, random_state
 from .memory import InitialValuesUsed, Unwritten, give_back, map_weights
-from .source import Source, is_no_weight, some
-from .trace import Tape, model_tensors
+from .tape import Tape, model_tensors
 
 Log = Callable[[str], None]
 
 _counter = itertools.count()
 _PACKAGE = "fixmin_checkpoint_"  # and a number: the package as which a checkpoint's files are imported
-_AUTO_MODELS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel")
 _WRAPPERS = ("_orig_mod.", "module.")  # left in names by torch.compile and DistributedDataParallel
 
 
@@ -61,7 +58,7 @@ class OwnModel:
         self.vocab_size = 0  # known after the first logits
         self._call_style: Callable[[Tensor], Any] | None = None
         self._last_only = False
-        self._tap: tuple[str, int] | tuple[nn.Module, Any] | None = None
+        self._tap: tuple[Any, Any] = (None, None)  # a module and its argument, or "operation" and its number
 
     # --- logits --------------------------------------------------------------------------------------------------
 
@@ -179,7 +176,7 @@ class OwnModel:
         handle = module.register_forward_pre_hook(stop, with_kwargs=True)
         try:
             with self._running(), contextlib.suppress(_Stop):
-                self._call_style(torch.as_tensor(np.asarray(ids, dtype=np.int64))[None])
+                self._forward(ids)
         finally:
             handle.remove()
         return seen[0].reshape(len(ids), -1).numpy()
@@ -196,13 +193,13 @@ class OwnModel:
 
         tape = StopAt(self.model)
         with self._running(), contextlib.suppress(_Stop), tape:
-            self._call_style(torch.as_tensor(np.asarray(ids, dtype=np.int64))[None])
+            self._forward(ids)
         return tape.rows.reshape(len(ids), -1).numpy()
 
     def close(self) -> None:
         """Forget the model and the modules of its code."""
         self.model = nn.Module()
-        self._call_style = self._tap = None  # they hold the model too
+        self._call_style, self._tap = None, (None, None)  # they hold the model too
         _forget_modules(self.source.directory)
         self.put_back()
 
@@ -242,16 +239,6 @@ def _call_styles(model: nn.Module) -> Iterator[Callable[[Tensor], Any]]:
 
 
 # --- loading -------------------------------------------------------------------------------------------------
-
-
-def has_own_code(source: Source) -> bool:
-    """Whether the checkpoint comes with code of its own, or names an architecture that transformers has."""
-    return _own_class(source) is not None or _library_class(source) is not None
-
-
-def needs_trust(source: Source) -> bool:
-    """Whether its code is in the checkpoint directory, so that running it needs the user's permission."""
-    return _own_class(source) is not None
 
 
 def load_own_model(source: Source, log: Log) -> OwnModel:
@@ -499,7 +486,7 @@ def _unsaved(model: nn.Module) -> list[str]:
 def _tie_output(model: nn.Module, missing: list[str], file_name: dict[str, str]) -> list[str]:
     """Share the embedding with the output projection, as transformers would; returns what is still missing."""
     try:
-        output, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        output, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
         return missing
     if output is None or embedding is None:
@@ -517,7 +504,7 @@ def _match_names(model: nn.Module, source: Source) -> tuple[dict[str, str], list
     best: dict[str, str] = {}
     for strip in _prefixes(source.tensors):
         for add in _prefixes(wanted):
-            stored = {}
+            stored: dict[str, str] = {}
             for name in source.tensors:
                 short = name.removeprefix(strip)
                 for wrapper in _WRAPPERS if add == "" else ():
@@ -552,74 +539,14 @@ def _prefixes(names: Any) -> list[str]:
 # --- classes -------------------------------------------------------------------------------------------------
 
 
-def check_code(source: Source, trusted: bool) -> None:
-    """CheckpointError, or without permission to run code a warning, if auto_map names code that is not there."""
-    auto_map = source.config.get("auto_map")
-    if auto_map is not None and not isinstance(auto_map, dict):
-        raise CheckpointError(f"config.json: auto_map is {auto_map!r}, but must map names to 'module.Class'")
-    for key in ("AutoConfig", *_AUTO_MODELS):
-        reference = (auto_map or {}).get(key)
-        reference = reference[0] if isinstance(reference, (list, tuple)) and reference else reference
-        if reference is None or _local_reference(source.directory, reference):
-            continue
-        text = f"config.json: auto_map names {reference!r} for {key}, "
-        if not isinstance(reference, str) or "." not in reference:
-            raise CheckpointError(text + "but it must be 'module.Class'")
-        module = reference.split("--")[-1].rpartition(".")[0]
-        file = module.replace(".", "/") + ".py"
-        text += f"but there is no {file} in {source.directory}"
-        if "--" in reference:
-            text += f": it lies in the repository {reference.split('--')[0]}, copy it from there"
-        if trusted:
-            raise CheckpointError(text)
-        source.warn(f"{text}; the code could not be run even with --trust-remote-code")
-    if trusted and not has_own_code(source):
-        source.warn("--trust-remote-code: the checkpoint has no code that could be run")
-
-
-def _own_class(source: Source) -> tuple[str, str] | None:
-    """(module, class) of the model in the checkpoint's directory."""
-    auto_map = source.config.get("auto_map")
-    auto_map = auto_map if isinstance(auto_map, dict) else {}
-    for key in _AUTO_MODELS:
-        if found := _local_reference(source.directory, auto_map.get(key)):
-            return found
-    for architecture in source.config.get("architectures") or []:
-        for path in sorted(source.directory.glob("[!.]*.py")):
-            with contextlib.suppress(SyntaxError, UnicodeDecodeError):
-                body = ast.parse(path.read_text(encoding="utf-8")).body
-                if any(isinstance(node, ast.ClassDef) and node.name == architecture for node in body):
-                    return path.stem, architecture
-    return None
-
-
-def _local_reference(directory: Path, reference: Any) -> tuple[str, str] | None:
-    """ "module.Class" or "repository--module.Class" of auto_map, if the module lies in the directory."""
-    reference = reference[0] if isinstance(reference, (list, tuple)) and reference else reference
-    if not isinstance(reference, str) or "." not in reference:
-        return None
-    module, _, name = reference.split("--")[-1].rpartition(".")
-    return (module, name) if (directory / (module.replace(".", "/") + ".py")).is_file() else None
-
-
-def _library_class(source: Source) -> str | None:
-    """The architecture, if transformers itself has it."""
-    import transformers
-
-    for name in source.config.get("architectures") or []:
-        if isinstance(name, str) and name.endswith(("ForCausalLM", "LMHeadModel")) and hasattr(transformers, name):
-            return name
-    return None
-
-
 def _constructor(source: Source) -> Callable[[], nn.Module]:
     """A function that builds the model from config.json."""
     fields = {k: v for k, v in source.config.items() if k not in ("torch_dtype", "dtype")}
-    own = _own_class(source)
+    own = own_class(source)
     if own is None:
         import transformers
 
-        name = _library_class(source)
+        name = library_class(source)
         if name is None:
             raise CheckpointError("no code for this checkpoint: neither in its directory nor in transformers")
         model_class = getattr(transformers, name)
@@ -631,7 +558,7 @@ def _constructor(source: Source) -> Callable[[], nn.Module]:
         if isinstance(vars(ancestor).get("_tied_weights_keys"), (list, set, tuple)):
             ancestor._tied_weights_keys = None
     auto_map = source.config.get("auto_map") or {}
-    reference = _local_reference(source.directory, auto_map.get("AutoConfig"))
+    reference = local_reference(source.directory, auto_map.get("AutoConfig"))
     if reference is not None:
         config_class = _named(importlib.import_module(f"{package}.{reference[0]}"), reference)
     else:

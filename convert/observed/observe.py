@@ -1,27 +1,28 @@
 """Resolve a checkpoint by running its own code and reading the conventions off what it computes."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from operator import attrgetter
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import CheckpointError
+from ...errors import CheckpointError
+from ..checkpoint.codes import check_tokenwise, recover_code
+from ..checkpoint.recipes import Ref, constant, gather
+from ..checkpoint.roles import Map, leftovers_error, mapped_recipes, read_map
+from ..checkpoint.source import Source, context_length, hyper, is_no_weight
+from ..overrides import OVERRIDES, option
+from ..spec import Activation, CodeSpec, ModelSpec, Resolved, TensorRecipe
 from .attention import Hints
-from .codes import check_tokenwise, recover_code
 from .confirm import confirm
 from .conventions import Block, Interpretation, Norm, Reader
+from .locate import Locator
 from .memory import give_back
 from .probe import OwnModel, load_own_model
-from .recipes import Locator, Ref, constant, gather
-from .roles import Map, leftovers_error, mapped_recipes, read_map
-from .source import Source, context_length, hyper, is_no_weight
-from .spec import CodeSpec, ModelSpec, Resolved, TensorRecipe
-from .trace import Product, Weight, model_tensors
+from .tape import Product, Weight, model_tensors
 
 Log = Callable[[str], None]
 
@@ -239,7 +240,7 @@ class _Observation:
             rope_dim=found.attention.dim,
             rope_base=found.attention.base,
             rope_style="half" if found.attention.style == "half" else "interleaved",
-            activation=found.activation,
+            activation=cast(Activation, found.activation),  # others were refused
             code=self.code,
             tensors=tensors,
             conventions=self.conventions,
@@ -312,19 +313,12 @@ class _Observation:
 
     def contradictions(self, spec: ModelSpec) -> None:
         """Refuse what the user states if the code shows otherwise."""
-        seen = {
-            "lift": spec.code.lift, "norm": spec.norm, "norm_eps": spec.norm_eps, "activation": spec.activation,
-            "rope_style": spec.rope_style, "rope_base": spec.rope_base, "rope_dim": spec.rope_dim,
-            "n_head": spec.head_count, "n_head_kv": spec.head_count_kv, "attention_scale": spec.attention_scale,
-        }  # fmt: skip
-        for key, value in self.stated.items():
-            same = key not in seen or (
-                value == seen[key] if isinstance(value, str) else abs(value / seen[key] - 1) < 1e-5
-            )
-            if not same:
-                raise CheckpointError(
-                    f"--{key.replace('_', '-')} {value} is stated, but the checkpoint's code computes {seen[key]}"
-                )
+        for name, value in self.stated.items():
+            if (spec_field := OVERRIDES[name].spec_field) is None:
+                continue
+            seen = attrgetter(spec_field)(spec)
+            if not (value == seen if isinstance(value, str) else abs(value / seen - 1) < 1e-5):
+                raise CheckpointError(f"{option(name)} {value} is stated, but the checkpoint's code computes {seen}")
 
     def leftovers(self, spec: ModelSpec, used: set[str], mapping: Map) -> None:
         """Every stored tensor is part of the result, unused by the code, or no weight; or it is an error."""

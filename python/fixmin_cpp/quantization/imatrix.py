@@ -5,8 +5,6 @@ The file is the GGUF form of llama.cpp's imatrix tool: general.type "imatrix", a
 imatrix.chunk_count and imatrix.chunk_size (u32). Facts from llama.cpp's tools/imatrix and common/imatrix-loader.h.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Callable, Sequence

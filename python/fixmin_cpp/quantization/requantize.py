@@ -5,8 +5,6 @@ Tensors stream from file to file; the bytes come from `ggml_quantize_chunk`. All
 src/llama-quant.cpp (function llama_tensor_get_type, as of 2025); written here anew, only for what these models have.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -25,22 +23,18 @@ from numpy.typing import NDArray
 from .. import _core
 from ..arguments import as_bool, as_threads
 from ..atomic_file import AtomicFile, refuse_inputs
+from ..convert.gguf_file.formats import BF16, F16, F32, OUT_TYPES, Q8_0, bits_per_weight
+from ..convert.gguf_file.readback import read_gguf
+from ..convert.gguf_file.writer import Layout, Progress, TensorPlan, Value, check_loads
+from ..convert.spec import TensorRecipe
 from ..errors import ArgumentError, ArgumentTypeError, CheckpointError, naming
 from .imatrix import read_imatrix
-from .quantize import BF16, F16, F32, Q8_0, bits_per_weight
-from .readback import read_gguf
-from .spec import TensorRecipe
-from .writer import Layout, Progress, TensorPlan, Value, check_loads
 
 _T = GGMLQuantizationType
 
 #: Plain types: every matrix gets them. Name -> (ggml type, general.file_type).
 PLAIN: dict[str, tuple[GGMLQuantizationType, LlamaFileType]] = {
-    "f32": (F32, LlamaFileType.ALL_F32),
-    "f16": (F16, LlamaFileType.MOSTLY_F16),
-    "bf16": (BF16, LlamaFileType.MOSTLY_BF16),
-    "q8_0": (Q8_0, LlamaFileType.MOSTLY_Q8_0),
-    "q4_0": (_T.Q4_0, LlamaFileType.MOSTLY_Q4_0),
+    **{name: (known.ggml, known.file_type) for name, known in OUT_TYPES.items()},
     "q4_1": (_T.Q4_1, LlamaFileType.MOSTLY_Q4_1),
     "q5_0": (_T.Q5_0, LlamaFileType.MOSTLY_Q5_0),
     "q5_1": (_T.Q5_1, LlamaFileType.MOSTLY_Q5_1),

@@ -1,8 +1,5 @@
 """What the files of a checkpoint say about the model, without running any code, and what they leave open."""
 
-from __future__ import annotations
-
-import itertools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -12,12 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import CheckpointError
-from .codes import MAX_WIDTH, recover_code
-from .recipes import Ref, constant, gather, stored_ref
-from .roles import Part, Roles, assign_roles, mapped_recipes, read_map
-from .source import Source, check_numbers, context_length, hyper, spelling
-from .spec import Bits, CodeSpec, ModelSpec, TensorRecipe
+from ...errors import CheckpointError
+from ..checkpoint.codes import MAX_WIDTH, recover_code
+from ..checkpoint.recipes import Ref, constant, gather, stored_ref
+from ..checkpoint.roles import Part, Roles, assign_roles, mapped_recipes, read_map
+from ..checkpoint.source import Source, check_numbers, context_length, hyper, spelling
+from ..overrides import OVERRIDES, option
+from ..spec import Bits, CodeSpec, Lift, ModelSpec, TensorRecipe
 
 
 @dataclass
@@ -107,7 +105,7 @@ class Files:
                 raise CheckpointError(
                     f"config.json: tie_word_embeddings is false, but the files hold {ends[0]} and no output projection"
                 )
-        elif tied and not np.array_equal(*(self.source.read_raw(name) for name in ends)):
+        elif tied and not np.array_equal(self.source.read_raw(ends[0]), self.source.read_raw(ends[1])):
             raise CheckpointError(
                 f"config.json: tie_word_embeddings is true, but {ends[0]} and {ends[1]} hold different values: which "
                 "of the two counts depends on who loads it"
@@ -146,10 +144,9 @@ class Files:
             items += [self._dim_item(self.width // count), self._scale_item(self.width // count)]
         first = self.roles.blocks[0]
         if "attn_qkv" in first:
-            orders = ["".join(o) for o in itertools.permutations("qkv")]  # "qkv" comes first
-            items.append(self._item("qkv_order", None, [o + end for o in orders for end in ("", "/head")]))
+            items.append(self._item("qkv_order", None))
         if "ffn_gate_up" in first:
-            items.append(self._item("gate_up_order", None, ["gate_up", "up_gate"]))
+            items.append(self._item("gate_up_order", None))
         if self.roles.transposed is None:
             items.append(self._item("transposed", None, [False, True]))
         for what, choices in self.roles.options:
@@ -172,29 +169,28 @@ class Files:
 
     def _count_item(self, name: str, key: str | None, found: tuple[int, str] | None = None) -> Item:
         """A number that no calibration can find."""
-        option = "--" + name.replace("_", "-")
         if name in self.stated:
-            found = int(self.stated[name]), f"given with {option}"
+            found = int(self.stated[name]), f"given with {option(name)}"
         elif key is not None and (value := hyper(self.config, key)):
             found = int(value), f"config.json, {spelling(self.config, key)}"
         elif found is not None:
             found = found[0], f"config.json, {found[1]}"
         if found is None or found[0] < 1:
-            return Item(name, [], settle=option)
+            return Item(name, [], settle=option(name))
         return Item(name, [(str(found[0]), found[0])], found[1])
 
-    def _item(self, name: str, key: str | None, options: Sequence[Any], settled: tuple[Any, str] | None = None) -> Item:
-        """Stated by the user, else in config.json under `key`, else `settled`, else open."""
-        option = "--" + name.replace("_", "-")
+    def _item(
+        self, name: str, key: str | None, options: Sequence[Any] = (), settled: tuple[Any, str] | None = None
+    ) -> Item:
+        """Stated by the user, else in config.json under `key`, else `settled`, else open: `options`, or all choices."""
         if name in self.stated:
             value = self.stated[name]
-            return Item(name, [(_text(value), value)], f"given with {option}")
-        found = hyper(self.config, key) if key else None
-        if found is not None:
+            return Item(name, [(_text(value), value)], f"given with {option(name)}")
+        if key is not None and (found := hyper(self.config, key)) is not None:
             return Item(name, [(_text(found), found)], f"config.json, {spelling(self.config, key)}")
         if settled is not None:
             return Item(name, [(_text(settled[0]), settled[0])], settled[1])
-        return Item(name, [(_text(v), v) for v in options], settle=option)
+        return Item(name, [(_text(v), v) for v in options or OVERRIDES[name].choices], settle=option(name))
 
     def _norm_item(self) -> Item:
         parts = [p for b in self.roles.blocks for r, p in b.items() if r.endswith("_norm")]
@@ -205,7 +201,7 @@ class Files:
             settled = (self.config["norm_type"], "config.json, norm_type")
         elif any("rms" in k.lower() for k in self.config) or any("rms" in p.weight.lower() for p in parts):
             settled = ("rmsnorm", "named so")
-        return self._item("norm", None, ["layernorm", "rmsnorm"], settled)
+        return self._item("norm", None, settled=settled)
 
     def _activation_item(self) -> Item:
         gated = "ffn_gate" in self.roles.blocks[0] or "ffn_gate_up" in self.roles.blocks[0]
@@ -229,7 +225,7 @@ class Files:
         for key in ("rope_interleaved", "rotary_interleaved", "interleaved_rope"):
             if isinstance(self.config.get(key), bool):
                 settled = ("interleaved" if self.config[key] else "half", f"config.json, {key}")
-        return self._item("rope_style", None, ["half", "interleaved"], settled)
+        return self._item("rope_style", None, settled=settled)
 
     def _frequencies(self) -> tuple[float, int, str] | None:
         """(base, dimension, name) of stored rotary frequencies."""
@@ -302,7 +298,7 @@ class Files:
         if codes.shape[1] > MAX_WIDTH:
             raise CheckpointError(f"tensor {name}: codes of {codes.shape[1]} bits; the file format has {MAX_WIDTH}")
 
-        def rows(lift: str) -> Callable[[NDArray[np.int64]], Any]:
+        def rows(lift: Lift) -> Callable[[NDArray[np.int64]], Any]:
             values = (0.0, 1.0)
             plain = CodeSpec("table", codes.shape[1], table=codes, lift=lift, values=values)
             return lambda ids: plain.lift_codes(codes[ids], self.width)
@@ -310,9 +306,8 @@ class Files:
         def code(state: State) -> CodeSpec:
             found = recover_code(rows(state["lift"]), self.vocab_size, 4096)
             assert found is not None
-            values = tuple(float(v) for v in state["values"])
-            swapped = found.values == (1.0, 0.0)
-            values = values[::-1] if swapped else values
+            low, high = map(float, state["values"])
+            values = (high, low) if found.values == (1.0, 0.0) else (low, high)
             return CodeSpec(found.kind, found.width, found.matrix, found.shift, found.table, found.lift, values)
 
         self.code = code
@@ -337,7 +332,7 @@ class Files:
                 settled = (self.config[key], f"config.json, {key}")
         if width == self.width or self.width % width:
             settled = ("tile", f"{width} bits do not divide the width {self.width}, or are as many")
-        return self._item("lift", None, ["tile", "interleave"], settled)
+        return self._item("lift", None, settled=settled)
 
     def _affine_items(self) -> list[Item]:
         matrix, shift, origin = self._affine()
@@ -350,18 +345,18 @@ class Files:
             text = str(self.config.get(key, "")).lower()
             if text in ("lsb", "msb", "little", "big"):
                 order = ("lsb" if text in ("lsb", "little") else "msb", f"config.json, {key}")
-        items = [self._item("bit_order", None, ["lsb", "msb"], order), self._lift_item(width)]
+        items = [self._item("bit_order", None, settled=order), self._lift_item(width)]
         matrix = np.eye(width, dtype=np.uint8) if matrix is None else matrix
         if not natural and (matrix != matrix.T).any():
             known = ("Ac", "config.json: the format of the reference model") if self.ours else None
-            items.append(self._item("affine_orientation", None, ["Ac", "cA"], known))
+            items.append(self._item("affine_orientation", None, settled=known))
         items.append(self._values_item())
 
         def code(state: State) -> CodeSpec:
             a = matrix.T if state.get("affine_orientation") == "cA" else matrix
             a = a[:, ::-1] if state["bit_order"] == "msb" else a
-            values = tuple(float(v) for v in state["values"])
-            return CodeSpec("affine", width, np.ascontiguousarray(a), shift, lift=state["lift"], values=values)
+            low, high = map(float, state["values"])
+            return CodeSpec("affine", width, np.ascontiguousarray(a), shift, lift=state["lift"], values=(low, high))
 
         shift = np.zeros(width, np.uint8) if shift is None else shift
         self.code = code
@@ -426,8 +421,8 @@ class Files:
         for i, block in enumerate(blocks):
             self._block(tensors, f"blk.{i}.", block, bool(transposed), state)
         for name in ("output_norm", "output"):
-            part = self.roles.top.get(name)
-            if part is not None:
+            if name in self.roles.top:
+                part = self.roles.top[name]
                 flip = self._out_first(part.weight) if name == "output" else False
                 ref = self._matrix(part, flip) if name == "output" else self._vector(part.weight)
                 kept = np.arange(self.vocab_size) if name == "output" else None

@@ -1,4 +1,4 @@
-"""Write a `ModelSpec` as a GGUF file (DESIGN §3): metadata, then the tensors, quantised as they stream by.
+"""Write a `ModelSpec` as a GGUF file (keys: docs/design.md): metadata, then the tensors, quantised as they stream by.
 
     with AtomicFile(out) as file:
         layout = Layout.plan(spec, "q8_0", provenance)
@@ -31,11 +31,11 @@ from gguf import GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType, GG
 from gguf.utility import size_label
 from numpy.typing import NDArray
 
-from ..atomic_file import AtomicFile
-from ..errors import CheckpointError, GGUFError, UnsupportedError
-from ..tokenizer import EOS_IDS_KEY
-from .quantize import OUT_TYPES, NotFiniteError, choose_type, dequantize, quantize_rows, row_bytes
-from .spec import ModelSpec, TensorRecipe
+from ...atomic_file import AtomicFile
+from ...errors import CheckpointError, GGUFError, UnsupportedError
+from ...tokenizer import EOS_IDS_KEY
+from ..spec import ModelSpec, TensorRecipe
+from .formats import OUT_TYPES, NotFiniteError, choose_type, dequantize, quantize_rows, row_bytes
 
 ARCHITECTURE = "fixmin"
 CERTIFICATE_PREFIX = "fixmin.convert.certificate."
@@ -109,7 +109,7 @@ class Provenance:
 
 
 def model_metadata(spec: ModelSpec, outtype: str) -> dict[str, Value]:
-    """Hyper-parameters and conventions, with the keys of DESIGN §3."""
+    """Hyper-parameters and conventions, with the keys of docs/design.md."""
     eps_key = "layer_norm_epsilon" if spec.norm == "layernorm" else "layer_norm_rms_epsilon"
     code = spec.code
     keys = {
@@ -137,6 +137,8 @@ def model_metadata(spec: ModelSpec, outtype: str) -> dict[str, Value]:
         keys["fixmin.code.lift"] = _text(code.lift)
         keys["fixmin.code.values"] = Value([float(v) for v in code.values], GGUFValueType.ARRAY, GGUFValueType.FLOAT32)
     if code.kind == "affine":
+        assert code.matrix is not None
+        assert code.shift is not None
         keys["fixmin.code.affine_matrix"] = _bytes(code.matrix)
         keys["fixmin.code.affine_shift"] = _bytes(code.shift)
     return keys
@@ -276,7 +278,7 @@ def plan_tensors(spec: ModelSpec, outtype: str) -> list[TensorPlan]:
     for name, recipe in spec.tensors.items():
         ggml_type, note = choose_type(name, recipe.shape, outtype)
         plans.append(TensorPlan(name, recipe.shape, ggml_type, recipe, note))
-    if spec.code.kind == "table":
+    if spec.code.table is not None:
         # Bit i of a row is bit i % 8, least significant first, of byte i / 8.
         packed = np.packbits(spec.code.table, axis=1, bitorder="little").view(np.int8)
         recipe = TensorRecipe(packed.shape, (), lambda start, stop: packed[start:stop])
@@ -395,7 +397,7 @@ def check_loads(file: AtomicFile) -> None:
 
     Raises CheckpointError if that fails: such a file must not get its name.
     """
-    from ..model import Model
+    from ...model import Model
 
     try:
         Model(file.path, n_ctx=1, n_kv=1, n_batch=1, n_parallel=1).close()

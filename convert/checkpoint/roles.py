@@ -3,8 +3,6 @@
 Names are evidence, shapes are proof. What neither settles is returned as alternatives (`Roles.options`), never guessed.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import os
@@ -16,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import CheckpointError
+from ...errors import CheckpointError
+from ..spec import TensorRecipe
 from .recipes import gather, stored_ref
 from .source import Source, hyper, is_no_weight, some
-from .spec import TensorRecipe
 
 
 def leftovers_error(source: Source, names: Iterable[str], why: str) -> CheckpointError:
@@ -190,9 +188,9 @@ def assign_roles(source: Source, mapping: Map, vocab_size: int | None, transpose
     transposed = orientation(source, blocks_at[0], width) if transposed is None else transposed
     blocks, alternatives, left = [], [], []
     for block in blocks_at:
-        parts, options, unknown = block_roles(source, block, width, transposed)
+        parts, unsure, unknown = block_roles(source, block, width, transposed)
         blocks.append(parts)
-        alternatives.append(options)
+        alternatives.append(unsure)
         left += unknown
     top, unknown = top_roles(source, rest, width, vocab_size)
     if left or unknown:
@@ -506,7 +504,8 @@ def top_roles(
     top: dict[str, Part] = {}
     left: list[str] = []
     tables = [n for n in names if len(source.tensors[n].shape) == 2]
-    codes = [n for n in tables if source.tensors[n].shape[1] < min(width, 65) and _two_values(source, n)]
+    narrow = [n for n in tables if source.tensors[n].shape[1] < min(width, 65)]
+    codes = [n for n in narrow if len(np.unique(source.read_raw(n))) == 2]
     wide = [n for n in tables if width in source.tensors[n].shape and n not in codes]
     outputs = [n for n in wide if _OUTPUT.search(n.lower()) and not _EMBEDDING.search(n.lower())] or [
         n for n in wide if _OUTPUT.search(n.lower())
@@ -554,7 +553,3 @@ def top_roles(
             elif name not in {p.bias for p in top.values()}:
                 left.append(name)
     return top, left
-
-
-def _two_values(source: Source, name: str) -> bool:
-    return len(np.unique(source.read_raw(name))) == 2

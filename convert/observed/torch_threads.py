@@ -1,7 +1,5 @@
 """PyTorch's threads by the size of a checkpoint."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,0 +1,1 @@
+"""The checkpoint's own code, run and watched: what it computes decides. PyTorch is imported here."""
