@@ -46,6 +46,7 @@ def small_ceilings(monkeypatch):
     monkeypatch.setattr(compare, "PAUSE", 0.0)
 
 
+@pytest.mark.external  # matplotlib
 def test_end_to_end(data, tmp_path, capsys):
     report, figures, picture = tmp_path / "r.md", tmp_path / "r.json", tmp_path / "r.png"
     common = ["--data", data, "--engines", "fixmin-q8_0,torch-int8,torch-published,llama-q8_0", "--threads", 1]

@@ -682,7 +682,7 @@ def test_every_numeric_option_is_tried():
     assert not any(is_number(p) for name in ("inspect", "tokenize") for p in COMMANDS[name].params)
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", [pytest.param("generate", marks=pytest.mark.slow), *list(CALLS)[1:]])
 def test_any_number_for_any_option(model, model_path, tmp_path, name, monkeypatch):
     """It works, or it is refused in one line that names what is wrong: usage (2), or the value (1)."""
 
