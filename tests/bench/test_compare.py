@@ -108,6 +108,7 @@ def test_an_engine_that_does_not_load_is_skipped_with_what_it_said(data):
     assert "GGUFError" in compared.result["skipped"]["broken"]
 
 
+@pytest.mark.slow
 def test_an_engine_that_dies_is_left_out_with_its_records(data):
     fixmin, torch = BY_NAME["fixmin-q8_0"], BY_NAME["torch-int8"]
     compared = comparison(data)
