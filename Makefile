@@ -24,7 +24,7 @@ CXX_ALL := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl'
 
 help:
 	@echo 'make demo       install, convert and certify the demo checkpoints, generate text'
-	@echo 'make test       install and run the quick tests of every part; a part of them: make test ARGS="tests/python -k stream"'
+	@echo 'make test       install and run the quick tests of every part (ARGS="tests/python -k stream": some of them)'
 	@echo 'make test-all   install the rest and run all tests: slow ones, other CPUs, a browser, Ray, clients'
 	@echo 'make test-newest  the Python tests with the newest versions of all packages; make test-oldest: with the oldest allowed'
 	@echo 'make lock       write the newest versions of all packages into requirements/'
@@ -120,9 +120,9 @@ out/demo/%.gguf: examples/demo/%/model.safetensors examples/demo/%/config.json |
 
 # --- checks ----------------------------------------------------------------------------------------------------------
 
-# In two processes (JOBS=0: in this one). What is marked "slow" or "external" (pyproject.toml) is
-# left to test-all, whose external tests run one by one: Ray, a browser and emulators take all cores, and memory, by
-# themselves. `make test test-all` runs no test twice. With ARGS test-all is one run of what they select.
+# In two processes (JOBS=0: in one). What is marked "slow" or "external" (pyproject.toml) is left to test-all, whose external
+# tests run one by one: Ray, a browser and emulators take all cores by themselves. `make test test-all` runs no test twice.
+# With ARGS test-all is one run of all that they select.
 JOBS  ?= 2
 PYTEST = $(BIN)/python -m pytest
 QUICK  = -m 'not slow and not external'
