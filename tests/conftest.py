@@ -18,6 +18,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # (Ray's pull requests 58952 and 60048).
 os.environ["RAY_enable_open_telemetry"] = "0"  # noqa: SIM112 - as Ray spells it
 
+# PyTorch's products of small models take five times as much of the cores with two threads, which mostly wait for each
+# other. Read when it is imported, here and in processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Tests in subfolders can `import oracle` and `import gguf_factory`.
 sys.path.insert(0, str(Path(__file__).parent))
 
