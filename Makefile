@@ -20,17 +20,18 @@ CXX_ALL := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl'
 
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help setup demo test test-newest test-oldest lock emulators browser test-emulated asan tsan lint format bench bench-peers clean distclean
+.PHONY: help setup demo test test-all test-newest test-oldest lock emulators browser test-emulated asan tsan lint format bench bench-peers clean distclean
 
 help:
 	@echo 'make demo       install, convert and certify the demo checkpoints, generate text'
-	@echo 'make test       install and run all tests'
+	@echo 'make test       install and run the quick tests of every part (ARGS="tests/python -k stream": some of them)'
+	@echo 'make test-all   install the rest and run all tests: slow ones, other CPUs, a browser, Ray, clients'
 	@echo 'make test-newest  the Python tests with the newest versions of all packages; make test-oldest: with the oldest allowed'
 	@echo 'make lock       write the newest versions of all packages into requirements/'
 	@echo 'make emulators  install what tests of other CPUs need (qemu, a cross compiler; they are skipped without it)'
 	@echo 'make browser    install chromium, which tests of the playground need (they are skipped without it)'
 	@echo 'make asan       tests of the C++ code with the address and undefined-behaviour sanitizers; make tsan: data races'
-	@echo 'make setup      install only (into $(VENV))'
+	@echo 'make setup      install only, what all of this needs (into $(VENV))'
 	@echo 'make lint       formatting, static checks and types'
 	@echo 'make format     apply the formatting'
 	@echo 'make bench      speed at the published size (random weights) beside PyTorch and the peers that are there'
@@ -61,9 +62,12 @@ $(STAMP)/venv:
 	@mkdir -p $(STAMP) && touch $@
 
 # Exact versions with hashes, for CPython 3.10 to 3.13 on x86-64 and aarch64 Linux: `make lock` writes them. build.txt is what
-# compiles the package, and the few others that are published as source only; demo.txt what `make demo` needs, dev.txt
-# everything. A lock is complete, so that pip resolves nothing (--no-deps) and builds with what is there.
-LOCKED := $(PIP) install --no-deps --require-hashes --no-build-isolation
+# compiles the package, and the few others that are published as source only; demo.txt what `make demo` needs, test.txt
+# what `make test` does, dev.txt everything. A lock is complete, so that pip resolves nothing (--no-deps) and builds with
+# what is there. --no-compile: all of PyTorch and transformers as bytecode is 227 MB and 50 s of a core; what is imported
+# is compiled then.
+INSTALL := $(PIP) install --no-compile
+LOCKED  := $(INSTALL) --no-deps --require-hashes --no-build-isolation
 $(STAMP)/build-tools: requirements/build.txt | $(STAMP)/venv
 	$(LOCKED) -r $<
 	@touch $@
@@ -71,7 +75,7 @@ $(STAMP)/build-tools: requirements/build.txt | $(STAMP)/venv
 # PyTorch comes last: what it needs is in the lock already, so that pip adds nothing newer.
 $(STAMP)/packages: requirements/demo.txt $(STAMP)/build-tools
 	$(LOCKED) -r $<
-	$(PIP) install $(TORCH)
+	$(INSTALL) $(TORCH)
 	@touch $@
 
 # Compiled with the locked tools and not in a folder that pip deletes afterwards: the build folder stays valid.
@@ -79,7 +83,11 @@ $(STAMP)/package: $(STAMP)/packages $(SOURCES)
 	$(PIP) install --no-deps --no-build-isolation --check-build-dependencies .
 	@touch $@
 
-$(STAMP)/dev: requirements/dev.txt $(STAMP)/package
+$(STAMP)/test: requirements/test.txt $(STAMP)/package
+	$(LOCKED) -r $<
+	@touch $@
+
+$(STAMP)/dev: requirements/dev.txt $(STAMP)/test
 	$(LOCKED) -r $<
 	@touch $@
 
@@ -91,6 +99,7 @@ LOCK     = $(COMPILE) --universal --python-version 3.10 --generate-hashes --upgr
 SOURCE_ONLY := ggml-python rouge-score sqlitedict word2number
 lock: $(STAMP)/dev
 	$(LOCK) pyproject.toml requirements/build.in requirements/torch.in --extra dev -o requirements/dev.txt
+	$(LOCK) pyproject.toml requirements/build.in requirements/torch.in --extra test -c requirements/dev.txt -o requirements/test.txt
 	$(LOCK) pyproject.toml requirements/build.in requirements/torch.in --extra convert -c requirements/dev.txt -o requirements/demo.txt
 	$(LOCK) requirements/build.in -c requirements/dev.txt -o requirements/build.txt
 	for python in 3.10 3.11 3.12 3.13; do for cpu in x86_64 aarch64; do \
@@ -111,8 +120,23 @@ out/demo/%.gguf: examples/demo/%/model.safetensors examples/demo/%/config.json |
 
 # --- checks ----------------------------------------------------------------------------------------------------------
 
-test: $(STAMP)/dev
-	$(BIN)/python -m pytest $(ARGS)
+# In two processes (JOBS=0: in one). What is marked "slow" or "external" (pyproject.toml) is left to test-all, whose external
+# tests run one by one: Ray, a browser and emulators take all cores by themselves. `make test test-all` runs no test twice.
+# With ARGS test-all is one run of all that they select.
+JOBS  ?= 2
+PYTEST = $(BIN)/python -m pytest
+QUICK  = -m 'not slow and not external'
+SPREAD = --numprocesses $(JOBS) --dist worksteal
+test: $(STAMP)/test
+	$(PYTEST) $(SPREAD) $(QUICK) $(ARGS)
+
+test-all: $(if $(ARGS),,test) $(STAMP)/dev
+ifdef ARGS
+	$(PYTEST) $(ARGS)
+else
+	$(PYTEST) $(SPREAD) -m 'slow and not external'
+	$(PYTEST) -m external
+endif
 
 # The same Python tests with other versions of what they use: the newest that pip would bring today, and the oldest that
 # pyproject.toml allows (of what it names; what those draw in is the newest that they take). Each in an environment made
@@ -122,7 +146,7 @@ test-newest: RESOLUTION := highest
 test-oldest: RESOLUTION := lowest-direct
 test-newest test-oldest: $(STAMP)/dev
 	rm -rf .venv-$@ build/$@ && $(PYTHON) -m venv .venv-$@ && mkdir -p build/$@
-	$(COMPILE) pyproject.toml requirements/build.in requirements/torch.in --extra test --resolution $(RESOLUTION) \
+	$(COMPILE) pyproject.toml requirements/build.in requirements/torch.in --extra test-all --resolution $(RESOLUTION) \
 	    --python .venv-$@/bin/python -o build/$@/all.txt
 	$(COMPILE) requirements/build.in -c build/$@/all.txt --python .venv-$@/bin/python -o build/$@/build.txt
 	.venv-$@/bin/python -m pip --disable-pip-version-check install --no-deps -r build/$@/build.txt
@@ -166,7 +190,7 @@ EMULATED := tests/kernels tests/engine tests/model tests/codes --ignore=tests/co
             --deselect=tests/engine/test_engine.py::test_ctrl_c_stops_a_computation
 test-emulated: $(STAMP)/dev emulators
 	for cpu in Nehalem Haswell; do \
-	    qemu-x86_64 -cpu $$cpu $(BIN)/python -m pytest -p no:cacheprovider -m 'not slow' $(EMULATED) $(ARGS) || exit 1; \
+	    qemu-x86_64 -cpu $$cpu $(PYTEST) -p no:cacheprovider $(QUICK) $(EMULATED) $(ARGS) || exit 1; \
 	done
 
 # A build of its own in build/asan or build/tsan, the package beside it, and this Python with the runtime loaded first. The
@@ -186,14 +210,14 @@ asan tsan: $(STAMP)/dev
 	cp -r build/$@/_core*.so convert reference build/$@/site/fixmin_cpp
 	ASAN_OPTIONS=detect_leaks=0 TSAN_OPTIONS='halt_on_error=1 die_after_fork=0' PYTHONPATH=$(CURDIR)/build/$@/site \
 	LD_PRELOAD="$$(echo $$(for file in $(RUNTIME_$@); do g++ -print-file-name=$$file; done))" \
-	    $(BIN)/python -m pytest -p no:cacheprovider -m 'not slow' $(TESTS_$@) $(ARGS)
+	    $(PYTEST) -p no:cacheprovider $(QUICK) $(TESTS_$@) $(ARGS)
 
 lint: $(STAMP)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CXX_ALL)
 	$(BIN)/mypy --follow-imports=silent $(TYPED)
-	$(BIN)/python -m pytest -q tests/python/test_stub.py
+	$(PYTEST) -q tests/python/test_stub.py
 
 format: $(STAMP)/dev
 	$(BIN)/ruff format .

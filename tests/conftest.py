@@ -1,10 +1,12 @@
-"""Shared by all tests: the import path of helper modules, and hypothesis without its clock."""
+"""Shared by all tests: the import path of helper modules, hypothesis without its clock, a quick garbage collector."""
 
+import gc
 import os
 import signal
 import sys
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 # A shell that starts this in the background makes it ignore Ctrl-C, and Python keeps it so; tests send that signal, to
@@ -16,9 +18,21 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # (Ray's pull requests 58952 and 60048).
 os.environ["RAY_enable_open_telemetry"] = "0"  # noqa: SIM112 - as Ray spells it
 
+# PyTorch's products of small models take five times as much of the cores with two threads, which mostly wait for each
+# other. Read when it is imported, here and in processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Tests in subfolders can `import oracle` and `import gguf_factory`.
 sys.path.insert(0, str(Path(__file__).parent))
 
 # Tests never time anything: hypothesis would fail an example that is slow because the machine is busy.
 settings.register_profile("fixmin", deadline=None)
 settings.load_profile("fixmin")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen() -> None:
+    """What is imported by now is garbage to nobody. PyTorch and transformers are two million objects: looking through
+    them, as every conversion does several times, took more than half of its time."""
+    gc.collect()
+    gc.freeze()

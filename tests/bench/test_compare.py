@@ -46,6 +46,7 @@ def small_ceilings(monkeypatch):
     monkeypatch.setattr(compare, "PAUSE", 0.0)
 
 
+@pytest.mark.external  # matplotlib
 def test_end_to_end(data, tmp_path, capsys):
     report, figures, picture = tmp_path / "r.md", tmp_path / "r.json", tmp_path / "r.png"
     common = ["--data", data, "--engines", "fixmin-q8_0,torch-int8,torch-published,llama-q8_0", "--threads", 1]
@@ -107,6 +108,7 @@ def test_an_engine_that_does_not_load_is_skipped_with_what_it_said(data):
     assert "GGUFError" in compared.result["skipped"]["broken"]
 
 
+@pytest.mark.slow
 def test_an_engine_that_dies_is_left_out_with_its_records(data):
     fixmin, torch = BY_NAME["fixmin-q8_0"], BY_NAME["torch-int8"]
     compared = comparison(data)

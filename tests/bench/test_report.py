@@ -98,11 +98,13 @@ def test_markdown(result):
     assert ["CPU", "a CPU"] in rows
 
 
+@pytest.mark.external
 def test_plot(result, tmp_path):
     report.plot(result, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.external
 def test_bars_and_ceilings_are_where_the_figures_say(result):
     from matplotlib.figure import Figure
 

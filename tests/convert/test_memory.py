@@ -77,6 +77,7 @@ def resident_mb(kind: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(kind)) // 1024
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_resident_memory_stays_small(tmp_path: Path) -> None:
     blocks = 64  # 256 MB

@@ -102,6 +102,7 @@ def extra(state: dict) -> None:
     state["value_head.weight"] = torch.randn(7, 64)
 
 
+@pytest.mark.slow
 def test_what_was_allowed_need_not_be_repeated_to_verify(tmp_path: Path) -> None:
     def change(state: dict) -> None:
         del state["model.layers.1.ffn_up.bias"]

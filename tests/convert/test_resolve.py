@@ -10,6 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 import zoo  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
+from sampled import sampled  # noqa: E402
 
 from fixmin_cpp.convert.overrides import OVERRIDES  # noqa: E402
 from fixmin_cpp.convert.resolve import resolve  # noqa: E402
@@ -227,7 +228,7 @@ HABITS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("habit", HABITS)
+@pytest.mark.parametrize("habit", sampled(HABITS, 4))
 def test_habits(habit: str, tmp_path: Path) -> None:
     edits = tuple(zip(HABITS[habit][::2], HABITS[habit][1::2], strict=True))
     style = zoo.Style(zoo.STYLES["llama"].author, {}, edits=edits)

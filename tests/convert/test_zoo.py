@@ -11,6 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 import oracle  # noqa: E402
 import zoo  # noqa: E402
+from sampled import sampled  # noqa: E402
 
 from fixmin_cpp import _core  # noqa: E402
 from fixmin_cpp.convert.convert import CertificationError, convert  # noqa: E402
@@ -68,7 +69,7 @@ def convert_or_refuse(directory: Path, style: zoo.Style, original: zoo.Original,
         assert all(re.search(words, str(refusal)) for words in style.words), refusal
 
 
-@pytest.mark.parametrize("name", zoo.STYLES)
+@pytest.mark.parametrize("name", sampled(zoo.STYLES, 8))
 def test_own_code(name: str, tmp_path: Path) -> None:
     style = zoo.STYLES[name]
     zoo.make_checkpoint(style, tmp_path / "checkpoint")
@@ -76,7 +77,7 @@ def test_own_code(name: str, tmp_path: Path) -> None:
     convert_or_refuse(tmp_path / "checkpoint", style, original, trust_remote_code=True)
 
 
-@pytest.mark.parametrize("name", zoo.REFUSED)
+@pytest.mark.parametrize("name", sampled(zoo.REFUSED, 8))
 def test_refused(name: str, tmp_path: Path) -> None:
     style = zoo.REFUSED[name]
     zoo.make_checkpoint(style, tmp_path / "checkpoint")
@@ -84,7 +85,7 @@ def test_refused(name: str, tmp_path: Path) -> None:
     convert_or_refuse(tmp_path / "checkpoint", style, original, trust_remote_code=True)
 
 
-@pytest.mark.parametrize("name", zoo.LIBRARY)
+@pytest.mark.parametrize("name", sampled(zoo.LIBRARY, 3))
 def test_architectures_of_transformers(name: str, tmp_path: Path) -> None:
     """They need no permission: their code is not in the checkpoint."""
     original = zoo.make_library_checkpoint(name, tmp_path / "checkpoint")
@@ -160,7 +161,7 @@ def without_code(name: str, directory: Path) -> tuple[zoo.Style, zoo.Original]:
     return style, original
 
 
-@pytest.mark.parametrize("name", WITHOUT_CODE)
+@pytest.mark.parametrize("name", sampled(WITHOUT_CODE, 4))
 def test_without_code_ambiguities_are_listed(name: str, tmp_path: Path) -> None:
     without_code(name, tmp_path / "checkpoint")
     with pytest.raises(CheckpointError) as refusal:
@@ -171,7 +172,7 @@ def test_without_code_ambiguities_are_listed(name: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out.gguf").exists()
 
 
-@pytest.mark.parametrize("name", WITHOUT_CODE)
+@pytest.mark.parametrize("name", sampled(WITHOUT_CODE, 7))
 def test_without_code_calibrated(name: str, tmp_path: Path) -> None:
     style, original = without_code(name, tmp_path / "checkpoint")
     text = tmp_path / "text.txt"
@@ -236,7 +237,7 @@ def test_checkpoint_is_left_as_it_was(tmp_path: Path) -> None:
 # --- the zoo itself: what it asks of the converter can be seen in the logits ------------------------------------
 
 
-@pytest.mark.parametrize("name", [n for n, s in zoo.STYLES.items() if s.alternatives])
+@pytest.mark.parametrize("name", sampled((n for n, s in zoo.STYLES.items() if s.alternatives), 4))
 def test_other_conventions_change_the_logits(name: str, tmp_path: Path) -> None:
     style = zoo.STYLES[name]
     zoo.make_checkpoint(style, tmp_path)
@@ -250,7 +251,8 @@ def test_other_conventions_change_the_logits(name: str, tmp_path: Path) -> None:
 
 # A head of another size has tensors of other shapes: there is no ordinary checkpoint with the same ones.
 @pytest.mark.parametrize(
-    "name", [n for n, s in zoo.REFUSED.items() if s.expect == "refuse" and n != "head_size_not_d_over_h"]
+    "name",
+    sampled((n for n, s in zoo.REFUSED.items() if s.expect == "refuse" and n != "head_size_not_d_over_h"), 4),
 )
 def test_what_is_refused_changes_the_logits(name: str, tmp_path: Path) -> None:
     """Without its peculiarity the checkpoint would be an ordinary one, and its logits are others."""

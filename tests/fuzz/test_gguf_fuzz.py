@@ -8,7 +8,7 @@ import pytest
 from make_gguf_seeds import FOLDER, seeds
 from sanitized import ROOT, compile_sanitized
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.external
 
 RUNS = 10_000  # per seed
 SOURCES = ["tests/fuzz/gguf_fuzz.cpp", "tests/fuzz/gguf_fuzz_main.cpp", "csrc/gguf/gguf_file.cpp"]

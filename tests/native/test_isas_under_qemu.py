@@ -22,7 +22,7 @@ from gguf_factory import ALL_BIASES, EVERY_TYPE, make_model
 
 from fixmin_cpp import _core
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.external
 
 ROOT = Path(__file__).resolve().parents[2]
 #: With the folder of this interpreter in front: a virtual environment has cmake and ninja there.

@@ -451,7 +451,9 @@ PROMPTS = [
 ]
 
 
-@pytest.mark.parametrize(("prompt", "error", "message"), PROMPTS, ids=lambda value: repr(value)[:30])
+@pytest.mark.parametrize(
+    ("prompt", "error", "message"), PROMPTS, ids=lambda value: repr(value)[:30].partition(" at 0x")[0]
+)
 def test_prompt(model, prompt, error, message):
     with pytest.raises(error, match=message):
         model.generate(prompt)
@@ -483,7 +485,7 @@ def test_array_that_cannot_be_read(model):
         {"input_ids": np.array([[9, 9, 5, 6]]), "attention_mask": np.array([[0, 0, 1, 1]])},
         {"input_ids": [5, 6, 9], "attention_mask": [1, 1, 0]},
     ],
-    ids=lambda value: repr(value)[:40],
+    ids=lambda value: repr(value)[:40].partition(" at 0x")[0],
 )
 def test_forms_of_one_prompt(model, prompt):
     assert model.generate(prompt, max_new_tokens=4).token_ids == model.generate([5, 6], max_new_tokens=4).token_ids

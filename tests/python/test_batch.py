@@ -290,6 +290,7 @@ def test_a_job_goes_on_wherever_its_output_is_torn(model_path, tmp_path, out):
         assert not out.with_name("out.jsonl.resume").exists()
 
 
+@pytest.mark.slow
 def test_a_job_that_is_killed_again_and_again(slow_model_path, tmp_path, out):
     source = write_lines(tmp_path / "in", mixed_lines(240) * 2)
     run_job(slow_model_path, source, tmp_path / "whole", options={"top_p": 0.9}, n_parallel=3)

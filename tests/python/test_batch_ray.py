@@ -20,7 +20,7 @@ ray = pytest.importorskip("ray", reason="needs fixmin-cpp[ray]")
 pytest.importorskip("ray.data", reason="needs fixmin-cpp[ray]")
 
 # What Ray itself does is not for these tests.
-pytestmark = pytest.mark.filterwarnings("default")
+pytestmark = [pytest.mark.external, pytest.mark.filterwarnings("default")]
 
 SETTINGS: dict[str, Any] = {"options": {"top_p": 0.9}, "seed": 4, "token_ids": True, "n_parallel": 3}
 COMMAND = ["--threads", "1", "--top-p", "0.9", "--seed", "4", "--token-ids", "--parallel", "3"]

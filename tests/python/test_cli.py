@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import typer.main
 from fixmin_cli import FIXMIN, TIMEOUT, fixmin, on_terminal
+from sampled import sampled
 from typer.testing import CliRunner
 
 import fixmin_cpp
@@ -403,7 +404,7 @@ LOCALES = [
 ]
 
 
-@pytest.mark.parametrize("locale", LOCALES, ids=str)
+@pytest.mark.parametrize("locale", sampled(LOCALES, 3), ids=str)
 def test_text_is_utf8_whatever_the_locale(letters_model, locale):
     environment = {**os.environ, "M": letters_model.path, **locale}
     expected = letters_model.generate("日é", max_new_tokens=9, stop="é")
@@ -682,7 +683,7 @@ def test_every_numeric_option_is_tried():
     assert not any(is_number(p) for name in ("inspect", "tokenize") for p in COMMANDS[name].params)
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", [pytest.param("generate", marks=pytest.mark.slow), *list(CALLS)[1:]])
 def test_any_number_for_any_option(model, model_path, tmp_path, name, monkeypatch):
     """It works, or it is refused in one line that names what is wrong: usage (2), or the value (1)."""
 

@@ -741,6 +741,7 @@ for arguments in [
 """
 
 
+@pytest.mark.slow
 def test_hostile_descriptions_are_refused_or_run_in_bounded_time():
     result = subprocess.run(
         [sys.executable, "-c", HOSTILE, str(DEMO)], capture_output=True, text=True, timeout=300, check=False

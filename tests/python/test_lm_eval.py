@@ -34,7 +34,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from fixmin_cpp.lm_eval_model import FixMinLM  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # those of the harness and what it imports
+# Warnings: those of the harness and what it imports.
+pytestmark = [pytest.mark.external, pytest.mark.filterwarnings("ignore")]
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo"
 CAPITALS = {"France": "Paris", "UK": "London", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo", "Kenya": "Nairobi"}

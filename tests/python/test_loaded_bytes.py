@@ -75,6 +75,7 @@ def test_nothing_of_a_file_is_read_after_loading(tmp_path):
         assert (config.bos_token_id, config.pad_token_id, config.eos_token_id) == (5, 6, model.eos_token_id)
 
 
+@pytest.mark.external
 @pytest.mark.filterwarnings("ignore")  # those of the harness
 def test_lm_eval_asks_the_loaded_model(tmp_path):
     pytest.importorskip("lm_eval")

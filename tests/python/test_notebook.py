@@ -13,6 +13,7 @@ pytest.importorskip("torch")
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "quickstart.ipynb"
 
 
+@pytest.mark.external
 @pytest.mark.filterwarnings("ignore")
 def test_quickstart(tmp_path: Path) -> None:
     notebook = nbformat.read(NOTEBOOK, as_version=4)

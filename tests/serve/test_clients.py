@@ -22,6 +22,8 @@ import fixmin_cpp
 
 openai = pytest.importorskip("openai")
 
+pytestmark = pytest.mark.external
+
 PROMPT = "the a"
 PLAIN = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}  # OpenAI's defaults, in this project's names
 DOCS = Path(__file__).parents[2] / "docs" / "serving.md"

@@ -143,6 +143,7 @@ def test_schema_is_openapi(server: Server) -> None:
     assert paths <= schema["paths"].keys()
 
 
+@pytest.mark.external
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("mode", ["POSITIVE", "NEGATIVE"])
 def test_schemathesis_finds_no_5xx(server: Server, mode: str) -> None:

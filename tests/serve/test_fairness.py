@@ -133,6 +133,7 @@ QUICK: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.slow
 def test_slow_constraints_hold_up_nobody_else(served_path: Path, start: Start) -> None:
     """More of them than there are threads for any work."""
     with start(served_path) as server, ThreadPoolExecutor(10) as pool:

@@ -160,6 +160,7 @@ def test_bytes_of_tokens_make_the_text(make: Any) -> None:
         assert names.name(tokenizer.token_to_id(special)) == special
 
 
+@pytest.mark.external
 @pytest.mark.filterwarnings("ignore")
 def test_lm_eval_over_http_is_lm_eval_in_process(demo_path: Path, demo_server: Server, tmp_path: Path) -> None:
     """On questions whose answers end the text: what the harness takes for the generated token must be there."""

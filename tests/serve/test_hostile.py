@@ -176,6 +176,7 @@ def test_many_idle_connections_do_no_harm(strict: Server) -> None:
         assert works(strict)
 
 
+@pytest.mark.slow
 def test_reader_that_takes_nothing_is_cut_off(long_path: Path, start: Start) -> None:
     with start(long_path, "--write-timeout", "1") as server:
         body = json.dumps(
@@ -230,6 +231,7 @@ def hostile_bodies(path: str) -> Iterator[tuple[str, bytes]]:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", BODIES)
 def test_no_field_takes_all_of_the_server(server: Server, path: str) -> None:
     if not Path("/proc/self/status").exists():
@@ -310,6 +312,7 @@ def test_messages_are_short(server: Server, path: str, fields: dict[str, Any]) -
     assert len(answer.content) < 20_000  # an escape for each of 2,000 characters
 
 
+@pytest.mark.slow
 def test_what_waits_for_the_engine_holds_up_nobody(long_path: Path, start: Start) -> None:
     """Embeddings are computed behind what runs; meanwhile texts are tokenised, and nothing is stuck."""
     with start(long_path, "--parallel", "1") as server, contextlib.ExitStack() as stack:

@@ -19,15 +19,19 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_playwright
 from servers import proxy, serving
 from tokenizers import Tokenizer
 from toy_models import concatenating, write_model
 
+pytest.importorskip("playwright")
+
+from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_playwright
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="chromium is not installed; on Debian: apt-get install chromium"
-)
+pytestmark = [
+    pytest.mark.external,
+    pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed; on Debian: apt-get install chromium"),
+]
 
 FRANCE = "Question: What is the capital of France?\nAnswer:"
 CAPITAL = "Question: What is"  # the demo goes on with a question and, on the next line, an answer

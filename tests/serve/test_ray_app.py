@@ -37,7 +37,7 @@ from test_endpoints import test_codes, test_props, test_schema_is_openapi, test_
 from fixmin_cpp.serve import ServeSettings  # noqa: E402
 from fixmin_cpp.serve.ray_app import app, build  # noqa: E402
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.external, pytest.mark.filterwarnings("ignore")]
 
 PORT = 18431
 
