@@ -76,7 +76,9 @@ def test_the_prompt_is_read_once(model_path):
     with Model(model_path) as model:
         ids = np.random.default_rng(0).integers(0, 200, 40).tolist()
         completion = model.generate(ids, n=4, seed=1, **SETTINGS)
-        assert [c.timings.n_cached for c in completion.candidates] == [0, 32, 32, 32]  # a whole block
+        first, *others = [c.timings.n_cached for c in completion.candidates]
+        assert first == 0
+        assert set(others) <= {32, 39}  # a whole block; all but the last token, where the first one has ended by then
         apart = model.generate(ids, n=4, seed=1, prefix_cache=False, **SETTINGS)
         assert [c.timings.n_cached for c in apart.candidates] == [0, 0, 0, 0]
         assert [c.token_ids for c in apart.candidates] == [c.token_ids for c in completion.candidates]
