@@ -1,15 +1,16 @@
 """ggml number formats: which one a tensor gets, and rows of float32 turned into its bytes.
 
-The bytes come from ggml itself (`ggml_quantize_chunk` of the ggml-python package), so a file is what llama.cpp's tools
-would have written. For F16, BF16, Q8_0 and Q4_0 they equal `gguf.quants.quantize` and, for the two float formats,
-round-to-nearest-even of NumPy and PyTorch (tests/convert/test_writer.py); the other formats `gguf` can only read.
+A file is what llama.cpp's tools would have written. F16, BF16, Q8_0 and Q4_0, all that a conversion writes, come from
+`gguf.quants`; the other formats, which `gguf` can only read, and what an importance matrix weighs, from ggml itself
+(`ggml_quantize_chunk` of the ggml-python package, which has to be compiled: `fixmin quantize` needs it). Both
+give the same bytes where both can, for float formats round-to-nearest-even of NumPy and PyTorch
+(tests/convert/test_writer.py).
 A further format is one more line in `OUT_TYPES`.
 """
 
 import ctypes
 from dataclasses import dataclass
 
-import ggml
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType, quants
 from numpy.typing import NDArray
@@ -123,6 +124,16 @@ def quantize_rows(
             raise OverflowError(f"holds the value {extreme:.6g}, which overflows {ggml_type.name}")
     if ggml_type == F32:
         return rows.view(np.uint8)
+    if importance is None and ggml_type in BY_GGML_TYPE:
+        return quants.quantize(rows, ggml_type).view(np.uint8)
+    return _quantized_by_ggml(rows, ggml_type, importance)
+
+
+def _quantized_by_ggml(
+    rows: NDArray[np.float32], ggml_type: GGMLQuantizationType, importance: NDArray[np.float32] | None
+) -> NDArray[np.uint8]:
+    import ggml
+
     weights = None
     if importance is not None:
         if importance.shape != rows.shape[1:]:

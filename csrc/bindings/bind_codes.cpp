@@ -173,21 +173,6 @@ void add_rows(FoldBuilder& builder, int64_t row_begin, const py::array& weight, 
                      bias ? b.data() : nullptr);
 }
 
-std::unique_ptr<FoldedProjection> make_fold(const py::array& weight, const std::optional<py::array>& bias,
-                                            const py::array& norm_weight, const std::optional<py::array>& norm_bias,
-                                            float eps, bool rms, int64_t width, const std::string& kind,
-                                            std::pair<float, float> values) {
-    const auto w = checked<float>(weight, "weight", 2);
-    const auto gamma = checked<float>(norm_weight, "norm_weight", 1);
-    const auto b = optional_vector(bias, "bias"), beta = optional_vector(norm_bias, "norm_bias");
-    checked_u32(w.shape(0), "weight rows");
-    const Lift lift = Lift::make(codes::parse_lift_kind(kind), checked_u32(width, "width"),
-                                 checked_u32(w.shape(1), "weight columns"), values.first, values.second);
-    const codes::FoldNorm norm{as_span(gamma), as_span(beta), eps, rms};
-    const py::gil_scoped_release release;
-    return std::make_unique<FoldedProjection>(as_span(w), as_span(b), norm, lift);
-}
-
 /// [T, 2]: shift and rstd of every code.
 py::array_t<float> fold_scales(const FoldedProjection& fold, const py::array& code_bits) {
     const auto bits = checked<uint8_t>(code_bits, "codes", 2);
@@ -233,9 +218,6 @@ void bind_codes(py::module_& m) {
     m.def("lift_codes", &lift_codes, py::arg("codes"), py::arg("embedding_length"), py::arg("lift"), py::arg("values"));
 
     py::class_<FoldedProjection>(m, "FoldedProjection", "norm1 and a projection of layer 0 as K + 2 columns.")
-        .def(py::init(&make_fold), py::arg("weight"), py::arg("bias").none(true), py::arg("norm_weight"),
-             py::arg("norm_bias").none(true), py::arg("eps"), py::arg("rms"), py::arg("width"), py::arg("lift"),
-             py::arg("values"))
         .def("apply", &apply_fold, py::arg("codes"))
         .def("scales", &fold_scales, py::arg("codes"))
         .def_property_readonly("columns",

@@ -96,20 +96,6 @@ FoldedProjection FoldBuilder::finish() {
     return std::exchange(fold_, FoldedProjection{});
 }
 
-FoldedProjection::FoldedProjection(std::span<const float> weight, std::span<const float> bias, const FoldNorm& norm,
-                                   const Lift& lift) {
-    if (lift.embedding_length == 0 || weight.empty() || weight.size() % lift.embedding_length != 0) {
-        throw ArgumentError(
-            "fold: weight must have rows of embedding_length = " + std::to_string(lift.embedding_length) +
-            " elements, got " + std::to_string(weight.size()) + " elements");
-    }
-    const auto rows = static_cast<uint32_t>(weight.size() / lift.embedding_length);
-    if (!bias.empty()) check_length("bias", bias.size(), rows);
-    FoldBuilder builder(rows, norm, lift);
-    builder.add_rows(0, rows, weight.data(), bias.empty() ? nullptr : bias.data());
-    *this = builder.finish();
-}
-
 FoldScales FoldedProjection::scales(uint32_t code) const {
     uint64_t ones = 0;  // elements of x that are v1
     for (uint32_t j = 0; j < lift_.width; ++j) {

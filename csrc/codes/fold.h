@@ -43,15 +43,6 @@ struct FoldScales {
 /// Rows are independent, so lanes and threads may take any rows.
 class FoldedProjection {
   public:
-    FoldedProjection() = default;
-
-    /// All rows at once; FoldBuilder does the same in pieces.
-    /// @param weight  W, [M][D] row-major
-    /// @param bias    [M], or empty for none
-    /// Throws ArgumentError for lengths that do not fit.
-    FoldedProjection(std::span<const float> weight, std::span<const float> bias, const FoldNorm& norm,
-                     const Lift& lift);
-
     uint32_t rows() const { return rows_; }                                         // M
     uint32_t width() const { return lift_.width; }                                  // K
     const float* columns() const { return columns_.data(); }                        // [K][M], (v1 − v0)·F_j

@@ -17,8 +17,7 @@
 namespace fixmin::gguf {
 namespace {
 
-// ---- limits
-// -------------------------------------------------------------------------------------------------
+// ---- limits ---------------------------------------------------------------------------------------------------------
 
 constexpr uint64_t kMaxKeyBytes = 65535;          // the format's own limit
 constexpr uint64_t kMaxNameBytes = 64;            // the format's own limit
@@ -44,8 +43,7 @@ static_assert(std::size(kValueTypeNames) == std::variant_size_v<Value>);
 
 constexpr bool is_value_type(uint32_t raw) { return raw < std::size(kValueBytes); }
 
-// ---- error messages
-// -----------------------------------------------------------------------------------------
+// ---- error messages -------------------------------------------------------------------------------------------------
 
 std::string type_description(const Value& value) {
     if (const auto* array = std::get_if<ArrayView>(&value)) {
@@ -66,8 +64,7 @@ std::string type_description(const Value& value) {
     throw GgufError("GGUF key " + quoted(key) + " is missing (expected " + expected + ")");
 }
 
-// ---- reading
-// ------------------------------------------------------------------------------------------------
+// ---- reading --------------------------------------------------------------------------------------------------------
 
 /// A position in the file that never leaves it, and the name of what is being read, for messages.
 class Cursor {
@@ -322,21 +319,17 @@ const Entry* find_entry(const std::vector<Entry>& entries, const std::vector<uin
 constexpr auto key_of = [](const KeyValue& entry) -> std::string_view { return entry.key; };
 constexpr auto name_of = [](const TensorInfo& tensor) -> std::string_view { return tensor.name; };
 
-// ---- typed access
-// -------------------------------------------------------------------------------------------
+// ---- typed access ---------------------------------------------------------------------------------------------------
 
-template <class T>
-T as_integer(const KeyValue& entry, const char* expected) {
+uint32_t as_u32(const KeyValue& entry) {
     return std::visit(
-        [&](const auto& value) -> T {
+        [&](const auto& value) -> uint32_t {
             using Stored = std::decay_t<decltype(value)>;
             if constexpr (std::is_integral_v<Stored> && !std::is_same_v<Stored, bool>) {
-                if (!std::in_range<T>(value)) {
-                    fail_value(entry, std::to_string(value) + " does not fit " + expected);
-                }
-                return static_cast<T>(value);
+                if (!std::in_range<uint32_t>(value)) fail_value(entry, std::to_string(value) + " does not fit u32");
+                return static_cast<uint32_t>(value);
             } else {
-                fail_type(entry, expected);
+                fail_type(entry, "u32");
             }
         },
         entry.value);
@@ -362,14 +355,9 @@ const T& as(const KeyValue& entry, const char* expected) {
     return *value;
 }
 
-const ArrayView& as_array_of(const KeyValue& entry, ValueType type, const char* expected) {
-    const auto& array = as<ArrayView>(entry, expected);
-    if (array.type != type) fail_type(entry, expected);
-    return array;
-}
-
 std::span<const uint8_t> as_u8_array(const KeyValue& entry) {
-    const ArrayView& array = as_array_of(entry, ValueType::u8, "array of u8");
+    const auto& array = as<ArrayView>(entry, "array of u8");
+    if (array.type != ValueType::u8) fail_type(entry, "array of u8");
     return {reinterpret_cast<const uint8_t*>(array.bytes.data()), array.bytes.size()};
 }
 
@@ -384,22 +372,9 @@ std::vector<float> as_f32_array(const KeyValue& entry) {
     return values;
 }
 
-std::vector<std::string_view> as_string_array(const KeyValue& entry) {
-    return as_array_of(entry, ValueType::string, "array of string").strings();
-}
-
-/// What `convert` makes of the entry, or nothing if there is none.
-template <class Convert>
-auto optional_value(const KeyValue* entry, Convert convert) -> std::optional<decltype(convert(*entry))> {
-    if (entry == nullptr) return std::nullopt;
-    return convert(*entry);
-}
-
-/// The content of `found`, which `expected` describes, or an error.
-template <class T>
-T required(std::optional<T> found, std::string_view key, const char* expected) {
-    if (!found) fail_missing(key, expected);
-    return *std::move(found);
+const KeyValue& required(const GgufFile& file, std::string_view key, const char* expected) {
+    if (const KeyValue* entry = file.find(key)) return *entry;
+    fail_missing(key, expected);
 }
 
 }  // namespace
@@ -414,8 +389,7 @@ std::vector<std::string_view> ArrayView::strings() const {
     return result;
 }
 
-// ---- opening
-// ------------------------------------------------------------------------------------------------
+// ---- opening --------------------------------------------------------------------------------------------------------
 
 // The mapping shares its pages with the file. If another process truncates the file while it is mapped, touching a page
 // beyond the new end raises SIGBUS. So tensors are read, not touched (GgufFile::read), and keys and tensor infos are
@@ -570,8 +544,7 @@ void GgufFile::parse_all() {
     tensor_index_ = build_index(tensors_, name_of, "tensor");
 }
 
-// ---- access
-// -------------------------------------------------------------------------------------------------
+// ---- access ---------------------------------------------------------------------------------------------------------
 
 const TensorInfo* GgufFile::find_tensor(std::string_view name) const noexcept {
     return find_entry(tensors_, tensor_index_, name_of, name);
@@ -581,99 +554,20 @@ const KeyValue* GgufFile::find(std::string_view key) const noexcept {
     return find_entry(key_values_, key_index_, key_of, key);
 }
 
-std::optional<uint32_t> GgufFile::find_u32(std::string_view key) const {
-    return optional_value(find(key), [](const KeyValue& entry) { return as_integer<uint32_t>(entry, "u32"); });
+uint32_t GgufFile::get_u32(std::string_view key) const { return as_u32(required(*this, key, "u32")); }
+
+float GgufFile::get_f32(std::string_view key) const { return as_f32(required(*this, key, "f32")); }
+
+std::string_view GgufFile::get_string(std::string_view key) const {
+    return as<std::string_view>(required(*this, key, "string"), "string");
 }
-
-std::optional<uint64_t> GgufFile::find_u64(std::string_view key) const {
-    return optional_value(find(key), [](const KeyValue& entry) { return as_integer<uint64_t>(entry, "u64"); });
-}
-
-std::optional<float> GgufFile::find_f32(std::string_view key) const { return optional_value(find(key), as_f32); }
-
-std::optional<bool> GgufFile::find_bool(std::string_view key) const {
-    return optional_value(find(key), [](const KeyValue& entry) -> bool { return as<bool>(entry, "bool"); });
-}
-
-std::optional<std::string_view> GgufFile::find_string(std::string_view key) const {
-    return optional_value(
-        find(key), [](const KeyValue& entry) -> std::string_view { return as<std::string_view>(entry, "string"); });
-}
-
-std::optional<std::span<const uint8_t>> GgufFile::find_u8_array(std::string_view key) const {
-    return optional_value(find(key), as_u8_array);
-}
-
-std::optional<std::vector<float>> GgufFile::find_f32_array(std::string_view key) const {
-    return optional_value(find(key), as_f32_array);
-}
-
-std::optional<std::vector<std::string_view>> GgufFile::find_string_array(std::string_view key) const {
-    return optional_value(find(key), as_string_array);
-}
-
-uint32_t GgufFile::get_u32(std::string_view key) const { return required(find_u32(key), key, "u32"); }
-
-uint64_t GgufFile::get_u64(std::string_view key) const { return required(find_u64(key), key, "u64"); }
-
-float GgufFile::get_f32(std::string_view key) const { return required(find_f32(key), key, "f32"); }
-
-bool GgufFile::get_bool(std::string_view key) const { return required(find_bool(key), key, "bool"); }
-
-std::string_view GgufFile::get_string(std::string_view key) const { return required(find_string(key), key, "string"); }
 
 std::span<const uint8_t> GgufFile::get_u8_array(std::string_view key) const {
-    return required(find_u8_array(key), key, "array of u8");
+    return as_u8_array(required(*this, key, "array of u8"));
 }
 
 std::vector<float> GgufFile::get_f32_array(std::string_view key) const {
-    return required(find_f32_array(key), key, "array of f32");
-}
-
-std::vector<std::string_view> GgufFile::get_string_array(std::string_view key) const {
-    return required(find_string_array(key), key, "array of string");
-}
-
-// ---- pages
-// --------------------------------------------------------------------------------------------------
-
-namespace {
-
-/// The overlap of `range` and `mapping` as addresses [begin, end); empty if there is none.
-std::pair<uintptr_t, uintptr_t> overlap(std::span<const std::byte> range, std::span<const std::byte> mapping) noexcept {
-    const auto begin = reinterpret_cast<uintptr_t>(range.data());
-    const auto map_begin = reinterpret_cast<uintptr_t>(mapping.data());
-    return {std::max(begin, map_begin), std::min(begin + range.size(), map_begin + mapping.size())};
-}
-
-uintptr_t page_size() noexcept {
-    static const auto size = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-    return size;
-}
-
-// False if the kernel does not take the advice, which changes no value that is read.
-bool advise(uintptr_t begin, uintptr_t end, int advice) noexcept {
-    return begin >= end || madvise(reinterpret_cast<void*>(begin), end - begin, advice) == 0;
-}
-
-}  // namespace
-
-void GgufFile::release(std::span<const std::byte> range) const noexcept {
-    // A page at the edge may hold the neighbour's data, so only whole pages go.
-    const auto [begin, end] = overlap(range, mapping_.bytes());
-    // The header's pages are a copy that nothing could bring back.
-    const uintptr_t first = reinterpret_cast<uintptr_t>(bytes_.data()) + align_up(header_end_, page_size());
-    advise(std::max(first, align_up(begin, page_size())), end & ~(page_size() - 1), MADV_DONTNEED);
-}
-
-void GgufFile::prefetch(std::span<const std::byte> range) const noexcept {
-    const auto [begin, end] = overlap(range, mapping_.bytes());
-    const uintptr_t first = begin & ~(page_size() - 1);
-    if (begin >= end) return;
-#ifdef MADV_POPULATE_READ  // Linux
-    if (advise(first, end, MADV_POPULATE_READ)) return;
-#endif
-    advise(first, end, MADV_WILLNEED);
+    return as_f32_array(required(*this, key, "array of f32"));
 }
 
 }  // namespace fixmin::gguf

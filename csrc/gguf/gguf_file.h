@@ -10,7 +10,6 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
-#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -163,37 +162,18 @@ class GgufFile {
         }
     }
 
-    // Typed access.  `get_*` throws GgufError if the key is absent, `find_*` gives nullopt then; both throw
-    // GgufError, naming the key, the expected and the actual type, if the value is there and does not fit.
+    // Typed access. GgufError if the key is absent, or, naming the expected and the actual type, if the value does not
+    // fit.
 
     /// Any integer type, if the value fits.
     uint32_t get_u32(std::string_view key) const;
-    std::optional<uint32_t> find_u32(std::string_view key) const;
-    uint64_t get_u64(std::string_view key) const;
-    std::optional<uint64_t> find_u64(std::string_view key) const;
     /// f32, or f64 rounded to f32; finite.
     float get_f32(std::string_view key) const;
-    std::optional<float> find_f32(std::string_view key) const;
-    bool get_bool(std::string_view key) const;
-    std::optional<bool> find_bool(std::string_view key) const;
     /// A view into the file, not NUL-terminated.
     std::string_view get_string(std::string_view key) const;
-    std::optional<std::string_view> find_string(std::string_view key) const;
     std::span<const uint8_t> get_u8_array(std::string_view key) const;
-    std::optional<std::span<const uint8_t>> find_u8_array(std::string_view key) const;
     /// f32, or f64 rounded to f32; every element finite.
     std::vector<float> get_f32_array(std::string_view key) const;
-    std::optional<std::vector<float>> find_f32_array(std::string_view key) const;
-    std::vector<std::string_view> get_string_array(std::string_view key) const;
-    std::optional<std::vector<std::string_view>> find_string_array(std::string_view key) const;
-
-    /// Tells the kernel that the pages lying wholly inside `range` (part of bytes()) are no longer needed:
-    /// they leave this process's resident memory and are read from the file again if touched.  Does nothing
-    /// after `parse`.
-    void release(std::span<const std::byte> range) const noexcept;
-    /// Maps the pages that `range` touches in one go, which is cheaper than a fault for each few of them; where the
-    /// kernel cannot do that (before Linux 5.14) it starts reading them.  Does nothing after `parse`.
-    void prefetch(std::span<const std::byte> range) const noexcept;
 
   private:
     /// Owns a private, read-only mapping of a file; empty after `parse` and after a move.

@@ -105,7 +105,7 @@ struct Weights {
 /// Calls body(begin, end) for parts of 0..n on several threads.
 using ParallelFor = std::function<void(uint32_t n, const std::function<void(uint32_t, uint32_t)>& body)>;
 
-/// Reads, checks and repacks everything; the file's pages are released behind.
+/// Reads, checks and repacks everything.
 /// Throws GgufError for a tensor that is missing, unknown, of a wrong shape or not finite; UnsupportedError for its
 /// type. `progress` gets the fraction done, 0 to 1.
 Weights load_weights(gguf::GgufFile file, const Packing& packing, const ParallelFor& parallel_for,

@@ -65,18 +65,6 @@ def lift_codes(
 class FoldedProjection:
     """norm1 followed by one projection of layer 0, collapsed into K + 2 columns; see csrc/codes/fold.h."""
 
-    def __init__(
-        self,
-        weight: NDArray[np.float32],  # [M, D]
-        bias: NDArray[np.float32] | None,  # [M]
-        norm_weight: NDArray[np.float32],  # [D]
-        norm_bias: NDArray[np.float32] | None,  # [D]
-        eps: float,
-        rms: bool,
-        width: int,
-        lift: str,
-        values: tuple[float, float],
-    ) -> None: ...
     def apply(self, codes: NDArray[np.uint8]) -> NDArray[np.float32]: ...  # [T, K] -> [T, M]
     def scales(self, codes: NDArray[np.uint8]) -> NDArray[np.float32]: ...  # [T, 2]: v0 - mu, 1 / sigma
     @property

@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from . import __version__
+from ._core import __version__
 from .arguments import as_int, as_threads
 from .atomic_file import refuse_inputs
 from .batch_lines import InputFile, Line, Settings

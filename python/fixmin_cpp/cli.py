@@ -21,7 +21,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from . import __version__
+from ._core import __version__
 from .atomic_file import refuse_inputs
 from .cli_help import App
 from .cli_options import (

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fixmin_cpp._core import FoldBuilder, FoldedProjection, lift_codes
+from fixmin_cpp._core import FoldBuilder, lift_codes
 
 # K + 2 float32 terms per output, each rounded once, and as many roundings in their sum.
 TOLERANCE = 2e-6
@@ -42,8 +42,14 @@ def all_codes(width, rng, limit=64):
     return np.concatenate([np.zeros((1, width), np.uint8), np.ones((1, width), np.uint8), random_codes])
 
 
+def folded(weight, bias, **norm_and_code):
+    builder = FoldBuilder(len(weight), **norm_and_code)
+    builder.add_rows(0, weight, bias)
+    return builder.finish()
+
+
 def check(layer, width, lift, values, *, rms, eps, rng, tolerance=TOLERANCE):
-    fold = FoldedProjection(**layer, eps=eps, rms=rms, width=width, lift=lift, values=values)
+    fold = folded(**layer, eps=eps, rms=rms, width=width, lift=lift, values=values)
     codes = all_codes(width, rng)
     y = fold.apply(codes)
     x = lift_codes(codes, layer["weight"].shape[1], lift, values)
@@ -96,7 +102,7 @@ def test_constant_code_gives_exactly_the_constant(values, rms):
     # norm1 of a constant x is its bias; 1/sqrt(eps) = 316 must not magnify what is left of S - sum of F.
     rng = np.random.default_rng(9)
     layer = random_layer(rng, 64, 100, bias=True, norm_bias=not rms)
-    fold = FoldedProjection(**layer, eps=1e-5, rms=rms, width=7, lift="tile", values=values)
+    fold = folded(**layer, eps=1e-5, rms=rms, width=7, lift="tile", values=values)
     constant = layer["bias"].astype(np.float64)
     if not rms:
         constant = constant + layer["weight"].astype(np.float64) @ layer["norm_bias"].astype(np.float64)
@@ -108,7 +114,7 @@ def test_constant_code_gives_exactly_the_constant(values, rms):
 
 def test_eps_zero_is_allowed():
     layer = random_layer(np.random.default_rng(10), 8, 16, bias=False, norm_bias=False)
-    fold = FoldedProjection(**layer, eps=0.0, rms=False, width=4, lift="tile", values=(0.0, 1.0))
+    fold = folded(**layer, eps=0.0, rms=False, width=4, lift="tile", values=(0.0, 1.0))
     assert np.isfinite(fold.apply(all_codes(4, np.random.default_rng(0)))).all()
 
 
@@ -122,8 +128,8 @@ def test_strided_arguments():
         **{name: np.repeat(layer[name], 2)[::2] for name in ("bias", "norm_weight", "norm_bias")},
     }
     np.testing.assert_array_equal(
-        FoldedProjection(**strided, **options).apply(np.asfortranarray(codes)),
-        FoldedProjection(**layer, **options).apply(codes),
+        folded(**strided, **options).apply(np.asfortranarray(codes)),
+        folded(**layer, **options).apply(codes),
     )
 
 
@@ -131,7 +137,7 @@ def test_apply_is_the_documented_float32_chain():
     """What SIMD kernels repeat with the same bits: shift * S, + column j in order, one fma at the end."""
     rng = np.random.default_rng(12)
     layer = random_layer(rng, 50, 100, bias=True, norm_bias=True)
-    fold = FoldedProjection(**layer, eps=1e-5, rms=False, width=7, lift="tile", values=(-0.5, 1.5))
+    fold = folded(**layer, eps=1e-5, rms=False, width=7, lift="tile", values=(-0.5, 1.5))
     assert fold.columns.shape == (7, 50)
     assert fold.sum.shape == fold.constant.shape == (50,)
     codes = all_codes(7, rng)
@@ -158,7 +164,7 @@ def round_to_float32(value):
 def test_columns_are_the_definition_rounded_once():
     rng = np.random.default_rng(13)
     layer = random_layer(rng, 9, 23, bias=True, norm_bias=True)
-    fold = FoldedProjection(**layer, eps=1e-5, rms=False, width=5, lift="tile", values=(1.0, 3.0))
+    fold = folded(**layer, eps=1e-5, rms=False, width=5, lift="tile", values=(1.0, 3.0))
     weight, gamma, beta, bias = (layer[k].astype(np.float64) for k in ("weight", "norm_weight", "norm_bias", "bias"))
     for j in range(5):
         np.testing.assert_array_equal(fold.columns[j], (2.0 * (weight * gamma)[:, j::5].sum(axis=1)).astype(np.float32))
@@ -175,7 +181,7 @@ def test_builder_in_blocks_gives_the_same_bits(bias):
     builder = FoldBuilder(20, **norm, **code)
     for begin, end in ((7, 20), (0, 3), (3, 3), (3, 7)):
         builder.add_rows(begin, layer["weight"][begin:end], layer["bias"][begin:end] if bias and begin < end else None)
-    whole = FoldedProjection(**layer, eps=1e-5, rms=False, **code)
+    whole = folded(**layer, eps=1e-5, rms=False, **code)
     codes = all_codes(6, rng)
     np.testing.assert_array_equal(builder.finish().apply(codes), whole.apply(codes))
 
@@ -220,12 +226,12 @@ GOOD = {
     [
         ({"weight": np.ones(8, np.float32)}, "weight must have 2 dimensions"),
         ({"weight": np.ones((3, 8))}, "weight must have dtype float32, got float64"),
-        ({"weight": np.ones((0, 8), np.float32)}, "weight must have rows"),
-        ({"weight": np.ones((3, 7), np.float32)}, "norm weight must have 7 elements, got 8"),
+        ({"weight": np.ones((0, 8), np.float32)}, "at least one row"),
+        ({"weight": np.ones((3, 7), np.float32)}, "weight must have 8 columns, got 7"),
         ({"bias": np.ones(4, np.float32)}, "bias must have 3 elements, got 4"),
         ({"bias": np.ones(0, np.float32)}, "bias is empty"),
         ({"bias": np.ones((3, 1), np.float32)}, "bias must have 1 dimension"),
-        ({"norm_weight": np.ones(7, np.float32)}, "norm weight must have 8 elements, got 7"),
+        ({"norm_weight": np.ones(7, np.float32)}, "norm bias must have 7 elements, got 8"),
         ({"norm_bias": np.ones(9, np.float32)}, "norm bias must have 8 elements, got 9"),
         ({"norm_bias": np.ones(8, np.float16)}, "norm_bias must have dtype float32, got float16"),
         ({"rms": True}, "rmsnorm has no bias"),
@@ -239,9 +245,9 @@ GOOD = {
     ],
 )
 def test_bad_arguments(change, message):
-    FoldedProjection(**GOOD)
+    folded(**GOOD)
     with pytest.raises(ValueError, match=message):
-        FoldedProjection(**(GOOD | change))
+        folded(**(GOOD | change))
 
 
 @pytest.mark.parametrize(
@@ -255,4 +261,4 @@ def test_bad_arguments(change, message):
 )
 def test_bad_codes(codes, message):
     with pytest.raises(ValueError, match=message):
-        FoldedProjection(**GOOD).apply(codes)
+        folded(**GOOD).apply(codes)

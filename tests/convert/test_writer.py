@@ -1,5 +1,6 @@
 """Number formats, metadata and the bytes of written files; and that a file appears whole or not at all."""
 
+import ctypes
 import errno
 import json
 import os
@@ -13,6 +14,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import ggml
 import gguf
 import numpy as np
 import pytest
@@ -47,12 +49,17 @@ def read_keys(path: Path) -> dict:
 
 
 @pytest.mark.parametrize("scale", [1e-9, 1e-6, 1e-3, 1.0, 1e4])
-@pytest.mark.parametrize("ggml_type", [Type.Q8_0, Type.Q4_0, Type.BF16])
-def test_bytes_equal_gguf(ggml_type, scale):
+@pytest.mark.parametrize("ggml_type", [Type.Q8_0, Type.Q4_0, Type.BF16, Type.F16])
+def test_bytes_equal_ggml_and_gguf(ggml_type, scale):
     rows = np.random.default_rng(1).standard_normal((64, 256)).astype(np.float32) * np.float32(scale)
     rows[0] = 0.0
     rows[1, ::2] = rows[1, 1::2]  # equal magnitudes: which one sets the sign of a Q4_0 scale must agree too
-    assert np.array_equal(quantize_rows(rows, ggml_type), gguf.quants.quantize(rows, ggml_type))
+    ours = quantize_rows(rows, ggml_type)
+    assert np.array_equal(ours, gguf.quants.quantize(rows, ggml_type).view(np.uint8))
+    by_ggml = np.empty_like(ours)
+    floats = ctypes.POINTER(ctypes.c_float)
+    ggml.ggml_quantize_chunk(int(ggml_type), rows.ctypes.data_as(floats), by_ggml.ctypes.data, 0, *rows.shape, None)
+    assert np.array_equal(ours, by_ggml)
 
 
 def test_float_formats_round_to_nearest_even():

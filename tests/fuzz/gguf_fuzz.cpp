@@ -66,15 +66,12 @@ void check_values(const GgufFile& file) {
     for (const KeyValue& entry : file.key_values()) {
         require(file.find(entry.key) == &entry, "every key is found");
         try_get([&] { g_sum = g_sum + file.get_u32(entry.key); });
-        try_get([&] { g_sum = g_sum + file.get_u64(entry.key); });
         try_get([&] { require(std::isfinite(file.get_f32(entry.key)), "get_f32 is finite"); });
-        try_get([&] { g_sum = g_sum + file.get_bool(entry.key); });
         try_get([&] { read_bytes(std::span(file.get_string(entry.key))); });
         try_get([&] { read_bytes(file.get_u8_array(entry.key)); });
         try_get([&] {
             for (const float x : file.get_f32_array(entry.key)) require(std::isfinite(x), "arrays are finite");
         });
-        try_get([&] { g_sum = g_sum + file.get_string_array(entry.key).size(); });
     }
 }
 
@@ -102,7 +99,6 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
         const GgufFile file = std::move(parsed);  // views survive a move
         check_values(file);
         check_tensors(file);
-        file.release(file.bytes());  // does nothing: the bytes are not mapped
         return 0;
     } catch (const fixmin::GgufError&) {
         return -1;  // refused; libFuzzer need not keep it in its corpus

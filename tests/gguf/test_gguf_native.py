@@ -31,7 +31,7 @@ BIG_BYTES = 16 << 20
 
 
 @pytest.mark.external
-def test_typed_access_moves_and_page_hints(tmp_path: Path) -> None:
+def test_typed_access_and_moves(tmp_path: Path) -> None:
     integers = {"u8": U8, "i8": I8, "u16": U16, "i16": I16, "u32": U32, "i32": I32, "u64": U64, "i64": I64}
     inf, nan = float("inf"), float("nan")
     kvs = [kv(name, type_id, 7) for name, type_id in integers.items()]

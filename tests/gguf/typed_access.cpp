@@ -1,10 +1,6 @@
-// GgufFile's typed getters, moves and page hints, which Python does not see.  Usage: typed_access FILE, where
+// GgufFile's typed getters and moves, which Python does not see.  Usage: typed_access FILE, where
 // FILE was written by test_gguf_native.py.  Prints each broken expectation; exit status 0 if there is none.
-#include <unistd.h>
-
-#include <algorithm>
 #include <cstdio>
-#include <fstream>
 #include <iostream>
 #include <string>
 #include <system_error>
@@ -41,26 +37,19 @@ void expect_error(Call call, std::initializer_list<const char*> parts) {
 void check_integers(const GgufFile& file) {
     for (const char* key : {"u8", "i8", "u16", "i16", "u32", "i32", "u64", "i64"}) {
         expect(file.get_u32(key) == 7, std::string("get_u32 of ") + key);
-        expect(file.get_u64(key) == 7, std::string("get_u64 of ") + key);
-        expect(file.find_u32(key) == 7u, std::string("find_u32 of ") + key);
     }
-    expect(file.get_u64("u64.max") == UINT64_MAX, "largest u64");
     expect(file.get_u32("u64.fits") == UINT32_MAX, "largest u32 stored as u64");
     expect_error([&] { file.get_u32("u64.max"); }, {"'u64.max'", "18446744073709551615 does not fit u32"});
     expect_error([&] { file.get_u32("u64.over"); }, {"'u64.over'", "4294967296 does not fit u32"});
     expect_error([&] { file.get_u32("i8.negative"); }, {"'i8.negative'", "-1 does not fit u32"});
-    expect_error([&] { file.get_u64("i64.negative"); }, {"'i64.negative'", "-1 does not fit u64"});
-    expect_error([&] { file.find_u64("i64.negative"); }, {"'i64.negative'", "-1 does not fit u64"});
     expect_error([&] { file.get_u32("bool.true"); }, {"'bool.true'", "expected u32, found bool"});
     expect_error([&] { file.get_u32("f32"); }, {"'f32'", "expected u32, found f32"});
-    expect_error([&] { file.get_u64("text"); }, {"'text'", "expected u64, found string"});
     expect_error([&] { file.get_u32("u8s"); }, {"'u8s'", "expected u32, found array of u8"});
 }
 
 void check_floats(const GgufFile& file) {
     expect(file.get_f32("f32") == 0.5f, "f32");
     expect(file.get_f32("f64") == 0.1f, "f64 is rounded once");
-    expect(file.find_f32("f64") == 0.1f, "find_f32");
     for (const char* key : {"f32.nan", "f32.inf", "f64.nan", "f64.inf", "f64.huge"}) {
         expect_error([&] { file.get_f32(key); }, {key, "is not a finite f32"});
     }
@@ -74,10 +63,6 @@ void check_floats(const GgufFile& file) {
 }
 
 void check_others(const GgufFile& file) {
-    expect(file.get_bool("bool.true"), "true");
-    expect(!file.get_bool("bool.false"), "false");
-    expect(file.find_bool("bool.false") == false, "find_bool");
-    expect_error([&] { file.get_bool("u8"); }, {"'u8'", "expected bool, found u8"});
     expect(file.get_string("text") == std::string_view("a\0b", 3), "string with NUL");
     expect_error([&] { file.get_string("strings"); }, {"'strings'", "expected string, found array of string"});
 
@@ -85,18 +70,12 @@ void check_others(const GgufFile& file) {
     expect(bytes.size() == 3 && bytes[0] == 0 && bytes[1] == 255 && bytes[2] == 7, "u8 array");
     expect_error([&] { file.get_u8_array("i8s"); }, {"'i8s'", "expected array of u8, found array of i8"});
     expect_error([&] { file.get_u8_array("text"); }, {"'text'", "expected array of u8, found string"});
-    expect(file.get_string_array("strings") == std::vector<std::string_view>{"", "x", "yy"}, "string array");
-    expect_error([&] { file.get_string_array("u8s"); }, {"'u8s'", "expected array of string, found array of u8"});
 }
 
 void check_absent(const GgufFile& file) {
     expect(!file.has("absent") && file.has("u8") && file.find("absent") == nullptr, "has");
-    expect(!file.find_u32("absent") && !file.find_u64("absent") && !file.find_f32("absent"), "absent numbers");
-    expect(!file.find_bool("absent") && !file.find_string("absent"), "absent bool and string");
-    expect(!file.find_u8_array("absent") && !file.find_f32_array("absent") && !file.find_string_array("absent"),
-           "absent arrays");
     expect_error([&] { file.get_u32("absent"); }, {"'absent' is missing (expected u32)"});
-    expect_error([&] { file.get_string_array("absent"); }, {"'absent' is missing (expected array of string)"});
+    expect_error([&] { file.get_f32_array("absent"); }, {"'absent' is missing (expected array of f32)"});
     expect_error([&] { file.get_string("\xff"); }, {"'\\xff' is missing"});
 }
 
@@ -120,49 +99,6 @@ void check_move(const std::string& path) {
     expect(second.get_string("text").size() == 3, "views after move assignment");
 }
 
-/// Bytes of file pages that are resident in this process.
-long resident_file_bytes() {
-    long total = 0, resident = 0, shared = 0;
-    std::ifstream("/proc/self/statm") >> total >> resident >> shared;
-    return shared * sysconf(_SC_PAGESIZE);
-}
-
-uint64_t sum(std::span<const std::byte> range) {
-    uint64_t total = 0;
-    for (const std::byte b : range) total += static_cast<uint64_t>(b);
-    return total;
-}
-
-void check_pages(const std::string& path) {
-    const GgufFile file = GgufFile::open(path);
-    const auto data = file.find_tensor("big")->data;  // 16 MiB
-    file.prefetch(data);
-    const uint64_t before = sum(data);
-    const long read = resident_file_bytes();
-    const auto middle = data.subspan(1000, data.size() - 2000);
-    file.release(middle);
-    const long released = resident_file_bytes();
-    const auto pages = static_cast<long>(middle.size()) - 2 * sysconf(_SC_PAGESIZE);
-    expect(read - released >= pages * 9 / 10,
-           "release frees the pages: " + std::to_string(read) + " -> " + std::to_string(released));
-    expect(sum(data) == before, "released pages are read again");
-
-    // Ranges that are empty, shorter than a page, or not of this file do no harm.
-    file.release({});
-    file.release(data.first(1));
-    file.prefetch({});
-    file.prefetch(data.last(1));
-    std::vector<std::byte> own(1 << 16, std::byte{3});
-    file.release(own);
-    file.prefetch(own);
-    expect(std::all_of(own.begin(), own.end(), [](std::byte b) { return b == std::byte{3}; }),
-           "foreign memory is kept");
-
-    const GgufFile view = GgufFile::parse(file.bytes());
-    view.release(view.bytes());
-    expect(sum(view.find_tensor("big")->data) == before, "release after parse does nothing");
-}
-
 void check_open_errors() {
     try {
         GgufFile::open("/nonexistent/file.gguf");
@@ -184,7 +120,6 @@ int main(int argc, char** argv) {
     check_absent(file);
     check_visit(file);
     check_move(argv[1]);
-    check_pages(argv[1]);
     check_open_errors();
     return g_failures == 0 ? 0 : 1;
 }

@@ -16,7 +16,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from .. import __version__
+from .._core import __version__
 from ..arguments import as_token_ids
 from ..errors import ArgumentError
 from ..openai_api.chat import ChatTemplate, strings
