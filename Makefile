@@ -15,7 +15,7 @@ PIP   := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE  := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
 SOURCES := CMakeLists.txt pyproject.toml $(NATIVE) \
            $(shell find python convert reference -name '*.py' -o -name '*.pyi' -o -name 'py.typed' -o -name '*.html')
-TYPED   := $(wildcard python/fixmin_cpp/*.py python/fixmin_cpp/*/*.py)
+TYPED   := $(shell find python convert -name "*.py")
 CXX_ALL := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl')
 
 .DELETE_ON_ERROR:
