@@ -45,7 +45,9 @@ def measure(path: str, n_threads: int, part: str, seconds: float) -> float:
         ids = rng.integers(0, engine.info["vocab_size"], n_prompt, dtype=np.uint32)
         start = time.perf_counter()
         if part == "decode":
-            n += len(engine.generate(ids[:1], params).token_ids)
+            request = engine.submit(ids[:1], params)
+            request.wait(1 << 62, 600.0)
+            n += len(request.read(0)[0])
         else:
             engine.logits(ids, last=True, prefix_cache=False)
             n += n_prompt

@@ -77,9 +77,8 @@ void Engine::start_thread() {
         kv_.clear();
     }
     shared_ = std::make_unique<Shared>();
-    scheduler_ = std::make_unique<Scheduler>(kv_, *backend_,
-                                             SchedulerLimits{n_ctx(), options_.backend.n_batch, options_.n_parallel},
-                                             hyperparams(), kernels_);
+    scheduler_ = std::make_unique<Scheduler>(
+        kv_, SchedulerLimits{n_ctx(), options_.backend.n_batch, options_.n_parallel}, hyperparams().embedding_length);
     try {
         thread_ = std::thread([this] { serve(); });
     } catch (const std::system_error& error) {
@@ -123,16 +122,20 @@ std::shared_ptr<Request> Engine::submit(std::span<const uint32_t> prompt, Reques
     }
     options.n_draft = std::min(options.n_draft, max_draft);
     start_thread();
-    auto request = std::make_shared<Request>(n_requests_++, prompt, std::move(options), kernels_, std::move(mailbox));
+    auto request = std::make_shared<Request>(n_requests_++, std::move(options), std::move(mailbox));
+    Sequences one;
+    Sequence& sequence = one.emplace_back(request, prompt, n_ctx(), kernels_);
     if (!stopped_) {
         const std::lock_guard lock(shared_->mutex);
         if (!shared_->quit) {
-            shared_->arrived.push_back(request);
+            shared_->arrived.splice(shared_->arrived.end(), one);
             shared_->changed.notify_all();
             return request;
         }
     }
-    Scheduler::refuse(*request);
+    sequence.stop(FinishReason::cancelled);
+    sequence.end();
+    sequence.tell_end();
     return request;
 }
 
@@ -186,8 +189,7 @@ void Engine::serve() {
             else if (idle)  // those that wait can still be cancelled
                 shared.changed.wait_for(lock, std::chrono::milliseconds(1), news);
             if (shared.quit) break;
-            for (auto& request : shared.arrived) scheduler_->add(std::move(request));
-            shared.arrived.clear();
+            scheduler_->add(shared.arrived);
             admit = shared.jobs.empty();
             if (!admit && scheduler_->nothing_runs()) {
                 job = std::move(shared.jobs.front());
@@ -210,15 +212,13 @@ void Engine::serve() {
 
 // Nothing arrives any more.
 void Engine::end_everything() {
-    std::deque<std::shared_ptr<Request>> arrived;
     std::deque<std::shared_ptr<Job>> jobs;
     {
         const std::lock_guard lock(shared_->mutex);
-        arrived.swap(shared_->arrived);
+        scheduler_->add(shared_->arrived);
         jobs.swap(shared_->jobs);
     }
-    for (auto& request : arrived) scheduler_->add(std::move(request));
-    scheduler_->end_all(FinishReason::cancelled);
+    scheduler_->end_all();
     tell_ended();
     for (const auto& job : jobs) job->ended.set_exception(std::make_exception_ptr(Error(closed)));
 }
@@ -237,9 +237,10 @@ bool Engine::step(bool admit) {
     const Scheduler::Step* step;
     try {
         step = &scheduler_->plan(admit);
+        for (const auto [from, to] : step->copies) backend_->copy_block(from, to);
     } catch (...) {
         // Nobody knows whose fault that was, and the next plan would be the same.
-        scheduler_->end_all(FinishReason::cancelled, std::current_exception());
+        scheduler_->end_all(std::current_exception());
         return false;
     }
     if (step->ids.empty()) return false;
@@ -275,7 +276,8 @@ void Engine::compute(const Scheduler::Step& step) {
         const auto some = [&](uint32_t begin, uint32_t end) {
             for (size_t i = group.begin + begin; i < group.begin + end; ++i) {
                 const Scheduler::Unit& unit = step.units[i];
-                scheduler_->hand_out(unit, logits_.data() + (unit.first - step.units[group.begin].first) * v);
+                const float* logits = logits_.data() + (unit.first - step.units[group.begin].first) * v;
+                unit.sequence->hand_out(unit.position, unit.sample, {logits, unit.n * v});
             }
         };
         const uint32_t n = uint32_t(group.end - group.begin);

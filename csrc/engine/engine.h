@@ -89,7 +89,7 @@ class Engine {
     struct Shared {
         std::mutex mutex;
         std::condition_variable changed;
-        std::deque<std::shared_ptr<Request>> arrived;
+        Sequences arrived;
         std::deque<std::shared_ptr<Job>> jobs;
         EngineStats stats;
         bool quit = false;

@@ -1,4 +1,4 @@
-// One sequence of tokens that somebody wants continued, scored or looked into.
+// What a caller asks of the engine, and where the answer is found.
 #pragma once
 #include <sys/types.h>
 
@@ -12,17 +12,18 @@
 #include <mutex>
 #include <optional>
 #include <set>
-#include <span>
 #include <utility>
 #include <vector>
 
-#include "engine/drafter.h"
 #include "sampling/logprobs.h"
-#include "sampling/sampler.h"
+#include "sampling/sampling_params.h"
 
 namespace fixmin::engine {
 
 using Clock = std::chrono::steady_clock;
+
+/// Durations beyond what a clock holds mean: for ever.
+Clock::time_point after(Clock::time_point start, double timeout_s);
 
 enum class FinishReason { length, stop, cancelled, timeout };  // stop: one of SamplingParams::stop_ids
 
@@ -98,16 +99,28 @@ class Mailbox {
 inline constexpr const char* stays_in_parent =
     "this generation was begun before the process was forked: it goes on in the parent, not here";
 
-/// Made by Engine::submit. The reading half may be used from any thread.
+/// How a request ended.
+struct RequestResult {
+    FinishReason reason = FinishReason::cancelled;
+    std::exception_ptr error;  // null unless it failed
+    /// The stop id that ended it, if there was one; no probabilities if n_logprobs asks for none.
+    std::optional<sampling::TopLogprobs> last;
+    RequestCounters counters;
+};
+
+/// What a caller holds: made by Engine::submit, used from any thread. The Sequence that the engine makes of it reports
+/// to it.
 class Request {
   public:
-    Request(uint64_t number, std::span<const uint32_t> prompt, RequestOptions options, const kernels::Kernels& kernels,
-            std::shared_ptr<Mailbox> mailbox);
+    Request(uint64_t number, RequestOptions options, std::shared_ptr<Mailbox> mailbox)
+        : number(number), options(std::move(options)), mailbox_(std::move(mailbox)) {}
 
     const uint64_t number;  // of this request in its engine
+    const RequestOptions options;
 
     /// Ends it within a layer of a step that it has to itself, else with the step.
     void cancel() { cancelled_ = true; }
+    bool cancelled() const { return cancelled_; }
 
     /// Waits until more than n_seen tokens are there or it has ended; false after timeout_s.
     bool wait(size_t n_seen, double timeout_s);
@@ -120,74 +133,35 @@ class Request {
     };
     News read(size_t from) const;
 
-    // Once it has ended.
-    FinishReason reason() const { return reason_; }
-    std::exception_ptr error() const { return error_; }  // null unless it failed
-    /// Of the tokens behind first_row, `next` included; fewer if it ended before they were read.
+    /// Once it has ended.
+    const RequestResult& result() const { return result_; }
+    /// Once it has ended or prompt_scored(): of the tokens behind first_row, `next` included; fewer if it ended before
+    /// they were read.
     const std::vector<sampling::TopLogprobs>& prompt_logprobs() const { return prompt_logprobs_; }
-    /// Whether prompt_logprobs() is complete, and may be read before the end.
-    bool prompt_scored() const { return prompt_scored_; }
-    /// The stop id that ended it, if there was one; no probabilities if n_logprobs asks for none.
-    const std::optional<sampling::TopLogprobs>& last() const { return last_; }
-    const RequestCounters& counters() const { return counters_; }
+    bool prompt_scored() const { return prompt_ == Prompt::read; }
+    /// Nobody need wait for its prompt any longer: it has been read, or will not be.
+    bool prompt_over() const { return prompt_ != Prompt::unread; }
+
+    // Told by its sequence.
+    void push(uint32_t id, sampling::TopLogprobs logprobs);
+    /// The first call counts: all scores once the prompt has been read, or those that are there at the end.
+    void end_prompt(std::vector<sampling::TopLogprobs> logprobs, bool read);
+    void end(RequestResult result);
 
   private:
-    friend class Scheduler;
+    enum class Prompt { unread, read, given_up };
 
-    /// Cancelled or out of time: asked by the engine at any moment of a step.
-    bool given_up() const { return cancelled_ || Clock::now() >= deadline_; }
-    void end(FinishReason reason, std::exception_ptr error);
-    void tell_end();
-    /// Called by several threads of a step.
-    void fail(std::exception_ptr error) {
-        const std::lock_guard lock(mutex_);
-        failure_ = std::move(error);
-    }
-    void push(uint32_t id, sampling::TopLogprobs logprobs);
-    bool scores(uint32_t row) const {
-        return options_.n_prompt_logprobs >= 0 && row >= options_.first_row &&
-               row + 1 < counters_.n_prompt + options_.next.has_value();
-    }
-    uint32_t token_after(uint32_t row) const {
-        return row + 1 < counters_.n_prompt ? ids_[row + 1] : options_.next.value();
-    }
-
-    const RequestOptions options_;
     const std::shared_ptr<Mailbox> mailbox_;
-    const Clock::time_point submitted_;
-    const Clock::time_point deadline_;
     std::atomic<bool> cancelled_ = false;
-    std::atomic<bool> prompt_read_ = false;
-    std::atomic<bool> prompt_scored_ = false;  // all of it: nothing changes prompt_logprobs_ any more
+    std::atomic<Prompt> prompt_ = Prompt::unread;
+    std::vector<sampling::TopLogprobs> prompt_logprobs_;  // nothing changes them once prompt_ says so
 
-    mutable std::mutex mutex_;  // of the part that both sides use
+    mutable std::mutex mutex_;  // of the rest
     std::condition_variable changed_;
     std::vector<uint32_t> generated_;
     std::vector<sampling::TopLogprobs> logprobs_;
     bool ended_ = false;
-    FinishReason reason_ = FinishReason::cancelled;
-    std::exception_ptr error_;
-
-    // Of the engine's thread alone, and of one thread of its team while rows are handed out.
-    bool running_ = false;  // has blocks
-    bool over_ = false;
-    std::vector<uint32_t> ids_;  // prompt and generated
-    sampling::Sampler sampler_;
-    uint32_t n_generated_ = 0;
-    uint32_t n_counted_ = 0;   // of these, in the statistics
-    uint32_t n_computed_ = 0;  // tokens whose keys and values are in the blocks
-    uint32_t n_handed_ = 0;    // rows of the prompt that have been scored or copied
-    std::vector<uint32_t> blocks_;
-    uint32_t n_kept_ = 0;                        // blocks that the prefix cache has been given
-    bool done_ = false;                          // no further token is wanted
-    std::optional<sampling::TopLogprobs> last_;  // the stop id that was drawn
-    FinishReason done_reason_ = FinishReason::length;
-    std::exception_ptr failure_;
-    Drafter drafter_;
-    std::vector<uint32_t> drafts_;  // of the present step
-    Clock::time_point first_step_{}, prompt_done_{};
-    std::vector<sampling::TopLogprobs> prompt_logprobs_;  // of row first_row on, if wanted
-    RequestCounters counters_;
+    RequestResult result_;
 };
 
 }  // namespace fixmin::engine

@@ -1,13 +1,11 @@
-// Which tokens of which requests go through the model together.
+// Which tokens of which sequences go through the model together.
 #pragma once
-#include <deque>
-#include <list>
-#include <memory>
+#include <exception>
 #include <vector>
 
 #include "engine/kv_pool.h"
 #include "engine/prefix_cache.h"
-#include "engine/request.h"
+#include "engine/sequence.h"
 #include "model/backend.h"
 
 namespace fixmin::engine {
@@ -32,53 +30,55 @@ struct EngineStats {
 /// with drafts) and fills up with prompts, shared evenly between those that are being read, so that short ones do not
 /// wait for long ones. Requests start in the order of their arrival once the cache has room for their tokens. When it
 /// is full, what nobody uses goes first, then the request that started last: it waits at the head of the queue and is
-/// computed again later, with the same result. Used by one thread, except hand_out().
+/// computed again later, with the same result. Used by one thread.
 class Scheduler {
   public:
-    Scheduler(KvPool& pool, model::Backend& backend, const SchedulerLimits& limits, const model::Hyperparams& hp,
-              const kernels::Kernels& kernels);
+    Scheduler(KvPool& pool, const SchedulerLimits& limits, uint32_t embedding_length)
+        : pool_(pool), limits_(limits), embedding_length_(embedding_length), cache_(pool) {}
 
-    void add(std::shared_ptr<Request> request);
+    /// Leaves `arrived` empty.
+    void add(Sequences& arrived) noexcept { waiting_.splice(waiting_.end(), arrived); }
     bool idle() const { return waiting_.empty() && running_.empty(); }
     bool nothing_runs() const { return running_.empty(); }
 
-    // Some rows of the step that one thread hands out to one request.
+    // Some rows of the step that one thread hands out to one sequence.
     struct Unit {
-        Request* request;
+        Sequence* sequence;
         uint32_t first;  // in `rows`
         uint32_t n;
-        uint32_t position;  // of the first row in the request's tokens
+        uint32_t position;  // of the first row in the sequence
         bool sample;        // else a row of the prompt to score or copy
     };
+    struct Copy {
+        uint32_t from, to;
+    };
     struct Step {
+        // Of blocks, one after the other and before anything else writes to one: then a block has what the plan found
+        // in it, also if the plan has given it to another sequence since.
+        std::vector<Copy> copies;
         std::vector<uint32_t> ids;
         std::vector<model::Chunk> chunks;
-        std::vector<std::shared_ptr<Request>> requests;  // of the chunks
-        std::vector<uint32_t> rows;                      // whose logits are wanted
+        std::vector<Sequence*> sequences;  // of the chunks
+        std::vector<uint32_t> rows;        // whose logits are wanted
         std::vector<Unit> units;
     };
 
-    /// What to compute next; no rows if there is nothing to do. Starts waiting requests if `admit`.
+    /// What to compute next; no tokens if there is nothing to do, but perhaps copies. Starts waiting sequences if
+    /// `admit`.
     const Step& plan(bool admit);
 
-    /// Whether all requests of the planned step have been given up. Called between layers.
+    /// Whether all sequences of the planned step have been given up. Called between layers.
     bool given_up() const;
-
-    /// Gives the logits [n][V] of a unit to its request. Units may be handed out by several threads at a time.
-    void hand_out(const Unit& unit, const float* logits);
 
     /// After the step has been computed and all its units handed out.
     void finish();
 
-    /// The step was not finished; `error`, if not null, ends its requests.
+    /// The step was not finished; `error`, if not null, ends its sequences.
     void abandon(std::exception_ptr error);
 
-    /// Ends a request that no scheduler has been given.
-    static void refuse(Request& request);
-
-    /// Ends every request.
-    void end_all(FinishReason reason, std::exception_ptr error = nullptr);
-    /// Tells those that wait for requests which have ended since the last call.
+    /// Ends everything, and forgets what is known if a plan failed: blocks may not have been copied.
+    void end_all(std::exception_ptr error = nullptr);
+    /// Tells those that wait for sequences which have ended since the last call.
     void tell_ended();
 
     void clear_prefix_cache() { cache_.clear(); }
@@ -86,31 +86,26 @@ class Scheduler {
     EngineStats stats() const;
 
   private:
-    using Shared = std::shared_ptr<Request>;
-
-    void drop_given_up();
+    void drop_given_up(Sequences& from);
     void admit_waiting();
-    bool admit(Request& request);
-    bool reserve(Request& request, uint32_t n_positions);
-    void append_block(Request& request, uint32_t block);
-    void preempt(const Shared& request);
-    void release(Request& request);
+    bool admit(Sequence& sequence);
+    bool reserve(Sequence& sequence, uint32_t n_positions);
+    void preempt_last();
+    void release(Sequence& sequence);
     void plan_decoding(uint32_t& rows_left);
     void plan_prompts(uint32_t rows_left);
-    void add_chunk(const Shared& request, uint32_t n_known);
-    void sample(Request& request, const float* logits, uint32_t n_rows);
-    void end(const Shared& request, FinishReason reason, std::exception_ptr error = nullptr);
+    void draft(Sequence& sequence, uint32_t rows_left);
+    void add_chunk(Sequence& sequence, uint32_t n_known);
+    void end(Sequence& sequence);
+    void set_ended_aside(Sequences& from);
 
     KvPool& pool_;
-    model::Backend& backend_;
     const SchedulerLimits limits_;
-    const uint32_t vocab_size_;
     const uint32_t embedding_length_;
-    const kernels::Kernels& kernels_;
     PrefixCache cache_;
-    std::deque<Shared> waiting_;
-    std::vector<Shared> running_;  // in the order in which they started
-    std::vector<Shared> ended_;    // and not told yet
+    Sequences waiting_;
+    Sequences running_;  // in the order in which they started
+    Sequences ended_;    // and not told yet
     Step step_;
     EngineStats stats_;
 };

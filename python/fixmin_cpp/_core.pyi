@@ -172,22 +172,7 @@ def top_logprobs(
     float, int, NDArray[np.uint32], NDArray[np.float32]
 ]: ...  # natural logarithm of the probability of `chosen`, its rank from 1, ids [k] and their log-probabilities [k]
 
-# --- bind_engine.cpp -------------------------------------------------------------------------------------------
-
-class GenerationResult:
-    token_ids: NDArray[np.uint32]
-    finish_reason: str  # "length" | "stop" (on_token said so) | "eos" (one of stop_ids) | "cancelled"
-    n_prompt: int
-    prefill_s: float
-    decode_s: float
-
-class CancelToken:
-    """Ends the generation it was given to at the next layer; may be used from any thread."""
-
-    def __init__(self) -> None: ...
-    def cancel(self) -> None: ...
-    @property
-    def cancelled(self) -> bool: ...
+# --- bind_request.cpp ------------------------------------------------------------------------------------------
 
 class Mailbox:
     """Says which requests have news."""
@@ -212,6 +197,8 @@ class Request:
     def prompt_logprobs(self) -> NDArray[np.float32]: ...  # [n], of the tokens that were scored
     def prompt_ranks(self) -> NDArray[np.uint32]: ...  # [n], the same; 1: no token was more probable
     def prompt_top_logprobs(self) -> list[tuple[int, float, int, list[tuple[int, float]]]]: ...
+
+# --- bind_engine.cpp -------------------------------------------------------------------------------------------
 
 class Engine:
     """A loaded model and its worker threads. Requests of any number of threads run together."""
@@ -242,14 +229,6 @@ class Engine:
         rows: Sequence[int] | None = None,  # rising
     ) -> NDArray[np.float32]: ...  # [T, V], [V] of the last row, or [n, V] of rows
     def hidden_states(self, ids: NDArray[np.uint32], layer: int) -> NDArray[np.float32]: ...  # [T, D]
-    def score(self, ids: NDArray[np.uint32]) -> NDArray[np.float32]: ...  # [T-1] natural log-probabilities of ids[1:]
-    def generate(
-        self,
-        ids: NDArray[np.uint32],
-        params: SamplingParams,
-        on_token: Callable[[int], bool] | None = None,  # False stops after this token
-        cancel: CancelToken | None = None,
-    ) -> GenerationResult: ...
     def submit(
         self,
         ids: NDArray[np.uint32],
@@ -281,7 +260,7 @@ class Engine:
     def close(self) -> None: ...
 
 class TeamSize:
-    """How many threads take a step; times are given, so that tests can make them up. See csrc/engine/team_size.h."""
+    """How many threads take a step; times are given, so that tests can make them up. See csrc/cpu/team_size.h."""
 
     def __init__(self, most: int) -> None: ...
     def choose(self, n_tokens: int, work_ns: float) -> int: ...
@@ -291,7 +270,7 @@ class InputSquares:
     """Sums over tokens of the squared inputs of every matrix product, per input channel: an importance matrix."""
 
     def __init__(self, engine: Engine) -> None: ...
-    def add(self, engine: Engine, ids: NDArray[np.uint32]) -> NDArray[np.float32]: ...  # as Engine.score
+    def add(self, engine: Engine, ids: NDArray[np.uint32]) -> NDArray[np.float32]: ...  # [T-1], as Model.score
     @property
     def sums(self) -> dict[str, tuple[NDArray[np.float64], int]]: ...  # tensor -> (sums [inputs], tokens)
 

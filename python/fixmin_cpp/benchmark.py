@@ -1,6 +1,7 @@
 """What `fixmin bench` measures: speed of prefill and decode, and how much of the machine that is."""
 
 import contextlib
+import math
 import os
 import re
 import time
@@ -175,7 +176,9 @@ def bench(
             start = time.perf_counter()
             engine.logits(ids[:n_prompt], last=True, prefix_cache=False)
             prefill = n_prompt / (time.perf_counter() - start)
-            decode = n_generate / engine.generate(ids[:first], params).decode_s
+            request = engine.submit(ids[:first], params)
+            request.wait(1 << 62, math.inf)
+            decode = n_generate / request.result()["decode_s"]
             if turn:
                 prefills.append(prefill)
                 decodes.append(decode)

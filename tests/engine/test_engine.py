@@ -1,6 +1,7 @@
 """The engine: right by the float64 oracle, with the same bits whatever the machine and the chunking."""
 
 import hashlib
+import itertools
 import multiprocessing
 import os
 import signal
@@ -11,6 +12,7 @@ import time
 
 import numpy as np
 import pytest
+from engine_runs import finished, generate, score, tokens
 from gguf_factory import ALL_BIASES, EVERY_TYPE, FLOAT_TYPES, QUANTIZED_TYPES, WEIGHT_TYPES, block_sizes, make_model
 from hypothesis import given
 from hypothesis import strategies as st
@@ -161,9 +163,9 @@ def test_score_is_the_log_softmax(model_file):
     logits = forward(path, ids)
     expected = (logits - np.log(np.exp(logits).sum(1, keepdims=True)))[np.arange(59), ids[1:]]
     for n_batch in (512, 7, 1):
-        got = _core.Engine(path, kv_type="f32", n_batch=n_batch).score(ids)
+        got = score(_core.Engine(path, kv_type="f32", n_batch=n_batch), ids)
         np.testing.assert_allclose(got, expected, atol=1e-5)
-    assert _core.Engine(path).score(ids[:1]).shape == (0,)
+    assert score(_core.Engine(path), ids[:1]).shape == (0,)
 
 
 def test_codes(model_file):
@@ -266,32 +268,34 @@ def params(**values):
 def test_greedy_generation_is_the_argmax_of_the_logits(model_file):
     engine = _core.Engine(model_file(), n_batch=5)
     prompt = ids_for(12)
-    result = engine.generate(prompt, params(max_new_tokens=20))
-    assert result.finish_reason == "length"
-    assert result.n_prompt == 12
-    sequence = np.concatenate([prompt, result.token_ids])
-    logits = engine.logits(sequence)
-    assert np.array_equal(result.token_ids, logits[11:-1].argmax(1))
+    request = finished(engine.submit(prompt, params(max_new_tokens=20)))
+    assert request.result()["finish_reason"] == "length"
+    assert request.result()["n_prompt"] == 12
+    token_ids = np.array(request.read(0)[0], np.uint32)
+    logits = engine.logits(np.concatenate([prompt, token_ids]))
+    assert np.array_equal(token_ids, logits[11:-1].argmax(1))
 
 
-def test_stop_ids_callback_and_context_end(model_file):
+def test_stop_ids_reading_and_context_end(model_file):
     engine = _core.Engine(model_file())
     prompt = ids_for(12)
-    free = engine.generate(prompt, params(max_new_tokens=10)).token_ids
-    first = int(np.argmax(free == free[4]))  # where that id comes up first
+    free = generate(engine, prompt, params(max_new_tokens=10))
+    first = free.index(free[4])
 
-    stopped = engine.generate(prompt, params(max_new_tokens=10, stop_ids=[int(free[4])]))
-    assert stopped.finish_reason == "eos"
-    assert np.array_equal(stopped.token_ids, free[:first])
+    stopped = finished(engine.submit(prompt, params(max_new_tokens=10, stop_ids=[free[4]])))
+    assert stopped.result()["finish_reason"] == "eos"
+    assert stopped.result()["last"][0] == free[4]
+    assert stopped.read(0)[0] == free[:first]
 
-    seen = []
-    called = engine.generate(prompt, params(max_new_tokens=10), lambda t: seen.append(t) or len(seen) < 3)
-    assert called.finish_reason == "stop"
-    assert seen == list(free[:3]) == list(called.token_ids)
+    read = engine.submit(prompt, params(max_new_tokens=10))
+    seen = list(itertools.islice(tokens(read), 3))
+    read.cancel()
+    assert finished(read).result()["finish_reason"] in ("cancelled", "length")  # the engine does not wait for a reader
+    assert seen == free[:3] == read.read(0)[0][:3]
 
-    full = engine.generate(prompt, params(max_new_tokens=1000))
-    assert full.finish_reason == "length"
-    assert len(full.token_ids) == 64 - 12
+    full = finished(engine.submit(prompt, params(max_new_tokens=1000)))
+    assert full.result()["finish_reason"] == "length"
+    assert len(full.read(0)[0]) == 64 - 12
 
 
 def test_sampling_follows_the_distribution(model_file):
@@ -311,7 +315,7 @@ def test_sampling_follows_the_distribution(model_file):
         expected /= expected.sum()
         n = 1500
         settings = dict(max_new_tokens=1, top_k=top_k, top_p=top_p, min_p=0, temperature=temperature)
-        got = [int(engine.generate(prompt, params(seed=s, **settings)).token_ids[0]) for s in range(n)]
+        got = [generate(engine, prompt, params(seed=s, **settings))[0] for s in range(n)]
         counts = np.bincount(got, minlength=16)
         assert set(np.flatnonzero(counts)) <= set(keep)
         chi2 = ((counts[keep] - n * expected[keep]) ** 2 / (n * expected[keep])).sum()
@@ -321,12 +325,12 @@ def test_sampling_follows_the_distribution(model_file):
 def test_same_seed_same_tokens(model_file):
     settings = dict(max_new_tokens=30, temperature=1.0, seed=2**63 + 5)
     runs = {
-        tuple(_core.Engine(model_file(), isa=isa, n_threads=n).generate(ids_for(6), params(**settings)).token_ids)
+        tuple(generate(_core.Engine(model_file(), isa=isa, n_threads=n), ids_for(6), params(**settings)))
         for isa in ISAS
         for n in (1, 3)
     }
     assert len(runs) == 1
-    other = _core.Engine(model_file()).generate(ids_for(6), params(**{**settings, "seed": 6})).token_ids
+    other = generate(_core.Engine(model_file()), ids_for(6), params(**{**settings, "seed": 6}))
     assert tuple(other) not in runs
 
 
@@ -334,35 +338,52 @@ def test_penalties_count_the_prompt_and_what_was_generated(model_file):
     """A penalty that no difference of logits makes up for: nothing comes up twice until everything has."""
     engine = _core.Engine(model_file(vocab_size=32, width=5))
     prompt = np.array([3, 7, 7, 11], np.uint32)
-    result = engine.generate(prompt, params(max_new_tokens=29, presence_penalty=1e6))
-    assert sorted(result.token_ids[:29].tolist()) == sorted(set(range(32)) - {3, 7, 11})
+    token_ids = generate(engine, prompt, params(max_new_tokens=29, presence_penalty=1e6))
+    assert sorted(token_ids) == sorted(set(range(32)) - {3, 7, 11})
 
 
 def test_stop_ids_wait_for_min_new_tokens(model_file):
     engine = _core.Engine(model_file())
-    free = engine.generate(ids_for(12), params(max_new_tokens=10)).token_ids
-    held = engine.generate(ids_for(12), params(max_new_tokens=10, stop_ids=[int(free[0])], min_new_tokens=4))
-    assert len(held.token_ids) >= 4
-    assert int(free[0]) not in held.token_ids.tolist()
+    free = generate(engine, ids_for(12), params(max_new_tokens=10))
+    held = generate(engine, ids_for(12), params(max_new_tokens=10, stop_ids=[free[0]], min_new_tokens=4))
+    assert len(held) >= 4
+    assert free[0] not in held
 
 
-def test_exception_of_the_callback_reaches_the_caller(model_file):
+def test_an_exception_of_the_reader_leaves_the_engine_as_it_was(model_file):
     engine = _core.Engine(model_file())
 
-    def fail(_):
-        raise KeyError("mine")
+    def read():
+        for _ in tokens(engine.submit(ids_for(3), params(max_new_tokens=50))):
+            raise KeyError("mine")
 
     with pytest.raises(KeyError, match="mine"):
-        engine.generate(ids_for(3), params(max_new_tokens=5), fail)
-    assert len(engine.generate(ids_for(3), params(max_new_tokens=5)).token_ids) == 5
+        read()
+    assert len(generate(engine, ids_for(3), params(max_new_tokens=5))) == 5
 
 
-def test_cancel_token(model_file):
+def test_cancelled_while_it_is_read(model_file):
     engine = _core.Engine(model_file(context_length=60000, embedding_length=256, feed_forward_length=1024), n_threads=1)
-    token = _core.CancelToken()
-    result = engine.generate(ids_for(3), params(max_new_tokens=50000), lambda t: token.cancel() or True, token)
-    assert result.finish_reason == "cancelled"
-    assert 1 <= len(result.token_ids) < 50000  # the engine does not wait for the callback
+    request = engine.submit(ids_for(3), params(max_new_tokens=50000))
+    seen = []
+    for token in tokens(request):
+        seen.append(token)
+        request.cancel()
+    assert finished(request).result()["finish_reason"] == "cancelled"
+    assert 1 <= len(seen) < 50000  # the engine does not wait for the reader
+    assert request.read(0)[0] == seen
+
+
+def test_ctrl_c_stops_waiting(model_file):
+    engine = _core.Engine(model_file(context_length=60000, embedding_length=256, feed_forward_length=1024), n_threads=1)
+    request = engine.submit(ids_for(3), params(max_new_tokens=50000))
+    timer = threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        request.wait(2**62, 60.0)
+    timer.join()
+    request.cancel()
+    assert finished(request).result()["finish_reason"] == "cancelled"
 
 
 def test_ctrl_c_stops_a_computation(model_file):
@@ -389,7 +410,7 @@ def test_bad_ids(model_file):
     with pytest.raises(_core.ContextLengthError, match="65 tokens do not fit the context of 64"):
         engine.logits(ids_for(65))
     with pytest.raises(_core.ContextLengthError, match="no room"):
-        engine.generate(ids_for(64), params())
+        engine.submit(ids_for(64), params())
     with pytest.raises(ValueError, match="dimension"):
         engine.logits(np.zeros((2, 2), np.uint32))
     with pytest.raises(ValueError, match="layer is 3"):
@@ -414,7 +435,7 @@ def test_bad_options(model_file, options, message):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
 def test_bad_temperature(model_file, value):
     with pytest.raises(ValueError, match="temperature"):
-        _core.Engine(model_file()).generate(ids_for(2), params(temperature=value))
+        _core.Engine(model_file()).submit(ids_for(2), params(temperature=value))
 
 
 def test_closed_engine(model_file):
@@ -433,7 +454,7 @@ def test_missing_file(tmp_path):
 def test_weights_that_overflow_are_reported_not_sampled(model_file):
     path = model_file(weight_type="F32", values=(1e38, -3e38), norm="rmsnorm")
     with pytest.raises(_core.FixminError, match="not finite"):
-        _core.Engine(path).generate(ids_for(4), params(max_new_tokens=2))
+        generate(_core.Engine(path), ids_for(4), params(max_new_tokens=2))
 
 
 # --- processes and threads ---------------------------------------------------------------------------------------

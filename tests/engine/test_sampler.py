@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import sampling_oracle as oracle
+from engine_runs import score
 from gguf_factory import make_model
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
@@ -518,7 +519,7 @@ def test_top_logprobs(size, k):
 def test_top_logprobs_are_those_of_score(tmp_path):
     engine = _core.Engine(str(make_model(tmp_path / "model.gguf")))
     ids = np.random.default_rng(0).integers(0, 77, 20).astype(np.uint32)
-    logits, scores = engine.logits(ids), engine.score(ids)
+    logits, scores = engine.logits(ids), score(engine, ids)
     assert [_core.top_logprobs(logits[t], 3, int(ids[t + 1]))[0] for t in range(19)] == scores.tolist()
 
 

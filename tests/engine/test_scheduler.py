@@ -5,6 +5,7 @@ import time
 
 import numpy as np
 import pytest
+from engine_runs import generate, score
 from gguf_factory import make_model
 
 from fixmin_cpp import _core
@@ -142,9 +143,9 @@ def test_bits_of_logits_beside_other_requests(path):
 def test_a_full_cache_sends_requests_back_and_loses_none(path):
     engine = _core.Engine(path, n_kv=N_CTX)  # 5 blocks
     requests = [engine.submit(p[:10], sampling(max_new_tokens=100)) for p in prompts(6, seed=2, longest=40)]
-    free = [_core.Engine(path).generate(p[:10], sampling(max_new_tokens=100)) for p in prompts(6, seed=2, longest=40)]
+    free = [generate(_core.Engine(path), p[:10], sampling(max_new_tokens=100)) for p in prompts(6, seed=2, longest=40)]
     for request, expected in zip(requests, free, strict=True):
-        assert outcome(request)[0] == expected.token_ids.tolist()
+        assert outcome(request)[0] == expected
     assert engine.stats()["n_preempted"] > 0
     assert_nothing_is_kept(engine)
 
@@ -177,6 +178,36 @@ def test_a_known_prompt_in_the_smallest_cache(path):
         again = wait(engine.submit(ids, sampling(max_new_tokens=5)), 30)
         assert outcome(again) == first
         assert again.result()["n_cached"] == 4 * 32
+    assert_nothing_is_kept(engine)
+
+
+def test_a_block_that_is_copied_and_given_away_in_one_step(path):
+    """A request takes the beginning of a known block; the one after it, in the same step, takes the block itself."""
+
+    class Waits(EveryThird):
+        held, let_go = threading.Event(), threading.Event()
+
+        def allowed(self):
+            self.held.set()
+            assert self.let_go.wait(60)
+            return super().allowed()
+
+    rng = np.random.default_rng(8)
+    known, other, mine = (rng.integers(0, VOCAB, n).astype(np.uint32) for n in (39, 60, 4))
+    asked = [np.concatenate([known[:36], mine]), other]
+    fresh = _core.Engine(path)
+    alone = [outcome(fresh.submit(ids, sampling(max_new_tokens=1), n_logprobs=3, prefix_cache=False)) for ids in asked]
+    engine = _core.Engine(path, n_kv=N_CTX)  # 5 blocks, of which the known tokens leave 3
+    wait(engine.submit(known, sampling(max_new_tokens=1)))
+    holds = engine.submit(known[:1], sampling(max_new_tokens=1), mask=Waits(5), prefix_cache=False)
+    assert Waits.held.wait(60)
+    before = engine.stats()["n_steps"]
+    requests = [engine.submit(ids, sampling(max_new_tokens=1), n_logprobs=3) for ids in asked]
+    Waits.let_go.set()
+    assert [outcome(request) for request in requests] == alone
+    assert [request.result()["n_cached"] for request in requests] == [36, 0]
+    assert engine.stats()["n_steps"] == before + 2  # one is that of the request that held the others up
+    assert outcome(holds)[0]
     assert_nothing_is_kept(engine)
 
 
@@ -226,7 +257,7 @@ def test_scores_of_a_part(path, options):
         assert request.prompt_logprobs() == pytest.approx(logprobs, rel=1e-5)
         assert request.prompt_ranks().tolist() == ranks.tolist()
         assert known <= first_row
-        assert request.prompt_logprobs().tobytes() == engine.score(ids[:-1])[first_row:].tobytes() + (
+        assert request.prompt_logprobs().tobytes() == score(engine, ids[:-1])[first_row:].tobytes() + (
             request.prompt_logprobs()[-1:].tobytes()
         )
     assert known >= first_row // 32 * 32  # found in the cache
@@ -301,8 +332,8 @@ def test_jobs_between_requests(path):
     requests = [engine.submit(p, sampling(max_new_tokens=50)) for p in prompts(8)]
     assert len(engine.read_ceiling(1 << 20, 2)) == 2
     squares = _core.InputSquares(engine)
-    assert squares.add(engine, prompts(4)[3]).tobytes() == engine.score(prompts(4)[3]).tobytes()
-    expected = [_core.Engine(path).generate(p, sampling(max_new_tokens=50)).token_ids.tolist() for p in prompts(8)]
+    assert squares.add(engine, prompts(4)[3]).tobytes() == score(engine, prompts(4)[3]).tobytes()
+    expected = [generate(_core.Engine(path), p, sampling(max_new_tokens=50)) for p in prompts(8)]
     assert [outcome(r)[0] for r in requests] == expected
 
 
@@ -360,7 +391,7 @@ def test_random_cancels_leave_nothing_behind(path):
     reasons = {wait(r).result()["finish_reason"] for r in requests}
     assert reasons <= {"cancelled", "timeout", "length"}
     assert_nothing_is_kept(engine)
-    expected = _core.Engine(path).generate(made[0], sampling(max_new_tokens=30)).token_ids.tolist()
+    expected = generate(_core.Engine(path), made[0], sampling(max_new_tokens=30))
     assert outcome(engine.submit(made[0], sampling(max_new_tokens=30)))[0] == expected
 
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from engine_runs import score
 from gguf_factory import make_model
 
 from fixmin_cpp import _core
@@ -113,10 +114,10 @@ def test_bits_while_the_size_changes(tmp_path, monkeypatch):
     """A text that is scored again and again for longer than the first trial takes to come."""
     path = str(make_model(tmp_path / "m.gguf", weight_type="Q8_0", context_length=256))
     ids = np.arange(200, dtype=np.uint32) % 100
-    expected = _core.Engine(path, n_threads=1).score(ids).tobytes()
+    expected = score(_core.Engine(path, n_threads=1), ids).tobytes()
     monkeypatch.setenv("FIXMIN_TEAM", "auto")
     engine = _core.Engine(path, n_threads=4, n_batch=16)
-    assert {engine.score(ids).tobytes() for _ in range(30)} == {expected}
+    assert {score(engine, ids).tobytes() for _ in range(30)} == {expected}
     assert engine.info["n_threads"] == 4
 
 

@@ -1,0 +1,197 @@
+// An engine as Python holds it, and how Python waits for one.
+#pragma once
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <chrono>
+#include <memory>
+#include <set>
+#include <span>
+#include <string>
+#include <thread>
+#include <utility>
+
+#include "bindings/bindings.h"
+#include "engine/engine.h"
+#include "error.h"
+
+namespace fixmin::bindings {
+
+namespace py = pybind11;
+
+using Ids = py::array_t<uint32_t, py::array::c_style>;
+
+inline std::span<const uint32_t> id_span(const Ids& ids) {
+    if (ids.ndim() != 1) throw ArgumentError("ids must have one dimension, not " + std::to_string(ids.ndim()));
+    return {ids.data(), size_t(ids.size())};
+}
+
+/// Whether this thread is calling a mask: whatever Python runs there, a collected object's __del__ too, must not wait
+/// for the engine.
+inline thread_local bool calling_a_mask = false;
+
+/// Asked between layers, in the thread that called: has a signal handler (Ctrl-C) raised? Python's signal handlers run
+/// only when asked, and asking takes the GIL, so that is done rarely.
+class Interruption {
+  public:
+    bool operator()() {
+        const auto now = std::chrono::steady_clock::now();
+        if (now - asked_ < std::chrono::milliseconds(20)) return raised_;
+        asked_ = now;
+        const py::gil_scoped_acquire gil;
+        raised_ = raised_ || PyErr_CheckSignals() != 0;
+        asked_ = std::chrono::steady_clock::now();  // a handler may take its time
+        return raised_;
+    }
+
+    /// With the GIL held, after the computation: what a signal handler raised goes on to the caller.
+    void rethrow() const {
+        if (raised_) throw py::error_already_set();
+    }
+
+  private:
+    bool raised_ = false;
+    std::chrono::steady_clock::time_point asked_ = std::chrono::steady_clock::now();
+};
+
+/// Runs a computation without the GIL; `f` gets the function that tells whether to stop.
+template <typename F>
+void compute(F f) {
+    Interruption interruption;
+    bool cancelled = false;
+    {
+        const py::gil_scoped_release release;
+        try {
+            f([&] { return interruption(); });
+        } catch (const model::Cancelled&) {
+            cancelled = true;
+        }
+    }
+    interruption.rethrow();
+    if (cancelled) throw Error("the computation was cancelled");
+}
+
+/// An Engine that can be closed: calls and leases hold references of their own, so the memory outlives them.
+class EngineHandle {
+  public:
+    EngineHandle(const std::string& path, const engine::EngineOptions& options, const py::object& progress) {
+        Interruption interruption;
+        bool refused = false;
+        const auto report = [&](double fraction) {
+            if (interruption()) throw model::Cancelled();
+            if (progress.is_none()) return;
+            const py::gil_scoped_acquire gil;
+            refused = progress(fraction).is(py::bool_(false));
+            if (refused) throw model::Cancelled();
+        };
+        gguf::GgufFile file = open_gguf(path);
+        source_ = file.source();
+        metadata_ = metadata(file);
+        {
+            const py::gil_scoped_release release;
+            try {
+                engine_ = std::make_shared<engine::Engine>(std::move(file), options, report);
+            } catch (const model::Cancelled&) {
+            } catch (const GgufError& error) {
+                throw GgufError(with_path(error.what()));
+            } catch (const UnsupportedError& error) {
+                throw UnsupportedError(with_path(error.what()));
+            }
+        }
+        interruption.rethrow();
+        if (refused) throw Error("loading '" + path + "' was cancelled: progress returned False");
+        open_handles().insert(this);
+    }
+
+    std::shared_ptr<engine::Engine> get() const {
+        check_open();
+        engine_->start_thread();
+        return engine_;
+    }
+
+    /// Of the file that was loaded, whatever its path names by now; empty the second time.
+    py::dict take_metadata() { return std::exchange(metadata_, py::dict()); }
+    std::shared_ptr<const gguf::Source> source() const {
+        check_open();
+        return source_;
+    }
+
+    /// The same engine; closing this one ends what the lease began, and the lease keeps the memory.
+    std::unique_ptr<EngineHandle> lease() const {
+        return std::unique_ptr<EngineHandle>(new EngineHandle(get(), source_));
+    }
+
+    /// Ends the requests, whose masks need the GIL while the engine's thread ends, and lets go of the file.
+    void close() {
+        closed_ = true;
+        source_.reset();
+        let_go(owner_);
+    }
+    ~EngineHandle() {
+        open_handles().erase(this);
+        let_go(owner_);
+    }
+    EngineHandle(const EngineHandle&) = delete;
+
+    /// At the end of the interpreter, while masks can still be called: a thread that asks for the GIL later is ended by
+    /// Python in a way that C++ must not catch.
+    static void close_all() {
+        const std::set<EngineHandle*> handles = open_handles();  // others may go meanwhile
+        for (EngineHandle* handle : handles) {
+            if (open_handles().contains(handle)) handle->close();
+        }
+    }
+
+  private:
+    EngineHandle(std::shared_ptr<engine::Engine> engine, std::shared_ptr<const gguf::Source> source)
+        : engine_(std::move(engine)), source_(std::move(source)), owner_(false) {}
+
+    void check_open() const {
+        if (closed_) throw ArgumentError("the engine is closed");
+    }
+    static gguf::GgufFile open_gguf(const std::string& path) {
+        const py::gil_scoped_release release;
+        return gguf::GgufFile::open(path);
+    }
+    std::string with_path(const std::string& what) const {
+        return what.starts_with(source_->path()) ? what : source_->path() + ": " + what;
+    }
+
+    // A second caller waits for the first one: both return when the requests have ended.
+    void let_go(bool stop) {
+        std::shared_ptr<engine::Engine> last = engine_;
+        if (!last) return;
+        if (calling_a_mask) {
+            engine_.reset();
+            std::thread([last = std::move(last), stop]() mutable {
+                if (stop) last->stop();
+                last.reset();
+            }).detach();
+            return;
+        }
+        {
+            const py::gil_scoped_release release;
+            if (stop) last->stop();
+        }
+        engine_.reset();
+        const py::gil_scoped_release release;
+        last.reset();
+    }
+
+    // With the GIL held.
+    static std::set<EngineHandle*>& open_handles() {
+        static std::set<EngineHandle*> handles;
+        return handles;
+    }
+
+    std::shared_ptr<engine::Engine> engine_;
+    std::shared_ptr<const gguf::Source> source_;
+    py::dict metadata_;
+    const bool owner_ = true;
+    bool closed_ = false;
+};
+
+/// Mailbox, Request, and the method of Engine that makes one.
+void bind_request(py::module_& m, py::class_<EngineHandle>& engine);
+
+}  // namespace fixmin::bindings
