@@ -20,7 +20,7 @@ from .errors import ArgumentError, FixminError, naming
 from .generation import Completion, TokenLogprob
 from .load_options import LoadOptions
 from .model import Model
-from .openai_api.answer import answer_to
+from .openai_api.answer import ANSWERS
 from .openai_api.request import ChatRequest, CompletionRequest, GenerationRequest
 from .recognise import refuse_wrong_model
 from .state import file_sha256
@@ -122,7 +122,7 @@ def _openai(model: Model, settings: Settings, entry: OpenAIEntry) -> dict[str, A
     prompts, many = split_prompts(prompt)
     seeds = [settings.seed_of(entry.line, i) for i in range(len(prompts))]
     arguments = request.resolved({"seed": seeds if many else seeds[0], **settings.options}, stop)
-    answer = answer_to(request, model, prompt, arguments)
+    answer = ANSWERS[type(request)](request, model, prompt, arguments)
     answer.generations.run()
     completions = answer.completions()
     _refuse_cancelled(completions)

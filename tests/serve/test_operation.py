@@ -59,13 +59,14 @@ def test_busy_preparation_does_not_keep_a_process(served_path: Path, start: Star
     slow = (
         "import time, logging, fixmin_cpp.serve.app as app, fixmin_cpp.serve.host as host\n"
         "app._chat_prompt = lambda *_: time.sleep(600)\n"
-        "host.ModelHost.require_room = lambda *_: logging.getLogger('fixmin_cpp').info('ASKED')"
+        "compute, log = host.ModelHost.compute, logging.getLogger('fixmin_cpp')\n"
+        "host.ModelHost.compute = lambda *a, **k: (log.info('ASKED'), compute(*a, **k))[1]"
     )
     with start(served_path, "--shutdown-timeout", "1", before=slow) as server:
         body = {"messages": [{"role": "user", "content": "the"}]}
         asked = [_in_thread(lambda: server.post("/v1/chat/completions", body)) for _ in range(6)]
-        # Bodies are read in the same four threads: the last ones may not get that far.
-        until(lambda: server.log.read_text().count("ASKED") >= 4)
+        # Each to have its body read, in the same four threads, and those that get so far for their prompts.
+        until(lambda: server.log.read_text().count("ASKED") >= 6 + 4)
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(40) == 0
         for thread, _ in asked:

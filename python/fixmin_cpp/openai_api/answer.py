@@ -12,7 +12,7 @@ from ..text import IncrementalDecoder
 from .request import ChatRequest, CompletionRequest, GenerationRequest
 from .token_names import TokenNames
 
-__all__ = ["Answer", "ChatAnswer", "CompletionAnswer", "TextLogprobs", "add_end", "answer_to"]
+__all__ = ["ANSWERS", "Answer", "ChatAnswer", "CompletionAnswer", "TextLogprobs", "add_end"]
 
 _Request = TypeVar("_Request", bound=GenerationRequest)
 
@@ -58,26 +58,21 @@ class Answer(ABC, Generic[_Request]):
         end = {"finish_reason": self.reason(completion), "seed": completion.seed}
         choice = {"index": index, **self._content(index, completion), **end}
         if self.request.return_token_ids:
-            choice["token_ids"] = [] if self.only_prompt else completion.token_ids
+            choice["token_ids"] = [] if self.request.only_prompt else completion.token_ids
         return choice
 
     def usage(self) -> dict[str, int]:
         """Of all runs. A prompt counts once, however many continuations it has; what ended a text was generated too."""
         n_prompt = sum(run.finished.timings.n_prompt for run in self.leaders)
-        n_generated = 0 if self.only_prompt else sum(run.finished.n_drawn for run in self.generations.runs)
+        n_generated = 0 if self.request.only_prompt else sum(run.finished.n_drawn for run in self.generations.runs)
         total = n_prompt + n_generated
         return {"prompt_tokens": n_prompt, "completion_tokens": n_generated, "total_tokens": total}
 
     def reason(self, completion: Completion) -> str:
         """finish_reason: the end-of-text token is a "stop"."""
-        if self.only_prompt and completion.finish_reason in ("eos", "stop"):
+        if self.request.only_prompt and completion.finish_reason in ("eos", "stop"):
             return "length"  # of the token that is not asked for
         return "stop" if completion.finish_reason == "eos" else completion.finish_reason
-
-    @property
-    def only_prompt(self) -> bool:
-        """Whether what is generated is not part of the answer."""
-        return False
 
     @property
     def leaders(self) -> list[Run]:
@@ -136,11 +131,6 @@ class CompletionAnswer(Answer[CompletionRequest]):
     prefix = "cmpl"
     object = chunk_object = "text_completion"
 
-    @property
-    def only_prompt(self) -> bool:
-        """See Answer."""
-        return self.request.only_prompt
-
     def prompt_text(self, index: int) -> str:
         """The prompt of a choice, as it is echoed."""
         prompt = self.request.prompts[index // self.request.n]
@@ -167,10 +157,13 @@ class CompletionAnswer(Answer[CompletionRequest]):
 
     def _content(self, index: int, completion: Completion) -> dict[str, Any]:
         echo = self.prompt_text(index) if self.request.echo else ""
-        content: dict[str, Any] = {"text": echo if self.only_prompt else echo + completion.text, "logprobs": None}
+        content: dict[str, Any] = {
+            "text": echo if self.request.only_prompt else echo + completion.text,
+            "logprobs": None,
+        }
         if self.request.logprobs is not None:
             lists = self.prompt_logprobs(index) if self.request.echo else None
-            if not self.only_prompt:
+            if not self.request.only_prompt:
                 own = self.logprobs(index, len(echo))
                 for token_id, logprob in zip(completion.token_ids, completion.logprobs or (), strict=True):
                     own.add(token_id, logprob)
@@ -213,8 +206,4 @@ class ChatAnswer(Answer[ChatRequest]):
         return {"message": {"role": "assistant", "content": completion.text, "refusal": None}, "logprobs": logprobs}
 
 
-def answer_to(request: GenerationRequest, model: Model, prompt: Any, arguments: Mapping[str, Any]) -> Answer[Any]:
-    """See Answer."""
-    kind: Any = ChatAnswer if isinstance(request, ChatRequest) else CompletionAnswer
-    made: Answer[Any] = kind(request, model, prompt, arguments)
-    return made
+ANSWERS: Mapping[type[GenerationRequest], Any] = {CompletionRequest: CompletionAnswer, ChatRequest: ChatAnswer}

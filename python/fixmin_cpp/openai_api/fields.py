@@ -9,7 +9,7 @@ from ..errors import ArgumentError, ArgumentTypeError
 from ..sampling_fields import ALIASES as OTHER_NAMES
 from ..sampling_fields import BODY_ALIASES, FIELDS, Int
 
-__all__ = ["ALIASES", "ARGUMENTS", "CHAT_FIELDS", "COMPLETION_FIELDS", "FieldError", "as_arguments", "asked", "part"]
+__all__ = ["ALIASES", "ARGUMENTS", "OF_CHATS", "OF_COMPLETIONS", "FieldError", "as_arguments", "asked", "part", "shown"]
 
 _MAX_SEED = 2**53 - 1  # other readers of JSON hold numbers as doubles
 
@@ -20,8 +20,8 @@ _OPENAIS = ("max_completion_tokens", "max_tokens")  # of which OpenAI's clients 
 # The fields that there are: of how to generate, and of the endpoints.
 ARGUMENTS = frozenset(name for name, row in FIELDS.items() if row.bodies is not None) | {*ALIASES, "response_format"}
 _OF_BOTH = ARGUMENTS | {"model", "n", "stream", "stream_options", "return_token_ids", "logprobs"}
-COMPLETION_FIELDS = _OF_BOTH | {"prompt", "best_of", "echo"}
-CHAT_FIELDS = _OF_BOTH | {"messages", "top_logprobs", "add_generation_prompt", "continue_final_message"}
+OF_COMPLETIONS = _OF_BOTH | {"prompt", "best_of", "echo"}
+OF_CHATS = _OF_BOTH | {"messages", "top_logprobs", "add_generation_prompt", "continue_final_message"}
 
 _INTEGERS = frozenset(name for name, row in FIELDS.items() if row.kind == Int)
 _INTEGERS |= {"seed", "n", "best_of", "top_logprobs"}
@@ -143,8 +143,6 @@ def as_arguments(fields: Mapping[str, Any]) -> dict[str, Any]:
         given.setdefault(name, value)
     if type(given.get("top_k")) is int and given["top_k"] < 0:
         given["top_k"] = 0  # all, as in vLLM and llama.cpp
-    if "logit_bias" in given:
-        given["logit_bias"] = _bias(given["logit_bias"])
     if "seed" in given:
         _set_seed(given)
     # Under llama.cpp's name for the window the penalties mean what they mean there.
@@ -211,12 +209,3 @@ def _set_seed(given: dict[str, Any]) -> None:
     else:
         seed %= 2**64
         given["seed"] = seed if seed <= _MAX_SEED else (seed ^ seed >> 53) & _MAX_SEED  # reported, and gives the same
-
-
-def _bias(given: Any) -> Any:
-    if not isinstance(given, Mapping):
-        raise ArgumentTypeError(f"logit_bias must be an object of token id to bias, got {given!r:.60}")
-    for key in given:
-        if not isinstance(key, int) and not (key.isdecimal() and key.isascii() and len(key) <= 10):
-            raise ArgumentError(f"logit_bias has the key {key[:40]!r}, which is no token id")
-    return {int(key): value for key, value in given.items()}

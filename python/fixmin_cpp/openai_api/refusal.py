@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ArgumentError, BusyError, ContextLengthError, FixminError, UnsupportedError
-from .fields import CHAT_FIELDS, COMPLETION_FIELDS, FieldError
+from .fields import OF_CHATS, OF_COMPLETIONS, FieldError
 from .request import GenerationRequest
 
 __all__ = ["Refusal", "refusal"]
@@ -21,7 +21,7 @@ _IN_A_RUN = {
         *("frequency_penalty", "presence_penalty", "dry_multiplier"),
     ),
 }
-_NAMES = COMPLETION_FIELDS | CHAT_FIELDS
+_NAMES = OF_COMPLETIONS | OF_CHATS
 _FIRST = re.compile(r"(?:the |only one of )?(?=json_schema|response_format|regex|grammar|choices)(\w+)|(\w+)")
 _MAX_MESSAGE = 2000  # characters: a message may quote what a request holds
 _TYPES = {401: "authentication_error", 429: "rate_limit_error", 503: "unavailable_error"}

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from ..arguments import as_bool, as_int, as_stop_strings, split_prompts
 from ..errors import ArgumentError, ArgumentTypeError
-from .fields import ALIASES, ARGUMENTS, CHAT_FIELDS, COMPLETION_FIELDS, FieldError, as_arguments, asked, part, shown
+from .fields import ALIASES, ARGUMENTS, OF_CHATS, OF_COMPLETIONS, FieldError, as_arguments, asked, part, shown
 
 __all__ = ["ChatRequest", "CompletionRequest", "GenerationRequest", "prompts_in"]
 
@@ -29,6 +29,7 @@ class GenerationRequest(ABC):
     usual: ClassVar[Mapping[str, Any]] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
     prompt_field: ClassVar[str]
     logprobs_field: ClassVar[str]  # that says how many of the most probable tokens are wanted
+    only_prompt = False  # whether what is generated is not part of the answer
 
     def __init__(self, body: Mapping[str, Any], *, streams: bool = True) -> None:
         self.fields = asked(body, self.known)
@@ -93,7 +94,7 @@ class GenerationRequest(ABC):
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions. `prompt`: as it came, `prompts`: each of those in it, text or ids."""
 
-    known = COMPLETION_FIELDS
+    known = OF_COMPLETIONS
     usual: ClassVar[Mapping[str, Any]] = {"max_new_tokens": 16, **GenerationRequest.usual}
     prompt_field = "prompt"
     logprobs_field = "logprobs"
@@ -103,7 +104,7 @@ class CompletionRequest(GenerationRequest):
         if "prompt" not in self.fields:
             raise ArgumentError("prompt is missing")
         self.prompt = self.fields["prompt"]
-        self.prompts, self.many = prompts_in("prompt", self.prompt)
+        self.prompts = prompts_in("prompt", self.prompt)[0]
         self.echo = self._flag("echo") or False
         if self.stream and self.best_of is not None and self.best_of > self.n:
             raise ArgumentError("best_of cannot be streamed: which ones are the best is known at the end")
@@ -137,11 +138,10 @@ def prompts_in(name: str, given: Any) -> tuple[list[Any], bool]:
 class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions. `messages`: for a template, each with its `content` as one text."""
 
-    known = CHAT_FIELDS
+    known = OF_CHATS
     usual: ClassVar[Mapping[str, Any]] = {"max_new_tokens": -1, **GenerationRequest.usual}
     prompt_field = "messages"
     logprobs_field = "top_logprobs"
-    only_prompt = False
 
     def __init__(self, body: Mapping[str, Any], *, streams: bool = True) -> None:
         super().__init__(body, streams=streams)

@@ -55,7 +55,7 @@ class _CompletionWriter(Writer):
         return [opening]
 
     def piece(self, piece: Piece) -> dict[str, Any] | None:
-        if self._answer.only_prompt:
+        if self._answer.request.only_prompt:
             return None
         if self._logprobs is not None:
             self._logprobs.add(piece.token_id, piece.logprob)
@@ -64,7 +64,7 @@ class _CompletionWriter(Writer):
 
     def end(self, completion: Completion) -> dict[str, Any]:
         lists = None
-        if self._logprobs is not None and completion.stop_logprob is not None and not self._answer.only_prompt:
+        if self._logprobs is not None and completion.stop_logprob is not None and not self._answer.request.only_prompt:
             add_end(self._logprobs, completion)
             lists = self._logprobs.take()
         return {"text": "", "logprobs": lists}

@@ -11,7 +11,7 @@ from typing import Any
 from ..arguments import split_prompts
 from ..errors import FixminError
 from ..generation import Completion, Piece, Run
-from ..openai_api.answer import Answer, answer_to
+from ..openai_api.answer import ANSWERS, Answer
 from ..openai_api.request import GenerationRequest
 from ..running import AsyncTextStream
 from ..sampling_fields import FORMS
@@ -68,7 +68,7 @@ class Job:
             limit = host.settings.timeout
             arguments["timeout"] = limit if options.timeout is None else min(options.timeout, limit)
             by = "grammar" if any(name in arguments for name in FORMS) else "prepare"
-            self._answer = await host.compute(answer_to, request, host.model, prompt, arguments, by=by)
+            self._answer = await host.compute(ANSWERS[type(request)], request, host.model, prompt, arguments, by=by)
         except FixminError as error:
             raise self._failed(error) from None
         return self
@@ -117,7 +117,7 @@ class Job:
                 assert completion is not None
                 queue_s = waited + completion.timings.queued_s
                 self._metrics.queued.observe(queue_s)
-                n_tokens = 0 if self._answer.only_prompt else completion.n_drawn
+                n_tokens = 0 if self.request.only_prompt else completion.n_drawn
                 self._record.ended(number, self._answer.reason(completion), n_tokens, self._seconds(), queue_s)
                 news.put_nowait((number, completion))
 
