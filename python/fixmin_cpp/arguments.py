@@ -103,6 +103,13 @@ def as_text(name: str, value: Any) -> str:
         raise ArgumentTypeError(f"{name} must be a str, got {_show(value)}")
     if not value:
         raise ArgumentError(f"{name} must not be empty, got ''")
+    return as_unicode(name, value)
+
+
+def as_unicode(name: str, value: Any) -> str:
+    """`value`, if it is a str and no character of it is half of a surrogate pair."""
+    if not isinstance(value, str):
+        raise ArgumentTypeError(f"{name} must be a str, got {type(value).__name__}")
     try:
         value.encode()
     except UnicodeEncodeError as error:

@@ -153,8 +153,8 @@ def _adding(before: str, more: list[inspect.Parameter]) -> Callable[[_F], _F]:
 
 def _parameter(key: str, option: _Option, default: Any = None) -> inspect.Parameter:
     flag = option.type is bool
-    about = {"help": option.help, "metavar": option.metavar, "rich_help_panel": option.panel or None}
-    shown = typer.Option(*option.flags, **about)  # type: ignore[call-overload]
+    about: dict[str, Any] = {"metavar": option.metavar, "rich_help_panel": option.panel or None}
+    shown = typer.Option(*option.flags, help=option.help, **about)
     kind = option.type if flag or default is not None else option.type | None
     default = False if flag else default
     return inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, shown])

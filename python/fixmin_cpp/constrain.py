@@ -32,6 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._core import park_thread
+from .arguments import as_unicode
 from .errors import ArgumentError, ArgumentTypeError, BusyError, FixminError, UnsupportedError
 from .json_schema import literals, prepared
 from .tokenizer import TextTokenizer
@@ -118,11 +119,7 @@ def _as_text(name: str, value: Any) -> str:
     if not (value if name == "regex" else value.strip()):
         raise ArgumentError(f"{name} is empty")
     _check_length(name, len(value))
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ArgumentError(f"{name} is not valid Unicode: lone surrogate at character {error.start}") from None
-    return value
+    return as_unicode(name, value)
 
 
 def _check_length(name: str, n: int) -> None:

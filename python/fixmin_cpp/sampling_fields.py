@@ -10,21 +10,8 @@ from typing import Annotated, Any, TypeAlias, TypedDict
 
 import numpy as np
 
-from .arguments import (
-    MAX_FLOAT32,
-    MAX_INT32,
-    TokenIds,
-    as_allowed_ids,
-    as_bool,
-    as_breakers,
-    as_float,
-    as_id_tuple,
-    as_int,
-    as_logit_bias,
-    as_seeds,
-    as_stop_strings,
-    digits,
-)
+from . import arguments as check
+from .arguments import MAX_FLOAT32, MAX_INT32, TokenIds
 from .errors import ArgumentError
 from .fields import Alias, Field, Integer, Number, aliases_of, fields_of, summary, unsized
 
@@ -45,7 +32,7 @@ _MIN_FLOAT32 = float(np.finfo(np.float32).tiny)
 
 
 def _positive(name: str, value: Any, vocab_size: int) -> float:
-    number = as_float(name, value, 0.0, MAX_FLOAT32)
+    number = check.as_float(name, value, 0.0, MAX_FLOAT32)
     if number == 0.0:
         raise ArgumentError(f"{name} must be above 0, got {value!r}")
     return max(number, _MIN_FLOAT32)
@@ -53,21 +40,21 @@ def _positive(name: str, value: Any, vocab_size: int) -> float:
 
 def _length(name: str, value: Any, vocab_size: int) -> int:
     """A number of tokens from 1 on; -1, and llama.cpp's -2, for as many as the context holds."""
-    number = as_int(name, value, -math.inf)
+    number = check.as_int(name, value, -math.inf)
     if number < 1 and number not in (-1, -2):
-        raise ArgumentError(f"{name} must be at least 1, or -1: until the context ends, got {digits(number)}")
+        raise ArgumentError(f"{name} must be at least 1, or -1: until the context ends, got {check.digits(number)}")
     return MAX_INT32 if number < 0 else number
 
 
 def _seconds(name: str, value: Any, vocab_size: int) -> float | None:
-    number = as_float(name, value, 0.0, math.inf)
+    number = check.as_float(name, value, 0.0, math.inf)
     return None if number == math.inf else min(number, MAX_FLOAT32)
 
 
 _count, _count_or_all, _tokens_back = Integer(0), Integer(-1, least=0), Integer(-1)
 _not_negative, _any_float, _probability = Number(0.0, MAX_FLOAT32), Number(-MAX_FLOAT32, MAX_FLOAT32), Number(0.0, 1.0)
 _share = Number(0.0, 1.0, least=_MIN_FLOAT32)  # of 0: the smallest there is, which one token exceeds
-_flag = unsized(as_bool)
+_flag, _ids = unsized(check.as_bool), check.as_id_tuple
 
 
 class GenerationArguments(TypedDict, total=False):
@@ -90,10 +77,10 @@ class GenerationArguments(TypedDict, total=False):
     min_new_tokens: Annotated[Int, Field(0, _count,
         "Before so many, no end-of-text token and none of stop_ids is drawn, and no stop string looked for.",
         bodies="min_tokens", elsewhere="min_tokens min_length")]
-    stop: Annotated[Texts, Field((), unsized(lambda name, value: as_stop_strings(value)),
+    stop: Annotated[Texts, Field((), unsized(lambda name, value: check.as_stop_strings(value)),
         "End before the leftmost of these texts, wherever token borders fall; it may name special tokens.",
         elsewhere="stop_strings stop_sequences stop_words antiprompt reverse_prompt")]
-    stop_ids: Annotated[Ids, Field((), as_id_tuple, "End at these tokens, as at the end-of-text token, without them.",
+    stop_ids: Annotated[Ids, Field((), _ids, "End at these tokens, as at the end-of-text token, without them.",
         option="--stop-id", bodies="stop_token_ids", elsewhere="eos_token_id stop_token_ids stop_tokens")]
     ignore_eos: Annotated[Flag, Field(False, _flag, "Never draw the end-of-text token.", elsewhere="skip_eos")]
     timeout: Annotated[Float, Field(None, _seconds, "End after so many seconds, those in the queue included.",
@@ -105,7 +92,7 @@ class GenerationArguments(TypedDict, total=False):
     do_sample: Annotated[Flag, Field(None, None,
         "False: greedy whatever the temperature, True: 1 if none is given (as in transformers).", option=None,
         elsewhere="sample sampling")]
-    seed: Annotated[Seeds, Field(None, unsized(as_seeds),
+    seed: Annotated[Seeds, Field(None, unsized(check.as_seeds),
         "From 0 to 2^64-1, the same one gives the same tokens; -1, or none: a random one, which the result tells. For "
         "a list of prompts also a list.", option="-s --seed",
         option_help="The same one, the same text. Default: -1, a random one, shown at the end.",
@@ -154,19 +141,19 @@ class GenerationArguments(TypedDict, total=False):
     dry_base: Annotated[Float, Field(1.75, Number(1.0, MAX_FLOAT32), "DRY: growth with the length.")]
     dry_allowed_length: Annotated[Int, Field(2, _count, "DRY: the shortest length that counts.")]
     dry_penalty_last_n: Annotated[Int, Field(-1, _tokens_back, "DRY: tokens to look back; -1: all.")]
-    dry_sequence_breakers: Annotated[Breakers, Field(None, as_breakers,
+    dry_sequence_breakers: Annotated[Breakers, Field(None, check.as_breakers,
         "DRY: repetitions do not reach across these, texts or token ids; by default newline : \" *",
         option="--dry-sequence-breaker",
         option_help="DRY: repetitions end here, by default newline : \" *; 'none' for none.")]
 
-    logit_bias: Annotated[Biases, Field((), as_logit_bias,
+    logit_bias: Annotated[Biases, Field((), check.as_logit_bias,
         "By token id, what is added to its logit; -inf: never drawn.", heading="Single tokens",
         option="-l --logit-bias", option_help="Add to a logit: 17+1.5, 17-inf.",
         elsewhere="sequence_bias logits_processor")]
-    banned_ids: Annotated[Ids, Field((), as_id_tuple, "Never draw these tokens.", option="--banned-id",
+    banned_ids: Annotated[Ids, Field((), _ids, "Never draw these tokens.", option="--banned-id",
         elsewhere="bad_words_ids suppress_tokens bad_words")]
     bad_ids: Annotated[Ids, Alias("banned_ids")]
-    allowed_ids: Annotated[Ids, Field((), as_allowed_ids, "Draw nothing but these tokens.", option="--allowed-id",
+    allowed_ids: Annotated[Ids, Field((), check.as_allowed_ids, "Draw nothing but these tokens.", option="--allowed-id",
         bodies="allowed_token_ids", elsewhere="allowed_token_ids prefix_allowed_tokens_fn")]
 
     # At most one of these; docs/constrained.md.

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from . import _core
-from .errors import ArgumentError, ArgumentTypeError, GGUFError, UnsupportedError, naming
+from .arguments import as_unicode
+from .errors import GGUFError, UnsupportedError, naming
 from .recognise import refuse_wrong_model
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ class TextTokenizer:
         it is text like any other. Tokens that a tokenizer has beside its vocabulary but does not call special always
         are found. name: of `text` in errors.
         """
-        _check(text, name)
+        as_unicode(name, text)
         backend = self.backend if parse_special else self._plain
         return backend.encode(text, add_special_tokens=add_special_tokens).ids
 
@@ -95,7 +96,7 @@ class TextTokenizer:
             text: as the template gave it.
             letters: code points that stand in it for other letters, which make no special token's name.
         """
-        _check(text, "messages")
+        as_unicode("messages", text)
         if self._names is not None:
             text = self._names.sub(lambda match: self._secret_names[match[0]], text)
         return self._plain.encode(text.translate(letters), add_special_tokens=False).ids
@@ -217,17 +218,6 @@ def read_tokenizer(path: str | os.PathLike[str]) -> tuple[dict[str, Any], TextTo
     if tokenizer is None:
         raise UnsupportedError(f"{os.fspath(path)} holds no tokenizer (key {_JSON_KEY})")
     return metadata, tokenizer
-
-
-def _check(text: object, name: str) -> None:
-    if not isinstance(text, str):
-        raise ArgumentTypeError(f"{name} must be a str, got {type(text).__name__}")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ArgumentError(
-            f"{name} is not valid Unicode: lone surrogate {text[error.start]!a} at character {error.start}"
-        ) from None
 
 
 _Step: TypeAlias = tuple[str, str, str]  # what to do, and its two operands

@@ -629,7 +629,7 @@ WRONG = [
     ({"regex": ""}, ArgumentError, "regex is empty"),
     ({"regex": 3}, ArgumentTypeError, "regex must be a str, got int"),
     ({"regex": "^$"}, ArgumentError, "no text but the empty one"),
-    ({"regex": "\ud800"}, ArgumentError, "lone surrogate at character 0"),
+    ({"regex": "\ud800"}, ArgumentError, r"lone surrogate '\\ud800' at character 0"),
     ({"grammar": "  \n"}, ArgumentError, "grammar is empty"),
     ({"grammar": b"start: A"}, ArgumentTypeError, "grammar must be a str, got bytes"),
     ({"grammar": 'root ::= "a'}, ArgumentError, "grammar is not GBNF.*line 1"),
