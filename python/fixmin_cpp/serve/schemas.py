@@ -160,7 +160,7 @@ class _Described:
         for name in sorted(request.known - {needed}):
             kind = kinds.get(name) or _KINDS[ALIASES.get(name, name)]
             row = None if name in kinds else ROWS.get(ALIASES.get(name, name))
-            bounds = {} if row is None else {"ge": row.low, "le": row.high}
+            bounds: dict[str, Any] = {} if row is None else {"ge": row.low, "le": row.high}
             fields[name] = (kind | None, Field(None, description=_HELP.get(name), **bounds))
         self.model = create_model(request.__name__, __doc__=request.__doc__, **fields)
 
