@@ -21,6 +21,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from . import cli_output as output
 from ._core import __version__
 from .atomic_file import refuse_inputs
 from .cli_help import App
@@ -35,15 +36,6 @@ from .cli_options import (
     with_load_options,
     with_options,
 )
-from .cli_output import Stdout, guarded, json_pieces
-from .cli_output import bar as _bar
-from .cli_output import errors as _errors
-from .cli_output import extra as _extra
-from .cli_output import load as _load
-from .cli_output import note as _note
-from .cli_output import report as _report
-from .cli_output import status as _status
-from .cli_output import write as _write
 from .errors import ArgumentError
 from .inspect import printable
 from .logs import LogFormat, LogLevel, configure
@@ -98,7 +90,7 @@ def _gguf(text: str) -> Any:
 
 def main() -> None:
     """Entry point of the `fixmin` script."""
-    guarded(app)
+    output.guarded(app)
 
 
 @app.callback(invoke_without_command=True)
@@ -142,19 +134,21 @@ def tokenize(
     """
     from .tokenizer import read_tokenizer
 
-    with _errors(debug):
+    with output.errors(debug):
         text = read_prompt(prompt, file, escape)
         _, tokenizer = read_tokenizer(model)
         token_ids = tokenizer.encode(text)
         pieces = [tokenizer.token_piece(i) for i in token_ids]
         if as_json:
-            facts = {"text": text, "n_tokens": len(token_ids), "token_ids": token_ids, **json_pieces(pieces)}
-            _write(json.dumps(facts, ensure_ascii=False) + "\n")
+            facts = {"text": text, "n_tokens": len(token_ids), "token_ids": token_ids, **output.json_pieces(pieces)}
+            output.write(json.dumps(facts, ensure_ascii=False) + "\n")
         elif ids:
-            _write(" ".join(map(str, token_ids)) + "\n")
+            output.write(" ".join(map(str, token_ids)) + "\n")
         else:
-            _write("".join(f"{i:6}  {printable(repr(piece))}\n" for i, piece in zip(token_ids, pieces, strict=True)))
-            _note(f"{len(token_ids):,} tokens")
+            output.write(
+                "".join(f"{i:6}  {printable(repr(piece))}\n" for i, piece in zip(token_ids, pieces, strict=True))
+            )
+            output.note(f"{len(token_ids):,} tokens")
 
 
 @app.command(rich_help_panel=_MEASURE)
@@ -174,25 +168,25 @@ def score(
     The rank is 1 where the token was the most probable one; the first token is not predicted. A text longer than the
     context is for `fixmin perplexity`.
     """
-    with _errors(debug):
+    with output.errors(debug):
         text = read_prompt(prompt, file, escape)
-        with _load(model, quiet=quiet or as_json, **load_options(options)) as loaded:
+        with output.load(model, quiet=quiet or as_json, **load_options(options)) as loaded:
             found = loaded.score(text)
             pieces = [loaded.require_tokenizer().token_piece(i) for i in found.token_ids]
         if as_json:
             facts = dataclasses.asdict(found)
             facts |= {"logprobs": found.logprobs.tolist(), "ranks": found.ranks.tolist()}
             facts["perplexity"] = found.perplexity if math.isfinite(found.perplexity) else None
-            facts = {"text": text, **json_pieces(pieces), **facts}
-            _write(json.dumps(facts, ensure_ascii=False, allow_nan=False) + "\n")
+            facts = {"text": text, **output.json_pieces(pieces), **facts}
+            output.write(json.dumps(facts, ensure_ascii=False, allow_nan=False) + "\n")
             return
         if not quiet:
-            _write(f"    id  {'logprob':>8} {'p':>8} {'rank':>6}  token\n")
-            _write(f"{found.token_ids[0]:6}  {'':8} {'':8} {'':6}  {printable(repr(pieces[0]))}\n")
+            output.write(f"    id  {'logprob':>8} {'p':>8} {'rank':>6}  token\n")
+            output.write(f"{found.token_ids[0]:6}  {'':8} {'':8} {'':6}  {printable(repr(pieces[0]))}\n")
             scored = zip(found.token_ids[1:], found.logprobs, found.ranks, pieces[1:], strict=True)
             for i, logprob, rank, piece in scored:
-                _write(f"{i:6}  {logprob:8.3f} {math.exp(logprob):8.2%} {rank:6}  {printable(repr(piece))}\n")
-        _write(
+                output.write(f"{i:6}  {logprob:8.3f} {math.exp(logprob):8.2%} {rank:6}  {printable(repr(piece))}\n")
+        output.write(
             f"{len(found.token_ids):,} tokens, perplexity {found.perplexity:.6g}, "
             f"{found.nll:.6g} nats per token over {len(found.logprobs):,}\n"
         )
@@ -220,8 +214,8 @@ def inspect(
     """
     from .inspect import render
 
-    with _errors(debug):
-        console = Stdout(highlight=False, emoji=False)
+    with output.errors(debug):
+        console = output.Stdout(highlight=False, emoji=False)
         render(
             file, [from_argv(text) for text in tokens or []], as_json=as_json, all_tensors=everything, console=console
         )
@@ -248,29 +242,29 @@ def generate(
     Options of sampling have llama.cpp's names and defaults, but for --temp: it is 0 here, and then the others that
     narrow the choice have no effect. docs/sampling.md explains each.
     """
-    with _errors(debug):
+    with output.errors(debug):
         text = read_prompt(prompt, file, escape)
         load = load_options(options)
         arguments = read_options(options, escape)
         if not as_json and {"logprobs", "prompt_logprobs"} & arguments.keys():
             raise typer.BadParameter("--logprobs and --prompt-logprobs need --json")
         one = arguments.get("n", 1) == 1 and "best_of" not in arguments
-        with _load(model, quiet=quiet or as_json, **load) as loaded:
+        with output.load(model, quiet=quiet or as_json, **load) as loaded:
             if one:
                 arguments.pop("n", None)
                 completion = _stream(loaded, text, arguments, show=stream and not as_json)
             else:
                 completion = loaded.generate(text, **arguments)
             if as_json:
-                _write(json.dumps({"prompt": text, **dataclasses.asdict(completion)}, ensure_ascii=False) + "\n")
+                output.write(json.dumps({"prompt": text, **dataclasses.asdict(completion)}, ensure_ascii=False) + "\n")
                 return
             answers = completion.candidates or [completion]
             for i, each in enumerate(answers):
                 if len(answers) > 1:  # a line that tells where one ends and the next begins
-                    _write(f"--- {i + 1} of {len(answers)}, seed {each.seed} ---\n")
-                _write("\n" if one and stream else each.text + "\n")
+                    output.write(f"--- {i + 1} of {len(answers)}, seed {each.seed} ---\n")
+                output.write("\n" if one and stream else each.text + "\n")
                 if not quiet:
-                    _note(_summary(each, sampled=arguments.get("temperature", 0.0) > 0))
+                    output.note(_summary(each, sampled=arguments.get("temperature", 0.0) > 0))
             if not quiet:
                 _tell_without_effect(arguments)
 
@@ -284,7 +278,7 @@ _OF_CHANCE = (
 def _tell_without_effect(arguments: dict[str, Any]) -> None:
     given = [f"--{name.replace('_', '-')}" for name in _OF_CHANCE.split() if name in arguments]
     if given and "temperature" not in arguments:
-        _note(f"{', '.join(given)} had no effect: without --temp the most probable token is taken")
+        output.note(f"{', '.join(given)} had no effect: without --temp the most probable token is taken")
 
 
 def _stream(model: Any, text: str, arguments: dict[str, Any], *, show: bool) -> Any:
@@ -292,7 +286,7 @@ def _stream(model: Any, text: str, arguments: dict[str, Any], *, show: bool) -> 
     with model.stream(text, **arguments) as pieces:
         for piece in pieces:
             if show:
-                _write(piece.text)
+                output.write(piece.text)
     return pieces.completion
 
 
@@ -352,7 +346,7 @@ def batch(
     """
     from .batch import run_batch
 
-    with _errors(debug):
+    with output.errors(debug):
         load = load_options(options)
         arguments = read_options(options, escape=True)
         seed = arguments.pop("seed", 0)
@@ -375,9 +369,9 @@ def batch(
                 progress=update,
             )
         if report.n_resumed == report.n_lines > 0 and not as_json and not quiet:
-            _note(f"already done: {target} has all {report.n_lines} lines")
+            output.note(f"already done: {target} has all {report.n_lines} lines")
         if as_json or not quiet:
-            _report(dataclasses.asdict(report), as_json)
+            output.report(dataclasses.asdict(report), as_json)
 
 
 @app.command(rich_help_panel=_RUN)
@@ -447,10 +441,10 @@ def serve(
     def tell(line: str) -> None:
         logging.getLogger(__name__).critical(line, exc_info=debug)
 
-    with _errors(debug, tell if log_format is LogFormat.json else None):
+    with output.errors(debug, tell if log_format is LogFormat.json else None):
         if quiet and log_level is not None:
             raise ArgumentError("--quiet is the same as --log-level warning: give one")
-        package = _extra("serve", "serve")
+        package = output.extra("serve", "serve")
         if os.environ.get("FIXMIN_API_KEY", "x").strip() == "":
             raise ArgumentError("FIXMIN_API_KEY is empty: unset it for a server without keys")
         own = {field.name for field in dataclasses.fields(package.ServeSettings)}
@@ -523,8 +517,8 @@ def bench(
     """
     from .benchmark import bench as measure
 
-    with _errors(debug):
-        with _status(as_json) as tell:
+    with output.errors(debug):
+        with output.status(as_json) as tell:
             report = measure(
                 model,
                 n_prompt=prompt,
@@ -535,9 +529,9 @@ def bench(
                 **load_options(options),
             )
         if as_json or everything:
-            _report(dataclasses.asdict(report), as_json)
+            output.report(dataclasses.asdict(report), as_json)
         else:
-            _write("".join(line + "\n" for line in report.summary()))
+            output.write("".join(line + "\n" for line in report.summary()))
 
 
 @app.command(rich_help_panel=_MAKE)
@@ -574,9 +568,9 @@ def quantize(
 
     Metadata is kept; the certificate in it remains that of the source file. Norms and biases are F32.
     """
-    with _errors(debug):
-        quantizer = _extra("quantization.requantize", "quantize")
-        with _bar("quantizing", as_json) as update:
+    with output.errors(debug):
+        quantizer = output.extra("quantization.requantize", "quantize")
+        with output.bar("quantizing", as_json) as update:
             report = quantizer.quantize(
                 source,
                 target,
@@ -591,11 +585,11 @@ def quantize(
         facts = dataclasses.asdict(report)
         facts["path"] = str(report.path)
         if as_json:
-            _write(json.dumps(facts, indent=2) + "\n")
+            output.write(json.dumps(facts, indent=2) + "\n")
             return
         for line in _each_tensor(report) if everything else _kinds_of_tensors(report):
-            _write(line + "\n")
-        _write(
+            output.write(line + "\n")
+        output.write(
             f"{report.path}: {report.source_bytes / 1e6:,.1f} -> {report.n_bytes / 1e6:,.1f} MB, "
             f"{report.bits_per_weight:.2f} bits per weight, {report.seconds:.1f} s. "
             "The certificate in it is that of the source file.\n"
@@ -637,13 +631,16 @@ def imatrix(
 
     The file is in llama.cpp's form: sums of squares per input channel, and how many tokens they are from.
     """
-    with _errors(debug):
-        collector = _extra("quantization.imatrix", "quantize")
+    with output.errors(debug):
+        collector = output.extra("quantization.imatrix", "quantize")
         refuse_inputs(out, model, file)
         text = read_text(file)
-        with _load(model, quiet=as_json, **load_options(options)) as loaded, _bar("reading", as_json) as update:
+        with (
+            output.load(model, quiet=as_json, **load_options(options)) as loaded,
+            output.bar("reading", as_json) as update,
+        ):
             report = collector.collect(loaded, text, out, ctx=ctx or None, dataset=file.name, progress=update)
-        _report({**dataclasses.asdict(report), "path": str(report.path)}, as_json)
+        output.report({**dataclasses.asdict(report), "path": str(report.path)}, as_json)
 
 
 @app.command(rich_help_panel=_MEASURE)
@@ -676,17 +673,17 @@ def perplexity(
     """
     from .evaluate import perplexity as measure
 
-    with _errors(debug), ExitStack() as stack:
+    with output.errors(debug), ExitStack() as stack:
         if save_logits is not None:
             refuse_inputs(save_logits, model, file, base_model, kl)
         text = read_text(file)
         load = load_options(options)
-        loaded = stack.enter_context(_load(model, quiet=as_json, **load))
+        loaded = stack.enter_context(output.load(model, quiet=as_json, **load))
         base = None
         if base_model is not None:
             load["kv_type"] = base_kv_type or load["kv_type"]
-            base = stack.enter_context(_load(base_model, quiet=as_json, **load))
-        with _bar("reading", as_json) as update:
+            base = stack.enter_context(output.load(base_model, quiet=as_json, **load))
+        with output.bar("reading", as_json) as update:
             report = measure(
                 loaded,
                 text,
@@ -701,7 +698,7 @@ def perplexity(
         facts = dataclasses.asdict(report)
         if not as_json:
             facts.update(facts.pop("divergence") or {})
-        _report(facts, as_json)
+        output.report(facts, as_json)
 
 
 @app.command(rich_help_panel=_MEASURE)
@@ -709,8 +706,8 @@ def info(as_json: _Json = False, debug: _Debug = False) -> None:
     """Show the CPU, the instruction sets and the versions that this installation uses."""
     from .api import system_info
 
-    with _errors(debug):
-        _report(system_info(), as_json)
+    with output.errors(debug):
+        output.report(system_info(), as_json)
 
 
 def _forward(context: typer.Context, name: str) -> None:
@@ -719,12 +716,12 @@ def _forward(context: typer.Context, name: str) -> None:
     debug = "--debug" in arguments
     if debug:
         arguments.remove("--debug")
-    with _errors(debug), _status(bool({"-h", "--help"} & set(arguments))) as tell:
+    with output.errors(debug), output.status(bool({"-h", "--help"} & set(arguments))) as tell:
         if sys.stderr.isatty():
-            _note("starting the converter ...")
+            output.note("starting the converter ...")
         else:
             tell("starting the converter: PyTorch and transformers take some seconds")
-        code = getattr(_extra("convert.convert", "convert"), name)(arguments)
+        code = getattr(output.extra("convert.convert", "convert"), name)(arguments)
     raise typer.Exit(code or 0)
 
 
@@ -752,7 +749,7 @@ def _batch_progress(silent: bool) -> Iterator[Callable[..., None]]:
             nonlocal due
             if report.seconds >= due:
                 due = report.seconds + 10.0
-                _note(f"{report.n_done} of {report.n_lines} lines, {_pace(report)}")
+                output.note(f"{report.n_done} of {report.n_lines} lines, {_pace(report)}")
 
         yield tell
         return

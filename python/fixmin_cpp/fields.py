@@ -68,13 +68,6 @@ class Field:
         """Largest number that is taken; None as for `low`, or no limit."""
         return getattr(self.check, "high", None)
 
-    def described(self, name: str) -> str:
-        """Help with the default."""
-        default = self.default
-        shown = f" Default: {default:g}." if isinstance(default, int | float) and not isinstance(default, bool) else ""
-        shown = f" Default: {default}." if isinstance(default, str | bool) else shown
-        return f"{name}: {self.help}{shown}"
-
 
 @dataclass(frozen=True)
 class Alias:
@@ -97,7 +90,7 @@ def aliases_of(table: Any) -> dict[str, str]:
 
 def summary(fields: Mapping[str, Field]) -> str:
     """All rows as lines, for a docstring."""
-    return "".join(f"    {field.described(name)}\n" for name, field in fields.items())
+    return "".join(f"    {name}: {row.help} Default: {row.default!r}.\n" for name, row in fields.items())
 
 
 def checked_class(name: str, fields: Mapping[str, Field], **more: Any) -> Any:

@@ -691,7 +691,7 @@ def test_any_number_for_any_option(model, model_path, tmp_path, name, monkeypatc
         usual = {name: value for name, value in settings.items() if value not in (None, "f16")} == {}
         return contextlib.nullcontext(model) if usual else fixmin_cpp.Model(path, **settings)
 
-    monkeypatch.setattr("fixmin_cpp.cli._load", loaded)
+    monkeypatch.setattr("fixmin_cpp.cli_output.load", loaded)
     files = {"model": model_path, "in": tmp_path / "in", "out": tmp_path / "out", "text": tmp_path / "text"}
     files["in"].write_text('{"prompt": "a", "max_new_tokens": 2}\n')
     files["text"].write_text("the cat " * 9)

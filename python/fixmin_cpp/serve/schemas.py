@@ -159,7 +159,9 @@ class _Described:
         fields: dict[str, Any] = {needed: (_KINDS[needed], ...)}
         for name in sorted(request.known - {needed}):
             kind = kinds.get(name) or _KINDS[ALIASES.get(name, name)]
-            fields[name] = (kind | None, Field(None, description=_HELP.get(name)))
+            row = None if name in kinds else ROWS.get(ALIASES.get(name, name))
+            bounds: dict[str, Any] = {} if row is None else {"ge": row.low, "le": row.high}
+            fields[name] = (kind | None, Field(None, description=_HELP.get(name), **bounds))
         self.model = create_model(request.__name__, __doc__=request.__doc__, **fields)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
