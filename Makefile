@@ -15,7 +15,6 @@ PIP   := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE  := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
 SOURCES := CMakeLists.txt pyproject.toml $(NATIVE) \
            $(shell find python convert reference -name '*.py' -o -name '*.pyi' -o -name 'py.typed' -o -name '*.html')
-TYPED   := $(shell find python convert -name "*.py")
 CXX_ALL := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl')
 
 .DELETE_ON_ERROR:
@@ -212,11 +211,15 @@ asan tsan: $(STAMP)/dev
 	LD_PRELOAD="$$(echo $$(for file in $(RUNTIME_$@); do g++ -print-file-name=$$file; done))" \
 	    $(PYTEST) -p no:cacheprovider $(QUICK) $(TESTS_$@) $(ARGS)
 
+# mypy sees the package as it is installed, with the converter and the reference inside.
+TYPED := build/typed
 lint: $(STAMP)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CXX_ALL)
-	$(BIN)/mypy --follow-imports=silent $(TYPED)
+	rm -rf $(TYPED) && mkdir -p $(TYPED)/fixmin_cpp
+	ln -s $(addprefix $(CURDIR)/,$(wildcard python/fixmin_cpp/*) convert reference) $(TYPED)/fixmin_cpp
+	MYPYPATH=$(TYPED) $(BIN)/mypy --follow-imports=silent -p fixmin_cpp
 	$(PYTEST) -q tests/python/test_stub.py
 
 format: $(STAMP)/dev
