@@ -25,7 +25,7 @@ __all__ = ["Stdout", "bar", "errors", "extra", "guarded", "json_pieces", "load",
 
 # Import names of what an extra of this package installs. A test compares them with pyproject.toml.
 EXTRAS = {
-    "convert": ("torch", "transformers", "safetensors", "gguf", "ggml"),
+    "convert": ("torch", "transformers", "safetensors", "gguf"),
     "quantize": ("gguf", "ggml"),
     "grammar": ("llguidance",),
     "serve": ("fastapi", "uvicorn", "h11", "prometheus_client", "jinja2", "llguidance", "starlette", "pydantic"),

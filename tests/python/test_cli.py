@@ -245,8 +245,9 @@ def test_errors_are_one_line(model_path, arguments, code, message):
     assert message in errors
     assert "Traceback" not in errors
     if code == 1:
-        assert errors.startswith("error: ")
-        assert errors.count("\n") == 1
+        said = [line for line in errors.splitlines() if not line.endswith(" ...")]  # what takes a slow machine so long
+        assert len(said) == 1
+        assert said[0].startswith("error: ")
 
 
 def test_debug_shows_the_traceback(model_path):
