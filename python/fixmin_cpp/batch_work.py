@@ -6,8 +6,9 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -87,18 +88,44 @@ def run_lines(
     Reads `lines` only as far ahead as it works on them. Errors other than those of a line end it. The model stays the
     caller's; closing it cancels what runs.
     """
-    window: deque[Future[Result]] = deque()
+    window: deque[SimpleQueue[Result | BaseException]] = deque()
+    # Not concurrent.futures: Ctrl-C can leave one of its locks taken, for which a thread then waits for ever.
+    jobs: SimpleQueue[tuple[Line, SimpleQueue[Result | BaseException]] | None] = SimpleQueue()
     # Their requests meet in the model's scheduler, where each of these threads sleeps until its answer is complete.
-    pool = ThreadPoolExecutor(n_parallel, "fixmin-batch")
+    threads: list[Thread] = []
     try:
         for line in lines:
-            window.append(pool.submit(answer, model, settings, line))
-            while window and (window[0].done() or len(window) >= _AHEAD * n_parallel):
-                yield window.popleft().result()
+            if len(threads) < n_parallel:
+                threads.append(Thread(target=_work, args=(model, settings, jobs), name=f"fixmin-batch_{len(threads)}"))
+                threads[-1].start()
+            window.append(SimpleQueue())
+            jobs.put((line, window[-1]))
+            while window and (not window[0].empty() or len(window) >= _AHEAD * n_parallel):
+                yield _taken(window.popleft())
         while window:
-            yield window.popleft().result()
+            yield _taken(window.popleft())
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        with contextlib.suppress(Empty):
+            while True:
+                jobs.get_nowait()
+        for _ in threads:
+            jobs.put(None)
+
+
+def _work(model: Model, settings: Settings, jobs: SimpleQueue[Any]) -> None:
+    while (job := jobs.get()) is not None:
+        line, place = job
+        try:
+            place.put(answer(model, settings, line))
+        except BaseException as error:
+            place.put(error)
+
+
+def _taken(place: SimpleQueue[Result | BaseException]) -> Result:
+    result = place.get()
+    if isinstance(result, BaseException):
+        raise result
+    return result
 
 
 def answer(model: Model, settings: Settings, line: Line) -> Result:
