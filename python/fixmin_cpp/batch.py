@@ -177,6 +177,8 @@ def _run_on_ray(*arguments: Any) -> Generator[Result, None, None]:
     # three minutes of the run that goes on.
     os.environ.setdefault("RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S", "20")
     try:
+        import ray  # noqa: F401  # so that it is named if it is missing, and not what comes with it
+
         from .batch_ray import run_on_ray
     except ImportError as error:
         raise ImportError(f"a job on Ray needs pip install 'fixmin-cpp[ray]': {error}") from error

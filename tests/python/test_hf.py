@@ -199,6 +199,7 @@ def test_loss_is_that_of_the_checkpoint(pair):
         loss.backward()
 
 
+@pytest.mark.external  # accelerate
 def test_trainer_evaluates_as_the_checkpoint(pair, tmp_path):
     """Trainer passes num_items_in_batch and drops what config says of the outputs, under either name."""
     ids = [pair.tokenizer.encode(PROMPT + " Paris")[:n] for n in (12, 12, 12, 12)]
