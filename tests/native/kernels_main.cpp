@@ -176,7 +176,7 @@ void matmul(WeightType type, uint32_t rows, uint32_t tokens) {
     Floats out = random.values(size_t(tokens) * rows);
     std::vector<std::byte> scratch(kernels::matmul_scratch_bytes(inner, tokens));
     k->matmul({type, panels.data(), stride, rows, inner, x.data(), inner, blocks.data(), tokens, bias.data(),
-               out.data(), rows, true, scratch.data(), false});
+               out.data(), rows, true, scratch.data(), false, nullptr});
     print("matmul " + std::string(quant::name(type)) + " " + std::to_string(rows) + " x " + std::to_string(tokens),
           out);
 }

@@ -57,7 +57,7 @@ void run_line(const std::string& line) {
     const auto request = engine.submit(ids, std::move(wanted));
     while (!request->wait_end(1)) {
     }
-    if (request->error()) std::rethrow_exception(request->error());
+    if (const auto error = request->result().error) std::rethrow_exception(error);
     std::ofstream file(out, std::ios::binary);
     file.write(reinterpret_cast<const char*>(logits.data()), std::streamsize(logits.size() * sizeof(float)));
     if (!file.flush()) throw Error("cannot write " + out);
