@@ -1,4 +1,4 @@
-"""Fits the float32 polynomials of csrc/kernels/kernels.inl and reports their error; prints C++ constants.
+"""Fits the float32 polynomials of csrc/numerics/elementary.inl and reports their error; prints C++ constants.
 
 Least squares on Chebyshev nodes with relative weights in float64, rounded to float32, then checked with the same
 sequence of float32 fma operations as the kernels (emulated in float64 and rounded after every step).

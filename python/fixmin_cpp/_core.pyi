@@ -130,7 +130,7 @@ class SamplingParams:
     def __init__(self, **kwargs: Any) -> None: ...  # values by name; TypeError for others, or of a wrong kind
 
 class Sampler:
-    """Chooses the tokens of one request from logits; see csrc/engine/sampler.h. Not for several threads at once."""
+    """Chooses the tokens of one request from logits; see csrc/sampling/sampler.h. Not for several threads at once."""
 
     def __init__(
         self,
