@@ -35,10 +35,12 @@ from .cli_options import (
     with_environment,
     with_load_options,
     with_options,
+    with_serve_options,
 )
 from .errors import ArgumentError
 from .inspect import printable
 from .logs import LogFormat, LogLevel, configure
+from .serve_options import SERVE_FIELDS
 
 __all__ = ["app", "main"]
 
@@ -375,52 +377,14 @@ def batch(
 
 
 @app.command(rich_help_panel=_RUN)
-@with_environment("context", "quiet", "debug")
-@with_load_options(
-    before="log_level",
-    also={
-        "n_kv": (None, "Positions of the KV cache, of all requests. Default: --parallel contexts, if memory allows."),
-        "n_parallel": (64, "Generations that run at a time."),
-    },
-    panel="",
-)
+@with_environment("quiet", "debug")
+@with_serve_options(before="api_key_file")
 def serve(
-    context: typer.Context,
     model: Annotated[Path, typer.Argument(metavar="MODEL.gguf", help="GGUF file.")],
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: all.")] = "127.0.0.1",
-    port: Annotated[int | None, typer.Option(help="0: a free one. Default: 8000.")] = None,
-    uds: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="Unix socket to listen on, instead of host and port.")
-    ] = None,
-    root_path: Annotated[str, typer.Option(metavar="PREFIX", help="As /llm: where a proxy shows the server.")] = "",
-    model_name: Annotated[str | None, typer.Option(help="In answers. Default: the file's name.")] = None,
-    api_key: Annotated[
-        list[str] | None, typer.Option(help="Requests must bring it; repeatable. Default: none needed.")
-    ] = None,
     api_key_file: Annotated[Path | None, typer.Option(help="Keys, one a line; empty lines do not count.")] = None,
-    allowed_host: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Name by which the server may be asked besides its own; repeatable. Default on 127.0.0.1: localhost."
-        ),
-    ] = None,
-    cors_origin: Annotated[
-        list[str] | None, typer.Option(help="Site whose pages may ask, or *; repeatable. Default: none.")
-    ] = None,
     chat_template: Annotated[
         Path | None, typer.Option(help="Jinja file. Default: Question/Answer, for base models.")
     ] = None,
-    max_queue: Annotated[int, typer.Option(help="Generations that may wait; others get 429.")] = 512,
-    max_body_bytes: Annotated[int, typer.Option(help="Of a request.")] = 4 << 20,
-    max_n: Annotated[int, typer.Option(help="Largest n and best_of.")] = 128,
-    max_logprobs: Annotated[int, typer.Option(help="Largest logprobs.")] = 20,
-    max_inputs: Annotated[int, typer.Option(help="Most prompts of a request.")] = 2048,
-    timeout: Annotated[float, typer.Option(help="Seconds of a generation.")] = 600.0,
-    max_connections: Annotated[int, typer.Option(help="Open at a time; more get 503.")] = 1000,
-    keep_alive: Annotated[float, typer.Option(help="Seconds that a connection may be idle.")] = 75.0,
-    read_timeout: Annotated[float, typer.Option(help="Seconds in which a request has to arrive.")] = 30.0,
-    write_timeout: Annotated[float, typer.Option(help="Seconds that a client may take no data.")] = 60.0,
-    shutdown_timeout: Annotated[float, typer.Option(help="Seconds that requests get to end.")] = 30.0,
     log_level: Annotated[
         LogLevel | None, typer.Option(case_sensitive=False, help="Least level of lines. Default: info.")
     ] = None,
@@ -447,13 +411,10 @@ def serve(
         package = output.extra("serve", "serve")
         if os.environ.get("FIXMIN_API_KEY", "x").strip() == "":
             raise ArgumentError("FIXMIN_API_KEY is empty: unset it for a server without keys")
-        own = {field.name for field in dataclasses.fields(package.ServeSettings)}
-        given = {name: value for name, value in context.params.items() if name in own}
-        given["model"] = str(model)
-        given["api_keys"] = (*(api_key or ()), *_keys_of(api_key_file))
-        given["allowed_hosts"], given["cors_origins"] = tuple(allowed_host or ()), tuple(cors_origin or ())
-        given["chat_template"] = None if chat_template is None else read_text(chat_template)
-        settings = package.ServeSettings(**given, **load_options(options))
+        options |= {name: tuple(options[name] or ()) for name, row in SERVE_FIELDS.items() if row.default == ()}
+        options["api_keys"] += _keys_of(api_key_file)
+        template = None if chat_template is None else read_text(chat_template)
+        settings = package.ServeSettings(model=str(model), chat_template=template, **options)
         package.run(settings)
         if any(thread.name.startswith("fixmin-") and thread.daemon for thread in threading.enumerate()):
             # Threads that cannot be interrupted must not meet an interpreter that is being taken down.

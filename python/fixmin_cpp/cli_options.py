@@ -13,6 +13,7 @@ import typer
 from .fields import Field
 from .load_options import LOAD_FIELDS
 from .sampling_fields import FIELDS, Biases, Breakers, Choices, Flag, Float, Ids, Int, Seeds, Text, Texts
+from .serve_options import SERVE_FIELDS, SERVE_LOAD_FIELDS
 
 __all__ = [
     "MACHINE",
@@ -27,6 +28,7 @@ __all__ = [
     "with_environment",
     "with_load_options",
     "with_options",
+    "with_serve_options",
 ]
 
 
@@ -44,18 +46,19 @@ _WRITTEN: dict[Any, tuple[Any, str | None]] = {
     **{Flag: (bool, None), Int: (int, None), Float: (float, None), Seeds: (int, None), Text: (str, None)},
     **{Any: (str, None), Texts: (list[str], "TEXT"), Choices: (list[str], "TEXT"), Breakers: (list[str], "TEXT")},
     **{Ids: (list[int], "ID"), Biases: (list[str], "ID[+-]BIAS"), str: (str, None), int: (int, None)},
+    **{float: (float, None), tuple[str, ...]: (list[str], "TEXT"), str | os.PathLike[str] | None: (Path, "PATH")},
 }
 _NAMES = re.compile(rf"\b({'|'.join(name for name in FIELDS if '_' in name)})\b")
 MACHINE = "Model and machine"
 
 
-def _option(name: str, row: Field, panel: str) -> _Option:
+def _option(name: str, row: Field, panel: str, shows_default: bool = True) -> _Option:
     flags = tuple((row.option or f"--{_hyphens(name)}").split())
     kind, metavar = _WRITTEN[row.kind]
     text = row.option_help or _NAMES.sub(lambda found: _hyphens(found[0]), row.help)
     if get_origin(kind) is list:
         text = text.removesuffix(".") + "; repeatable."
-    if kind in (int, float) and row.default is not None and not row.option_help:
+    if shows_default and kind in (int, float) and row.default is not None and not row.option_help:
         text += f" Default: {row.default:g}"
     return _Option(name, kind, flags, text, panel, metavar)
 
@@ -87,7 +90,6 @@ def _sampling_options() -> list[_Option]:
 
 
 OPTIONS: dict[str, _Option] = {_key(option): option for option in _sampling_options()}
-_LOAD_OPTIONS = [_option(name, row, MACHINE) for name, row in LOAD_FIELDS.items() if row.option is not None]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -97,25 +99,24 @@ def with_options(before: str) -> Callable[[_F], _F]:
     return _adding(before, [_parameter(key, option) for key, option in OPTIONS.items()])
 
 
-def with_load_options(
-    before: str, without: Sequence[str] = (), also: Mapping[str, tuple[Any, str]] | None = None, panel: str = MACHINE
-) -> Callable[[_F], _F]:
-    """Gives a command the load options, for load_options().
+def with_load_options(before: str, without: Sequence[str] = ()) -> Callable[[_F], _F]:
+    """Gives a command the load options but for `without`; for load_options()."""
+    rows = {name: row for name, row in LOAD_FIELDS.items() if not row.rare and name not in without}
+    return _adding(before, _parameters(rows, MACHINE, "load_"))
 
-    Args:
-        without: arguments that the command has no options for.
-        also: arguments that only this one has options for, with its own defaults and help.
-        panel: its heading in --help; "": that of options without one.
-    """
-    also = also or {}
-    parameters = []
-    for option in _LOAD_OPTIONS:
-        name = option.argument
-        if name in without or (LOAD_FIELDS[name].rare and name not in also):
-            continue
-        default, text = also.get(name, (LOAD_FIELDS[name].default, option.help))
-        parameters.append(_parameter(f"load_{name}", option._replace(help=text, panel=panel), default))
-    return _adding(before, parameters)
+
+def with_serve_options(before: str) -> Callable[[_F], _F]:
+    """Gives a command the settings of a server, for ServeSettings()."""
+    return _adding(before, _parameters({**SERVE_LOAD_FIELDS, **SERVE_FIELDS}, ""))
+
+
+def _parameters(rows: Mapping[str, Field], panel: str, prefix: str = "") -> list[inspect.Parameter]:
+    """Of a command; typer shows their defaults."""
+    return [
+        _parameter(prefix + name, _option(name, row, panel, shows_default=False), row.default)
+        for name, row in rows.items()
+        if row.option is not None
+    ]
 
 
 def load_options(options: dict[str, Any]) -> dict[str, Any]:
@@ -155,8 +156,8 @@ def _parameter(key: str, option: _Option, default: Any = None) -> inspect.Parame
     flag = option.type is bool
     about: dict[str, Any] = {"metavar": option.metavar, "rich_help_panel": option.panel or None}
     shown = typer.Option(*option.flags, help=option.help, **about)
-    kind = option.type if flag or default is not None else option.type | None
-    default = False if flag else default
+    default = False if flag else None if default == () else default
+    kind = option.type if default is not None else option.type | None
     return inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, shown])
 
 

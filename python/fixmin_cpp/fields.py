@@ -95,6 +95,6 @@ def summary(fields: Mapping[str, Field]) -> str:
 
 def checked_class(name: str, fields: Mapping[str, Field], **more: Any) -> Any:
     """A frozen dataclass of checked values, keyword arguments only. more: defaults of fields that no row is of."""
-    defaults = {**{row: field.default for row, field in fields.items() if field.check is not None}, **more}
-    rows = [(row, Any, dataclasses.field(default=default)) for row, default in defaults.items()]
+    rows = [(row, field.kind, dataclasses.field(default=field.default)) for row, field in fields.items() if field.check]
+    rows += [(row, Any, dataclasses.field(default=default)) for row, default in more.items()]
     return dataclasses.make_dataclass(name, rows, frozen=True, kw_only=True)

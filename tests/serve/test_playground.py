@@ -666,7 +666,7 @@ def test_api_key(open_page: Open, start: Start, demo_path: Path) -> None:
         page.click("#generate")
         expect(error).to_have_text("The API key contains characters that no key can have.")
         key.fill("correct horse")
-        page.click("#generate", delay=500)  # as long as a hand may take: what the key makes appear must not move the button away
+        page.click("#generate", delay=500)  # what the key makes appear must not move the button away from a slow hand
         wait_for_end(page)
         expect(error).to_be_empty()
         expect(page.locator("#model")).to_contain_text("6 layers")
