@@ -32,6 +32,11 @@ class ArgumentError : public Error {
     using Error::Error;
 };
 
+/// A GPU has failed; what runs on it ends.  Python: DeviceError.
+class DeviceError : public Error {
+    using Error::Error;
+};
+
 /// Memory that the system does not give, with what it was for.  Python: MemoryError.
 class OutOfMemory : public std::bad_alloc {
   public:

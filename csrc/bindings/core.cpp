@@ -14,6 +14,7 @@ PYBIND11_MODULE(_core, m) {
     const py::tuple value_error_bases = py::make_tuple(base, py::handle(PyExc_ValueError));
     py::register_exception<fixmin::GgufError>(m, "GGUFError", value_error_bases);
     py::register_exception<fixmin::UnsupportedError>(m, "UnsupportedError", value_error_bases);
+    py::register_exception<fixmin::DeviceError>(m, "DeviceError", base);
     py::register_exception<fixmin::ContextLengthError>(m, "ContextLengthError", value_error_bases);
     // ArgumentError is a plain ValueError for Python callers.
     py::register_exception<fixmin::ArgumentError>(m, "ArgumentError", value_error_bases);

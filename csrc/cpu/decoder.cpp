@@ -3,8 +3,9 @@
 #include "cpu/decoder.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
+
+#include "model/rotations.h"
 
 namespace fixmin::cpu {
 
@@ -86,13 +87,9 @@ void add_squares(std::vector<double>& sums, const float* rows, uint32_t n_tokens
 void Decoder::prepare_positions(uint32_t end) {
     const uint32_t pairs = hp_.rope_dim / 2;
     if (pairs == 0) return;
-    for (size_t position = cos_.size() / pairs; position < end; ++position) {
-        for (uint32_t i = 0; i < pairs; ++i) {
-            const double angle = double(position) * std::pow(double(hp_.rope_base), -2.0 * i / hp_.rope_dim);
-            cos_.push_back(float(std::cos(angle)));
-            sin_.push_back(float(std::sin(angle)));
-        }
-    }
+    const model::Rotations more(hp_, uint32_t(cos_.size() / pairs), end);
+    cos_.insert(cos_.end(), more.cos.begin(), more.cos.end());
+    sin_.insert(sin_.end(), more.sin.begin(), more.sin.end());
 }
 
 bool Decoder::forward(const Batch& batch, Team& team, InputSquares* all_squares) {

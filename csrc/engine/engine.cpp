@@ -6,7 +6,7 @@
 #include <chrono>
 #include <numeric>
 
-#include "cpu/cpu_backend.h"
+#include "engine/devices.h"
 #include "error.h"
 
 namespace fixmin::engine {
@@ -39,7 +39,7 @@ EngineOptions completed(EngineOptions options, const gguf::GgufFile& file) {
 Engine::Engine(gguf::GgufFile file, const EngineOptions& options, const std::function<void(double)>& progress)
     : options_(completed(options, file)),
       kernels_(sampling::kernels_of(options.backend.isa)),
-      backend_(std::make_unique<cpu::CpuBackend>(std::move(file), options_.backend, progress)),
+      backend_(open_backend(std::move(file), options_.backend, progress)),
       kv_(backend_->n_blocks()) {
     start_thread();
 }

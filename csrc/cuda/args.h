@@ -1,0 +1,146 @@
+// What the kernels are given, by value. Pointers are the device's.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "numerics/rope_style.h"
+#include "quant/kv_format.h"
+
+namespace fixmin::cuda {
+
+using numerics::RopeStyle;
+using quant::KvType;
+
+/// Tokens that share a tile of the matrix products: activations in 8 bits lie in tiles of so many.
+inline constexpr uint32_t tile_tokens = 8;
+
+// Threads of a block, and what it has of shared memory, where that does not depend on the model.
+inline constexpr uint32_t row_threads = 256, attention_threads = 128;
+inline constexpr uint32_t few_threads = 256, few_blocks = 16;    // products of few tokens (products.cuh)
+inline constexpr uint32_t many_threads = 128, many_tiles = 8;    // of many
+inline constexpr uint32_t float_threads = 16 * tile_tokens;      // of float weights
+inline constexpr size_t few_bytes = 16 * few_blocks * 16 * tile_tokens;
+
+/// Of attention, beside the scores: maxima and sums, a query in 8 bits.
+constexpr size_t attention_bytes(uint32_t head_dim) {
+    const uint32_t padded = (head_dim + 31) / 32 * 32;
+    return 8 * sizeof(float) + padded + padded / 32 * 2 * sizeof(float);
+}
+
+/// The factors of 32 activations in 8 bits: x ~ scale * q.
+struct alignas(16) BlockFactors {
+    float scale;
+    float scaled_sum;  // scale * float(sum of q)
+    float sums[2];     // of the first 16 q and of the others
+};
+
+/// Rows of activations as the products read them. Of block b and of the 8 tokens of tile i, lane g * 4 + t of a warp has
+/// the words k = 4t..4t+3 and 16 more of token g.
+struct QuantizedRows {
+    uint32_t* codes;        // [tiles][blocks][32 lanes][2], four signed bytes each
+    BlockFactors* factors;  // [tiles][blocks][8 tokens]
+};
+
+/// Token id -> K-bit code.
+struct CodeMapArgs {
+    const uint32_t* table;  // [V], or null: affine
+    uint32_t columns[32];   // of A: bit i of columns[j] = A[i][j]
+    uint32_t shift;
+    uint32_t width;
+};
+
+/// grid (tokens): the lifted codes.
+struct LiftArgs {
+    CodeMapArgs map;
+    const uint32_t* ids;  // [T]
+    uint32_t length;      // D
+    bool interleave;
+    float v0, v1;
+    float* x;  // [T][D]
+};
+
+/// grid (rows / 256, tokens): the fold of layer 0 (codes/fold.h).
+struct FoldArgs {
+    CodeMapArgs map;
+    const uint32_t* ids;
+    uint32_t length;  // D
+    float v0, v1, eps;
+    bool rms;
+    uint32_t n_rows;
+    const float *columns, *sum, *constant;  // [K][rows], [rows], [rows]
+    float* out;                             // [T][rows]
+};
+
+/// grid (tokens): norm of rows, as float32 and in 8 bits.
+struct NormArgs {
+    const float* x;        // [..][length]
+    const uint32_t* rows;  // [T]: of x, or null: 0, 1, ...
+    uint32_t length;
+    float eps;
+    bool rms;
+    const float *weight, *bias;  // bias may be null
+    float* out;                  // [T][length]
+    QuantizedRows quantized;     // codes may be null
+};
+
+/// grid (blocks of 32, tokens / 8): what is between two products of the feed-forward network, and rows in 8 bits.
+struct ActivateArgs {
+    enum class Function { none, gelu, gelu_tanh, swiglu } function;
+    const float* gate;  // swiglu
+    float* values;      // [T][length], in place
+    uint32_t length, n_tokens;
+    QuantizedRows quantized;  // codes may be null
+};
+
+/// grid (tiles of 16 rows, tiles of tokens): out[t][r] (+)= W[r] . x[t] + bias[r].
+struct ProductArgs {
+    const std::byte* panels;
+    size_t panel_stride;
+    uint32_t n_rows, inner, n_tokens;
+    const float* values;  // [T][inner]; float types
+    QuantizedRows quantized;
+    const float* bias;  // [rows rounded up to 16], or null
+    float* out;         // [T][out_stride]
+    uint32_t out_stride;
+    bool accumulate;
+};
+
+/// Keys and values of a layer: of each block of the cache, `heads` heads of head_bytes.
+struct CacheArgs {
+    KvType type;
+    std::byte* memory;  // of this layer in block 0
+    size_t block_bytes, head_bytes;
+};
+
+/// Where the tokens of a batch belong.
+struct PlaceArgs {
+    const uint32_t* positions;  // [T]
+    const uint32_t* tables;     // [T]: where the numbers of the token's blocks begin in `blocks`
+    const uint32_t* blocks;
+};
+
+/// grid (heads + key/value heads, tokens), a warp each: rotates queries and keys, stores keys and values.
+struct RotateArgs {
+    float* qkv;  // [T][(heads + 2 * kv_heads) * head_dim]
+    uint32_t head_count, head_count_kv, head_dim;
+    float attention_scale;
+    uint32_t rope_dim;
+    RopeStyle style;
+    const float *cos, *sin;  // [positions][rope_dim / 2]
+    CacheArgs cache;
+    PlaceArgs place;
+};
+
+/// grid (heads, tokens): attention of one query.
+struct AttentionArgs {
+    const float* qkv;
+    uint32_t head_count, head_count_kv, head_dim;
+    CacheArgs cache;
+    PlaceArgs place;
+    uint32_t shared_keys;  // scores that fit the shared memory given; longer ones go to `scores`
+    float* scores;         // [tokens * heads][scores_stride], or null
+    size_t scores_stride;
+    float* out;  // [T][heads * head_dim]
+};
+
+}  // namespace fixmin::cuda

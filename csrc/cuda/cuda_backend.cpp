@@ -1,0 +1,414 @@
+#include "cuda/cuda_backend.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "cuda/packing.h"
+#include "error.h"
+#include "model/rotations.h"
+#include "quant/panels.h"
+
+namespace fixmin::cuda {
+
+using model::Activation;
+using model::Batch;
+using model::Chunk;
+using model::Layer;
+using model::Linear;
+using model::Norm;
+using quant::block_size;
+using quant::WeightType;
+
+namespace {
+
+constexpr uint32_t rows_at_a_time = 64;               // of logits
+constexpr size_t score_bytes = size_t(64) << 20;      // of long contexts at a time
+constexpr size_t usual_shared_bytes = 48 << 10;       // of a block on every device
+constexpr uint32_t most_few_tokens = 4 * tile_tokens;  // that a product takes tile by tile
+
+uint32_t tiles(uint32_t n, uint32_t of) { return (n + of - 1) / of; }
+
+Kernel few_kernel(WeightType type) {
+    switch (type) {
+        case WeightType::f32: return Kernel::floats_f32;
+        case WeightType::f16: return Kernel::floats_f16;
+        case WeightType::bf16: return Kernel::floats_bf16;
+        case WeightType::q8_0: return Kernel::few_q8_0;
+        case WeightType::q4_0: return Kernel::few_q4_0;
+        case WeightType::q4_1: return Kernel::few_q4_1;
+        case WeightType::q5_0: return Kernel::few_q5_0;
+        case WeightType::q5_1: return Kernel::few_q5_1;
+        case WeightType::q2_k: return Kernel::few_q2_k;
+        case WeightType::q3_k: return Kernel::few_q3_k;
+        case WeightType::q4_k: return Kernel::few_q4_k;
+        case WeightType::q5_k: return Kernel::few_q5_k;
+        case WeightType::q6_k: return Kernel::few_q6_k;
+        case WeightType::iq4_nl: return Kernel::few_iq4_nl;
+        case WeightType::iq4_xs: return Kernel::few_iq4_xs;
+    }
+    throw UnsupportedError("this weight type has no kernel for a GPU");
+}
+
+Kernel many_kernel(WeightType type) { return Kernel(uint8_t(few_kernel(type)) + 1); }  // kernel_list.h: few, many
+
+uint32_t cache_blocks(const model::BackendOptions& options, const model::Hyperparams& hp, const Device& device) {
+    return model::n_kv_blocks(options, hp, double(device.info().memory_bytes));
+}
+
+}  // namespace
+
+CudaBackend::CudaBackend(std::unique_ptr<Device> device, gguf::GgufFile file, const model::BackendOptions& options,
+                         const std::function<void(double)>& progress)
+    : device_(std::move(device)),
+      weights_(model::load_weights(std::move(file), packing(), [](uint32_t n, const auto& body) { body(0, n); },
+                                   progress)),
+      hp_(weights_.hyperparams),
+      kv_type_(options.kv_type),
+      n_ctx_(options.n_ctx),
+      n_batch_(options.n_batch),
+      n_blocks_(cache_blocks(options, hp_, *device_)),
+      block_bytes_(model::kv_block_bytes(hp_, kv_type_)),
+      x_(*device_, "activations"),
+      normed_(*device_, "activations"),
+      qkv_(*device_, "activations"),
+      attended_(*device_, "activations"),
+      gate_(*device_, "activations"),
+      up_(*device_, "activations"),
+      row_codes_(*device_, "activations in 8 bits"),
+      row_factors_(*device_, "activations in 8 bits"),
+      rows_(*device_, "logits"),
+      logits_(*device_, "logits"),
+      ids_(*device_, "a batch"),
+      positions_(*device_, "a batch"),
+      tables_(*device_, "a batch"),
+      blocks_(*device_, "a batch"),
+      cos_(*device_, "rotations"),
+      sin_(*device_, "rotations"),
+      scores_(*device_, "scores of attention") {
+    upload_weights();
+    cache_ = std::make_unique<DeviceBuffer>(*device_, "the KV cache (n_kv, n_ctx and kv_type make it smaller)",
+                                            n_blocks_ * block_bytes_);
+    const size_t t = tiles(n_batch_, tile_tokens) * tile_tokens, d = hp_.embedding_length, f = hp_.feed_forward_length;
+    const auto floats = [](size_t n) { return n * sizeof(float); };
+    x_.reserve(floats(t * d));
+    normed_.reserve(floats(t * d));
+    qkv_.reserve(floats(t * hp_.qkv_length()));
+    attended_.reserve(floats(t * hp_.q_length()));
+    up_.reserve(floats(t * f));
+    if (hp_.activation == Activation::swiglu) gate_.reserve(floats(t * f));
+    const size_t widest = std::max(d, f);
+    row_codes_.reserve(t * widest);
+    row_factors_.reserve(t * (widest / block_size) * sizeof(BlockFactors));
+    rows_.reserve(rows_at_a_time * sizeof(uint32_t));
+    logits_.reserve(floats(size_t(rows_at_a_time) * hp_.vocab_size));
+    for (DeviceBuffer* words : {&ids_, &positions_, &tables_}) words->reserve(t * sizeof(uint32_t));
+    for (DeviceBuffer* turns : {&cos_, &sin_}) turns->reserve(floats(size_t(n_ctx_) * (hp_.rope_dim / 2)));
+}
+
+// ---- weights --------------------------------------------------------------------------------------------------------
+
+// The host's copy of the matrices is given back; what is small stays there too.
+void CudaBackend::upload_weights() {
+    matrices_ = std::make_unique<DeviceBuffer>(*device_, "the weights", weights_.panels.size());
+    device_->upload(matrices_->data(), weights_.panels.data(), weights_.panels.size());
+    const std::byte* host = weights_.panels.data();
+    const auto place = [&](Linear& w) {
+        if (w.rows == 0) return;
+        w.panels = matrices_->data() + (w.panels - host);
+        keep(w.bias);
+    };
+    const auto keep_norm = [&](const Norm& norm) {
+        keep(norm.weight);
+        keep(norm.bias);
+    };
+    for (Layer& layer : weights_.layers) {
+        for (Linear* w : {&layer.q, &layer.k, &layer.v, &layer.attn_output, &layer.gate, &layer.up, &layer.down})
+            place(*w);
+        keep_norm(layer.attn_norm);
+        keep_norm(layer.ffn_norm);
+    }
+    place(weights_.output);
+    keep_norm(weights_.output_norm);
+    weights_.panels = {};
+    if (hp_.folds_layer_0()) {
+        const codes::FoldedProjection& fold = weights_.fold;
+        const size_t m = fold.rows();
+        for (const auto& [values, n] : {std::pair{fold.columns(), fold.width() * m}, {fold.sum(), m},
+                                        {fold.constant(), m}}) {
+            constant_offsets_[values] = constants_to_upload_.size();
+            constants_to_upload_.insert(constants_to_upload_.end(), values, values + n);
+        }
+        const std::span<const uint32_t> table = weights_.code_map.table();
+        codes_ = std::make_unique<DeviceBuffer>(*device_, "the code map", table.size_bytes());
+        device_->upload(codes_->data(), table.data(), table.size_bytes());
+    }
+    constants_ = std::make_unique<DeviceBuffer>(*device_, "norms and biases",
+                                                constants_to_upload_.size() * sizeof(float));
+    device_->upload(constants_->data(), constants_to_upload_.data(), constants_to_upload_.size() * sizeof(float));
+    constants_to_upload_ = {};
+}
+
+void CudaBackend::keep(const std::vector<float>& values) {
+    if (values.empty()) return;
+    constant_offsets_[values.data()] = constants_to_upload_.size();
+    constants_to_upload_.insert(constants_to_upload_.end(), values.begin(), values.end());
+}
+
+const float* CudaBackend::on_device(const std::vector<float>& values) const {
+    return values.empty() ? nullptr : constants_->as<float>() + constant_offsets_.at(values.data());
+}
+
+// ---- the forward pass -----------------------------------------------------------------------------------------------
+
+bool CudaBackend::forward(const Batch& batch) {
+    const uint32_t n_tokens = uint32_t(batch.ids.size());
+    place(batch);
+    lift(batch);
+    capture_hidden(0, batch);
+    for (uint32_t l = 0; l < hp_.block_count; ++l) {
+        const Layer& layer = weights_.layers[l];
+        project_qkv(l, n_tokens);  // h = norm1(x); q, k, v
+        attend(l, n_tokens);       // softmax(q.k * scale) v
+        const Rows mixed = activated(ActivateArgs::Function::none, attended_.as<float>(), hp_.q_length(), n_tokens,
+                                     is_quantized(layer.attn_output.type));
+        multiply(layer.attn_output, mixed, n_tokens, x_.as<float>(), hp_.embedding_length, true);  // x += Wo (...)
+        feed_forward(layer, n_tokens);  // x += W2 act(W1 norm2(x))
+        capture_hidden(l + 1, batch);
+        if (batch.should_stop && (*batch.should_stop)()) {
+            device_->wait();
+            return false;
+        }
+    }
+    if (batch.rows.empty())
+        device_->wait();
+    else
+        project(batch.rows, batch.logits);
+    weights_.check_readable();
+    return true;
+}
+
+void CudaBackend::project(std::span<const uint32_t> rows, float* logits) {
+    for (size_t first = 0; first < rows.size(); first += rows_at_a_time) {
+        const auto some = rows.subspan(first, std::min<size_t>(rows_at_a_time, rows.size() - first));
+        const uint32_t n = uint32_t(some.size());
+        device_->upload(rows_.data(), some.data(), some.size_bytes());
+        const Rows normed =
+            normalized(weights_.output_norm, n, is_quantized(weights_.output.type), rows_.as<uint32_t>());
+        multiply(weights_.output, normed, n, logits_.as<float>(), hp_.vocab_size);
+        device_->download(logits + first * hp_.vocab_size, logits_.data(), size_t(n) * hp_.vocab_size * sizeof(float));
+    }
+}
+
+// Which token stands where.
+void CudaBackend::place(const Batch& batch) {
+    std::vector<uint32_t> positions, tables, blocks;
+    for (const Chunk& chunk : batch.chunks) {
+        const uint32_t end = chunk.position + chunk.n_tokens;
+        for (uint32_t t = 0; t < chunk.n_tokens; ++t) {
+            positions.push_back(chunk.position + t);
+            tables.push_back(uint32_t(blocks.size()));
+        }
+        blocks.insert(blocks.end(), chunk.blocks, chunk.blocks + tiles(end, quant::kv_block_tokens));
+        prepare_positions(end);
+    }
+    const auto upload = [&](DeviceBuffer& to, std::span<const uint32_t> words) {
+        to.reserve(words.size_bytes());
+        device_->upload(to.data(), words.data(), words.size_bytes());
+    };
+    upload(ids_, batch.ids);
+    upload(positions_, positions);
+    upload(tables_, tables);
+    upload(blocks_, blocks);
+}
+
+void CudaBackend::prepare_positions(uint32_t end) {
+    const uint32_t pairs = hp_.rope_dim / 2;
+    if (end <= n_turns_ || pairs == 0) return;
+    const model::Rotations turns(hp_, n_turns_, end);
+    const size_t offset = size_t(n_turns_) * pairs * sizeof(float);
+    device_->upload(cos_.data() + offset, turns.cos.data(), turns.cos.size() * sizeof(float));
+    device_->upload(sin_.data() + offset, turns.sin.data(), turns.sin.size() * sizeof(float));
+    n_turns_ = end;
+}
+
+// x of layer 0.
+void CudaBackend::lift(const Batch& batch) {
+    const uint32_t n_tokens = uint32_t(batch.ids.size()), d = hp_.embedding_length;
+    if (hp_.code_kind == model::CodeKind::learned) {
+        std::vector<float> rows(size_t(n_tokens) * d);
+        for (uint32_t t = 0; t < n_tokens; ++t) weights_.embed(batch.ids[t], rows.data() + size_t(t) * d);
+        device_->upload(x_.data(), rows.data(), rows.size() * sizeof(float));
+        return;
+    }
+    device_->launch(Kernel::lift, {n_tokens, 1, row_threads},
+                    LiftArgs{code_map(), ids_.as<uint32_t>(), d, hp_.lift.kind == codes::LiftKind::interleave,
+                             hp_.lift.v0, hp_.lift.v1, x_.as<float>()});
+}
+
+void CudaBackend::project_qkv(uint32_t l, uint32_t n_tokens) {
+    const uint32_t stride = hp_.qkv_length();
+    float* qkv = qkv_.as<float>();
+    if (l == 0 && hp_.folds_layer_0()) {
+        const codes::FoldedProjection& fold = weights_.fold;
+        const auto constant = [&](const float* values) {
+            return constants_->as<float>() + constant_offsets_.at(values);
+        };
+        device_->launch(Kernel::fold, {tiles(stride, row_threads), n_tokens, row_threads},
+                        FoldArgs{code_map(), ids_.as<uint32_t>(), hp_.embedding_length, hp_.lift.v0, hp_.lift.v1,
+                                 hp_.norm_eps, hp_.rms_norm, stride, constant(fold.columns()), constant(fold.sum()),
+                                 constant(fold.constant()), qkv});
+        return;
+    }
+    const Layer& layer = weights_.layers[l];
+    const bool quantize = is_quantized(layer.q.type) || is_quantized(layer.k.type) || is_quantized(layer.v.type);
+    const Rows rows = normalized(layer.attn_norm, n_tokens, quantize);
+    multiply(layer.q, rows, n_tokens, qkv, stride);
+    multiply(layer.k, rows, n_tokens, qkv + hp_.q_length(), stride);
+    multiply(layer.v, rows, n_tokens, qkv + hp_.q_length() + hp_.kv_length(), stride);
+}
+
+void CudaBackend::attend(uint32_t l, uint32_t n_tokens) {
+    const uint32_t heads = hp_.head_count, d = hp_.head_dim;
+    device_->launch(Kernel::rotate_and_store, {heads + hp_.head_count_kv, n_tokens, 32},
+                    RotateArgs{qkv_.as<float>(), heads, hp_.head_count_kv, d, hp_.attention_scale, hp_.rope_dim,
+                               hp_.rope_style, cos_.as<float>(), sin_.as<float>(), cache_of(l), places()});
+    AttentionArgs args{qkv_.as<float>(), heads, hp_.head_count_kv, d, cache_of(l), places(), 0, nullptr, n_ctx_,
+                       attended_.as<float>()};
+    // Scores lie in shared memory, of long contexts in a buffer for so many tokens at a time.
+    const size_t spare = usual_shared_bytes - attention_bytes(d), of_token = size_t(n_ctx_) * heads * sizeof(float);
+    args.shared_keys = uint32_t(std::min<size_t>(n_ctx_, spare / sizeof(float)));
+    uint32_t step = n_tokens;
+    if (n_ctx_ > args.shared_keys) {
+        step = uint32_t(std::clamp<size_t>(score_bytes / of_token, 1, n_tokens));
+        scores_.reserve(step * of_token);
+        args.scores = scores_.as<float>();
+    }
+    const size_t shared = attention_bytes(d) + args.shared_keys * sizeof(float);
+    for (uint32_t first = 0; first < n_tokens; first += step) {
+        device_->launch(Kernel::attention, {heads, std::min(step, n_tokens - first), attention_threads, shared}, args);
+        args.qkv += size_t(step) * hp_.qkv_length();
+        args.out += size_t(step) * hp_.q_length();
+        args.place.positions += step;
+        args.place.tables += step;
+    }
+}
+
+void CudaBackend::feed_forward(const Layer& layer, uint32_t n_tokens) {
+    const uint32_t f = hp_.feed_forward_length;
+    const bool swiglu = hp_.activation == Activation::swiglu;
+    const bool quantize = is_quantized(layer.up.type) || (swiglu && is_quantized(layer.gate.type));
+    const Rows rows = normalized(layer.ffn_norm, n_tokens, quantize);
+    if (swiglu) multiply(layer.gate, rows, n_tokens, gate_.as<float>(), f);
+    multiply(layer.up, rows, n_tokens, up_.as<float>(), f);
+    using Function = ActivateArgs::Function;
+    const Function function = swiglu                                  ? Function::swiglu
+                              : hp_.activation == Activation::gelu ? Function::gelu
+                                                                      : Function::gelu_tanh;
+    const Rows hidden = activated(function, up_.as<float>(), f, n_tokens, is_quantized(layer.down.type));
+    multiply(layer.down, hidden, n_tokens, x_.as<float>(), hp_.embedding_length, true);
+}
+
+// Of the residual stream: its first rows, or those that are listed.
+CudaBackend::Rows CudaBackend::normalized(const Norm& norm, uint32_t n_tokens, bool quantize, const uint32_t* rows) {
+    const uint32_t d = hp_.embedding_length;
+    const QuantizedRows quantized = quantized_rows(d, quantize);
+    device_->launch(Kernel::norm, {n_tokens, 1, row_threads, (d + 2) * sizeof(float)},
+                    NormArgs{x_.as<float>(), rows, d, hp_.norm_eps, hp_.rms_norm, on_device(norm.weight),
+                             on_device(norm.bias), normed_.as<float>(), quantized});
+    return {normed_.as<float>(), quantized};
+}
+
+CudaBackend::Rows CudaBackend::activated(ActivateArgs::Function function, float* values, uint32_t length,
+                                         uint32_t n_tokens, bool quantize) {
+    const QuantizedRows quantized = quantized_rows(length, quantize);
+    if (function != ActivateArgs::Function::none || quantize) {
+        device_->launch(Kernel::activate, {tiles(length, 32), tiles(n_tokens, tile_tokens), 32 * tile_tokens},
+                        ActivateArgs{function, gate_.as<float>(), values, length, n_tokens, quantized});
+    }
+    return {values, quantized};
+}
+
+void CudaBackend::multiply(const Linear& w, const Rows& rows, uint32_t n_tokens, float* out, uint32_t out_stride,
+                           bool accumulate) {
+    const ProductArgs args{w.panels, w.panel_stride, w.rows, w.inner, n_tokens, rows.values, rows.quantized,
+                           on_device(w.bias), out, out_stride, accumulate};
+    const uint32_t panels = tiles(w.rows, quant::panel_rows), token_tiles = tiles(n_tokens, tile_tokens);
+    if (!is_quantized(w.type)) return device_->launch(few_kernel(w.type), {panels, token_tiles, float_threads}, args);
+    if (n_tokens <= most_few_tokens) {
+        return device_->launch(few_kernel(w.type), {panels, token_tiles, few_threads, few_bytes}, args);
+    }
+    device_->launch(many_kernel(w.type), {tiles(panels, many_threads / 32), tiles(token_tiles, many_tiles), many_threads},
+                    args);
+}
+
+void CudaBackend::capture_hidden(uint32_t layer, const Batch& batch) {
+    const size_t row = hp_.embedding_length * sizeof(float);
+    for (const Chunk& chunk : batch.chunks) {
+        if (!chunk.hidden || chunk.hidden_layer != layer) continue;
+        device_->download(chunk.hidden, x_.data() + chunk.first_row * row, chunk.n_tokens * row);
+    }
+}
+
+QuantizedRows CudaBackend::quantized_rows(uint32_t, bool wanted) const {
+    return wanted ? QuantizedRows{row_codes_.as<uint32_t>(), row_factors_.as<BlockFactors>()} : QuantizedRows{};
+}
+
+CodeMapArgs CudaBackend::code_map() const {
+    CodeMapArgs map{};
+    if (hp_.code_kind == model::CodeKind::table) map.table = codes_->as<uint32_t>();
+    std::ranges::copy(weights_.code_map.columns(), map.columns);
+    map.shift = weights_.code_map.shift();
+    map.width = hp_.code_width;
+    return map;
+}
+
+CacheArgs CudaBackend::cache_of(uint32_t layer) const {
+    const size_t head = quant::kv_head_bytes(kv_type_, hp_.head_dim);
+    return {kv_type_, cache_->data() + layer * hp_.head_count_kv * head, block_bytes_, head};
+}
+
+PlaceArgs CudaBackend::places() const {
+    return {positions_.as<uint32_t>(), tables_.as<uint32_t>(), blocks_.as<uint32_t>()};
+}
+
+// ---- blocks of the cache --------------------------------------------------------------------------------------------
+
+void CudaBackend::copy_block(uint32_t from, uint32_t to) { device_->copy(block(to), block(from), block_bytes_); }
+
+void CudaBackend::read_block(uint32_t number, std::byte* out) const {
+    device_->download(out, block(number), block_bytes_);
+}
+
+void CudaBackend::write_block(uint32_t number, const std::byte* in) {
+    device_->upload(block(number), in, block_bytes_);
+}
+
+// ---- figures --------------------------------------------------------------------------------------------------------
+
+void CudaBackend::collect_squares(model::InputSquares* squares) {
+    if (squares) throw UnsupportedError("an importance matrix is collected on the CPU: device=\"cpu\"");
+}
+
+std::vector<double> CudaBackend::read_ceiling(size_t, uint32_t, const model::Stop&) {
+    throw UnsupportedError("ceilings of a GPU are not measured yet");
+}
+
+std::vector<double> CudaBackend::int8_ceiling(uint32_t, const model::Stop&) {
+    throw UnsupportedError("ceilings of a GPU are not measured yet");
+}
+
+model::Description CudaBackend::description() const {
+    const DeviceInfo& info = device_->info();
+    return {"cuda", "sm_" + std::to_string(info.compute_major) + std::to_string(info.compute_minor), 1};
+}
+
+model::MemoryUse CudaBackend::memory() const {
+    size_t buffers = constants_->size() + (codes_ ? codes_->size() : 0);
+    for (const DeviceBuffer* buffer : {&x_, &normed_, &qkv_, &attended_, &gate_, &up_, &row_codes_, &row_factors_,
+                                       &rows_, &logits_, &ids_, &positions_, &tables_, &blocks_, &cos_, &sin_,
+                                       &scores_})
+        buffers += buffer->size();
+    return {matrices_->size(), cache_->size(), buffers};
+}
+
+}  // namespace fixmin::cuda

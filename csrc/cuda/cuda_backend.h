@@ -1,0 +1,88 @@
+// A model on a GPU.
+#pragma once
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "cuda/device.h"
+#include "gguf/gguf_file.h"
+#include "model/backend.h"
+
+namespace fixmin::cuda {
+
+/// The forward pass is that of docs/design.md, in the same order and with the same bits as on the CPU; a kernel begins
+/// when the one before has ended.
+class CudaBackend final : public model::Backend {
+  public:
+    /// Throws what model::load_weights does, OutOfMemory of the device, DeviceError.
+    CudaBackend(std::unique_ptr<Device> device, gguf::GgufFile file, const model::BackendOptions& options,
+                const std::function<void(double)>& progress);
+
+    bool forward(const model::Batch& batch) override;
+    void project(std::span<const uint32_t> rows, float* logits) override;
+    void copy_block(uint32_t from, uint32_t to) override;
+    void read_block(uint32_t block, std::byte* out) const override;
+    void write_block(uint32_t block, const std::byte* in) override;
+    void parallel_for(uint32_t n, const std::function<void(uint32_t, uint32_t)>& body) override { body(0, n); }
+    void collect_squares(model::InputSquares* squares) override;
+    std::vector<double> read_ceiling(size_t n_bytes, uint32_t passes, const model::Stop& stop) override;
+    std::vector<double> int8_ceiling(uint32_t passes, const model::Stop& stop) override;
+    const model::Weights& weights() const override { return weights_; }
+    quant::KvType kv_type() const override { return kv_type_; }
+    uint32_t n_blocks() const override { return n_blocks_; }
+    model::Description description() const override;
+    model::MemoryUse memory() const override;
+
+  private:
+    // What a product reads.
+    struct Rows {
+        const float* values;      // [T][length]
+        QuantizedRows quantized;  // codes are null where no product needs them
+    };
+
+    void upload_weights();
+    void keep(const std::vector<float>& values);
+    const float* on_device(const std::vector<float>& values) const;
+    std::byte* block(uint32_t number) const { return cache_->data() + number * block_bytes_; }
+
+    void place(const model::Batch& batch);
+    void prepare_positions(uint32_t end);
+    void lift(const model::Batch& batch);
+    void project_qkv(uint32_t layer, uint32_t n_tokens);
+    void attend(uint32_t layer, uint32_t n_tokens);
+    void feed_forward(const model::Layer& layer, uint32_t n_tokens);
+    Rows normalized(const model::Norm& norm, uint32_t n_tokens, bool quantize, const uint32_t* rows = nullptr);
+    Rows activated(ActivateArgs::Function function, float* values, uint32_t length, uint32_t n_tokens, bool quantize);
+    void multiply(const model::Linear& w, const Rows& rows, uint32_t n_tokens, float* out, uint32_t out_stride,
+                  bool accumulate = false);
+    void capture_hidden(uint32_t layer, const model::Batch& batch);
+    QuantizedRows quantized_rows(uint32_t length, bool wanted) const;
+    CodeMapArgs code_map() const;
+    CacheArgs cache_of(uint32_t layer) const;
+    PlaceArgs places() const;
+
+    const std::unique_ptr<Device> device_;
+    model::Weights weights_;
+    const model::Hyperparams& hp_;
+    const quant::KvType kv_type_;
+    const uint32_t n_ctx_, n_batch_, n_blocks_;
+    const size_t block_bytes_;
+
+    std::unique_ptr<DeviceBuffer> matrices_, constants_, codes_, cache_;
+    std::unordered_map<const float*, size_t> constant_offsets_;  // of vectors of weights_, in constants_
+    std::vector<float> constants_to_upload_;
+
+    DeviceBuffer x_, normed_, qkv_, attended_, gate_, up_;  // [T][...], as in the CPU's decoder
+    DeviceBuffer row_codes_, row_factors_;                  // rows in 8 bits
+    DeviceBuffer rows_, logits_;                            // of a projection
+    DeviceBuffer ids_, positions_, tables_, blocks_;        // of a batch
+    DeviceBuffer cos_, sin_;                                // [n_ctx][rope_dim / 2]
+    DeviceBuffer scores_;                                   // of contexts that are too long for shared memory
+    uint32_t n_turns_ = 0;                                  // positions that cos_ and sin_ have
+};
+
+}  // namespace fixmin::cuda

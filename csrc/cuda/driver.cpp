@@ -1,0 +1,285 @@
+// NVIDIA's driver, found when it is needed: the extension is not linked to it and starts without one.
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <cstring>
+#include <mutex>
+
+#include "cuda/device.h"
+#include "error.h"
+
+/// The kernels for all architectures, as nvcc wrote them (embedded by CMakeLists.txt).
+extern "C" const unsigned char fixmin_cuda_kernels[];
+
+namespace fixmin::cuda {
+namespace {
+
+// What is used of cuda.h (CUDA driver API 12), so that no header of the toolkit is needed.
+using Result = int;
+using Address = unsigned long long;
+using Handle = struct Opaque*;
+enum : Result { success = 0, out_of_memory = 2, no_device = 100, no_binary_for_gpu = 209 };
+enum : int { attribute_multiprocessors = 16, attribute_shared_optin = 97, attribute_major = 75, attribute_minor = 76 };
+constexpr int function_max_dynamic_shared = 8;
+constexpr int oldest_driver = 12000;
+constexpr uint32_t oldest_major = 7, oldest_minor = 5;
+
+struct Driver {
+    Result (*cuInit)(unsigned);
+    Result (*cuDriverGetVersion)(int*);
+    Result (*cuGetErrorString)(Result, const char**);
+    Result (*cuDeviceGetCount)(int*);
+    Result (*cuDeviceGet)(int*, int);
+    Result (*cuDeviceGetName)(char*, int, int);
+    Result (*cuDeviceGetAttribute)(int*, int, int);
+    Result (*cuDeviceTotalMem)(size_t*, int);
+    Result (*cuDevicePrimaryCtxRetain)(Handle*, int);
+    Result (*cuDevicePrimaryCtxRelease)(int);
+    Result (*cuCtxSetCurrent)(Handle);
+    Result (*cuMemGetInfo)(size_t*, size_t*);
+    Result (*cuModuleLoadData)(Handle*, const void*);
+    Result (*cuModuleUnload)(Handle);
+    Result (*cuModuleGetFunction)(Handle*, Handle, const char*);
+    Result (*cuFuncSetAttribute)(Handle, int, int);
+    Result (*cuStreamCreate)(Handle*, unsigned);
+    Result (*cuStreamDestroy)(Handle);
+    Result (*cuStreamSynchronize)(Handle);
+    Result (*cuMemAlloc)(Address*, size_t);
+    Result (*cuMemFree)(Address);
+    Result (*cuMemsetD8Async)(Address, unsigned char, size_t, Handle);
+    Result (*cuMemcpyHtoDAsync)(Address, const void*, size_t, Handle);
+    Result (*cuMemcpyDtoHAsync)(void*, Address, size_t, Handle);
+    Result (*cuMemcpyDtoDAsync)(Address, Address, size_t, Handle);
+    Result (*cuLaunchKernel)(Handle, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, Handle,
+                             void**, void**);
+};
+
+std::string words(const Driver& driver, Result result) {
+    const char* text = nullptr;
+    if (driver.cuGetErrorString(result, &text) != success || !text) text = "unknown error";
+    return std::string(text) + " (CUDA error " + std::to_string(result) + ")";
+}
+
+// Loaded once; a process without a driver is told so each time.
+const Driver& load_driver() {
+    static std::mutex mutex;
+    static Driver driver;
+    static bool loaded = false;
+    const std::lock_guard lock(mutex);
+    if (loaded) return driver;
+    void* library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
+    if (!library) throw UnsupportedError("no NVIDIA driver is installed (libcuda.so.1 is not found)");
+    const auto find = [&](auto& function, const char* name) {
+        function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(dlsym(library, name));
+        if (!function) throw UnsupportedError(std::string("the NVIDIA driver is too old: it lacks ") + name);
+    };
+#define FIXMIN_FIND(name) find(driver.name, #name)
+#define FIXMIN_FIND_V2(name) find(driver.name, #name "_v2")
+    FIXMIN_FIND(cuInit);
+    FIXMIN_FIND(cuDriverGetVersion);
+    FIXMIN_FIND(cuGetErrorString);
+    FIXMIN_FIND(cuDeviceGetCount);
+    FIXMIN_FIND(cuDeviceGet);
+    FIXMIN_FIND(cuDeviceGetName);
+    FIXMIN_FIND(cuDeviceGetAttribute);
+    FIXMIN_FIND_V2(cuDeviceTotalMem);
+    FIXMIN_FIND(cuDevicePrimaryCtxRetain);
+    FIXMIN_FIND_V2(cuDevicePrimaryCtxRelease);
+    FIXMIN_FIND(cuCtxSetCurrent);
+    FIXMIN_FIND_V2(cuMemGetInfo);
+    FIXMIN_FIND(cuModuleLoadData);
+    FIXMIN_FIND(cuModuleUnload);
+    FIXMIN_FIND(cuModuleGetFunction);
+    FIXMIN_FIND(cuFuncSetAttribute);
+    FIXMIN_FIND(cuStreamCreate);
+    FIXMIN_FIND_V2(cuStreamDestroy);
+    FIXMIN_FIND(cuStreamSynchronize);
+    FIXMIN_FIND_V2(cuMemAlloc);
+    FIXMIN_FIND_V2(cuMemFree);
+    FIXMIN_FIND(cuMemsetD8Async);
+    FIXMIN_FIND_V2(cuMemcpyHtoDAsync);
+    FIXMIN_FIND_V2(cuMemcpyDtoHAsync);
+    FIXMIN_FIND_V2(cuMemcpyDtoDAsync);
+    FIXMIN_FIND(cuLaunchKernel);
+#undef FIXMIN_FIND
+#undef FIXMIN_FIND_V2
+    int version = 0;
+    driver.cuDriverGetVersion(&version);
+    if (version < oldest_driver) {
+        throw UnsupportedError("the NVIDIA driver is too old: it supports CUDA " + std::to_string(version / 1000) + "." +
+                               std::to_string(version % 1000 / 10) + ", needed is 12.0");
+    }
+    if (const Result result = driver.cuInit(0); result != success)
+        throw UnsupportedError("the NVIDIA driver finds no usable GPU: " + words(driver, result));
+    loaded = true;
+    return driver;
+}
+
+DeviceInfo describe(const Driver& driver, int device) {
+    const auto check = [&](Result result) {
+        if (result != success) throw DeviceError("the GPU cannot be asked: " + words(driver, result));
+    };
+    const auto attribute = [&](int which) {
+        int value = 0;
+        check(driver.cuDeviceGetAttribute(&value, which, device));
+        return uint32_t(value);
+    };
+    char name[256] = {};
+    check(driver.cuDeviceGetName(name, sizeof name, device));
+    DeviceInfo info{name, attribute(attribute_major), attribute(attribute_minor), attribute(attribute_multiprocessors),
+                    0, attribute(attribute_shared_optin)};
+    check(driver.cuDeviceTotalMem(&info.memory_bytes, device));
+    return info;
+}
+
+constexpr const char* kernel_names[] = {
+#define FIXMIN_NAME(name, Args) #name,
+    FIXMIN_KERNELS(FIXMIN_NAME)
+#undef FIXMIN_NAME
+};
+
+class DriverDevice final : public Device {
+  public:
+    DriverDevice(const Driver& driver, int number) : driver_(driver), number_(number), info_(describe(driver, number)) {
+        if (info_.compute_major * 10 + info_.compute_minor < oldest_major * 10 + oldest_minor) {
+            throw UnsupportedError(info_.name + " is too old: it has compute capability " +
+                                   std::to_string(info_.compute_major) + "." + std::to_string(info_.compute_minor) +
+                                   ", needed is 7.5");
+        }
+        start("a context", driver_.cuDevicePrimaryCtxRetain(&context_, number_));
+        try {
+            start("a context", driver_.cuCtxSetCurrent(context_));
+            start("kernels", driver_.cuModuleLoadData(&module_, fixmin_cuda_kernels));
+            for (size_t i = 0; i < std::size(kernel_names); ++i)
+                start(kernel_names[i], driver_.cuModuleGetFunction(&functions_[i], module_, kernel_names[i]));
+            start("a stream", driver_.cuStreamCreate(&stream_, 1));  // which does not wait for the default one
+        } catch (...) {
+            close();
+            throw;
+        }
+    }
+    ~DriverDevice() override { close(); }
+
+    const DeviceInfo& info() const override { return info_; }
+
+    std::byte* allocate(size_t bytes, const char* what) override {
+        enter();
+        Address address = 0;
+        const Result result = driver_.cuMemAlloc(&address, bytes);
+        if (result == out_of_memory) {
+            size_t left = 0, all = 0;
+            driver_.cuMemGetInfo(&left, &all);
+            throw OutOfMemory("the GPU has no " + std::to_string(bytes) + " bytes for " + what + ": " +
+                              std::to_string(left) + " of " + std::to_string(all) + " are free");
+        }
+        check(result);
+        check(driver_.cuMemsetD8Async(address, 0, bytes, stream_));
+        return reinterpret_cast<std::byte*>(address);
+    }
+    void free(std::byte* memory) noexcept override {
+        if (!memory) return;
+        driver_.cuCtxSetCurrent(context_);
+        driver_.cuMemFree(reinterpret_cast<Address>(memory));
+    }
+    void upload(std::byte* to, const void* from, size_t bytes) override {
+        enter();
+        if (bytes) check(driver_.cuMemcpyHtoDAsync(reinterpret_cast<Address>(to), from, bytes, stream_));
+    }
+    void download(void* to, const std::byte* from, size_t bytes) override {
+        enter();
+        check(driver_.cuMemcpyDtoHAsync(to, reinterpret_cast<Address>(from), bytes, stream_));
+        wait();
+    }
+    void copy(std::byte* to, const std::byte* from, size_t bytes) override {
+        enter();
+        check(driver_.cuMemcpyDtoDAsync(reinterpret_cast<Address>(to), reinterpret_cast<Address>(from), bytes, stream_));
+    }
+    void wait() override {
+        enter();
+        check(driver_.cuStreamSynchronize(stream_));
+    }
+
+  private:
+    // Calls come from whatever thread the engine has.
+    void enter() {
+        if (failure_ != success) check(failure_);
+        check(driver_.cuCtxSetCurrent(context_));
+    }
+    void check(Result result) {
+        if (result == success) return;
+        failure_ = result;
+        throw DeviceError(info_.name + " has failed: " + words(driver_, result));
+    }
+    void start(const char* what, Result result) const {
+        if (result == success) return;
+        const std::string text = info_.name + " gives no " + what + ": " + words(driver_, result);
+        if (result == out_of_memory) throw OutOfMemory(text);
+        throw UnsupportedError(text);
+    }
+    void close() noexcept {
+        if (!context_) return;
+        driver_.cuCtxSetCurrent(context_);
+        if (stream_) driver_.cuStreamDestroy(stream_);
+        if (module_) driver_.cuModuleUnload(module_);
+        driver_.cuDevicePrimaryCtxRelease(number_);
+        context_ = nullptr;
+    }
+    void launch_with(Kernel kernel, const Grid& grid, const void* args) override {
+        enter();
+        const Handle function = functions_[size_t(kernel)];
+        if (size_t& granted = shared_bytes_[size_t(kernel)]; grid.shared_bytes > granted) {
+            if (grid.shared_bytes > info_.shared_bytes) {
+                throw UnsupportedError(std::string(kernel_names[size_t(kernel)]) + " needs " +
+                                       std::to_string(grid.shared_bytes) + " bytes of shared memory, " + info_.name +
+                                       " has " + std::to_string(info_.shared_bytes));
+            }
+            check(driver_.cuFuncSetAttribute(function, function_max_dynamic_shared, int(grid.shared_bytes)));
+            granted = grid.shared_bytes;
+        }
+        void* parameters[] = {const_cast<void*>(args)};
+        check(driver_.cuLaunchKernel(function, grid.x, grid.y, 1, grid.threads, 1, 1, unsigned(grid.shared_bytes),
+                                     stream_, parameters, nullptr));
+    }
+
+    const Driver& driver_;
+    const int number_;
+    const DeviceInfo info_;
+    Handle context_ = nullptr, module_ = nullptr, stream_ = nullptr;
+    Handle functions_[std::size(kernel_names)] = {};
+    size_t shared_bytes_[std::size(kernel_names)] = {};
+    Result failure_ = success;  // sticky: the context is of no more use
+};
+
+int device_count(const Driver& driver) {
+    int count = 0;
+    if (driver.cuDeviceGetCount(&count) != success) return 0;
+    return count;
+}
+
+}  // namespace
+
+std::vector<DeviceInfo> devices() {
+    std::vector<DeviceInfo> found;
+    try {
+        const Driver& driver = load_driver();
+        for (int i = 0; i < device_count(driver); ++i) {
+            int device = 0;
+            if (driver.cuDeviceGet(&device, i) == success) found.push_back(describe(driver, device));
+        }
+    } catch (const Error&) {
+    }
+    return found;
+}
+
+std::unique_ptr<Device> open_device(uint32_t number) {
+    const Driver& driver = load_driver();
+    const int count = device_count(driver);
+    int device = 0;
+    if (number >= uint32_t(count) || driver.cuDeviceGet(&device, int(number)) != success) {
+        throw UnsupportedError("there is no GPU cuda:" + std::to_string(number) + ": the driver shows " +
+                               std::to_string(count));
+    }
+    return std::make_unique<DriverDevice>(driver, device);
+}
+
+}  // namespace fixmin::cuda

@@ -1,0 +1,4 @@
+// All kernels, for nvcc.
+#include "cuda/attention.cuh"
+#include "cuda/products.cuh"
+#include "cuda/rows.cuh"

@@ -1,0 +1,127 @@
+// Kernels on rows of activations: codes, norms, activations, 8 bits.
+#pragma once
+#include "cuda/args.h"
+#include "cuda/lane.cuh"
+
+namespace fixmin::cuda {
+
+FIXMIN_DEVICE uint32_t code_of(const CodeMapArgs& map, uint32_t id) {
+    if (map.table) return map.table[id];
+    uint32_t code = map.shift;
+    for (uint32_t j = 0; j < map.width; ++j) code ^= (id >> j & 1u) ? map.columns[j] : 0u;
+    return code;
+}
+
+FIXMIN_KERNEL(lift, LiftArgs, row_threads) {
+    const uint32_t token = blockIdx.x, code = code_of(args.map, args.ids[token]), width = args.map.width;
+    const uint32_t repeats = args.length / width;
+    float* x = args.x + size_t(token) * args.length;
+    for (uint32_t n = threadIdx.x; n < args.length; n += blockDim.x) {
+        const uint32_t bit = args.interleave ? n / repeats : n % width;
+        x[n] = code >> bit & 1u ? args.v1 : args.v0;
+    }
+}
+
+// The order of operations of FoldedProjection::scales and apply.
+FIXMIN_KERNEL(fold, FoldArgs, row_threads) {
+    const uint32_t token = blockIdx.y, row = blockIdx.x * blockDim.x + threadIdx.x, width = args.map.width;
+    const uint32_t code = code_of(args.map, args.ids[token]);
+    uint32_t ones = 0;
+    for (uint32_t j = 0; j < width; ++j) {
+        if (code >> j & 1u) ones += args.length / width + (j < args.length % width);
+    }
+    const double zeros = args.length - ones, n_ones = ones, length = args.length, v0 = args.v0, v1 = args.v1;
+    double shift, mean_square;
+    if (args.rms) {
+        shift = v0;
+        mean_square = (zeros * v0 * v0 + n_ones * v1 * v1) / length;
+    } else {
+        shift = -(v1 - v0) * (n_ones / length);
+        mean_square = (v1 - v0) * (v1 - v0) * (n_ones * zeros) / (length * length);
+    }
+    const float rstd = float(mean_square == 0.0 ? 0.0 : 1.0 / __dsqrt_rn(mean_square + double(args.eps)));
+    if (row >= args.n_rows) return;
+    float y = float(shift) * args.sum[row];
+    for (uint32_t j = 0; j < width; ++j) {
+        if (code >> j & 1u) y += args.columns[size_t(j) * args.n_rows + row];
+    }
+    args.out[size_t(token) * args.n_rows + row] = __fmaf_rn(y, rstd, args.constant[row]);
+}
+
+/// Of a whole warp: lane i has value i of a block of 32.
+FIXMIN_DEVICE void store_quantized(const QuantizedRows& rows, uint32_t token, uint32_t block, uint32_t n_blocks,
+                                   float value) {
+    const uint32_t i = threadIdx.x % 32, tile = token / tile_tokens, column = token % tile_tokens;
+    const Quantized q = quantize(value);
+    const size_t at = size_t(tile) * n_blocks + block;
+    const uint32_t word = join_bytes(q.code);
+    if (i % 4 == 0) rows.codes[(at * 32 + column * 4 + i / 4 % 4) * 2 + i / 16] = word;
+    int half_sum = q.code;
+    for (int by = 8; by; by /= 2) half_sum += __shfl_xor_sync(whole_warp, half_sum, by);
+    const int other = __shfl_xor_sync(whole_warp, half_sum, 16);
+    if (i == 0) {
+        rows.factors[at * tile_tokens + column] = {
+            q.scale, q.scale * float(half_sum + other), {float(half_sum), float(other)}};
+    }
+}
+
+FIXMIN_KERNEL(norm, NormArgs, row_threads) {
+    FIXMIN_SHARED(shared);
+    float* const row = reinterpret_cast<float*>(shared);  // [length]
+    float* const stats = row + args.length;               // mean, reciprocal deviation
+    const uint32_t token = blockIdx.x, n = args.length;
+    const float* x = args.x + size_t(args.rows ? args.rows[token] : token) * n;
+    for (uint32_t i = threadIdx.x; i < n; i += blockDim.x) row[i] = x[i];
+    __syncthreads();
+    if (threadIdx.x < 32) {
+        float mean = 0, squares;
+        if (args.rms) {
+            squares = sum_of(row, n, [](float sum, float v) { return lane::add_square({sum}, {v}).v; });
+        } else {
+            mean = sum_of(row, n, [](float sum, float v) { return sum + v; }) / float(n);
+            squares =
+                sum_of(row, n, [=](float sum, float v) { return lane::add_square_from({sum}, {v}, {mean}).v; });
+        }
+        if (threadIdx.x == 0) {
+            stats[0] = mean;
+            stats[1] = lane::reciprocal_deviation(squares, n, args.eps);
+        }
+    }
+    __syncthreads();
+    const float mean = stats[0], rstd = stats[1];
+    for (uint32_t first = threadIdx.x / 32 * 32; first < n; first += blockDim.x) {  // whole warps
+        const uint32_t i = first + threadIdx.x % 32;
+        float y = 0;
+        if (i < n) {
+            y = args.bias ? lane::normalized({row[i]}, {mean}, {rstd}, {args.weight[i]}, {args.bias[i]}).v
+                          : lane::normalized({row[i]}, {mean}, {rstd}, {args.weight[i]}).v;
+            args.out[size_t(token) * n + i] = y;
+        }
+        if (args.quantized.codes) store_quantized(args.quantized, token, first / 32, n / 32, y);
+    }
+}
+
+FIXMIN_DEVICE float activated(ActivateArgs::Function function, float x, float gate) {
+    switch (function) {
+        case ActivateArgs::Function::none: return x;
+        case ActivateArgs::Function::gelu: return lane::gelu({x}).v;
+        case ActivateArgs::Function::gelu_tanh: return lane::gelu_by_tanh({x}).v;
+        case ActivateArgs::Function::swiglu: return lane::silu({gate}).v * x;
+    }
+    return x;
+}
+
+// A warp has a block of 32 values of a token.
+FIXMIN_KERNEL(activate, ActivateArgs, row_threads) {
+    const uint32_t token = blockIdx.y * tile_tokens + threadIdx.x / 32, i = blockIdx.x * 32 + threadIdx.x % 32;
+    if (token >= args.n_tokens) return;  // a whole warp
+    float y = 0;
+    if (i < args.length) {
+        const size_t at = size_t(token) * args.length + i;
+        y = activated(args.function, args.values[at], args.gate ? args.gate[at] : 0.0f);
+        if (args.function != ActivateArgs::Function::none) args.values[at] = y;
+    }
+    if (args.quantized.codes) store_quantized(args.quantized, token, blockIdx.x, args.length / 32, y);
+}
+
+}  // namespace fixmin::cuda

@@ -1,0 +1,64 @@
+// The language of the kernels in this folder: what nvcc gives, or for tests the same on the CPU, where each thread of a
+// grid is a fiber (tests/cuda/simt.cpp).
+//
+// What makes one source work for both: shared memory is dynamic only (FIXMIN_SHARED); blocks are whole warps and
+// collective operations take all lanes of a warp; float arithmetic is as written (--fmad=false, -ffp-contract=off), a
+// fused product is __fmaf_rn.
+#pragma once
+#include <cstdint>
+
+#ifdef __CUDACC__
+
+#define FIXMIN_DEVICE __device__ __forceinline__
+#define FIXMIN_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+#define FIXMIN_KERNEL(name, Args, threads) \
+    extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ Args args)
+
+namespace fixmin::cuda {
+
+FIXMIN_DEVICE float half_to_float(uint16_t half) {
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(half));
+    return x;
+}
+FIXMIN_DEVICE uint16_t float_to_half(float x) {
+    uint16_t half;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(x));
+    return half;
+}
+
+/// d[16][8] += a[16][16] b[16][8] of a warp, signed bytes. Lane g * 4 + t has of a the rows g and g + 8 (k = 4t..4t+3),
+/// of b column g, of d the rows g, g, g + 8, g + 8 and the columns 2t, 2t + 1, 2t, 2t + 1 (PTX ISA, "Matrix fragments
+/// for mma.m16n8k16").
+FIXMIN_DEVICE void multiply_half_tile(int (&d)[4], int2 a, int b) {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+        : "r"(a.x), "r"(a.y), "r"(b));
+#else
+    asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0,%1}, {%2}, {%3}, {%0,%1};"
+        : "+r"(d[0]), "+r"(d[1])
+        : "r"(a.x), "r"(b));
+    asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0,%1}, {%2}, {%3}, {%0,%1};"
+        : "+r"(d[2]), "+r"(d[3])
+        : "r"(a.y), "r"(b));
+#endif
+}
+
+/// d[16][8] += a[16][32] b[32][8]: x and y of a and x of b are k = 4t..4t+3, the others 16 more.
+FIXMIN_DEVICE void multiply_tile(int (&d)[4], int4 a, int2 b) {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x), "r"(b.y));
+#else
+    multiply_half_tile(d, make_int2(a.x, a.y), b.x);
+    multiply_half_tile(d, make_int2(a.z, a.w), b.y);
+#endif
+}
+
+}  // namespace fixmin::cuda
+
+#else
+#include "simt_cpu.h"  // tests/cuda
+#endif

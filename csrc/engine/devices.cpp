@@ -1,0 +1,48 @@
+#include "engine/devices.h"
+
+#include <charconv>
+#include <string_view>
+
+#include "cpu/cpu_backend.h"
+#include "error.h"
+#ifdef FIXMIN_CUDA
+#include "cuda/cuda_backend.h"
+#endif
+
+namespace fixmin::engine {
+namespace {
+
+uint32_t gpu_number(const std::string& device) {
+    constexpr std::string_view name = "cuda", numbered = "cuda:";
+    if (device == name) return 0;
+    uint32_t number = 0;
+    const char* end = device.data() + device.size();
+    if (device.starts_with(numbered) && device.size() > numbered.size()) {
+        const auto [rest, error] = std::from_chars(device.data() + numbered.size(), end, number);
+        if (error == std::errc() && rest == end) return number;
+    }
+    throw ArgumentError("device is " + quoted(device) + "; known: auto, cpu, cuda, cuda:N");
+}
+
+}  // namespace
+
+std::unique_ptr<model::Backend> open_backend(gguf::GgufFile file, const model::BackendOptions& options,
+                                             const std::function<void(double)>& progress) {
+    if (options.device == "cpu") return std::make_unique<cpu::CpuBackend>(std::move(file), options, progress);
+#ifdef FIXMIN_CUDA
+    std::unique_ptr<cuda::Device> device;
+    try {
+        device = cuda::open_device(options.device == "auto" ? 0 : gpu_number(options.device));
+    } catch (const UnsupportedError&) {
+        if (options.device != "auto") throw;
+        return std::make_unique<cpu::CpuBackend>(std::move(file), options, progress);
+    }
+    return std::make_unique<cuda::CudaBackend>(std::move(device), std::move(file), options, progress);
+#else
+    if (options.device == "auto") return std::make_unique<cpu::CpuBackend>(std::move(file), options, progress);
+    gpu_number(options.device);
+    throw UnsupportedError("this build has no CUDA: it was made without a compiler for it");
+#endif
+}
+
+}  // namespace fixmin::engine

@@ -1,0 +1,238 @@
+// One thread of the system runs the threads of a grid as fibers.
+#include "simt_cpu.h"
+
+#undef threadIdx
+#undef blockIdx
+#undef blockDim
+#undef gridDim
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+#include <random>
+#include <vector>
+
+#ifdef FIXMIN_TSAN_FIBERS
+#include <sanitizer/tsan_interface.h>
+#define TSAN(x) x
+#else
+#define TSAN(x)
+#endif
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/common_interface_defs.h>
+#define ASAN(x) x
+#else
+#define ASAN(x)
+#endif
+
+namespace fixmin::simt {
+namespace {
+
+[[noreturn]] void fail(const char* what, size_t n) {
+    std::fprintf(stderr, "simt: %s (%zu threads)\n", what, n);
+    std::abort();
+}
+
+constexpr size_t stack_bytes = 64 << 10;
+
+struct Fiber;
+
+struct Barrier {
+    unsigned expected = 0, arrived = 0, turn = 0;
+    char tags[2];  // to TSan, a barrier for each turn: nobody comes after what the next one brings
+    const void* site = nullptr;
+    Fiber *first = nullptr, *last = nullptr;  // of those that wait
+};
+
+struct Warp {
+    Barrier barrier;
+    int slots[2][32][6];  // of alternate exchanges
+};
+
+struct Free {
+    void operator()(unsigned char* p) const { std::free(p); }
+};
+
+struct Block {
+    Index index;
+    Barrier barrier;
+    std::vector<Warp> warps;
+    std::unique_ptr<unsigned char[], Free> shared;
+};
+
+struct Fiber {
+    void* stack_pointer = nullptr;
+    Index thread;
+    Block* block = nullptr;
+    Warp* warp = nullptr;
+    Fiber* next = nullptr;  // at a barrier
+    unsigned lane = 0, turn = 0;
+    std::unique_ptr<char[]> stack;
+    void *tsan = nullptr, *asan = nullptr;
+};
+
+Fiber root, *self = &root;
+Index grid_dim, block_dim;
+std::vector<Fiber*> ready;  // a ring; nothing is allocated while fibers run, which TSan would see
+size_t ready_head, n_ready;
+unsigned live;
+std::mt19937 order;
+bool shuffled;
+const std::function<void()>* body;
+std::mutex one_grid;
+
+// void simt_switch(void** from, void* to): saves what the ABI says a call keeps.
+extern "C" void simt_switch(void** from, void* to);
+#if defined(__x86_64__)
+__asm__(
+    ".pushsection .text\n.type simt_switch,@function\nsimt_switch:\n"
+    "push %rbp\npush %rbx\npush %r12\npush %r13\npush %r14\npush %r15\nmov %rsp,(%rdi)\nmov %rsi,%rsp\n"
+    "pop %r15\npop %r14\npop %r13\npop %r12\npop %rbx\npop %rbp\nret\n.size simt_switch,.-simt_switch\n.popsection\n");
+constexpr int saved_words = 6, return_word = 6;
+#else
+#error "fibers are written for x86-64"
+#endif
+
+void switch_to(Fiber* to) {
+    Fiber* from = self;
+    self = to;
+    TSAN(__tsan_switch_to_fiber(to->tsan, __tsan_switch_to_fiber_no_sync));
+    ASAN(__sanitizer_start_switch_fiber(&from->asan, to->stack.get(), stack_bytes));
+    simt_switch(&from->stack_pointer, to->stack_pointer);
+    ASAN(__sanitizer_finish_switch_fiber(from->asan, nullptr, nullptr));
+}
+
+void make_ready(Fiber* fiber) { ready[(ready_head + n_ready++) % ready.size()] = fiber; }
+
+Fiber* next_ready() {
+    if (n_ready == 0) fail("deadlock: threads wait at a barrier that others do not reach", live);
+    Fiber*& first = ready[ready_head];
+    if (shuffled) std::swap(first, ready[(ready_head + order() % n_ready) % ready.size()]);
+    ready_head = (ready_head + 1) % ready.size();
+    --n_ready;
+    return first;
+}
+
+void release(Barrier& barrier) {
+    for (Fiber* fiber = barrier.first; fiber; fiber = fiber->next) make_ready(fiber);
+    barrier.first = nullptr;
+    barrier.arrived = 0;
+    ++barrier.turn;
+}
+
+void wait(Barrier& barrier, const void* site) {
+    if (barrier.arrived == 0) barrier.site = site;
+    if (barrier.site != site) fail("threads of a block or warp meet at different barriers", barrier.arrived);
+    [[maybe_unused]] char* const tag = barrier.tags + barrier.turn % 2;
+    TSAN(__tsan_release(tag));
+    if (++barrier.arrived == barrier.expected) {
+        release(barrier);
+    } else {
+        (barrier.first ? barrier.last->next : barrier.first) = self;
+        barrier.last = self;
+        self->next = nullptr;
+        if (Fiber* next = next_ready(); next != self) switch_to(next);
+    }
+    TSAN(__tsan_acquire(tag));
+}
+
+void leave(Barrier& barrier) {  // a thread that ended is waited for no more
+    if (--barrier.expected && barrier.arrived == barrier.expected) release(barrier);
+}
+
+[[maybe_unused]] char start, end;  // what TSan knows of a launch
+
+void run_fiber() {
+    ASAN(__sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr));
+    TSAN(__tsan_acquire(&start));
+    (*body)();
+    TSAN(__tsan_release(&end));
+    leave(self->block->barrier);
+    leave(self->warp->barrier);
+    switch_to(--live ? next_ready() : &root);
+    std::abort();
+}
+
+std::vector<std::unique_ptr<Fiber>> fibers;
+
+void prepare(Fiber& fiber, Block& block, unsigned thread) {
+    fiber.thread = {thread, 0};
+    fiber.block = &block;
+    fiber.warp = &block.warps[thread / 32];
+    fiber.lane = thread % 32;
+    fiber.turn = 0;
+    const uintptr_t top = (reinterpret_cast<uintptr_t>(fiber.stack.get()) + stack_bytes) & ~uintptr_t(63);
+    void** sp = reinterpret_cast<void**>(top) - 2 - saved_words;
+    std::fill(sp, reinterpret_cast<void**>(top), nullptr);
+    sp[return_word] = reinterpret_cast<void*>(&run_fiber);
+    fiber.stack_pointer = sp;
+    TSAN(fiber.tsan = __tsan_create_fiber(0));
+    make_ready(&fiber);
+}
+
+void run_block(Block& block, unsigned threads, size_t shared_bytes) {
+    while (fibers.size() < threads) {
+        fibers.push_back(std::make_unique<Fiber>());
+        fibers.back()->stack.reset(new char[stack_bytes]);
+    }
+    ready.assign(threads, nullptr);
+    ready_head = n_ready = 0;
+    live = threads;
+    block.barrier.expected = threads;
+    block.warps.resize(threads / 32);
+    for (Warp& warp : block.warps) warp.barrier.expected = 32;
+    void* memory = nullptr;
+    if (posix_memalign(&memory, 128, std::max<size_t>(shared_bytes, 1))) fail("no memory", 0);
+    std::memset(memory, 0xff, shared_bytes);
+    block.shared.reset(static_cast<unsigned char*>(memory));
+    for (unsigned thread = 0; thread < threads; ++thread) prepare(*fibers[thread], block, thread);
+    TSAN(root.tsan = __tsan_get_current_fiber());
+    self = &root;
+    TSAN(__tsan_release(&start));
+    switch_to(next_ready());
+    TSAN(__tsan_acquire(&end));
+    TSAN(for (unsigned i = 0; i < threads; ++i) __tsan_destroy_fiber(fibers[i]->tsan));
+}
+
+}  // namespace
+
+const Index& thread_index() { return self->thread; }
+const Index& block_index() { return self->block->index; }
+const Index& block_size() { return block_dim; }
+const Index& grid_size() { return grid_dim; }
+unsigned lane() { return self->lane; }
+unsigned char* shared_memory() { return self->block->shared.get(); }
+void block_barrier(const void* site) { wait(self->block->barrier, site); }
+void warp_barrier(const void* site) { wait(self->warp->barrier, site); }
+
+const int (*exchange(const int* words, unsigned n, const void* site))[6] {
+    int(*slots)[6] = self->warp->slots[self->turn++ % 2];
+    for (unsigned i = 0; i < n; ++i) slots[self->lane][i] = words[i];
+    wait(self->warp->barrier, site);
+    return slots;
+}
+
+void run(const std::function<void()>& kernel, Index grid, unsigned threads, size_t shared_bytes) {
+    if (threads % 32) fail("a block is not whole warps", threads);
+    const std::lock_guard lock(one_grid);
+    const char* seed = std::getenv("FIXMIN_SIMT_SEED");
+    shuffled = seed && std::atoi(seed) != 0;
+    if (shuffled) order.seed(unsigned(std::atoi(seed)));
+    grid_dim = grid;
+    block_dim = {threads, 1};
+    body = &kernel;
+    std::vector<Index> blocks;
+    for (unsigned y = 0; y < grid.y; ++y) {
+        for (unsigned x = 0; x < grid.x; ++x) blocks.push_back({x, y});
+    }
+    if (shuffled) std::shuffle(blocks.begin(), blocks.end(), order);
+    for (const Index& index : blocks) {
+        Block block;
+        block.index = index;
+        run_block(block, threads, shared_bytes);
+    }
+}
+
+}  // namespace fixmin::simt
