@@ -37,7 +37,8 @@ struct WeightBlock {
 
     /// The signed bytes that stand for its weights.
     static FIXMIN_DEVICE int4 weights(const std::byte* panel, uint32_t b) {
-        const std::byte* p = panel + quant::codes_at(layout, b);
+        constexpr quant::PanelLayout here = layout;  // nvcc has no address of a static member on the device
+        const std::byte* p = panel + quant::codes_at(here, b);
         const unsigned i = threadIdx.x % 32, g = i / 4, t = i % 4;
         if constexpr (format.bits == 8) return reinterpret_cast<const int4*>(p)[i];
         const auto word = [](const std::byte* at, unsigned n) { return reinterpret_cast<const unsigned*>(at)[n]; };
@@ -82,7 +83,8 @@ struct WeightBlock {
         float half_scale[2], half_min[2]; // with halves s and n
     };
     static FIXMIN_DEVICE Scales scales(const std::byte* panel, uint32_t b, uint32_t r) {
-        const std::byte* p = panel + quant::scales_at(layout, b);
+        constexpr quant::PanelLayout here = layout;
+        const std::byte* p = panel + quant::scales_at(here, b);
         const auto half = [&](uint32_t n) { return half_to_float(reinterpret_cast<const uint16_t*>(p)[n * 16 + r]); };
         Scales s{};
         s.scale = half(0);
