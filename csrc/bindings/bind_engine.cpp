@@ -255,7 +255,8 @@ void bind_engine(py::module_& m) {
     engine
         .def(py::init([](const std::string& path, uint32_t n_threads, uint32_t n_ctx, const std::string& kv_type,
                          uint32_t n_batch, const std::optional<std::string>& isa, uint32_t n_kv, uint32_t kv_contexts,
-                         double kv_memory_share, uint32_t n_parallel, const std::string& device, const py::object& progress) {
+                         double kv_memory_share, uint32_t n_parallel, const std::optional<std::string>& device,
+                         const py::object& progress) {
                  if (n_batch == 0) throw ArgumentError("n_batch must be at least 1");
                  if (n_threads > 1024) throw ArgumentError("n_threads must be at most 1024");
                  if (n_parallel == 0) throw ArgumentError("n_parallel must be at least 1");
@@ -265,13 +266,13 @@ void bind_engine(py::module_& m) {
                  return std::make_unique<EngineHandle>(
                      path,
                      engine::EngineOptions{{n_ctx, n_batch, parse_kv_type(kv_type), n_kv, kv_contexts, kv_memory_share,
-                                            device, n_threads, isa.value_or("")},
+                                            device.value_or(""), n_threads, isa.value_or("")},
                                            n_parallel},
                      progress);
              }),
              py::arg("path"), py::kw_only(), py::arg("n_threads") = 0, py::arg("n_ctx") = 0, py::arg("kv_type") = "f16",
              py::arg("n_batch") = 512, py::arg("isa") = py::none(), py::arg("n_kv") = 0, py::arg("kv_contexts") = 16,
-             py::arg("kv_memory_share") = 0.125, py::arg("n_parallel") = 256, py::arg("device") = "cpu",
+             py::arg("kv_memory_share") = 0.125, py::arg("n_parallel") = 256, py::arg("device") = py::none(),
              py::arg("progress") = py::none())
         .def_property_readonly("info", &info)
         .def("codes", &codes, py::arg("ids"), "uint8 [T, K]")

@@ -1,6 +1,7 @@
 #include "engine/devices.h"
 
 #include <charconv>
+#include <cstdlib>
 #include <string_view>
 
 #include "cpu/cpu_backend.h"
@@ -24,23 +25,30 @@ uint32_t gpu_number(const std::string& device) {
     throw ArgumentError("device is " + quoted(device) + "; known: auto, cpu, cuda, cuda:N");
 }
 
+std::string wanted_device(const std::string& option) {
+    if (!option.empty()) return option;
+    const char* environment = std::getenv("FIXMIN_DEVICE");
+    return environment && *environment ? environment : "cpu";
+}
+
 }  // namespace
 
 std::unique_ptr<model::Backend> open_backend(gguf::GgufFile file, const model::BackendOptions& options,
                                              const std::function<void(double)>& progress) {
-    if (options.device == "cpu") return std::make_unique<cpu::CpuBackend>(std::move(file), options, progress);
+    const std::string device = wanted_device(options.device);
+    if (device == "cpu") return std::make_unique<cpu::CpuBackend>(std::move(file), options, progress);
 #ifdef FIXMIN_CUDA
-    std::unique_ptr<cuda::Device> device;
+    std::unique_ptr<cuda::Device> gpu;
     try {
-        device = cuda::open_device(options.device == "auto" ? 0 : gpu_number(options.device));
+        gpu = cuda::open_device(device == "auto" ? 0 : gpu_number(device));
     } catch (const UnsupportedError&) {
-        if (options.device != "auto") throw;
+        if (device != "auto") throw;
         return std::make_unique<cpu::CpuBackend>(std::move(file), options, progress);
     }
-    return std::make_unique<cuda::CudaBackend>(std::move(device), std::move(file), options, progress);
+    return std::make_unique<cuda::CudaBackend>(std::move(gpu), std::move(file), options, progress);
 #else
-    if (options.device == "auto") return std::make_unique<cpu::CpuBackend>(std::move(file), options, progress);
-    gpu_number(options.device);
+    if (device == "auto") return std::make_unique<cpu::CpuBackend>(std::move(file), options, progress);
+    gpu_number(device);
     throw UnsupportedError("this build has no CUDA: it was made without a compiler for it");
 #endif
 }

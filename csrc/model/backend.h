@@ -31,7 +31,7 @@ struct BackendOptions {
     uint32_t kv_contexts = 16;       // so many whole contexts ...
     double kv_memory_share = 0.125;  // ... or fewer, down to one, if that were more than this share of the memory
 
-    std::string device = "cpu";  // or cuda, cuda:N, auto (engine/devices.h)
+    std::string device;  // cpu, cuda, cuda:N, auto; empty: FIXMIN_DEVICE, else cpu (engine/devices.h)
 
     // Of the CPU.
     uint32_t n_threads = 0;  // at most; 0: one for each core

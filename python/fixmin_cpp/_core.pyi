@@ -204,7 +204,7 @@ class Engine:
         kv_contexts: int = 16,
         kv_memory_share: float = 0.125,  # ... or fewer, down to one, if that were more than this share of the memory
         n_parallel: int = 256,  # most requests in a step
-        device: str = "cpu",  # "cpu" | "cuda" | "cuda:N" | "auto"
+        device: str | None = None,  # "cpu" | "cuda" | "cuda:N" | "auto"; None: FIXMIN_DEVICE, or "cpu"
         progress: Callable[[float], object] | None = None,
     ) -> None: ...
     @property

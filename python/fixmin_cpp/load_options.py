@@ -3,6 +3,7 @@
 A new option that the engine takes needs a row here, and nothing else in Python.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, TypedDict
 
@@ -19,6 +20,12 @@ def _kv_type(name: str, value: Any, vocab_size: int) -> str:
     return value
 
 
+def _device(name: str, value: Any, vocab_size: int) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", value):
+        raise ArgumentError(f'{name} must be "auto", "cpu", "cuda" or "cuda:N", got {value!r}')
+    return value
+
+
 def _context(name: str, value: Any, vocab_size: int) -> int | None:
     return as_int(name, value, 0, MAX_INT32) or None
 
@@ -27,6 +34,10 @@ class LoadArguments(TypedDict, total=False):
     """How Model() loads a file. All are optional."""
 
     # fmt: off
+    device: Annotated[str | None, Field(None, _device,
+        'where the model runs: "cpu"; "cuda" or "cuda:N", a GPU; "auto", a GPU if one is usable. None: what the '
+        'environment variable FIXMIN_DEVICE says, else "cpu". Results do not depend on it.',
+        option="--device", option_help="cpu, cuda, cuda:N, or auto. Default: FIXMIN_DEVICE, or cpu.")]
     n_threads: Annotated[int | None, Field(None, Integer(-1, 1024, least=0),
         "worker threads; None, 0 or -1: the smallest of CPU affinity, cgroup quota and physical cores.",
         option="-t --threads", option_help="Default, 0 or -1: what the machine offers.")]

@@ -1,0 +1,74 @@
+"""Logits of small models of every kind on the CPU and on the emulated GPU of this package, as one JSON object.
+
+    python bits.py FOLDER
+
+{name of a case: {"cpu": sha256, "cuda": {how it was computed: sha256}}}. Run by test_same_bits.py.
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from gguf_factory import ALL_BIASES, WEIGHT_TYPES, block_sizes, make_model
+
+from fixmin_cpp import _core
+
+N_TOKENS = 60  # more than tiles of few tokens hold, and two blocks of the cache
+
+#: One case of every option that a kernel knows.
+OPTIONS = {
+    "rmsnorm swiglu grouped interleaved": dict(
+        norm="rmsnorm", activation="swiglu", head_count_kv=2, rope_style="interleaved", biases=ALL_BIASES
+    ),
+    "tanh, table of codes, part of a head rotated": dict(activation="gelu_tanh", code_kind="table", rope_dim=8),
+    "learned embedding": dict(code_kind="learned", biases=frozenset()),
+    "interleaved lift of -1 and 1, norm without bias": dict(
+        lift="interleave", width=8, values=(-1.0, 1.0), norm_bias=False, weight_type="Q4_0"
+    ),
+    "rmsnorm fold": dict(norm="rmsnorm", values=(-1.0, 1.0)),
+    "head of 20": dict(embedding_length=160, head_count=8, feed_forward_length=64),
+    "head of 48": dict(embedding_length=96, head_count=2, feed_forward_length=64),
+    "head of 128": dict(embedding_length=256, head_count=2, feed_forward_length=64),
+    "nothing rotated": dict(rope_dim=0),
+    "sizes that are no multiple of anything": dict(
+        embedding_length=60, head_count=3, feed_forward_length=50, vocab_size=77, weight_type="F32"
+    ),
+    "mixed types": dict(weight_types={"blk.1.attn_q": "F16", "blk.1.ffn_up": "Q4_1", "output": "Q5_0"}),
+}
+
+
+def cases() -> dict[str, dict]:
+    of_types = {}
+    for kind in WEIGHT_TYPES:
+        super_blocks = block_sizes(kind)[0] == 256
+        shape = dict(embedding_length=256, feed_forward_length=512, head_count=8) if super_blocks else {}
+        of_types[kind] = dict(weight_type=kind, **shape)
+    return of_types | {name: {"weight_type": "Q8_0", **options} for name, options in OPTIONS.items()}
+
+
+def digest(logits: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(logits).tobytes()).hexdigest()
+
+
+def computed(path: Path, device: str, kv_type: str, n_batch: int, ids: np.ndarray) -> str:
+    engine = _core.Engine(str(path), device=device, kv_type=kv_type, n_batch=n_batch, n_threads=1)
+    assert engine.info["device"] == device
+    return digest(engine.logits(ids, prefix_cache=False))
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    found = {}
+    for name, options in cases().items():
+        path = make_model(folder / "model.gguf", **{"vocab_size": 100, **options})
+        ids = np.random.default_rng(3).integers(0, 77, N_TOKENS).astype(np.uint32)
+        for kv_type in ("f16", "q8_0", "f32"):
+            on_gpu = {f"{n_batch} at a time": computed(path, "cuda", kv_type, n_batch, ids) for n_batch in (512, 7)}
+            found[f"{name}, cache {kv_type}"] = {"cpu": computed(path, "cpu", kv_type, 512, ids), "cuda": on_gpu}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

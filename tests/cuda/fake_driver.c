@@ -1,0 +1,102 @@
+// A libcuda.so.1 without a GPU, for tests/cuda/test_driver.py. Memory is the host's and kernels compute nothing. It fails
+// as the environment says: FAKE_INIT, FAKE_CONTEXT, FAKE_MODULE, FAKE_LAUNCH are what these calls return; FAKE_VERSION,
+// FAKE_DEVICES, FAKE_CAPABILITY (75), FAKE_MEMORY (bytes) what the driver and its GPU are. FAKE_LOG is a file that gets a
+// line for whatever is taken or given back.
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef int Result;
+typedef unsigned long long Address;
+
+static long setting(const char* name, long otherwise) {
+    const char* text = getenv(name);
+    return text ? atol(text) : otherwise;
+}
+
+static void note(const char* what) {
+    const char* path = getenv("FAKE_LOG");
+    if (!path) return;
+    FILE* file = fopen(path, "a");
+    fprintf(file, "%s\n", what);
+    fclose(file);
+}
+
+static size_t used;
+
+Result cuInit(unsigned flags) { return (Result)setting("FAKE_INIT", (long)flags); }
+Result cuDriverGetVersion(int* version) { return *version = (int)setting("FAKE_VERSION", 13000), 0; }
+Result cuGetErrorString(Result result, const char** text) {
+    static char words[64];
+    snprintf(words, sizeof words, "failure %d of the fake", result);
+    return *text = words, 0;
+}
+Result cuDeviceGetCount(int* count) { return *count = (int)setting("FAKE_DEVICES", 1), 0; }
+Result cuDeviceGet(int* device, int number) { return *device = number, 0; }
+Result cuDeviceGetName(char* name, int size, int device) { return snprintf(name, size, "Fake GPU") + device < 0; }
+Result cuDeviceGetAttribute(int* value, int which, int device) {
+    const int capability = (int)setting("FAKE_CAPABILITY", 90);
+    *value = which == 75 ? capability / 10 : which == 76 ? capability % 10 : which == 97 ? 200000 : 100 + device;
+    return 0;
+}
+Result cuDeviceTotalMem_v2(size_t* bytes, int device) { return *bytes = (size_t)setting("FAKE_MEMORY", 1 << 30), device; }
+Result cuDevicePrimaryCtxRetain(void** context, int device) {
+    const Result result = (Result)setting("FAKE_CONTEXT", 0);
+    if (result == 0) note("retain");
+    return *context = &used, result + device;
+}
+Result cuDevicePrimaryCtxRelease_v2(int device) { return note("release"), device; }
+Result cuCtxSetCurrent(void* context) { return context ? 0 : 201; }
+Result cuMemGetInfo_v2(size_t* left, size_t* all) {
+    *all = (size_t)setting("FAKE_MEMORY", 1 << 30);
+    return *left = *all - used, 0;
+}
+Result cuModuleLoadData(void** module, const void* image) {
+    const Result result = (Result)setting("FAKE_MODULE", 0);
+    // What nvcc writes begins with this number, whatever is in it.
+    if (*(const uint32_t*)image != 0xba55ed50u) return 200;
+    if (result == 0) note("load");
+    return *module = &used, result;
+}
+Result cuModuleUnload(void* module) { return note("unload"), module == NULL; }
+Result cuModuleGetFunction(void** function, void* module, const char* name) {
+    return *function = strdup(name), module == NULL;
+}
+Result cuFuncSetAttribute(void* function, int which, int value) { return !(function && which == 8 && value > 0); }
+Result cuStreamCreate(void** stream, unsigned flags) { return *stream = &used, flags != 1; }
+Result cuStreamDestroy_v2(void* stream) { return stream == NULL; }
+Result cuStreamSynchronize(void* stream) { return stream == NULL; }
+Result cuMemAlloc_v2(Address* address, size_t bytes) {
+    if (bytes == 0) return 1;
+    if (used + bytes > (size_t)setting("FAKE_MEMORY", 1 << 30)) return 2;
+    size_t* memory = malloc(bytes + sizeof(size_t));
+    *memory = bytes;
+    used += bytes;
+    note("alloc");
+    return *address = (Address)(uintptr_t)(memory + 1), 0;
+}
+Result cuMemFree_v2(Address address) {
+    size_t* memory = (size_t*)(uintptr_t)address - 1;
+    used -= *memory;
+    free(memory);
+    return note("free"), 0;
+}
+Result cuMemsetD8Async(Address to, unsigned char value, size_t n, void* stream) {
+    return memset((void*)(uintptr_t)to, value, n), stream == NULL;
+}
+Result cuMemcpyHtoDAsync_v2(Address to, const void* from, size_t n, void* stream) {
+    return memcpy((void*)(uintptr_t)to, from, n), stream == NULL;
+}
+Result cuMemcpyDtoHAsync_v2(void* to, Address from, size_t n, void* stream) {
+    return memcpy(to, (const void*)(uintptr_t)from, n), stream == NULL;
+}
+Result cuMemcpyDtoDAsync_v2(Address to, Address from, size_t n, void* stream) {
+    return memcpy((void*)(uintptr_t)to, (const void*)(uintptr_t)from, n), stream == NULL;
+}
+Result cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+                      unsigned shared, void* stream, void** parameters, void** extra) {
+    const int sane = function && stream && parameters && !extra && gx && gy && gz == 1 && by == 1 && bz == 1 &&
+                     bx % 32 == 0 && bx <= 1024 && shared <= 200000;
+    return sane ? (Result)setting("FAKE_LAUNCH", 0) : 1;
+}

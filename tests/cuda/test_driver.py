@@ -1,0 +1,107 @@
+"""NVIDIA's driver in every bad state that it may have: a fake libcuda.so.1 that fails as it is told.
+
+For a package that was built with a compiler for CUDA; no GPU is needed.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from gguf_factory import make_model
+
+import fixmin_cpp
+
+pytestmark = [
+    pytest.mark.skipif(not fixmin_cpp.system_info()["cuda_built"], reason="this package was built without nvcc"),
+]
+
+FAKE = Path(__file__).with_name("fake_driver.c")
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the fake."""
+    folder = tmp_path_factory.mktemp("driver")
+    command = ["cc", "-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-o", folder / "libcuda.so.1", FAKE]
+    subprocess.run(command, check=True)
+    return folder
+
+
+def load(path: Path, folder: Path | None, device: str = "cuda", **fails: str) -> dict[str, str]:
+    """What comes of loading a model: {"error": type and text} or {"device": what it runs on}."""
+    program = (
+        "import json, sys, fixmin_cpp\n"
+        "try:\n"
+        "    with fixmin_cpp.Model(sys.argv[1], device=sys.argv[2]) as model:\n"
+        "        found = {'device': model.info['device']}\n"
+        "        found['text'] = str(model.generate([1, 2], max_new_tokens=2).token_ids)\n"
+        "except Exception as error:\n"
+        "    found = {'error': f'{type(error).__name__}: {error}'}\n"
+        "with fixmin_cpp.Model(sys.argv[1], device='cpu') as model:\n"
+        "    found['cpu'] = str(model.generate([1, 2], max_new_tokens=2).token_ids)\n"
+        "print(json.dumps(found))\n"
+    )
+    env = os.environ | {"FAKE_" + name.upper(): value for name, value in fails.items()}
+    if folder is not None:
+        env["LD_LIBRARY_PATH"] = str(folder)
+    done = subprocess.run(
+        [sys.executable, "-c", program, path, device], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["cpu"].startswith("[")  # the process and other models live on
+    return found
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model") / "model.gguf", weight_type="Q8_0")
+
+
+@pytest.mark.parametrize(
+    ("fails", "says"),
+    [
+        ({"version": "11080"}, "the NVIDIA driver is too old: it supports CUDA 11.8, needed is 12.0"),
+        ({"init": "100"}, "the NVIDIA driver finds no usable GPU: failure 100 of the fake (CUDA error 100)"),
+        ({"devices": "0"}, "there is no GPU cuda:0: the driver shows 0"),
+        ({"capability": "70"}, "Fake GPU is too old: it has compute capability 7.0, needed is 7.5"),
+        ({"module": "209"}, "Fake GPU gives no kernels: failure 209 of the fake (CUDA error 209)"),
+        ({"context": "46"}, "Fake GPU gives no context: failure 46 of the fake (CUDA error 46)"),
+    ],
+)
+def test_a_gpu_that_cannot_be_used(driver, model_path, fails, says):
+    found = load(model_path, driver, **fails)
+    assert found["error"] == f"UnsupportedError: {model_path}: {says}"
+    assert load(model_path, driver, device="auto", **fails)["device"] == "cpu"
+
+
+def test_without_a_driver(model_path):
+    if any(Path(folder, "libcuda.so.1").exists() for folder in ("/usr/lib/x86_64-linux-gnu", "/usr/lib64")):
+        pytest.skip("this machine has a driver")
+    found = load(model_path, None)
+    assert found["error"].endswith("no NVIDIA driver is installed (libcuda.so.1 is not found)")
+    assert load(model_path, None, device="auto")["device"] == "cpu"
+
+
+def test_out_of_memory_names_the_bytes(driver, model_path):
+    found = load(model_path, driver, memory="300000")
+    assert found["error"].startswith(f"MemoryError: {model_path}: not enough memory: the GPU has no ")
+    assert " bytes for " in found["error"]
+    assert "of 300000 are free" in found["error"]
+
+
+def test_a_device_that_fails_while_it_computes(driver, model_path):
+    found = load(model_path, driver, launch="719")
+    assert found["error"] == "DeviceError: Fake GPU has failed: failure 719 of the fake (CUDA error 719)"
+
+
+def test_everything_is_given_back(driver, model_path, tmp_path):
+    log = tmp_path / "log"
+    load(model_path, driver, log=str(log))
+    lines = log.read_text().split("\n")
+    assert lines.count("alloc") == lines.count("free") > 10
+    assert lines.count("retain") == lines.count("release") == 1
+    assert lines.count("load") == lines.count("unload") == 1
