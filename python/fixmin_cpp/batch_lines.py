@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-from .arguments import as_int, split_prompts
+from .arguments import MAX_SEED, as_int, split_prompts
 from .errors import ArgumentError, ArgumentTypeError, FixminError
 from .generation_options import GenerationOptions, main_names
 from .openai_api.refusal import refusal
@@ -28,8 +28,6 @@ __all__ = [
 ]
 
 TASKS = ("generate", "score", "embed")
-
-_MAX_SEED = 2**64 - 1
 
 
 class Line(NamedTuple):
@@ -115,7 +113,7 @@ class Settings:
         except TypeError as error:
             raise ArgumentTypeError(f"options must be what JSON can hold: {error}") from None
         GenerationOptions.check(checked, vocab_size)
-        return cls(task, as_int("seed", seed, 0, _MAX_SEED), checked, token_ids)
+        return cls(task, as_int("seed", seed, 0, MAX_SEED), checked, token_ids)
 
     def seed_of(self, line: int, index: int) -> int:
         """Of a prompt that comes without one."""

@@ -234,12 +234,7 @@ def decode(data: bytes, source: str) -> str:
 def unescape(text: str) -> str:
     r"""Replaces \n, \t, \r, \" and \\; any other backslash stays as it is."""
     letters = {"n": "\n", "t": "\t", "r": "\r", '"': '"', "\\": "\\"}
-    result, i = [], 0
-    while i < len(text):
-        letter = letters.get(text[i + 1 : i + 2]) if text[i] == "\\" else None
-        result.append(text[i] if letter is None else letter)
-        i += 1 if letter is None else 2
-    return "".join(result)
+    return re.sub(r'\\([ntr"\\])', lambda found: letters[found[1]], text)
 
 
 def _logit_bias(options: list[str]) -> dict[int, float]:

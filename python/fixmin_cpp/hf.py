@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
@@ -691,12 +692,10 @@ def _draw_seed() -> int:
 
 def _append(prompts: Tensor, answers: list[list[int]], pad: Tensor | None) -> Tensor:
     """[B, T] and B answers -> [B, T + longest answer], shorter ones padded on the right."""
-    longest = max(map(len, answers))
+    rows = [torch.tensor(answer, dtype=prompts.dtype) for answer in answers]
     # Without a padding token there is no end-of-text token either, and all answers are as long.
-    out = torch.full((len(prompts), longest), 0 if pad is None else int(pad), dtype=prompts.dtype)
-    for row, answer in enumerate(answers):
-        out[row, : len(answer)] = torch.tensor(answer)
-    return torch.cat((prompts, out), dim=1)
+    filler = 0 if pad is None else int(pad)
+    return torch.cat((prompts, pad_sequence(rows, batch_first=True, padding_value=filler)), dim=1)
 
 
 # --- checks -------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import weakref
 from ..constrain import token_bytes
 from ..errors import UnsupportedError
 from ..model import Model
-from ..tokenizer import TextTokenizer
+from ..tokenizer import TextTokenizer, as_piece
 
 __all__ = ["TokenNames"]
 
@@ -50,10 +50,8 @@ class TokenNames:
 
 
 def _name(data: bytes) -> str:
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+    piece = as_piece(data)
+    return piece if isinstance(piece, str) else "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
 
 
 def _all_bytes(tokenizer: TextTokenizer) -> dict[int, bytes]:

@@ -55,10 +55,6 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-class _JSON(JSONResponse):
-    """Characters as they are, not as escapes."""
-
-
 class _Events(Response):
     """Server-sent events of a job. A client that goes away cancels it."""
 
@@ -154,7 +150,7 @@ def create_app(
         summary="Language models without an input embedding table.",
         version=__version__,
         lifespan=lifespan,
-        default_response_class=_JSON,
+        default_response_class=JSONResponse,
         responses=_ERRORS,
         openapi_url=None,  # made in a thread, below
         docs_url=None,
@@ -193,7 +189,7 @@ def _add_generation(app: FastAPI, host: ModelHost, metrics: Metrics, template: C
     async def answer(request: Request, job: Job, prompt: Any, stop: Sequence[str] = ()) -> Response:
         ready = await _unless_disconnected(job.prepare(prompt, stop), request.receive)
         if ready is None:
-            return _JSON(None)
+            return JSONResponse(None)
         if job.request.stream:
             return _Events(host, job)
         with host.admitted(job.n_sequences):
@@ -232,7 +228,7 @@ def _add_generation(app: FastAPI, host: ModelHost, metrics: Metrics, template: C
         with host.admitted(1):
             found = await _unless_disconnected(embed(), request.receive)
         if found is None:
-            return _JSON(None)
+            return JSONResponse(None)
         vectors, n_tokens = [vector for vector, _ in found], sum(n for _, n in found)
         facts_of(request.scope)["prompt_tokens"] = n_tokens
         return rendering.embeddings(vectors, n_tokens, host.settings.name, body.encoding_format == "base64")
@@ -254,7 +250,7 @@ def _embed(host: ModelHost, name: str, text: Any, parse_special: bool) -> tuple[
 def _add_tokens(app: FastAPI, host: ModelHost) -> None:
     async def computed(request: Request, function: Callable[..., Response], body: Any) -> Response:
         answer = await _unless_disconnected(host.compute(function, host, body), request.receive)
-        return _JSON(None) if answer is None else answer
+        return JSONResponse(None) if answer is None else answer
 
     @app.post("/tokenize", response_model=answers.Tokens)
     async def tokenize(request: Request, body: TokenizeRequest) -> Response:
@@ -276,7 +272,7 @@ def _detokenize(host: ModelHost, body: DetokenizeRequest) -> Response:
     model = host.model
     ids: Any = as_token_ids("tokens", body.tokens, model.info["vocab_size"]) if body.tokens else []
     text = model.decode(ids)
-    return _JSON({"content": text, "prompt": text})
+    return JSONResponse({"content": text, "prompt": text})
 
 
 def _tokenize(host: ModelHost, body: TokenizeRequest) -> Response:
@@ -411,7 +407,7 @@ def _add_facts(app: FastAPI, host: ModelHost, metrics: Metrics) -> None:
         """What there is, for programs; made at the first request, in a second."""
         made = await host.compute(app.openapi)
         root = request.scope.get("root_path", "")
-        return _JSON({**made, "servers": [{"url": root}]} if root else made)
+        return JSONResponse({**made, "servers": [{"url": root}]} if root else made)
 
     @app.get("/docs", response_class=HTMLResponse, include_in_schema=False)
     async def docs() -> Response:

@@ -6,6 +6,7 @@ string. What is not named here has the usual limits, so that no field is without
 """
 
 import contextlib
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -13,6 +14,7 @@ from typing import Any
 
 from ..errors import ArgumentError
 from ..generation_options import GenerationOptions
+from ..json_schema import walk
 from ..model import Model
 from ..openai_api.request import CompletionRequest, GenerationRequest
 from ..sampling_fields import FORMS
@@ -132,7 +134,7 @@ def _check_field(name: str, value: Any) -> None:
             value = json.loads(value, parse_int=_integer)
     if name in _ALL_ELEMENTS:
         enough = _ALL_ELEMENTS[name]
-        if _n_elements(value, enough) > enough:
+        if any(True for _ in itertools.islice(walk(value), enough, None)):
             raise _refused(name, f"{name} has more than {enough} elements")
     elif isinstance(value, list):
         for i, one in enumerate(value):
@@ -143,19 +145,6 @@ def _check_text(name: str, value: Any, longest: int, index: int | None = None) -
     if isinstance(value, str) and len(value) > longest:
         place = name if index is None else f"{name}[{index}]"
         raise _refused(name, f"{place} has {len(value)} characters, at most {longest} are taken")
-
-
-def _n_elements(value: Any, enough: int) -> int:
-    """Of a value and all in it, counted until there are more than `enough`."""
-    n, todo = 0, [value]
-    while todo and n <= enough:
-        one = todo.pop()
-        n += 1
-        if isinstance(one, dict):
-            todo.extend(one.values())
-        elif isinstance(one, list):
-            todo.extend(one)
-    return n
 
 
 def _refused(name: str, message: str) -> APIError:
