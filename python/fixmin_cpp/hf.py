@@ -445,7 +445,9 @@ class FixMinForCausalLM(PreTrainedModel, GenerationMixin):
         self, prompts: Tensor, rows: list[list[int]], plan: "_Plan", streamer: BaseStreamer | None
     ) -> list[list[int]]:
         """The answers to all rows, the end-of-text token included; `prompts` [B, T] are the rows with their padding."""
-        options = plan.options | ({"seed": [_draw_seed() for _ in rows]} if plan.sampled else {})
+        options = dict(plan.options)
+        if plan.sampled:  # from PyTorch's generator, so that its seed decides about the text
+            options["seed"] = [int(torch.randint(2**63 - 1, ())) for _ in rows]
         if streamer is None and not plan.criteria:
             return [plan.answer(completion) for completion in self.engine.generate(rows, **options)]
         sequences: list[Tensor] = list(prompts.split(1))
@@ -683,11 +685,6 @@ _READERS: dict[type, tuple[int, Callable[[Any, _Options, _Setting], None]]] = {
 }
 _FIRST_WARPER = 2
 _REPEATABLE = (NoBadWordsLogitsProcessor, SuppressTokensLogitsProcessor)
-
-
-def _draw_seed() -> int:
-    """From PyTorch's generator, so that its seed decides about the text."""
-    return int(torch.randint(2**63 - 1, ()))
 
 
 def _append(prompts: Tensor, answers: list[list[int]], pad: Tensor | None) -> Tensor:

@@ -11,7 +11,7 @@ import math
 import os
 import random
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from lm_eval.api.instance import Instance
@@ -20,14 +20,12 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
+from typing_extensions import Unpack  # in typing from Python 3.11
 
 from .arguments import as_int
 from .errors import ArgumentError, UnsupportedError
 from .load_options import LoadArguments
 from .model import Model
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack  # in typing from Python 3.11
 
 __all__ = ["FixMinLM"]
 
@@ -86,7 +84,7 @@ class FixMinLM(TemplateLM):
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
         device: str | None = None,
-        **options: "Unpack[LoadArguments]",
+        **options: Unpack[LoadArguments],
     ) -> None:
         super().__init__()
         if device not in (None, "cpu", "cuda:0"):

@@ -98,7 +98,9 @@ class Model:
         metadata = engine.take_metadata()  # of the bytes that were loaded, whatever the path names by now
         self._tokenizer = TextTokenizer.from_metadata(metadata)
         # What else the file says; its vocabulary, a hundred thousand strings, is in the tokenizer.
-        self._metadata = {key: value for key, value in metadata.items() if not _is_vocabulary(key, value)}
+        self._metadata = {
+            key: value for key, value in metadata.items() if not key.startswith("tokenizer.") or isinstance(value, int)
+        }
         self._hash: str | None = None  # of the file, when it is first needed
         self._compiler: Compiler | None = None  # of grammars, likewise
         self._eos_ids = end_of_text_ids(metadata, self._vocab_size)
@@ -740,10 +742,6 @@ class Model:
             raise FixminError("the model has not been loaded")
         self._runner.check_open()
         return self._runner
-
-
-def _is_vocabulary(key: str, value: Any) -> bool:
-    return key.startswith("tokenizer.") and not isinstance(value, int)
 
 
 def _load(cls: type[Model], path: str, options: dict[str, Any]) -> Model:

@@ -366,6 +366,7 @@ def _add_facts(app: FastAPI, host: ModelHost, metrics: Metrics) -> None:
         """What is loaded, how its codes are made, and what requests may ask for."""
         info = host.model.info
         limits = host.settings
+        by_type: dict[str, int] = info["bytes"]["weights_by_type"]
         return {
             "model_name": name,
             "build_info": f"fixmin {__version__}",
@@ -375,7 +376,7 @@ def _add_facts(app: FastAPI, host: ModelHost, metrics: Metrics) -> None:
             "n_layers": info["block_count"],
             "embedding_length": info["embedding_length"],
             "eos_token_id": info["eos_token_id"],
-            "quantization": _quantization(info),
+            "quantization": max(by_type, key=lambda kind: by_type[kind]),  # that most bytes have
             "isa": info["isa"],
             "n_threads": info["n_threads"],
             "parameters_saved": info["vocab_size"] * info["embedding_length"],
@@ -413,9 +414,3 @@ def _add_facts(app: FastAPI, host: ModelHost, metrics: Metrics) -> None:
     async def docs() -> Response:
         """What /openapi.json says, to read and to try: a page of our own, as others load scripts from elsewhere."""
         return HTMLResponse(_DOCS.read_text("utf-8"), headers=_PAGE_HEADERS)
-
-
-def _quantization(info: dict[str, Any]) -> str:
-    """The type that most bytes of the weights have."""
-    by_type: dict[str, int] = info["bytes"]["weights_by_type"]
-    return max(by_type, key=lambda kind: by_type[kind])
