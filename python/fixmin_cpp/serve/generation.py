@@ -22,8 +22,6 @@ from .limits import check_counts, check_generations
 from .metrics import Metrics
 from .record import Record
 
-__all__ = ["Job"]
-
 
 def _json(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
