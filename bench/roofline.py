@@ -1,4 +1,4 @@
-"""Shares of what the machine can do, as docs/benchmarks/roofline.md has them: its first two tables, as Markdown.
+r"""Shares of what the machine can do, as docs/benchmarks/roofline.md has them: its first two tables, as Markdown.
 
     python bench/roofline.py q8_0=out/bench/full-q8_0.gguf q4_0=out/bench/full-q4_0.gguf \
         q4_k_m=out/bench/full-q4_k_m.gguf f16=out/bench/full-f16.gguf

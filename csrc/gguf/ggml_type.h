@@ -72,8 +72,6 @@ constexpr const TypeTraits* type_traits(uint32_t raw_type) noexcept {
 }
 
 /// Never fails: a GgmlType that came out of GgufFile is known.
-constexpr const TypeTraits& type_traits(GgmlType type) noexcept {
-    return kTypeTraits[static_cast<uint32_t>(type)];
-}
+constexpr const TypeTraits& type_traits(GgmlType type) noexcept { return kTypeTraits[static_cast<uint32_t>(type)]; }
 
 }  // namespace fixmin::gguf
