@@ -102,7 +102,7 @@ def imported(name: str, path: Path, known: Iterable[str]) -> set[str]:
 PYTHON = (
     {"_core", "errors", "progress", "atomic_file", "arguments"},
     {"fields", "json_schema", "tokenizer", "text", "constrain", "state", "recognise"},
-    {"sampling_fields", "load_options", "generation_options"},
+    {"sampling_fields", "load_options", "serve_options", "generation_options"},
     {"generation", "running", "beam"},
     {"model"},
     {"evaluate", "hf", "lm_eval", "lm_eval_model", "benchmark", "inspect", "logs"},
