@@ -229,7 +229,7 @@ def test_special_ids(tmp_path: Path) -> None:
 )
 def test_generation_config_counts_where_it_names_one(tmp_path: Path, config, generation, expected) -> None:
     found, warnings = special(tmp_path, config={"eos_token_id": config}, generation_config={"eos_token_id": generation})
-    assert found.eos == expected
+    assert found["eos_token_ids"] == expected
     assert any("first counts" in w for w in warnings) == (config is not None and bool(generation))
     assert any("-1" in w for w in warnings) == (config == -1)
 
@@ -487,7 +487,7 @@ def test_a_tokenizer_is_built_where_its_class_is_known(tmp_path: Path, name: str
     with Source(tmp_path) as source:
         path = source.tokenizer_json()
         built = Tokenizer.from_file(str(path))
-        assert source.special_ids(400).eos == (original.token_to_id("<|endoftext|>"),)
+        assert source.special_ids(400)["eos_token_ids"] == (original.token_to_id("<|endoftext|>"),)
         assert any("was built of vocab.json" in w for w in source.warnings)
     assert not path.exists()
     assert sorted(tmp_path.iterdir()) == before, "nothing of the checkpoint is changed"
