@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from .. import _core
 from ..errors import naming
+from ..evaluate import log_softmax
 from .checkpoint.source import Source
 from .gguf_file.formats import BY_GGML_TYPE, OUT_TYPES
 from .gguf_file.readback import StoredModel, read_gguf
@@ -263,36 +264,25 @@ def verify(
     Raises GGUFError for a file that cannot be read, CheckpointError for a checkpoint that cannot.
     """
     with naming(gguf_path):
-        return _verify(gguf_path, checkpoint_dir, overrides, open_runner, progress, options)
-
-
-def _verify(
-    gguf_path: str | os.PathLike[str],
-    checkpoint_dir: str | os.PathLike[str],
-    overrides: Mapping[str, Any] | None,
-    open_runner: OpenRunner,
-    progress: Callable[[str], None],
-    options: Mapping[str, Any],
-) -> Certificate:
-    stored = read_gguf(gguf_path)
-    _outtype(stored)
-    overrides = {**remembered_overrides(stored.metadata), **(overrides or {})}
-    allowed = remembered_allowances(stored.metadata)
-    if any(allowed.values()):
-        names = ", ".join(f"{option(kind)} {name}" for kind, some in allowed.items() for name in some)
-        progress(f"as in the conversion, which the file remembers: {names}")
-    progress("hashing the weights")
-    with Source(Path(checkpoint_dir)) as source:
-        sha256, expected = source.sha256(), stored.metadata.get("fixmin.convert.sha256")
-    if not isinstance(expected, str) or sha256 != expected:
-        made = f"the file was made from {stored.metadata.get('fixmin.convert.source')!r} ({expected or 'unknown'})"
-        problem = f"{checkpoint_dir} is another checkpoint: its weights have SHA-256 {sha256}, {made}"
-        return Certificate(against="nothing", outtype=_outtype(stored), problems=(problem,))
-    with (
-        torch_threads(Path(checkpoint_dir)),
-        resolve(checkpoint_dir, overrides=overrides, remembered=allowed, log=progress, **options) as resolved,
-    ):
-        return certify(gguf_path, resolved, open_runner, progress)
+        stored = read_gguf(gguf_path)
+        _outtype(stored)
+        overrides = {**remembered_overrides(stored.metadata), **(overrides or {})}
+        allowed = remembered_allowances(stored.metadata)
+        if any(allowed.values()):
+            names = ", ".join(f"{option(kind)} {name}" for kind, some in allowed.items() for name in some)
+            progress(f"as in the conversion, which the file remembers: {names}")
+        progress("hashing the weights")
+        with Source(Path(checkpoint_dir)) as source:
+            sha256, expected = source.sha256(), stored.metadata.get("fixmin.convert.sha256")
+        if not isinstance(expected, str) or sha256 != expected:
+            made = f"the file was made from {stored.metadata.get('fixmin.convert.source')!r} ({expected or 'unknown'})"
+            problem = f"{checkpoint_dir} is another checkpoint: its weights have SHA-256 {sha256}, {made}"
+            return Certificate(against="nothing", outtype=_outtype(stored), problems=(problem,))
+        with (
+            torch_threads(Path(checkpoint_dir)),
+            resolve(checkpoint_dir, overrides=overrides, remembered=allowed, log=progress, **options) as resolved,
+        ):
+            return certify(gguf_path, resolved, open_runner, progress)
 
 
 def remembered_overrides(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -417,7 +407,7 @@ def _end_to_end(
     for ours, theirs in zip(engine, truth, strict=True):
         for a, b in zip(ours, theirs, strict=True):  # row by row: float64 copies of all would be twice the logits
             largest = _max(largest, float(np.abs(a - b).max()))
-            p, q = _log_softmax(b), _log_softmax(a)
+            p, q = log_softmax(b[None])[0], log_softmax(a[None])[0]
             kl += float(np.sum(np.exp(p) * (p - q)))
             same += int(a.argmax() == b.argmax())
             count += 1
@@ -425,12 +415,6 @@ def _end_to_end(
 
 
 # --- helpers ----------------------------------------------------------------------------------------------------
-
-
-def _log_softmax(row: NDArray[np.float32]) -> NDArray[np.float64]:
-    row = row.astype(np.float64)
-    row -= row.max()
-    return row - np.log(np.exp(row).sum())
 
 
 def _worst_error(ours: Sequence[NDArray[np.float32]], truth: Sequence[NDArray[np.float32]]) -> float:

@@ -71,6 +71,7 @@ class Reporter:
 
     def step(self, text: str) -> None:
         """The next step has begun."""
+        self.line(f"{text} ...")
 
     def line(self, text: str) -> None:
         """Something to know that stays on the screen."""
@@ -87,9 +88,6 @@ class LogReporter(Reporter):
     def __init__(self, log: Callable[[str], object]) -> None:
         self._log = log
 
-    def step(self, text: str) -> None:
-        self._log(f"{text} ...")
-
     def line(self, text: str) -> None:
         self._log(text)
 
@@ -99,9 +97,6 @@ class ConsoleReporter(Reporter):
 
     def __init__(self, console: Console) -> None:
         self._console = console
-
-    def step(self, text: str) -> None:
-        self.line(f"{text} ...")
 
     def line(self, text: str) -> None:
         self._console.print(Text(printable(text)), soft_wrap=True)
@@ -143,10 +138,8 @@ def convert(
     step. Nothing of the checkpoint is changed.
 
     Args:
-        checkpoint_dir: config.json, weights (safetensors or pytorch_model.bin), tokenizer.json, modeling code.
-        out: the file to write, or the folder for it; None: in the checkpoint's folder. Its name is then made from the
-            folder's and the type.
-        outtype: a key of `gguf_file.formats.OUT_TYPES`.
+        checkpoint_dir, out, outtype: as in fixmin_cpp.api.convert. The weights are safetensors or pytorch_model.bin; in
+            a folder the file's name is made from the checkpoint's and the type.
         keep_uncertified: keep a file that fails certification, as OUT.uncertified.
         n_threads: threads that quantise; None, 0 or -1: the CPUs of this process.
         open_runner: opens the file for certification; the native engine by default.

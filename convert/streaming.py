@@ -65,7 +65,7 @@ def reference_logits(spec: ModelSpec, prompts: Sequence[NDArray[Any]]) -> list[N
         block = load_block(spec, config, layer)
         states = [_run(block, x, config) for x in states]
     norm = load_output_norm(spec, config)
-    return _project(spec, [norm(x)[0] for x in states])
+    return project(spec, [norm(x)[0] for x in states])
 
 
 @torch.inference_mode()
@@ -90,7 +90,7 @@ def step_errors(
         errors.append(_ratio((after - expected).norm(dim=-1), torch.maximum(added, least)))
     hidden = load_output_norm(spec, config)(torch.from_numpy(states[-1]))
     hidden = round_activations(hidden) if "output.weight" in rounded else hidden
-    expected = torch.from_numpy(_project(spec, [hidden])[0])
+    expected = torch.from_numpy(project(spec, [hidden])[0])
     return [*errors, _ratio((torch.from_numpy(logits) - expected).norm(dim=-1), expected.norm(dim=-1))]
 
 
@@ -160,7 +160,7 @@ def _load(module: nn.Module, spec: ModelSpec, prefix: str) -> None:
     module.load_state_dict(state, assign=True)
 
 
-def _project(spec: ModelSpec, hidden: Sequence[Tensor]) -> list[NDArray[np.float32]]:
+def project(spec: ModelSpec, hidden: Sequence[Tensor]) -> list[NDArray[np.float32]]:
     """Hidden states [T, D] -> logits [T, V], a few thousand rows of the output projection at a time."""
     weight, bias = spec.tensors["output.weight"], spec.tensors.get("output.bias")
     logits = [np.empty((len(h), spec.vocab_size), dtype=np.float32) for h in hidden]

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import CheckpointError
+from ...inspect import gf2_rank
 from ..spec import F32, Bits, CodeSpec, Lift
 
 MAX_WIDTH = 32  # bits of a code in the file format
@@ -55,9 +56,7 @@ def recover_code(rows: Rows, vocab_size: int, length: int) -> CodeSpec | None:
     codes = np.stack([_column(bits, c) for c in columns], axis=1)  # [V, K]
     low, high = float(values[0]), float(values[1])
     affine = fit_affine(codes)
-    if (
-        affine is not None and affine[1].all()
-    ):  # every bit of id 0 is one: the other naming of the two values is plainer
+    if affine is not None and affine[1].all():  # the bits of id 0 are ones: the other naming of the values is plainer
         codes, (low, high) = 1 - codes, (high, low)
         affine = fit_affine(codes)
     if affine is None:
@@ -99,20 +98,8 @@ def fit_affine(codes: Bits) -> tuple[Bits, Bits] | None:
     if not np.array_equal(predicted, codes):
         return None
     for unit in np.eye(width, dtype=np.uint8):
-        if len(columns) < width and _rank([*columns, unit]) == len(columns) + 1:
+        if len(columns) < width and gf2_rank([*columns, unit]) == len(columns) + 1:
             columns.append(unit)
-    if len(columns) < width or _rank(columns) < width:
+    if len(columns) < width or gf2_rank(columns) < width:
         return None
     return np.stack(columns, axis=1), shift.copy()
-
-
-def _rank(rows: list[Bits]) -> int:
-    """Rank over GF(2)."""
-    words = [int("".join(map(str, row.tolist())), 2) for row in rows]
-    basis: list[int] = []
-    for word in words:
-        for b in basis:
-            word = min(word, word ^ b)
-        if word:
-            basis.append(word)
-    return len(basis)

@@ -386,8 +386,7 @@ def _pair_biases(source: Source, block: Mapping[str, str]) -> tuple[dict[str, Pa
     for path, name in block.items():
         if len(source.tensors[name].shape) >= 2:
             parts[_stem(path)] = Part(name)
-    for path, name in block.items():
-        if len(source.tensors[name].shape) == 1 and not _is_bias(path):
+        elif len(source.tensors[name].shape) == 1 and not _is_bias(path):
             vectors[_stem(path)] = Part(name)
     for path, name in block.items():
         if len(source.tensors[name].shape) == 1 and _is_bias(path):

@@ -180,15 +180,6 @@ class StoredTensor:
         return self.dtype in _FLOATS
 
 
-@dataclass(frozen=True)
-class SpecialIds:
-    """Ids of special tokens: None or () where there is none."""
-
-    bos: int | None
-    eos: tuple[int, ...]  # each of them ends a text
-    pad: int | None
-
-
 @dataclass
 class Allowance:
     """Names, or patterns with * and ?, that the user gave to an option, and which of them named something."""
@@ -340,8 +331,8 @@ class Source:
                 )
         return self._tokenizer
 
-    def special_ids(self, vocab_size: int) -> SpecialIds:
-        """Ids of the tokens that begin, end and pad a text, each below vocab_size.
+    def special_ids(self, vocab_size: int) -> dict[str, Any]:
+        """Ids of the tokens that begin, end and pad a text, each below vocab_size, as fields of a ModelSpec.
 
         As in transformers, generation_config.json counts where it names one; then config.json; then the text of the
         token in the tokenizer's configuration. CheckpointError for an id that the model does not have.
@@ -351,7 +342,7 @@ class Source:
             if len(ids) > 1:
                 raise CheckpointError(f"{kind}_token_id is {list(ids)}, but one id was expected")
         eos = self._token_ids("eos", vocab_size)
-        return SpecialIds(next(iter(bos), None), eos, next(iter(pad), None))
+        return {"bos_token_id": next(iter(bos), None), "eos_token_ids": eos, "pad_token_id": next(iter(pad), None)}
 
     def _token_ids(self, kind: str, vocab_size: int) -> tuple[int, ...]:
         stated: list[tuple[str, tuple[int, ...]]] = []

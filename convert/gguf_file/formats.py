@@ -152,7 +152,7 @@ def _quantized_by_ggml(
     )
     if written != out.nbytes:
         raise RuntimeError(f"ggml_quantize_chunk wrote {written} bytes for {ggml_type.name}, expected {out.nbytes}")
-    if importance is not None and not np.isfinite(dequantize(out, ggml_type)).all():
+    if importance is not None and not np.isfinite(quants.dequantize(out, ggml_type)).all():
         raise OverflowError(f"and its importance give {ggml_type.name} scales that are not finite")
     return out
 
@@ -170,12 +170,3 @@ def floored(importance: NDArray[np.float32]) -> NDArray[np.float32]:
     if not 1e-10 < mean < 1e10:
         values, mean = values / mean, 1.0
     return np.maximum(values, 1e-6 * mean).astype(np.float32)
-
-
-def dequantize(raw: NDArray[np.uint8], ggml_type: GGMLQuantizationType) -> NDArray[np.float32]:
-    """Bytes of whole rows -> float32 values, flat."""
-    if ggml_type == GGMLQuantizationType.F32:
-        return raw.view("<f4")
-    if ggml_type == GGMLQuantizationType.F16:
-        return raw.view("<f2").astype(np.float32)
-    return quants.dequantize(raw, ggml_type)

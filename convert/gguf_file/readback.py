@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType
+from gguf import GGMLQuantizationType, quants
 from numpy.typing import NDArray
 
 from ... import _core
 from ...errors import GGUFError, naming
 from ...recognise import refuse_wrong_model
 from ..spec import CodeSpec, ModelSpec, TensorRecipe
-from .formats import dequantize, row_bytes
+from .formats import row_bytes
 
 
 @dataclass(frozen=True)
@@ -35,41 +35,38 @@ def read_gguf(path: str | os.PathLike[str]) -> StoredModel:
 
     Raises GGUFError for a file that is malformed, is of another architecture or lacks a key; OSError if unreadable.
     """
+    path = Path(path)
     with naming(path):
         refuse_wrong_model(path)
-        return _read(Path(path))
-
-
-def _read(path: Path) -> StoredModel:
-    file = _core.GgufFile(str(path))
-    metadata = file.metadata
-    if metadata.get("general.architecture") != "fixmin":
-        raise GGUFError(f"{path}: architecture {metadata.get('general.architecture')!a}, expected 'fixmin'")
-    keys = _Keys(path, metadata)
-    types = {t.name: GGMLQuantizationType[t.type] for t in file.tensors}
-    recipes = {t.name: _recipe(path, t, types[t.name]) for t in file.tensors if t.name != "token_code.weight"}
-    is_rms = "fixmin.attention.layer_norm_rms_epsilon" in metadata
-    spec = ModelSpec(
-        vocab_size=keys.get("vocab_size", int),
-        context_length=keys.get("context_length", int),
-        embedding_length=keys.get("embedding_length", int),
-        block_count=keys.get("block_count", int),
-        feed_forward_length=keys.get("feed_forward_length", int),
-        head_count=keys.get("attention.head_count", int),
-        head_count_kv=keys.get("attention.head_count_kv", int),
-        attention_scale=keys.get("attention.scale", float),
-        norm="rmsnorm" if is_rms else "layernorm",
-        norm_eps=keys.get(f"attention.layer_norm_{'rms_' if is_rms else ''}epsilon", float),
-        rope_dim=keys.get("rope.dimension_count", int),
-        rope_base=keys.get("rope.freq_base", float),
-        rope_style=keys.get("rope.style", str),
-        activation=keys.get("activation", str),
-        code=_code(keys, file),
-        tensors=recipes,
-        conventions={},
-        name=str(metadata.get("general.name", path.stem)),
-    )
-    return StoredModel(spec, types, metadata)
+        file = _core.GgufFile(str(path))
+        metadata = file.metadata
+        if metadata.get("general.architecture") != "fixmin":
+            raise GGUFError(f"{path}: architecture {metadata.get('general.architecture')!a}, expected 'fixmin'")
+        keys = _Keys(path, metadata)
+        types = {t.name: GGMLQuantizationType[t.type] for t in file.tensors}
+        recipes = {t.name: _recipe(path, t, types[t.name]) for t in file.tensors if t.name != "token_code.weight"}
+        is_rms = "fixmin.attention.layer_norm_rms_epsilon" in metadata
+        spec = ModelSpec(
+            vocab_size=keys.get("vocab_size", int),
+            context_length=keys.get("context_length", int),
+            embedding_length=keys.get("embedding_length", int),
+            block_count=keys.get("block_count", int),
+            feed_forward_length=keys.get("feed_forward_length", int),
+            head_count=keys.get("attention.head_count", int),
+            head_count_kv=keys.get("attention.head_count_kv", int),
+            attention_scale=keys.get("attention.scale", float),
+            norm="rmsnorm" if is_rms else "layernorm",
+            norm_eps=keys.get(f"attention.layer_norm_{'rms_' if is_rms else ''}epsilon", float),
+            rope_dim=keys.get("rope.dimension_count", int),
+            rope_base=keys.get("rope.freq_base", float),
+            rope_style=keys.get("rope.style", str),
+            activation=keys.get("activation", str),
+            code=_code(keys, file),
+            tensors=recipes,
+            conventions={},
+            name=str(metadata.get("general.name", path.stem)),
+        )
+        return StoredModel(spec, types, metadata)
 
 
 class _Keys:
@@ -127,6 +124,6 @@ def _recipe(path: Path, tensor: _core.GgufTensor, ggml_type: GGMLQuantizationTyp
             raw = np.frombuffer(os.pread(data.fileno(), (stop - start) * row, offset + start * row), dtype=np.uint8)
         if raw.size != (stop - start) * row:
             raise GGUFError(f"{path}: {tensor.name}: the file ends before offset {offset + stop * row}")
-        return dequantize(raw, ggml_type).reshape(stop - start, *shape[1:])
+        return quants.dequantize(raw, ggml_type).reshape(stop - start, *shape[1:])
 
     return TensorRecipe(shape, (tensor.name,), read_rows)

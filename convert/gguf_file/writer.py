@@ -27,18 +27,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType, GGUFWriter, TokenType
+from gguf import GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType, GGUFWriter, TokenType, quants
 from gguf.utility import size_label
 from numpy.typing import NDArray
 
 from ...atomic_file import AtomicFile
 from ...errors import CheckpointError, GGUFError, UnsupportedError
+from ...inspect import CERTIFICATE_PREFIX
 from ...tokenizer import EOS_IDS_KEY
 from ..spec import ModelSpec, TensorRecipe
-from .formats import OUT_TYPES, NotFiniteError, choose_type, dequantize, quantize_rows, row_bytes
+from .formats import OUT_TYPES, NotFiniteError, choose_type, quantize_rows, row_bytes
 
 ARCHITECTURE = "fixmin"
-CERTIFICATE_PREFIX = "fixmin.convert.certificate."
 
 # Weights per chunk: 4 MB of float32. Larger chunks were no faster; smaller ones make the reads of a file short.
 _CHUNK = 1 << 20
@@ -426,7 +426,7 @@ def _store(tensor: TensorPlan, rows: NDArray[Any], first: int) -> NDArray[np.uin
             return quantize_rows(rows, tensor.type, tensor.importance)
         stored = np.ascontiguousarray(rows).view(np.uint8)
         if tensor.type != GGMLQuantizationType.I8:
-            values = dequantize(stored, tensor.type)
+            values = quants.dequantize(stored, tensor.type)
             if not np.isfinite(values).all():
                 raise NotFiniteError(values.reshape(len(rows), -1))
         return stored

@@ -6,19 +6,18 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...errors import CheckpointError
 from ...reference.modeling_fixmin import causal_mask, rope_tables
 from ..spec import ModelSpec
-from ..streaming import embed, load_block, load_output_norm, reference_config
+from ..streaming import embed, load_block, load_output_norm, project, reference_config
 from .memory import give_back
 from .probe import OwnModel
 
 # Relative to the largest element. Checkpoints compute rotary angles in float32, which at position 1000 are off by 3e-5
 # and grow by the attention scores; a wrong convention is off by more than one percent at such lengths.
 TOLERANCE = 2e-3
-_OUTPUT_ROWS = 8192  # of the output projection at a time: 32 MB at width 1024
 _LOGIT_ROWS = 64
 _LONGEST = 1024  # tokens; what only longer prompts would show is not seen
 
@@ -35,17 +34,6 @@ def normed_inputs(spec: ModelSpec, ids: NDArray[Any]) -> Iterator[Tensor]:
         x = block(x, *tables, mask, None)
         give_back(cycles=False)
     yield load_output_norm(spec, config)(x)[0]
-
-
-def output_error(spec: ModelSpec, hidden: Tensor, logits: Tensor) -> float:
-    """max |Δ| / max |logits| of the output projection of hidden [T, D] against logits [T, V], a slice at a time."""
-    bias, worst = spec.tensors.get("output.bias"), 0.0
-    for start in range(0, spec.vocab_size, _OUTPUT_ROWS):
-        stop = min(start + _OUTPUT_ROWS, spec.vocab_size)
-        rows = torch.from_numpy(spec.tensors["output.weight"].load_rows(start, stop))
-        offset = None if bias is None else torch.from_numpy(bias.load_rows(start, stop))
-        worst = max(worst, float((nn.functional.linear(hidden, rows, offset) - logits[:, start:stop]).abs().max()))
-    return worst / float(logits.abs().max())
 
 
 @torch.no_grad()
@@ -77,7 +65,8 @@ def confirm(spec: ModelSpec, own: OwnModel, numbers: Sequence[int]) -> tuple[flo
                 f"(an attention window shorter than the context, positions scaled with the length?); relative "
                 f"difference {error:.2g}"
             )
-    error = output_error(spec, last[kept], logits)
+    computed = torch.from_numpy(project(spec, [last[kept]])[0])
+    error = float((computed - logits).abs().max() / logits.abs().max())
     if not error <= TOLERANCE:
         raise CheckpointError(
             f"output: the logits differ on a prompt of {length} tokens; relative difference {error:.2g}"

@@ -16,6 +16,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
+from unittest import mock
 
 import numpy as np
 import torch
@@ -45,7 +46,7 @@ def contained(tell: Callable[[str], None] | None = None) -> Iterator[None]:
             stack.enter_context(_settings_restored())
             stack.enter_context(contextlib.redirect_stdout(output))
             for name in ("_exit", "abort", "execv", "execve"):
-                stack.enter_context(_replaced(os, name, _refuse(f"os.{name}")))
+                stack.enter_context(mock.patch.object(os, name, _refuse(f"os.{name}")))
             yield
     except SystemExit as error:
         status = "" if error.code is None else f" (status {error.code})"
@@ -70,16 +71,6 @@ def _refuse(name: str) -> Callable[..., NoReturn]:
         raise _Ended(name)
 
     return refuse
-
-
-@contextlib.contextmanager
-def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, before)
 
 
 @contextlib.contextmanager

@@ -138,7 +138,8 @@ class Reader:
     def __init__(self, tapes: Sequence[Tape], logits: Sequence[Tensor], eps: Sequence[float], hints: Hints) -> None:
         """eps and hints: what is declared; tried first. Empties the products of all recordings but the first."""
         self.tape, self.declared_eps, self.hints = tapes[0], eps, hints
-        self.tokens = self.tape_length(tapes)
+        rows = [p.x.shape[0] for p in self.tape.products]
+        self.tokens = max(set(rows), key=rows.count) if rows else 0  # T: most products have one row per token
         kept = [self._float_products(t) for t in tapes]
         if len({len(k) for k in kept}) != 1 or not kept[0]:
             raise CheckpointError(
@@ -159,12 +160,6 @@ class Reader:
         self.logits = torch.stack([t.double() for t in logits])
         self.errors: dict[str, float] = {}
         self.sources: dict[str, str] = {}
-
-    @staticmethod
-    def tape_length(tapes: Sequence[Tape]) -> int:
-        """T: most products have one row per token."""
-        rows = [p.x.shape[0] for p in tapes[0].products]
-        return max(set(rows), key=rows.count) if rows else 0
 
     def _float_products(self, tape: Tape) -> list[Product]:
         types = {p.x.dtype for p in tape.products if p.x.is_floating_point()} - {torch.float32, torch.float64}

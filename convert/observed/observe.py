@@ -97,19 +97,14 @@ class _Observation:
         fraction = hyper(facts, "rope_fraction")
         dims = [int(v) for v in numbers("rope_dim", "rope_dim")]
         dims += [int(head_dim * fraction)] if head_dim and fraction else []
-        eps = [
-            float(value)
-            for module in self.own.model.modules()
-            for key, value in vars(module).items()
-            if "eps" in key.lower() and isinstance(value, float) and 0 < value < 0.1
-        ]
-        numeric = {
-            float(value)
+        attributes = [
+            (key, value)
             for module in self.own.model.modules()
             for key, value in vars(module).items()
             if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
-            and re.search(r"scale|factor|multiplier|base|theta", key)
-        }  # fmt: skip
+        ]
+        eps = [value for key, value in attributes if "eps" in key.lower() and value < 0.1]
+        numeric = {float(v) for key, v in attributes if re.search(r"scale|factor|multiplier|base|theta", key)}
         hints = Hints(
             head_count=int(heads) if heads else None,
             bases=[*numbers("rope_base", "rope_base"), *(v for v in sorted(numeric) if v > 4)],
@@ -225,7 +220,6 @@ class _Observation:
             recipe = tensors.get(f"blk.0.{name}.weight")
             if recipe is not None:
                 self.conventions[name] = (" + ".join(recipe.sources) or "computed", "operations of block 0")
-        special = self.source.special_ids(vocab_size)
         return ModelSpec(
             vocab_size=vocab_size,
             context_length=context,
@@ -245,9 +239,7 @@ class _Observation:
             tensors=tensors,
             conventions=self.conventions,
             name=self.source.directory.resolve().name,
-            bos_token_id=special.bos,
-            eos_token_ids=special.eos,
-            pad_token_id=special.pad,
+            **self.source.special_ids(vocab_size),
             tokenizer_json=self.source.tokenizer_json(),
             weights_sha256=self.source.sha256,
         )

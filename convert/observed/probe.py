@@ -46,15 +46,12 @@ class _FinalError(CheckpointError):
 class OwnModel:
     """A checkpoint's model, run by its own code. Tensors are CPU float32; ids are sequences of their own, [T]."""
 
-    def __init__(
-        self, model: nn.Module, source: Source, file_name: dict[str, str], unknown: list[str], log: Log
-    ) -> None:
+    def __init__(self, model: nn.Module, source: Source, file_name: dict[str, str], log: Log) -> None:
         self.model = model
         self.log, self._told = log, set[str]()
         self.put_back: Callable[[], None] = lambda: None  # restores what whoever called had, see `load_own_model`
         self.source = source
         self.file_name = file_name  # name in the model -> name in the file
-        self.unknown = unknown  # tensors of the file that the code does not know
         self.vocab_size = 0  # known after the first logits
         self._call_style: Callable[[Tensor], Any] | None = None
         self._last_only = False
@@ -400,7 +397,7 @@ def _filled(model: nn.Module, source: Source, first_draw: dict[str, Tensor], log
                 f"the checkpoint's code draws {name} {tuple(tensor.shape)} at random and no file holds it: "
                 "what the model computes differs from run to run"
             )
-    return OwnModel(model, source, file_name, unknown, log)
+    return OwnModel(model, source, file_name, log)
 
 
 def _check_missing(

@@ -62,15 +62,6 @@ class Elementwise:
     eps: float | None = None
 
 
-@dataclass(frozen=True)
-class Lookup:
-    """Rows of a weight, taken by integer index."""
-
-    order: int
-    weight: Weight
-    y: Tensor
-
-
 class Tape(TorchDispatchMode):
     """Records while active; see the attributes. Tensors are kept as copies, which in-place changes do not reach."""
 
@@ -83,7 +74,6 @@ class Tape(TorchDispatchMode):
         self._count = 0  # products seen; only if inputs_of was given
         self.products: list[Product] = []
         self.elementwise: list[Elementwise] = []
-        self.lookups: list[Lookup] = []
         self.outputs: list[tuple[int, Tensor]] = []  # early floating-point activations, in order
         self.scalars: list[tuple[int, str, float]] = []  # numbers in the code: (order, operation, value)
         self.operations: set[str] = set()
@@ -196,10 +186,6 @@ class Tape(TorchDispatchMode):
             if link is not None:
                 return lambda result: self._add_bias(*link, weight, result, x)
             return lambda result: self._add_elementwise(op, weight, None, x, result)
-        if op in ("embedding", "index", "index_select", "gather"):
-            table = self._weight(args[0])
-            if table is not None:
-                return lambda result: self.lookups.append(Lookup(self.order, table, result.detach().clone()))
         return _nothing
 
     def _weight(self, tensor: Tensor | None) -> Weight | None:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import CheckpointError
+from ...evaluate import negative_log_probabilities
 from ..checkpoint.source import Source
 from .files import Files, Item, State
 
@@ -60,10 +61,7 @@ class Losses:
             prompts = self.windows[:windows]
             losses = []
             for ids, logits in zip(prompts, reference_logits(self.files.spec(state), prompts), strict=True):
-                scores = logits[:-1].astype(np.float64)
-                scores -= scores.max(1, keepdims=True)
-                norm = np.log(np.exp(scores).sum(1))
-                losses.append(norm - scores[np.arange(len(ids) - 1), ids[1:]])
+                losses.append(negative_log_probabilities(logits[:-1], ids[1:]))
             self._known[key] = np.nan_to_num(np.concatenate(losses), nan=1e9, posinf=1e9)
         return self._known[key]
 

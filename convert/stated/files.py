@@ -27,10 +27,6 @@ class Item:
     origin: str | None = None  # set: settled, options has one entry
     settle: str = ""  # command line option
 
-    @property
-    def open(self) -> bool:
-        return self.origin is None
-
 
 State = dict[str, Any]  # item name -> value
 
@@ -163,9 +159,6 @@ class Files:
                     f"config.json: {key} = {value!r} is something the file format does not have, or has under another "
                     "name; only the checkpoint's code (--trust-remote-code) can tell"
                 )
-
-    def calibratable(self) -> bool:
-        return self.source.tokenizer_json() is not None and "calibrate" not in self.stated
 
     def _count_item(self, name: str, key: str | None, found: tuple[int, str] | None = None) -> Item:
         """A number that no calibration can find."""
@@ -435,7 +428,6 @@ class Files:
         kv = tensors["blk.0.attn_k.weight"].shape[0] * head_count / self.width
         if kv != int(self.stated.get("n_head_kv", kv)):
             raise CheckpointError(f"--n-head-kv {self.stated['n_head_kv']}: the shapes say {kv:g}")
-        source, special = self.source, self.special
         return ModelSpec(
             vocab_size=self.vocab_size,
             context_length=int(state["context_length"]),
@@ -456,12 +448,10 @@ class Files:
             conventions={
                 n: (" + ".join(t.sources), "name and shape") for n, t in tensors.items() if n.startswith("blk.0.")
             },
-            name=source.directory.resolve().name,
-            bos_token_id=special.bos,
-            eos_token_ids=special.eos,
-            pad_token_id=special.pad,
-            tokenizer_json=source.tokenizer_json(),
-            weights_sha256=source.sha256,
+            name=self.source.directory.resolve().name,
+            **self.special,
+            tokenizer_json=self.source.tokenizer_json(),
+            weights_sha256=self.source.sha256,
         )
 
     def _block(

@@ -33,9 +33,9 @@ def resolve_without_code(
         raise CheckpointError(f"{error}{_hint(source, False)}") from None
     for name, why in files.roles.ignored.items():
         tell(f"tensor {name} {source.tensors[name].shape}: ignored, {why}")
-    undecided = {item.name: "" for item in items if item.open}
+    undecided = {item.name: "" for item in items if item.origin is None}
     if any(not item.options for item in items) or (undecided and calibrate is None):
-        raise _ambiguous(source, items, undecided, files.calibratable())
+        raise _ambiguous(source, items, undecided, source.tokenizer_json() is not None)
     state = {item.name: item.options[0][1] for item in items}
     origins = {item.name: item.origin or "" for item in items}
     if calibrate is not None:

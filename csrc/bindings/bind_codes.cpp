@@ -113,11 +113,10 @@ py::array_t<uint8_t> codes_of(const CodeMap& map, const py::array& ids) {
     const auto checked_ids = checked<uint32_t>(ids, "ids", 1);
     const size_t n_tokens = static_cast<size_t>(checked_ids.size());
     const size_t width = map.width();
-    std::vector<uint32_t> words(n_tokens);
     py::array_t<uint8_t> bits({n_tokens, width});
     uint8_t* out = bits.mutable_data();
     const py::gil_scoped_release release;
-    map.codes(as_span(checked_ids), words);
+    const std::vector<uint32_t> words = map.codes(as_span(checked_ids));
     for (size_t t = 0; t < n_tokens; ++t) codes::unpack_bits(words[t], {out + t * width, width});
     return bits;
 }
@@ -173,11 +172,16 @@ void add_rows(FoldBuilder& builder, int64_t row_begin, const py::array& weight, 
                      bias ? b.data() : nullptr);
 }
 
-/// [T, 2]: shift and rstd of every code.
-py::array_t<float> fold_scales(const FoldedProjection& fold, const py::array& code_bits) {
+/// [T, K] of 0/1, as wide as the fold's codes -> T words.
+std::vector<uint32_t> words_for(const FoldedProjection& fold, const py::array& code_bits) {
     const auto bits = checked<uint8_t>(code_bits, "codes", 2);
     check_columns("codes", bits.shape(1), fold.width());
-    const std::vector<uint32_t> words = pack_rows(bits);
+    return pack_rows(bits);
+}
+
+/// [T, 2]: shift and rstd of every code.
+py::array_t<float> fold_scales(const FoldedProjection& fold, const py::array& code_bits) {
+    const std::vector<uint32_t> words = words_for(fold, code_bits);
     py::array_t<float> result({words.size(), size_t{2}});
     auto out = result.mutable_unchecked<2>();
     for (size_t t = 0; t < words.size(); ++t) {
@@ -194,9 +198,7 @@ py::array_t<float> copied(const float* data, std::vector<py::ssize_t> shape) {
 }
 
 py::array_t<float> apply_fold(const FoldedProjection& fold, const py::array& code_bits) {
-    const auto bits = checked<uint8_t>(code_bits, "codes", 2);
-    check_columns("codes", bits.shape(1), fold.width());
-    const std::vector<uint32_t> words = pack_rows(bits);
+    const std::vector<uint32_t> words = words_for(fold, code_bits);
     py::array_t<float> y({words.size(), size_t{fold.rows()}});
     float* out = y.mutable_data();
     const py::gil_scoped_release release;

@@ -60,7 +60,7 @@ py::dict info(const EngineHandle& handle) {
     d["norm_eps"] = hp.norm_eps;
     d["rope_dimension_count"] = hp.rope_dim;
     d["rope_freq_base"] = hp.rope_base;
-    d["rope_style"] = hp.rope_style == numerics::RopeStyle::half ? "half" : "interleaved";
+    d["rope_style"] = std::string(model::name(hp.rope_style));
     d["activation"] = std::string(model::name(hp.activation));
     d["code_kind"] = std::string(model::name(hp.code_kind));
     d["code_width"] = hp.code_width;
@@ -140,10 +140,6 @@ py::array_t<float> hidden_states(const EngineHandle& handle, const Ids& ids, uin
     return out;
 }
 
-py::array_t<double> doubles(const std::vector<double>& values) {
-    return py::array_t<double>(py::ssize_t(values.size()), values.data());
-}
-
 /// Adds the squared inputs of every product to what the object holds; one entry per weight tensor of the file.
 class InputSquares {
   public:
@@ -163,7 +159,7 @@ class InputSquares {
     py::dict sums() const {
         py::dict d;
         const auto put = [&](const std::string& name, const std::vector<double>& values, uint64_t tokens) {
-            if (!values.empty()) d[py::str(name + ".weight")] = py::make_tuple(doubles(values), tokens);
+            if (!values.empty()) d[py::str(name + ".weight")] = py::make_tuple(array(values), tokens);
         };
         for (size_t l = 0; l < squares_.blocks.size(); ++l) {
             const model::InputSquares::Block& block = squares_.blocks[l];
@@ -186,18 +182,23 @@ class InputSquares {
     model::InputSquares squares_;
 };
 
-std::vector<double> read_ceiling(const EngineHandle& handle, size_t n_bytes, uint32_t passes) {
+/// What measure(backend, stop) finds while no request is running.
+template <typename F>
+std::vector<double> ceiling(const EngineHandle& handle, F measure) {
     const auto engine = handle.get();
-    std::vector<double> result;
-    compute([&](const Engine::Stop& stop) { result = engine->read_ceiling(n_bytes, passes, stop); });
-    return result;
+    std::vector<double> rates;
+    const auto job = [&](model::Backend& backend, const Engine::Stop& stop) { rates = measure(backend, stop); };
+    compute([&](const Engine::Stop& stop) { engine->exclusively(job, stop); });
+    return rates;
+}
+
+std::vector<double> read_ceiling(const EngineHandle& handle, size_t n_bytes, uint32_t passes) {
+    return ceiling(handle,
+                   [=](auto& backend, const auto& stop) { return backend.read_ceiling(n_bytes, passes, stop); });
 }
 
 std::vector<double> int8_ceiling(const EngineHandle& handle, uint32_t passes) {
-    const auto engine = handle.get();
-    std::vector<double> result;
-    compute([&](const Engine::Stop& stop) { result = engine->int8_ceiling(passes, stop); });
-    return result;
+    return ceiling(handle, [=](auto& backend, const auto& stop) { return backend.int8_ceiling(passes, stop); });
 }
 
 py::array_t<uint8_t> export_prefix(const EngineHandle& handle, const Ids& ids) {

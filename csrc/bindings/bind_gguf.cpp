@@ -9,7 +9,7 @@
 #include <string>
 #include <string_view>
 #include <system_error>
-#include <utility>
+#include <variant>
 
 #include "bindings/bindings.h"
 #include "gguf/gguf_file.h"
@@ -20,26 +20,16 @@ namespace fixmin::bindings {
 namespace {
 
 /// A validated file and what keeps its bytes alive.
-class PyGgufFile {
-  public:
-    explicit PyGgufFile(gguf::GgufFile file, py::object owner = py::none())
-        : owner_(std::move(owner)), file_(std::move(file)) {}
-    const gguf::GgufFile& file() const noexcept { return file_; }
-
-  private:
-    py::object owner_;  // the bytes object that file_ was parsed from; None if file_ owns a mapping
-    gguf::GgufFile file_;
+struct PyGgufFile {
+    py::object owner;  // the bytes object that `file` was parsed from; None if it owns a mapping
+    gguf::GgufFile file;
 };
 
 PyGgufFile open_file(const py::object& path) {
     PyObject* encoded = nullptr;  // as the operating system wants it; also refuses embedded NULs
     if (PyUnicode_FSConverter(path.ptr(), &encoded) == 0) throw py::error_already_set();
     const auto name = py::reinterpret_steal<py::bytes>(encoded).cast<std::string>();
-    const auto open = [&name] {
-        py::gil_scoped_release release;
-        return gguf::GgufFile::open(name);
-    };
-    return PyGgufFile(open());
+    return {py::none(), open_gguf(name)};
 }
 
 PyGgufFile parse_bytes(const py::bytes& data) {
@@ -48,7 +38,7 @@ PyGgufFile parse_bytes(const py::bytes& data) {
         py::gil_scoped_release release;
         return gguf::GgufFile::parse(std::as_bytes(std::span(text)));
     };
-    return PyGgufFile(parse(), data);
+    return {data, parse()};
 }
 
 /// GGUF does not enforce UTF-8 and published vocabularies hold broken strings, so what cannot be decoded
@@ -99,7 +89,7 @@ py::object to_python(const Number& number) {
 
 py::dict metadata_types(const PyGgufFile& self) {
     py::dict result;
-    for (const gguf::KeyValue& entry : self.file().key_values()) {
+    for (const gguf::KeyValue& entry : self.file.key_values()) {
         const auto* array = std::get_if<gguf::ArrayView>(&entry.value);
         const py::object element = array ? py::cast(static_cast<uint32_t>(array->type)) : py::none();
         result[decode(entry.key)] = py::make_tuple(static_cast<uint32_t>(entry.type()), element);
@@ -116,7 +106,7 @@ py::tuple shape(const gguf::TensorInfo& tensor) {
 /// The tensor's blocks as they are stored: [n_bytes] uint8; without a copy if the file was given as bytes, which live
 /// as long as the array. A view of a mapped file would end the process if that was cut.
 py::array tensor_data(const py::object& self, const std::string& name) {
-    const auto& file = self.cast<const PyGgufFile&>().file();
+    const auto& file = self.cast<const PyGgufFile&>().file;
     const gguf::TensorInfo* tensor = file.find_tensor(name);
     if (tensor == nullptr) throw py::key_error("no tensor " + name);
     const auto n = static_cast<py::ssize_t>(tensor->data.size());
@@ -152,9 +142,16 @@ void translate_system_error(std::exception_ptr raised) {
 
 }  // namespace
 
+gguf::GgufFile open_gguf(const std::string& path) {
+    const py::gil_scoped_release release;
+    return gguf::GgufFile::open(path);
+}
+
 py::dict metadata(const gguf::GgufFile& file) {
     py::dict result;
-    file.visit([&result](std::string_view key, const auto& value) { result[decode(key)] = to_python(value); });
+    for (const gguf::KeyValue& entry : file.key_values()) {
+        result[decode(entry.key)] = std::visit([](const auto& value) { return to_python(value); }, entry.value);
+    }
     return result;
 }
 
@@ -168,12 +165,7 @@ void bind_gguf(py::module_& m) {
             "type", [](const gguf::TensorInfo& tensor) { return gguf::type_traits(tensor.type).name; },
             "The ggml type: 'F32', 'Q8_0', ...")
         .def_readonly("offset", &gguf::TensorInfo::offset, "Of the data, in bytes from the start of the file.")
-        .def_property_readonly("n_bytes", [](const gguf::TensorInfo& tensor) { return tensor.data.size(); })
-        .def("__repr__", [](const gguf::TensorInfo& tensor) {
-            return "GgufTensor(name=" + py::repr(decode(tensor.name)).cast<std::string>() +
-                   ", shape=" + py::repr(shape(tensor)).cast<std::string>() + ", type='" +
-                   gguf::type_traits(tensor.type).name + "', offset=" + std::to_string(tensor.offset) + ")";
-        });
+        .def_property_readonly("n_bytes", [](const gguf::TensorInfo& tensor) { return tensor.data.size(); });
 
     py::class_<PyGgufFile>(m, "GgufFile",
                            "A validated GGUF file. Raises GGUFError for anything malformed, OSError if the "
@@ -181,16 +173,16 @@ void bind_gguf(py::module_& m) {
                            "Tensors are read when they are asked for; GGUFError if the file was cut meanwhile.")
         .def(py::init(&open_file), py::arg("path"))
         .def_static("from_bytes", &parse_bytes, py::arg("data"), "Parses the content of a file; keeps `data` alive.")
-        .def_property_readonly("version", [](const PyGgufFile& self) { return self.file().version(); })
-        .def_property_readonly("alignment", [](const PyGgufFile& self) { return self.file().alignment(); })
+        .def_property_readonly("version", [](const PyGgufFile& self) { return self.file.version(); })
+        .def_property_readonly("alignment", [](const PyGgufFile& self) { return self.file.alignment(); })
         .def_property_readonly(
-            "metadata", [](const PyGgufFile& self) { return metadata(self.file()); },
+            "metadata", [](const PyGgufFile& self) { return metadata(self.file); },
             "A new dict in file order. Arrays of numbers are ndarrays of the stored type, arrays of "
             "strings lists; bytes that are not UTF-8 become U+FFFD.")
         .def_property_readonly("metadata_types", &metadata_types,
                                "Key -> (type, element type of an array or None), as the file numbers them.")
         .def_property_readonly(
-            "tensors", [](const PyGgufFile& self) { return self.file().tensors(); }, py::return_value_policy::copy)
+            "tensors", [](const PyGgufFile& self) { return self.file.tensors(); }, py::return_value_policy::copy)
         .def("tensor_data", &tensor_data, py::arg("name"),
              "The stored bytes of a tensor, uint8 [n_bytes], read-only. "
              "KeyError if there is no such tensor.");

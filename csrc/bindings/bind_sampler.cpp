@@ -24,10 +24,6 @@ using sampling::SamplingParams;
 using Logits = py::array_t<float, py::array::c_style>;
 using Words = py::array_t<uint32_t, py::array::c_style>;
 
-const kernels::Kernels& kernels_for(const std::optional<std::string>& isa) {
-    return sampling::kernels_of(isa.value_or(""));
-}
-
 std::span<const float> row(const Logits& logits) {
     if (logits.ndim() != 1) {
         throw ArgumentError("logits must have one dimension, not " + std::to_string(logits.ndim()));
@@ -45,13 +41,9 @@ const uint32_t* mask(const std::optional<Words>& allowed, size_t vocab_size) {
     return allowed->data();
 }
 
-template <typename T>
-py::array_t<T> array(const std::vector<T>& values) {
-    return py::array_t<T>(py::ssize_t(values.size()), values.data());
-}
-
 py::tuple top_logprobs(const Logits& logits, uint32_t k, uint32_t chosen, const std::optional<std::string>& isa) {
-    const sampling::TopLogprobs result = sampling::top_logprobs(row(logits), k, chosen, kernels_for(isa));
+    const kernels::Kernels& kernels = sampling::kernels_of(isa.value_or(""));
+    const sampling::TopLogprobs result = sampling::top_logprobs(row(logits), k, chosen, kernels);
     std::vector<uint32_t> ids;
     std::vector<float> logprobs;
     for (const sampling::TokenLogprob& token : result.top) {
@@ -140,7 +132,7 @@ void bind_sampler(py::module_& m) {
     py::class_<Sampler>(m, "Sampler", "Chooses the tokens of one request from logits; see csrc/sampling/sampler.h.")
         .def(py::init([](const std::shared_ptr<SamplingParams>& params, const std::vector<uint32_t>& prompt_ids,
                          const std::optional<std::string>& isa) {
-                 return Sampler(params, {}, prompt_ids, kernels_for(isa));
+                 return Sampler(params, {}, prompt_ids, sampling::kernels_of(isa.value_or("")));
              }),
              py::arg("params").none(false), py::arg("prompt_ids") = std::vector<uint32_t>(),
              py::arg("isa") = py::none())

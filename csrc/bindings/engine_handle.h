@@ -149,10 +149,6 @@ class EngineHandle {
     void check_open() const {
         if (closed_) throw ArgumentError("the engine is closed");
     }
-    static gguf::GgufFile open_gguf(const std::string& path) {
-        const py::gil_scoped_release release;
-        return gguf::GgufFile::open(path);
-    }
     std::string with_path(const std::string& what) const {
         return what.starts_with(source_->path()) ? what : source_->path() + ": " + what;
     }

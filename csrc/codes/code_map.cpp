@@ -50,8 +50,7 @@ std::vector<uint32_t> transposed(const std::vector<uint32_t>& words) {
 }
 
 /// Gauss-Jordan elimination over GF(2), a row being one word.
-/// Returns the inverse's rows, or nothing and the first column without a pivot in `singular_column`.
-std::optional<std::vector<uint32_t>> inverse_rows(std::vector<uint32_t> rows, uint32_t& singular_column) {
+std::vector<uint32_t> inverse_rows(std::vector<uint32_t> rows) {
     const uint32_t width = static_cast<uint32_t>(rows.size());
     std::vector<uint32_t> inverse(width);
     for (uint32_t i = 0; i < width; ++i) inverse[i] = 1u << i;
@@ -59,8 +58,8 @@ std::optional<std::vector<uint32_t>> inverse_rows(std::vector<uint32_t> rows, ui
         uint32_t pivot = column;
         while (pivot < width && !(rows[pivot] >> column & 1u)) ++pivot;
         if (pivot == width) {
-            singular_column = column;
-            return std::nullopt;
+            throw ArgumentError("code matrix is singular over GF(2): column " + std::to_string(column) +
+                                " is a sum of the columns before it");
         }
         std::swap(rows[pivot], rows[column]);
         std::swap(inverse[pivot], inverse[column]);
@@ -110,11 +109,6 @@ void unpack_bits(uint32_t code, std::span<uint8_t> bits) {
     for (size_t i = 0; i < bits.size(); ++i) bits[i] = i < max_width ? code >> i & 1u : 0;
 }
 
-bool is_invertible(std::span<const uint8_t> matrix, uint32_t width) {
-    uint32_t singular_column = 0;
-    return inverse_rows(matrix_rows(matrix, width), singular_column).has_value();
-}
-
 CodeMap CodeMap::affine(uint32_t vocab_size, uint32_t width, std::span<const uint8_t> matrix,
                         std::span<const uint8_t> shift) {
     const std::vector<uint32_t> rows = matrix_rows(matrix, width);
@@ -128,23 +122,16 @@ CodeMap CodeMap::affine(uint32_t vocab_size, uint32_t width, std::span<const uin
         throw ArgumentError("code width " + std::to_string(width) + " is too small for vocab_size " +
                             std::to_string(vocab_size) + ": 2^width must be at least vocab_size");
     }
-    uint32_t singular_column = 0;
-    const auto inverse = inverse_rows(rows, singular_column);
-    if (!inverse) {
-        throw ArgumentError("code matrix is singular over GF(2): column " + std::to_string(singular_column) +
-                            " is a sum of the columns before it");
-    }
-
     CodeMap map;
     map.vocab_size_ = vocab_size;
     map.width_ = width;
+    map.columns_ = transposed(rows);
+    map.inverse_columns_ = transposed(inverse_rows(rows));
     try {
         map.shift_ = pack_bits(shift);
     } catch (const ArgumentError& error) {
         throw ArgumentError(std::string("code shift: ") + error.what());
     }
-    map.columns_ = transposed(rows);
-    map.inverse_columns_ = transposed(*inverse);
     return map;
 }
 
@@ -185,15 +172,13 @@ uint32_t CodeMap::code(uint32_t id) const {
     return unchecked_code(id);
 }
 
-void CodeMap::codes(std::span<const uint32_t> ids, std::span<uint32_t> out) const {
-    if (ids.size() != out.size()) {
-        throw ArgumentError("codes: " + std::to_string(ids.size()) + " ids but room for " + std::to_string(out.size()) +
-                            " codes");
-    }
+std::vector<uint32_t> CodeMap::codes(std::span<const uint32_t> ids) const {
+    std::vector<uint32_t> codes(ids.size());
     for (size_t t = 0; t < ids.size(); ++t) {
         if (ids[t] >= vocab_size_) refuse_id(ids[t], vocab_size_, " at position " + std::to_string(t));
-        out[t] = unchecked_code(ids[t]);
+        codes[t] = unchecked_code(ids[t]);
     }
+    return codes;
 }
 
 std::optional<uint32_t> CodeMap::id_of(uint32_t code) const {

@@ -21,10 +21,6 @@ uint32_t pack_bits(std::span<const uint8_t> bits);
 /// Inverse of pack_bits: writes bits.size() entries of 0/1.
 void unpack_bits(uint32_t code, std::span<uint8_t> bits);
 
-/// Whether `matrix` ([K*K] row-major, 0/1) has an inverse over GF(2).
-/// Throws ArgumentError for a width outside 1..32, a wrong length or an entry other than 0 or 1.
-bool is_invertible(std::span<const uint8_t> matrix, uint32_t width);
-
 /// The map id -> code for all ids 0..V-1.  Immutable once made, so it may be read from any thread.
 class CodeMap {
   public:
@@ -57,8 +53,8 @@ class CodeMap {
     /// Code of one id.  Throws ArgumentError for id >= V.
     uint32_t code(uint32_t id) const;
 
-    /// Codes of many ids; out.size() == ids.size().  Throws ArgumentError naming the first id >= V.
-    void codes(std::span<const uint32_t> ids, std::span<uint32_t> out) const;
+    /// Codes of many ids.  Throws ArgumentError naming the first id >= V.
+    std::vector<uint32_t> codes(std::span<const uint32_t> ids) const;
 
     /// The id whose code this is (of a table: the lowest one), or nothing if no id < V has it.
     /// For inspection: affine codes use A's inverse, tables are searched.

@@ -16,6 +16,16 @@ double seconds(const auto& f) {
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
+// Work per second: seconds() of it in each pass.
+std::vector<double> rates(double work, uint32_t passes, const model::Stop& stop, const auto& run) {
+    std::vector<double> rates;
+    for (uint32_t pass = 0; pass < passes; ++pass) {
+        if (stop()) throw model::Cancelled();
+        rates.push_back(work / run());
+    }
+    return rates;
+}
+
 }  // namespace
 
 std::vector<double> CpuBackend::read_ceiling(size_t n_bytes, uint32_t passes, const model::Stop& stop) {
@@ -37,13 +47,8 @@ std::vector<double> CpuBackend::read_ceiling(size_t n_bytes, uint32_t passes, co
             team.barrier();
         }
     };
-    std::vector<double> rates;
-    for (uint32_t pass = 0; pass < passes; ++pass) {
-        if (stop()) throw model::Cancelled();
-        const double time = seconds([&] { pool_.run(read); });
-        rates.push_back(double(rounds) * double(n_pages * page) / time);
-    }
-    return rates;
+    return rates(double(rounds) * double(n_pages * page), passes, stop,
+                 [&] { return seconds([&] { pool_.run(read); }); });
 }
 
 std::vector<double> CpuBackend::int8_ceiling(uint32_t passes, const model::Stop& stop) {
@@ -60,12 +65,8 @@ std::vector<double> CpuBackend::int8_ceiling(uint32_t passes, const model::Stop&
     };
     uint64_t rounds = pieces * 8;
     while (run(rounds) < 0.025) rounds *= 2;
-    std::vector<double> rates;
-    for (uint32_t pass = 0; pass < passes; ++pass) {
-        if (stop()) throw model::Cancelled();
-        rates.push_back(double(rounds) * kernels_.ceilings.int8_operations * pool_.size() / run(rounds));
-    }
-    return rates;
+    return rates(double(rounds) * kernels_.ceilings.int8_operations * pool_.size(), passes, stop,
+                 [&] { return run(rounds); });
 }
 
 }  // namespace fixmin::cpu

@@ -4,7 +4,6 @@
 #include <atomic>
 #include <chrono>
 #include <cstdlib>
-#include <cstring>
 #include <string>
 
 #include "cpu/machine.h"
@@ -68,18 +67,6 @@ bool CpuBackend::forward(const model::Batch& batch) {
 
 void CpuBackend::project(std::span<const uint32_t> rows, float* logits) {
     pool_.run([&](Team& team) { decoder_.project(rows, logits, team, squares_); }, n_threads_);
-}
-
-void CpuBackend::copy_block(uint32_t from, uint32_t to) {
-    std::memcpy(kv_.block(to), kv_.block(from), kv_.block_bytes);
-}
-
-void CpuBackend::read_block(uint32_t block, std::byte* out) const {
-    std::memcpy(out, kv_.block(block), kv_.block_bytes);
-}
-
-void CpuBackend::write_block(uint32_t block, const std::byte* in) {
-    std::memcpy(kv_.block(block), in, kv_.block_bytes);
 }
 
 void CpuBackend::parallel_for(uint32_t n, const std::function<void(uint32_t, uint32_t)>& body) {

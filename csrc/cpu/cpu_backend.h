@@ -1,7 +1,7 @@
 // The CPU behind the boundary of devices: a decoder, its threads and its memory.
 #pragma once
+#include <cstring>
 #include <functional>
-#include <memory>
 #include <span>
 #include <vector>
 
@@ -23,9 +23,13 @@ class CpuBackend final : public model::Backend {
 
     bool forward(const model::Batch& batch) override;
     void project(std::span<const uint32_t> rows, float* logits) override;
-    void copy_block(uint32_t from, uint32_t to) override;
-    void read_block(uint32_t block, std::byte* out) const override;
-    void write_block(uint32_t block, const std::byte* in) override;
+    void copy_block(uint32_t from, uint32_t to) override { write_block(to, kv_.block(from)); }
+    void read_block(uint32_t block, std::byte* out) const override {
+        std::memcpy(out, kv_.block(block), kv_.block_bytes);
+    }
+    void write_block(uint32_t block, const std::byte* in) override {
+        std::memcpy(kv_.block(block), in, kv_.block_bytes);
+    }
     void parallel_for(uint32_t n, const std::function<void(uint32_t, uint32_t)>& body) override;
     void collect_squares(model::InputSquares* squares) override { squares_ = squares; }
     std::vector<double> read_ceiling(size_t n_bytes, uint32_t passes, const model::Stop& stop) override;

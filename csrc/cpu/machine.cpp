@@ -6,18 +6,13 @@
 #include <fstream>
 #include <optional>
 #include <sstream>
-#include <string_view>
 #include <vector>
 
 namespace fixmin::cpu {
 namespace {
 
-bool lists(const std::string& names, std::string_view name) {
-    std::istringstream in(names);
-    for (std::string one; std::getline(in, one, ',');) {
-        if (one == name) return true;
-    }
-    return false;
+bool lists(const std::string& names, const std::string& name) {
+    return ("," + names + ",").find("," + name + ",") != std::string::npos;
 }
 
 struct Mount {
@@ -40,7 +35,7 @@ std::string unescape(const std::string& text) {
 }
 
 // Of the unified hierarchy if `controller` is empty.
-std::optional<Mount> find_mount(const std::string& root, std::string_view controller) {
+std::optional<Mount> find_mount(const std::string& root, const std::string& controller) {
     std::ifstream file(root + "/proc/self/mountinfo");
     for (std::string line; std::getline(file, line);) {
         const size_t dash = line.find(" - ");
@@ -56,7 +51,7 @@ std::optional<Mount> find_mount(const std::string& root, std::string_view contro
 }
 
 // The group of this process; nothing if it is in none of that hierarchy.
-std::optional<std::string> find_group(const std::string& root, std::string_view controller) {
+std::optional<std::string> find_group(const std::string& root, const std::string& controller) {
     std::ifstream file(root + "/proc/self/cgroup");
     for (std::string line; std::getline(file, line);) {
         const size_t first = line.find(':'), second = line.find(':', first + 1);
@@ -68,7 +63,7 @@ std::optional<std::string> find_group(const std::string& root, std::string_view 
 }
 
 // The folders of the group and of all above it that can be seen, the group first.
-std::vector<std::string> folders(const std::string& root, std::string_view controller) {
+std::vector<std::string> folders(const std::string& root, const std::string& controller) {
     const auto mount = find_mount(root, controller);
     const auto group = find_group(root, controller);
     if (!mount || !group) return {};

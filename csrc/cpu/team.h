@@ -7,6 +7,21 @@
 
 namespace fixmin::cpu {
 
+/// Sense-reversing barrier: spins for a bounded time, then sleeps in the kernel.
+class Barrier {
+  public:
+    explicit Barrier(uint32_t spins) : spins_(spins) {}
+    /// For `size` threads; while none is in wait().
+    void reset(uint32_t size) { size_ = size; }
+    void wait();  // thread_pool.cpp
+
+  private:
+    uint32_t size_ = 1;
+    const uint32_t spins_;
+    std::atomic<uint32_t> arrived_ = 0;
+    std::atomic<uint32_t> phase_ = 0;
+};
+
 /// One thread's view of the team; each thread calls the same functions with its own.
 class Team {
   public:
@@ -30,10 +45,13 @@ class Team {
         std::vector<Taken> taken_;
     };
 
-    Team(uint32_t index, uint32_t size, Counters& counters) : index(index), size(size), counters_(counters) {}
-    virtual ~Team() = default;
+    Team(uint32_t index, uint32_t size, Counters& counters, Barrier& barrier)
+        : index(index), size(size), counters_(counters), barrier_(barrier) {}
+
     /// Returns once every thread of the team has called it.
-    virtual void barrier() = 0;
+    void barrier() {
+        if (size > 1) barrier_.wait();
+    }
 
     struct Range {
         uint32_t begin, end;
@@ -84,6 +102,7 @@ class Team {
     }
 
     Counters& counters_;
+    Barrier& barrier_;
     uint32_t loop_ = 0;
 };
 

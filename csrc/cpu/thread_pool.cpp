@@ -11,7 +11,6 @@
 #include <mutex>
 #include <numeric>
 #include <set>
-#include <sstream>
 #include <string>
 #include <system_error>
 #include <thread>
@@ -93,19 +92,8 @@ struct ThreadPool::Shared {
     }
 
     void call(uint32_t index, uint32_t size) {
-        class PoolTeam final : public Team {
-          public:
-            PoolTeam(uint32_t index, uint32_t size, Shared& shared)
-                : Team(index, size, shared.counters), barrier_(shared.barrier) {}
-            void barrier() override {
-                if (size > 1) barrier_.wait();
-            }
-
-          private:
-            Barrier& barrier_;
-        };
         const DefaultFloatingPoint environment;
-        PoolTeam team(index, size, *this);
+        Team team(index, size, counters, barrier);
         try {
             (*job)(team);
         } catch (...) {

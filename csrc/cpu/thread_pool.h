@@ -2,7 +2,6 @@
 #pragma once
 #include <sys/types.h>
 
-#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -13,29 +12,12 @@
 
 namespace fixmin::cpu {
 
-/// Sense-reversing barrier: spins for a bounded time, then sleeps in the kernel.
-class Barrier {
-  public:
-    explicit Barrier(uint32_t spins) : spins_(spins) {}
-    /// For `size` threads; while none is in wait().
-    void reset(uint32_t size) { size_ = size; }
-    void wait();
-
-  private:
-    uint32_t size_ = 1;
-    const uint32_t spins_;
-    std::atomic<uint32_t> arrived_ = 0;
-    std::atomic<uint32_t> phase_ = 0;
-};
-
 /// The calling thread is member 0 of the team; size - 1 workers wait for it between calls.
 class ThreadPool {
   public:
     /// Throws Error if the system refuses a thread; run() in a forked child does so too.
     explicit ThreadPool(uint32_t size);
     ~ThreadPool();
-    ThreadPool(const ThreadPool&) = delete;
-    ThreadPool& operator=(const ThreadPool&) = delete;
 
     uint32_t size() const { return size_; }
 

@@ -139,12 +139,12 @@ std::shared_ptr<Request> Engine::submit(std::span<const uint32_t> prompt, Reques
     return request;
 }
 
-void Engine::exclusively(const std::function<void(const Stop&)>& job, const Stop& stop) {
+void Engine::exclusively(const std::function<void(model::Backend&, const Stop&)>& job, const Stop& stop) {
     start_thread();
     std::atomic<bool> stopped = false;
     const auto queued = std::make_shared<Job>();
     // The engine's own end is asked too: the calling thread may be the one that waits for it, in a signal handler.
-    queued->run = [&] { job([&] { return stopped || stopped_; }); };
+    queued->run = [&] { job(*backend_, [&] { return stopped || stopped_; }); };
     std::future<void> ended = queued->ended.get_future();
     {
         if (stopped_) throw Error(closed);
@@ -166,7 +166,7 @@ void Engine::exclusively(const std::function<void(const Stop&)>& job, const Stop
 }
 
 void Engine::clear_prefix_cache(const Stop& stop) {
-    exclusively([this](const Stop&) { scheduler_->clear_prefix_cache(); }, stop);
+    exclusively([this](model::Backend&, const Stop&) { scheduler_->prefix_cache().clear(); }, stop);
 }
 
 EngineStats Engine::stats() const {
@@ -301,13 +301,13 @@ void Engine::compute(const Scheduler::Step& step) {
 std::vector<std::byte> Engine::export_prefix(std::span<const uint32_t> ids, const Stop& stop) {
     std::vector<std::byte> bytes;
     exclusively(
-        [&](const Stop&) {
+        [&](const model::Backend& backend, const Stop&) {
             // Whole blocks only: the rest of another would be what somebody else left there.
             const PrefixCache::Match known = scheduler_->prefix_cache().find(ids);
             const size_t size = block_bytes();
             bytes.resize(known.blocks.size() * size);
             for (size_t i = 0; i < known.blocks.size(); ++i) {
-                backend_->read_block(known.blocks[i], bytes.data() + i * size);
+                backend.read_block(known.blocks[i], bytes.data() + i * size);
                 kv_.remove_user(known.blocks[i]);
             }
             if (known.n_more) kv_.remove_user(known.more);
@@ -323,13 +323,13 @@ void Engine::import_prefix(std::span<const uint32_t> ids, std::span<const std::b
     if (ids.empty()) return;
     check_ids(ids);
     exclusively(
-        [&](const Stop&) {
+        [&](model::Backend& backend, const Stop&) {
             PrefixCache& cache = scheduler_->prefix_cache();
             if (!cache.evict(uint32_t(n))) throw ArgumentError("the cache has no room for these keys and values");
             std::vector<uint32_t> taken;
             for (size_t i = 0; i < n; ++i) {
                 taken.push_back(kv_.take());
-                backend_->write_block(taken.back(), blocks.data() + i * size);
+                backend.write_block(taken.back(), blocks.data() + i * size);
             }
             cache.insert(ids, taken);
             for (const uint32_t block : taken) kv_.remove_user(block);
@@ -357,7 +357,7 @@ void Engine::collect_squares(std::span<const uint32_t> ids, float* logprobs, con
     };
     const auto pass = [&](const Stop& stopped) {
         // A sequence of its own, which nobody will look for.
-        scheduler_->clear_prefix_cache();
+        scheduler_->prefix_cache().clear();
         std::vector<uint32_t> blocks((ids.size() + quant::kv_block_tokens - 1) / quant::kv_block_tokens);
         std::iota(blocks.begin(), blocks.end(), 0u);
         logits_.resize(std::max(logits_.size(), rows_at_a_time * v));
@@ -373,31 +373,17 @@ void Engine::collect_squares(std::span<const uint32_t> ids, float* logprobs, con
         }
     };
     exclusively(
-        [&](const Stop& stopped) {
+        [&](model::Backend& backend, const Stop& stopped) {
             struct Collecting {
-                explicit Collecting(model::Backend& backend, model::InputSquares& squares) : backend(backend) {
-                    backend.collect_squares(&squares);
-                }
                 ~Collecting() { backend.collect_squares(nullptr); }
                 model::Backend& backend;
-            } const collecting(*backend_, squares);
+            } const collecting{backend};
+            backend.collect_squares(&squares);
             pass(stopped);
         },
         stop);
     squares.block_tokens += ids.size();
     squares.output_tokens += ids.size() - 1;
-}
-
-std::vector<double> Engine::read_ceiling(size_t n_bytes, uint32_t passes, const Stop& stop) {
-    std::vector<double> rates;
-    exclusively([&](const Stop& stopped) { rates = backend_->read_ceiling(n_bytes, passes, stopped); }, stop);
-    return rates;
-}
-
-std::vector<double> Engine::int8_ceiling(uint32_t passes, const Stop& stop) {
-    std::vector<double> rates;
-    exclusively([&](const Stop& stopped) { rates = backend_->int8_ceiling(passes, stopped); }, stop);
-    return rates;
 }
 
 }  // namespace fixmin::engine

@@ -9,7 +9,6 @@
 #include <memory>
 #include <mutex>
 #include <span>
-#include <string>
 #include <thread>
 #include <vector>
 
@@ -57,9 +56,10 @@ class Engine {
     std::shared_ptr<Request> submit(std::span<const uint32_t> prompt, RequestOptions options,
                                     std::shared_ptr<Mailbox> mailbox = nullptr);
 
-    /// Runs job(stop) in the engine's thread while no request is running, and returns when it has ended; what it throws
-    /// comes here. `stop` is asked in the calling thread meanwhile; once it said so, the job's own says so too.
-    void exclusively(const std::function<void(const Stop&)>& job, const Stop& stop);
+    /// Runs job(backend, stop) in the engine's thread while no request is running, and returns when it has ended; what
+    /// it throws comes here. `stop` is asked in the calling thread meanwhile; once it said so, the job's own says so
+    /// too.
+    void exclusively(const std::function<void(model::Backend&, const Stop&)>& job, const Stop& stop);
 
     /// Forgets what earlier requests have computed.
     void clear_prefix_cache(const Stop& stop);
@@ -75,10 +75,6 @@ class Engine {
     /// every product added: T tokens for the blocks, T-1 for the output. An exception leaves a part of them there.
     void collect_squares(std::span<const uint32_t> ids, float* logprobs, const Stop& stop,
                          model::InputSquares& squares);
-
-    // As those of Backend.
-    std::vector<double> read_ceiling(size_t n_bytes, uint32_t passes, const Stop& stop);
-    std::vector<double> int8_ceiling(uint32_t passes, const Stop& stop);
 
   private:
     // What callers and the engine's thread share.

@@ -1,11 +1,9 @@
 // Keys and values of earlier requests, found again by their tokens.
 #pragma once
-#include <array>
 #include <cstdint>
 #include <list>
 #include <map>
 #include <memory>
-#include <optional>
 #include <span>
 #include <vector>
 

@@ -79,7 +79,6 @@ class Mailbox {
   public:
     Mailbox();
     ~Mailbox();
-    Mailbox(const Mailbox&) = delete;
     void post(uint64_t request);
     /// Numbers of requests with news since the last call; waits for the first until the timeout. Empty once closed.
     std::vector<uint64_t> wait(double timeout_s);

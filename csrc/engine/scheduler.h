@@ -81,7 +81,6 @@ class Scheduler {
     /// Tells those that wait for sequences which have ended since the last call.
     void tell_ended();
 
-    void clear_prefix_cache() { cache_.clear(); }
     PrefixCache& prefix_cache() { return cache_; }
     EngineStats stats() const;
 

@@ -18,8 +18,6 @@ struct TypeTraits {
     uint32_t block_bytes;
 };
 
-namespace detail {
-
 inline constexpr TypeTraits kTypeTraits[] = {
     /* 0 */ {"F32", 1, 4},
     /* 1 */ {"F16", 1, 2},
@@ -66,18 +64,14 @@ inline constexpr TypeTraits kTypeTraits[] = {
     /* 42 */ {"Q2_0", 64, 2 + 16},
 };
 
-}  // namespace detail
-
 /// The traits of the type with this id in the file; nullptr if ggml has no such type.
 constexpr const TypeTraits* type_traits(uint32_t raw_type) noexcept {
-    if (raw_type >= std::size(detail::kTypeTraits)) return nullptr;
-    const TypeTraits& traits = detail::kTypeTraits[raw_type];
+    if (raw_type >= std::size(kTypeTraits)) return nullptr;
+    const TypeTraits& traits = kTypeTraits[raw_type];
     return traits.name != nullptr ? &traits : nullptr;
 }
 
 /// Never fails: a GgmlType that came out of GgufFile is known.
-constexpr const TypeTraits& type_traits(GgmlType type) noexcept {
-    return detail::kTypeTraits[static_cast<uint32_t>(type)];
-}
+constexpr const TypeTraits& type_traits(GgmlType type) noexcept { return kTypeTraits[static_cast<uint32_t>(type)]; }
 
 }  // namespace fixmin::gguf

@@ -13,6 +13,7 @@
 #include <numeric>
 #include <system_error>
 #include <type_traits>
+#include <utility>
 
 namespace fixmin::gguf {
 namespace {
@@ -41,15 +42,13 @@ constexpr const char* kValueTypeNames[] = {"u8",   "i8",     "u16",   "i16", "u3
 static_assert(std::size(kValueBytes) == std::variant_size_v<Value>);
 static_assert(std::size(kValueTypeNames) == std::variant_size_v<Value>);
 
-constexpr bool is_value_type(uint32_t raw) { return raw < std::size(kValueBytes); }
-
 // ---- error messages -------------------------------------------------------------------------------------------------
 
 std::string type_description(const Value& value) {
     if (const auto* array = std::get_if<ArrayView>(&value)) {
-        return std::string("array of ") + value_type_name(array->type);
+        return std::string("array of ") + kValueTypeNames[static_cast<uint32_t>(array->type)];
     }
-    return value_type_name(static_cast<ValueType>(value.index()));
+    return kValueTypeNames[value.index()];
 }
 
 [[noreturn]] void fail_value(const KeyValue& entry, const std::string& why) {
@@ -58,10 +57,6 @@ std::string type_description(const Value& value) {
 
 [[noreturn]] void fail_type(const KeyValue& entry, const char* expected) {
     fail_value(entry, std::string("expected ") + expected + ", found " + type_description(entry.value));
-}
-
-[[noreturn]] void fail_missing(std::string_view key, const char* expected) {
-    throw GgufError("GGUF key " + quoted(key) + " is missing (expected " + expected + ")");
 }
 
 // ---- reading --------------------------------------------------------------------------------------------------------
@@ -155,7 +150,7 @@ class Cursor {
     ValueType value_type(const char* field) {
         const uint64_t at = position_;
         const auto raw = number<uint32_t>(field);
-        if (!is_value_type(raw)) fail(at, std::string(field) + " " + std::to_string(raw) + " does not exist");
+        if (raw >= std::size(kValueBytes)) fail(at, std::string(field) + " " + std::to_string(raw) + " does not exist");
         return static_cast<ValueType>(raw);
     }
 
@@ -321,30 +316,10 @@ constexpr auto name_of = [](const TensorInfo& tensor) -> std::string_view { retu
 
 // ---- typed access ---------------------------------------------------------------------------------------------------
 
-uint32_t as_u32(const KeyValue& entry) {
-    return std::visit(
-        [&](const auto& value) -> uint32_t {
-            using Stored = std::decay_t<decltype(value)>;
-            if constexpr (std::is_integral_v<Stored> && !std::is_same_v<Stored, bool>) {
-                if (!std::in_range<uint32_t>(value)) fail_value(entry, std::to_string(value) + " does not fit u32");
-                return static_cast<uint32_t>(value);
-            } else {
-                fail_type(entry, "u32");
-            }
-        },
-        entry.value);
-}
-
 float to_finite_f32(const KeyValue& entry, double value) {
     // NaN fails the comparison too.
     if (!(std::abs(value) <= FLT_MAX)) fail_value(entry, std::to_string(value) + " is not a finite f32");
     return static_cast<float>(value);
-}
-
-float as_f32(const KeyValue& entry) {
-    if (const auto* value = std::get_if<float>(&entry.value)) return to_finite_f32(entry, *value);
-    if (const auto* value = std::get_if<double>(&entry.value)) return to_finite_f32(entry, *value);
-    fail_type(entry, "f32");
 }
 
 /// The value if it is of the alternative T.
@@ -355,31 +330,12 @@ const T& as(const KeyValue& entry, const char* expected) {
     return *value;
 }
 
-std::span<const uint8_t> as_u8_array(const KeyValue& entry) {
-    const auto& array = as<ArrayView>(entry, "array of u8");
-    if (array.type != ValueType::u8) fail_type(entry, "array of u8");
-    return {reinterpret_cast<const uint8_t*>(array.bytes.data()), array.bytes.size()};
-}
-
-std::vector<float> as_f32_array(const KeyValue& entry) {
-    const auto& array = as<ArrayView>(entry, "array of f32");
-    if (array.type != ValueType::f32 && array.type != ValueType::f64) fail_type(entry, "array of f32");
-    std::vector<float> values(array.count);
-    for (uint64_t i = 0; i < array.count; ++i) {
-        values[i] =
-            to_finite_f32(entry, array.type == ValueType::f32 ? array.number<float>(i) : array.number<double>(i));
-    }
-    return values;
-}
-
 const KeyValue& required(const GgufFile& file, std::string_view key, const char* expected) {
     if (const KeyValue* entry = file.find(key)) return *entry;
-    fail_missing(key, expected);
+    throw GgufError("GGUF key " + quoted(key) + " is missing (expected " + expected + ")");
 }
 
 }  // namespace
-
-const char* value_type_name(ValueType type) noexcept { return kValueTypeNames[static_cast<uint32_t>(type)]; }
 
 std::vector<std::string_view> ArrayView::strings() const {
     std::vector<std::string_view> result;
@@ -396,18 +352,18 @@ std::vector<std::string_view> ArrayView::strings() const {
 // copied once they have been parsed. Every extent is checked against the size that was mapped, `open` refuses a file
 // that changes while it is being validated, and a file replaced by rename (as the converter does) leaves the mapped one
 // intact.
-GgufFile::Mapping::Mapping(int fd, size_t size) : size_(size) {
-    void* base = mmap(nullptr, size, PROT_READ, MAP_PRIVATE, fd, 0);
+void GgufFile::map() {
+    const size_t size = source_->size();
+    void* base = mmap(nullptr, size, PROT_READ, MAP_PRIVATE, source_->fd(), 0);
     if (base == MAP_FAILED) {
         if (errno == ENOMEM) throw OutOfMemory("the system gives no " + std::to_string(size) + " bytes for the file");
         throw std::system_error(errno, std::generic_category(), "mmap");
     }
-    base_ = static_cast<const std::byte*>(base);
+    mapping_ = {static_cast<std::byte*>(base), Unmap{size}};
+    bytes_ = {mapping_.get(), size};
 }
 
-GgufFile::Mapping::~Mapping() {
-    if (base_ != nullptr) munmap(const_cast<std::byte*>(base_), size_);
-}
+void GgufFile::Unmap::operator()(std::byte* p) const { munmap(p, bytes); }
 
 namespace {
 
@@ -473,8 +429,7 @@ GgufFile GgufFile::open(const std::string& path) {
     const Source& source = *result.source_;
     try {
         if (source.size() == 0) throw GgufError("GGUF header at byte 0: the file is empty");
-        result.mapping_ = Mapping(source.fd(), source.size());
-        result.bytes_ = result.mapping_.bytes();
+        result.map();
         result.parse_all();
     } catch (const GgufError& error) {
         throw GgufError(path + ": " + error.what());
@@ -490,7 +445,7 @@ void GgufFile::keep_header() {
     const size_t n = std::min<size_t>(align_up(header_end_, page), bytes_.size());
     std::vector<std::byte> copy(n);
     source_->read(0, copy);
-    void* const base = const_cast<std::byte*>(bytes_.data());
+    std::byte* const base = mapping_.get();
     if (mmap(base, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == MAP_FAILED)
         throw OutOfMemory("the system gives no " + std::to_string(n) + " bytes for the header");
     std::memcpy(base, copy.data(), n);
@@ -554,20 +509,48 @@ const KeyValue* GgufFile::find(std::string_view key) const noexcept {
     return find_entry(key_values_, key_index_, key_of, key);
 }
 
-uint32_t GgufFile::get_u32(std::string_view key) const { return as_u32(required(*this, key, "u32")); }
+uint32_t GgufFile::get_u32(std::string_view key) const {
+    const KeyValue& entry = required(*this, key, "u32");
+    return std::visit(
+        [&](const auto& value) -> uint32_t {
+            using Stored = std::decay_t<decltype(value)>;
+            if constexpr (std::is_integral_v<Stored> && !std::is_same_v<Stored, bool>) {
+                if (!std::in_range<uint32_t>(value)) fail_value(entry, std::to_string(value) + " does not fit u32");
+                return static_cast<uint32_t>(value);
+            } else {
+                fail_type(entry, "u32");
+            }
+        },
+        entry.value);
+}
 
-float GgufFile::get_f32(std::string_view key) const { return as_f32(required(*this, key, "f32")); }
+float GgufFile::get_f32(std::string_view key) const {
+    const KeyValue& entry = required(*this, key, "f32");
+    if (const auto* value = std::get_if<float>(&entry.value)) return to_finite_f32(entry, *value);
+    return to_finite_f32(entry, as<double>(entry, "f32"));
+}
 
 std::string_view GgufFile::get_string(std::string_view key) const {
     return as<std::string_view>(required(*this, key, "string"), "string");
 }
 
 std::span<const uint8_t> GgufFile::get_u8_array(std::string_view key) const {
-    return as_u8_array(required(*this, key, "array of u8"));
+    const KeyValue& entry = required(*this, key, "array of u8");
+    const auto& array = as<ArrayView>(entry, "array of u8");
+    if (array.type != ValueType::u8) fail_type(entry, "array of u8");
+    return {reinterpret_cast<const uint8_t*>(array.bytes.data()), array.bytes.size()};
 }
 
 std::vector<float> GgufFile::get_f32_array(std::string_view key) const {
-    return as_f32_array(required(*this, key, "array of f32"));
+    const KeyValue& entry = required(*this, key, "array of f32");
+    const auto& array = as<ArrayView>(entry, "array of f32");
+    if (array.type != ValueType::f32 && array.type != ValueType::f64) fail_type(entry, "array of f32");
+    std::vector<float> values(array.count);
+    for (uint64_t i = 0; i < array.count; ++i) {
+        values[i] =
+            to_finite_f32(entry, array.type == ValueType::f32 ? array.number<float>(i) : array.number<double>(i));
+    }
+    return values;
 }
 
 }  // namespace fixmin::gguf

@@ -13,7 +13,6 @@
 #include <span>
 #include <string>
 #include <string_view>
-#include <utility>
 #include <variant>
 #include <vector>
 
@@ -41,9 +40,6 @@ enum class ValueType : uint32_t {
     i64 = 11,
     f64 = 12,
 };
-
-/// "u32", "bool", "string", ...
-const char* value_type_name(ValueType type) noexcept;
 
 /// A metadata array, still in the file's encoding.
 struct ArrayView {
@@ -123,12 +119,6 @@ class GgufFile {
     /// Tensor data is only as aligned as `bytes` is: read it with unaligned loads.
     static GgufFile parse(std::span<const std::byte> bytes);
 
-    GgufFile(GgufFile&& other) noexcept = default;
-    GgufFile& operator=(GgufFile&& other) noexcept = default;
-    GgufFile(const GgufFile&) = delete;
-    GgufFile& operator=(const GgufFile&) = delete;
-    ~GgufFile() = default;
-
     /// Null after `parse`.
     const std::shared_ptr<const Source>& source() const noexcept { return source_; }
 
@@ -153,15 +143,6 @@ class GgufFile {
     const KeyValue* find(std::string_view key) const noexcept;
     bool has(std::string_view key) const noexcept { return find(key) != nullptr; }
 
-    /// Calls visitor(std::string_view key, const auto& value) for every entry in file order, value being one
-    /// of Value's alternatives.
-    template <class Visitor>
-    void visit(Visitor&& visitor) const {
-        for (const KeyValue& entry : key_values_) {
-            std::visit([&](const auto& value) { visitor(entry.key, value); }, entry.value);
-        }
-    }
-
     // Typed access. GgufError if the key is absent, or, naming the expected and the actual type, if the value does not
     // fit.
 
@@ -176,33 +157,19 @@ class GgufFile {
     std::vector<float> get_f32_array(std::string_view key) const;
 
   private:
-    /// Owns a private, read-only mapping of a file; empty after `parse` and after a move.
-    class Mapping {
-      public:
-        Mapping() noexcept = default;
-        Mapping(int fd, size_t size);
-        Mapping(Mapping&& other) noexcept
-            : base_(std::exchange(other.base_, nullptr)), size_(std::exchange(other.size_, 0)) {}
-        Mapping& operator=(Mapping&& other) noexcept {
-            std::swap(base_, other.base_);
-            std::swap(size_, other.size_);
-            return *this;
-        }
-        ~Mapping();
-        std::span<const std::byte> bytes() const noexcept { return {base_, size_}; }
-
-      private:
-        const std::byte* base_ = nullptr;
-        size_t size_ = 0;
+    struct Unmap {
+        size_t bytes;
+        void operator()(std::byte* p) const;
     };
 
     GgufFile() = default;
+    void map();
     void parse_all();
     void keep_header();
 
     std::shared_ptr<const Source> source_;
-    uint64_t header_end_ = 0;  // of keys and tensor infos
-    Mapping mapping_;
+    uint64_t header_end_ = 0;                    // of keys and tensor infos
+    std::unique_ptr<std::byte, Unmap> mapping_;  // private and read-only; null after `parse`
     std::span<const std::byte> bytes_;
     uint32_t version_ = 0;
     uint64_t alignment_ = 0;

@@ -1,6 +1,7 @@
 #include "model/hyperparams.h"
 
-#include <cmath>
+#include <span>
+#include <string>
 
 #include "error.h"
 
@@ -19,24 +20,20 @@ uint32_t read_count(const gguf::GgufFile& file, const char* key, uint32_t max = 
     return value;
 }
 
-[[noreturn]] void unknown_value(const char* key, std::string_view value, const char* known) {
+// Names of the members of enumerations, in their order.
+constexpr std::string_view activations[] = {"gelu", "gelu_tanh", "swiglu"};
+constexpr std::string_view code_kinds[] = {"affine", "table", "learned"};
+constexpr std::string_view rope_styles[] = {"half", "interleaved"};
+
+// The place in `names` of the string under a key.
+size_t read_name(const gguf::GgufFile& file, const char* key, std::span<const std::string_view> names) {
+    const std::string_view value = file.get_string(key);
+    std::string known;
+    for (size_t i = 0; i < names.size(); ++i) {
+        if (value == names[i]) return i;
+        known += (i ? ", " : "") + std::string(names[i]);
+    }
     throw GgufError(std::string(key) + " is " + quoted(value) + "; known: " + known);
-}
-
-Activation read_activation(const gguf::GgufFile& file) {
-    const std::string_view value = file.get_string("fixmin.activation");
-    for (const Activation a : {Activation::gelu, Activation::gelu_tanh, Activation::swiglu}) {
-        if (value == name(a)) return a;
-    }
-    unknown_value("fixmin.activation", value, "gelu, gelu_tanh, swiglu");
-}
-
-CodeKind read_code_kind(const gguf::GgufFile& file) {
-    const std::string_view value = file.get_string("fixmin.code.kind");
-    for (const CodeKind k : {CodeKind::affine, CodeKind::table, CodeKind::learned}) {
-        if (value == name(k)) return k;
-    }
-    unknown_value("fixmin.code.kind", value, "affine, table, learned");
 }
 
 void read_norm(const gguf::GgufFile& file, Hyperparams& hp) {
@@ -71,17 +68,11 @@ void read_attention(const gguf::GgufFile& file, Hyperparams& hp) {
     }
     hp.rope_base = file.get_f32("fixmin.rope.freq_base");
     if (!(hp.rope_base > 0)) throw GgufError("fixmin.rope.freq_base must be positive");
-    const std::string_view style = file.get_string("fixmin.rope.style");
-    if (style == "half")
-        hp.rope_style = numerics::RopeStyle::half;
-    else if (style == "interleaved")
-        hp.rope_style = numerics::RopeStyle::interleaved;
-    else
-        unknown_value("fixmin.rope.style", style, "half, interleaved");
+    hp.rope_style = numerics::RopeStyle(read_name(file, "fixmin.rope.style", rope_styles));
 }
 
 void read_code(const gguf::GgufFile& file, Hyperparams& hp) {
-    hp.code_kind = read_code_kind(file);
+    hp.code_kind = CodeKind(read_name(file, "fixmin.code.kind", code_kinds));
     if (hp.code_kind == CodeKind::learned) return;
     hp.code_width = read_count(file, "fixmin.code.width", codes::max_width);
     const std::vector<float> values = file.get_f32_array("fixmin.code.values");
@@ -98,27 +89,13 @@ void read_code(const gguf::GgufFile& file, Hyperparams& hp) {
 
 }  // namespace
 
-std::string_view name(Activation activation) {
-    switch (activation) {
-        case Activation::gelu: return "gelu";
-        case Activation::gelu_tanh: return "gelu_tanh";
-        case Activation::swiglu: return "swiglu";
-    }
-    return "?";
-}
-
-std::string_view name(CodeKind kind) {
-    switch (kind) {
-        case CodeKind::affine: return "affine";
-        case CodeKind::table: return "table";
-        case CodeKind::learned: return "learned";
-    }
-    return "?";
-}
+std::string_view name(Activation activation) { return activations[size_t(activation)]; }
+std::string_view name(CodeKind kind) { return code_kinds[size_t(kind)]; }
+std::string_view name(numerics::RopeStyle style) { return rope_styles[size_t(style)]; }
 
 Hyperparams read_hyperparams(const gguf::GgufFile& file) {
-    const std::string_view architecture = file.get_string("general.architecture");
-    if (architecture != "fixmin") unknown_value("general.architecture", architecture, "fixmin");
+    constexpr std::string_view architectures[] = {"fixmin"};
+    read_name(file, "general.architecture", architectures);
     Hyperparams hp;
     hp.vocab_size = read_count(file, "fixmin.vocab_size", 1u << 28);
     hp.context_length = read_count(file, "fixmin.context_length");
@@ -127,7 +104,7 @@ Hyperparams read_hyperparams(const gguf::GgufFile& file) {
     hp.feed_forward_length = read_count(file, "fixmin.feed_forward_length");
     read_attention(file, hp);
     read_norm(file, hp);
-    hp.activation = read_activation(file);
+    hp.activation = Activation(read_name(file, "fixmin.activation", activations));
     read_code(file, hp);
     return hp;
 }

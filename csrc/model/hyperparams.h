@@ -1,7 +1,6 @@
 // What kind of model a file holds: the keys of docs/design.md, checked.
 #pragma once
 #include <cstdint>
-#include <string>
 #include <string_view>
 
 #include "codes/code_map.h"
@@ -11,6 +10,7 @@
 
 namespace fixmin::model {
 
+// Their names in files are in hyperparams.cpp, in the same order.
 enum class Activation { gelu, gelu_tanh, swiglu };
 enum class CodeKind { affine, table, learned };
 
@@ -46,5 +46,6 @@ Hyperparams read_hyperparams(const gguf::GgufFile& file);
 
 std::string_view name(Activation activation);
 std::string_view name(CodeKind kind);
+std::string_view name(numerics::RopeStyle style);
 
 }  // namespace fixmin::model

@@ -36,30 +36,24 @@ inline constexpr uint32_t block_size = 32;  // values that share a scale of acti
 /// Types whose products run on 8-bit activations.
 static constexpr bool is_quantized(WeightType type) { return block_format(type).bits != 0; }
 
-/// Bytes of the codes of 32 values of 16 rows.
-static constexpr size_t code_bytes(WeightType type) { return size_t(block_format(type).bits) * 64; }
-
-/// Bytes of the scales of one block of 16 rows.
-static constexpr size_t scale_record_bytes(WeightType type) {
-    const BlockFormat format = block_format(type);
-    const bool bytes_of_their_own = format.has_min && type != WeightType::q2_k;
-    const size_t halves = format.has_min ? 2 : 1;
-    const size_t bytes = format.values == 256 ? 256 / format.scale_values * (bytes_of_their_own ? 2 : 1) : 0;
-    return (2 * halves + bytes) * panel_rows;
-}
-
 /// Where the parts of a panel of a quantised type lie. Without member functions: they would be shared by the units of
 /// all ISAs (kernels.h).
 struct PanelLayout {
-    size_t codes_bytes, record_bytes, parcel_bytes;
+    size_t codes_bytes;   // of the codes of 32 values of 16 rows
+    size_t record_bytes;  // of the scales of one block of 16 rows
+    size_t parcel_bytes;
     uint32_t record_blocks, parcel_records, parcel_blocks;  // blocks of 32
 };
 
 static constexpr PanelLayout panel_layout(WeightType type) {
+    const BlockFormat format = block_format(type);
+    const bool mins_of_their_own = format.has_min && type != WeightType::q2_k;
+    const size_t halves = format.has_min ? 2 : 1;
+    const size_t bytes = format.values == 256 ? 256 / format.scale_values * (mins_of_their_own ? 2 : 1) : 0;
     PanelLayout layout{};
-    layout.codes_bytes = code_bytes(type);
-    layout.record_bytes = scale_record_bytes(type);
-    layout.record_blocks = block_format(type).values / block_size;
+    layout.codes_bytes = size_t(format.bits) * 64;
+    layout.record_bytes = (2 * halves + bytes) * panel_rows;
+    layout.record_blocks = format.values / block_size;
     layout.parcel_records = layout.record_bytes % 64 ? 2 : 1;
     layout.parcel_blocks = layout.parcel_records * layout.record_blocks;
     layout.parcel_bytes = layout.parcel_records * layout.record_bytes + layout.parcel_blocks * layout.codes_bytes;

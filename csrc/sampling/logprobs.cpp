@@ -1,6 +1,5 @@
 #include "sampling/logprobs.h"
 
-#include <algorithm>
 #include <cmath>
 #include <string>
 

@@ -34,12 +34,7 @@ void match_with_start(std::span<const uint32_t> x, std::vector<uint32_t>& z) {
 }  // namespace
 
 Repetition::Repetition(const SamplingParams& p, std::span<const uint32_t> prompt_ids)
-    : repeat_penalty_(p.repeat_penalty),
-      frequency_penalty_(p.frequency_penalty),
-      presence_penalty_(p.presence_penalty),
-      dry_multiplier_(p.dry_multiplier),
-      dry_base_(p.dry_base),
-      dry_allowed_length_(p.dry_allowed_length),
+    : params_(p),
       window_(window_of(p.repeat_last_n)),
       dry_window_(window_of(p.dry_penalty_last_n)),
       generated_only_(p.openai_penalties && (p.frequency_penalty != 0 || p.presence_penalty != 0)),
@@ -77,14 +72,14 @@ void Repetition::penalize_window(std::span<float> logits) const {
     for (const auto& [id, count] : counted_) {
         if (id >= logits.size()) continue;
         float& logit = logits[id];
-        logit = logit > 0 ? logit / repeat_penalty_ : logit * repeat_penalty_;
-        if (!generated_only_) logit -= float(count) * frequency_penalty_ + presence_penalty_;
+        logit = logit > 0 ? logit / params_.repeat_penalty : logit * params_.repeat_penalty;
+        if (!generated_only_) logit -= float(count) * params_.frequency_penalty + params_.presence_penalty;
     }
 }
 
 void Repetition::penalize_generated(std::span<float> logits) const {
     for (const auto& [id, count] : generated_) {
-        if (id < logits.size()) logits[id] -= float(count) * frequency_penalty_ + presence_penalty_;
+        if (id < logits.size()) logits[id] -= float(count) * params_.frequency_penalty + params_.presence_penalty;
     }
 }
 
@@ -92,20 +87,20 @@ void Repetition::penalize_generated(std::span<float> logits) const {
 void Repetition::penalize_continuations(std::span<float> logits) {
     const size_t n = std::min(history_.size(), dry_window_);
     reversed_.assign(history_.rbegin(), history_.rbegin() + std::ptrdiff_t(n));
-    const size_t limit = tokens_since_breaker(reversed_);
-    if (n <= dry_allowed_length_ || limit < dry_allowed_length_) return;
+    const size_t limit = tokens_since_breaker(reversed_), allowed = params_.dry_allowed_length;
+    if (n <= allowed || limit < allowed) return;
 
     match_with_start(reversed_, matches_);
     std::unordered_map<uint32_t, size_t> longest;  // by the token that would continue it
     for (size_t k = 1; k < n; ++k) {
         const size_t length = std::min<size_t>(matches_[k], limit);
-        if (length < dry_allowed_length_) continue;
+        if (length < allowed) continue;
         size_t& known = longest[reversed_[k - 1]];
         known = std::max(known, length);
     }
     for (const auto& [id, length] : longest) {
         if (id >= logits.size() || breaks_alone(id)) continue;
-        const double penalty = dry_multiplier_ * power(dry_base_, length - dry_allowed_length_);
+        const double penalty = params_.dry_multiplier * power(params_.dry_base, length - allowed);
         logits[id] -= float(std::min(penalty, double(std::numeric_limits<float>::max())));
     }
 }

@@ -12,6 +12,7 @@ namespace fixmin::sampling {
 /// The tokens of a request so far, as far as the parameters ask for them.
 class Repetition {
   public:
+    /// `params` has to outlive it.
     Repetition(const SamplingParams& params, std::span<const uint32_t> prompt_ids);
 
     /// Whether penalize() changes anything.
@@ -30,10 +31,7 @@ class Repetition {
     size_t tokens_since_breaker(std::span<const uint32_t> reversed) const;
     bool breaks_alone(uint32_t id) const;
 
-    const float repeat_penalty_, frequency_penalty_, presence_penalty_;
-    const float dry_multiplier_;
-    const double dry_base_;
-    const size_t dry_allowed_length_;
+    const SamplingParams& params_;
     const size_t window_, dry_window_;  // tokens
     const bool generated_only_;         // frequency and presence: all that was generated, in place of the window
     const bool counts_, dry_;           // whether they are in use

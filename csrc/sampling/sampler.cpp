@@ -20,7 +20,14 @@ float limited_mu(double mu) { return float(std::clamp(mu, -1000.0, 1000.0)); }
 // Every step has eight random numbers of its own.
 enum class Use : uint64_t { draw, xtc };
 
-double uniform(uint64_t seed, uint64_t step, Use use) { return counter_uniform(seed, step * 8 + uint64_t(use)); }
+// A number of the SplitMix64 sequence that starts at `seed`, as a double in [0, 1).
+double uniform(uint64_t seed, uint64_t step, Use use) {
+    const uint64_t index = step * 8 + uint64_t(use);
+    uint64_t z = seed + (index + 1) * 0x9e3779b97f4a7c15u;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return double((z ^ (z >> 31)) >> 11) * 0x1p-53;
+}
 
 void expect(bool condition, const std::string& name, float value, const char* range) {
     if (!condition) throw ArgumentError(name + " is " + std::to_string(value) + "; it must be " + range);
@@ -42,13 +49,6 @@ void mask(std::span<float> row, const uint32_t* allowed) {
 }
 
 }  // namespace
-
-double counter_uniform(uint64_t seed, uint64_t index) {
-    uint64_t z = seed + (index + 1) * 0x9e3779b97f4a7c15u;
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-    return double((z ^ (z >> 31)) >> 11) * 0x1p-53;
-}
 
 void check(const SamplingParams& p) {
     // Comparisons with NaN are false.

@@ -15,7 +15,7 @@ namespace fixmin::sampling {
 
 /// The arithmetic of an instruction set; an empty name: FIXMIN_ISA, else the best there is. Throws ArgumentError,
 /// UnsupportedError.
-const kernels::Kernels& kernels_of(std::string_view isa = {});
+const kernels::Kernels& kernels_of(std::string_view isa);
 
 /// One per request; it holds all that sampling remembers. Not for several threads at once.
 ///
@@ -76,8 +76,5 @@ class Sampler {
     };
     std::optional<Draw> draw_;  // the last one, which mirostat learns from once it is accepted
 };
-
-/// Number `index` of the SplitMix64 sequence that starts at `seed`, as a double in [0, 1).
-double counter_uniform(uint64_t seed, uint64_t index);
 
 }  // namespace fixmin::sampling

@@ -94,7 +94,7 @@ class FoldBuilder:
 # --- bind_sampler.cpp ------------------------------------------------------------------------------------------
 
 class SamplingParams:
-    """How the next token is chosen; see csrc/engine/sampling_params.h and docs/sampling.md. Cannot be changed."""
+    """How the next token is chosen; see csrc/sampling/sampling_params.h and docs/sampling.md. Cannot be changed."""
 
     temperature: float  # 0: greedy
     dynatemp_range: float  # 0: off

@@ -3,7 +3,6 @@ says what this build runs on."""
 
 import os
 import platform
-import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -218,5 +217,4 @@ def _reset_after_fork() -> None:
     _cache_lock = threading.Lock()
 
 
-if sys.platform != "win32":
-    os.register_at_fork(after_in_child=_reset_after_fork)
+os.register_at_fork(after_in_child=_reset_after_fork)

@@ -18,7 +18,7 @@ Prompt: TypeAlias = str | TokenIds | Mapping[str, Any]
 
 MAX_INT32 = 2**31 - 1
 MAX_FLOAT32 = float(np.finfo(np.float32).max)
-_MAX_SEED = 2**64 - 1
+MAX_SEED = 2**64 - 1
 
 
 def as_int(name: str, value: Any, low: float, high: int | None = None) -> int:
@@ -82,8 +82,8 @@ def as_seeds(name: str, value: Any) -> int | tuple[int | None, ...] | None:
 
 def _as_seed(name: str, value: Any) -> int | None:
     seed = as_int(name, value, -math.inf)
-    if not -1 <= seed <= _MAX_SEED:
-        raise ArgumentError(f"{name} must be between 0 and {_MAX_SEED}, or -1 for a random one, got {digits(seed)}")
+    if not -1 <= seed <= MAX_SEED:
+        raise ArgumentError(f"{name} must be between 0 and {MAX_SEED}, or -1 for a random one, got {digits(seed)}")
     return None if seed == -1 else seed
 
 
@@ -146,9 +146,9 @@ def as_id_tuple(name: str, value: Any, vocab_size: int) -> tuple[int, ...]:
 
 
 def as_allowed_ids(name: str, value: Any, vocab_size: int) -> tuple[int, ...]:
-    """Token ids, at least one; None gives none, which stands for all."""
-    ids = () if value is None else as_id_tuple(name, value, vocab_size)
-    if value is not None and not ids:
+    """Token ids, at least one."""
+    ids = as_id_tuple(name, value, vocab_size)
+    if not ids:
         raise ArgumentError(f"{name} is empty: nothing could be drawn (None allows all)")
     return ids
 

@@ -8,28 +8,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-from .arguments import as_int, split_prompts
+from .arguments import MAX_SEED, as_int, split_prompts
 from .errors import ArgumentError, ArgumentTypeError, FixminError
 from .generation_options import GenerationOptions, main_names
 from .openai_api.refusal import refusal
 from .openai_api.request import ChatRequest, CompletionRequest, GenerationRequest
 
-__all__ = [
-    "TASKS",
-    "Entry",
-    "InputFile",
-    "Line",
-    "NativeEntry",
-    "OpenAIEntry",
-    "Settings",
-    "parse_line",
-    "read_record",
-    "write_record",
-]
-
 TASKS = ("generate", "score", "embed")
-
-_MAX_SEED = 2**64 - 1
 
 
 class Line(NamedTuple):
@@ -115,7 +100,7 @@ class Settings:
         except TypeError as error:
             raise ArgumentTypeError(f"options must be what JSON can hold: {error}") from None
         GenerationOptions.check(checked, vocab_size)
-        return cls(task, as_int("seed", seed, 0, _MAX_SEED), checked, token_ids)
+        return cls(task, as_int("seed", seed, 0, MAX_SEED), checked, token_ids)
 
     def seed_of(self, line: int, index: int) -> int:
         """Of a prompt that comes without one."""

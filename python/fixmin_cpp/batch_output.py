@@ -6,15 +6,12 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from .atomic_file import AtomicFile
 from .batch_lines import InputFile, Line, read_record
 from .errors import ArgumentError, FixminError
 from .state import file_sha256
-
-__all__ = ["OutputFile", "Resumed"]
 
 
 @dataclass(frozen=True)
@@ -82,12 +79,10 @@ class OutputFile:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         if os.fstat(self._fd).st_size == 0:
             self.sidecar.unlink(missing_ok=True)  # there is nothing to resume
-            if error is not None and self._is_new:
+            if exc[0] is not None and self._is_new:
                 self.path.unlink(missing_ok=True)
         os.close(self._fd)  # and with it the lock
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _core
+from .running import wait_all
 
 __all__ = ["Beam", "beam_search"]
 
@@ -89,20 +90,14 @@ def beam_search(
             engine.submit(np.append(prompt, np.array(ids, np.uint32)), params, n_logprobs=n_candidates)
             for ids, _ in search.live
         ]
+        wait_all(requests)
         tops = []
-        try:
-            for request in requests:
-                while not request.wait(1, 3600.0):
-                    pass
-                request.result()
-                logprobs = request.read(0)[1]
-                if not logprobs:  # the model was closed
-                    return search.found
-                tops.append(logprobs[0][3])
-        except BaseException:
-            for request in requests:
-                request.cancel()
-            raise
+        for request in requests:
+            request.result()  # raises what went wrong
+            logprobs = request.read(0)[1]
+            if not logprobs:  # the model was closed
+                return search.found
+            tops.append(logprobs[0][3])
         search.advance(tops, eos_ids)
         if search.finished():
             return search.found

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import _core
-from .arguments import as_int
+from .arguments import MAX_INT32, as_int
 from .errors import ArgumentError
 from .load_options import LoadArguments
 from .model import Model
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = ["BenchReport", "bench"]
 
-_MAX = 2**31 - 1
 _MIB = 1 << 20
 
 
@@ -52,27 +51,22 @@ class BenchReport:
     read_ceiling_best_gb_s: float  # the fastest pass of all
     read_buffer_bytes: int  # what those reads go over
     last_level_cache_bytes: int  # 0: unknown
-    decode_roofline: (
-        float  # decoded bytes per second / mean read ceiling before and after the turn: median of the turns
-    )
+    # decoded bytes per second / mean read ceiling before and after the turn: median of the turns
+    decode_roofline: float
     cached_read_gb_s: float  # the same loop over only as many bytes as a decoded token reads
     cached_read_gb_s_runs: list[float]
     decode_cached_roofline: float
     int8_peak_tops: float  # 10^12 operations per second, of vector instructions
     int8_peak_tops_runs: list[float]
     prefill_operations_per_token: float  # products and attention
-    prefill_peak_fraction: (
-        float  # operations per second / mean int8 peak before and after the turn: median of the turns
-    )
+    # operations per second / mean int8 peak before and after the turn: median of the turns
+    prefill_peak_fraction: float
 
     def summary(self) -> list[str]:
         """The figures that most readers want, a line each; units and ceilings are in it."""
         cached = self.decode_roofline > 1.0
-        read, roofline = (
-            (self.cached_read_gb_s, self.decode_cached_roofline)
-            if cached
-            else (self.read_ceiling_gb_s, self.decode_roofline)
-        )
+        read = self.cached_read_gb_s if cached else self.read_ceiling_gb_s
+        roofline = self.decode_cached_roofline if cached else self.decode_roofline
         depth = f" after {self.depth:,}" if self.depth else ""
         return [
             f"{self.file}: {self.isa}, {self.threads} thread{'s' * (self.threads > 1)}, KV cache {self.kv_type}, "
@@ -129,7 +123,7 @@ def bench(
         ArgumentError: a number is out of range or does not fit the model's context. What Model raises.
     """
     repeat = as_int("repeat", repeat, 1, 10_000)
-    depth = as_int("depth", depth, 0, _MAX)
+    depth = as_int("depth", depth, 0, MAX_INT32)
     cache = last_level_cache_bytes()
     if read_buffer_bytes is not None:
         read_buffer_bytes = as_int("read_buffer_bytes", read_buffer_bytes, _MIB, 1 << 40)
@@ -147,7 +141,7 @@ def bench(
         room = context - first - 1  # the last token generated is never fed back
         if room < 1:
             raise ArgumentError(f"depth {depth} leaves no room to decode in the context of {context} tokens")
-        n_generate = min(64, room) if n_generate is None else as_int("n_generate", n_generate, 1, _MAX)
+        n_generate = min(64, room) if n_generate is None else as_int("n_generate", n_generate, 1, MAX_INT32)
         if n_generate > room:
             raise ArgumentError(
                 f"depth {depth} and {n_generate} tokens to generate do not fit the context of {context}: "

@@ -42,8 +42,6 @@ from .inspect import printable
 from .logs import LogFormat, LogLevel, configure
 from .serve_options import SERVE_FIELDS
 
-__all__ = ["app", "main"]
-
 app = App(
     name="fixmin",
     help="Language models without an input embedding table: convert, run and inspect them.",
@@ -84,10 +82,6 @@ _Escape = Annotated[
         rich_help_panel=_INPUT,
     ),
 ]
-
-
-def _gguf(text: str) -> Any:
-    return typer.Argument(metavar="FILE.gguf", help=text)
 
 
 def main() -> None:
@@ -196,7 +190,7 @@ def score(
 
 @app.command(rich_help_panel=_MEASURE)
 def inspect(
-    file: Annotated[Path, _gguf("File of any architecture.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE.gguf", help="File of any architecture.")],
     tokens: Annotated[
         list[str] | None,
         typer.Option(
@@ -543,13 +537,14 @@ def quantize(
                 n_threads=threads,
                 progress=update,
             )
-        facts = dataclasses.asdict(report)
-        facts["path"] = str(report.path)
         if as_json:
-            output.write(json.dumps(facts, indent=2) + "\n")
+            output.report({**dataclasses.asdict(report), "path": str(report.path)}, as_json)
             return
-        for line in _each_tensor(report) if everything else _kinds_of_tensors(report):
-            output.write(line + "\n")
+        if everything:
+            lines = [f"{tensor.name}: {_change(tensor)}" for tensor in report.tensors]
+        else:  # how many became what; the one with the most first
+            lines = [f"{n} x {change}" for change, n in Counter(map(_change, report.tensors)).most_common()]
+        output.write("".join(line + "\n" for line in lines))
         output.write(
             f"{report.path}: {report.source_bytes / 1e6:,.1f} -> {report.n_bytes / 1e6:,.1f} MB, "
             f"{report.bits_per_weight:.2f} bits per weight, {report.seconds:.1f} s. "
@@ -561,15 +556,6 @@ def _change(tensor: Any) -> str:
     note = f"  ({tensor.note})" if tensor.note else ""
     change = tensor.type if tensor.type == tensor.source_type else f"{tensor.source_type} -> {tensor.type}"
     return change + note
-
-
-def _each_tensor(report: Any) -> list[str]:
-    return [f"{tensor.name}: {_change(tensor)}" for tensor in report.tensors]
-
-
-def _kinds_of_tensors(report: Any) -> list[str]:
-    """How many became what; the one with the most first."""
-    return [f"{n} x {change}" for change, n in Counter(map(_change, report.tensors)).most_common()]
 
 
 @app.command(rich_help_panel=_MAKE)

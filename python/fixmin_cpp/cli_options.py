@@ -15,22 +15,6 @@ from .load_options import LOAD_FIELDS
 from .sampling_fields import FIELDS, Biases, Breakers, Choices, Flag, Float, Ids, Int, Seeds, Text, Texts
 from .serve_options import SERVE_FIELDS, SERVE_LOAD_FIELDS
 
-__all__ = [
-    "MACHINE",
-    "OPTIONS",
-    "from_argv",
-    "load_options",
-    "read_options",
-    "read_prompt",
-    "read_stdin",
-    "read_text",
-    "unescape",
-    "with_environment",
-    "with_load_options",
-    "with_options",
-    "with_serve_options",
-]
-
 
 class _Option(NamedTuple):
     argument: str  # of generate(), or of Model()
@@ -234,12 +218,7 @@ def decode(data: bytes, source: str) -> str:
 def unescape(text: str) -> str:
     r"""Replaces \n, \t, \r, \" and \\; any other backslash stays as it is."""
     letters = {"n": "\n", "t": "\t", "r": "\r", '"': '"', "\\": "\\"}
-    result, i = [], 0
-    while i < len(text):
-        letter = letters.get(text[i + 1 : i + 2]) if text[i] == "\\" else None
-        result.append(text[i] if letter is None else letter)
-        i += 1 if letter is None else 2
-    return "".join(result)
+    return re.sub(r'\\([ntr"\\])', lambda found: letters[found[1]], text)
 
 
 def _logit_bias(options: list[str]) -> dict[int, float]:

@@ -14,14 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .arguments import Prompt, as_int
+from .arguments import MAX_INT32, Prompt, as_int
 from .atomic_file import AtomicFile, refuse_inputs
 from .errors import ArgumentError, ArgumentTypeError, FixminError
 from .model import Model
 
 __all__ = ["Divergence", "Perplexity", "perplexity"]
 
-_MAX = 2**31 - 1
 _ROWS = 32  # rows of log-probabilities in float64 at a time: 16 MiB for 65,536 tokens
 _DELTA_QUANTILES = (0.0, 0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999, 1.0)
 _KL_QUANTILES = (0.5, 0.9, 0.95, 0.99, 0.999, 1.0)
@@ -147,7 +146,7 @@ def perplexity(
             n_ctx = min(n_ctx, base_model.info["n_ctx"])
         ctx = n_ctx if ctx is None else as_int("ctx", ctx, 2, n_ctx)
         stride = ctx if stride is None else as_int("stride", stride, 1, ctx)
-        limit = _MAX if max_windows is None else as_int("max_windows", max_windows, 1, _MAX)
+        limit = None if max_windows is None else as_int("max_windows", max_windows, 1, MAX_INT32)
         ids = model.token_ids(text)
         if len(ids) < 2:
             raise ArgumentError("text must have at least 2 tokens, got 1: the first one is not predicted")
@@ -232,7 +231,7 @@ def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     return x
 
 
-def negative_log_probabilities(logits: NDArray[np.float32], targets: NDArray[np.uint32]) -> NDArray[np.float64]:
+def negative_log_probabilities(logits: NDArray[np.float32], targets: NDArray[Any]) -> NDArray[np.float64]:
     """-log p of targets [T] under logits [T, V], in nats."""
     parts = [-log_softmax(logits[rows])[np.arange(len(targets[rows])), targets[rows]] for rows in _slices(len(targets))]
     return np.concatenate(parts)

@@ -8,6 +8,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -111,18 +112,6 @@ class Plan:
     on_token: OnToken | None  # called with every piece; False from it ends the run there
 
 
-class _Mask:
-    """A matcher as the engine calls it, from a thread of its own."""
-
-    def __init__(self, matcher: Matcher) -> None:
-        self._matcher = matcher
-        self.allowed = matcher.mask
-        self.accept = matcher.accept
-
-    def finished(self) -> bool:
-        return self._matcher.finished
-
-
 class Run:
     """One completion of one prompt of a plan. Used by one thread at a time, but for cancel().
 
@@ -132,17 +121,19 @@ class Run:
     """
 
     def __init__(self, plan: Plan, index: int = 0, candidate: int = 0, leader: "Run | None" = None) -> None:
+        self._plan = plan
         self._ids = plan.prompts[index]
         self._options = plan.options
         self.timeout: float | None = plan.options.timeout  # seconds from start(), before which it may be changed
-        self._params = plan.params
         self._on_token = plan.on_token
         self._index = index
         self._candidate = candidate
         self._leader = leader
-        self._ranked = plan.best_of > plan.n  # mean_logprob will be asked for
         self._seed = candidate_seed(plan.seeds[index], candidate)
-        self._mask = None if plan.matcher is None else _Mask(plan.matcher())
+        self._mask: SimpleNamespace | None = None  # a matcher as the engine calls it, from a thread of its own
+        if plan.matcher is not None:
+            form = plan.matcher()
+            self._mask = SimpleNamespace(allowed=form.mask, accept=form.accept, finished=lambda: form.finished)
         stop = plan.options.stop
         decoder = IncrementalDecoder(plan.tokenizer, self._ids.tolist()) if plan.tokenizer is not None else None
         names = plan.tokenizer.special_tokens if plan.tokenizer is not None and stop else None
@@ -171,12 +162,12 @@ class Run:
         """Queues the request; that of the leader must have been queued before."""
         options = self._options
         n_logprobs, n_prompt_logprobs = options.logprobs, options.prompt_logprobs
-        if n_logprobs is None and self._ranked:
+        if n_logprobs is None and self._plan.best_of > self._plan.n:  # mean_logprob will be asked for
             n_logprobs = 0
         leads = self._leader is None
         self._request = engine.submit(
             self._ids,
-            self._params,
+            self._plan.params,
             seed=self._seed,
             mask=self._mask,
             n_logprobs=-1 if n_logprobs is None else n_logprobs,

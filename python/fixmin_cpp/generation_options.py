@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from . import _core
-from .arguments import MAX_INT32, as_bool, as_int, digits, shortened
+from .arguments import MAX_INT32, MAX_SEED, as_bool, as_int, digits, shortened
 from .constrain import Constraint
 from .errors import ArgumentError, ArgumentTypeError
 from .fields import checked_class
@@ -18,7 +18,6 @@ __all__ = ["DEFAULT_BREAKERS", "GenerationOptions", "candidate_counts", "candida
 
 DEFAULT_BREAKERS = ("\n", ":", '"', "*")  # of DRY, llama.cpp's
 _MAX_CANDIDATES = 1024
-_MAX_SEED = 2**64 - 1
 _OF_GENERATE = ("n", "best_of", "on_token", "progress")
 
 # Numbers that the engine takes under the same name and as they are.
@@ -118,9 +117,9 @@ def candidate_seed(seed: int, candidate: int) -> int:
     """
     if candidate == 0:
         return seed
-    z = (seed + (8 * candidate + 8) * 0x9E3779B97F4A7C15) & _MAX_SEED
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MAX_SEED
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MAX_SEED
+    z = (seed + (8 * candidate + 8) * 0x9E3779B97F4A7C15) & MAX_SEED
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MAX_SEED
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MAX_SEED
     return (z ^ (z >> 31)) >> 11
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
@@ -444,7 +445,9 @@ class FixMinForCausalLM(PreTrainedModel, GenerationMixin):
         self, prompts: Tensor, rows: list[list[int]], plan: "_Plan", streamer: BaseStreamer | None
     ) -> list[list[int]]:
         """The answers to all rows, the end-of-text token included; `prompts` [B, T] are the rows with their padding."""
-        options = plan.options | ({"seed": [_draw_seed() for _ in rows]} if plan.sampled else {})
+        options = dict(plan.options)
+        if plan.sampled:  # from PyTorch's generator, so that its seed decides about the text
+            options["seed"] = [int(torch.randint(2**63 - 1, ())) for _ in rows]
         if streamer is None and not plan.criteria:
             return [plan.answer(completion) for completion in self.engine.generate(rows, **options)]
         sequences: list[Tensor] = list(prompts.split(1))
@@ -684,19 +687,12 @@ _FIRST_WARPER = 2
 _REPEATABLE = (NoBadWordsLogitsProcessor, SuppressTokensLogitsProcessor)
 
 
-def _draw_seed() -> int:
-    """From PyTorch's generator, so that its seed decides about the text."""
-    return int(torch.randint(2**63 - 1, ()))
-
-
 def _append(prompts: Tensor, answers: list[list[int]], pad: Tensor | None) -> Tensor:
     """[B, T] and B answers -> [B, T + longest answer], shorter ones padded on the right."""
-    longest = max(map(len, answers))
+    rows = [torch.tensor(answer, dtype=prompts.dtype) for answer in answers]
     # Without a padding token there is no end-of-text token either, and all answers are as long.
-    out = torch.full((len(prompts), longest), 0 if pad is None else int(pad), dtype=prompts.dtype)
-    for row, answer in enumerate(answers):
-        out[row, : len(answer)] = torch.tensor(answer)
-    return torch.cat((prompts, out), dim=1)
+    filler = 0 if pad is None else int(pad)
+    return torch.cat((prompts, pad_sequence(rows, batch_first=True, padding_value=filler)), dim=1)
 
 
 # --- checks -------------------------------------------------------------------------------------------------------

@@ -53,37 +53,33 @@ def describe(path: str | os.PathLike[str], tokens: Sequence[str] = ()) -> dict[s
     path = Path(path)
     with naming(path):
         refuse_wrong_model(path)
-        return _describe(path, tokens)
-
-
-def _describe(path: Path, tokens: Sequence[str]) -> dict[str, Any]:
-    file = _core.GgufFile(str(path))
-    metadata = file.metadata
-    tensors = [
-        {"name": t.name, "shape": list(t.shape), "type": t.type, "bytes": t.n_bytes, "offset": t.offset}
-        for t in file.tensors
-    ]
-    description = {
-        "file": {
-            "path": str(path),
-            "bytes": path.stat().st_size,
-            "gguf_version": file.version,
-            "alignment": file.alignment,
-            **_totals(tensors),
-        },
-        "metadata": _plain_metadata(
-            metadata, excluded=(_PROVENANCE_PREFIX, _QUANTIZE_PREFIX, "fixmin.code.", "tokenizer.")
-        ),
-        "provenance": _plain_metadata(metadata, only=_PROVENANCE_PREFIX, excluded=(CERTIFICATE_PREFIX,)),
-        "certificate": _plain_metadata(metadata, only=CERTIFICATE_PREFIX),
-        "quantized": _plain_metadata(metadata, only=_QUANTIZE_PREFIX),
-        "tokenizer": _describe_tokenizer(metadata),
-        "code": describe_code(metadata),
-        "tensors": tensors,
-    }
-    if tokens:
-        description["tokens"] = _describe_tokens(file, metadata, tokens)
-    return description
+        file = _core.GgufFile(str(path))
+        metadata = file.metadata
+        tensors = [
+            {"name": t.name, "shape": list(t.shape), "type": t.type, "bytes": t.n_bytes, "offset": t.offset}
+            for t in file.tensors
+        ]
+        description = {
+            "file": {
+                "path": str(path),
+                "bytes": path.stat().st_size,
+                "gguf_version": file.version,
+                "alignment": file.alignment,
+                **_totals(tensors),
+            },
+            "metadata": _plain_metadata(
+                metadata, excluded=(_PROVENANCE_PREFIX, _QUANTIZE_PREFIX, "fixmin.code.", "tokenizer.")
+            ),
+            "provenance": _plain_metadata(metadata, only=_PROVENANCE_PREFIX, excluded=(CERTIFICATE_PREFIX,)),
+            "certificate": _plain_metadata(metadata, only=CERTIFICATE_PREFIX),
+            "quantized": _plain_metadata(metadata, only=_QUANTIZE_PREFIX),
+            "tokenizer": _describe_tokenizer(metadata),
+            "code": describe_code(metadata),
+            "tensors": tensors,
+        }
+        if tokens:
+            description["tokens"] = _describe_tokens(file, metadata, tokens)
+        return description
 
 
 def render(
@@ -234,7 +230,7 @@ def _affine(matrix: Any, shift: Any, width: Any) -> tuple[NDArray[np.uint8], NDA
 def _name_map(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> str:
     """A and b in words."""
     width = len(a)
-    rank = _rank(a)
+    rank = gf2_rank(a)
     if np.array_equal(a, np.eye(width)):
         name = "identity: the bits of the id"
     elif np.array_equal(a, np.eye(width)[::-1]):
@@ -246,10 +242,10 @@ def _name_map(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> str:
     return name + ("" if not b.any() else f", {int(b.sum())} bits inverted")
 
 
-def _rank(a: NDArray[np.uint8]) -> int:
-    """Rank over GF(2), rows as integers."""
+def gf2_rank(rows: Iterable[NDArray[np.uint8]]) -> int:
+    """Rank over GF(2) of rows of 0 and 1, which are taken as integers."""
     basis: list[int] = []
-    for row in a:
+    for row in rows:
         value = int("".join(map(str, row.tolist())), 2)
         for pivot in basis:
             value = min(value, value ^ pivot)
@@ -351,7 +347,6 @@ class _Screen:
         self._one, self._zero = ("██", "··") if fancy else ("##", "..")
         self._bar = " │ " if fancy else " | "
         self._box = box.SIMPLE_HEAD if fancy else box.ASCII2
-        self._fancy = fancy
 
     def _title(self, title: str) -> None:
         self._console.print()

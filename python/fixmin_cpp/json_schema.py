@@ -18,7 +18,7 @@ from urllib.parse import unquote
 
 from .errors import ArgumentError
 
-__all__ = ["literals", "prepared"]
+__all__ = ["literals", "prepared", "walk"]
 
 _Node: TypeAlias = dict[str, Any]
 
@@ -114,8 +114,9 @@ class _Preparation:
         self.has_one_of = False
         self._in_references = {
             part.replace("~1", "/").replace("~0", "~")
-            for reference in _references(root)
-            for part in unquote(reference).split("/")
+            for one in walk(root)
+            if isinstance(one, dict) and isinstance(one.get("$ref"), str)
+            for part in unquote(one["$ref"]).split("/")
         }
         self._known: dict[int, list[_Facts]] = {}  # by the id of a subschema
         self._n_steps = 0
@@ -337,16 +338,14 @@ def _count(node: _Node, keyword: str, place: str) -> None:
         del node[keyword]
 
 
-def _references(root: Any) -> Iterator[str]:
-    todo = [root]
+def walk(value: Any) -> Iterator[Any]:
+    """A JSON value and all values in it, outer ones first. A loop: they may be deeper than the stack."""
+    todo = [value]
     while todo:
         one = todo.pop()
-        if isinstance(one, dict):
-            if isinstance(one.get("$ref"), str):
-                yield one["$ref"]
-            todo += one.values()
-        elif isinstance(one, list):
-            todo += one
+        yield one
+        if isinstance(one, dict | list):
+            todo += one.values() if isinstance(one, dict) else one
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -359,14 +358,8 @@ def _escaped(name: str) -> str:
 
 def _with_patterns(root: Any) -> set[int]:
     """The ids of all objects and arrays that have a pattern or format somewhere in them."""
-    order, todo = [], [root]
-    while todo:
-        one = todo.pop()
-        if isinstance(one, dict | list):
-            order.append(one)
-            todo += one.values() if isinstance(one, dict) else one
     found: set[int] = set()
-    for one in reversed(order):  # the inner ones first
+    for one in reversed([one for one in walk(root) if isinstance(one, dict | list)]):  # the inner ones first
         inner = one.values() if isinstance(one, dict) else one
         own = isinstance(one, dict) and ("pattern" in one or "format" in one)
         if own or any(id(part) in found for part in inner):
@@ -457,13 +450,10 @@ def _divide(node: _Node, place: str) -> None:
 
 def _check_value(value: Any, keyword: str, place: str) -> None:
     """Whether llguidance writes a literal value as it is."""
-    todo = [value]
-    while todo:
-        one = todo.pop()
+    for one in walk(value):
         if isinstance(one, dict):
-            todo += [*one.keys(), *one.values()]
-        elif isinstance(one, list):
-            todo += one
+            for name in one:
+                _check_text(name, keyword, place)
         elif isinstance(one, str):
             _check_text(one, keyword, place)
         elif isinstance(one, int | float) and not isinstance(one, bool):

@@ -11,7 +11,7 @@ import math
 import os
 import random
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from lm_eval.api.instance import Instance
@@ -19,16 +19,13 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from numpy.typing import NDArray
 from tqdm import tqdm
+from typing_extensions import Unpack  # in typing from Python 3.11
 
 from .arguments import as_int
 from .errors import ArgumentError, UnsupportedError
 from .load_options import LoadArguments
 from .model import Model
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack  # in typing from Python 3.11
 
 __all__ = ["FixMinLM"]
 
@@ -87,7 +84,7 @@ class FixMinLM(TemplateLM):
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
         device: str | None = None,
-        **options: "Unpack[LoadArguments]",
+        **options: Unpack[LoadArguments],
     ) -> None:
         super().__init__()
         if device not in (None, "cpu", "cuda:0"):
@@ -171,9 +168,10 @@ class FixMinLM(TemplateLM):
         order = sorted(rest, key=lambda i: requests[i][1] + requests[i][2])
         with tqdm(total=len(order), desc="Running loglikelihood requests", disable=disable_tqdm) as bar:
             for chunk in _chunks(order, self.batch_size):
-                scored = self._score_many([self._fitted(*requests[i][1:]) for i in chunk])
-                for i, (logprobs, greedy) in zip(chunk, scored, strict=True):
-                    answers[i] = float(logprobs.sum()), bool(greedy.all())
+                fitted = [self._fitted(*requests[i][1:]) for i in chunk]
+                scores = self.model.score([ids for ids, _ in fitted], start=[len(ids) - n for ids, n in fitted])
+                for i, score in zip(chunk, scores, strict=True):
+                    answers[i] = float(score.logprobs.astype(np.float64).sum()), bool((score.ranks == 1).all())
                     if requests[i][0] is not None:  # the windows of a longer text have no entry of their own
                         self.cache_hook.add_partial("loglikelihood", requests[i][0], answers[i])
                 bar.update(len(chunk))
@@ -202,14 +200,6 @@ class FixMinLM(TemplateLM):
         # One more than the model sees: the last token is predicted, not read.
         return (context + continuation)[-(self.max_length + 1) :], len(continuation)
 
-    def _score_many(
-        self, items: Sequence[tuple[list[int], int]]
-    ) -> Iterator[tuple[NDArray[np.float64], NDArray[np.bool_]]]:
-        """For each (ids, n) the log-probabilities [n] of the last n ids, and whether each is the most probable one."""
-        scores = self.model.score([ids for ids, _ in items], start=[len(ids) - n for ids, n in items])
-        for score in scores:
-            yield score.logprobs.astype(np.float64), score.ranks == 1
-
     # --- generation -------------------------------------------------------------------------------------------------
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -226,17 +216,13 @@ class FixMinLM(TemplateLM):
                 for chunk in _chunks(group, self.batch_size):
                     # An empty context gets what a log-likelihood would start from.
                     prompts = [(self.tok_encode(arguments[i][0]) or [self.prefix_token_id])[-room:] for i in chunk]
-                    for i, text in zip(chunk, self._generate_many(prompts, options), strict=True):
-                        answers[i] = text
-                        self.cache_hook.add_partial("generate_until", arguments[i], text)
+                    # Every answer its own seed, from the generator that the harness seeds.
+                    seeds = [random.getrandbits(63) for _ in prompts] if options["temperature"] else None
+                    for i, completion in zip(chunk, self.model.generate(prompts, seed=seeds, **options), strict=True):
+                        answers[i] = completion.text
+                        self.cache_hook.add_partial("generate_until", arguments[i], completion.text)
                     bar.update(len(chunk))
         return [answers[i] for i in range(len(requests))]
-
-    def _generate_many(self, prompts: list[list[int]], options: dict[str, Any]) -> list[str]:
-        """The answers to prompts that share their options."""
-        # Every answer its own seed, from the generator that the harness seeds.
-        seeds = [random.getrandbits(63) for _ in prompts] if options["temperature"] else None
-        return [completion.text for completion in self.model.generate(prompts, seed=seeds, **options)]
 
     def _generation_options(self, gen_kwargs: dict[str, Any]) -> dict[str, Any]:
         """A task's generation_kwargs as arguments of Model.generate()."""

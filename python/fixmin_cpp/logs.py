@@ -110,13 +110,11 @@ class _Json(_Formatter):
             "logger": record.name,
         }
         if isinstance(record.args, tuple) and len(record.args) == 1 and isinstance(record.args[0], Facts):
-            line |= {"message": record.msg.replace("%s", "").strip(), **_rounded(record.args[0].values)}
+            line["message"] = record.msg.replace("%s", "").strip()
+            values = record.args[0].values.items()
+            line |= {name: round(value, 6) if isinstance(value, float) else value for name, value in values}
         else:
             line["message"] = record.getMessage()
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str)
-
-
-def _rounded(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: round(value, 6) if isinstance(value, float) else value for name, value in values.items()}

@@ -11,14 +11,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import _core
-from .arguments import MAX_INT32, Prompt, TokenIds, as_bool, as_float, as_int, as_path, as_token_ids, split_prompts
+from .arguments import Prompt, TokenIds, as_bool, as_float, as_int, as_path, as_token_ids, split_prompts
 from .atomic_file import refuse_inputs
 from .beam import Beam, beam_search
 from .constrain import Compiler
@@ -28,7 +27,7 @@ from .generation_options import DEFAULT_BREAKERS, GenerationOptions, candidate_c
 from .load_options import LOAD_FIELDS, LoadArguments, LoadOptions
 from .progress import bar
 from .recognise import refuse_wrong_model
-from .running import AsyncTextStream, Generations, Runner, TextStream
+from .running import AsyncTextStream, Generations, Runner, TextStream, wait_all
 from .sampling_fields import GenerationArguments
 from .state import read_state, write_state
 from .tokenizer import TextTokenizer, end_of_text_ids
@@ -99,8 +98,9 @@ class Model:
         metadata = engine.take_metadata()  # of the bytes that were loaded, whatever the path names by now
         self._tokenizer = TextTokenizer.from_metadata(metadata)
         # What else the file says; its vocabulary, a hundred thousand strings, is in the tokenizer.
-        self._metadata = {key: value for key, value in metadata.items() if not _is_vocabulary(key, value)}
-        self._tokenizer_copy: Tokenizer | None = None  # for the caller
+        self._metadata = {
+            key: value for key, value in metadata.items() if not key.startswith("tokenizer.") or isinstance(value, int)
+        }
         self._hash: str | None = None  # of the file, when it is first needed
         self._compiler: Compiler | None = None  # of grammars, likewise
         self._eos_ids = end_of_text_ids(metadata, self._vocab_size)
@@ -399,7 +399,7 @@ class Model:
         starts = _starts(start if many else [start], named)
         with bar("scoring", silent) as update, self.native() as engine:
             requests = self._submit_scores(engine, ids, starts)
-            _wait(requests, update)
+            wait_all(requests, update)
             scores = [_score(one.tolist(), request) for one, request in zip(ids, requests, strict=True)]
         return scores if many else scores[0]
 
@@ -448,7 +448,7 @@ class Model:
         ids = self.token_ids(text, name="text", room=0, parse_special=parse_special)
         params = _core.SamplingParams(max_new_tokens=0)
         with self.native() as engine:
-            _wait([engine.submit(ids, params)])
+            wait_all([engine.submit(ids, params)])
             blocks = engine.export_prefix(ids)
             write_state(path, self.file_sha256(), self._info, ids, blocks)
         return len(blocks) // self._info["kv_block_bytes"] * self._info["kv_block_tokens"]
@@ -666,15 +666,13 @@ class Model:
         """All tokens that end a text."""
         return list(self._eos_ids)
 
-    @property
+    @functools.cached_property
     def tokenizer(self) -> "Tokenizer | None":
         """The file's tokenizer as one of the package `tokenizers`, None if it holds none.
 
         It is a copy, the same at every call: whatever is changed on it, encode() and prompts do not change.
         """
-        if self._tokenizer_copy is None and self._tokenizer is not None:
-            self._tokenizer_copy = self._tokenizer.copy()
-        return self._tokenizer_copy
+        return None if self._tokenizer is None else self._tokenizer.copy()
 
     def native(self) -> AbstractContextManager[_core.Engine]:
         """The native engine (see _core.pyi), which stays usable inside the with block: for measurements and tools.
@@ -721,9 +719,7 @@ class Model:
         self._runner_open()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
@@ -748,10 +744,6 @@ class Model:
         return self._runner
 
 
-def _is_vocabulary(key: str, value: Any) -> bool:
-    return key.startswith("tokenizer.") and not isinstance(value, int)
-
-
 def _load(cls: type[Model], path: str, options: dict[str, Any]) -> Model:
     return cls(path, **options)
 
@@ -767,20 +759,6 @@ def _check_unnamed(method: str, unnamed: tuple[Any, ...]) -> None:
 def _is_row(value: Any) -> bool:
     """Whether this item of a list is itself a list or an array of ids."""
     return isinstance(value, list | tuple) or getattr(value, "ndim", 0) == 1
-
-
-def _wait(requests: Sequence[_core.Request], on_end: Callable[[int, int], object] | None = None) -> None:
-    """Until all have ended; Ctrl-C cancels them. `on_end` as in drive()."""
-    try:
-        for i, request in enumerate(requests):
-            while not request.wait(MAX_INT32, 3600.0):
-                pass
-            if on_end is not None:
-                on_end(i + 1, len(requests))
-    except BaseException:
-        for request in requests:
-            request.cancel()
-        raise
 
 
 def _starts(given: Any, ids: Mapping[str, NDArray[np.uint32]]) -> list[int]:

@@ -8,13 +8,13 @@ import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
-from types import TracebackType
 
 from . import _core
+from .arguments import MAX_INT32
 from .errors import FixminError
 from .generation import Completion, Piece, Plan, Run
 
-__all__ = ["AsyncTextStream", "Generations", "Runner", "TextStream"]
+__all__ = ["AsyncTextStream", "Generations", "Runner", "TextStream", "wait_all"]
 
 
 class Runner:
@@ -160,6 +160,20 @@ def _drive(runs: Sequence[Run], engine: _core.Engine, on_end: Callable[[int, int
         raise
 
 
+def wait_all(requests: Sequence[_core.Request], on_end: Callable[[int, int], object] | None = None) -> None:
+    """Until all have ended; Ctrl-C cancels them. `on_end` as in Generations.run()."""
+    try:
+        for i, request in enumerate(requests):
+            while not request.wait(MAX_INT32, 3600.0):
+                pass
+            if on_end is not None:
+                on_end(i + 1, len(requests))
+    except BaseException:
+        for request in requests:
+            request.cancel()
+        raise
+
+
 class TextStream(Iterator[Piece]):
     """The pieces of one generation, in order; made by Model.stream(). A context manager: leaving it cancels the run.
 
@@ -248,9 +262,7 @@ class TextStream(Iterator[Piece]):
     def __enter__(self) -> "TextStream":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
     def __del__(self) -> None:
@@ -380,9 +392,7 @@ class AsyncTextStream(AsyncIterator[Piece]):
     async def __aenter__(self) -> "AsyncTextStream":
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *exc: object) -> None:
         self._end()
 
     def __del__(self) -> None:

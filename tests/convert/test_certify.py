@@ -33,7 +33,7 @@ from fixmin_cpp.convert.certify import (
     verify,
 )
 from fixmin_cpp.convert.gguf_file.formats import OUT_TYPES, quantize_rows
-from fixmin_cpp.convert.gguf_file.readback import dequantize, read_gguf
+from fixmin_cpp.convert.gguf_file.readback import read_gguf
 from fixmin_cpp.convert.gguf_file.writer import AtomicFile, Layout, Provenance
 from fixmin_cpp.convert.spec import CodeSpec, Resolved
 from fixmin_cpp.convert.streaming import reference_logits, round_activations
@@ -319,7 +319,7 @@ def test_rounding_error_accepts_every_correct_rounding(seed, scale, outtype):
     rng = np.random.default_rng(seed)
     rows = (rng.standard_normal((4, 64)) * scale * 10.0 ** rng.integers(-3, 1, (4, 1))).astype(np.float32)
     ggml_type = OUT_TYPES[outtype].ggml
-    stored = dequantize(quantize_rows(rows, ggml_type).reshape(-1), ggml_type).reshape(rows.shape)
+    stored = gguf.quants.dequantize(quantize_rows(rows, ggml_type).reshape(-1), ggml_type).reshape(rows.shape)
     assert rounding_error(rows, stored, ggml_type) <= 1
 
 
@@ -329,12 +329,12 @@ def test_rounding_error_refuses_a_step_of_q8_0(seed, position):
     raw = quantize_rows(rows, Type.Q8_0)
     block, element = divmod(position, 32)
     codes = raw.reshape(2, 34)[:, 2:].view(np.int8)
-    true = dequantize(raw.reshape(-1), Type.Q8_0)
+    true = gguf.quants.dequantize(raw.reshape(-1), Type.Q8_0)
     # The next code away from the true value; 127 is the end of the range.
     code = int(codes[block, element]) + (1 if true[position] >= rows[0, position] else -1)
     assume(abs(code) <= 127)
     codes[block, element] = code
-    stored = dequantize(raw.reshape(-1), Type.Q8_0).reshape(rows.shape)
+    stored = gguf.quants.dequantize(raw.reshape(-1), Type.Q8_0).reshape(rows.shape)
     assert rounding_error(rows, stored, Type.Q8_0) > 1
 
 

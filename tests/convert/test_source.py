@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch")
 from safetensors.torch import save_file  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 
-from fixmin_cpp.convert.checkpoint.source import Source, SpecialIds, context_length, hyper  # noqa: E402
+from fixmin_cpp.convert.checkpoint.source import Source, context_length, hyper  # noqa: E402
 from fixmin_cpp.errors import CheckpointError  # noqa: E402
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
@@ -206,7 +206,7 @@ def test_spellings() -> None:
     assert context_length({"n_layer": 2}) is None
 
 
-def special(tmp_path: Path, vocab_size: int = 20, **files: dict) -> tuple[SpecialIds, list[str]]:
+def special(tmp_path: Path, vocab_size: int = 20, **files: dict) -> tuple[dict, list[str]]:
     """The special ids of a checkpoint with these configurations, and the warnings."""
     save_file(tensors(), tmp_path / "model.safetensors")
     for name, content in files.items():
@@ -219,7 +219,7 @@ def test_special_ids(tmp_path: Path) -> None:
     found, warnings = special(
         tmp_path, config={"pad_id": 3, "bos_token_id": 5}, generation_config={"eos_token_id": [7, 8, 7]}
     )
-    assert found == SpecialIds(bos=5, eos=(7, 8), pad=3)
+    assert found == {"bos_token_id": 5, "eos_token_ids": (7, 8), "pad_token_id": 3}
     assert not [w for w in warnings if "eos" in w]
 
 
@@ -229,7 +229,7 @@ def test_special_ids(tmp_path: Path) -> None:
 )
 def test_generation_config_counts_where_it_names_one(tmp_path: Path, config, generation, expected) -> None:
     found, warnings = special(tmp_path, config={"eos_token_id": config}, generation_config={"eos_token_id": generation})
-    assert found.eos == expected
+    assert found["eos_token_ids"] == expected
     assert any("first counts" in w for w in warnings) == (config is not None and bool(generation))
     assert any("-1" in w for w in warnings) == (config == -1)
 
@@ -487,7 +487,7 @@ def test_a_tokenizer_is_built_where_its_class_is_known(tmp_path: Path, name: str
     with Source(tmp_path) as source:
         path = source.tokenizer_json()
         built = Tokenizer.from_file(str(path))
-        assert source.special_ids(400).eos == (original.token_to_id("<|endoftext|>"),)
+        assert source.special_ids(400)["eos_token_ids"] == (original.token_to_id("<|endoftext|>"),)
         assert any("was built of vocab.json" in w for w in source.warnings)
     assert not path.exists()
     assert sorted(tmp_path.iterdir()) == before, "nothing of the checkpoint is changed"

@@ -9,7 +9,6 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <type_traits>
 
 #include "gguf/gguf_file.h"
 
@@ -48,22 +47,19 @@ void try_get(Getter getter) {
 }
 
 void check_values(const GgufFile& file) {
-    file.visit([](std::string_view key, const auto& value) {
-        using V = std::decay_t<decltype(value)>;
-        require(!key.empty(), "keys are not empty");
-        if constexpr (std::is_same_v<V, std::string_view>) {
-            read_bytes(std::span(value));
-        } else if constexpr (std::is_same_v<V, ArrayView>) {
-            require(value.type != ValueType::array, "arrays are not nested");
-            read_bytes(value.bytes);
-            if (value.type == ValueType::string) {
-                const auto strings = value.strings();
-                require(strings.size() == value.count, "as many strings as the count says");
+    for (const KeyValue& entry : file.key_values()) {
+        require(!entry.key.empty(), "keys are not empty");
+        if (const auto* text = std::get_if<std::string_view>(&entry.value)) {
+            read_bytes(std::span(*text));
+        } else if (const auto* array = std::get_if<ArrayView>(&entry.value)) {
+            require(array->type != ValueType::array, "arrays are not nested");
+            read_bytes(array->bytes);
+            if (array->type == ValueType::string) {
+                const auto strings = array->strings();
+                require(strings.size() == array->count, "as many strings as the count says");
                 for (const std::string_view text : strings) read_bytes(std::span(text));
             }
         }
-    });
-    for (const KeyValue& entry : file.key_values()) {
         require(file.find(entry.key) == &entry, "every key is found");
         try_get([&] { g_sum = g_sum + file.get_u32(entry.key); });
         try_get([&] { require(std::isfinite(file.get_f32(entry.key)), "get_f32 is finite"); });

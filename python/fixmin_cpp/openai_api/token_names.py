@@ -5,9 +5,7 @@ import weakref
 from ..constrain import token_bytes
 from ..errors import UnsupportedError
 from ..model import Model
-from ..tokenizer import TextTokenizer
-
-__all__ = ["TokenNames"]
+from ..tokenizer import TextTokenizer, as_piece
 
 _known: "weakref.WeakKeyDictionary[Model, TokenNames]" = weakref.WeakKeyDictionary()
 
@@ -50,10 +48,8 @@ class TokenNames:
 
 
 def _name(data: bytes) -> str:
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+    piece = as_piece(data)
+    return piece if isinstance(piece, str) else "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
 
 
 def _all_bytes(tokenizer: TextTokenizer) -> dict[int, bytes]:

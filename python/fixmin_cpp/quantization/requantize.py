@@ -5,7 +5,6 @@ Tensors stream from file to file; the bytes come from `ggml_quantize_chunk`. All
 src/llama-quant.cpp (function llama_tensor_get_type, as of 2025); written here anew, only for what these models have.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -29,6 +28,7 @@ from ..convert.gguf_file.readback import read_gguf
 from ..convert.gguf_file.writer import Layout, Progress, TensorPlan, Value, check_loads
 from ..convert.spec import TensorRecipe
 from ..errors import ArgumentError, ArgumentTypeError, CheckpointError, naming
+from ..state import file_sha256
 from .imatrix import read_imatrix
 
 _T = GGMLQuantizationType
@@ -360,7 +360,7 @@ def _metadata(
     texts = {
         "tool": f"fixmin-cpp {_core.__version__}",
         "source": path.name,
-        "source_sha256": _sha256(path),
+        "source_sha256": file_sha256(path),
         "type": name,
         "tensor_types": json.dumps(dict(tensor_types or {})),
         "output_tensor_type": output_type or "",
@@ -370,14 +370,6 @@ def _metadata(
     for key, text in texts.items():
         kept[_PREFIX + key] = Value(text.encode("utf-8", "backslashreplace"), GGUFValueType.STRING)
     return kept
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 # --- arguments ---------------------------------------------------------------------------------------------------

@@ -31,8 +31,6 @@ from .metrics import Metrics
 from .schemas import ChatBody, CodesRequest, CompletionBody, DetokenizeRequest, EmbeddingRequest, TokenizeRequest
 from .settings import ServeSettings
 
-__all__ = ["create_app"]
-
 _MAX_TOKENIZED = 1 << 17  # bytes of UTF-8: tokenising takes 200 for each
 _MAX_CODES = 1 << 16  # tokens of /codes, and bytes of text
 _PAGE = Path(__file__).with_name("playground.html")
@@ -53,10 +51,6 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         503: "The model is loading, or the server is shutting down.",
     }.items()
 }
-
-
-class _JSON(JSONResponse):
-    """Characters as they are, not as escapes."""
 
 
 class _Events(Response):
@@ -154,7 +148,7 @@ def create_app(
         summary="Language models without an input embedding table.",
         version=__version__,
         lifespan=lifespan,
-        default_response_class=_JSON,
+        default_response_class=JSONResponse,
         responses=_ERRORS,
         openapi_url=None,  # made in a thread, below
         docs_url=None,
@@ -193,7 +187,7 @@ def _add_generation(app: FastAPI, host: ModelHost, metrics: Metrics, template: C
     async def answer(request: Request, job: Job, prompt: Any, stop: Sequence[str] = ()) -> Response:
         ready = await _unless_disconnected(job.prepare(prompt, stop), request.receive)
         if ready is None:
-            return _JSON(None)
+            return JSONResponse(None)
         if job.request.stream:
             return _Events(host, job)
         with host.admitted(job.n_sequences):
@@ -232,7 +226,7 @@ def _add_generation(app: FastAPI, host: ModelHost, metrics: Metrics, template: C
         with host.admitted(1):
             found = await _unless_disconnected(embed(), request.receive)
         if found is None:
-            return _JSON(None)
+            return JSONResponse(None)
         vectors, n_tokens = [vector for vector, _ in found], sum(n for _, n in found)
         facts_of(request.scope)["prompt_tokens"] = n_tokens
         return rendering.embeddings(vectors, n_tokens, host.settings.name, body.encoding_format == "base64")
@@ -254,7 +248,7 @@ def _embed(host: ModelHost, name: str, text: Any, parse_special: bool) -> tuple[
 def _add_tokens(app: FastAPI, host: ModelHost) -> None:
     async def computed(request: Request, function: Callable[..., Response], body: Any) -> Response:
         answer = await _unless_disconnected(host.compute(function, host, body), request.receive)
-        return _JSON(None) if answer is None else answer
+        return JSONResponse(None) if answer is None else answer
 
     @app.post("/tokenize", response_model=answers.Tokens)
     async def tokenize(request: Request, body: TokenizeRequest) -> Response:
@@ -276,7 +270,7 @@ def _detokenize(host: ModelHost, body: DetokenizeRequest) -> Response:
     model = host.model
     ids: Any = as_token_ids("tokens", body.tokens, model.info["vocab_size"]) if body.tokens else []
     text = model.decode(ids)
-    return _JSON({"content": text, "prompt": text})
+    return JSONResponse({"content": text, "prompt": text})
 
 
 def _tokenize(host: ModelHost, body: TokenizeRequest) -> Response:
@@ -370,6 +364,7 @@ def _add_facts(app: FastAPI, host: ModelHost, metrics: Metrics) -> None:
         """What is loaded, how its codes are made, and what requests may ask for."""
         info = host.model.info
         limits = host.settings
+        by_type: dict[str, int] = info["bytes"]["weights_by_type"]
         return {
             "model_name": name,
             "build_info": f"fixmin {__version__}",
@@ -379,7 +374,7 @@ def _add_facts(app: FastAPI, host: ModelHost, metrics: Metrics) -> None:
             "n_layers": info["block_count"],
             "embedding_length": info["embedding_length"],
             "eos_token_id": info["eos_token_id"],
-            "quantization": _quantization(info),
+            "quantization": max(by_type, key=lambda kind: by_type[kind]),  # that most bytes have
             "isa": info["isa"],
             "n_threads": info["n_threads"],
             "parameters_saved": info["vocab_size"] * info["embedding_length"],
@@ -411,15 +406,9 @@ def _add_facts(app: FastAPI, host: ModelHost, metrics: Metrics) -> None:
         """What there is, for programs; made at the first request, in a second."""
         made = await host.compute(app.openapi)
         root = request.scope.get("root_path", "")
-        return _JSON({**made, "servers": [{"url": root}]} if root else made)
+        return JSONResponse({**made, "servers": [{"url": root}]} if root else made)
 
     @app.get("/docs", response_class=HTMLResponse, include_in_schema=False)
     async def docs() -> Response:
         """What /openapi.json says, to read and to try: a page of our own, as others load scripts from elsewhere."""
         return HTMLResponse(_DOCS.read_text("utf-8"), headers=_PAGE_HEADERS)
-
-
-def _quantization(info: dict[str, Any]) -> str:
-    """The type that most bytes of the weights have."""
-    by_type: dict[str, int] = info["bytes"]["weights_by_type"]
-    return max(by_type, key=lambda kind: by_type[kind])

@@ -22,8 +22,6 @@ from .limits import check_counts, check_generations
 from .metrics import Metrics
 from .record import Record
 
-__all__ = ["Job"]
-
 
 def _json(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
@@ -94,7 +92,8 @@ class Job:
         async def read(number: int, run: Run) -> None:
             try:
                 async with self._host.turns.turn(self, self.n_sequences):
-                    self._count_wait(run)
+                    if run.timeout is not None:  # the time that it waited for its turn is part of it
+                        run.timeout = max(run.timeout - self._seconds(), 1e-3)
                     await follow(number, self._answer.generations.astream(number), self._seconds())
             except Exception as error:
                 news.put_nowait((number, error))
@@ -149,11 +148,6 @@ class Job:
     def _seconds(self) -> float:
         """Since the request."""
         return time.perf_counter() - self._begin
-
-    def _count_wait(self, run: Run) -> None:
-        """The time that a run waited for its turn is part of its timeout."""
-        if run.timeout is not None:
-            run.timeout = max(run.timeout - self._seconds(), 1e-3)
 
     # --- the answer --------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ string. What is not named here has the usual limits, so that no field is without
 """
 
 import contextlib
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -13,13 +14,12 @@ from typing import Any
 
 from ..errors import ArgumentError
 from ..generation_options import GenerationOptions
+from ..json_schema import walk
 from ..model import Model
 from ..openai_api.request import CompletionRequest, GenerationRequest
 from ..sampling_fields import FORMS
 from .errors import APIError
 from .settings import ServeSettings
-
-__all__ = ["MAX_DEPTH", "MAX_ELEMENTS", "check_breakers", "check_counts", "check_generations", "read_body"]
 
 MAX_ELEMENTS = 200_000  # list elements and fields of objects in a body: 40 MB as Python objects at the very most
 _MAX_PARTS = 40_000  # fields of objects, lists and objects in a body: each costs more than an element of a list
@@ -132,7 +132,7 @@ def _check_field(name: str, value: Any) -> None:
             value = json.loads(value, parse_int=_integer)
     if name in _ALL_ELEMENTS:
         enough = _ALL_ELEMENTS[name]
-        if _n_elements(value, enough) > enough:
+        if any(True for _ in itertools.islice(walk(value), enough, None)):
             raise _refused(name, f"{name} has more than {enough} elements")
     elif isinstance(value, list):
         for i, one in enumerate(value):
@@ -143,19 +143,6 @@ def _check_text(name: str, value: Any, longest: int, index: int | None = None) -
     if isinstance(value, str) and len(value) > longest:
         place = name if index is None else f"{name}[{index}]"
         raise _refused(name, f"{place} has {len(value)} characters, at most {longest} are taken")
-
-
-def _n_elements(value: Any, enough: int) -> int:
-    """Of a value and all in it, counted until there are more than `enough`."""
-    n, todo = 0, [value]
-    while todo and n <= enough:
-        one = todo.pop()
-        n += 1
-        if isinstance(one, dict):
-            todo.extend(one.values())
-        elif isinstance(one, list):
-            todo.extend(one)
-    return n
 
 
 def _refused(name: str, message: str) -> APIError:

@@ -1,6 +1,7 @@
 """GET /metrics for Prometheus: llama-server's and vLLM's names where they have one for it, `fixmin:` else."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -8,8 +9,6 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from ..generation import Completion
 from .host import ModelHost
 from .record import end_of
-
-__all__ = ["Metrics"]
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 600.0)
 _TOKEN_SECONDS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
@@ -22,34 +21,22 @@ class Metrics:
         self._registry = CollectorRegistry()
         label = host.settings.name
 
-        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            all_models = Histogram(name, text, ("model_name",), buckets=buckets, registry=self._registry)
-            return all_models.labels(label)
+        def metric(kind: Any, name: str, text: str, *labels: str, **more: Any) -> Any:
+            return kind(name, text, ("model_name", *labels), registry=self._registry, **more)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Any:
+            return metric(Histogram, name, text, buckets=buckets).labels(label)
 
         self.queued = histogram("vllm:request_queue_time_seconds", "Until a generation begins to run.", _SECONDS)
         self.first_token = histogram("vllm:time_to_first_token_seconds", "Until the first token.", _SECONDS)
         self.between_tokens = histogram("vllm:inter_token_latency_seconds", "Between two tokens.", _TOKEN_SECONDS)
         self.whole = histogram("vllm:e2e_request_latency_seconds", "From the request to its end.", _SECONDS)
-        self._ends = Counter(
-            "vllm:request_success",
-            "Generations that ended, by how.",
-            labelnames=("model_name", "finished_reason"),
-            registry=self._registry,
-        )
-        self._responses = Counter(
-            "fixmin:http_responses",
-            "Answers, by status; 499: the client went away before it had all of it.",
-            labelnames=("model_name", "status"),
-            registry=self._registry,
-        )
-        refused = Counter(
-            "fixmin:connections_refused",
-            "Connections beyond --max-connections.",
-            labelnames=("model_name",),
-            registry=self._registry,
-        )
-        open_ = Gauge("fixmin:connections_open", "Connections.", ("model_name",), registry=self._registry)
-        self.refused_connections, self.open_connections = refused.labels(label), open_.labels(label)
+        self._ends = metric(Counter, "vllm:request_success", "Generations that ended, by how.", "finished_reason")
+        what = "Answers, by status; 499: the client went away before it had all of it."
+        self._responses = metric(Counter, "fixmin:http_responses", what, "status")
+        refused = metric(Counter, "fixmin:connections_refused", "Connections beyond --max-connections.")
+        self.refused_connections = refused.labels(label)
+        self.open_connections = metric(Gauge, "fixmin:connections_open", "Connections.").labels(label)
         self.prompt_seconds = 0.0
         self.predicted_seconds = 0.0
         self._label = label
@@ -121,11 +108,8 @@ class _EngineCollector:
             "fixmin:sequences_admitted": ("Generations that the server has taken on.", self._host.n_sequences),
             "fixmin:memory_bytes": ("Weights, KV cache and buffers.", model.info["bytes"]["memory"]),
         }
-        for name, (text, value) in counters.items():
-            counter = CounterMetricFamily(name, text, labels=("model_name",))
-            counter.add_metric((label,), value)
-            yield counter
-        for name, (text, value) in gauges.items():
-            gauge = GaugeMetricFamily(name, text, labels=("model_name",))
-            gauge.add_metric((label,), value)
-            yield gauge
+        for family, samples in ((CounterMetricFamily, counters), (GaugeMetricFamily, gauges)):
+            for name, (text, value) in samples.items():
+                metric = family(name, text, labels=("model_name",))
+                metric.add_metric((label,), value)
+                yield metric

@@ -80,10 +80,8 @@ def app(arguments: Mapping[str, str]) -> serve.Application:
             raise ArgumentError(f"there is no setting {name!r}: {', '.join(kinds)}")
         elif "tuple" in kinds[name]:
             own[name] = tuple(text.split(","))
-        elif "float" in kinds[name]:
-            own[name] = _number(name, text, float)
-        elif "int" in kinds[name]:
-            own[name] = _number(name, text, int)
+        elif "float" in kinds[name] or "int" in kinds[name]:
+            own[name] = _number(name, text, float if "float" in kinds[name] else int)
         else:
             own[name] = text
     if "model" not in own:
