@@ -7,7 +7,7 @@
 #include <optional>
 
 #include "bindings/engine_handle.h"
-#include "cpu/machine.h"
+#include "threads/machine.h"
 #include "cpu/team_size.h"
 
 namespace fixmin::bindings {
@@ -327,7 +327,7 @@ void bind_engine(py::module_& m) {
     m.def(
         "cgroup_limits",
         [](const std::string& root) {
-            const cpu::CgroupLimits limits = cpu::cgroup_limits(root);
+            const threads::CgroupLimits limits = threads::cgroup_limits(root);
             py::dict d;
             d["cpus"] = limits.cpus;
             d["memory_bytes"] = limits.memory_bytes;

@@ -12,11 +12,12 @@
 #include <vector>
 
 #include "bindings/bindings.h"
-#include "cpu/thread_pool.h"
+#include "engine/devices.h"
 #include "error.h"
 #include "kernels/isa.h"
 #include "model/pages.h"
 #include "quant/panels.h"
+#include "threads/thread_pool.h"
 
 namespace py = pybind11;
 
@@ -220,8 +221,9 @@ py::dict system_info() {
     d["isa"] = kernels::default_kernels().name;
     d["isas_built"] = built;
     d["isas_supported"] = usable;
-    d["usable_cpus"] = cpu::usable_cpus();
-    d["default_threads"] = cpu::default_threads();
+    d["usable_cpus"] = threads::usable_cpus();
+    d["cuda_built"] = engine::built_with_cuda();
+    d["default_threads"] = threads::default_threads();
     return d;
 }
 
@@ -247,6 +249,20 @@ void bind_kernels(py::module_& m) {
              py::arg("values"))
         .def("argmax", &KernelTable::argmax, py::arg("x"))
         .def("softmax_stats", &KernelTable::softmax_stats, py::arg("x"));
+    m.def(
+        "gpus",
+        [] {
+            py::list found;
+            for (const engine::Gpu& gpu : engine::gpus()) {
+                py::dict d;
+                d["name"] = gpu.name;
+                d["architecture"] = gpu.architecture;
+                d["memory_bytes"] = gpu.memory_bytes;
+                found.append(d);
+            }
+            return found;
+        },
+        "The GPUs that the driver shows; starts the driver.");
     m.def("system_info", &system_info, "What this machine offers and what was chosen.");
 }
 

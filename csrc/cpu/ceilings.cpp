@@ -8,6 +8,9 @@
 #include "model/pages.h"
 
 namespace fixmin::cpu {
+
+using threads::Team;
+
 namespace {
 
 double seconds(const auto& f) {

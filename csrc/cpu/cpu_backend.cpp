@@ -6,7 +6,7 @@
 #include <cstdlib>
 #include <string>
 
-#include "cpu/machine.h"
+#include "threads/machine.h"
 #include "error.h"
 #include "kernels/isa.h"
 #include "quant/panels.h"
@@ -21,14 +21,14 @@ TeamSize team_size(uint32_t n_threads) {
     const char* team = std::getenv("FIXMIN_TEAM");
     const std::string wanted = team && *team ? team : "auto";
     if (wanted == "fixed") return TeamSize(n_threads, true);
-    if (wanted == "auto") return TeamSize(std::min(n_threads, usable_cpus()));
+    if (wanted == "auto") return TeamSize(std::min(n_threads, threads::usable_cpus()));
     throw ArgumentError("FIXMIN_TEAM is '" + wanted + "'; known: auto, fixed");
 }
 
 // A small file is packed faster than a thread is awaited that another process keeps from running.
-model::Weights load(gguf::GgufFile file, ThreadPool& pool, const std::function<void(double)>& progress) {
+model::Weights load(gguf::GgufFile file, threads::ThreadPool& pool, const std::function<void(double)>& progress) {
     constexpr size_t alone = size_t(32) << 20;
-    const uint32_t n_threads = file.bytes().size() < alone ? 1 : ThreadPool::all;
+    const uint32_t n_threads = file.bytes().size() < alone ? 1 : threads::ThreadPool::all;
     const auto parallel_for = [&](uint32_t n, const auto& body) { pool.parallel_for(n, body, n_threads); };
     return model::load_weights(std::move(file), packing, parallel_for, progress);
 }
@@ -38,10 +38,10 @@ model::Weights load(gguf::GgufFile file, ThreadPool& pool, const std::function<v
 CpuBackend::CpuBackend(gguf::GgufFile file, const model::BackendOptions& options,
                        const std::function<void(double)>& progress)
     : kernels_(options.isa.empty() ? kernels::default_kernels() : kernels::select(options.isa)),
-      pool_(options.n_threads ? options.n_threads : default_threads()),
+      pool_(options.n_threads ? options.n_threads : threads::default_threads()),
       team_size_(team_size(pool_.size())),
       weights_(load(std::move(file), pool_, progress)),
-      kv_(weights_.hyperparams, options.kv_type, n_kv_blocks(options, weights_.hyperparams, memory_bytes())),
+      kv_(weights_.hyperparams, options.kv_type, n_kv_blocks(options, weights_.hyperparams, threads::memory_bytes())),
       decoder_(weights_, kernels_, kv_, options.n_batch, options.n_ctx, pool_.size()) {}
 
 bool CpuBackend::forward(const model::Batch& batch) {

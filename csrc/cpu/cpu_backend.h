@@ -8,7 +8,7 @@
 #include "cpu/decoder.h"
 #include "cpu/kv_memory.h"
 #include "cpu/team_size.h"
-#include "cpu/thread_pool.h"
+#include "threads/thread_pool.h"
 #include "gguf/gguf_file.h"
 #include "model/backend.h"
 
@@ -42,7 +42,7 @@ class CpuBackend final : public model::Backend {
 
   private:
     const kernels::Kernels& kernels_;
-    ThreadPool pool_;
+    threads::ThreadPool pool_;
     TeamSize team_size_;
     const model::Weights weights_;
     const KvMemory kv_;

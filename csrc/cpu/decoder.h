@@ -8,7 +8,7 @@
 
 #include "cpu/buffer.h"
 #include "cpu/kv_memory.h"
-#include "cpu/team.h"
+#include "threads/team.h"
 #include "kernels/kernels.h"
 #include "model/backend.h"
 
@@ -19,6 +19,7 @@ using model::Chunk;
 using model::InputSquares;
 using model::Linear;
 using model::Norm;
+using threads::Team;
 
 class Decoder {
   public:

@@ -59,9 +59,10 @@ uint32_t cache_blocks(const model::BackendOptions& options, const model::Hyperpa
 
 CudaBackend::CudaBackend(std::unique_ptr<Device> device, gguf::GgufFile file, const model::BackendOptions& options,
                          const std::function<void(double)>& progress)
-    : device_(std::move(device)),
-      weights_(model::load_weights(std::move(file), packing(), [](uint32_t n, const auto& body) { body(0, n); },
-                                   progress)),
+    : pool_(options.n_threads ? options.n_threads : threads::default_threads()),
+      device_(std::move(device)),
+      weights_(model::load_weights(std::move(file), packing(),
+                                   [this](uint32_t n, const auto& body) { pool_.parallel_for(n, body); }, progress)),
       hp_(weights_.hyperparams),
       kv_type_(options.kv_type),
       n_ctx_(options.n_ctx),
@@ -399,7 +400,7 @@ std::vector<double> CudaBackend::int8_ceiling(uint32_t, const model::Stop&) {
 
 model::Description CudaBackend::description() const {
     const DeviceInfo& info = device_->info();
-    return {"cuda", "sm_" + std::to_string(info.compute_major) + std::to_string(info.compute_minor), 1};
+    return {"cuda", "sm_" + std::to_string(info.compute_major) + std::to_string(info.compute_minor), pool_.size()};
 }
 
 model::MemoryUse CudaBackend::memory() const {

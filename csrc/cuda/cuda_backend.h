@@ -11,6 +11,7 @@
 #include "cuda/device.h"
 #include "gguf/gguf_file.h"
 #include "model/backend.h"
+#include "threads/thread_pool.h"
 
 namespace fixmin::cuda {
 
@@ -27,7 +28,9 @@ class CudaBackend final : public model::Backend {
     void copy_block(uint32_t from, uint32_t to) override;
     void read_block(uint32_t block, std::byte* out) const override;
     void write_block(uint32_t block, const std::byte* in) override;
-    void parallel_for(uint32_t n, const std::function<void(uint32_t, uint32_t)>& body) override { body(0, n); }
+    void parallel_for(uint32_t n, const std::function<void(uint32_t, uint32_t)>& body) override {
+        pool_.parallel_for(n, body);
+    }
     void collect_squares(model::InputSquares* squares) override;
     std::vector<double> read_ceiling(size_t n_bytes, uint32_t passes, const model::Stop& stop) override;
     std::vector<double> int8_ceiling(uint32_t passes, const model::Stop& stop) override;
@@ -65,6 +68,7 @@ class CudaBackend final : public model::Backend {
     CacheArgs cache_of(uint32_t layer) const;
     PlaceArgs places() const;
 
+    threads::ThreadPool pool_;  // of the host: loading, sampling
     const std::unique_ptr<Device> device_;
     model::Weights weights_;
     const model::Hyperparams& hp_;

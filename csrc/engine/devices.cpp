@@ -53,4 +53,23 @@ std::unique_ptr<model::Backend> open_backend(gguf::GgufFile file, const model::B
 #endif
 }
 
+bool built_with_cuda() {
+#ifdef FIXMIN_CUDA
+    return true;
+#else
+    return false;
+#endif
+}
+
+std::vector<Gpu> gpus() {
+    std::vector<Gpu> found;
+#ifdef FIXMIN_CUDA
+    for (const cuda::DeviceInfo& info : cuda::devices()) {
+        const std::string capability = std::to_string(info.compute_major) + std::to_string(info.compute_minor);
+        found.push_back({info.name, "sm_" + capability, info.memory_bytes});
+    }
+#endif
+    return found;
+}
+
 }  // namespace fixmin::engine

@@ -2,6 +2,8 @@
 #pragma once
 #include <functional>
 #include <memory>
+#include <string>
+#include <vector>
 
 #include "gguf/gguf_file.h"
 #include "model/backend.h"
@@ -14,5 +16,18 @@ namespace fixmin::engine {
 /// loading throws.
 std::unique_ptr<model::Backend> open_backend(gguf::GgufFile file, const model::BackendOptions& options,
                                              const std::function<void(double)>& progress);
+
+struct Gpu {
+    std::string name;
+    std::string architecture;  // "sm_90"
+    size_t memory_bytes;
+};
+
+/// Whether this build has kernels for GPUs.
+bool built_with_cuda();
+
+/// The GPUs that the driver shows, in the order of their numbers. Starts the driver, after which a child that is forked
+/// can use none.
+std::vector<Gpu> gpus();
 
 }  // namespace fixmin::engine

@@ -265,6 +265,7 @@ class InputSquares:
 
 def cgroup_limits(root: str = "") -> dict[str, float]: ...  # cpus, memory_bytes, cpuset
 def system_info() -> dict[str, Any]: ...
+def gpus() -> list[dict[str, Any]]: ...  # name, architecture, memory_bytes; starts the driver
 
 # --- bind_kernels.cpp: for tests -------------------------------------------------------------------------------
 

@@ -17,14 +17,18 @@ CSRC = {
     "gguf": (),
     "codes": (),
     "kernels": ("numerics", "quant"),
+    "threads": (),
     "model": ("quant", "numerics", "codes", "gguf"),
     "sampling": ("kernels",),
-    "cpu": ("model", "kernels", "quant", "gguf"),
-    "engine": ("cpu", "model", "sampling", "quant", "gguf"),
-    "bindings": ("engine", "cpu", "model", "sampling", "quant", "codes", "gguf", "numerics"),
+    "cpu": ("model", "threads", "kernels", "quant", "gguf"),
+    "cuda": ("model", "threads", "quant", "codes", "numerics", "gguf"),
+    "engine": ("cpu", "cuda", "model", "sampling", "quant", "gguf"),
+    "bindings": ("engine", "cpu", "threads", "model", "sampling", "quant", "codes", "gguf", "numerics"),
 }
 # The only file outside of cpu and sampling that sees kernels: it shows single ones to the tests.
 SHOWS_KERNELS = "bindings/bind_kernels.cpp"
+# What kernels of a GPU are compiled with for tests (tests/cuda).
+EMULATOR = "simt_cpu.h"
 
 
 def first_circle(graph: dict[str, set[str]]) -> list[str] | None:
@@ -50,7 +54,7 @@ def includes() -> dict[str, set[str]]:
     for path in sorted((ROOT / "csrc").rglob("*")):
         if path.suffix in (".h", ".cpp", ".inl", ".cu", ".cuh"):
             name = path.relative_to(ROOT / "csrc").as_posix()
-            graph[name] = set(re.findall(r'^\s*#\s*include "([^"]+)"', path.read_text(), re.MULTILINE))
+            graph[name] = set(re.findall(r'^\s*#\s*include "([^"]+)"', path.read_text(), re.MULTILINE)) - {EMULATOR}
     return graph
 
 

@@ -1,4 +1,4 @@
-#include "cpu/machine.h"
+#include "threads/machine.h"
 
 #include <unistd.h>
 
@@ -8,7 +8,7 @@
 #include <sstream>
 #include <vector>
 
-namespace fixmin::cpu {
+namespace fixmin::threads {
 namespace {
 
 bool lists(const std::string& names, const std::string& name) {
@@ -138,4 +138,4 @@ double memory_bytes() {
     return std::min(bytes, cgroup_limits().memory_bytes);
 }
 
-}  // namespace fixmin::cpu
+}  // namespace fixmin::threads

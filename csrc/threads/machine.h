@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <string>
 
-namespace fixmin::cpu {
+namespace fixmin::threads {
 
 struct CgroupLimits {
     double cpus = 1e9;  // by quota
@@ -18,4 +18,4 @@ CgroupLimits cgroup_limits(const std::string& root = "");
 /// Of the machine, or of the control group if that has less.
 double memory_bytes();
 
-}  // namespace fixmin::cpu
+}  // namespace fixmin::threads

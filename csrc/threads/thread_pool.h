@@ -8,9 +8,9 @@
 #include <thread>
 #include <vector>
 
-#include "cpu/team.h"
+#include "threads/team.h"
 
-namespace fixmin::cpu {
+namespace fixmin::threads {
 
 /// The calling thread is member 0 of the team; size - 1 workers wait for it between calls.
 class ThreadPool {
@@ -49,4 +49,4 @@ uint32_t usable_cpus();
 /// usable_cpus(), but no more than the physical cores in the affinity mask.
 uint32_t default_threads();
 
-}  // namespace fixmin::cpu
+}  // namespace fixmin::threads

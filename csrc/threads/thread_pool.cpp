@@ -1,4 +1,4 @@
-#include "cpu/thread_pool.h"
+#include "threads/thread_pool.h"
 
 #include <sched.h>
 #include <unistd.h>
@@ -15,10 +15,10 @@
 #include <system_error>
 #include <thread>
 
-#include "cpu/machine.h"
+#include "threads/machine.h"
 #include "error.h"
 
-namespace fixmin::cpu {
+namespace fixmin::threads {
 namespace {
 
 // About 50 microseconds of `pause`: longer than any step between two barriers of a decoded token is uneven, far shorter
@@ -227,4 +227,4 @@ uint32_t default_threads() {
     return std::max(1u, std::min(uint32_t(cores.size()), usable_cpus()));
 }
 
-}  // namespace fixmin::cpu
+}  // namespace fixmin::threads

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-namespace fixmin::cpu {
+namespace fixmin::threads {
 
 /// Sense-reversing barrier: spins for a bounded time, then sleeps in the kernel.
 class Barrier {
@@ -106,4 +106,4 @@ class Team {
     uint32_t loop_ = 0;
 };
 
-}  // namespace fixmin::cpu
+}  // namespace fixmin::threads
