@@ -65,9 +65,7 @@ class Runner(Protocol):
 
     def codes(self, ids: NDArray[np.uint32]) -> NDArray[np.uint8]: ...  # [T, K]
     def logits(self, ids: NDArray[np.uint32]) -> NDArray[np.float32]: ...  # [T, V]
-    def hidden_states(
-        self, ids: NDArray[np.uint32], layer: int
-    ) -> NDArray[np.float32]: ...  # [T, D], after `layer` blocks
+    def hidden_states(self, ids: NDArray[np.uint32], layer: int) -> NDArray[np.float32]: ...  # [T, D], layer blocks on
     def close(self) -> None: ...
 
 

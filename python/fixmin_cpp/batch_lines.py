@@ -14,6 +14,19 @@ from .generation_options import GenerationOptions, main_names
 from .openai_api.refusal import refusal
 from .openai_api.request import ChatRequest, CompletionRequest, GenerationRequest
 
+__all__ = [
+    "TASKS",
+    "Entry",
+    "InputFile",
+    "Line",
+    "NativeEntry",
+    "OpenAIEntry",
+    "Settings",
+    "parse_line",
+    "read_record",
+    "write_record",
+]
+
 TASKS = ("generate", "score", "embed")
 
 

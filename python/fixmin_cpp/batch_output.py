@@ -13,6 +13,8 @@ from .batch_lines import InputFile, Line, read_record
 from .errors import ArgumentError, FixminError
 from .state import file_sha256
 
+__all__ = ["OutputFile", "Resumed"]
+
 
 @dataclass(frozen=True)
 class Resumed:

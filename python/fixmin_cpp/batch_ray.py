@@ -19,6 +19,8 @@ from .batch_work import ModelFile, Result, run_lines
 from .errors import ArgumentError, FixminError
 from .model import Model
 
+__all__ = ["run_on_ray"]
+
 # Ray Data keeps something for every task: a long input is cut into larger pieces rather than into more.
 _MAX_PIECES = 16_384
 # Ray repeats a task whenever its actor or node dies. A line that kills every actor must not keep a cluster for ever.

@@ -26,6 +26,8 @@ from .openai_api.request import ChatRequest, CompletionRequest, GenerationReques
 from .recognise import refuse_wrong_model
 from .state import file_sha256
 
+__all__ = ["ModelFile", "Result", "run_lines"]
+
 
 @dataclass(frozen=True)
 class Result:

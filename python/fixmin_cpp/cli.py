@@ -42,6 +42,8 @@ from .inspect import printable
 from .logs import LogFormat, LogLevel, configure
 from .serve_options import SERVE_FIELDS
 
+__all__ = ["app", "main"]
+
 app = App(
     name="fixmin",
     help="Language models without an input embedding table: convert, run and inspect them.",

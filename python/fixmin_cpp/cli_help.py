@@ -12,6 +12,8 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+__all__ = ["App", "Command", "Group"]
+
 _HYPHEN = "\N{NON-BREAKING HYPHEN}"
 _WIDTH = 100  # columns at most; a narrower terminal counts
 

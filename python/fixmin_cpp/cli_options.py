@@ -15,6 +15,22 @@ from .load_options import LOAD_FIELDS
 from .sampling_fields import FIELDS, Biases, Breakers, Choices, Flag, Float, Ids, Int, Seeds, Text, Texts
 from .serve_options import SERVE_FIELDS, SERVE_LOAD_FIELDS
 
+__all__ = [
+    "MACHINE",
+    "OPTIONS",
+    "from_argv",
+    "load_options",
+    "read_options",
+    "read_prompt",
+    "read_stdin",
+    "read_text",
+    "unescape",
+    "with_environment",
+    "with_load_options",
+    "with_options",
+    "with_serve_options",
+]
+
 
 class _Option(NamedTuple):
     argument: str  # of generate(), or of Model()

@@ -21,6 +21,8 @@ from .errors import FixminError
 from .inspect import printable
 from .progress import bar as _terminal_bar
 
+__all__ = ["Stdout", "bar", "errors", "extra", "guarded", "json_pieces", "load", "note", "report", "status", "write"]
+
 # Import names of what an extra of this package installs. A test compares them with pyproject.toml.
 EXTRAS = {
     "convert": ("torch", "transformers", "safetensors", "gguf"),

@@ -521,7 +521,7 @@ def test_the_description_with_keys(served_path: Path, start: Start) -> None:
     [
         ("/v1/completions", {"prompt": "a", "allowed_ids": [5], "banned_ids": [5]}, "banned_ids"),
         ("/v1/completions", {"prompt": "a", "allowed_ids": [5], "regex": "[^a-z]+", "max_tokens": 3}, "allowed_ids"),
-        ("/v1/completions", {"prompt": "a", "frequency_penalty": -3e38, "max_tokens": 9}, "frequency_penalty"),
+        ("/v1/completions", {"prompt": "a", "frequency_penalty": -3e38, "min_tokens": 9}, "frequency_penalty"),
         ("/v1/completions", {"prompt": "a", "regex": "a", "choices": ["a"]}, "regex"),
         ("/v1/completions", {"prompt": "a", "max_tokens": 3, "max_completion_tokens": -7}, "max_completion_tokens"),
         ("/v1/embeddings", {"input": ["ok", ""]}, "input"),

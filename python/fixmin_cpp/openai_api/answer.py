@@ -12,6 +12,8 @@ from ..text import IncrementalDecoder
 from .request import ChatRequest, CompletionRequest, GenerationRequest
 from .token_names import TokenNames
 
+__all__ = ["ANSWERS", "Answer", "ChatAnswer", "CompletionAnswer", "TextLogprobs", "add_end"]
+
 _Request = TypeVar("_Request", bound=GenerationRequest)
 
 

@@ -19,6 +19,8 @@ from ..errors import ArgumentError
 from ..tokenizer import TextTokenizer
 from .request import ChatRequest
 
+__all__ = ["PLAIN_STOP", "PLAIN_TEMPLATE", "ChatPrompt", "ChatTemplate", "strings"]
+
 # For base models, which know no roles: the form of the prompts on the published cards.
 PLAIN_TEMPLATE = """\
 {%- for message in messages -%}

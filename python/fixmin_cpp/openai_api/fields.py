@@ -9,6 +9,8 @@ from ..errors import ArgumentError, ArgumentTypeError
 from ..sampling_fields import ALIASES as OTHER_NAMES
 from ..sampling_fields import BODY_ALIASES, FIELDS, Int
 
+__all__ = ["ALIASES", "ARGUMENTS", "OF_CHATS", "OF_COMPLETIONS", "FieldError", "as_arguments", "asked", "part", "shown"]
+
 _MAX_SEED = 2**53 - 1  # other readers of JSON hold numbers as doubles
 
 # Fields with another name than the argument, those that win before those that they win over.

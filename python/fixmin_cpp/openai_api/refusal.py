@@ -9,6 +9,8 @@ from ..errors import ArgumentError, BusyError, ContextLengthError, FixminError, 
 from .fields import OF_CHATS, OF_COMPLETIONS, FieldError
 from .request import GenerationRequest
 
+__all__ = ["Refusal", "refusal"]
+
 # What the engine finds in a run, and which fields can be to blame.
 _IN_A_RUN = {
     "no token is left to draw": (

@@ -8,6 +8,8 @@ from ..arguments import as_bool, as_int, as_stop_strings, split_prompts
 from ..errors import ArgumentError, ArgumentTypeError
 from .fields import ALIASES, ARGUMENTS, OF_CHATS, OF_COMPLETIONS, FieldError, as_arguments, asked, part, shown
 
+__all__ = ["ChatRequest", "CompletionRequest", "GenerationRequest", "prompts_in"]
+
 _MAX_ROLE = 64  # characters
 
 

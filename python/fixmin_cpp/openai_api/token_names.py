@@ -7,6 +7,8 @@ from ..errors import UnsupportedError
 from ..model import Model
 from ..tokenizer import TextTokenizer, as_piece
 
+__all__ = ["TokenNames"]
+
 _known: "weakref.WeakKeyDictionary[Model, TokenNames]" = weakref.WeakKeyDictionary()
 
 

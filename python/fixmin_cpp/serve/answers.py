@@ -4,6 +4,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
+__all__ = ["ChatCompletion", "Codes", "Completion", "Detokenized", "Embeddings", "Error", "Tokens"]
+
 
 class _Usage(BaseModel):
     prompt_tokens: int

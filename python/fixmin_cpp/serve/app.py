@@ -31,6 +31,8 @@ from .metrics import Metrics
 from .schemas import ChatBody, CodesRequest, CompletionBody, DetokenizeRequest, EmbeddingRequest, TokenizeRequest
 from .settings import ServeSettings
 
+__all__ = ["create_app"]
+
 _MAX_TOKENIZED = 1 << 17  # bytes of UTF-8: tokenising takes 200 for each
 _MAX_CODES = 1 << 16  # tokens of /codes, and bytes of text
 _PAGE = Path(__file__).with_name("playground.html")

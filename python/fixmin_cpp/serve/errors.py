@@ -16,6 +16,8 @@ from ..openai_api.refusal import Refusal, refusal
 from ..openai_api.request import GenerationRequest
 from .schemas import FIELDS
 
+__all__ = ["APIError", "as_api_error", "install"]
+
 _log = logging.getLogger(__name__)
 
 

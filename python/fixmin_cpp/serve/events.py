@@ -7,6 +7,8 @@ from typing import Any
 from ..generation import Completion, Piece
 from ..openai_api.answer import ChatAnswer, CompletionAnswer, add_end
 
+__all__ = ["WRITERS", "Writer"]
+
 
 class Writer(ABC):
     """Makes the events of one choice: what is said of a piece, and what at the beginning and the end."""

@@ -5,6 +5,8 @@ from collections import Counter, deque
 from collections.abc import AsyncIterator, Hashable
 from contextlib import asynccontextmanager
 
+__all__ = ["Turns"]
+
 
 class Turns:
     """Large requests share three quarters of the places, one at a time to who has fewest; each has at most half.

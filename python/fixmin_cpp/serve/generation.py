@@ -22,6 +22,8 @@ from .limits import check_counts, check_generations
 from .metrics import Metrics
 from .record import Record
 
+__all__ = ["Job"]
+
 
 def _json(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()

@@ -13,6 +13,8 @@ from starlette.requests import ClientDisconnect
 from ..logs import Facts, request_id
 from .errors import APIError, as_api_error
 
+__all__ = ["Guard", "Log", "Prefix", "facts_of"]
+
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]

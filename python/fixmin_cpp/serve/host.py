@@ -17,6 +17,8 @@ from .fairness import Turns
 from .settings import ServeSettings
 from .workers import Workers
 
+__all__ = ["ModelHost"]
+
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 

@@ -21,6 +21,8 @@ from ..sampling_fields import FORMS
 from .errors import APIError
 from .settings import ServeSettings
 
+__all__ = ["MAX_DEPTH", "MAX_ELEMENTS", "check_breakers", "check_counts", "check_generations", "read_body"]
+
 MAX_ELEMENTS = 200_000  # list elements and fields of objects in a body: 40 MB as Python objects at the very most
 _MAX_PARTS = 40_000  # fields of objects, lists and objects in a body: each costs more than an element of a list
 MAX_DEPTH = 100  # of lists and objects in each other

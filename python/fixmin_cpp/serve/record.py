@@ -2,6 +2,8 @@
 
 from typing import Any
 
+__all__ = ["Record", "end_of"]
+
 
 def end_of(finish_reason: str) -> str:
     """How log and metrics name the end of a generation: as vLLM does."""

@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from starlette.responses import Response, StreamingResponse
 
+__all__ = ["by_id", "embeddings", "token_list"]
+
 
 def token_list(tokens: Iterable[bytes], **others: Any) -> Response:
     """{"tokens": [...], **others} of tokens that are JSON already."""

@@ -24,6 +24,17 @@ from ..openai_api.request import ChatRequest, CompletionRequest, GenerationReque
 from ..sampling_fields import FIELDS as ROWS
 from ..sampling_fields import Biases, Breakers, Choices, Flag, Float, Ids, Int, Seeds, Text, Texts
 
+__all__ = [
+    "BODIES",
+    "FIELDS",
+    "ChatBody",
+    "CodesRequest",
+    "CompletionBody",
+    "DetokenizeRequest",
+    "EmbeddingRequest",
+    "TokenizeRequest",
+]
+
 _Ids = Annotated[list[int], Field(fail_fast=True)]
 _Prompt: TypeAlias = str | list[str] | list[int] | list[list[int]]
 

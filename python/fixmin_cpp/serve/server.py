@@ -22,6 +22,8 @@ from .metrics import Metrics
 from .settings import ServeSettings
 from .sockets import listening
 
+__all__ = ["run"]
+
 _log = logging.getLogger(__name__)
 
 _PROBES = 0.2, 5.0  # seconds until a client that ended its side is asked whether it is there, and between later times

@@ -10,6 +10,8 @@ from ..fields import checked_class
 from ..load_options import LoadOptions
 from ..serve_options import SERVE_FIELDS, SERVE_LOAD_FIELDS
 
+__all__ = ["ServeSettings"]
+
 _MEMORY_SHARE = 1 / 4  # of the machine's, for the KV cache at the most
 _Optional: Any = checked_class("_Optional", {**SERVE_LOAD_FIELDS, **SERVE_FIELDS})
 

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 
 from .settings import ServeSettings
 
+__all__ = ["listening"]
+
 _PORT = 8000
 _PATIENCE = 5.0  # seconds; a server that looks for another one needs at most one
 
