@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from . import cli_output as output
+from . import _core
 from ._core import __version__
 from .atomic_file import refuse_inputs
 from .cli_help import App
@@ -652,11 +653,13 @@ def perplexity(
 
 @app.command(rich_help_panel=_MEASURE)
 def info(as_json: _Json = False, debug: _Debug = False) -> None:
-    """Show the CPU, the instruction sets and the versions that this installation uses."""
+    """Show the CPU, the instruction sets, the GPUs and the versions that this installation uses."""
     from .api import system_info
 
     with output.errors(debug):
-        output.report(system_info(), as_json)
+        gpus = _core.gpus()
+        shown = [f"{gpu['name']}, {gpu['architecture']}, {gpu['memory_bytes'] / 1e9:.1f} GB" for gpu in gpus]
+        output.report({**system_info(), "gpus": gpus if as_json else shown}, as_json)
 
 
 def _forward(context: typer.Context, name: str) -> None:

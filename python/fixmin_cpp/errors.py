@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ._core import ArgumentError, ContextLengthError, FixminError, GGUFError, UnsupportedError
+from ._core import ArgumentError, ContextLengthError, DeviceError, FixminError, GGUFError, UnsupportedError
 
 __all__ = [
     "ArgumentError",
@@ -12,6 +12,7 @@ __all__ = [
     "BusyError",
     "CheckpointError",
     "ContextLengthError",
+    "DeviceError",
     "FixminError",
     "GGUFError",
     "UnsupportedError",

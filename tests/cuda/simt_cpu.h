@@ -3,7 +3,8 @@
 //
 // Order of the fibers: in turn, or by the seed FIXMIN_SIMT_SEED. Shared memory begins as NaNs. A barrier that not all
 // reach, or at which threads meet from different places, ends the process with a message. -fsanitize=address checks
-// every access; -fsanitize=thread finds missing barriers, for a fiber is a thread to it.
+// every access; -fsanitize=thread finds missing barriers, for a fiber is a thread to it: FIXMIN_SIMT_LEAVE_OUT=n leaves
+// out the n-th barrier of blocks that is met, to see that it does.
 #pragma once
 #include <cmath>
 #include <cstddef>

@@ -1,0 +1,66 @@
+"""The kernels under the sanitizers: no access outside of a buffer, no two threads at one place without a barrier."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import SEARCH_PATH, build
+from gguf_factory import make_model
+
+pytestmark = pytest.mark.slow
+
+#: Together they use every kernel of the forward pass: few and many tokens of types with halves, minima and floats.
+MODELS = {
+    "q2_k": dict(weight_type="Q2_K", embedding_length=256, feed_forward_length=256, block_count=2, head_count=8),
+    "q4_0 swiglu": dict(weight_type="Q4_0", activation="swiglu", norm="rmsnorm", block_count=2),
+    "f16": dict(weight_type="F16", block_count=2),
+}
+#: Barriers of blocks in the kernels; each is left out once.
+N_BARRIERS = 8
+
+
+def program(sanitizer: str) -> Path:
+    options = ("-DFIXMIN_PYTHON=OFF", "-DFIXMIN_NATIVE_TESTS=ON", f"-DFIXMIN_SANITIZE={sanitizer}")
+    return build(f"emulated-{sanitizer}", "-DCMAKE_BUILD_TYPE=Debug", *options) / "logits_main"
+
+
+def compute(path: Path, model: Path, out: Path, kv_type: str = "q8_0", **environment: str):
+    ids = np.random.default_rng(1).integers(0, 100, 40)
+    line = f"- 1 512 {kv_type} {model} {out} {' '.join(map(str, ids))}\n"
+    env = {"PATH": SEARCH_PATH, "FIXMIN_DEVICE": "cuda", **environment}
+    return subprocess.run([path, "logits"], input=line, env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(params=MODELS)
+def model(request, tmp_path):
+    return make_model(tmp_path / "model.gguf", vocab_size=100, **MODELS[request.param])
+
+
+@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+def test_clean(sanitizer, model, tmp_path):
+    for kv_type in ("q8_0", "f16"):
+        done = compute(program(sanitizer), model, tmp_path / "out", kv_type, FIXMIN_SIMT_SEED="3")
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert np.isfinite(np.fromfile(tmp_path / "out", np.float32)).all()
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    # More blocks of 32 than are handed over at a time, so that every barrier matters.
+    return make_model(tmp_path_factory.mktemp("planted") / "model.gguf", vocab_size=100, weight_type="Q8_0", feed_forward_length=1024)
+
+
+@pytest.mark.parametrize("barrier", range(1, N_BARRIERS + 1))
+def test_a_missing_barrier_is_found(barrier, planted, tmp_path):
+    """In a kernel of this folder, and not somewhere in the engine."""
+    done = compute(program("thread"), planted, tmp_path / "out", FIXMIN_SIMT_LEAVE_OUT=str(barrier))
+    assert done.returncode != 0
+    assert re.search(r"WARNING: ThreadSanitizer: data race.*?csrc/cuda/\w+\.cuh", done.stderr, re.DOTALL)
+
+
+def test_there_are_so_many_barriers(planted, tmp_path):
+    """The one after the last is met by nothing: leaving it out changes nothing."""
+    done = compute(program("thread"), planted, tmp_path / "out", FIXMIN_SIMT_LEAVE_OUT=str(N_BARRIERS + 1))
+    assert done.returncode == 0, done.stderr[-3000:]
