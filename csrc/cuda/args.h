@@ -18,6 +18,7 @@ inline constexpr uint32_t tile_tokens = 8;
 inline constexpr uint32_t row_threads = 256, attention_threads = 128;
 inline constexpr uint32_t few_threads = 256, few_blocks = 16;    // products of few tokens (products.cuh)
 inline constexpr uint32_t many_threads = 128, many_tiles = 8;    // of many
+inline constexpr uint32_t ceiling_threads = 256, ceiling_chains = 8;
 inline constexpr uint32_t float_threads = 16 * tile_tokens;      // of float weights
 inline constexpr size_t few_bytes = 16 * few_blocks * 16 * tile_tokens;
 
@@ -141,6 +142,19 @@ struct AttentionArgs {
     float* scores;         // [tokens * heads][scores_stride], or null
     size_t scores_stride;
     float* out;  // [T][heads * head_dim]
+};
+
+/// grid (any): reads all bytes, a multiple of 16.
+struct ReadArgs {
+    const std::byte* memory;
+    size_t bytes;
+    int* sink;
+};
+
+/// grid (any): every warp multiplies ceiling_chains tiles in each round.
+struct MultiplyArgs {
+    uint32_t rounds;
+    int* sink;
 };
 
 }  // namespace fixmin::cuda

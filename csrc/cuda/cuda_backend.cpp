@@ -390,14 +390,6 @@ void CudaBackend::collect_squares(model::InputSquares* squares) {
     if (squares) throw UnsupportedError("an importance matrix is collected on the CPU: device=\"cpu\"");
 }
 
-std::vector<double> CudaBackend::read_ceiling(size_t, uint32_t, const model::Stop&) {
-    throw UnsupportedError("ceilings of a GPU are not measured yet");
-}
-
-std::vector<double> CudaBackend::int8_ceiling(uint32_t, const model::Stop&) {
-    throw UnsupportedError("ceilings of a GPU are not measured yet");
-}
-
 model::Description CudaBackend::description() const {
     const DeviceInfo& info = device_->info();
     return {"cuda", "sm_" + std::to_string(info.compute_major) + std::to_string(info.compute_minor), pool_.size()};

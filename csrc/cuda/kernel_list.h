@@ -10,6 +10,8 @@
     X(activate, ActivateArgs)           \
     X(rotate_and_store, RotateArgs)     \
     X(attention, AttentionArgs)         \
+    X(read_all, ReadArgs)               \
+    X(multiply_all, MultiplyArgs)       \
     X(floats_f32, ProductArgs)          \
     X(floats_f16, ProductArgs)          \
     X(floats_bf16, ProductArgs)         \

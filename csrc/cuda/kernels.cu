@@ -1,4 +1,5 @@
 // All kernels, for nvcc.
 #include "cuda/attention.cuh"
+#include "cuda/ceilings.cuh"
 #include "cuda/products.cuh"
 #include "cuda/rows.cuh"

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "cuda/attention.cuh"
+#include "cuda/ceilings.cuh"
 #include "cuda/device.h"
 #include "cuda/products.cuh"
 #include "cuda/rows.cuh"

@@ -49,7 +49,8 @@ def test_clean(sanitizer, model, tmp_path):
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
     # More blocks of 32 than are handed over at a time, so that every barrier matters.
-    return make_model(tmp_path_factory.mktemp("planted") / "model.gguf", vocab_size=100, weight_type="Q8_0", feed_forward_length=1024)
+    path = tmp_path_factory.mktemp("planted") / "model.gguf"
+    return make_model(path, vocab_size=100, weight_type="Q8_0", feed_forward_length=1024)
 
 
 @pytest.mark.parametrize("barrier", range(1, N_BARRIERS + 1))
