@@ -21,6 +21,7 @@ using quant::WeightType;
 
 namespace {
 
+constexpr uint32_t most_tokens = 65535;               // of a batch: blocks of a grid along y
 constexpr uint32_t rows_at_a_time = 64;               // of logits
 constexpr size_t score_bytes = size_t(64) << 20;      // of long contexts at a time
 constexpr size_t usual_shared_bytes = 48 << 10;       // of a block on every device
@@ -51,6 +52,12 @@ Kernel few_kernel(WeightType type) {
 
 Kernel many_kernel(WeightType type) { return Kernel(uint8_t(few_kernel(type)) + 1); }  // kernel_list.h: few, many
 
+uint32_t batch_tokens(const model::BackendOptions& options) {
+    if (options.n_batch <= most_tokens) return options.n_batch;
+    throw ArgumentError("n_batch is " + std::to_string(options.n_batch) + "; on a GPU it must be at most " +
+                        std::to_string(most_tokens));
+}
+
 uint32_t cache_blocks(const model::BackendOptions& options, const model::Hyperparams& hp, const Device& device) {
     return model::n_kv_blocks(options, hp, double(device.info().memory_bytes));
 }
@@ -66,7 +73,7 @@ CudaBackend::CudaBackend(std::unique_ptr<Device> device, gguf::GgufFile file, co
       hp_(weights_.hyperparams),
       kv_type_(options.kv_type),
       n_ctx_(options.n_ctx),
-      n_batch_(options.n_batch),
+      n_batch_(batch_tokens(options)),
       n_blocks_(cache_blocks(options, hp_, *device_)),
       block_bytes_(model::kv_block_bytes(hp_, kv_type_)),
       x_(*device_, "activations"),
