@@ -7,8 +7,8 @@
 #include <optional>
 
 #include "bindings/engine_handle.h"
-#include "threads/machine.h"
 #include "cpu/team_size.h"
+#include "threads/machine.h"
 
 namespace fixmin::bindings {
 namespace {

@@ -44,8 +44,8 @@ class CodeMap {
     /// In memory, of what the object points to.
     size_t bytes() const { return (columns_.size() + inverse_columns_.size() + table_.size()) * sizeof(uint32_t); }
 
-    // What makes the codes, for devices that compute them: affine: b as a word and [K] words, bit i of the j-th A[i][j];
-    // else no columns and [V] codes.
+    // What makes the codes, for devices that compute them: affine: b as a word and [K] words, bit i of the j-th
+    // A[i][j]; else no columns and [V] codes.
     uint32_t shift() const { return shift_; }
     std::span<const uint32_t> columns() const { return columns_; }
     std::span<const uint32_t> table() const { return table_; }

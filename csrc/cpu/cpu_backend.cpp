@@ -6,10 +6,10 @@
 #include <cstdlib>
 #include <string>
 
-#include "threads/machine.h"
 #include "error.h"
 #include "kernels/isa.h"
 #include "quant/panels.h"
+#include "threads/machine.h"
 
 namespace fixmin::cpu {
 namespace {

@@ -8,9 +8,9 @@
 #include "cpu/decoder.h"
 #include "cpu/kv_memory.h"
 #include "cpu/team_size.h"
-#include "threads/thread_pool.h"
 #include "gguf/gguf_file.h"
 #include "model/backend.h"
+#include "threads/thread_pool.h"
 
 namespace fixmin::cpu {
 

@@ -8,9 +8,9 @@
 
 #include "cpu/buffer.h"
 #include "cpu/kv_memory.h"
-#include "threads/team.h"
 #include "kernels/kernels.h"
 #include "model/backend.h"
+#include "threads/team.h"
 
 namespace fixmin::cpu {
 

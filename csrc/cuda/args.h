@@ -16,10 +16,10 @@ inline constexpr uint32_t tile_tokens = 8;
 
 // Threads of a block, and what it has of shared memory, where that does not depend on the model.
 inline constexpr uint32_t row_threads = 256, attention_threads = 128;
-inline constexpr uint32_t few_threads = 256, few_blocks = 16;    // products of few tokens (products.cuh)
-inline constexpr uint32_t many_threads = 128, many_tiles = 8;    // of many
+inline constexpr uint32_t few_threads = 256, few_blocks = 16;  // products of few tokens (products.cuh)
+inline constexpr uint32_t many_threads = 128, many_tiles = 8;  // of many
 inline constexpr uint32_t ceiling_threads = 256, ceiling_chains = 8;
-inline constexpr uint32_t float_threads = 16 * tile_tokens;      // of float weights
+inline constexpr uint32_t float_threads = 16 * tile_tokens;  // of float weights
 inline constexpr size_t few_bytes = 16 * few_blocks * 16 * tile_tokens;
 
 /// Of attention, beside the scores: maxima and sums, a query in 8 bits.
@@ -35,8 +35,8 @@ struct alignas(16) BlockFactors {
     float sums[2];     // of the first 16 q and of the others
 };
 
-/// Rows of activations as the products read them. Of block b and of the 8 tokens of tile i, lane g * 4 + t of a warp has
-/// the words k = 4t..4t+3 and 16 more of token g.
+/// Rows of activations as the products read them. Of block b and of the 8 tokens of tile i, lane g * 4 + t of a warp
+/// has the words k = 4t..4t+3 and 16 more of token g.
 struct QuantizedRows {
     uint32_t* codes;        // [tiles][blocks][32 lanes][2], four signed bytes each
     BlockFactors* factors;  // [tiles][blocks][8 tokens]

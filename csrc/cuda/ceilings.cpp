@@ -44,8 +44,7 @@ std::vector<double> CudaBackend::int8_ceiling(uint32_t passes, const model::Stop
     const uint32_t blocks = device_->info().multiprocessors * 4;
     const auto run = [&](uint32_t rounds) {
         return seconds(*device_, [&] {
-            device_->launch(Kernel::multiply_all, {blocks, 1, ceiling_threads},
-                            MultiplyArgs{rounds, sink.as<int>()});
+            device_->launch(Kernel::multiply_all, {blocks, 1, ceiling_threads}, MultiplyArgs{rounds, sink.as<int>()});
         });
     };
     uint32_t rounds = 1;

@@ -21,10 +21,10 @@ using quant::WeightType;
 
 namespace {
 
-constexpr uint32_t most_tokens = 65535;               // of a batch: blocks of a grid along y
-constexpr uint32_t rows_at_a_time = 64;               // of logits
-constexpr size_t score_bytes = size_t(64) << 20;      // of long contexts at a time
-constexpr size_t usual_shared_bytes = 48 << 10;       // of a block on every device
+constexpr uint32_t most_tokens = 65535;                // of a batch: blocks of a grid along y
+constexpr uint32_t rows_at_a_time = 64;                // of logits
+constexpr size_t score_bytes = size_t(64) << 20;       // of long contexts at a time
+constexpr size_t usual_shared_bytes = 48 << 10;        // of a block on every device
 constexpr uint32_t most_few_tokens = 4 * tile_tokens;  // that a product takes tile by tile
 
 uint32_t tiles(uint32_t n, uint32_t of) { return (n + of - 1) / of; }
@@ -68,8 +68,8 @@ CudaBackend::CudaBackend(std::unique_ptr<Device> device, gguf::GgufFile file, co
                          const std::function<void(double)>& progress)
     : pool_(options.n_threads ? options.n_threads : threads::default_threads()),
       device_(std::move(device)),
-      weights_(model::load_weights(std::move(file), packing(),
-                                   [this](uint32_t n, const auto& body) { pool_.parallel_for(n, body); }, progress)),
+      weights_(model::load_weights(
+          std::move(file), packing(), [this](uint32_t n, const auto& body) { pool_.parallel_for(n, body); }, progress)),
       hp_(weights_.hyperparams),
       kv_type_(options.kv_type),
       n_ctx_(options.n_ctx),
@@ -141,8 +141,8 @@ void CudaBackend::upload_weights() {
     if (hp_.folds_layer_0()) {
         const codes::FoldedProjection& fold = weights_.fold;
         const size_t m = fold.rows();
-        for (const auto& [values, n] : {std::pair{fold.columns(), fold.width() * m}, {fold.sum(), m},
-                                        {fold.constant(), m}}) {
+        for (const auto& [values, n] :
+             {std::pair{fold.columns(), fold.width() * m}, {fold.sum(), m}, {fold.constant(), m}}) {
             constant_offsets_[values] = constants_to_upload_.size();
             constants_to_upload_.insert(constants_to_upload_.end(), values, values + n);
         }
@@ -150,8 +150,8 @@ void CudaBackend::upload_weights() {
         codes_ = std::make_unique<DeviceBuffer>(*device_, "the code map", table.size_bytes());
         device_->upload(codes_->data(), table.data(), table.size_bytes());
     }
-    constants_ = std::make_unique<DeviceBuffer>(*device_, "norms and biases",
-                                                constants_to_upload_.size() * sizeof(float));
+    constants_ =
+        std::make_unique<DeviceBuffer>(*device_, "norms and biases", constants_to_upload_.size() * sizeof(float));
     device_->upload(constants_->data(), constants_to_upload_.data(), constants_to_upload_.size() * sizeof(float));
     constants_to_upload_ = {};
 }
@@ -280,8 +280,8 @@ void CudaBackend::attend(uint32_t l, uint32_t n_tokens) {
     device_->launch(Kernel::rotate_and_store, {heads + hp_.head_count_kv, n_tokens, 32},
                     RotateArgs{qkv_.as<float>(), heads, hp_.head_count_kv, d, hp_.attention_scale, hp_.rope_dim,
                                hp_.rope_style, cos_.as<float>(), sin_.as<float>(), cache_of(l), places()});
-    AttentionArgs args{qkv_.as<float>(), heads, hp_.head_count_kv, d, cache_of(l), places(), 0, nullptr, n_ctx_,
-                       attended_.as<float>()};
+    AttentionArgs args{qkv_.as<float>(), heads, hp_.head_count_kv, d,      cache_of(l),
+                       places(),         0,     nullptr,           n_ctx_, attended_.as<float>()};
     // Scores lie in shared memory, of long contexts in a buffer for so many tokens at a time.
     const size_t spare = usual_shared_bytes - attention_bytes(d), of_token = size_t(n_ctx_) * heads * sizeof(float);
     args.shared_keys = uint32_t(std::min<size_t>(n_ctx_, spare / sizeof(float)));
@@ -309,9 +309,9 @@ void CudaBackend::feed_forward(const Layer& layer, uint32_t n_tokens) {
     if (swiglu) multiply(layer.gate, rows, n_tokens, gate_.as<float>(), f);
     multiply(layer.up, rows, n_tokens, up_.as<float>(), f);
     using Function = ActivateArgs::Function;
-    const Function function = swiglu                                  ? Function::swiglu
+    const Function function = swiglu                               ? Function::swiglu
                               : hp_.activation == Activation::gelu ? Function::gelu
-                                                                      : Function::gelu_tanh;
+                                                                   : Function::gelu_tanh;
     const Rows hidden = activated(function, up_.as<float>(), f, n_tokens, is_quantized(layer.down.type));
     multiply(layer.down, hidden, n_tokens, x_.as<float>(), hp_.embedding_length, true);
 }
@@ -338,15 +338,15 @@ CudaBackend::Rows CudaBackend::activated(ActivateArgs::Function function, float*
 
 void CudaBackend::multiply(const Linear& w, const Rows& rows, uint32_t n_tokens, float* out, uint32_t out_stride,
                            bool accumulate) {
-    const ProductArgs args{w.panels, w.panel_stride, w.rows, w.inner, n_tokens, rows.values, rows.quantized,
-                           on_device(w.bias), out, out_stride, accumulate};
+    const ProductArgs args{w.panels,       w.panel_stride,    w.rows, w.inner,    n_tokens,  rows.values,
+                           rows.quantized, on_device(w.bias), out,    out_stride, accumulate};
     const uint32_t panels = tiles(w.rows, quant::panel_rows), token_tiles = tiles(n_tokens, tile_tokens);
     if (!is_quantized(w.type)) return device_->launch(few_kernel(w.type), {panels, token_tiles, float_threads}, args);
     if (n_tokens <= most_few_tokens) {
         return device_->launch(few_kernel(w.type), {panels, token_tiles, few_threads, few_bytes}, args);
     }
-    device_->launch(many_kernel(w.type), {tiles(panels, many_threads / 32), tiles(token_tiles, many_tiles), many_threads},
-                    args);
+    device_->launch(many_kernel(w.type),
+                    {tiles(panels, many_threads / 32), tiles(token_tiles, many_tiles), many_threads}, args);
 }
 
 void CudaBackend::capture_hidden(uint32_t layer, const Batch& batch) {
@@ -404,9 +404,9 @@ model::Description CudaBackend::description() const {
 
 model::MemoryUse CudaBackend::memory() const {
     size_t buffers = constants_->size() + (codes_ ? codes_->size() : 0);
-    for (const DeviceBuffer* buffer : {&x_, &normed_, &qkv_, &attended_, &gate_, &up_, &row_codes_, &row_factors_,
-                                       &rows_, &logits_, &ids_, &positions_, &tables_, &blocks_, &cos_, &sin_,
-                                       &scores_})
+    for (const DeviceBuffer* buffer :
+         {&x_, &normed_, &qkv_, &attended_, &gate_, &up_, &row_codes_, &row_factors_, &rows_, &logits_, &ids_,
+          &positions_, &tables_, &blocks_, &cos_, &sin_, &scores_})
         buffers += buffer->size();
     return {matrices_->size(), cache_->size(), buffers};
 }

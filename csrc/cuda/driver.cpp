@@ -106,8 +106,8 @@ const Driver& load_driver() {
     int version = 0;
     driver.cuDriverGetVersion(&version);
     if (version < oldest_driver) {
-        throw UnsupportedError("the NVIDIA driver is too old: it supports CUDA " + std::to_string(version / 1000) + "." +
-                               std::to_string(version % 1000 / 10) + ", needed is 12.0");
+        throw UnsupportedError("the NVIDIA driver is too old: it supports CUDA " + std::to_string(version / 1000) +
+                               "." + std::to_string(version % 1000 / 10) + ", needed is 12.0");
     }
     if (const Result result = driver.cuInit(0); result != success)
         throw UnsupportedError("the NVIDIA driver finds no usable GPU: " + words(driver, result));
@@ -126,8 +126,9 @@ DeviceInfo describe(const Driver& driver, int device) {
     };
     char name[256] = {};
     check(driver.cuDeviceGetName(name, sizeof name, device));
-    DeviceInfo info{name, attribute(attribute_major), attribute(attribute_minor), attribute(attribute_multiprocessors),
-                    0, attribute(attribute_shared_optin)};
+    DeviceInfo info{
+        name, attribute(attribute_major),       attribute(attribute_minor), attribute(attribute_multiprocessors),
+        0,    attribute(attribute_shared_optin)};
     check(driver.cuDeviceTotalMem(&info.memory_bytes, device));
     return info;
 }
@@ -146,13 +147,13 @@ class DriverDevice final : public Device {
                                    std::to_string(info_.compute_major) + "." + std::to_string(info_.compute_minor) +
                                    ", needed is 7.5");
         }
-        start("a context", driver_.cuDevicePrimaryCtxRetain(&context_, number_));
+        start("context", driver_.cuDevicePrimaryCtxRetain(&context_, number_));
         try {
-            start("a context", driver_.cuCtxSetCurrent(context_));
+            start("context", driver_.cuCtxSetCurrent(context_));
             start("kernels", driver_.cuModuleLoadData(&module_, fixmin_cuda_kernels));
             for (size_t i = 0; i < std::size(kernel_names); ++i)
                 start(kernel_names[i], driver_.cuModuleGetFunction(&functions_[i], module_, kernel_names[i]));
-            start("a stream", driver_.cuStreamCreate(&stream_, 1));  // which does not wait for the default one
+            start("stream", driver_.cuStreamCreate(&stream_, 1));  // which does not wait for the default one
         } catch (...) {
             close();
             throw;
@@ -192,7 +193,8 @@ class DriverDevice final : public Device {
     }
     void copy(std::byte* to, const std::byte* from, size_t bytes) override {
         enter();
-        check(driver_.cuMemcpyDtoDAsync(reinterpret_cast<Address>(to), reinterpret_cast<Address>(from), bytes, stream_));
+        check(
+            driver_.cuMemcpyDtoDAsync(reinterpret_cast<Address>(to), reinterpret_cast<Address>(from), bytes, stream_));
     }
     void wait() override {
         enter();

@@ -5,5 +5,6 @@ __asm__(
     ".globl fixmin_cuda_kernels\n"
     ".hidden fixmin_cuda_kernels\n"
     "fixmin_cuda_kernels:\n"
-    ".incbin \"" FIXMIN_FATBIN "\"\n"
+    ".incbin \"" FIXMIN_FATBIN
+    "\"\n"
     ".popsection\n");

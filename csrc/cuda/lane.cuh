@@ -55,11 +55,14 @@ FIXMIN_DEVICE float tree_sum(float partial) {
     return __shfl_sync(whole_warp, partial, 0);
 }
 
-/// Sum over x[0..n) as 16 lanes make it: called by one warp, f(sum, value).
+/// Sum over x[0..n) as 16 lanes make it: called by one warp, f(sum, value). Of a last vector that is not full, f(0,
+/// value) is added.
 template <typename F>
 FIXMIN_DEVICE float sum_of(const float* x, uint32_t n, F f) {
     float sum = 0;
-    for (uint32_t i = threadIdx.x % 16; i < n; i += 16) sum = f(sum, x[i]);
+    uint32_t i = threadIdx.x % 16;
+    for (; i < n / 16 * 16; i += 16) sum = f(sum, x[i]);
+    if (i < n) sum += f(0.0f, x[i]);
     return tree_sum(sum);
 }
 

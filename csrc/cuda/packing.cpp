@@ -25,7 +25,8 @@ bool pack_panel(quant::WeightType type, const std::byte* rows, uint32_t n_rows, 
     const uint32_t bits = quant::block_format(type).bits, vectors = bits == 8 ? 8 : 4;
     if (bits < 4) return true;
     const quant::PanelLayout layout = quant::panel_layout(type);
-    for (uint32_t b = 0; b < inner / quant::block_size; ++b) order_by_lanes(panel + quant::codes_at(layout, b), vectors);
+    for (uint32_t b = 0; b < inner / quant::block_size; ++b)
+        order_by_lanes(panel + quant::codes_at(layout, b), vectors);
     return true;
 }
 

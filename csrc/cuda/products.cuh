@@ -1,8 +1,8 @@
 // Matrix products. The weights lie in panels of 16 rows as on the CPU (quant/panels.h), but that words of 8- and 4-bit
 // codes stand in the order of the lanes that multiply them (pack_panel in packing.cpp).
 //
-// Each output is the chain of docs/numerics.md over blocks of 32: an exact dot product, made by the tensor cores, and one
-// or two fused products with the scales.
+// Each output is the chain of docs/numerics.md over blocks of 32: an exact dot product, made by the tensor cores, and
+// one or two fused products with the scales.
 #pragma once
 #include "cuda/args.h"
 #include "cuda/lane.cuh"
@@ -62,8 +62,7 @@ struct WeightBlock {
             p += 128;
         }
         if constexpr (one) {
-            for (unsigned n = 0; n < 4; ++n)
-                take(n, word(p, g + n % 2 * 8), t + n / 2 * 4, 0x01010101u, four ? 4 : 2);
+            for (unsigned n = 0; n < 4; ++n) take(n, word(p, g + n % 2 * 8), t + n / 2 * 4, 0x01010101u, four ? 4 : 2);
         }
         int4 result;
         result.x = as_signed(w[0]), result.y = as_signed(w[1]), result.z = as_signed(w[2]), result.w = as_signed(w[3]);
@@ -79,8 +78,8 @@ struct WeightBlock {
 
     /// The factors of row r.
     struct Scales {
-        float scale, offset;              // d * s and m * n; with halves d and m
-        float half_scale[2], half_min[2]; // with halves s and n
+        float scale, offset;               // d * s and m * n; with halves d and m
+        float half_scale[2], half_min[2];  // with halves s and n
     };
     static FIXMIN_DEVICE Scales scales(const std::byte* panel, uint32_t b, uint32_t r) {
         constexpr quant::PanelLayout here = layout;
@@ -195,8 +194,8 @@ FIXMIN_DEVICE void product_of_few(const ProductArgs& args, unsigned char* shared
         __syncthreads();
     }
     if (threadIdx.x < 16 * tile_tokens) {
-        finish(args, blockIdx.y * tile_tokens + threadIdx.x % tile_tokens,
-               blockIdx.x * 16 + threadIdx.x / tile_tokens, acc);
+        finish(args, blockIdx.y * tile_tokens + threadIdx.x % tile_tokens, blockIdx.x * 16 + threadIdx.x / tile_tokens,
+               acc);
     }
 }
 
@@ -255,15 +254,16 @@ FIXMIN_DEVICE void product_of_floats(const ProductArgs& args) {
     const std::byte* panel = args.panels + size_t(blockIdx.x) * args.panel_stride;
     const float* values = args.values + size_t(token) * args.inner;
     float acc = 0;
-    for (uint32_t k = 0; k < args.inner; ++k) acc = __fmaf_rn(float_weight<Type>(panel, size_t(k) * 16 + r), values[k], acc);
+    for (uint32_t k = 0; k < args.inner; ++k)
+        acc = __fmaf_rn(float_weight<Type>(panel, size_t(k) * 16 + r), values[k], acc);
     finish(args, token, blockIdx.x * 16 + r, acc);
 }
 
-#define FIXMIN_QUANTIZED(name)                                                                 \
-    FIXMIN_KERNEL(few_##name, ProductArgs, few_threads) {                                      \
-        FIXMIN_SHARED(shared);                                                                 \
-        product_of_few<WeightType::name>(args, shared);                                        \
-    }                                                                                          \
+#define FIXMIN_QUANTIZED(name)                            \
+    FIXMIN_KERNEL(few_##name, ProductArgs, few_threads) { \
+        FIXMIN_SHARED(shared);                            \
+        product_of_few<WeightType::name>(args, shared);   \
+    }                                                     \
     FIXMIN_KERNEL(many_##name, ProductArgs, many_threads) { product_of_many<WeightType::name>(args); }
 #define FIXMIN_FLOATS(name) \
     FIXMIN_KERNEL(floats_##name, ProductArgs, float_threads) { product_of_floats<WeightType::name>(args); }

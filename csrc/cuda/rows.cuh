@@ -79,8 +79,7 @@ FIXMIN_KERNEL(norm, NormArgs, row_threads) {
             squares = sum_of(row, n, [](float sum, float v) { return lane::add_square({sum}, {v}).v; });
         } else {
             mean = sum_of(row, n, [](float sum, float v) { return sum + v; }) / float(n);
-            squares =
-                sum_of(row, n, [=](float sum, float v) { return lane::add_square_from({sum}, {v}, {mean}).v; });
+            squares = sum_of(row, n, [=](float sum, float v) { return lane::add_square_from({sum}, {v}, {mean}).v; });
         }
         if (threadIdx.x == 0) {
             stats[0] = mean;

@@ -15,8 +15,8 @@
 #include <system_error>
 #include <thread>
 
-#include "threads/machine.h"
 #include "error.h"
+#include "threads/machine.h"
 
 namespace fixmin::threads {
 namespace {

@@ -49,9 +49,17 @@ def build(name: str, *options: str) -> Path:
     return folder
 
 
+#: Runs a script without what an editable installation of the package puts before PYTHONPATH.
+RUN_SCRIPT = (
+    "import runpy, sys; "
+    "sys.meta_path[:] = [f for f in sys.meta_path if 'Redirecting' not in type(f).__name__]; "
+    "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+)
+
+
 @pytest.fixture(scope="session")
 def emulated() -> Callable[..., "subprocess.CompletedProcess[str]"]:
-    """Runs Python with a fixmin_cpp whose GPU is emulated."""
+    """Runs a script with a fixmin_cpp whose GPU is emulated."""
     folder = build(
         "emulated",
         "-DCMAKE_BUILD_TYPE=Release",
@@ -66,8 +74,8 @@ def emulated() -> Callable[..., "subprocess.CompletedProcess[str]"]:
     for path in (*(ROOT / "python" / "fixmin_cpp").iterdir(), ROOT / "convert", ROOT / "reference", *native):
         (package / path.name).symlink_to(path)
 
-    def python(*arguments: object, **environment: str) -> "subprocess.CompletedProcess[str]":
+    def python(script: Path, *arguments: object, **environment: str) -> "subprocess.CompletedProcess[str]":
         paths = os.pathsep.join([str(package.parent), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-        return run([sys.executable, *arguments], PYTHONPATH=paths, **environment)
+        return run([sys.executable, "-c", RUN_SCRIPT, script, *arguments], PYTHONPATH=paths, **environment)
 
     return python

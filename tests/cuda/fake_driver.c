@@ -1,7 +1,7 @@
-// A libcuda.so.1 without a GPU, for tests/cuda/test_driver.py. Memory is the host's and kernels compute nothing. It fails
-// as the environment says: FAKE_INIT, FAKE_CONTEXT, FAKE_MODULE, FAKE_LAUNCH are what these calls return; FAKE_VERSION,
-// FAKE_DEVICES, FAKE_CAPABILITY (75), FAKE_MEMORY (bytes) what the driver and its GPU are. FAKE_LOG is a file that gets a
-// line for whatever is taken or given back.
+// A libcuda.so.1 without a GPU, for tests/cuda/test_driver.py. Memory is the host's and kernels compute nothing. It
+// fails as the environment says: FAKE_INIT, FAKE_CONTEXT, FAKE_MODULE, FAKE_LAUNCH are what these calls return;
+// FAKE_VERSION, FAKE_DEVICES, FAKE_CAPABILITY (75), FAKE_MEMORY (bytes) what the driver and its GPU are. FAKE_LOG is a
+// file that gets a line for whatever is taken or given back.
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -40,7 +40,9 @@ Result cuDeviceGetAttribute(int* value, int which, int device) {
     *value = which == 75 ? capability / 10 : which == 76 ? capability % 10 : which == 97 ? 200000 : 100 + device;
     return 0;
 }
-Result cuDeviceTotalMem_v2(size_t* bytes, int device) { return *bytes = (size_t)setting("FAKE_MEMORY", 1 << 30), device; }
+Result cuDeviceTotalMem_v2(size_t* bytes, int device) {
+    return *bytes = (size_t)setting("FAKE_MEMORY", 1 << 30), device;
+}
 Result cuDevicePrimaryCtxRetain(void** context, int device) {
     const Result result = (Result)setting("FAKE_CONTEXT", 0);
     if (result == 0) note("retain");

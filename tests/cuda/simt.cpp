@@ -223,7 +223,7 @@ void block_barrier(const void* site) {
 void warp_barrier(const void* site) { wait(self->warp->barrier, site); }
 
 const int (*exchange(const int* words, unsigned n, const void* site))[6] {
-    int(*slots)[6] = self->warp->slots[self->turn++ % 2];
+    int (*slots)[6] = self->warp->slots[self->turn++ % 2];
     for (unsigned i = 0; i < n; ++i) slots[self->lane][i] = words[i];
     wait(self->warp->barrier, site);
     return slots;

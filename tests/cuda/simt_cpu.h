@@ -45,7 +45,7 @@ T shuffle(T value, unsigned from, const void* site) {
     static_assert(sizeof(T) == sizeof(int));
     int word;
     std::memcpy(&word, &value, sizeof word);
-    const int(*all)[6] = exchange(&word, 1, site);
+    const int (*all)[6] = exchange(&word, 1, site);
     std::memcpy(&value, &all[from < 32 ? from : lane()][0], sizeof word);
     return value;
 }
@@ -59,12 +59,13 @@ inline int dot_of_bytes(int a, int b) {
 /// a: Words per row and half of k; b the same per column.
 template <int Halves>
 void multiply(int (&d)[4], const int* words, const void* site) {
-    const int(*all)[6] = exchange(words, 3 * Halves, site);
+    const int (*all)[6] = exchange(words, 3 * Halves, site);
     const int g = int(lane() / 4), t = int(lane() % 4);
     for (int i = 0; i < 4; ++i) {
         const int row = g + i / 2 * 8, column = 2 * t + i % 2;
         for (int k = 0; k < 4 * Halves; ++k) {
-            const int a = all[row % 8 * 4 + k % 4][row / 8 + k / 4 * 2], b = all[column * 4 + k % 4][2 * Halves + k / 4];
+            const int a = all[row % 8 * 4 + k % 4][row / 8 + k / 4 * 2],
+                      b = all[column * 4 + k % 4][2 * Halves + k / 4];
             d[i] += dot_of_bytes(a, b);
         }
     }
@@ -80,10 +81,10 @@ void multiply(int (&d)[4], const int* words, const void* site) {
 #define blockIdx (fixmin::simt::block_index())
 #define blockDim (fixmin::simt::block_size())
 #define gridDim (fixmin::simt::grid_size())
-#define FIXMIN_SITE            \
-    ([]() -> const void* {     \
+#define FIXMIN_SITE                 \
+    ([]() -> const void* {          \
         static const char site = 0; \
-        return &site;          \
+        return &site;               \
     }())
 #undef __syncthreads
 #define __syncthreads() fixmin::simt::block_barrier(FIXMIN_SITE)

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # it compiles the package
+
 BITS = Path(__file__).with_name("bits.py")
 
 
