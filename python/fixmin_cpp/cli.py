@@ -21,8 +21,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from . import cli_output as output
 from . import _core
+from . import cli_output as output
 from ._core import __version__
 from .atomic_file import refuse_inputs
 from .cli_help import App
