@@ -65,8 +65,8 @@ class FixMinLM(TemplateLM):
         prefix_token_id: stands before a text without context. None: the file's start token, or its end-of-text token.
         batch_size: requests handed to the engine at a time; None or "auto": 64.
         max_batch_size: not used; the harness passes it to every model.
-        device: None or "cpu"; "cuda:0" too, which the harness' command line passes where the user says nothing.
-        **options: those of Model, for a file: n_ctx, n_threads, kv_type, ...
+        **options: those of Model, for a file: n_ctx, n_threads, kv_type, ... As its `device` the harness' command line
+            passes "cuda:0" where the user says nothing, so that this means None here; "cuda" is a GPU.
 
     Raises:
         ArgumentError, UnsupportedError, GGUFError, OSError: as Model; UnsupportedError also for a file without a
@@ -83,12 +83,14 @@ class FixMinLM(TemplateLM):
         prefix_token_id: int | None = None,
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
-        device: str | None = None,
         **options: Unpack[LoadArguments],
     ) -> None:
         super().__init__()
-        if device not in (None, "cpu", "cuda:0"):
-            raise UnsupportedError(f"device={device!r}: the native engine runs on the CPU")
+        device = options.get("device")
+        if device == "cuda:0":
+            options["device"] = None
+        elif device is not None and device.partition(":")[0] not in ("auto", "cpu", "cuda"):
+            raise UnsupportedError(f"device={device!r}: the native engine runs on the CPU or with CUDA")
         self.model = pretrained if isinstance(pretrained, Model) else Model(pretrained, **options)
         info = self.model.info
         if not info["tokenizer"] or info["eos_token_id"] is None:

@@ -169,7 +169,6 @@ void prepare(Fiber& fiber, Block& block, unsigned thread) {
     std::fill(sp, reinterpret_cast<void**>(top), nullptr);
     sp[return_word] = reinterpret_cast<void*>(&run_fiber);
     fiber.stack_pointer = sp;
-    TSAN(fiber.tsan = __tsan_create_fiber(0));
     make_ready(&fiber);
 }
 
@@ -177,6 +176,7 @@ void run_block(Block& block, unsigned threads, size_t shared_bytes) {
     while (fibers.size() < threads) {
         fibers.push_back(std::make_unique<Fiber>());
         fibers.back()->stack.reset(new char[stack_bytes]);
+        TSAN(fibers.back()->tsan = __tsan_create_fiber(0));  // one for all grids: making them takes long
     }
     ready.assign(threads, nullptr);
     ready_head = n_ready = 0;
@@ -189,12 +189,9 @@ void run_block(Block& block, unsigned threads, size_t shared_bytes) {
     std::memset(memory, 0xff, shared_bytes);
     block.shared.reset(static_cast<unsigned char*>(memory));
     for (unsigned thread = 0; thread < threads; ++thread) prepare(*fibers[thread], block, thread);
-    TSAN(root.tsan = __tsan_get_current_fiber());
     self = &root;
     TSAN(__tsan_release(&start));
     switch_to(next_ready());
-    TSAN(__tsan_acquire(&end));
-    TSAN(for (unsigned i = 0; i < threads; ++i) __tsan_destroy_fiber(fibers[i]->tsan));
 }
 
 // Barriers of blocks by number, from 1, in the order in which they are first met.
@@ -244,11 +241,15 @@ void run(const std::function<void()>& kernel, Index grid, unsigned threads, size
         for (unsigned x = 0; x < grid.x; ++x) blocks.push_back({x, y});
     }
     if (shuffled) std::shuffle(blocks.begin(), blocks.end(), order);
-    for (const Index& index : blocks) {
-        Block block;
-        block.index = index;
-        run_block(block, threads, shared_bytes);
+    // Blocks of a grid run one after the other, but TSan is not told: they must not need that. So each has memory of its
+    // own until all have ended.
+    TSAN(root.tsan = __tsan_get_current_fiber());
+    std::vector<Block> memory(blocks.size());
+    for (size_t i = 0; i < blocks.size(); ++i) {
+        memory[i].index = blocks[i];
+        run_block(memory[i], threads, shared_bytes);
     }
+    TSAN(__tsan_acquire(&end));
 }
 
 }  // namespace fixmin::simt
