@@ -209,7 +209,7 @@ FIXMIN_DEVICE void product_of_many(const ProductArgs& args) {
     const uint32_t panel_number = blockIdx.x * (many_threads / 32) + threadIdx.x / 32;
     if (panel_number * 16 >= args.n_rows) return;  // a whole warp
     const std::byte* panel = args.panels + size_t(panel_number) * args.panel_stride;
-    const uint32_t first_tile = blockIdx.y * many_tiles, tiles = (args.n_tokens + tile_tokens - 1) / tile_tokens;
+    const uint32_t first_tile = blockIdx.y * many_tiles, last_tile = (args.n_tokens - 1) / tile_tokens;
     const int2* codes = reinterpret_cast<const int2*>(args.quantized.codes);
     float acc[many_tiles][4];
     for (auto& tile : acc) {
@@ -220,8 +220,9 @@ FIXMIN_DEVICE void product_of_many(const ProductArgs& args) {
         const typename Block::Scales scales[2] = {Block::scales(panel, b, g), Block::scales(panel, b, g + 8)};
 #pragma unroll
         for (uint32_t n = 0; n < many_tiles; ++n) {
-            if (first_tile + n >= tiles) break;
-            const size_t at = size_t(first_tile + n) * n_blocks + b;
+            // Behind the last tile there is nothing: it is computed again, and not written.
+            const uint32_t tile = first_tile + n < last_tile ? first_tile + n : last_tile;
+            const size_t at = size_t(tile) * n_blocks + b;
             typename Block::Dots dots;
             Block::multiply(dots, w, codes[at * 32 + i]);
             const BlockFactors* factors = args.quantized.factors + at * tile_tokens + 2 * t;

@@ -12,7 +12,7 @@
 #define FIXMIN_DEVICE __device__ __forceinline__
 #define FIXMIN_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #define FIXMIN_KERNEL(name, Args, threads) \
-    extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ Args args)
+    extern "C" __global__ void __launch_bounds__(threads, 1) name(const __grid_constant__ Args args)
 
 namespace fixmin::cuda {
 

@@ -1,0 +1,39 @@
+"""All kernels through nvcc, for every architecture that a wheel has: registers, and nothing spilled where it matters."""
+
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.external
+
+ROOT = Path(__file__).resolve().parents[2]
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+ARCHITECTURES = re.search(r"FIXMIN_CUDA_ARCHITECTURES ([\d ]+) CACHE", (ROOT / "CMakeLists.txt").read_text())[1].split()
+
+
+def compiled(architecture: str, folder: Path) -> dict[str, tuple[int, int]]:
+    """Registers of a thread and spilled bytes of each kernel."""
+    command = [NVCC, "-std=c++20", "-O3", f"-I{ROOT / 'csrc'}", "--fmad=false", "--expt-relaxed-constexpr"]
+    command += ["-Wno-deprecated-gpu-targets", f"-arch=sm_{architecture}", "-cubin", "-Xptxas", "-v"]
+    command += ["-o", folder / f"{architecture}.cubin", ROOT / "csrc" / "cuda" / "kernels.cu"]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = {}
+    for part in done.stderr.split("Compiling entry function '")[1:]:
+        spilled = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", part)]
+        found[part.partition("'")[0]] = (int(re.search(r"Used (\d+) registers", part)[1]), sum(spilled))
+    return found
+
+
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+def test_every_architecture(tmp_path):
+    with ThreadPoolExecutor(2) as pool:
+        of_all = dict(zip(ARCHITECTURES, pool.map(lambda a: compiled(a, tmp_path), ARCHITECTURES), strict=True))
+    for architecture, kernels in of_all.items():
+        print(f"sm_{architecture}:", {name: registers for name, (registers, _) in kernels.items()})
+        assert len(kernels) >= 6 + 3 + 2 * 12
+        assert {name: spilled for name, (_, spilled) in kernels.items() if spilled} == {}
