@@ -1,4 +1,4 @@
-"""All kernels through nvcc, for every architecture that a wheel has: registers, and nothing spilled where it matters."""
+"""All kernels through nvcc for every architecture that a wheel has: registers, and nothing spilled."""
 
 import re
 import shutil
