@@ -406,8 +406,9 @@ def serve(
         if quiet and log_level is not None:
             raise ArgumentError("--quiet is the same as --log-level warning: give one")
         package = output.extra("serve", "serve")
-        if os.environ.get("FIXMIN_API_KEY", "x").strip() == "":
-            raise ArgumentError("FIXMIN_API_KEY is empty: unset it for a server without keys")
+        for name in ("FIXMIN_API_KEY", "FIXMIN_API_KEY_FILE"):  # a secret that was not filled in
+            if os.environ.get(name, "x").strip() == "":
+                raise ArgumentError(f"{name} is empty: unset it for a server without keys")
         options |= {name: tuple(options[name] or ()) for name, row in SERVE_FIELDS.items() if row.default == ()}
         options["api_keys"] += _keys_of(api_key_file)
         template = None if chat_template is None else read_text(chat_template)

@@ -49,6 +49,13 @@ def _prefix(name: str, value: Any) -> str:
 
 
 @unsized
+def _host(name: str, value: Any) -> str:
+    if "\0" in as_text(name, value):
+        raise ArgumentError(f"{name} must be an address or a name, got {value!r}")
+    return str(value)
+
+
+@unsized
 def _path(name: str, value: Any) -> str:
     path = os.fspath(value) if isinstance(value, str | os.PathLike) else value
     if not isinstance(path, str):
@@ -62,7 +69,7 @@ class ServeArguments(TypedDict, total=False):
     """Settings of a server besides its model and how that is loaded. All are optional."""
 
     # fmt: off
-    host: Annotated[str, Field("127.0.0.1", unsized(as_text), "Address to listen on; 0.0.0.0: all.")]
+    host: Annotated[str, Field("127.0.0.1", _host, "Address to listen on; 0.0.0.0: all.")]
     port: Annotated[int | None, Field(None, Integer(0, 65535), "0: a free one. Default: 8000.")]
     uds: Annotated[str | os.PathLike[str] | None, Field(None, _path,
         "Path of a Unix socket to listen on, instead of host and port.")]

@@ -394,6 +394,9 @@ def test_empty_keys_do_not_open_a_server(served_path: Path, tmp_path: Path, monk
     monkeypatch.setenv("FIXMIN_API_KEY", "")
     assert "FIXMIN_API_KEY is empty" in _serve(served_path).stderr
     monkeypatch.delenv("FIXMIN_API_KEY")
+    monkeypatch.setenv("FIXMIN_API_KEY_FILE", " ")
+    assert "FIXMIN_API_KEY_FILE is empty" in _serve(served_path).stderr
+    monkeypatch.delenv("FIXMIN_API_KEY_FILE")
     (tmp_path / "keys").write_text("\n")
     assert "no API key" in _serve(served_path, "--api-key-file", str(tmp_path / "keys")).stderr
 
@@ -657,11 +660,22 @@ def _serve(path: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
         {"api_keys": ("",)},
         {"api_keys": ("\u00e9",)},
         {"n_parallel": 0},
+        {"model": None},
+        {"model": ""},
+        {"model": "a\0b"},
+        {"host": "a\0b"},
     ],
 )
 def test_settings_are_checked(wrong: dict[str, Any]) -> None:
     with pytest.raises(ArgumentError, match=next(iter(wrong)).replace("api_keys", "API key|api_keys")):
-        serve.ServeSettings(model="x.gguf", **wrong)
+        serve.ServeSettings(**{"model": "x.gguf", **wrong})
+
+
+def test_settings_do_not_show_keys() -> None:
+    shown = repr(serve.ServeSettings(model="x.gguf", api_keys=("secret",), max_n=7))
+    assert "secret" not in shown
+    assert "max_n=7" in shown
+    assert "api_keys=1 of them" in shown
 
 
 def test_template_is_checked() -> None:

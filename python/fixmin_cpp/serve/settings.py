@@ -1,10 +1,11 @@
 """What an operator decides about a server. Nothing of it comes from requests."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from ..arguments import as_path
 from ..errors import ArgumentError
 from ..fields import checked_class
 from ..load_options import LoadOptions
@@ -16,7 +17,7 @@ _MEMORY_SHARE = 1 / 4  # of the machine's, for the KV cache at the most
 _Optional: Any = checked_class("_Optional", {**SERVE_LOAD_FIELDS, **SERVE_FIELDS})
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class ServeSettings(_Optional):  # type: ignore[misc]  # made of tables
     """Settings of create_app() and run(): those of serve_options.ServeArguments, n_threads, n_ctx, kv_type, n_batch and
     n_kv as in fixmin_cpp.Model, and n_parallel with another default.
@@ -27,7 +28,14 @@ class ServeSettings(_Optional):  # type: ignore[misc]  # made of tables
 
     model: str | os.PathLike[str]  # GGUF file
 
+    def __repr__(self) -> str:
+        """Without the keys, since it may end in a log."""
+        shown = {field.name: repr(getattr(self, field.name)) for field in fields(self)}
+        shown["api_keys"] = f"{len(self.api_keys)} of them"
+        return f"ServeSettings({', '.join(f'{name}={value}' for name, value in shown.items())})"
+
     def __post_init__(self) -> None:
+        as_path("model", self.model)
         for name, row in SERVE_FIELDS.items():
             if (value := getattr(self, name)) is not None or row.default is not None:
                 row.checked(name, value)
