@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import json
 import os
+import signal
 import sys
 import threading
 import traceback
@@ -47,6 +48,8 @@ class Stdout(Console):
 def guarded(run: Callable[[], object]) -> None:
     """Runs the whole program: errors that reach this far, also those of writing help, end it with a line and a code."""
     _open_closed_streams()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt_once)
     code: Any = 0
     try:
         with errors(debug=False):
@@ -59,6 +62,12 @@ def guarded(run: Callable[[], object]) -> None:
     except typer.Exit as end:
         code = end.exit_code
     sys.exit(code)
+
+
+def _interrupt_once(number: int, frame: object) -> None:
+    """The first Ctrl-C ends the command in order; the next one at once, for what it would break is just that order."""
+    signal.signal(number, lambda *_: os._exit(130))
+    raise KeyboardInterrupt
 
 
 def _open_closed_streams() -> None:

@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import threading
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -348,6 +349,24 @@ def test_ctrl_c_and_on_again(slow_model_path, tmp_path, out):
         stdout, stderr = process.communicate(timeout=TIMEOUT)
     assert (process.returncode, stdout, stderr.splitlines()[-1]) == (130, b"", b"interrupted")
     assert len(records(out)) < 400
+    run_job(slow_model_path, source, out)
+    assert len(records(out)) == 400
+
+
+@pytest.mark.parametrize("pause", [0.0, 0.03, 0.2])  # seconds: whatever the end has come to
+def test_ctrl_c_again_and_again(slow_model_path, tmp_path, out, pause):
+    """The end is not torn apart: nothing aborts, and the job goes on as after one."""
+    source = write_lines(tmp_path / "in", mixed_lines(400))
+    command = [*FIXMIN, "batch", str(source), str(out), "-m", str(slow_model_path), "-t", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        wait_for_lines(out, 5, process)
+        for _ in range(6):
+            process.send_signal(signal.SIGINT)
+            time.sleep(pause)
+        _, stderr = process.communicate(timeout=TIMEOUT)
+    assert process.returncode in (130, -signal.SIGINT)  # the latter after Python itself has ended
+    assert b"Traceback" not in stderr
+    assert b"terminate" not in stderr
     run_job(slow_model_path, source, out)
     assert len(records(out)) == 400
 
