@@ -48,9 +48,9 @@ def test_clean(sanitizer, model, tmp_path):
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
-    # More blocks of 32 than are handed over at a time, so that every barrier matters.
+    # More blocks of 32 than are handed over at a time, heads for more than one warp: so every barrier matters.
     path = tmp_path_factory.mktemp("planted") / "model.gguf"
-    return make_model(path, vocab_size=100, weight_type="Q8_0", feed_forward_length=1024)
+    return make_model(path, vocab_size=100, weight_type="Q8_0", feed_forward_length=1024, head_count=2)
 
 
 @pytest.mark.parametrize("barrier", range(1, N_BARRIERS + 1))
