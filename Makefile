@@ -12,10 +12,10 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/stamp
 PIP   := $(BIN)/python -m pip --disable-pip-version-check
 
-NATIVE  := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+NATIVE  := $(shell find csrc -type f)
 SOURCES := CMakeLists.txt pyproject.toml $(NATIVE) \
            $(shell find python convert reference -name '*.py' -o -name '*.pyi' -o -name 'py.typed' -o -name '*.html')
-CXX_ALL := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+CXX_ALL := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cuh' -o -name '*.cu')
 
 .DELETE_ON_ERROR:
 .SUFFIXES:

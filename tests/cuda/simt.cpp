@@ -241,8 +241,8 @@ void run(const std::function<void()>& kernel, Index grid, unsigned threads, size
         for (unsigned x = 0; x < grid.x; ++x) blocks.push_back({x, y});
     }
     if (shuffled) std::shuffle(blocks.begin(), blocks.end(), order);
-    // Blocks of a grid run one after the other, but TSan is not told: they must not need that. So each has memory of its
-    // own until all have ended.
+    // Blocks of a grid run one after the other, but TSan is not told: they must not need that. So each has memory of
+    // its own until all have ended.
     TSAN(root.tsan = __tsan_get_current_fiber());
     std::vector<Block> memory(blocks.size());
     for (size_t i = 0; i < blocks.size(); ++i) {
