@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SEARCH_PATH, build
+from emulation import SEARCH_PATH, build
 from gguf_factory import make_model
 
 pytestmark = pytest.mark.slow
