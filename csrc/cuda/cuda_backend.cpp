@@ -319,7 +319,7 @@ void CudaBackend::feed_forward(const Layer& layer, uint32_t n_tokens) {
 // Of the residual stream: its first rows, or those that are listed.
 CudaBackend::Rows CudaBackend::normalized(const Norm& norm, uint32_t n_tokens, bool quantize, const uint32_t* rows) {
     const uint32_t d = hp_.embedding_length;
-    const QuantizedRows quantized = quantized_rows(d, quantize);
+    const QuantizedRows quantized = quantized_rows(quantize);
     device_->launch(Kernel::norm, {n_tokens, 1, row_threads, (d + 2) * sizeof(float)},
                     NormArgs{x_.as<float>(), rows, d, hp_.norm_eps, hp_.rms_norm, on_device(norm.weight),
                              on_device(norm.bias), normed_.as<float>(), quantized});
@@ -328,7 +328,7 @@ CudaBackend::Rows CudaBackend::normalized(const Norm& norm, uint32_t n_tokens, b
 
 CudaBackend::Rows CudaBackend::activated(ActivateArgs::Function function, float* values, uint32_t length,
                                          uint32_t n_tokens, bool quantize) {
-    const QuantizedRows quantized = quantized_rows(length, quantize);
+    const QuantizedRows quantized = quantized_rows(quantize);
     if (function != ActivateArgs::Function::none || quantize) {
         device_->launch(Kernel::activate, {tiles(length, 32), tiles(n_tokens, tile_tokens), 32 * tile_tokens},
                         ActivateArgs{function, gate_.as<float>(), values, length, n_tokens, quantized});
@@ -357,7 +357,7 @@ void CudaBackend::capture_hidden(uint32_t layer, const Batch& batch) {
     }
 }
 
-QuantizedRows CudaBackend::quantized_rows(uint32_t, bool wanted) const {
+QuantizedRows CudaBackend::quantized_rows(bool wanted) const {
     return wanted ? QuantizedRows{row_codes_.as<uint32_t>(), row_factors_.as<BlockFactors>()} : QuantizedRows{};
 }
 

@@ -63,7 +63,7 @@ class CudaBackend final : public model::Backend {
     void multiply(const model::Linear& w, const Rows& rows, uint32_t n_tokens, float* out, uint32_t out_stride,
                   bool accumulate = false);
     void capture_hidden(uint32_t layer, const model::Batch& batch);
-    QuantizedRows quantized_rows(uint32_t length, bool wanted) const;
+    QuantizedRows quantized_rows(bool wanted) const;
     CodeMapArgs code_map() const;
     CacheArgs cache_of(uint32_t layer) const;
     PlaceArgs places() const;

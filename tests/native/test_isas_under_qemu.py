@@ -71,7 +71,7 @@ def need(program: str, package: str) -> None:
 @functools.cache
 def build(target: str) -> Path:
     """The folder with the programs for "aarch64" or for this machine, "native"."""
-    options = ["-DCMAKE_BUILD_TYPE=Release", "-DFIXMIN_PYTHON=OFF", "-DFIXMIN_NATIVE_TESTS=ON"]
+    options = ["-DCMAKE_BUILD_TYPE=Release", "-DFIXMIN_PYTHON=OFF", "-DFIXMIN_NATIVE_TESTS=ON", "-DFIXMIN_CUDA=OFF"]
     if target == "aarch64":
         options.append(f"-DCMAKE_TOOLCHAIN_FILE={ROOT / 'cmake' / 'aarch64-linux-gnu.cmake'}")
     if shutil.which("ninja", path=SEARCH_PATH):
