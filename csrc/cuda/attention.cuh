@@ -97,6 +97,7 @@ FIXMIN_DEVICE void rotate(float* x, uint32_t dim, RopeStyle style, const float* 
 }
 
 FIXMIN_KERNEL(rotate_and_store, RotateArgs, 32) {
+    after_previous();
     const uint32_t token = blockIdx.y, d = args.head_dim, heads = args.head_count, kv_heads = args.head_count_kv;
     const uint32_t position = args.place.positions[token];
     float* row = args.qkv + size_t(token) * (heads + 2 * kv_heads) * d;
@@ -150,6 +151,7 @@ FIXMIN_DEVICE float weighted(const Head& head, KvType type, uint32_t n, uint32_t
 
 // Scores of all keys; their maximum; exp and sum; even and odd values in chains of their own (docs/numerics.md).
 FIXMIN_KERNEL(attention, AttentionArgs, attention_threads) {
+    after_previous();
     FIXMIN_SHARED(shared);
     const uint32_t token = blockIdx.y, h = blockIdx.x, d = args.head_dim, tid = threadIdx.x;
     const uint32_t position = args.place.positions[token], n_keys = position + 1;

@@ -7,6 +7,7 @@ namespace fixmin::cuda {
 
 // What is read goes nowhere, but no compiler can know that.
 FIXMIN_KERNEL(read_all, ReadArgs, ceiling_threads) {
+    after_previous();
     const int4* p = reinterpret_cast<const int4*>(args.memory);
     const size_t step = size_t(gridDim.x) * blockDim.x;
     int all = 0;
@@ -18,6 +19,7 @@ FIXMIN_KERNEL(read_all, ReadArgs, ceiling_threads) {
 }
 
 FIXMIN_KERNEL(multiply_all, MultiplyArgs, ceiling_threads) {
+    after_previous();
     int sums[ceiling_chains][4] = {};
     int4 a;
     a.x = a.y = a.z = a.w = int(threadIdx.x);

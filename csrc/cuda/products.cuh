@@ -164,6 +164,7 @@ FIXMIN_DEVICE void finish(const ProductArgs& args, uint32_t token, uint32_t row,
 template <WeightType Type>
 FIXMIN_DEVICE void product_of_few(const ProductArgs& args, unsigned char* shared) {
     using Block = WeightBlock<Type>;
+    after_previous();
     static_assert(sizeof(typename Block::Terms) * few_blocks * 16 * tile_tokens <= few_bytes);
     auto* const terms = reinterpret_cast<typename Block::Terms*>(shared);  // [few_blocks][16 rows][8 tokens]
     const uint32_t n_blocks = args.inner / quant::block_size, warp = threadIdx.x / 32;
@@ -205,6 +206,7 @@ FIXMIN_DEVICE void product_of_few(const ProductArgs& args, unsigned char* shared
 template <WeightType Type>
 FIXMIN_DEVICE void product_of_many(const ProductArgs& args) {
     using Block = WeightBlock<Type>;
+    after_previous();
     const uint32_t n_blocks = args.inner / quant::block_size, i = threadIdx.x % 32, g = i / 4, t = i % 4;
     const uint32_t panel_number = blockIdx.x * (many_threads / 32) + threadIdx.x / 32;
     if (panel_number * 16 >= args.n_rows) return;  // a whole warp
@@ -250,6 +252,7 @@ FIXMIN_DEVICE float float_weight(const std::byte* panel, size_t i) {
 
 template <WeightType Type>
 FIXMIN_DEVICE void product_of_floats(const ProductArgs& args) {
+    after_previous();
     const uint32_t r = threadIdx.x % 16, token = blockIdx.y * tile_tokens + threadIdx.x / 16;
     if (token >= args.n_tokens) return;
     const std::byte* panel = args.panels + size_t(blockIdx.x) * args.panel_stride;

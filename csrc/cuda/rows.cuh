@@ -13,6 +13,7 @@ FIXMIN_DEVICE uint32_t code_of(const CodeMapArgs& map, uint32_t id) {
 }
 
 FIXMIN_KERNEL(lift, LiftArgs, row_threads) {
+    after_previous();
     const uint32_t token = blockIdx.x, code = code_of(args.map, args.ids[token]), width = args.map.width;
     const uint32_t repeats = args.length / width;
     float* x = args.x + size_t(token) * args.length;
@@ -24,6 +25,7 @@ FIXMIN_KERNEL(lift, LiftArgs, row_threads) {
 
 // The order of operations of FoldedProjection::scales and apply.
 FIXMIN_KERNEL(fold, FoldArgs, row_threads) {
+    after_previous();
     const uint32_t token = blockIdx.y, row = blockIdx.x * blockDim.x + threadIdx.x, width = args.map.width;
     const uint32_t code = code_of(args.map, args.ids[token]);
     uint32_t ones = 0;
@@ -66,6 +68,7 @@ FIXMIN_DEVICE void store_quantized(const QuantizedRows& rows, uint32_t token, ui
 }
 
 FIXMIN_KERNEL(norm, NormArgs, row_threads) {
+    after_previous();
     FIXMIN_SHARED(shared);
     float* const row = reinterpret_cast<float*>(shared);  // [length]
     float* const stats = row + args.length;               // mean, reciprocal deviation
@@ -112,6 +115,7 @@ FIXMIN_DEVICE float activated(ActivateArgs::Function function, float x, float ga
 
 // A warp has a block of 32 values of a token.
 FIXMIN_KERNEL(activate, ActivateArgs, row_threads) {
+    after_previous();
     const uint32_t token = blockIdx.y * tile_tokens + threadIdx.x / 32, i = blockIdx.x * 32 + threadIdx.x % 32;
     if (token >= args.n_tokens) return;  // a whole warp
     float y = 0;

@@ -3,7 +3,8 @@
 //
 // What makes one source work for both: shared memory is dynamic only (FIXMIN_SHARED); blocks are whole warps and
 // collective operations take all lanes of a warp; float arithmetic is as written (--fmad=false, -ffp-contract=off), a
-// fused product is __fmaf_rn.
+// fused product is __fmaf_rn. Every thread of every kernel calls after_previous() before it touches what another kernel
+// writes.
 #pragma once
 #include <cstdint>
 
@@ -15,6 +16,16 @@
     extern "C" __global__ void __launch_bounds__(threads, 1) name(const __grid_constant__ Args args)
 
 namespace fixmin::cuda {
+
+/// Waits until the kernels before this one have ended and what they wrote is there. From sm_90 on a kernel starts while
+/// the one before still runs (programmatic dependent launch), so that what stands in front of this, such as reading
+/// weights, costs no time.
+FIXMIN_DEVICE void after_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 
 FIXMIN_DEVICE float half_to_float(uint16_t half) {
     float x;

@@ -70,6 +70,7 @@ struct Fiber {
     Warp* warp = nullptr;
     Fiber* next = nullptr;  // at a barrier
     unsigned lane = 0, turn = 0;
+    bool after_previous = false;
     std::unique_ptr<char[]> stack;
     void *tsan = nullptr, *asan = nullptr;
 };
@@ -149,6 +150,7 @@ void run_fiber() {
     ASAN(__sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr));
     TSAN(__tsan_acquire(&start));
     (*body)();
+    if (!self->after_previous) fail("a kernel does not call after_previous()", live);
     TSAN(__tsan_release(&end));
     leave(self->block->barrier);
     leave(self->warp->barrier);
@@ -164,6 +166,7 @@ void prepare(Fiber& fiber, Block& block, unsigned thread) {
     fiber.warp = &block.warps[thread / 32];
     fiber.lane = thread % 32;
     fiber.turn = 0;
+    fiber.after_previous = false;
     const uintptr_t top = (reinterpret_cast<uintptr_t>(fiber.stack.get()) + stack_bytes) & ~uintptr_t(63);
     void** sp = reinterpret_cast<void**>(top) - 2 - saved_words;
     std::fill(sp, reinterpret_cast<void**>(top), nullptr);
@@ -217,6 +220,7 @@ unsigned char* shared_memory() { return self->block->shared.get(); }
 void block_barrier(const void* site) {
     if (number_of(site) != left_out) wait(self->block->barrier, site);
 }
+void note_after_previous() { self->after_previous = true; }
 void warp_barrier(const void* site) { wait(self->warp->barrier, site); }
 
 const int (*exchange(const int* words, unsigned n, const void* site))[6] {

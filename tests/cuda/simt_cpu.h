@@ -2,9 +2,10 @@
 // wait for the others (simt.cpp).
 //
 // Order of the fibers: in turn, or by the seed FIXMIN_SIMT_SEED. Shared memory begins as NaNs. A barrier that not all
-// reach, or at which threads meet from different places, ends the process with a message. -fsanitize=address checks
-// every access; -fsanitize=thread finds missing barriers, for a fiber is a thread to it: FIXMIN_SIMT_LEAVE_OUT=n leaves
-// out the n-th barrier of blocks that is met, to see that it does.
+// reach, or at which threads meet from different places, ends the process with a message, and so does a kernel that
+// ends without having called after_previous(). -fsanitize=address checks every access; -fsanitize=thread finds missing
+// barriers, for a fiber is a thread to it: FIXMIN_SIMT_LEAVE_OUT=n leaves out the n-th barrier of blocks that is met,
+// to see that it does.
 #pragma once
 #include <cmath>
 #include <cstddef>
@@ -33,6 +34,7 @@ unsigned lane();
 unsigned char* shared_memory();
 void block_barrier(const void* site);
 void warp_barrier(const void* site);
+void note_after_previous();
 
 /// Puts up n <= 6 words for the other lanes of the warp; returns those of all, [lane][6].
 const int (*exchange(const int* words, unsigned n, const void* site))[6];
@@ -111,6 +113,7 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned select) {
 
 namespace fixmin::cuda {
 
+inline void after_previous() { simt::note_after_previous(); }
 inline float half_to_float(uint16_t half) { return quant::f16_to_f32(half); }
 inline uint16_t float_to_half(float x) { return quant::f32_to_f16(x); }
 inline void multiply_half_tile(int (&d)[4], int2 a, int b) {
