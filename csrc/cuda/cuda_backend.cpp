@@ -21,8 +21,10 @@ using quant::WeightType;
 
 namespace {
 
-constexpr uint32_t most_tokens = 65535;                // of a batch: blocks of a grid along y
-constexpr uint32_t rows_at_a_time = 64;                // of logits
+constexpr uint32_t most_tokens = 65535;  // of a batch: blocks of a grid along y
+constexpr uint32_t rows_at_a_time = 64;  // of logits
+constexpr uint32_t most_recorded_tokens = rows_at_a_time;
+constexpr uint32_t positions_at_a_time = 256;          // of rotations
 constexpr size_t score_bytes = size_t(64) << 20;       // of long contexts at a time
 constexpr size_t usual_shared_bytes = 48 << 10;        // of a block on every device
 constexpr uint32_t most_few_tokens = 4 * tile_tokens;  // that a product takes tile by tile
@@ -76,94 +78,91 @@ CudaBackend::CudaBackend(std::unique_ptr<Device> device, gguf::GgufFile file, co
       n_batch_(batch_tokens(options)),
       n_blocks_(cache_blocks(options, hp_, *device_)),
       block_bytes_(model::kv_block_bytes(hp_, kv_type_)),
-      x_(*device_, "activations"),
-      normed_(*device_, "activations"),
-      qkv_(*device_, "activations"),
-      attended_(*device_, "activations"),
-      gate_(*device_, "activations"),
-      up_(*device_, "activations"),
-      row_codes_(*device_, "activations in 8 bits"),
-      row_factors_(*device_, "activations in 8 bits"),
-      rows_(*device_, "logits"),
-      logits_(*device_, "logits"),
-      ids_(*device_, "a batch"),
-      positions_(*device_, "a batch"),
-      tables_(*device_, "a batch"),
-      blocks_(*device_, "a batch"),
-      cos_(*device_, "rotations"),
-      sin_(*device_, "rotations"),
-      scores_(*device_, "scores of attention") {
+      arena_(*device_),
+      steps_(most_recorded_tokens + 1) {
+    keep_constants();
+    take_memory();
     upload_weights();
-    cache_ = std::make_unique<DeviceBuffer>(*device_, "the KV cache (n_kv, n_ctx and kv_type make it smaller)",
-                                            n_blocks_ * block_bytes_);
-    const size_t t = tiles(n_batch_, tile_tokens) * tile_tokens, d = hp_.embedding_length, f = hp_.feed_forward_length;
-    const auto floats = [](size_t n) { return n * sizeof(float); };
-    x_.reserve(floats(t * d));
-    normed_.reserve(floats(t * d));
-    qkv_.reserve(floats(t * hp_.qkv_length()));
-    attended_.reserve(floats(t * hp_.q_length()));
-    up_.reserve(floats(t * f));
-    if (hp_.activation == Activation::swiglu) gate_.reserve(floats(t * f));
-    const size_t widest = std::max(d, f);
-    row_codes_.reserve(t * widest);
-    row_factors_.reserve(t * (widest / block_size) * sizeof(BlockFactors));
-    rows_.reserve(rows_at_a_time * sizeof(uint32_t));
-    logits_.reserve(floats(size_t(rows_at_a_time) * hp_.vocab_size));
-    for (DeviceBuffer* words : {&ids_, &positions_, &tables_}) words->reserve(t * sizeof(uint32_t));
-    for (DeviceBuffer* turns : {&cos_, &sin_}) turns->reserve(floats(size_t(n_ctx_) * (hp_.rope_dim / 2)));
 }
 
-// ---- weights --------------------------------------------------------------------------------------------------------
+// ---- memory and weights ---------------------------------------------------------------------------------------------
+
+void CudaBackend::take_memory() {
+    const size_t t = tiles(n_batch_, tile_tokens) * tile_tokens, d = hp_.embedding_length, f = hp_.feed_forward_length;
+    const size_t widest = std::max(d, f), turns = size_t(n_ctx_) * (hp_.rope_dim / 2);
+    const auto add = [&](Part& part, size_t n) { arena_.add(part, n * sizeof(float)); };
+    arena_.add(matrices_, weights_.panels.size());
+    arena_.add(codes_, weights_.code_map.table().size_bytes());
+    add(constants_, constants_to_upload_.size());
+    arena_.add(cache_, n_blocks_ * block_bytes_);
+    add(x_, t * d);
+    add(normed_, t * d);
+    add(qkv_, t * hp_.qkv_length());
+    add(attended_, t * hp_.q_length());
+    add(up_, t * f);
+    add(gate_, hp_.activation == Activation::swiglu ? t * f : 0);
+    arena_.add(row_codes_, t * widest);
+    arena_.add(row_factors_, t * (widest / block_size) * sizeof(BlockFactors));
+    add(rows_, rows_at_a_time);
+    add(logits_, size_t(rows_at_a_time) * hp_.vocab_size);
+    add(cos_, turns);
+    add(sin_, turns);
+    add(words_, 3 * t + t * tiles(n_ctx_, quant::kv_block_tokens));
+    if (n_ctx_ > shared_keys()) arena_.add(scores_, std::max(score_bytes, score_bytes_of_token()));
+    const auto bytes = [](size_t n) { return std::to_string(n) + " bytes"; };
+    arena_.allocate("a model: weights, " + bytes(matrices_.size()) + "; KV cache, " + bytes(cache_.size()) +
+                    " (n_kv, n_ctx and kv_type make it smaller); and what a batch of " + std::to_string(n_batch_) +
+                    " tokens takes (n_batch)");
+}
+
+void CudaBackend::keep_constants() {
+    const auto keep_all = [&](const std::vector<float>& values) { keep(values.data(), values.size()); };
+    for (const Layer& layer : weights_.layers) {
+        for (const Linear* w : {&layer.q, &layer.k, &layer.v, &layer.attn_output, &layer.gate, &layer.up, &layer.down})
+            keep_all(w->bias);
+        for (const Norm* norm : {&layer.attn_norm, &layer.ffn_norm}) {
+            keep_all(norm->weight);
+            keep_all(norm->bias);
+        }
+    }
+    keep_all(weights_.output.bias);
+    keep_all(weights_.output_norm.weight);
+    keep_all(weights_.output_norm.bias);
+    if (!hp_.folds_layer_0()) return;
+    const codes::FoldedProjection& fold = weights_.fold;
+    keep(fold.columns(), fold.width() * fold.rows());
+    keep(fold.sum(), fold.rows());
+    keep(fold.constant(), fold.rows());
+}
 
 // The host's copy of the matrices is given back; what is small stays there too.
 void CudaBackend::upload_weights() {
-    matrices_ = std::make_unique<DeviceBuffer>(*device_, "the weights", weights_.panels.size());
-    device_->upload(matrices_->data(), weights_.panels.data(), weights_.panels.size());
+    const auto upload = [&](const Part& to, const void* from) { device_->upload(to.data(), from, to.size()); };
+    upload(matrices_, weights_.panels.data());
+    upload(codes_, weights_.code_map.table().data());
+    upload(constants_, constants_to_upload_.data());
     const std::byte* host = weights_.panels.data();
     const auto place = [&](Linear& w) {
-        if (w.rows == 0) return;
-        w.panels = matrices_->data() + (w.panels - host);
-        keep(w.bias);
-    };
-    const auto keep_norm = [&](const Norm& norm) {
-        keep(norm.weight);
-        keep(norm.bias);
+        if (w.rows) w.panels = matrices_.data() + (w.panels - host);
     };
     for (Layer& layer : weights_.layers) {
         for (Linear* w : {&layer.q, &layer.k, &layer.v, &layer.attn_output, &layer.gate, &layer.up, &layer.down})
             place(*w);
-        keep_norm(layer.attn_norm);
-        keep_norm(layer.ffn_norm);
     }
     place(weights_.output);
-    keep_norm(weights_.output_norm);
+    device_->wait();
     weights_.panels = {};
-    if (hp_.folds_layer_0()) {
-        const codes::FoldedProjection& fold = weights_.fold;
-        const size_t m = fold.rows();
-        for (const auto& [values, n] :
-             {std::pair{fold.columns(), fold.width() * m}, {fold.sum(), m}, {fold.constant(), m}}) {
-            constant_offsets_[values] = constants_to_upload_.size();
-            constants_to_upload_.insert(constants_to_upload_.end(), values, values + n);
-        }
-        const std::span<const uint32_t> table = weights_.code_map.table();
-        codes_ = std::make_unique<DeviceBuffer>(*device_, "the code map", table.size_bytes());
-        device_->upload(codes_->data(), table.data(), table.size_bytes());
-    }
-    constants_ =
-        std::make_unique<DeviceBuffer>(*device_, "norms and biases", constants_to_upload_.size() * sizeof(float));
-    device_->upload(constants_->data(), constants_to_upload_.data(), constants_to_upload_.size() * sizeof(float));
     constants_to_upload_ = {};
 }
 
-void CudaBackend::keep(const std::vector<float>& values) {
-    if (values.empty()) return;
-    constant_offsets_[values.data()] = constants_to_upload_.size();
-    constants_to_upload_.insert(constants_to_upload_.end(), values.begin(), values.end());
+void CudaBackend::keep(const float* values, size_t n) {
+    if (n == 0) return;
+    constant_offsets_[values] = constants_to_upload_.size();
+    constants_to_upload_.insert(constants_to_upload_.end(), values, values + n);
 }
 
 const float* CudaBackend::on_device(const std::vector<float>& values) const {
-    return values.empty() ? nullptr : constants_->as<float>() + constant_offsets_.at(values.data());
+    return values.empty() ? nullptr : constants_.as<float>() + constant_offsets_.at(values.data());
 }
 
 // ---- the forward pass -----------------------------------------------------------------------------------------------
@@ -171,67 +170,122 @@ const float* CudaBackend::on_device(const std::vector<float>& values) const {
 bool CudaBackend::forward(const Batch& batch) {
     const uint32_t n_tokens = uint32_t(batch.ids.size());
     place(batch);
-    lift(batch);
+    if (hp_.code_kind == model::CodeKind::learned) upload_embeddings(batch.ids);
+    if (repeats(batch)) {
+        if (batch.should_stop && (*batch.should_stop)()) return false;
+        run_step(n_tokens);
+        download_logits(batch.logits, n_tokens);
+    } else {
+        if (!run_layers(batch)) return false;
+        if (batch.rows.empty())
+            device_->wait();
+        else
+            project(batch.rows, batch.logits);
+    }
+    weights_.check_readable();
+    return true;
+}
+
+bool CudaBackend::run_layers(const Batch& batch) {
+    const uint32_t n_tokens = uint32_t(batch.ids.size());
+    lift(n_tokens);
     capture_hidden(0, batch);
     for (uint32_t l = 0; l < hp_.block_count; ++l) {
-        const Layer& layer = weights_.layers[l];
-        project_qkv(l, n_tokens);  // h = norm1(x); q, k, v
-        attend(l, n_tokens);       // softmax(q.k * scale) v
-        const Rows mixed = activated(ActivateArgs::Function::none, attended_.as<float>(), hp_.q_length(), n_tokens,
-                                     is_quantized(layer.attn_output.type));
-        multiply(layer.attn_output, mixed, n_tokens, x_.as<float>(), hp_.embedding_length, true);  // x += Wo (...)
-        feed_forward(layer, n_tokens);  // x += W2 act(W1 norm2(x))
+        run_layer(l, n_tokens);
         capture_hidden(l + 1, batch);
         if (batch.should_stop && (*batch.should_stop)()) {
             device_->wait();
             return false;
         }
     }
-    if (batch.rows.empty())
-        device_->wait();
-    else
-        project(batch.rows, batch.logits);
-    weights_.check_readable();
     return true;
+}
+
+void CudaBackend::run_layer(uint32_t l, uint32_t n_tokens) {
+    const Layer& layer = weights_.layers[l];
+    project_qkv(l, n_tokens);  // h = norm1(x); q, k, v
+    attend(l, n_tokens);       // softmax(q.k * scale) v
+    const Rows mixed = activated(ActivateArgs::Function::none, attended_.as<float>(), hp_.q_length(), n_tokens,
+                                 is_quantized(layer.attn_output.type));
+    multiply(layer.attn_output, mixed, n_tokens, x_.as<float>(), hp_.embedding_length, true);  // x += Wo (...)
+    feed_forward(layer, n_tokens);  // x += W2 act(W1 norm2(x))
 }
 
 void CudaBackend::project(std::span<const uint32_t> rows, float* logits) {
     for (size_t first = 0; first < rows.size(); first += rows_at_a_time) {
         const auto some = rows.subspan(first, std::min<size_t>(rows_at_a_time, rows.size() - first));
-        const uint32_t n = uint32_t(some.size());
         device_->upload(rows_.data(), some.data(), some.size_bytes());
-        const Rows normed =
-            normalized(weights_.output_norm, n, is_quantized(weights_.output.type), rows_.as<uint32_t>());
-        multiply(weights_.output, normed, n, logits_.as<float>(), hp_.vocab_size);
-        device_->download(logits + first * hp_.vocab_size, logits_.data(), size_t(n) * hp_.vocab_size * sizeof(float));
+        project_on_device(rows_.as<uint32_t>(), uint32_t(some.size()));
+        download_logits(logits + first * hp_.vocab_size, uint32_t(some.size()));
     }
 }
+
+void CudaBackend::project_on_device(const uint32_t* rows, uint32_t n) {
+    const Rows normed = normalized(weights_.output_norm, n, is_quantized(weights_.output.type), rows);
+    multiply(weights_.output, normed, n, logits_.as<float>(), hp_.vocab_size);
+}
+
+void CudaBackend::download_logits(float* to, uint32_t n_rows) {
+    device_->download(to, logits_.data(), size_t(n_rows) * hp_.vocab_size * sizeof(float));
+}
+
+// ---- steps that come again and again --------------------------------------------------------------------------------
+
+// One token of each sequence, all of whose logits are wanted: then nothing but what the device's memory holds differs
+// from the last such step. Up to so many tokens the host would take longer for the launches than the GPU for the work.
+bool CudaBackend::repeats(const Batch& batch) const {
+    const size_t n = batch.ids.size();
+    if (n > most_recorded_tokens || batch.chunks.size() != n || batch.rows.size() != n) return false;
+    for (size_t i = 0; i < n; ++i) {
+        if (batch.rows[i] != i) return false;
+    }
+    return std::ranges::none_of(batch.chunks, [](const Chunk& chunk) { return chunk.hidden != nullptr; });
+}
+
+void CudaBackend::run_step(uint32_t n_tokens) {
+    const auto step = [&] {
+        lift(n_tokens);
+        for (uint32_t l = 0; l < hp_.block_count; ++l) run_layer(l, n_tokens);
+        project_on_device(nullptr, n_tokens);
+    };
+    Step& known = steps_[n_tokens];
+    if (!known.met) {
+        known.met = true;  // to record it takes longer than to do it once
+        return step();
+    }
+    if (!known.recording) known.recording = device_->record(step);
+    device_->run(*known.recording);
+}
+
+// ---- parts of a step ------------------------------------------------------------------------------------------------
 
 // Which token stands where.
 void CudaBackend::place(const Batch& batch) {
-    std::vector<uint32_t> positions, tables, blocks;
+    const size_t n = batch.ids.size();
+    std::vector<uint32_t>& words = words_to_upload_;
+    words.assign(batch.ids.begin(), batch.ids.end());
+    words.resize(3 * n);
     for (const Chunk& chunk : batch.chunks) {
         const uint32_t end = chunk.position + chunk.n_tokens;
         for (uint32_t t = 0; t < chunk.n_tokens; ++t) {
-            positions.push_back(chunk.position + t);
-            tables.push_back(uint32_t(blocks.size()));
+            words[n + chunk.first_row + t] = chunk.position + t;
+            words[2 * n + chunk.first_row + t] = uint32_t(words.size() - 3 * n);
         }
-        blocks.insert(blocks.end(), chunk.blocks, chunk.blocks + tiles(end, quant::kv_block_tokens));
+        words.insert(words.end(), chunk.blocks, chunk.blocks + tiles(end, quant::kv_block_tokens));
         prepare_positions(end);
     }
-    const auto upload = [&](DeviceBuffer& to, std::span<const uint32_t> words) {
-        to.reserve(words.size_bytes());
-        device_->upload(to.data(), words.data(), words.size_bytes());
-    };
-    upload(ids_, batch.ids);
-    upload(positions_, positions);
-    upload(tables_, tables);
-    upload(blocks_, blocks);
+    device_->upload(words_.data(), words.data(), words.size() * sizeof(uint32_t));
+    ids_ = words_.as<uint32_t>();
+    positions_ = ids_ + n;
+    tables_ = positions_ + n;
+    blocks_ = tables_ + n;
 }
 
+// Some more than are asked for: a sequence that grows would else ask in every step.
 void CudaBackend::prepare_positions(uint32_t end) {
     const uint32_t pairs = hp_.rope_dim / 2;
     if (end <= n_turns_ || pairs == 0) return;
+    end = std::min(tiles(end, positions_at_a_time) * positions_at_a_time, n_ctx_);
     const model::Rotations turns(hp_, n_turns_, end);
     const size_t offset = size_t(n_turns_) * pairs * sizeof(float);
     device_->upload(cos_.data() + offset, turns.cos.data(), turns.cos.size() * sizeof(float));
@@ -239,17 +293,18 @@ void CudaBackend::prepare_positions(uint32_t end) {
     n_turns_ = end;
 }
 
+void CudaBackend::upload_embeddings(std::span<const uint32_t> ids) {
+    const size_t d = hp_.embedding_length;
+    std::vector<float> rows(ids.size() * d);
+    for (size_t t = 0; t < ids.size(); ++t) weights_.embed(ids[t], rows.data() + t * d);
+    device_->upload(x_.data(), rows.data(), rows.size() * sizeof(float));
+}
+
 // x of layer 0.
-void CudaBackend::lift(const Batch& batch) {
-    const uint32_t n_tokens = uint32_t(batch.ids.size()), d = hp_.embedding_length;
-    if (hp_.code_kind == model::CodeKind::learned) {
-        std::vector<float> rows(size_t(n_tokens) * d);
-        for (uint32_t t = 0; t < n_tokens; ++t) weights_.embed(batch.ids[t], rows.data() + size_t(t) * d);
-        device_->upload(x_.data(), rows.data(), rows.size() * sizeof(float));
-        return;
-    }
+void CudaBackend::lift(uint32_t n_tokens) {
+    if (hp_.code_kind == model::CodeKind::learned) return;  // upload_embeddings() does it
     device_->launch(Kernel::lift, {n_tokens, 1, row_threads},
-                    LiftArgs{code_map(), ids_.as<uint32_t>(), d, hp_.lift.kind == codes::LiftKind::interleave,
+                    LiftArgs{code_map(), ids_, hp_.embedding_length, hp_.lift.kind == codes::LiftKind::interleave,
                              hp_.lift.v0, hp_.lift.v1, x_.as<float>()});
 }
 
@@ -259,12 +314,12 @@ void CudaBackend::project_qkv(uint32_t l, uint32_t n_tokens) {
     if (l == 0 && hp_.folds_layer_0()) {
         const codes::FoldedProjection& fold = weights_.fold;
         const auto constant = [&](const float* values) {
-            return constants_->as<float>() + constant_offsets_.at(values);
+            return constants_.as<float>() + constant_offsets_.at(values);
         };
-        device_->launch(Kernel::fold, {tiles(stride, row_threads), n_tokens, row_threads},
-                        FoldArgs{code_map(), ids_.as<uint32_t>(), hp_.embedding_length, hp_.lift.v0, hp_.lift.v1,
-                                 hp_.norm_eps, hp_.rms_norm, stride, constant(fold.columns()), constant(fold.sum()),
-                                 constant(fold.constant()), qkv});
+        device_->launch(
+            Kernel::fold, {tiles(stride, row_threads), n_tokens, row_threads},
+            FoldArgs{code_map(), ids_, hp_.embedding_length, hp_.lift.v0, hp_.lift.v1, hp_.norm_eps, hp_.rms_norm,
+                     stride, constant(fold.columns()), constant(fold.sum()), constant(fold.constant()), qkv});
         return;
     }
     const Layer& layer = weights_.layers[l];
@@ -283,12 +338,10 @@ void CudaBackend::attend(uint32_t l, uint32_t n_tokens) {
     AttentionArgs args{qkv_.as<float>(), heads, hp_.head_count_kv, d,      cache_of(l),
                        places(),         0,     nullptr,           n_ctx_, attended_.as<float>()};
     // Scores lie in shared memory, of long contexts in a buffer for so many tokens at a time.
-    const size_t spare = usual_shared_bytes - attention_bytes(d), of_token = size_t(n_ctx_) * heads * sizeof(float);
-    args.shared_keys = uint32_t(std::min<size_t>(n_ctx_, spare / sizeof(float)));
+    args.shared_keys = std::min(n_ctx_, shared_keys());
     uint32_t step = n_tokens;
-    if (n_ctx_ > args.shared_keys) {
-        step = uint32_t(std::clamp<size_t>(score_bytes / of_token, 1, n_tokens));
-        scores_.reserve(step * of_token);
+    if (scores_.size()) {
+        step = uint32_t(std::min<size_t>(scores_.size() / score_bytes_of_token(), n_tokens));
         args.scores = scores_.as<float>();
     }
     const size_t shared = attention_bytes(d) + args.shared_keys * sizeof(float);
@@ -300,6 +353,13 @@ void CudaBackend::attend(uint32_t l, uint32_t n_tokens) {
         args.place.tables += step;
     }
 }
+
+// Of one head that fit into the shared memory that every device has.
+uint32_t CudaBackend::shared_keys() const {
+    return uint32_t((usual_shared_bytes - attention_bytes(hp_.head_dim)) / sizeof(float));
+}
+
+size_t CudaBackend::score_bytes_of_token() const { return size_t(n_ctx_) * hp_.head_count * sizeof(float); }
 
 void CudaBackend::feed_forward(const Layer& layer, uint32_t n_tokens) {
     const uint32_t f = hp_.feed_forward_length;
@@ -363,7 +423,7 @@ QuantizedRows CudaBackend::quantized_rows(bool wanted) const {
 
 CodeMapArgs CudaBackend::code_map() const {
     CodeMapArgs map{};
-    if (hp_.code_kind == model::CodeKind::table) map.table = codes_->as<uint32_t>();
+    if (hp_.code_kind == model::CodeKind::table) map.table = codes_.as<uint32_t>();
     std::ranges::copy(weights_.code_map.columns(), map.columns);
     map.shift = weights_.code_map.shift();
     map.width = hp_.code_width;
@@ -372,12 +432,10 @@ CodeMapArgs CudaBackend::code_map() const {
 
 CacheArgs CudaBackend::cache_of(uint32_t layer) const {
     const size_t head = quant::kv_head_bytes(kv_type_, hp_.head_dim);
-    return {kv_type_, cache_->data() + layer * hp_.head_count_kv * head, block_bytes_, head};
+    return {kv_type_, cache_.data() + layer * hp_.head_count_kv * head, block_bytes_, head};
 }
 
-PlaceArgs CudaBackend::places() const {
-    return {positions_.as<uint32_t>(), tables_.as<uint32_t>(), blocks_.as<uint32_t>()};
-}
+PlaceArgs CudaBackend::places() const { return {positions_, tables_, blocks_}; }
 
 // ---- blocks of the cache --------------------------------------------------------------------------------------------
 
@@ -403,12 +461,7 @@ model::Description CudaBackend::description() const {
 }
 
 model::MemoryUse CudaBackend::memory() const {
-    size_t buffers = constants_->size() + (codes_ ? codes_->size() : 0);
-    for (const DeviceBuffer* buffer :
-         {&x_, &normed_, &qkv_, &attended_, &gate_, &up_, &row_codes_, &row_factors_, &rows_, &logits_, &ids_,
-          &positions_, &tables_, &blocks_, &cos_, &sin_, &scores_})
-        buffers += buffer->size();
-    return {matrices_->size(), cache_->size(), buffers};
+    return {matrices_.size(), cache_.size(), arena_.size() - matrices_.size() - cache_.size()};
 }
 
 }  // namespace fixmin::cuda

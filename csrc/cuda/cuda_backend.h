@@ -8,6 +8,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "cuda/arena.h"
 #include "cuda/device.h"
 #include "gguf/gguf_file.h"
 #include "model/backend.h"
@@ -16,7 +17,7 @@
 namespace fixmin::cuda {
 
 /// The forward pass is that of docs/design.md, in the same order and with the same bits as on the CPU; a kernel begins
-/// when the one before has ended.
+/// when the one before has ended. Memory is taken once, when a model is loaded.
 class CudaBackend final : public model::Backend {
   public:
     /// Throws what model::load_weights does, OutOfMemory of the device, DeviceError.
@@ -47,21 +48,32 @@ class CudaBackend final : public model::Backend {
         QuantizedRows quantized;  // codes are null where no product needs them
     };
 
+    void take_memory();
     void upload_weights();
-    void keep(const std::vector<float>& values);
+    void keep_constants();
+    void keep(const float* values, size_t n);
     const float* on_device(const std::vector<float>& values) const;
-    std::byte* block(uint32_t number) const { return cache_->data() + number * block_bytes_; }
+    std::byte* block(uint32_t number) const { return cache_.data() + number * block_bytes_; }
 
     void place(const model::Batch& batch);
     void prepare_positions(uint32_t end);
-    void lift(const model::Batch& batch);
+    void upload_embeddings(std::span<const uint32_t> ids);
+    bool repeats(const model::Batch& batch) const;
+    void run_step(uint32_t n_tokens);
+    bool run_layers(const model::Batch& batch);
+    void run_layer(uint32_t layer, uint32_t n_tokens);
+    void lift(uint32_t n_tokens);
     void project_qkv(uint32_t layer, uint32_t n_tokens);
     void attend(uint32_t layer, uint32_t n_tokens);
+    uint32_t shared_keys() const;
+    size_t score_bytes_of_token() const;
     void feed_forward(const model::Layer& layer, uint32_t n_tokens);
     Rows normalized(const model::Norm& norm, uint32_t n_tokens, bool quantize, const uint32_t* rows = nullptr);
     Rows activated(ActivateArgs::Function function, float* values, uint32_t length, uint32_t n_tokens, bool quantize);
     void multiply(const model::Linear& w, const Rows& rows, uint32_t n_tokens, float* out, uint32_t out_stride,
                   bool accumulate = false);
+    void download_logits(float* to, uint32_t n_rows);
+    void project_on_device(const uint32_t* rows, uint32_t n);
     void capture_hidden(uint32_t layer, const model::Batch& batch);
     QuantizedRows quantized_rows(bool wanted) const;
     CodeMapArgs code_map() const;
@@ -76,17 +88,27 @@ class CudaBackend final : public model::Backend {
     const uint32_t n_ctx_, n_batch_, n_blocks_;
     const size_t block_bytes_;
 
-    std::unique_ptr<DeviceBuffer> matrices_, constants_, codes_, cache_;
+    Arena arena_;
+    Part matrices_, constants_, codes_, cache_;
     std::unordered_map<const float*, size_t> constant_offsets_;  // of vectors of weights_, in constants_
     std::vector<float> constants_to_upload_;
 
-    DeviceBuffer x_, normed_, qkv_, attended_, gate_, up_;  // [T][...], as in the CPU's decoder
-    DeviceBuffer row_codes_, row_factors_;                  // rows in 8 bits
-    DeviceBuffer rows_, logits_;                            // of a projection
-    DeviceBuffer ids_, positions_, tables_, blocks_;        // of a batch
-    DeviceBuffer cos_, sin_;                                // [n_ctx][rope_dim / 2]
-    DeviceBuffer scores_;                                   // of contexts that are too long for shared memory
-    uint32_t n_turns_ = 0;                                  // positions that cos_ and sin_ have
+    Part x_, normed_, qkv_, attended_, gate_, up_;  // [T][...], as in the CPU's decoder
+    Part row_codes_, row_factors_;                  // rows in 8 bits
+    Part rows_, logits_;                            // of a projection
+    Part cos_, sin_;                                // [n_ctx][rope_dim / 2]
+    Part scores_;                                   // of contexts that are too long for shared memory
+    uint32_t n_turns_ = 0;                          // positions that cos_ and sin_ have
+
+    Part words_;  // of a batch: ids [T], positions [T], tables [T], blocks
+    std::vector<uint32_t> words_to_upload_;
+    const uint32_t *ids_ = nullptr, *positions_ = nullptr, *tables_ = nullptr, *blocks_ = nullptr;  // in words_
+
+    struct Step {
+        bool met = false;
+        std::unique_ptr<Recording> recording;  // once it has been met before
+    };
+    std::vector<Step> steps_;  // of n tokens
 };
 
 }  // namespace fixmin::cuda

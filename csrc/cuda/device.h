@@ -2,6 +2,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -32,6 +33,12 @@ struct DeviceInfo {
     size_t shared_bytes;  // most that a block may have
 };
 
+/// Launches and copies on a device, recorded to be run again with one call.
+class Recording {
+  public:
+    virtual ~Recording() = default;
+};
+
 /// One device with a stream of its own. What is asked for happens in the order in which it is asked for. Used by one
 /// thread at a time. Every function throws DeviceError if the device has failed, now or earlier.
 class Device {
@@ -41,7 +48,7 @@ class Device {
     virtual const DeviceInfo& info() const = 0;
 
     /// Zeroed. Throws OutOfMemory, which says `what` for and how many bytes.
-    virtual std::byte* allocate(size_t bytes, const char* what) = 0;
+    virtual std::byte* allocate(size_t bytes, const std::string& what) = 0;
     virtual void free(std::byte* memory) noexcept = 0;
 
     /// `from` may be changed once it has returned.
@@ -56,6 +63,10 @@ class Device {
         launch_with(kernel, grid, &args);
     }
 
+    /// The launches that `commands` makes, with their arguments of now; they do not run.
+    virtual std::unique_ptr<Recording> record(const std::function<void()>& commands) = 0;
+    virtual void run(const Recording& recording) = 0;
+
   private:
     virtual void launch_with(Kernel kernel, const Grid& grid, const void* args) = 0;
 };
@@ -66,35 +77,24 @@ std::vector<DeviceInfo> devices();
 /// Throws UnsupportedError, which says why there is no such device: no driver, too old, no device, chip too old.
 std::unique_ptr<Device> open_device(uint32_t number);
 
-/// Memory of a device that grows when it is asked for more; what was in it is lost then.
+/// Memory of a device for a while.
 class DeviceBuffer {
   public:
-    DeviceBuffer(Device& device, const char* what) : device_(device), what_(what) {}
-    DeviceBuffer(Device& device, const char* what, size_t bytes) : DeviceBuffer(device, what) { reserve(bytes); }
+    DeviceBuffer(Device& device, const char* what, size_t bytes)
+        : device_(device), data_(device.allocate(bytes, what)) {}
     ~DeviceBuffer() { device_.free(data_); }
     DeviceBuffer(const DeviceBuffer&) = delete;
     DeviceBuffer& operator=(const DeviceBuffer&) = delete;
 
-    void reserve(size_t bytes) {
-        if (bytes <= size_) return;
-        device_.free(data_);
-        data_ = nullptr;
-        size_ = 0;
-        data_ = device_.allocate(bytes, what_);
-        size_ = bytes;
-    }
     std::byte* data() const { return data_; }
     template <typename T>
     T* as() const {
         return reinterpret_cast<T*>(data_);
     }
-    size_t size() const { return size_; }
 
   private:
     Device& device_;
-    const char* const what_;
-    std::byte* data_ = nullptr;
-    size_t size_ = 0;
+    std::byte* const data_;
 };
 
 }  // namespace fixmin::cuda

@@ -21,10 +21,27 @@ using Handle = struct Opaque*;
 enum : Result { success = 0, out_of_memory = 2, no_device = 100, no_binary_for_gpu = 209 };
 enum : int { attribute_multiprocessors = 16, attribute_shared_optin = 97, attribute_major = 75, attribute_minor = 76 };
 constexpr int function_max_dynamic_shared = 8;
-constexpr int oldest_driver = 12000;
+constexpr int oldest_driver = 12000, overlapping_driver = 12030;  // which records launches that overlap
 constexpr uint32_t oldest_major = 7, oldest_minor = 5;
 
+// CUlaunchConfig and CUlaunchAttribute.
+struct LaunchAttribute {
+    int id;
+    alignas(8) int value;
+    char rest[60];  // of a union of 64 bytes
+};
+struct LaunchConfig {
+    unsigned grid[3], block[3], shared_bytes;
+    Handle stream;
+    LaunchAttribute* attributes;
+    unsigned n_attributes;
+};
+static_assert(sizeof(LaunchAttribute) == 72 && sizeof(LaunchConfig) == 56);
+constexpr int programmatic_serialization = 6;
+constexpr int capture_of_this_thread = 1;
+
 struct Driver {
+    int version;  // 12030: CUDA 12.3
     Result (*cuInit)(unsigned);
     Result (*cuDriverGetVersion)(int*);
     Result (*cuGetErrorString)(Result, const char**);
@@ -50,8 +67,13 @@ struct Driver {
     Result (*cuMemcpyHtoDAsync)(Address, const void*, size_t, Handle);
     Result (*cuMemcpyDtoHAsync)(void*, Address, size_t, Handle);
     Result (*cuMemcpyDtoDAsync)(Address, Address, size_t, Handle);
-    Result (*cuLaunchKernel)(Handle, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, Handle,
-                             void**, void**);
+    Result (*cuLaunchKernelEx)(const LaunchConfig*, Handle, void**, void**);
+    Result (*cuStreamBeginCapture)(Handle, int);
+    Result (*cuStreamEndCapture)(Handle, Handle*);
+    Result (*cuGraphInstantiateWithFlags)(Handle*, Handle, unsigned long long);
+    Result (*cuGraphLaunch)(Handle, Handle);
+    Result (*cuGraphDestroy)(Handle);
+    Result (*cuGraphExecDestroy)(Handle);
 };
 
 std::string words(const Driver& driver, Result result) {
@@ -100,14 +122,20 @@ const Driver& load_driver() {
     FIXMIN_FIND_V2(cuMemcpyHtoDAsync);
     FIXMIN_FIND_V2(cuMemcpyDtoHAsync);
     FIXMIN_FIND_V2(cuMemcpyDtoDAsync);
-    FIXMIN_FIND(cuLaunchKernel);
+    FIXMIN_FIND(cuLaunchKernelEx);
+    FIXMIN_FIND_V2(cuStreamBeginCapture);
+    FIXMIN_FIND(cuStreamEndCapture);
+    FIXMIN_FIND(cuGraphInstantiateWithFlags);
+    FIXMIN_FIND(cuGraphLaunch);
+    FIXMIN_FIND(cuGraphDestroy);
+    FIXMIN_FIND(cuGraphExecDestroy);
 #undef FIXMIN_FIND
 #undef FIXMIN_FIND_V2
-    int version = 0;
-    driver.cuDriverGetVersion(&version);
-    if (version < oldest_driver) {
-        throw UnsupportedError("the NVIDIA driver is too old: it supports CUDA " + std::to_string(version / 1000) +
-                               "." + std::to_string(version % 1000 / 10) + ", needed is 12.0");
+    driver.cuDriverGetVersion(&driver.version);
+    if (driver.version < oldest_driver) {
+        throw UnsupportedError("the NVIDIA driver is too old: it supports CUDA " +
+                               std::to_string(driver.version / 1000) + "." +
+                               std::to_string(driver.version % 1000 / 10) + ", needed is 12.0");
     }
     if (const Result result = driver.cuInit(0); result != success)
         throw UnsupportedError("the NVIDIA driver finds no usable GPU: " + words(driver, result));
@@ -139,9 +167,26 @@ constexpr const char* kernel_names[] = {
 #undef FIXMIN_NAME
 };
 
+class Graph final : public Recording {
+  public:
+    Graph(const Driver& driver, Handle handle) : handle(handle), driver_(driver) {}
+    ~Graph() override { driver_.cuGraphExecDestroy(handle); }
+    Graph(const Graph&) = delete;
+    Graph& operator=(const Graph&) = delete;
+
+    const Handle handle;
+
+  private:
+    const Driver& driver_;
+};
+
 class DriverDevice final : public Device {
   public:
-    DriverDevice(const Driver& driver, int number) : driver_(driver), number_(number), info_(describe(driver, number)) {
+    DriverDevice(const Driver& driver, int number)
+        : driver_(driver),
+          number_(number),
+          info_(describe(driver, number)),
+          overlaps_(info_.compute_major >= 9 && driver.version >= overlapping_driver) {
         if (info_.compute_major * 10 + info_.compute_minor < oldest_major * 10 + oldest_minor) {
             throw UnsupportedError(info_.name + " is too old: it has compute capability " +
                                    std::to_string(info_.compute_major) + "." + std::to_string(info_.compute_minor) +
@@ -163,7 +208,7 @@ class DriverDevice final : public Device {
 
     const DeviceInfo& info() const override { return info_; }
 
-    std::byte* allocate(size_t bytes, const char* what) override {
+    std::byte* allocate(size_t bytes, const std::string& what) override {
         enter();
         Address address = 0;
         const Result result = driver_.cuMemAlloc(&address, bytes);
@@ -199,6 +244,27 @@ class DriverDevice final : public Device {
     void wait() override {
         enter();
         check(driver_.cuStreamSynchronize(stream_));
+    }
+    std::unique_ptr<Recording> record(const std::function<void()>& commands) override {
+        enter();
+        Handle graph = nullptr, executable = nullptr;
+        check(driver_.cuStreamBeginCapture(stream_, capture_of_this_thread));
+        try {
+            commands();
+        } catch (...) {
+            driver_.cuStreamEndCapture(stream_, &graph);
+            if (graph) driver_.cuGraphDestroy(graph);
+            throw;
+        }
+        check(driver_.cuStreamEndCapture(stream_, &graph));
+        const Result result = driver_.cuGraphInstantiateWithFlags(&executable, graph, 0);
+        driver_.cuGraphDestroy(graph);
+        check(result);
+        return std::make_unique<Graph>(driver_, executable);
+    }
+    void run(const Recording& recording) override {
+        enter();
+        check(driver_.cuGraphLaunch(static_cast<const Graph&>(recording).handle, stream_));
     }
 
   private:
@@ -239,13 +305,17 @@ class DriverDevice final : public Device {
             granted = grid.shared_bytes;
         }
         void* parameters[] = {const_cast<void*>(args)};
-        check(driver_.cuLaunchKernel(function, grid.x, grid.y, 1, grid.threads, 1, 1, unsigned(grid.shared_bytes),
-                                     stream_, parameters, nullptr));
+        LaunchAttribute overlap{programmatic_serialization, 1, {}};  // simt.h, after_previous
+        const LaunchConfig config{
+            {grid.x, grid.y, 1}, {grid.threads, 1, 1}, unsigned(grid.shared_bytes), stream_, &overlap,
+            overlaps_ ? 1u : 0u};
+        check(driver_.cuLaunchKernelEx(&config, function, parameters, nullptr));
     }
 
     const Driver& driver_;
     const int number_;
     const DeviceInfo info_;
+    const bool overlaps_;  // a kernel may start before the one before it has ended
     Handle context_ = nullptr, module_ = nullptr, stream_ = nullptr;
     Handle functions_[std::size(kernel_names)] = {};
     size_t shared_bytes_[std::size(kernel_names)] = {};

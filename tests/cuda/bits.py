@@ -58,6 +58,18 @@ def computed(path: Path, device: str, kv_type: str, n_batch: int, ids: np.ndarra
     return digest(engine.logits(ids, prefix_cache=False))
 
 
+def generated(path: Path, device: str, kv_type: str, ids: np.ndarray) -> str:
+    """What requests side by side draw, with log-probabilities: in the end the same step again and again."""
+    engine = _core.Engine(str(path), device=device, kv_type=kv_type, n_threads=1)
+    lengths = (3, 20, 40)
+    params = [_core.SamplingParams(max_new_tokens=6, temperature=0.8, seed=n) for n in lengths]
+    requests = [engine.submit(ids[:n], p, n_logprobs=3) for n, p in zip(lengths, params, strict=True)]
+    for request in requests:
+        while not request.wait(6, 60.0):  # more than there will be: the end
+            pass
+    return hashlib.sha256(str([request.read(0) for request in requests]).encode()).hexdigest()
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     found = {}
@@ -67,6 +79,10 @@ def main() -> None:
         for kv_type in ("f16", "q8_0", "f32"):
             on_gpu = {f"{n_batch} at a time": computed(path, "cuda", kv_type, n_batch, ids) for n_batch in (512, 7)}
             found[f"{name}, cache {kv_type}"] = {"cpu": computed(path, "cpu", kv_type, 512, ids), "cuda": on_gpu}
+            found[f"{name}, cache {kv_type}, generated"] = {
+                "cpu": generated(path, "cpu", kv_type, ids),
+                "cuda": {"side by side": generated(path, "cuda", kv_type, ids)},
+            }
     print(json.dumps(found))
 
 

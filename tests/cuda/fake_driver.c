@@ -1,7 +1,7 @@
 // A libcuda.so.1 without a GPU, for tests/cuda/test_driver.py. Memory is the host's and kernels compute nothing. It
-// fails as the environment says: FAKE_INIT, FAKE_CONTEXT, FAKE_MODULE, FAKE_LAUNCH are what these calls return;
-// FAKE_VERSION, FAKE_DEVICES, FAKE_CAPABILITY (75), FAKE_MEMORY (bytes) what the driver and its GPU are. FAKE_LOG is a
-// file that gets a line for whatever is taken or given back.
+// fails as the environment says: FAKE_INIT, FAKE_CONTEXT, FAKE_MODULE, FAKE_LAUNCH, FAKE_GRAPH are what these calls
+// return; FAKE_VERSION, FAKE_DEVICES, FAKE_CAPABILITY (75), FAKE_MEMORY (bytes) what the driver and its GPU are.
+// FAKE_LOG is a file that gets a line for whatever is taken or given back.
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -96,9 +96,46 @@ Result cuMemcpyDtoHAsync_v2(void* to, Address from, size_t n, void* stream) {
 Result cuMemcpyDtoDAsync_v2(Address to, Address from, size_t n, void* stream) {
     return memcpy((void*)(uintptr_t)to, (const void*)(uintptr_t)from, n), stream == NULL;
 }
-Result cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
-                      unsigned shared, void* stream, void** parameters, void** extra) {
-    const int sane = function && stream && parameters && !extra && gx && gy && gz == 1 && by == 1 && bz == 1 &&
-                     bx % 32 == 0 && bx <= 1024 && shared <= 200000;
-    return sane ? (Result)setting("FAKE_LAUNCH", 0) : 1;
+// A graph is what was launched while it was recorded: here the number of launches.
+typedef struct {
+    unsigned grid[3], block[3], shared;
+    void *stream, *attributes;
+    unsigned n_attributes;
+} LaunchConfig;
+static int recording;
+static size_t launches;
+
+Result cuLaunchKernelEx(const LaunchConfig* config, void* function, void** parameters, void** extra) {
+    const unsigned *grid = config->grid, *block = config->block;
+    const int sane = function && config->stream && parameters && !extra && grid[0] && grid[1] && grid[2] == 1 &&
+                     block[1] == 1 && block[2] == 1 && block[0] % 32 == 0 && block[0] <= 1024 &&
+                     config->shared <= 200000 && config->n_attributes <= 1;
+    launches += (size_t)recording;
+    return sane ? (recording ? 0 : (Result)setting("FAKE_LAUNCH", 0)) : 1;
+}
+Result cuStreamBeginCapture_v2(void* stream, int mode) {
+    launches = 0;
+    return recording = 1, mode != 1 || !stream;
+}
+Result cuStreamEndCapture(void* stream, void** graph) {
+    recording = 0;
+    *graph = malloc(sizeof launches);
+    memcpy(*graph, &launches, sizeof launches);
+    return note("graph"), stream == NULL;
+}
+Result cuGraphInstantiateWithFlags(void** executable, void* graph, unsigned long long flags) {
+    *executable = malloc(sizeof launches);
+    memcpy(*executable, graph, sizeof launches);
+    return note("instantiate"), flags != 0;
+}
+Result cuGraphLaunch(void* executable, void* stream) {
+    return *(size_t*)executable && stream ? (Result)setting("FAKE_GRAPH", 0) : 1;
+}
+Result cuGraphDestroy(void* graph) {
+    free(graph);
+    return note("destroy graph"), 0;
+}
+Result cuGraphExecDestroy(void* executable) {
+    free(executable);
+    return note("destroy instance"), 0;
 }
