@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cuda/kernel_list.h"
 #include "numerics/rope_style.h"
 #include "quant/kv_format.h"
 
@@ -15,7 +16,8 @@ using quant::KvType;
 inline constexpr uint32_t tile_tokens = 8;
 
 // Threads of a block, and what it has of shared memory, where that does not depend on the model.
-inline constexpr uint32_t row_threads = 256, attention_threads = 128;
+inline constexpr uint32_t row_threads = 256, attention_threads = 256;
+inline constexpr uint32_t step_threads = 256;  // as every kernel of a step whose threads wait for each other
 inline constexpr uint32_t few_threads = 256, few_blocks = 16;  // products of few tokens (products.cuh)
 inline constexpr uint32_t many_threads = 128, many_tiles = 8;  // of many
 inline constexpr uint32_t ceiling_threads = 256, ceiling_chains = 8;
@@ -142,6 +144,21 @@ struct AttentionArgs {
     float* scores;         // [tokens * heads][scores_stride], or null
     size_t scores_stride;
     float* out;  // [T][heads * head_dim]
+};
+
+/// A launch of a step, for the kernel that makes them all.
+struct Phase {
+    Kernel kernel;
+    uint32_t x, y, threads;  // its grid
+    uint32_t args;           // bytes in StepArgs::args
+};
+
+/// grid (blocks that are there at once).
+struct StepArgs {
+    const Phase* phases;  // [n_phases]
+    uint32_t n_phases;
+    const std::byte* args;
+    unsigned* count;  // of blocks that have ended a phase
 };
 
 /// grid (any): reads all bytes, a multiple of 16.

@@ -98,18 +98,18 @@ FIXMIN_DEVICE void rotate(float* x, uint32_t dim, RopeStyle style, const float* 
 
 FIXMIN_KERNEL(rotate_and_store, RotateArgs, 32) {
     after_previous();
-    const uint32_t token = blockIdx.y, d = args.head_dim, heads = args.head_count, kv_heads = args.head_count_kv;
+    const uint32_t token = block.y, d = args.head_dim, heads = args.head_count, kv_heads = args.head_count_kv;
     const uint32_t position = args.place.positions[token];
     float* row = args.qkv + size_t(token) * (heads + 2 * kv_heads) * d;
     const size_t turn = size_t(position) * (args.rope_dim / 2);
-    float* x = row + size_t(blockIdx.x) * d;  // the query heads, then the key heads
+    float* x = row + size_t(block.x) * d;  // the query heads, then the key heads
     rotate(x, args.rope_dim, args.style, args.cos + turn, args.sin + turn);
     __syncwarp();
-    if (blockIdx.x < heads) {
+    if (block.x < heads) {
         for (uint32_t i = threadIdx.x; i < d; i += 32) x[i] *= args.attention_scale;
         return;
     }
-    const uint32_t kv_head = blockIdx.x - heads;
+    const uint32_t kv_head = block.x - heads;
     const Head head(args.cache, args.place.blocks + args.place.tables[token], position, kv_head, d);
     store_row(head, args.cache.type, position % kv_block_tokens, false, x);
     store_row(head, args.cache.type, position % kv_block_tokens, true, x + size_t(kv_heads) * d);
@@ -153,7 +153,7 @@ FIXMIN_DEVICE float weighted(const Head& head, KvType type, uint32_t n, uint32_t
 FIXMIN_KERNEL(attention, AttentionArgs, attention_threads) {
     after_previous();
     FIXMIN_SHARED(shared);
-    const uint32_t token = blockIdx.y, h = blockIdx.x, d = args.head_dim, tid = threadIdx.x;
+    const uint32_t token = block.y, h = block.x, d = args.head_dim, tid = threadIdx.x;
     const uint32_t position = args.place.positions[token], n_keys = position + 1;
     const uint32_t* blocks = args.place.blocks + args.place.tables[token];
     const uint32_t kv_head = h / (args.head_count / args.head_count_kv), padded = (d + 31) / 32 * 32;

@@ -11,7 +11,7 @@ FIXMIN_KERNEL(read_all, ReadArgs, ceiling_threads) {
     const int4* p = reinterpret_cast<const int4*>(args.memory);
     const size_t step = size_t(gridDim.x) * blockDim.x;
     int all = 0;
-    for (size_t i = size_t(blockIdx.x) * blockDim.x + threadIdx.x; i < args.bytes / sizeof(int4); i += step) {
+    for (size_t i = size_t(block.x) * blockDim.x + threadIdx.x; i < args.bytes / sizeof(int4); i += step) {
         const int4 x = p[i];
         all |= x.x ^ x.y ^ x.z ^ x.w;
     }

@@ -23,7 +23,7 @@ namespace {
 
 constexpr uint32_t most_tokens = 65535;  // of a batch: blocks of a grid along y
 constexpr uint32_t rows_at_a_time = 64;  // of logits
-constexpr uint32_t most_recorded_tokens = rows_at_a_time;
+constexpr uint32_t most_repeated_tokens = rows_at_a_time;
 constexpr uint32_t positions_at_a_time = 256;          // of rotations
 constexpr size_t score_bytes = size_t(64) << 20;       // of long contexts at a time
 constexpr size_t usual_shared_bytes = 48 << 10;        // of a block on every device
@@ -52,7 +52,10 @@ Kernel few_kernel(WeightType type) {
     throw UnsupportedError("this weight type has no kernel for a GPU");
 }
 
-Kernel many_kernel(WeightType type) { return Kernel(uint8_t(few_kernel(type)) + 1); }  // kernel_list.h: few, many
+// kernel_list.h has them in the same order.
+Kernel many_kernel(WeightType type) {
+    return Kernel(uint8_t(few_kernel(type)) - uint8_t(Kernel::few_q8_0) + uint8_t(Kernel::many_q8_0));
+}
 
 uint32_t batch_tokens(const model::BackendOptions& options) {
     if (options.n_batch <= most_tokens) return options.n_batch;
@@ -79,7 +82,8 @@ CudaBackend::CudaBackend(std::unique_ptr<Device> device, gguf::GgufFile file, co
       n_blocks_(cache_blocks(options, hp_, *device_)),
       block_bytes_(model::kv_block_bytes(hp_, kv_type_)),
       arena_(*device_),
-      steps_(most_recorded_tokens + 1) {
+      step_kind_(step_kind()),
+      steps_(most_repeated_tokens + 1) {
     keep_constants();
     take_memory();
     upload_weights();
@@ -235,7 +239,7 @@ void CudaBackend::download_logits(float* to, uint32_t n_rows) {
 // from the last such step. Up to so many tokens the host would take longer for the launches than the GPU for the work.
 bool CudaBackend::repeats(const Batch& batch) const {
     const size_t n = batch.ids.size();
-    if (n > most_recorded_tokens || batch.chunks.size() != n || batch.rows.size() != n) return false;
+    if (n > most_repeated_tokens || batch.chunks.size() != n || batch.rows.size() != n) return false;
     for (size_t i = 0; i < n; ++i) {
         if (batch.rows[i] != i) return false;
     }
@@ -250,11 +254,11 @@ void CudaBackend::run_step(uint32_t n_tokens) {
     };
     Step& known = steps_[n_tokens];
     if (!known.met) {
-        known.met = true;  // to record it takes longer than to do it once
+        known.met = true;  // to prepare it takes longer than to do it once
         return step();
     }
-    if (!known.recording) known.recording = device_->record(step);
-    device_->run(*known.recording);
+    if (!known.prepared) known.prepared = std::make_unique<RepeatedStep>(*device_, device_->record(step), step_kind_);
+    known.prepared->run();
 }
 
 // ---- parts of a step ------------------------------------------------------------------------------------------------
@@ -380,7 +384,7 @@ void CudaBackend::feed_forward(const Layer& layer, uint32_t n_tokens) {
 CudaBackend::Rows CudaBackend::normalized(const Norm& norm, uint32_t n_tokens, bool quantize, const uint32_t* rows) {
     const uint32_t d = hp_.embedding_length;
     const QuantizedRows quantized = quantized_rows(quantize);
-    device_->launch(Kernel::norm, {n_tokens, 1, row_threads, (d + 2) * sizeof(float)},
+    device_->launch(Kernel::norm_rows, {n_tokens, 1, row_threads, (d + 2) * sizeof(float)},
                     NormArgs{x_.as<float>(), rows, d, hp_.norm_eps, hp_.rms_norm, on_device(norm.weight),
                              on_device(norm.bias), normed_.as<float>(), quantized});
     return {normed_.as<float>(), quantized};

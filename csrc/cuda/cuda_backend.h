@@ -10,6 +10,7 @@
 
 #include "cuda/arena.h"
 #include "cuda/device.h"
+#include "cuda/repeated_step.h"
 #include "gguf/gguf_file.h"
 #include "model/backend.h"
 #include "threads/thread_pool.h"
@@ -106,8 +107,9 @@ class CudaBackend final : public model::Backend {
 
     struct Step {
         bool met = false;
-        std::unique_ptr<Recording> recording;  // once it has been met before
+        std::unique_ptr<RepeatedStep> prepared;  // once it has been met before
     };
+    const StepKind step_kind_;
     std::vector<Step> steps_;  // of n tokens
 };
 

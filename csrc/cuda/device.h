@@ -12,17 +12,19 @@
 
 namespace fixmin::cuda {
 
-enum class Kernel : uint8_t {
-#define FIXMIN_NAME(name, Args) name,
-    FIXMIN_KERNELS(FIXMIN_NAME)
-#undef FIXMIN_NAME
-};
-
 struct Grid {
     uint32_t x, y;
     uint32_t threads;
     size_t shared_bytes = 0;
+    bool at_once = false;  // its blocks wait for each other (simt.h, wait_for_grid)
 };
+
+struct Launch {
+    Kernel kernel;
+    Grid grid;
+    std::vector<std::byte> args;
+};
+using Launches = std::vector<Launch>;
 
 /// What is known of a device without a context on it.
 struct DeviceInfo {
@@ -31,9 +33,10 @@ struct DeviceInfo {
     uint32_t multiprocessors;
     size_t memory_bytes;
     size_t shared_bytes;  // most that a block may have
+    bool waiting_blocks;  // blocks of a grid may wait for each other
 };
 
-/// Launches and copies on a device, recorded to be run again with one call.
+/// Launches on a device, prepared to be run again with one call.
 class Recording {
   public:
     virtual ~Recording() = default;
@@ -60,15 +63,34 @@ class Device {
 
     template <typename Args>
     void launch(Kernel kernel, const Grid& grid, const Args& args) {
-        launch_with(kernel, grid, &args);
+        if (!recorded_) return launch_now(kernel, grid, &args);
+        const std::byte* bytes = reinterpret_cast<const std::byte*>(&args);
+        recorded_->push_back({kernel, grid, {bytes, bytes + sizeof args}});
     }
 
-    /// The launches that `commands` makes, with their arguments of now; they do not run.
-    virtual std::unique_ptr<Recording> record(const std::function<void()>& commands) = 0;
+    /// The launches that `commands` makes, with their arguments of now; they do not run. It may not do anything else.
+    Launches record(const std::function<void()>& commands) {
+        Launches launches;
+        recorded_ = &launches;
+        try {
+            commands();
+        } catch (...) {
+            recorded_ = nullptr;
+            throw;
+        }
+        recorded_ = nullptr;
+        return launches;
+    }
+    virtual std::unique_ptr<Recording> prepare(const Launches& launches) = 0;
     virtual void run(const Recording& recording) = 0;
 
+    /// How many blocks of a kernel the device runs at once; 0: it cannot let them wait for each other.
+    virtual uint32_t blocks_at_once(Kernel kernel, uint32_t threads, size_t shared_bytes) = 0;
+
   private:
-    virtual void launch_with(Kernel kernel, const Grid& grid, const void* args) = 0;
+    virtual void launch_now(Kernel kernel, const Grid& grid, const void* args) = 0;
+
+    Launches* recorded_ = nullptr;
 };
 
 /// All usable devices, without a context on any; empty without a driver.

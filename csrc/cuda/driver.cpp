@@ -19,7 +19,13 @@ using Result = int;
 using Address = unsigned long long;
 using Handle = struct Opaque*;
 enum : Result { success = 0, out_of_memory = 2, no_device = 100, no_binary_for_gpu = 209 };
-enum : int { attribute_multiprocessors = 16, attribute_shared_optin = 97, attribute_major = 75, attribute_minor = 76 };
+enum : int {
+    attribute_multiprocessors = 16,
+    attribute_major = 75,
+    attribute_minor = 76,
+    attribute_cooperative = 95,
+    attribute_shared_optin = 97
+};
 constexpr int function_max_dynamic_shared = 8;
 constexpr int oldest_driver = 12000, overlapping_driver = 12030;  // which records launches that overlap
 constexpr uint32_t oldest_major = 7, oldest_minor = 5;
@@ -37,43 +43,50 @@ struct LaunchConfig {
     unsigned n_attributes;
 };
 static_assert(sizeof(LaunchAttribute) == 72 && sizeof(LaunchConfig) == 56);
-constexpr int programmatic_serialization = 6;
+constexpr int cooperative = 2, programmatic_serialization = 6;
 constexpr int capture_of_this_thread = 1;
+
+// Name, version of its symbol, arguments.
+#define FIXMIN_DRIVER_FUNCTIONS(X)                                                  \
+    X(cuInit, "", (unsigned))                                                       \
+    X(cuDriverGetVersion, "", (int*))                                               \
+    X(cuGetErrorString, "", (Result, const char**))                                 \
+    X(cuDeviceGetCount, "", (int*))                                                 \
+    X(cuDeviceGet, "", (int*, int))                                                 \
+    X(cuDeviceGetName, "", (char*, int, int))                                       \
+    X(cuDeviceGetAttribute, "", (int*, int, int))                                   \
+    X(cuDeviceTotalMem, "_v2", (size_t*, int))                                      \
+    X(cuDevicePrimaryCtxRetain, "", (Handle*, int))                                 \
+    X(cuDevicePrimaryCtxRelease, "_v2", (int))                                      \
+    X(cuCtxSetCurrent, "", (Handle))                                                \
+    X(cuMemGetInfo, "_v2", (size_t*, size_t*))                                      \
+    X(cuModuleLoadData, "", (Handle*, const void*))                                 \
+    X(cuModuleUnload, "", (Handle))                                                 \
+    X(cuModuleGetFunction, "", (Handle*, Handle, const char*))                      \
+    X(cuFuncSetAttribute, "", (Handle, int, int))                                   \
+    X(cuStreamCreate, "", (Handle*, unsigned))                                      \
+    X(cuStreamDestroy, "_v2", (Handle))                                             \
+    X(cuStreamSynchronize, "", (Handle))                                            \
+    X(cuMemAlloc, "_v2", (Address*, size_t))                                        \
+    X(cuMemFree, "_v2", (Address))                                                  \
+    X(cuMemsetD8Async, "", (Address, unsigned char, size_t, Handle))                \
+    X(cuMemcpyHtoDAsync, "_v2", (Address, const void*, size_t, Handle))             \
+    X(cuMemcpyDtoHAsync, "_v2", (void*, Address, size_t, Handle))                   \
+    X(cuMemcpyDtoDAsync, "_v2", (Address, Address, size_t, Handle))                 \
+    X(cuLaunchKernelEx, "", (const LaunchConfig*, Handle, void**, void**))          \
+    X(cuOccupancyMaxActiveBlocksPerMultiprocessor, "", (int*, Handle, int, size_t)) \
+    X(cuStreamBeginCapture, "_v2", (Handle, int))                                   \
+    X(cuStreamEndCapture, "", (Handle, Handle*))                                    \
+    X(cuGraphInstantiateWithFlags, "", (Handle*, Handle, unsigned long long))       \
+    X(cuGraphLaunch, "", (Handle, Handle))                                          \
+    X(cuGraphDestroy, "", (Handle))                                                 \
+    X(cuGraphExecDestroy, "", (Handle))
 
 struct Driver {
     int version;  // 12030: CUDA 12.3
-    Result (*cuInit)(unsigned);
-    Result (*cuDriverGetVersion)(int*);
-    Result (*cuGetErrorString)(Result, const char**);
-    Result (*cuDeviceGetCount)(int*);
-    Result (*cuDeviceGet)(int*, int);
-    Result (*cuDeviceGetName)(char*, int, int);
-    Result (*cuDeviceGetAttribute)(int*, int, int);
-    Result (*cuDeviceTotalMem)(size_t*, int);
-    Result (*cuDevicePrimaryCtxRetain)(Handle*, int);
-    Result (*cuDevicePrimaryCtxRelease)(int);
-    Result (*cuCtxSetCurrent)(Handle);
-    Result (*cuMemGetInfo)(size_t*, size_t*);
-    Result (*cuModuleLoadData)(Handle*, const void*);
-    Result (*cuModuleUnload)(Handle);
-    Result (*cuModuleGetFunction)(Handle*, Handle, const char*);
-    Result (*cuFuncSetAttribute)(Handle, int, int);
-    Result (*cuStreamCreate)(Handle*, unsigned);
-    Result (*cuStreamDestroy)(Handle);
-    Result (*cuStreamSynchronize)(Handle);
-    Result (*cuMemAlloc)(Address*, size_t);
-    Result (*cuMemFree)(Address);
-    Result (*cuMemsetD8Async)(Address, unsigned char, size_t, Handle);
-    Result (*cuMemcpyHtoDAsync)(Address, const void*, size_t, Handle);
-    Result (*cuMemcpyDtoHAsync)(void*, Address, size_t, Handle);
-    Result (*cuMemcpyDtoDAsync)(Address, Address, size_t, Handle);
-    Result (*cuLaunchKernelEx)(const LaunchConfig*, Handle, void**, void**);
-    Result (*cuStreamBeginCapture)(Handle, int);
-    Result (*cuStreamEndCapture)(Handle, Handle*);
-    Result (*cuGraphInstantiateWithFlags)(Handle*, Handle, unsigned long long);
-    Result (*cuGraphLaunch)(Handle, Handle);
-    Result (*cuGraphDestroy)(Handle);
-    Result (*cuGraphExecDestroy)(Handle);
+#define FIXMIN_POINTER(name, version, arguments) Result(*name) arguments;
+    FIXMIN_DRIVER_FUNCTIONS(FIXMIN_POINTER)
+#undef FIXMIN_POINTER
 };
 
 std::string words(const Driver& driver, Result result) {
@@ -95,42 +108,9 @@ const Driver& load_driver() {
         function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(dlsym(library, name));
         if (!function) throw UnsupportedError(std::string("the NVIDIA driver is too old: it lacks ") + name);
     };
-#define FIXMIN_FIND(name) find(driver.name, #name)
-#define FIXMIN_FIND_V2(name) find(driver.name, #name "_v2")
-    FIXMIN_FIND(cuInit);
-    FIXMIN_FIND(cuDriverGetVersion);
-    FIXMIN_FIND(cuGetErrorString);
-    FIXMIN_FIND(cuDeviceGetCount);
-    FIXMIN_FIND(cuDeviceGet);
-    FIXMIN_FIND(cuDeviceGetName);
-    FIXMIN_FIND(cuDeviceGetAttribute);
-    FIXMIN_FIND_V2(cuDeviceTotalMem);
-    FIXMIN_FIND(cuDevicePrimaryCtxRetain);
-    FIXMIN_FIND_V2(cuDevicePrimaryCtxRelease);
-    FIXMIN_FIND(cuCtxSetCurrent);
-    FIXMIN_FIND_V2(cuMemGetInfo);
-    FIXMIN_FIND(cuModuleLoadData);
-    FIXMIN_FIND(cuModuleUnload);
-    FIXMIN_FIND(cuModuleGetFunction);
-    FIXMIN_FIND(cuFuncSetAttribute);
-    FIXMIN_FIND(cuStreamCreate);
-    FIXMIN_FIND_V2(cuStreamDestroy);
-    FIXMIN_FIND(cuStreamSynchronize);
-    FIXMIN_FIND_V2(cuMemAlloc);
-    FIXMIN_FIND_V2(cuMemFree);
-    FIXMIN_FIND(cuMemsetD8Async);
-    FIXMIN_FIND_V2(cuMemcpyHtoDAsync);
-    FIXMIN_FIND_V2(cuMemcpyDtoHAsync);
-    FIXMIN_FIND_V2(cuMemcpyDtoDAsync);
-    FIXMIN_FIND(cuLaunchKernelEx);
-    FIXMIN_FIND_V2(cuStreamBeginCapture);
-    FIXMIN_FIND(cuStreamEndCapture);
-    FIXMIN_FIND(cuGraphInstantiateWithFlags);
-    FIXMIN_FIND(cuGraphLaunch);
-    FIXMIN_FIND(cuGraphDestroy);
-    FIXMIN_FIND(cuGraphExecDestroy);
+#define FIXMIN_FIND(name, version, arguments) find(driver.name, #name version);
+    FIXMIN_DRIVER_FUNCTIONS(FIXMIN_FIND)
 #undef FIXMIN_FIND
-#undef FIXMIN_FIND_V2
     driver.cuDriverGetVersion(&driver.version);
     if (driver.version < oldest_driver) {
         throw UnsupportedError("the NVIDIA driver is too old: it supports CUDA " +
@@ -154,9 +134,13 @@ DeviceInfo describe(const Driver& driver, int device) {
     };
     char name[256] = {};
     check(driver.cuDeviceGetName(name, sizeof name, device));
-    DeviceInfo info{
-        name, attribute(attribute_major),       attribute(attribute_minor), attribute(attribute_multiprocessors),
-        0,    attribute(attribute_shared_optin)};
+    DeviceInfo info{name,
+                    attribute(attribute_major),
+                    attribute(attribute_minor),
+                    attribute(attribute_multiprocessors),
+                    0,
+                    attribute(attribute_shared_optin),
+                    attribute(attribute_cooperative) != 0};
     check(driver.cuDeviceTotalMem(&info.memory_bytes, device));
     return info;
 }
@@ -245,12 +229,12 @@ class DriverDevice final : public Device {
         enter();
         check(driver_.cuStreamSynchronize(stream_));
     }
-    std::unique_ptr<Recording> record(const std::function<void()>& commands) override {
+    std::unique_ptr<Recording> prepare(const Launches& launches) override {
         enter();
         Handle graph = nullptr, executable = nullptr;
         check(driver_.cuStreamBeginCapture(stream_, capture_of_this_thread));
         try {
-            commands();
+            for (const Launch& one : launches) launch_now(one.kernel, one.grid, one.args.data());
         } catch (...) {
             driver_.cuStreamEndCapture(stream_, &graph);
             if (graph) driver_.cuGraphDestroy(graph);
@@ -265,6 +249,15 @@ class DriverDevice final : public Device {
     void run(const Recording& recording) override {
         enter();
         check(driver_.cuGraphLaunch(static_cast<const Graph&>(recording).handle, stream_));
+    }
+    uint32_t blocks_at_once(Kernel kernel, uint32_t threads, size_t shared_bytes) override {
+        enter();
+        if (!info_.waiting_blocks || shared_bytes > info_.shared_bytes) return 0;
+        grant_shared(kernel, shared_bytes);
+        int blocks = 0;
+        check(driver_.cuOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, functions_[size_t(kernel)], int(threads),
+                                                                  shared_bytes));
+        return uint32_t(blocks) * info_.multiprocessors;
     }
 
   private:
@@ -292,24 +285,31 @@ class DriverDevice final : public Device {
         driver_.cuDevicePrimaryCtxRelease(number_);
         context_ = nullptr;
     }
-    void launch_with(Kernel kernel, const Grid& grid, const void* args) override {
-        enter();
-        const Handle function = functions_[size_t(kernel)];
-        if (size_t& granted = shared_bytes_[size_t(kernel)]; grid.shared_bytes > granted) {
-            if (grid.shared_bytes > info_.shared_bytes) {
-                throw UnsupportedError(std::string(kernel_names[size_t(kernel)]) + " needs " +
-                                       std::to_string(grid.shared_bytes) + " bytes of shared memory, " + info_.name +
-                                       " has " + std::to_string(info_.shared_bytes));
-            }
-            check(driver_.cuFuncSetAttribute(function, function_max_dynamic_shared, int(grid.shared_bytes)));
-            granted = grid.shared_bytes;
+    // More than 48 kB have to be asked for.
+    void grant_shared(Kernel kernel, size_t bytes) {
+        size_t& granted = shared_bytes_[size_t(kernel)];
+        if (bytes <= granted) return;
+        if (bytes > info_.shared_bytes) {
+            throw UnsupportedError(std::string(kernel_names[size_t(kernel)]) + " needs " + std::to_string(bytes) +
+                                   " bytes of shared memory, " + info_.name + " has " +
+                                   std::to_string(info_.shared_bytes));
         }
+        check(driver_.cuFuncSetAttribute(functions_[size_t(kernel)], function_max_dynamic_shared, int(bytes)));
+        granted = bytes;
+    }
+    void launch_now(Kernel kernel, const Grid& grid, const void* args) override {
+        enter();
+        grant_shared(kernel, grid.shared_bytes);
         void* parameters[] = {const_cast<void*>(args)};
-        LaunchAttribute overlap{programmatic_serialization, 1, {}};  // simt.h, after_previous
-        const LaunchConfig config{
-            {grid.x, grid.y, 1}, {grid.threads, 1, 1}, unsigned(grid.shared_bytes), stream_, &overlap,
-            overlaps_ ? 1u : 0u};
-        check(driver_.cuLaunchKernelEx(&config, function, parameters, nullptr));
+        // A kernel may begin while the one before it runs (simt.h, after_previous), or all its blocks run at once.
+        LaunchAttribute attribute{grid.at_once ? cooperative : programmatic_serialization, 1, {}};
+        const LaunchConfig config{{grid.x, grid.y, 1},
+                                  {grid.threads, 1, 1},
+                                  unsigned(grid.shared_bytes),
+                                  stream_,
+                                  &attribute,
+                                  grid.at_once || overlaps_ ? 1u : 0u};
+        check(driver_.cuLaunchKernelEx(&config, functions_[size_t(kernel)], parameters, nullptr));
     }
 
     const Driver& driver_;

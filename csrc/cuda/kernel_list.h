@@ -1,29 +1,55 @@
 // The kernels by name, with what each is given.
 #pragma once
+#include <cstdint>
 
-#define FIXMIN_KERNELS_OF_TYPE(X, name) X(few_##name, ProductArgs) X(many_##name, ProductArgs)
+/// What a step of few tokens launches.
+#define FIXMIN_STEP_KERNELS(X)      \
+    X(lift, LiftArgs)               \
+    X(fold, FoldArgs)               \
+    X(norm_rows, NormArgs)          \
+    X(activate, ActivateArgs)       \
+    X(rotate_and_store, RotateArgs) \
+    X(attention, AttentionArgs)     \
+    X(floats_f32, ProductArgs)      \
+    X(floats_f16, ProductArgs)      \
+    X(floats_bf16, ProductArgs)     \
+    X(few_q8_0, ProductArgs)        \
+    X(few_q4_0, ProductArgs)        \
+    X(few_q4_1, ProductArgs)        \
+    X(few_q5_0, ProductArgs)        \
+    X(few_q5_1, ProductArgs)        \
+    X(few_q2_k, ProductArgs)        \
+    X(few_q3_k, ProductArgs)        \
+    X(few_q4_k, ProductArgs)        \
+    X(few_q5_k, ProductArgs)        \
+    X(few_q6_k, ProductArgs)        \
+    X(few_iq4_nl, ProductArgs)      \
+    X(few_iq4_xs, ProductArgs)
 
-#define FIXMIN_KERNELS(X)             \
-    X(lift, LiftArgs)                 \
-    X(fold, FoldArgs)                 \
-    X(norm, NormArgs)                 \
-    X(activate, ActivateArgs)         \
-    X(rotate_and_store, RotateArgs)   \
-    X(attention, AttentionArgs)       \
-    X(read_all, ReadArgs)             \
-    X(multiply_all, MultiplyArgs)     \
-    X(floats_f32, ProductArgs)        \
-    X(floats_f16, ProductArgs)        \
-    X(floats_bf16, ProductArgs)       \
-    FIXMIN_KERNELS_OF_TYPE(X, q8_0)   \
-    FIXMIN_KERNELS_OF_TYPE(X, q4_0)   \
-    FIXMIN_KERNELS_OF_TYPE(X, q4_1)   \
-    FIXMIN_KERNELS_OF_TYPE(X, q5_0)   \
-    FIXMIN_KERNELS_OF_TYPE(X, q5_1)   \
-    FIXMIN_KERNELS_OF_TYPE(X, q2_k)   \
-    FIXMIN_KERNELS_OF_TYPE(X, q3_k)   \
-    FIXMIN_KERNELS_OF_TYPE(X, q4_k)   \
-    FIXMIN_KERNELS_OF_TYPE(X, q5_k)   \
-    FIXMIN_KERNELS_OF_TYPE(X, q6_k)   \
-    FIXMIN_KERNELS_OF_TYPE(X, iq4_nl) \
-    FIXMIN_KERNELS_OF_TYPE(X, iq4_xs)
+#define FIXMIN_KERNELS(X)       \
+    FIXMIN_STEP_KERNELS(X)      \
+    X(many_q8_0, ProductArgs)   \
+    X(many_q4_0, ProductArgs)   \
+    X(many_q4_1, ProductArgs)   \
+    X(many_q5_0, ProductArgs)   \
+    X(many_q5_1, ProductArgs)   \
+    X(many_q2_k, ProductArgs)   \
+    X(many_q3_k, ProductArgs)   \
+    X(many_q4_k, ProductArgs)   \
+    X(many_q5_k, ProductArgs)   \
+    X(many_q6_k, ProductArgs)   \
+    X(many_iq4_nl, ProductArgs) \
+    X(many_iq4_xs, ProductArgs) \
+    X(run_step, StepArgs)       \
+    X(read_all, ReadArgs)       \
+    X(multiply_all, MultiplyArgs)
+
+namespace fixmin::cuda {
+
+enum class Kernel : uint8_t {
+#define FIXMIN_NAME(name, Args) name,
+    FIXMIN_KERNELS(FIXMIN_NAME)
+#undef FIXMIN_NAME
+};
+
+}  // namespace fixmin::cuda

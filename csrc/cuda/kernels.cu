@@ -1,5 +1,6 @@
 // All kernels, for nvcc.
 #include "cuda/attention.cuh"
 #include "cuda/ceilings.cuh"
+#include "cuda/persistent.cuh"
 #include "cuda/products.cuh"
 #include "cuda/rows.cuh"

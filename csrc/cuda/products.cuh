@@ -162,15 +162,15 @@ FIXMIN_DEVICE void finish(const ProductArgs& args, uint32_t token, uint32_t row,
 // hand the terms over, a thread for each output runs the chain.
 
 template <WeightType Type>
-FIXMIN_DEVICE void product_of_few(const ProductArgs& args, unsigned char* shared) {
+FIXMIN_DEVICE void product_of_few(const ProductArgs& args, Index block, unsigned char* shared) {
     using Block = WeightBlock<Type>;
     after_previous();
     static_assert(sizeof(typename Block::Terms) * few_blocks * 16 * tile_tokens <= few_bytes);
     auto* const terms = reinterpret_cast<typename Block::Terms*>(shared);  // [few_blocks][16 rows][8 tokens]
     const uint32_t n_blocks = args.inner / quant::block_size, warp = threadIdx.x / 32;
     const uint32_t g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    const std::byte* panel = args.panels + size_t(blockIdx.x) * args.panel_stride;
-    const size_t tile = size_t(blockIdx.y) * n_blocks;
+    const std::byte* panel = args.panels + size_t(block.x) * args.panel_stride;
+    const size_t tile = size_t(block.y) * n_blocks;
     const int2* codes = reinterpret_cast<const int2*>(args.quantized.codes) + tile * 32;
     const BlockFactors* factors = args.quantized.factors + tile * tile_tokens;
     float acc = 0;
@@ -195,8 +195,7 @@ FIXMIN_DEVICE void product_of_few(const ProductArgs& args, unsigned char* shared
         __syncthreads();
     }
     if (threadIdx.x < 16 * tile_tokens) {
-        finish(args, blockIdx.y * tile_tokens + threadIdx.x % tile_tokens, blockIdx.x * 16 + threadIdx.x / tile_tokens,
-               acc);
+        finish(args, block.y * tile_tokens + threadIdx.x % tile_tokens, block.x * 16 + threadIdx.x / tile_tokens, acc);
     }
 }
 
@@ -204,14 +203,14 @@ FIXMIN_DEVICE void product_of_few(const ProductArgs& args, unsigned char* shared
 // A warp has 16 rows and 8 tiles of tokens, in registers from the first block to the last.
 
 template <WeightType Type>
-FIXMIN_DEVICE void product_of_many(const ProductArgs& args) {
+FIXMIN_DEVICE void product_of_many(const ProductArgs& args, Index block) {
     using Block = WeightBlock<Type>;
     after_previous();
     const uint32_t n_blocks = args.inner / quant::block_size, i = threadIdx.x % 32, g = i / 4, t = i % 4;
-    const uint32_t panel_number = blockIdx.x * (many_threads / 32) + threadIdx.x / 32;
+    const uint32_t panel_number = block.x * (many_threads / 32) + threadIdx.x / 32;
     if (panel_number * 16 >= args.n_rows) return;  // a whole warp
     const std::byte* panel = args.panels + size_t(panel_number) * args.panel_stride;
-    const uint32_t first_tile = blockIdx.y * many_tiles, last_tile = (args.n_tokens - 1) / tile_tokens;
+    const uint32_t first_tile = block.y * many_tiles, last_tile = (args.n_tokens - 1) / tile_tokens;
     const int2* codes = reinterpret_cast<const int2*>(args.quantized.codes);
     float acc[many_tiles][4];
     for (auto& tile : acc) {
@@ -251,26 +250,26 @@ FIXMIN_DEVICE float float_weight(const std::byte* panel, size_t i) {
 }
 
 template <WeightType Type>
-FIXMIN_DEVICE void product_of_floats(const ProductArgs& args) {
+FIXMIN_DEVICE void product_of_floats(const ProductArgs& args, Index block) {
     after_previous();
-    const uint32_t r = threadIdx.x % 16, token = blockIdx.y * tile_tokens + threadIdx.x / 16;
+    const uint32_t r = threadIdx.x % 16, token = block.y * tile_tokens + threadIdx.x / 16;
     if (token >= args.n_tokens) return;
-    const std::byte* panel = args.panels + size_t(blockIdx.x) * args.panel_stride;
+    const std::byte* panel = args.panels + size_t(block.x) * args.panel_stride;
     const float* values = args.values + size_t(token) * args.inner;
     float acc = 0;
     for (uint32_t k = 0; k < args.inner; ++k)
         acc = __fmaf_rn(float_weight<Type>(panel, size_t(k) * 16 + r), values[k], acc);
-    finish(args, token, blockIdx.x * 16 + r, acc);
+    finish(args, token, block.x * 16 + r, acc);
 }
 
-#define FIXMIN_QUANTIZED(name)                            \
-    FIXMIN_KERNEL(few_##name, ProductArgs, few_threads) { \
-        FIXMIN_SHARED(shared);                            \
-        product_of_few<WeightType::name>(args, shared);   \
-    }                                                     \
-    FIXMIN_KERNEL(many_##name, ProductArgs, many_threads) { product_of_many<WeightType::name>(args); }
+#define FIXMIN_QUANTIZED(name)                                 \
+    FIXMIN_KERNEL(few_##name, ProductArgs, few_threads) {      \
+        FIXMIN_SHARED(shared);                                 \
+        product_of_few<WeightType::name>(args, block, shared); \
+    }                                                          \
+    FIXMIN_KERNEL(many_##name, ProductArgs, many_threads) { product_of_many<WeightType::name>(args, block); }
 #define FIXMIN_FLOATS(name) \
-    FIXMIN_KERNEL(floats_##name, ProductArgs, float_threads) { product_of_floats<WeightType::name>(args); }
+    FIXMIN_KERNEL(floats_##name, ProductArgs, float_threads) { product_of_floats<WeightType::name>(args, block); }
 
 FIXMIN_QUANTIZED(q8_0)
 FIXMIN_QUANTIZED(q4_0)

@@ -14,7 +14,7 @@ FIXMIN_DEVICE uint32_t code_of(const CodeMapArgs& map, uint32_t id) {
 
 FIXMIN_KERNEL(lift, LiftArgs, row_threads) {
     after_previous();
-    const uint32_t token = blockIdx.x, code = code_of(args.map, args.ids[token]), width = args.map.width;
+    const uint32_t token = block.x, code = code_of(args.map, args.ids[token]), width = args.map.width;
     const uint32_t repeats = args.length / width;
     float* x = args.x + size_t(token) * args.length;
     for (uint32_t n = threadIdx.x; n < args.length; n += blockDim.x) {
@@ -26,7 +26,7 @@ FIXMIN_KERNEL(lift, LiftArgs, row_threads) {
 // The order of operations of FoldedProjection::scales and apply.
 FIXMIN_KERNEL(fold, FoldArgs, row_threads) {
     after_previous();
-    const uint32_t token = blockIdx.y, row = blockIdx.x * blockDim.x + threadIdx.x, width = args.map.width;
+    const uint32_t token = block.y, row = block.x * blockDim.x + threadIdx.x, width = args.map.width;
     const uint32_t code = code_of(args.map, args.ids[token]);
     uint32_t ones = 0;
     for (uint32_t j = 0; j < width; ++j) {
@@ -67,12 +67,12 @@ FIXMIN_DEVICE void store_quantized(const QuantizedRows& rows, uint32_t token, ui
     }
 }
 
-FIXMIN_KERNEL(norm, NormArgs, row_threads) {
+FIXMIN_KERNEL(norm_rows, NormArgs, row_threads) {
     after_previous();
     FIXMIN_SHARED(shared);
     float* const row = reinterpret_cast<float*>(shared);  // [length]
     float* const stats = row + args.length;               // mean, reciprocal deviation
-    const uint32_t token = blockIdx.x, n = args.length;
+    const uint32_t token = block.x, n = args.length;
     const float* x = args.x + size_t(args.rows ? args.rows[token] : token) * n;
     for (uint32_t i = threadIdx.x; i < n; i += blockDim.x) row[i] = x[i];
     __syncthreads();
@@ -116,7 +116,7 @@ FIXMIN_DEVICE float activated(ActivateArgs::Function function, float x, float ga
 // A warp has a block of 32 values of a token.
 FIXMIN_KERNEL(activate, ActivateArgs, row_threads) {
     after_previous();
-    const uint32_t token = blockIdx.y * tile_tokens + threadIdx.x / 32, i = blockIdx.x * 32 + threadIdx.x % 32;
+    const uint32_t token = block.y * tile_tokens + threadIdx.x / 32, i = block.x * 32 + threadIdx.x % 32;
     if (token >= args.n_tokens) return;  // a whole warp
     float y = 0;
     if (i < args.length) {
@@ -124,7 +124,7 @@ FIXMIN_KERNEL(activate, ActivateArgs, row_threads) {
         y = activated(args.function, args.values[at], args.gate ? args.gate[at] : 0.0f);
         if (args.function != ActivateArgs::Function::none) args.values[at] = y;
     }
-    if (args.quantized.codes) store_quantized(args.quantized, token, blockIdx.x, args.length / 32, y);
+    if (args.quantized.codes) store_quantized(args.quantized, token, block.x, args.length / 32, y);
 }
 
 }  // namespace fixmin::cuda

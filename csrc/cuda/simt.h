@@ -3,8 +3,9 @@
 //
 // What makes one source work for both: shared memory is dynamic only (FIXMIN_SHARED); blocks are whole warps and
 // collective operations take all lanes of a warp; float arithmetic is as written (--fmad=false, -ffp-contract=off), a
-// fused product is __fmaf_rn. Every thread of every kernel calls after_previous() before it touches what another kernel
-// writes.
+// fused product is __fmaf_rn. A kernel takes its place in the grid as `block`, not from blockIdx, since one that stays
+// (persistent.cuh) does the work of many blocks. Every thread of every kernel calls after_previous() before it touches
+// what another kernel writes.
 #pragma once
 #include <cstdint>
 
@@ -12,10 +13,34 @@
 
 #define FIXMIN_DEVICE __device__ __forceinline__
 #define FIXMIN_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
-#define FIXMIN_KERNEL(name, Args, threads) \
-    extern "C" __global__ void __launch_bounds__(threads, 1) name(const __grid_constant__ Args args)
+#define FIXMIN_KERNEL(name, Args, threads)                                                             \
+    FIXMIN_DEVICE void name##_of_block(const Args& args, Index block);                                 \
+    extern "C" __global__ void __launch_bounds__(threads, 1) name(const __grid_constant__ Args args) { \
+        name##_of_block(args, {blockIdx.x, blockIdx.y});                                               \
+    }                                                                                                  \
+    FIXMIN_DEVICE void name##_of_block(const Args& args, [[maybe_unused]] Index block)
 
 namespace fixmin::cuda {
+
+struct Index {
+    unsigned x, y;
+};
+
+/// Of a grid whose blocks all run at once: waits for all threads of all blocks, and what they wrote before is there
+/// after it. count: zero before the first use.
+FIXMIN_DEVICE void wait_for_grid(unsigned* count) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        // The highest bit turns over when the last block has come: one of them adds what is lacking to that.
+        constexpr unsigned turned = 0x80000000u;
+        __threadfence();
+        const unsigned before = atomicAdd(count, blockIdx.x == 0 ? turned - (gridDim.x - 1) : 1u);
+        while (((before ^ *reinterpret_cast<volatile unsigned*>(count)) & turned) == 0) {
+        }
+        __threadfence();
+    }
+    __syncthreads();
+}
 
 /// Waits until the kernels before this one have ended and what they wrote is there. From sm_90 on a kernel starts while
 /// the one before still runs (programmatic dependent launch), so that what stands in front of this, such as reading

@@ -1,11 +1,11 @@
 // A device whose memory is the host's and whose kernels run on the emulator. Linked instead of csrc/cuda/driver.cpp.
 #include <cstdlib>
 #include <cstring>
-#include <vector>
 
 #include "cuda/attention.cuh"
 #include "cuda/ceilings.cuh"
 #include "cuda/device.h"
+#include "cuda/persistent.cuh"
 #include "cuda/products.cuh"
 #include "cuda/rows.cuh"
 #include "error.h"
@@ -13,12 +13,8 @@
 namespace fixmin::cuda {
 namespace {
 
-struct Entry {
-    void (*run)(const void* args);
-    size_t args_bytes;
-};
-constexpr Entry kernels[] = {
-#define FIXMIN_ENTRY(name, Args) {[](const void* args) { name(*static_cast<const Args*>(args)); }, sizeof(Args)},
+constexpr void (*kernels[])(const void*) = {
+#define FIXMIN_ENTRY(name, Args) [](const void* args) { name(*static_cast<const Args*>(args)); },
     FIXMIN_KERNELS(FIXMIN_ENTRY)
 #undef FIXMIN_ENTRY
 };
@@ -37,56 +33,34 @@ class EmulatedDevice final : public Device {
     void upload(std::byte* to, const void* from, size_t bytes) override { copy_bytes(to, from, bytes); }
     void download(void* to, const std::byte* from, size_t bytes) override { copy_bytes(to, from, bytes); }
     void copy(std::byte* to, const std::byte* from, size_t bytes) override { copy_bytes(to, from, bytes); }
-    void wait() override { expect_not_recording(); }
-    std::unique_ptr<Recording> record(const std::function<void()>& commands) override {
-        auto recording = std::make_unique<Launches>();
-        recording_ = recording.get();
-        try {
-            commands();
-        } catch (...) {
-            recording_ = nullptr;
-            throw;
-        }
-        recording_ = nullptr;
+    void wait() override {}
+    std::unique_ptr<Recording> prepare(const Launches& launches) override {
+        auto recording = std::make_unique<Prepared>();
+        recording->launches = launches;
         return recording;
     }
     void run(const Recording& recording) override {
-        for (const Launch& one : static_cast<const Launches&>(recording).all) run(one);
+        for (const Launch& one : static_cast<const Prepared&>(recording).launches)
+            launch_now(one.kernel, one.grid, one.args.data());
+    }
+    uint32_t blocks_at_once(Kernel, uint32_t, size_t shared_bytes) override {
+        return shared_bytes <= info_.shared_bytes ? info_.multiprocessors : 0;
     }
 
   private:
-    struct Launch {
-        Kernel kernel;
-        Grid grid;
-        std::vector<std::byte> args;
-    };
-    struct Launches final : Recording {
-        std::vector<Launch> all;
+    struct Prepared final : Recording {
+        Launches launches;
     };
 
-    static void run(const Launch& launch) {
-        const auto kernel = kernels[size_t(launch.kernel)];
-        const Grid& grid = launch.grid;
-        simt::run([&] { kernel.run(launch.args.data()); }, {grid.x, grid.y}, grid.threads, grid.shared_bytes);
-    }
-    void expect_not_recording() const {
-        if (recording_) throw DeviceError("only launches can be recorded");
-    }
-    void copy_bytes(void* to, const void* from, size_t bytes) const {
-        expect_not_recording();
+    static void copy_bytes(void* to, const void* from, size_t bytes) {
         if (bytes) std::memcpy(to, from, bytes);
     }
-    void launch_with(Kernel kernel, const Grid& grid, const void* args) override {
-        const std::byte* bytes = static_cast<const std::byte*>(args);
-        const Launch launch{kernel, grid, {bytes, bytes + kernels[size_t(kernel)].args_bytes}};
-        if (recording_)
-            recording_->all.push_back(launch);
-        else
-            run(launch);
+    void launch_now(Kernel kernel, const Grid& grid, const void* args) override {
+        simt::run([&] { kernels[size_t(kernel)](args); }, {grid.x, grid.y}, grid.threads, grid.shared_bytes,
+                  grid.at_once);
     }
 
-    Launches* recording_ = nullptr;
-    const DeviceInfo info_{"emulated", 8, 0, 2, size_t(1) << 30, 99 << 10};
+    const DeviceInfo info_{"emulated", 8, 0, 2, size_t(1) << 30, 99 << 10, true};
 };
 
 }  // namespace

@@ -1,7 +1,7 @@
 // A libcuda.so.1 without a GPU, for tests/cuda/test_driver.py. Memory is the host's and kernels compute nothing. It
 // fails as the environment says: FAKE_INIT, FAKE_CONTEXT, FAKE_MODULE, FAKE_LAUNCH, FAKE_GRAPH are what these calls
-// return; FAKE_VERSION, FAKE_DEVICES, FAKE_CAPABILITY (75), FAKE_MEMORY (bytes) what the driver and its GPU are.
-// FAKE_LOG is a file that gets a line for whatever is taken or given back.
+// return; FAKE_VERSION, FAKE_DEVICES, FAKE_CAPABILITY (75), FAKE_MEMORY (bytes), FAKE_RESIDENT (blocks of a kernel at
+// once) what the driver and its GPU are. FAKE_LOG is a file that gets a line for whatever is taken or given back.
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -37,7 +37,11 @@ Result cuDeviceGet(int* device, int number) { return *device = number, 0; }
 Result cuDeviceGetName(char* name, int size, int device) { return snprintf(name, size, "Fake GPU") + device < 0; }
 Result cuDeviceGetAttribute(int* value, int which, int device) {
     const int capability = (int)setting("FAKE_CAPABILITY", 90);
-    *value = which == 75 ? capability / 10 : which == 76 ? capability % 10 : which == 97 ? 200000 : 100 + device;
+    *value = which == 75   ? capability / 10
+             : which == 76 ? capability % 10
+             : which == 97 ? 200000
+             : which == 95 ? 1
+                           : 100 + device;
     return 0;
 }
 Result cuDeviceTotalMem_v2(size_t* bytes, int device) {
@@ -96,6 +100,10 @@ Result cuMemcpyDtoHAsync_v2(void* to, Address from, size_t n, void* stream) {
 Result cuMemcpyDtoDAsync_v2(Address to, Address from, size_t n, void* stream) {
     return memcpy((void*)(uintptr_t)to, (const void*)(uintptr_t)from, n), stream == NULL;
 }
+Result cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void* function, int threads, size_t shared) {
+    return *blocks = (int)setting("FAKE_RESIDENT", 1), !(function && threads % 32 == 0 && shared <= 200000);
+}
+
 // A graph is what was launched while it was recorded: here the number of launches.
 typedef struct {
     unsigned grid[3], block[3], shared;
@@ -111,6 +119,7 @@ Result cuLaunchKernelEx(const LaunchConfig* config, void* function, void** param
                      block[1] == 1 && block[2] == 1 && block[0] % 32 == 0 && block[0] <= 1024 &&
                      config->shared <= 200000 && config->n_attributes <= 1;
     launches += (size_t)recording;
+    if (!strcmp(function, "run_step")) note("persistent");
     return sane ? (recording ? 0 : (Result)setting("FAKE_LAUNCH", 0)) : 1;
 }
 Result cuStreamBeginCapture_v2(void* stream, int mode) {

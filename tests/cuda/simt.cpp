@@ -2,7 +2,6 @@
 #include "simt_cpu.h"
 
 #undef threadIdx
-#undef blockIdx
 #undef blockDim
 #undef gridDim
 
@@ -77,6 +76,7 @@ struct Fiber {
 
 Fiber root, *self = &root;
 Index grid_dim, block_dim;
+Barrier of_grid;
 std::vector<Fiber*> ready;  // a ring; nothing is allocated while fibers run, which TSan would see
 size_t ready_head, n_ready;
 unsigned live;
@@ -154,6 +154,7 @@ void run_fiber() {
     TSAN(__tsan_release(&end));
     leave(self->block->barrier);
     leave(self->warp->barrier);
+    leave(of_grid);
     switch_to(--live ? next_ready() : &root);
     std::abort();
 }
@@ -175,23 +176,28 @@ void prepare(Fiber& fiber, Block& block, unsigned thread) {
     make_ready(&fiber);
 }
 
-void run_block(Block& block, unsigned threads, size_t shared_bytes) {
-    while (fibers.size() < threads) {
+// Blocks first to first + n at once; all others have ended or not begun.
+void run_blocks(Block* first, size_t n, unsigned threads, size_t shared_bytes) {
+    while (fibers.size() < n * threads) {
         fibers.push_back(std::make_unique<Fiber>());
         fibers.back()->stack.reset(new char[stack_bytes]);
         TSAN(fibers.back()->tsan = __tsan_create_fiber(0));  // one for all grids: making them takes long
     }
-    ready.assign(threads, nullptr);
+    ready.assign(n * threads, nullptr);
     ready_head = n_ready = 0;
-    live = threads;
-    block.barrier.expected = threads;
-    block.warps.resize(threads / 32);
-    for (Warp& warp : block.warps) warp.barrier.expected = 32;
-    void* memory = nullptr;
-    if (posix_memalign(&memory, 128, std::max<size_t>(shared_bytes, 1))) fail("no memory", 0);
-    std::memset(memory, 0xff, shared_bytes);
-    block.shared.reset(static_cast<unsigned char*>(memory));
-    for (unsigned thread = 0; thread < threads; ++thread) prepare(*fibers[thread], block, thread);
+    live = of_grid.expected = unsigned(n * threads);
+    of_grid.arrived = 0;
+    for (size_t i = 0; i < n; ++i) {
+        Block& block = first[i];
+        block.barrier.expected = threads;
+        block.warps.resize(threads / 32);
+        for (Warp& warp : block.warps) warp.barrier.expected = 32;
+        void* memory = nullptr;
+        if (posix_memalign(&memory, 128, std::max<size_t>(shared_bytes, 1))) fail("no memory", 0);
+        std::memset(memory, 0xff, shared_bytes);
+        block.shared.reset(static_cast<unsigned char*>(memory));
+        for (unsigned thread = 0; thread < threads; ++thread) prepare(*fibers[i * threads + thread], block, thread);
+    }
     self = &root;
     TSAN(__tsan_release(&start));
     switch_to(next_ready());
@@ -222,6 +228,9 @@ void block_barrier(const void* site) {
 }
 void note_after_previous() { self->after_previous = true; }
 void warp_barrier(const void* site) { wait(self->warp->barrier, site); }
+void grid_barrier(const void* site) {
+    if (number_of(site) != left_out) wait(of_grid, site);
+}
 
 const int (*exchange(const int* words, unsigned n, const void* site))[6] {
     int (*slots)[6] = self->warp->slots[self->turn++ % 2];
@@ -230,7 +239,7 @@ const int (*exchange(const int* words, unsigned n, const void* site))[6] {
     return slots;
 }
 
-void run(const std::function<void()>& kernel, Index grid, unsigned threads, size_t shared_bytes) {
+void run(const std::function<void()>& kernel, Index grid, unsigned threads, size_t shared_bytes, bool at_once) {
     if (threads % 32) fail("a block is not whole warps", threads);
     const std::lock_guard lock(one_grid);
     if (const char* number = std::getenv("FIXMIN_SIMT_LEAVE_OUT")) left_out = std::atoi(number);
@@ -249,10 +258,9 @@ void run(const std::function<void()>& kernel, Index grid, unsigned threads, size
     // its own until all have ended.
     TSAN(root.tsan = __tsan_get_current_fiber());
     std::vector<Block> memory(blocks.size());
-    for (size_t i = 0; i < blocks.size(); ++i) {
-        memory[i].index = blocks[i];
-        run_block(memory[i], threads, shared_bytes);
-    }
+    for (size_t i = 0; i < blocks.size(); ++i) memory[i].index = blocks[i];
+    const size_t step = at_once ? blocks.size() : 1;
+    for (size_t i = 0; i < blocks.size(); i += step) run_blocks(&memory[i], step, threads, shared_bytes);
     TSAN(__tsan_acquire(&end));
 }
 

@@ -23,24 +23,31 @@ struct alignas(16) int4 {
 };
 inline int2 make_int2(int x, int y) { return {x, y}; }
 
-namespace fixmin::simt {
+namespace fixmin::cuda {
 
 struct Index {
     unsigned x = 0, y = 0;
 };
+
+}  // namespace fixmin::cuda
+
+namespace fixmin::simt {
+
+using cuda::Index;
 
 const Index &thread_index(), &block_index(), &block_size(), &grid_size();
 unsigned lane();
 unsigned char* shared_memory();
 void block_barrier(const void* site);
 void warp_barrier(const void* site);
+void grid_barrier(const void* site);
 void note_after_previous();
 
 /// Puts up n <= 6 words for the other lanes of the warp; returns those of all, [lane][6].
 const int (*exchange(const int* words, unsigned n, const void* site))[6];
 
-/// Runs a grid, block after block.
-void run(const std::function<void()>& kernel, Index grid, unsigned threads, size_t shared_bytes);
+/// Runs a grid: its blocks one after the other, or all at once, so that they can wait for each other.
+void run(const std::function<void()>& kernel, Index grid, unsigned threads, size_t shared_bytes, bool at_once);
 
 template <typename T>
 T shuffle(T value, unsigned from, const void* site) {
@@ -77,10 +84,12 @@ void multiply(int (&d)[4], const int* words, const void* site) {
 
 #define FIXMIN_DEVICE inline
 #define FIXMIN_SHARED(name) unsigned char* const name = fixmin::simt::shared_memory()
-#define FIXMIN_KERNEL(name, Args, threads) inline void name(const Args& args)
+#define FIXMIN_KERNEL(name, Args, threads)                                             \
+    inline void name##_of_block(const Args& args, Index block);                        \
+    inline void name(const Args& args) { name##_of_block(args, simt::block_index()); } \
+    inline void name##_of_block(const Args& args, [[maybe_unused]] Index block)
 
 #define threadIdx (fixmin::simt::thread_index())
-#define blockIdx (fixmin::simt::block_index())
 #define blockDim (fixmin::simt::block_size())
 #define gridDim (fixmin::simt::grid_size())
 #define FIXMIN_SITE                 \
@@ -90,6 +99,7 @@ void multiply(int (&d)[4], const int* words, const void* site) {
     }())
 #undef __syncthreads
 #define __syncthreads() fixmin::simt::block_barrier(FIXMIN_SITE)
+#define wait_for_grid(count) fixmin::simt::grid_barrier(FIXMIN_SITE)
 #define __syncwarp() fixmin::simt::warp_barrier(FIXMIN_SITE)
 #define __shfl_sync(mask, value, from) fixmin::simt::shuffle(value, (from) % 32, FIXMIN_SITE)
 #define __shfl_down_sync(mask, value, by) fixmin::simt::shuffle(value, fixmin::simt::lane() + (by), FIXMIN_SITE)

@@ -1,4 +1,4 @@
-"""All kernels through nvcc for every architecture that a wheel has: registers, and nothing spilled."""
+"""All kernels through nvcc for every architecture that a wheel has: registers, and nothing spilled; NVIDIA's header."""
 
 import re
 import shutil
@@ -37,3 +37,16 @@ def test_every_architecture(tmp_path):
         print(f"sm_{architecture}:", {name: registers for name, (registers, _) in kernels.items()})
         assert len(kernels) >= 6 + 3 + 2 * 12
         assert {name: spilled for name, (_, spilled) in kernels.items() if spilled} == {}
+
+
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+def test_what_is_known_of_the_driver():
+    """driver.cpp repeats numbers, layouts and arguments of cuda.h."""
+    folders = (Path(NVCC).resolve().parents[1] / "include", Path("/usr/local/cuda/include"))
+    include = next((folder for folder in folders if (folder / "cuda.h").exists()), None)
+    if include is None:
+        pytest.skip("NVIDIA's header is not installed")
+    command = ["c++", "-std=c++20", "-Wall", "-Werror", "-Wno-enum-compare", "-fsyntax-only", f"-I{include}"]
+    command += [f"-I{ROOT / 'csrc'}", Path(__file__).with_name("driver_api.cpp")]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

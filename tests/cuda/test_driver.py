@@ -44,7 +44,7 @@ def load(path: Path, folder: Path | None, device: str = "cuda", **fails: str) ->
         "    found['cpu'] = str(model.generate([1, 2], max_new_tokens=2).token_ids)\n"
         "print(json.dumps(found))\n"
     )
-    env = os.environ | {"FAKE_" + name.upper(): value for name, value in fails.items()}
+    env = os.environ | {name if name.isupper() else "FAKE_" + name.upper(): value for name, value in fails.items()}
     if folder is not None:
         env["LD_LIBRARY_PATH"] = str(folder)
     done = subprocess.run(
@@ -109,3 +109,18 @@ def test_everything_is_given_back(driver, model_path, tmp_path):
         assert lines.count(what) == 1
     assert lines.count("retain") == lines.count("release") == 1
     assert lines.count("load") == lines.count("unload") == 1
+
+
+@pytest.mark.parametrize(("resident", "graphs"), [("1", 0), ("0", 1)])
+def test_one_kernel_for_a_step_where_its_blocks_fit(driver, model_path, tmp_path, resident, graphs):
+    log = tmp_path / "log"
+    load(model_path, driver, log=str(log), resident=resident, FIXMIN_CUDA_STEP="persistent")
+    lines = log.read_text().split("\n")
+    assert lines.count("instantiate") == lines.count("destroy instance") == graphs
+    assert (lines.count("persistent") > 1) == (graphs == 0)
+    assert lines.count("alloc") == lines.count("free")
+
+
+def test_an_unknown_kind_of_step(driver, model_path):
+    found = load(model_path, driver, FIXMIN_CUDA_STEP="fast")
+    assert found["error"] == f"ValueError: {model_path}: FIXMIN_CUDA_STEP is 'fast'; it must be graph or persistent"

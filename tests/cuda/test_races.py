@@ -18,7 +18,7 @@ MODELS = {
     "f16": dict(weight_type="F16", block_count=2),
 }
 #: Barriers of blocks in the kernels; each is left out once.
-N_BARRIERS = 8
+N_BARRIERS = 10
 
 
 def program(sanitizer: str) -> Path:
@@ -26,9 +26,17 @@ def program(sanitizer: str) -> Path:
     return build(f"emulated-{sanitizer}", "-DCMAKE_BUILD_TYPE=Debug", *options) / "logits_main"
 
 
-def compute(path: Path, model: Path, out: Path, kv_type: str = "q8_0", n_tokens: int = 10, **environment: str):
+def compute(
+    path: Path,
+    model: Path,
+    out: Path,
+    kv_type: str = "q8_0",
+    n_tokens: int = 10,
+    n_batch: int = 512,
+    **environment: str,
+):
     ids = np.random.default_rng(1).integers(0, 100, n_tokens)
-    line = f"- 1 512 {kv_type} {model} {out} {' '.join(map(str, ids))}\n"
+    line = f"- 1 {n_batch} {kv_type} {model} {out} {' '.join(map(str, ids))}\n"
     env = {"PATH": SEARCH_PATH, "FIXMIN_DEVICE": "cuda", "TSAN_OPTIONS": "halt_on_error=1", **environment}
     return subprocess.run([path, "logits"], input=line, env=env, capture_output=True, text=True, check=False)
 
@@ -44,6 +52,11 @@ def test_clean(sanitizer, model, tmp_path):
         done = compute(program(sanitizer), model, tmp_path / "out", kv_type, n_tokens, FIXMIN_SIMT_SEED="3")
         assert done.returncode == 0, done.stderr[-3000:]
         assert np.isfinite(np.fromfile(tmp_path / "out", np.float32)).all()
+    for step in ("graph", "persistent"):  # the step of one token, again and again
+        done = compute(
+            program(sanitizer), model, tmp_path / "out", n_batch=1, FIXMIN_SIMT_SEED="4", FIXMIN_CUDA_STEP=step
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")
@@ -53,15 +66,21 @@ def planted(tmp_path_factory):
     return make_model(path, vocab_size=100, weight_type="Q8_0", feed_forward_length=1024, head_count=2)
 
 
+def compute_planted(model: Path, out: Path, left_out: int):
+    """Some steps of one token: single launches first, then as one kernel whose blocks wait for each other."""
+    environment = {"FIXMIN_SIMT_LEAVE_OUT": str(left_out), "FIXMIN_CUDA_STEP": "persistent"}
+    return compute(program("thread"), model, out, n_batch=1, n_tokens=4, **environment)
+
+
 @pytest.mark.parametrize("barrier", range(1, N_BARRIERS + 1))
 def test_a_missing_barrier_is_found(barrier, planted, tmp_path):
     """In a kernel of this folder, and not somewhere in the engine."""
-    done = compute(program("thread"), planted, tmp_path / "out", FIXMIN_SIMT_LEAVE_OUT=str(barrier))
+    done = compute_planted(planted, tmp_path / "out", barrier)
     assert done.returncode != 0
     assert re.search(r"WARNING: ThreadSanitizer: data race.*?csrc/cuda/\w+\.cuh", done.stderr, re.DOTALL)
 
 
 def test_there_are_so_many_barriers(planted, tmp_path):
     """The one after the last is met by nothing: leaving it out changes nothing."""
-    done = compute(program("thread"), planted, tmp_path / "out", FIXMIN_SIMT_LEAVE_OUT=str(N_BARRIERS + 1))
+    done = compute_planted(planted, tmp_path / "out", N_BARRIERS + 1)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -10,9 +10,10 @@ pytestmark = pytest.mark.slow  # it compiles the package
 BITS = Path(__file__).with_name("bits.py")
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])  # 0: threads and blocks in turn
-def test_every_kind_of_model(emulated, tmp_path, seed):
-    done = emulated(BITS, tmp_path, FIXMIN_SIMT_SEED=str(seed))
+# Seed 0: threads and blocks in turn.
+@pytest.mark.parametrize(("seed", "step"), [("0", "graph"), ("1", "graph"), ("2", "persistent"), ("3", "persistent")])
+def test_every_kind_of_model(emulated, tmp_path, seed, step):
+    done = emulated(BITS, tmp_path, FIXMIN_SIMT_SEED=seed, FIXMIN_CUDA_STEP=step)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
     assert len(found) >= 2 * 3 * 26

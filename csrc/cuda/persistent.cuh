@@ -1,0 +1,33 @@
+// A whole step as one kernel, whose blocks stay on the multiprocessors and take the work of launch after launch.
+#pragma once
+#include "cuda/attention.cuh"
+#include "cuda/kernel_list.h"
+#include "cuda/products.cuh"
+#include "cuda/rows.cuh"
+
+namespace fixmin::cuda {
+
+FIXMIN_DEVICE void run_block(Kernel kernel, const std::byte* args, Index block) {
+    switch (kernel) {
+#define FIXMIN_RUN(name, Args) \
+    case Kernel::name: return name##_of_block(*reinterpret_cast<const Args*>(args), block);
+        FIXMIN_STEP_KERNELS(FIXMIN_RUN)
+#undef FIXMIN_RUN
+        default: return;
+    }
+}
+
+FIXMIN_KERNEL(run_step, StepArgs, step_threads) {
+    after_previous();
+    for (uint32_t n = 0; n < args.n_phases; ++n) {
+        const Phase phase = args.phases[n];
+        for (uint32_t i = block.x; i < phase.x * phase.y; i += gridDim.x) {
+            if (threadIdx.x < phase.threads)
+                run_block(phase.kernel, args.args + phase.args, {i % phase.x, i / phase.x});
+            __syncthreads();  // before the next one writes to the shared memory
+        }
+        wait_for_grid(args.count);
+    }
+}
+
+}  // namespace fixmin::cuda

@@ -1,0 +1,70 @@
+#include "cuda/repeated_step.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <string>
+#include <string_view>
+
+#include "error.h"
+
+namespace fixmin::cuda {
+namespace {
+
+// Whether persistent.cuh can do its work: a kernel whose threads meet at barriers needs all of them.
+bool takes_part(const Launch& launch) {
+    switch (launch.kernel) {
+#define FIXMIN_CASE(name, Args) case Kernel::name:
+        FIXMIN_STEP_KERNELS(FIXMIN_CASE)
+#undef FIXMIN_CASE
+        return launch.grid.threads <= step_threads;
+        default: return false;
+    }
+}
+
+}  // namespace
+
+StepKind step_kind() {
+    const char* name = std::getenv("FIXMIN_CUDA_STEP");
+    if (!name || std::string_view(name) == "graph") return StepKind::graph;
+    if (std::string_view(name) == "persistent") return StepKind::persistent;
+    throw ArgumentError("FIXMIN_CUDA_STEP is '" + std::string(name) + "'; it must be graph or persistent");
+}
+
+RepeatedStep::RepeatedStep(Device& device, const Launches& launches, StepKind kind) : device_(device) {
+    if (kind == StepKind::graph || !make_persistent(launches)) graph_ = device_.prepare(launches);
+}
+
+void RepeatedStep::run() {
+    if (graph_)
+        device_.run(*graph_);
+    else
+        device_.launch(Kernel::run_step, grid_, args_);
+}
+
+bool RepeatedStep::make_persistent(const Launches& launches) {
+    if (!std::ranges::all_of(launches, takes_part)) return false;
+    std::vector<Phase> phases;
+    std::vector<std::byte> args;
+    for (const Launch& one : launches) {
+        phases.push_back({one.kernel, one.grid.x, one.grid.y, one.grid.threads, uint32_t(args.size())});
+        args.insert(args.end(), one.args.begin(), one.args.end());
+        args.resize((args.size() + alignof(std::max_align_t) - 1) / alignof(std::max_align_t) *
+                    alignof(std::max_align_t));
+        grid_.shared_bytes = std::max(grid_.shared_bytes, one.grid.shared_bytes);
+    }
+    const uint32_t blocks = std::min(device_.blocks_at_once(Kernel::run_step, step_threads, grid_.shared_bytes),
+                                     device_.info().multiprocessors);
+    if (blocks == 0) return false;
+    grid_ = {blocks, 1, step_threads, grid_.shared_bytes, true};
+    // [args][phases][count]
+    const size_t phase_bytes = phases.size() * sizeof(Phase);
+    program_ = std::make_unique<DeviceBuffer>(device_, "a step", args.size() + phase_bytes + sizeof(unsigned));
+    std::byte* at = program_->data();
+    device_.upload(at, args.data(), args.size());
+    device_.upload(at + args.size(), phases.data(), phase_bytes);
+    args_ = {reinterpret_cast<const Phase*>(at + args.size()), uint32_t(phases.size()), at,
+             reinterpret_cast<unsigned*>(at + args.size() + phase_bytes)};
+    return true;
+}
+
+}  // namespace fixmin::cuda
