@@ -32,8 +32,9 @@ class Arena {
     Arena(const Arena&) = delete;
     Arena& operator=(const Arena&) = delete;
 
-    /// `part` has so many bytes once allocate() has been called; it has to stay where it is until then.
+    /// `part` has so many bytes once allocate() has been called, null if none; it has to stay where it is until then.
     void add(Part& part, size_t bytes) {
+        if (bytes == 0) return;
         part.size_ = bytes;
         parts_.push_back({&part, size_});
         size_ += (bytes + alignment - 1) / alignment * alignment;
