@@ -66,6 +66,8 @@ py::dict info(const EngineHandle& handle) {
     d["code_width"] = hp.code_width;
     d["output_type"] = std::string(quant::name(weights.output.type));
     d["device"] = description.device;
+    d["device_name"] = description.name;
+    d["device_memory"] = description.memory_bytes;
     d["isa"] = description.isa;
     d["n_threads"] = description.n_threads;
     d["n_ctx"] = engine->n_ctx();

@@ -263,6 +263,7 @@ void bind_kernels(py::module_& m) {
             return found;
         },
         "The GPUs that the driver shows; starts the driver.");
+    m.def("cuda_driver", &engine::cuda_driver, "What CUDA the driver supports, or why no GPU can be used; starts it.");
     m.def("system_info", &system_info, "What this machine offers and what was chosen.");
 }
 

@@ -69,6 +69,10 @@ void CpuBackend::project(std::span<const uint32_t> rows, float* logits) {
     pool_.run([&](Team& team) { decoder_.project(rows, logits, team, squares_); }, n_threads_);
 }
 
+model::Description CpuBackend::description() const {
+    return {"cpu", kernels::cpu_name(), kernels_.name, pool_.size(), size_t(threads::memory_bytes())};
+}
+
 void CpuBackend::parallel_for(uint32_t n, const std::function<void(uint32_t, uint32_t)>& body) {
     pool_.parallel_for(n, body, n_threads_);
 }

@@ -37,7 +37,7 @@ class CpuBackend final : public model::Backend {
     const model::Weights& weights() const override { return weights_; }
     quant::KvType kv_type() const override { return kv_.type; }
     uint32_t n_blocks() const override { return kv_.n_blocks; }
-    model::Description description() const override { return {"cpu", kernels_.name, pool_.size()}; }
+    model::Description description() const override;
     model::MemoryUse memory() const override { return {weights_.panels.size(), kv_.bytes(), decoder_.buffer_bytes()}; }
 
   private:

@@ -74,12 +74,8 @@ namespace {
 
 // This thread's share of the channels.
 void add_squares(std::vector<double>& sums, const float* rows, uint32_t n_tokens, const Team& team) {
-    const size_t length = sums.size();
-    const auto [begin, end] = team.share(uint32_t(length));
-    for (uint32_t t = 0; t < n_tokens; ++t) {
-        const float* row = rows + t * length;
-        for (uint32_t i = begin; i < end; ++i) sums[i] += double(row[i]) * double(row[i]);
-    }
+    const auto [begin, end] = team.share(uint32_t(sums.size()));
+    model::add_squares(sums, rows, n_tokens, begin, end);
 }
 
 }  // namespace

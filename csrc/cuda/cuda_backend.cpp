@@ -211,8 +211,9 @@ void CudaBackend::run_layer(uint32_t l, uint32_t n_tokens) {
     attend(l, n_tokens);       // softmax(q.k * scale) v
     const Rows mixed = activated(ActivateArgs::Function::none, attended_.as<float>(), hp_.q_length(), n_tokens,
                                  is_quantized(layer.attn_output.type));
+    if (squares_) add_squares(squares_->blocks[l].attn_output, mixed, n_tokens);
     multiply(layer.attn_output, mixed, n_tokens, x_.as<float>(), hp_.embedding_length, true);  // x += Wo (...)
-    feed_forward(layer, n_tokens);  // x += W2 act(W1 norm2(x))
+    feed_forward(l, n_tokens);  // x += W2 act(W1 norm2(x))
 }
 
 void CudaBackend::project(std::span<const uint32_t> rows, float* logits) {
@@ -226,6 +227,7 @@ void CudaBackend::project(std::span<const uint32_t> rows, float* logits) {
 
 void CudaBackend::project_on_device(const uint32_t* rows, uint32_t n) {
     const Rows normed = normalized(weights_.output_norm, n, is_quantized(weights_.output.type), rows);
+    if (squares_) add_squares(squares_->output, normed, n);
     multiply(weights_.output, normed, n, logits_.as<float>(), hp_.vocab_size);
 }
 
@@ -239,7 +241,7 @@ void CudaBackend::download_logits(float* to, uint32_t n_rows) {
 // from the last such step. Up to so many tokens the host would take longer for the launches than the GPU for the work.
 bool CudaBackend::repeats(const Batch& batch) const {
     const size_t n = batch.ids.size();
-    if (n > most_repeated_tokens || batch.chunks.size() != n || batch.rows.size() != n) return false;
+    if (squares_ || n > most_repeated_tokens || batch.chunks.size() != n || batch.rows.size() != n) return false;
     for (size_t i = 0; i < n; ++i) {
         if (batch.rows[i] != i) return false;
     }
@@ -329,6 +331,7 @@ void CudaBackend::project_qkv(uint32_t l, uint32_t n_tokens) {
     const Layer& layer = weights_.layers[l];
     const bool quantize = is_quantized(layer.q.type) || is_quantized(layer.k.type) || is_quantized(layer.v.type);
     const Rows rows = normalized(layer.attn_norm, n_tokens, quantize);
+    if (squares_) add_squares(squares_->blocks[l].qkv, rows, n_tokens);
     multiply(layer.q, rows, n_tokens, qkv, stride);
     multiply(layer.k, rows, n_tokens, qkv + hp_.q_length(), stride);
     multiply(layer.v, rows, n_tokens, qkv + hp_.q_length() + hp_.kv_length(), stride);
@@ -365,11 +368,13 @@ uint32_t CudaBackend::shared_keys() const {
 
 size_t CudaBackend::score_bytes_of_token() const { return size_t(n_ctx_) * hp_.head_count * sizeof(float); }
 
-void CudaBackend::feed_forward(const Layer& layer, uint32_t n_tokens) {
+void CudaBackend::feed_forward(uint32_t l, uint32_t n_tokens) {
+    const Layer& layer = weights_.layers[l];
     const uint32_t f = hp_.feed_forward_length;
     const bool swiglu = hp_.activation == Activation::swiglu;
     const bool quantize = is_quantized(layer.up.type) || (swiglu && is_quantized(layer.gate.type));
     const Rows rows = normalized(layer.ffn_norm, n_tokens, quantize);
+    if (squares_) add_squares(squares_->blocks[l].gate_up, rows, n_tokens);
     if (swiglu) multiply(layer.gate, rows, n_tokens, gate_.as<float>(), f);
     multiply(layer.up, rows, n_tokens, up_.as<float>(), f);
     using Function = ActivateArgs::Function;
@@ -377,6 +382,7 @@ void CudaBackend::feed_forward(const Layer& layer, uint32_t n_tokens) {
                               : hp_.activation == Activation::gelu ? Function::gelu
                                                                    : Function::gelu_tanh;
     const Rows hidden = activated(function, up_.as<float>(), f, n_tokens, is_quantized(layer.down.type));
+    if (squares_) add_squares(squares_->blocks[l].down, hidden, n_tokens);
     multiply(layer.down, hidden, n_tokens, x_.as<float>(), hp_.embedding_length, true);
 }
 
@@ -421,6 +427,12 @@ void CudaBackend::capture_hidden(uint32_t layer, const Batch& batch) {
     }
 }
 
+void CudaBackend::add_squares(std::vector<double>& sums, const Rows& rows, uint32_t n_tokens) {
+    std::vector<float> values(n_tokens * sums.size());
+    device_->download(values.data(), reinterpret_cast<const std::byte*>(rows.values), values.size() * sizeof(float));
+    model::add_squares(sums, values.data(), n_tokens, 0, uint32_t(sums.size()));
+}
+
 QuantizedRows CudaBackend::quantized_rows(bool wanted) const {
     return wanted ? QuantizedRows{row_codes_.as<uint32_t>(), row_factors_.as<BlockFactors>()} : QuantizedRows{};
 }
@@ -455,13 +467,11 @@ void CudaBackend::write_block(uint32_t number, const std::byte* in) {
 
 // ---- figures --------------------------------------------------------------------------------------------------------
 
-void CudaBackend::collect_squares(model::InputSquares* squares) {
-    if (squares) throw UnsupportedError("an importance matrix is collected on the CPU: device=\"cpu\"");
-}
-
 model::Description CudaBackend::description() const {
     const DeviceInfo& info = device_->info();
-    return {"cuda", "sm_" + std::to_string(info.compute_major) + std::to_string(info.compute_minor), pool_.size()};
+    const std::string number = info.number ? ":" + std::to_string(info.number) : "";
+    return {"cuda" + number, info.name, "sm_" + std::to_string(info.compute_major) + std::to_string(info.compute_minor),
+            pool_.size(), info.memory_bytes};
 }
 
 model::MemoryUse CudaBackend::memory() const {

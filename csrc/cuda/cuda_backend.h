@@ -33,7 +33,7 @@ class CudaBackend final : public model::Backend {
     void parallel_for(uint32_t n, const std::function<void(uint32_t, uint32_t)>& body) override {
         pool_.parallel_for(n, body);
     }
-    void collect_squares(model::InputSquares* squares) override;
+    void collect_squares(model::InputSquares* squares) override { squares_ = squares; }
     std::vector<double> read_ceiling(size_t n_bytes, uint32_t passes, const model::Stop& stop) override;
     std::vector<double> int8_ceiling(uint32_t passes, const model::Stop& stop) override;
     const model::Weights& weights() const override { return weights_; }
@@ -68,7 +68,7 @@ class CudaBackend final : public model::Backend {
     void attend(uint32_t layer, uint32_t n_tokens);
     uint32_t shared_keys() const;
     size_t score_bytes_of_token() const;
-    void feed_forward(const model::Layer& layer, uint32_t n_tokens);
+    void feed_forward(uint32_t layer, uint32_t n_tokens);
     Rows normalized(const model::Norm& norm, uint32_t n_tokens, bool quantize, const uint32_t* rows = nullptr);
     Rows activated(ActivateArgs::Function function, float* values, uint32_t length, uint32_t n_tokens, bool quantize);
     void multiply(const model::Linear& w, const Rows& rows, uint32_t n_tokens, float* out, uint32_t out_stride,
@@ -76,6 +76,7 @@ class CudaBackend final : public model::Backend {
     void download_logits(float* to, uint32_t n_rows);
     void project_on_device(const uint32_t* rows, uint32_t n);
     void capture_hidden(uint32_t layer, const model::Batch& batch);
+    void add_squares(std::vector<double>& sums, const Rows& rows, uint32_t n_tokens);
     QuantizedRows quantized_rows(bool wanted) const;
     CodeMapArgs code_map() const;
     CacheArgs cache_of(uint32_t layer) const;
@@ -104,6 +105,8 @@ class CudaBackend final : public model::Backend {
     Part words_;  // of a batch: ids [T], positions [T], tables [T], blocks
     std::vector<uint32_t> words_to_upload_;
     const uint32_t *ids_ = nullptr, *positions_ = nullptr, *tables_ = nullptr, *blocks_ = nullptr;  // in words_
+
+    model::InputSquares* squares_ = nullptr;
 
     struct Step {
         bool met = false;

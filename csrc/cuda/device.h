@@ -34,6 +34,7 @@ struct DeviceInfo {
     size_t memory_bytes;
     size_t shared_bytes;  // most that a block may have
     bool waiting_blocks;  // blocks of a grid may wait for each other
+    uint32_t number = 0;  // of cuda:N
 };
 
 /// Launches on a device, prepared to be run again with one call.
@@ -43,7 +44,7 @@ class Recording {
 };
 
 /// One device with a stream of its own. What is asked for happens in the order in which it is asked for. Used by one
-/// thread at a time. Every function throws DeviceError if the device has failed, now or earlier.
+/// thread at a time. Every function throws DeviceError if the device has failed, now or earlier, and in a forked child.
 class Device {
   public:
     virtual ~Device() = default;
@@ -95,6 +96,9 @@ class Device {
 
 /// All usable devices, without a context on any; empty without a driver.
 std::vector<DeviceInfo> devices();
+
+/// What the driver supports, "12.4". Throws UnsupportedError, which says why no device can be used.
+std::string driver_version();
 
 /// Throws UnsupportedError, which says why there is no such device: no driver, too old, no device, chip too old.
 std::unique_ptr<Device> open_device(uint32_t number);

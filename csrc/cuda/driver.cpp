@@ -1,5 +1,6 @@
 // NVIDIA's driver, found when it is needed: the extension is not linked to it and starts without one.
 #include <dlfcn.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstring>
@@ -84,6 +85,7 @@ constexpr int capture_of_this_thread = 1;
 
 struct Driver {
     int version;  // 12030: CUDA 12.3
+    pid_t owner;  // the process that has started it: CUDA does not work in those that are forked from it
 #define FIXMIN_POINTER(name, version, arguments) Result(*name) arguments;
     FIXMIN_DRIVER_FUNCTIONS(FIXMIN_POINTER)
 #undef FIXMIN_POINTER
@@ -95,12 +97,20 @@ std::string words(const Driver& driver, Result result) {
     return std::string(text) + " (CUDA error " + std::to_string(result) + ")";
 }
 
+std::string version_text(int version) {
+    return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+
+constexpr const char* forked =
+    "this process was forked from one that has used a GPU, and CUDA does not work in it: start it by \"spawn\"";
+
 // Loaded once; a process without a driver is told so each time.
 const Driver& load_driver() {
     static std::mutex mutex;
     static Driver driver;
     static bool loaded = false;
     const std::lock_guard lock(mutex);
+    if (loaded && driver.owner != getpid()) throw UnsupportedError(forked);
     if (loaded) return driver;
     void* library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
     if (!library) throw UnsupportedError("no NVIDIA driver is installed (libcuda.so.1 is not found)");
@@ -113,17 +123,17 @@ const Driver& load_driver() {
 #undef FIXMIN_FIND
     driver.cuDriverGetVersion(&driver.version);
     if (driver.version < oldest_driver) {
-        throw UnsupportedError("the NVIDIA driver is too old: it supports CUDA " +
-                               std::to_string(driver.version / 1000) + "." +
-                               std::to_string(driver.version % 1000 / 10) + ", needed is 12.0");
+        throw UnsupportedError("the NVIDIA driver is too old: it supports CUDA " + version_text(driver.version) +
+                               ", needed is 12.0");
     }
     if (const Result result = driver.cuInit(0); result != success)
         throw UnsupportedError("the NVIDIA driver finds no usable GPU: " + words(driver, result));
+    driver.owner = getpid();
     loaded = true;
     return driver;
 }
 
-DeviceInfo describe(const Driver& driver, int device) {
+DeviceInfo describe(const Driver& driver, int device, uint32_t number) {
     const auto check = [&](Result result) {
         if (result != success) throw DeviceError("the GPU cannot be asked: " + words(driver, result));
     };
@@ -142,6 +152,7 @@ DeviceInfo describe(const Driver& driver, int device) {
                     attribute(attribute_shared_optin),
                     attribute(attribute_cooperative) != 0};
     check(driver.cuDeviceTotalMem(&info.memory_bytes, device));
+    info.number = number;
     return info;
 }
 
@@ -154,7 +165,9 @@ constexpr const char* kernel_names[] = {
 class Graph final : public Recording {
   public:
     Graph(const Driver& driver, Handle handle) : handle(handle), driver_(driver) {}
-    ~Graph() override { driver_.cuGraphExecDestroy(handle); }
+    ~Graph() override {
+        if (driver_.owner == getpid()) driver_.cuGraphExecDestroy(handle);
+    }
     Graph(const Graph&) = delete;
     Graph& operator=(const Graph&) = delete;
 
@@ -166,17 +179,17 @@ class Graph final : public Recording {
 
 class DriverDevice final : public Device {
   public:
-    DriverDevice(const Driver& driver, int number)
+    DriverDevice(const Driver& driver, int device, uint32_t number)
         : driver_(driver),
-          number_(number),
-          info_(describe(driver, number)),
+          device_(device),
+          info_(describe(driver, device, number)),
           overlaps_(info_.compute_major >= 9 && driver.version >= overlapping_driver) {
         if (info_.compute_major * 10 + info_.compute_minor < oldest_major * 10 + oldest_minor) {
             throw UnsupportedError(info_.name + " is too old: it has compute capability " +
                                    std::to_string(info_.compute_major) + "." + std::to_string(info_.compute_minor) +
                                    ", needed is 7.5");
         }
-        start("context", driver_.cuDevicePrimaryCtxRetain(&context_, number_));
+        start("context", driver_.cuDevicePrimaryCtxRetain(&context_, device_));
         try {
             start("context", driver_.cuCtxSetCurrent(context_));
             start("kernels", driver_.cuModuleLoadData(&module_, fixmin_cuda_kernels));
@@ -207,7 +220,7 @@ class DriverDevice final : public Device {
         return reinterpret_cast<std::byte*>(address);
     }
     void free(std::byte* memory) noexcept override {
-        if (!memory) return;
+        if (!memory || driver_.owner != getpid()) return;
         driver_.cuCtxSetCurrent(context_);
         driver_.cuMemFree(reinterpret_cast<Address>(memory));
     }
@@ -263,6 +276,7 @@ class DriverDevice final : public Device {
   private:
     // Calls come from whatever thread the engine has.
     void enter() {
+        if (driver_.owner != getpid()) throw DeviceError(forked);
         if (failure_ != success) check(failure_);
         check(driver_.cuCtxSetCurrent(context_));
     }
@@ -278,11 +292,11 @@ class DriverDevice final : public Device {
         throw UnsupportedError(text);
     }
     void close() noexcept {
-        if (!context_) return;
+        if (!context_ || driver_.owner != getpid()) return;
         driver_.cuCtxSetCurrent(context_);
         if (stream_) driver_.cuStreamDestroy(stream_);
         if (module_) driver_.cuModuleUnload(module_);
-        driver_.cuDevicePrimaryCtxRelease(number_);
+        driver_.cuDevicePrimaryCtxRelease(device_);
         context_ = nullptr;
     }
     // More than 48 kB have to be asked for.
@@ -313,7 +327,7 @@ class DriverDevice final : public Device {
     }
 
     const Driver& driver_;
-    const int number_;
+    const int device_;
     const DeviceInfo info_;
     const bool overlaps_;  // a kernel may start before the one before it has ended
     Handle context_ = nullptr, module_ = nullptr, stream_ = nullptr;
@@ -336,12 +350,14 @@ std::vector<DeviceInfo> devices() {
         const Driver& driver = load_driver();
         for (int i = 0; i < device_count(driver); ++i) {
             int device = 0;
-            if (driver.cuDeviceGet(&device, i) == success) found.push_back(describe(driver, device));
+            if (driver.cuDeviceGet(&device, i) == success) found.push_back(describe(driver, device, uint32_t(i)));
         }
     } catch (const Error&) {
     }
     return found;
 }
+
+std::string driver_version() { return version_text(load_driver().version); }
 
 std::unique_ptr<Device> open_device(uint32_t number) {
     const Driver& driver = load_driver();
@@ -351,7 +367,7 @@ std::unique_ptr<Device> open_device(uint32_t number) {
         throw UnsupportedError("there is no GPU cuda:" + std::to_string(number) + ": the driver shows " +
                                std::to_string(count));
     }
-    return std::make_unique<DriverDevice>(driver, device);
+    return std::make_unique<DriverDevice>(driver, device, number);
 }
 
 }  // namespace fixmin::cuda

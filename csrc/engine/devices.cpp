@@ -25,6 +25,10 @@ uint32_t gpu_number(const std::string& device) {
     throw ArgumentError("device is " + quoted(device) + "; known: auto, cpu, cuda, cuda:N");
 }
 
+#ifndef FIXMIN_CUDA
+constexpr const char* no_cuda = "this build has no CUDA: it was made without a compiler for it";
+#endif
+
 std::string wanted_device(const std::string& option) {
     if (!option.empty()) return option;
     const char* environment = std::getenv("FIXMIN_DEVICE");
@@ -49,7 +53,7 @@ std::unique_ptr<model::Backend> open_backend(gguf::GgufFile file, const model::B
 #else
     if (device == "auto") return std::make_unique<cpu::CpuBackend>(std::move(file), options, progress);
     gpu_number(device);
-    throw UnsupportedError("this build has no CUDA: it was made without a compiler for it");
+    throw UnsupportedError(no_cuda);
 #endif
 }
 
@@ -58,6 +62,18 @@ bool built_with_cuda() {
     return true;
 #else
     return false;
+#endif
+}
+
+std::string cuda_driver() {
+#ifdef FIXMIN_CUDA
+    try {
+        return "CUDA " + cuda::driver_version();
+    } catch (const UnsupportedError& error) {
+        return std::string("none: ") + error.what();
+    }
+#else
+    return std::string("none: ") + no_cuda;
 #endif
 }
 

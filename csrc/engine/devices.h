@@ -25,6 +25,9 @@ struct Gpu {
 /// Whether this build has kernels for GPUs.
 bool built_with_cuda();
 
+/// What the driver for GPUs supports, "CUDA 12.4", or "none: " and why no GPU can be used. Starts it, as gpus() does.
+std::string cuda_driver();
+
 /// The GPUs that the driver shows, in the order of their numbers. Starts the driver, after which a child that is forked
 /// can use none.
 std::vector<Gpu> gpus();

@@ -66,9 +66,11 @@ struct Batch {
 
 /// What a device is, for those who ask which one it was.
 struct Description {
-    std::string device;  // "cpu"
+    std::string device;  // as BackendOptions::device names it, without "auto": "cpu", "cuda", "cuda:1"
+    std::string name;    // of the processor
     std::string isa;     // of the kernels
-    uint32_t n_threads;  // that a step may take
+    uint32_t n_threads;  // of the host that a step may take
+    size_t memory_bytes;  // that the device has
 };
 
 /// Bytes on the device.
@@ -103,7 +105,6 @@ class Backend {
     virtual void parallel_for(uint32_t n, const std::function<void(uint32_t, uint32_t)>& body) = 0;
 
     /// From now on forward and project add the inputs of their products to it; null: no longer.
-    /// Throws UnsupportedError where a device cannot.
     virtual void collect_squares(InputSquares* squares) = 0;
 
     /// Bytes per second that the device reads of n_bytes of its memory, in each of `passes` over it.

@@ -31,4 +31,12 @@ struct InputSquares {
     }
 };
 
+/// Adds the squares of the channels begin..end of rows [T][sums.size()].
+inline void add_squares(std::vector<double>& sums, const float* rows, uint32_t n_tokens, uint32_t begin, uint32_t end) {
+    for (uint32_t t = 0; t < n_tokens; ++t) {
+        const float* row = rows + t * sums.size();
+        for (uint32_t i = begin; i < end; ++i) sums[i] += double(row[i]) * double(row[i]);
+    }
+}
+
 }  // namespace fixmin::model

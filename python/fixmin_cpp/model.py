@@ -448,7 +448,9 @@ class Model:
         ids = self.token_ids(text, name="text", room=0, parse_special=parse_special)
         params = _core.SamplingParams(max_new_tokens=0)
         with self.native() as engine:
-            wait_all([engine.submit(ids, params)])
+            request = engine.submit(ids, params)
+            wait_all([request])
+            request.result()  # raises what went wrong
             blocks = engine.export_prefix(ids)
             write_state(path, self.file_sha256(), self._info, ids, blocks)
         return len(blocks) // self._info["kv_block_bytes"] * self._info["kv_block_tokens"]

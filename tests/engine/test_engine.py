@@ -149,7 +149,8 @@ def test_cache_size_by_default(model_file, contexts, share_of_blocks):
     block = 32 * 2 * 2 * 64 * 2  # positions, layers, keys and values, width, bytes
     memory = min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), _core.cgroup_limits()["memory_bytes"])
     share = share_of_blocks * block / memory
-    engine = _core.Engine(model_file(), kv_contexts=contexts, kv_memory_share=min(share, 1.0))
+    # Of the host's memory: on a GPU it is a share of that one's.
+    engine = _core.Engine(model_file(), device="cpu", kv_contexts=contexts, kv_memory_share=min(share, 1.0))
     assert engine.info["kv_block_bytes"] == block
     assert engine.info["n_kv"] == 32 * max(2, min(2 * contexts, int(share_of_blocks)))
     for wrong in {"kv_contexts": 0}, {"kv_memory_share": -0.1}, {"kv_memory_share": 1.1}, {"kv_memory_share": np.nan}:
@@ -479,7 +480,7 @@ def test_calls_from_many_threads(model_file):
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 def test_fork_keeps_working(model_file):
-    engine = _core.Engine(model_file(), n_threads=3)
+    engine = _core.Engine(model_file(), n_threads=3, device="cpu")  # CUDA does not work after a fork
     expected = digest(engine.logits(ids_for(20)))
     context = multiprocessing.get_context("fork")
     queue = context.Queue()

@@ -131,7 +131,7 @@ def memory():
     return {key: 1024 * int(lines[key].split()[0]) for key in ("RssAnon", "RssFile", "VmHWM")}
 
 before = memory()
-engine = _core.Engine(sys.argv[1], n_threads=2, n_batch=8, n_ctx=16)
+engine = _core.Engine(sys.argv[1], n_threads=2, n_batch=8, n_ctx=16, device="cpu")  # whose memory this is
 print(json.dumps([before, memory(), engine.info["bytes"]]))
 """
 
@@ -171,7 +171,7 @@ def size():
     return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize"))
 
 def attempt(settings):
-    with fixmin_cpp.Model(sys.argv[1], n_threads=2, **settings) as model:
+    with fixmin_cpp.Model(sys.argv[1], device="cpu", n_threads=2, **settings) as model:  # whose memory lacks
         return model.logits([1, 2, 3]).tobytes()
 
 settings = eval(sys.argv[2])
@@ -234,7 +234,7 @@ import fixmin_cpp
 def peak():
     return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 
-with fixmin_cpp.Model(sys.argv[1], n_ctx=1024, n_threads=2) as model:
+with fixmin_cpp.Model(sys.argv[1], device="cpu", n_ctx=1024, n_threads=2) as model:  # whose memory this is
     size = model.info["vocab_size"]
     tokens = [(7 * position + 3) % size for position in range(1001)]
     model.score(tokens[:65])  # what is made only once

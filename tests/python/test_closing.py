@@ -203,7 +203,7 @@ def test_in_a_signal_handler(long_model_path, call, then):
 FORK = """
 import asyncio, os, sys, threading, warnings, fixmin_cpp
 warnings.simplefilter("ignore")
-model = fixmin_cpp.Model(sys.argv[1])
+model = fixmin_cpp.Model(sys.argv[1], device="cpu")  # CUDA does not work after a fork
 more = {"max_new_tokens": 10**6, "ignore_eos": True}
 stream = model.stream("a", **more)
 next(stream)

@@ -188,6 +188,7 @@ print(next(stream).token_id)
 FORKED = """
 import os, sys, warnings, fixmin_cpp
 warnings.simplefilter("ignore")  # Python 3.12 warns of fork in a process with threads, which is what is tested
+os.environ["FIXMIN_DEVICE"] = "cpu"  # CUDA does not work after a fork
 model = fixmin_cpp.Model(sys.argv[1])
 expected = fixmin_cpp.generate(sys.argv[1], "the cat", max_new_tokens=5).token_ids
 assert model.generate("the cat", max_new_tokens=5).token_ids == expected

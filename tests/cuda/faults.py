@@ -1,0 +1,180 @@
+"""A GPU without memory, one that fails, processes that fork. Run by test_suite.py, with an emulated GPU."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from emulated_state import NOTHING, fail_allocation, fail_launch, held
+from gguf_factory import make_model
+
+import fixmin_cpp
+from fixmin_cpp import DeviceError, Model
+
+SIZES = {"vocab_size": 100, "weight_type": "Q8_0", "embedding_length": 32, "head_count": 2, "feed_forward_length": 64}
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("models") / "model.gguf", **SIZES, code_kind="table")
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    assert held() == NOTHING
+    yield
+    fail_allocation(0)
+    fail_launch(0)
+    assert held() == NOTHING
+
+
+def answer(model: Model) -> list[int]:
+    return list(model.generate([1, 2, 3], max_new_tokens=4, ignore_eos=True).token_ids)
+
+
+def test_memory_that_is_lacking_at_every_allocation(path: Path) -> None:
+    with Model(path, device="cuda") as other:
+        expected = answer(other)
+        before = held()
+        number = 0
+        while True:
+            number += 1
+            fail_allocation(number)
+            try:
+                model = Model(path, device="cuda")
+            except MemoryError as error:
+                assert "not enough memory: the emulated GPU has no " in str(error)
+                assert str(path) in str(error)
+                assert " bytes for " in str(error)
+                assert held() == before
+                assert answer(other) == expected
+                continue
+            break
+        fail_allocation(0)
+        assert number > 1
+        assert answer(model) == expected
+        model.close()
+        assert held() == before
+
+
+def test_memory_that_is_lacking_later(path: Path) -> None:
+    with Model(path, device="cuda") as model, model.native() as engine:
+        expected = answer(model)
+        before = held()
+        for number in (1, 2):
+            fail_allocation(number)
+            with pytest.raises(MemoryError, match="the emulated GPU has no [0-9]+ bytes for what is read"):
+                engine.read_ceiling(1 << 20, 1)
+            assert held() == before
+        assert answer(model) == expected
+
+
+def test_loading_that_is_cancelled(path: Path) -> None:
+    with pytest.raises(fixmin_cpp.FixminError, match="cancelled"):
+        Model(path, device="cuda", progress=lambda done: done < 0.5)
+
+
+def test_a_gpu_that_fails_at_every_launch_of_a_request(path: Path) -> None:
+    with Model(path, device="cuda") as other:
+        expected = answer(other)
+        number, step = 0, 1
+        while True:
+            number += step
+            with Model(path, device="cuda") as model:
+                fail_launch(number)
+                try:
+                    assert answer(model) == expected
+                except DeviceError as error:
+                    assert "the emulated GPU has failed" in str(error)
+                else:
+                    break  # the request takes fewer launches
+                # It fails for good; others and the CPU do not.
+                for _ in range(2):
+                    with pytest.raises(DeviceError, match="has failed"):
+                        answer(model)
+                with pytest.raises(DeviceError, match="has failed"):
+                    model.logits([1, 2])
+                with pytest.raises(DeviceError, match="has failed"):
+                    model.score([1, 2])
+                assert answer(other) == expected
+            step = 1 + number // 8
+        fail_launch(0)
+        assert number > 20
+        with Model(path, device="cpu") as cpu, Model(path, device="cuda") as again:
+            assert answer(cpu) == answer(again) == expected
+
+
+def test_a_gpu_that_fails_beneath_a_stream_and_many_requests(path: Path, tmp_path: Path) -> None:
+    with Model(path, device="cuda") as model:
+        stream = model.stream([1, 2], max_new_tokens=40, ignore_eos=True)
+        next(stream)
+        fail_launch(30)
+        with pytest.raises(DeviceError, match="has failed"):
+            list(stream)
+        with pytest.raises(DeviceError, match="has failed"):
+            model.generate([[1], [2], [3]], max_new_tokens=4)
+        with pytest.raises(DeviceError, match="has failed"):
+            model.save_state(tmp_path / "state", [1] * 40)
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_gpu_that_fails_while_an_importance_matrix_is_made(path: Path) -> None:
+    from fixmin_cpp import _core
+
+    engine = _core.Engine(str(path), device="cuda")
+    squares = _core.InputSquares(engine)
+    fail_launch(5)
+    with pytest.raises(DeviceError, match="has failed"):
+        squares.add(engine, [1, 2, 3])
+    engine.close()
+
+
+FORKS = """
+import os, sys, fixmin_cpp
+from fixmin_cpp import _core
+
+def in_child(what):
+    pid = os.fork()
+    if pid == 0:
+        try:
+            what()
+        except BaseException as error:
+            print(type(error).__name__, error, flush=True)
+            os._exit(3)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+def load(device="cuda"):
+    with fixmin_cpp.Model(sys.argv[1], device=device) as model:
+        assert model.info["device"] == ("cpu" if device == "auto" else device), model.info["device"]
+        answer(model)
+
+def answer(model):
+    model.generate([1, 2], max_new_tokens=3, ignore_eos=True)
+
+fixmin_cpp.system_info()
+fixmin_cpp.Model(sys.argv[1], device="cpu").close()
+assert in_child(load) == 0
+model = fixmin_cpp.Model(sys.argv[1], device="cuda")
+answer(model)
+assert in_child(lambda: answer(model)) == 3
+assert in_child(lambda: model.close()) == 0
+assert in_child(load) == 3
+assert in_child(lambda: load("cpu")) == 0
+assert in_child(lambda: load("auto")) == 0
+answer(model)
+model.close()
+print("parent")
+"""
+
+
+def test_fork(path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORKS, path], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    request, loading, parent = done.stdout.splitlines()
+    assert request.startswith("DeviceError this process was forked from one that has used ")
+    assert loading.startswith(f"UnsupportedError {path}: this process was forked from one that has used ")
+    assert parent == "parent"
