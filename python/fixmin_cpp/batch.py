@@ -58,6 +58,7 @@ def run_batch(
     ray_address: str | None = None,
     ray_actors: int | None = None,
     ray_lines: int | None = None,
+    ray_gpus: float | None = None,
     progress: Callable[[BatchReport], object] | None = None,
     **load: "Unpack[LoadArguments]",
 ) -> BatchReport:
@@ -78,8 +79,9 @@ def run_batch(
         fail_fast: the first bad line ends the job; otherwise its record says what was wrong.
         overwrite: do not resume, start again, whatever `target` holds.
         ray_address: "auto", "HOST:PORT", "local" (a Ray instance of its own), or None: this process.
-        ray_actors: models in the cluster; None: one per node that has CPUs.
+        ray_actors: models in the cluster; None: one per node that has CPUs, with device="cuda" one per GPU.
         ray_lines: lines that an actor gets at a time, and repeats if it dies; None: four times `n_parallel`.
+        ray_gpus: that an actor reserves, Ray's num_gpus; None: with device="cuda" 1. A part: so many actors share one.
         progress: called after each line.
         **load: n_threads, n_ctx, kv_type, n_parallel, ...: see Model. So many lines as n_parallel says (64) are worked
             on at a time. With Ray, n_threads is also the CPUs that an actor reserves.
@@ -91,8 +93,8 @@ def run_batch(
     """
     n_parallel = as_int("n_parallel", load.get("n_parallel", _N_PARALLEL), 1, 4096)
     n_threads = as_threads(load.get("n_threads")) or None
-    if ray_address is None and (ray_actors, ray_lines) != (None, None):
-        raise ArgumentError("ray_actors and ray_lines need ray_address")
+    if ray_address is None and (ray_actors, ray_lines, ray_gpus) != (None, None, None):
+        raise ArgumentError("ray_actors, ray_lines and ray_gpus need ray_address")
     refuse_inputs(target, source, model)
     lines = InputFile.scan(source)
     load_options = LoadOptions.check({**load, "n_threads": n_threads, "n_parallel": n_parallel})
@@ -107,7 +109,7 @@ def run_batch(
                 rest = lines.lines(resumed.number, resumed.offset)
                 results = run_lines(stack.enter_context(file.load()), settings, rest, n_parallel)
             else:
-                results = _run_on_ray(ray_address, file, settings, lines, resumed, ray_actors, ray_lines)
+                results = _run_on_ray(ray_address, file, settings, lines, resumed, ray_actors, ray_lines, ray_gpus)
             stack.enter_context(contextlib.closing(results))
             for result in _in_order(lines.lines(resumed.number, resumed.offset), results):
                 tally.add(result)

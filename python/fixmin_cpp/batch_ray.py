@@ -5,7 +5,8 @@ import itertools
 import logging
 import os
 from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pyarrow  # type: ignore[import-untyped]
@@ -17,6 +18,7 @@ from .batch_lines import InputFile, Line, Settings
 from .batch_output import Resumed
 from .batch_work import ModelFile, Result, run_lines
 from .errors import ArgumentError, FixminError
+from .load_options import on_ray
 from .model import Model
 
 __all__ = ["run_on_ray"]
@@ -47,6 +49,7 @@ def run_on_ray(
     resumed: Resumed,
     actors: int | None,
     lines_per_task: int | None,
+    gpus: float | None,
 ) -> Generator[Result, None, None]:
     """The results of the lines that are left, in their order, while the cluster works on those that follow.
 
@@ -55,12 +58,19 @@ def run_on_ray(
 
     Args:
         address: "auto", "HOST:PORT", or "local" for a Ray instance of its own.
-        actors: number of models. lines_per_task: see run_batch.
+        actors: number of models. lines_per_task, gpus: see run_batch.
     """
+    device, n_gpus = on_ray(file.options.device, gpus)
+    file = replace(file, options=replace(file.options, device=device))
     per_task = 4 * file.options.n_parallel if lines_per_task is None else as_int("ray_lines", lines_per_task, 1)
     per_task = max(per_task, -(-(lines.n_lines - resumed.n_records) // _MAX_PIECES))
     with _connection(address):
-        n_actors, n_threads = _pool(actors, file.options.n_threads)
+        nodes = [
+            (int(node["Resources"].get("CPU", 0)), int(node["Resources"].get("GPU", 0)))
+            for node in ray.nodes()
+            if node["Alive"]
+        ]
+        n_actors, n_threads = _pool(nodes, actors, file.options.n_threads, n_gpus)
         pieces = _pieces(lines, resumed, per_task)
         here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
         attempts = ray.remote(_Attempts).options(num_cpus=0, label_selector=here).remote(_MAX_ATTEMPTS)
@@ -83,6 +93,7 @@ def run_on_ray(
                 size=n_actors, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True
             ),
             num_cpus=n_threads,
+            num_gpus=n_gpus or None,
         )
         dataset.context.execution_options.preserve_order = True
         dataset.context.enable_progress_bars = False
@@ -159,21 +170,36 @@ def _pieces(lines: InputFile, resumed: Resumed, per_piece: int) -> list[dict[str
     return pieces
 
 
-def _pool(actors: int | None, n_threads: int | None) -> tuple[int, int]:
-    """Number of actors and CPUs of each. Without a wish: one per node, with the CPUs of the smallest node."""
-    cpus = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-    cpus = [n for n in cpus if n > 0]
-    if not cpus:
-        raise ArgumentError("the Ray cluster has no CPUs")
-    n_threads = min(cpus) if n_threads is None else as_int("n_threads", n_threads, 1)
-    room = sum(n // n_threads for n in cpus)
-    n_actors = as_int("ray_actors", actors, 1) if actors is not None else min(room, len(cpus))
+def _pool(
+    nodes: Sequence[tuple[int, int]], actors: int | None, n_threads: int | None, n_gpus: float
+) -> tuple[int, int]:
+    """Number of actors and CPUs of each, on nodes of so many CPUs and GPUs.
+
+    Without a wish: with GPUs as many as they have room for, else one per node, with the CPUs of the smallest node.
+    """
+    most = [(cpus, _per_node(gpus, n_gpus) if n_gpus else cpus) for cpus, gpus in nodes]
+    most = [(cpus, n) for cpus, n in most if cpus > 0 and n > 0]
+    if not most:
+        raise ArgumentError("the Ray cluster has no " + (f"GPUs for actors of {n_gpus:g}" if n_gpus else "CPUs"))
+    if n_threads is None:
+        n_threads = min(max(1, cpus // n) if n_gpus else cpus for cpus, n in most)
+    n_threads = as_int("n_threads", n_threads, 1)
+    room = sum(min(cpus // n_threads, n) for cpus, n in most)
+    wanted = room if n_gpus else min(room, len(most))
+    n_actors = wanted if actors is None else as_int("ray_actors", actors, 1)
     if not 1 <= n_actors <= room:
+        each = f"{n_threads} CPUs" + (f" and {n_gpus:g} GPUs" if n_gpus else "")
+        have = (f"{cpus} CPUs and {gpus} GPUs" if n_gpus else str(cpus) for cpus, gpus in nodes if cpus > 0)
         raise ArgumentError(
-            f"the Ray cluster has room for {room} actors of {n_threads} CPUs, not for {max(n_actors, 1)}: its nodes "
-            f"have {', '.join(map(str, cpus))}"
+            f"the Ray cluster has room for {room} actors of {each}, not for {max(n_actors, 1)}: its nodes have "
+            f"{', '.join(have)}"
         )
     return n_actors, n_threads
+
+
+def _per_node(gpus: int, each: float) -> int:
+    """Actors that get `each` GPUs on a node: parts are of one GPU."""
+    return gpus * int(1 / each + 1e-9) if each < 1 else gpus // int(each)
 
 
 @contextlib.contextmanager

@@ -31,6 +31,8 @@ class BenchReport:
     """Speeds are medians of `*_runs`; GB are 10^9 bytes; a multiply-add of 8-bit integers is two operations."""
 
     file: str
+    device: str  # "cpu", "cuda", "cuda:1"
+    device_name: str
     isa: str
     threads: int
     kv_type: str
@@ -40,6 +42,7 @@ class BenchReport:
     repeat: int
     load_s: float  # opening the file until the model is ready
     rss_bytes: int  # resident memory of the process after the runs
+    model_bytes: int  # weights, KV cache and buffers, on the device
     prefill_tok_s: float
     prefill_tok_s_runs: list[float]
     decode_tok_s: float
@@ -68,8 +71,11 @@ class BenchReport:
         read = self.cached_read_gb_s if cached else self.read_ceiling_gb_s
         roofline = self.decode_cached_roofline if cached else self.decode_roofline
         depth = f" after {self.depth:,}" if self.depth else ""
+        on_gpu = self.device != "cpu"
+        where = f"{self.device_name}, " if on_gpu else ""
+        held = f", {self.model_bytes / 1e6:,.0f} MB on the GPU" if on_gpu else ""
         return [
-            f"{self.file}: {self.isa}, {self.threads} thread{'s' * (self.threads > 1)}, KV cache {self.kv_type}, "
+            f"{self.file}: {where}{self.isa}, {self.threads} thread{'s' * (self.threads > 1)}, KV cache {self.kv_type}, "
             f"median of {self.repeat} run{'s' * (self.repeat > 1)}",
             f"prefill {self.prefill_tok_s:10,.1f} tok/s {_spread(self.prefill_tok_s_runs)}, {self.n_prompt:,} tokens: "
             f"{100 * self.prefill_peak_fraction:.0f} % of {self.int8_peak_tops:.2f} TOPS (8-bit integers)",
@@ -77,7 +83,7 @@ class BenchReport:
             f"{self.n_generate:,} tokens{depth}: {100 * roofline:.0f} % of {read:.1f} GB/s "
             f"({'cache' if cached else 'memory'}), "
             f"{self.decode_bytes_per_token / 1e6:,.1f} MB each",
-            f"loaded in {self.load_s:.2f} s, {self.rss_bytes / 1e6:,.0f} MB resident (--all and --json: every figure)",
+            f"loaded in {self.load_s:.2f} s, {self.rss_bytes / 1e6:,.0f} MB resident{held} (--all and --json: every figure)",
         ]
 
 
@@ -184,6 +190,8 @@ def bench(
     prefill_tok_s, decode_tok_s = float(np.median(prefills)), float(np.median(decodes))
     return BenchReport(
         file=Path(path).name,
+        device=info["device"],
+        device_name=info["device_name"],
         isa=info["isa"],
         threads=info["n_threads"],
         kv_type=info["kv_type"],
@@ -193,6 +201,7 @@ def bench(
         repeat=repeat,
         load_s=load_s,
         rss_bytes=rss,
+        model_bytes=info["bytes"]["memory"],
         prefill_tok_s=prefill_tok_s,
         prefill_tok_s_runs=prefills,
         decode_tok_s=decode_tok_s,

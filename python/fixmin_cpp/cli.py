@@ -327,10 +327,13 @@ def batch(
         ),
     ] = None,
     ray_actors: Annotated[
-        int | None, typer.Option(help="Models in the cluster. Default: one per node.", rich_help_panel=_CLUSTER)
+        int | None, typer.Option(help="Models in the cluster. Default: one per node, or GPU.", rich_help_panel=_CLUSTER)
     ] = None,
     ray_lines: Annotated[
         int | None, typer.Option(help="Lines of a Ray task. Default: 4 times --parallel.", rich_help_panel=_CLUSTER)
+    ] = None,
+    ray_gpus: Annotated[
+        float | None, typer.Option(help="GPUs of each model. Default: 1 with --device cuda.", rich_help_panel=_CLUSTER)
     ] = None,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Neither progress nor a summary.")] = False,
     as_json: _Json = False,
@@ -365,6 +368,7 @@ def batch(
                 ray_address=ray,
                 ray_actors=ray_actors,
                 ray_lines=ray_lines,
+                ray_gpus=ray_gpus,
                 progress=update,
             )
         if report.n_resumed == report.n_lines > 0 and not as_json and not quiet:
@@ -660,7 +664,8 @@ def info(as_json: _Json = False, debug: _Debug = False) -> None:
     with output.errors(debug):
         gpus = _core.gpus()
         shown = [f"{gpu['name']}, {gpu['architecture']}, {gpu['memory_bytes'] / 1e9:.1f} GB" for gpu in gpus]
-        output.report({**system_info(), "gpus": gpus if as_json else shown}, as_json)
+        found = {**system_info(), "cuda_driver": _core.cuda_driver(), "gpus": gpus if as_json else shown}
+        output.report(found, as_json)
 
 
 def _forward(context: typer.Context, name: str) -> None:

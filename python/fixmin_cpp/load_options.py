@@ -3,15 +3,16 @@
 A new option that the engine takes needs a row here, and nothing else in Python.
 """
 
+import os
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, TypedDict
 
-from .arguments import MAX_INT32, as_int
+from .arguments import MAX_INT32, as_float, as_int
 from .errors import ArgumentError, ArgumentTypeError
 from .fields import Field, Integer, Number, checked_class, fields_of
 
-__all__ = ["LOAD_FIELDS", "LoadArguments", "LoadOptions"]
+__all__ = ["LOAD_FIELDS", "LoadArguments", "LoadOptions", "on_ray"]
 
 
 def _kv_type(name: str, value: Any, vocab_size: int) -> str:
@@ -60,7 +61,8 @@ class LoadArguments(TypedDict, total=False):
     kv_contexts: Annotated[int, Field(16, Integer(1, MAX_INT32),
         "contexts that the KV cache holds without n_kv.", option=None)]
     kv_memory_share: Annotated[float, Field(1 / 8, Number(0.0, 1.0),
-        "most of the memory that it then takes, a share.", option=None)]
+        "most of the memory that it then takes, a share: of a GPU's, or of what the machine lets the process use.",
+        option="--kv-memory-share", rare=True)]
     # fmt: on
 
 
@@ -85,3 +87,28 @@ class LoadOptions(_Checked):  # type: ignore[misc]  # made of the table
     def given(self) -> dict[str, Any]:
         """As arguments again, without what is left to the machine."""
         return {name: value for name in LOAD_FIELDS if (value := getattr(self, name)) is not None}
+
+
+def on_ray(device: str | None, gpus: float | None) -> tuple[str, float]:
+    """Where the model of a Ray actor runs, and how many GPUs the actor reserves.
+
+    Ray shows an actor the GPUs that it gave it and no others (CUDA_VISIBLE_DEVICES): the first is the one to take.
+
+    Args:
+        device: as in LoadArguments; None: what FIXMIN_DEVICE says here, since actors have another environment.
+        gpus: None: one, if the model runs on a GPU. A part of one: so many actors share it.
+
+    Raises:
+        ArgumentError: the device is chosen by number or "auto"; gpus on the CPU, or more than one and not whole.
+    """
+    device = device or os.environ.get("FIXMIN_DEVICE") or "cpu"
+    if device not in ("cpu", "cuda"):
+        raise ArgumentError(f'on Ray device must be "cpu" or "cuda", got {device!r}: Ray says which GPU it is')
+    if gpus is None:
+        return device, float(device == "cuda")
+    gpus = as_float("ray_gpus", gpus, 0.0, 1024.0)
+    if (gpus > 0) != (device == "cuda"):
+        raise ArgumentError(f'ray_gpus is {gpus:g} and device {device!r}: a model on "cuda" needs more than 0, else 0')
+    if gpus > 1 and not gpus.is_integer():
+        raise ArgumentError(f"ray_gpus is {gpus:g}; it must be at most 1, or whole")
+    return device, gpus

@@ -108,11 +108,12 @@ class Model:
         self._bos_id = bos_id if isinstance(bos_id, int) and 0 <= bos_id < self._vocab_size else None
         self._runner = Runner(engine, self.path)
         _log.debug(
-            "loaded %s in %.2f s: %.1f MB of weights, KV cache of %d positions, %d threads, %s",
+            "loaded %s in %.2f s: %.1f MB of weights, KV cache of %d positions, %s, %d threads, %s",
             self.path,
             time.monotonic() - begin,
             self._info["bytes"]["weights"] / 1e6,
             self._info["n_kv"],
+            self._info["device"],
             self._info["n_threads"],
             self._info["isa"],
         )

@@ -106,7 +106,12 @@ SERVE_FIELDS: Mapping[str, Field] = fields_of(ServeArguments)
 # How its model is loaded, too: but for the KV cache, which holds as many whole contexts as generations may run.
 _CACHE = "Positions of the KV cache, of all requests. Default: --parallel contexts, if memory allows."
 SERVE_LOAD_FIELDS: Mapping[str, Field] = {
-    **{name: row for name, row in LOAD_FIELDS.items() if name not in ("kv_contexts", "kv_memory_share")},
+    **{name: row for name, row in LOAD_FIELDS.items() if name != "kv_contexts"},
     "n_kv": replace(LOAD_FIELDS["n_kv"], option_help=_CACHE),
+    "kv_memory_share": replace(
+        LOAD_FIELDS["kv_memory_share"],
+        default=1 / 4,
+        option_help="Most of the memory, or of the GPU's, that the KV cache takes without --n-kv.",
+    ),
     "n_parallel": replace(LOAD_FIELDS["n_parallel"], default=64),
 }

@@ -6,6 +6,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 typedef int Result;
 typedef unsigned long long Address;
@@ -25,7 +26,13 @@ static void note(const char* what) {
 
 static size_t used;
 
-Result cuInit(unsigned flags) { return (Result)setting("FAKE_INIT", (long)flags); }
+static pid_t owner;
+
+Result cuInit(unsigned flags) {
+    if (owner && owner != getpid()) return 3;  // not initialised: what CUDA says in a forked child
+    owner = getpid();
+    return (Result)setting("FAKE_INIT", (long)flags);
+}
 Result cuDriverGetVersion(int* version) { return *version = (int)setting("FAKE_VERSION", 13000), 0; }
 Result cuGetErrorString(Result result, const char** text) {
     static char words[64];
@@ -45,14 +52,14 @@ Result cuDeviceGetAttribute(int* value, int which, int device) {
     return 0;
 }
 Result cuDeviceTotalMem_v2(size_t* bytes, int device) {
-    return *bytes = (size_t)setting("FAKE_MEMORY", 1 << 30), device;
+    return *bytes = (size_t)setting("FAKE_MEMORY", 1 << 30), device > 1;
 }
 Result cuDevicePrimaryCtxRetain(void** context, int device) {
     const Result result = (Result)setting("FAKE_CONTEXT", 0);
     if (result == 0) note("retain");
-    return *context = &used, result + device;
+    return *context = &used, result + (device > 1);
 }
-Result cuDevicePrimaryCtxRelease_v2(int device) { return note("release"), device; }
+Result cuDevicePrimaryCtxRelease_v2(int device) { return note("release"), device > 1; }
 Result cuCtxSetCurrent(void* context) { return context ? 0 : 201; }
 Result cuMemGetInfo_v2(size_t* left, size_t* all) {
     *all = (size_t)setting("FAKE_MEMORY", 1 << 30);

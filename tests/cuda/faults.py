@@ -12,6 +12,7 @@ from gguf_factory import make_model
 import fixmin_cpp
 from fixmin_cpp import DeviceError, Model
 
+FORKS = Path(__file__).with_name("forks.py")
 SIZES = {"vocab_size": 100, "weight_type": "Q8_0", "embedding_length": 32, "head_count": 2, "feed_forward_length": 64}
 
 
@@ -130,48 +131,9 @@ def test_a_gpu_that_fails_while_an_importance_matrix_is_made(path: Path) -> None
     engine.close()
 
 
-FORKS = """
-import os, sys, fixmin_cpp
-from fixmin_cpp import _core
-
-def in_child(what):
-    pid = os.fork()
-    if pid == 0:
-        try:
-            what()
-        except BaseException as error:
-            print(type(error).__name__, error, flush=True)
-            os._exit(3)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-def load(device="cuda"):
-    with fixmin_cpp.Model(sys.argv[1], device=device) as model:
-        assert model.info["device"] == ("cpu" if device == "auto" else device), model.info["device"]
-        answer(model)
-
-def answer(model):
-    model.generate([1, 2], max_new_tokens=3, ignore_eos=True)
-
-fixmin_cpp.system_info()
-fixmin_cpp.Model(sys.argv[1], device="cpu").close()
-assert in_child(load) == 0
-model = fixmin_cpp.Model(sys.argv[1], device="cuda")
-answer(model)
-assert in_child(lambda: answer(model)) == 3
-assert in_child(lambda: model.close()) == 0
-assert in_child(load) == 3
-assert in_child(lambda: load("cpu")) == 0
-assert in_child(lambda: load("auto")) == 0
-answer(model)
-model.close()
-print("parent")
-"""
-
-
 def test_fork(path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", FORKS, path], capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, "-W", "ignore", FORKS, path], capture_output=True, text=True, check=False, timeout=120
     )
     assert (done.returncode, done.stderr) == (0, "")
     request, loading, parent = done.stdout.splitlines()

@@ -19,6 +19,7 @@ pytestmark = [
 ]
 
 FAKE = Path(__file__).with_name("fake_driver.c")
+FORKS = Path(__file__).with_name("forks.py")
 
 
 @pytest.fixture(scope="module")
@@ -124,3 +125,39 @@ def test_one_kernel_for_a_step_where_its_blocks_fit(driver, model_path, tmp_path
 def test_an_unknown_kind_of_step(driver, model_path):
     found = load(model_path, driver, FIXMIN_CUDA_STEP="fast")
     assert found["error"] == "ArgumentError: FIXMIN_CUDA_STEP is 'fast'; it must be graph or persistent"
+
+
+def test_fork(driver, model_path):
+    """What children say; the parent's model goes on. The fake computes nothing, so that nothing is compared."""
+    env = os.environ | {"LD_LIBRARY_PATH": str(driver)}
+    command = [sys.executable, "-W", "ignore", FORKS, model_path]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    reason = 'this process was forked from one that has used a GPU, and CUDA does not work in it: start it by "spawn"'
+    assert done.stdout.splitlines() == [
+        f"DeviceError {reason}",
+        f"UnsupportedError {model_path}: {reason}",
+        "parent",
+    ]
+
+
+def test_what_info_shows(driver):
+    def info(**fails: str) -> dict[str, object]:
+        env = os.environ | {"LD_LIBRARY_PATH": str(driver)} | {"FAKE_" + k.upper(): v for k, v in fails.items()}
+        command = [sys.executable, "-m", "fixmin_cpp.cli", "info", "--json"]
+        return json.loads(subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout)
+
+    gpu = {"name": "Fake GPU", "architecture": "sm_90", "memory_bytes": 1 << 30}
+    found = info(version="12040")
+    assert (found["cuda_driver"], found["gpus"]) == ("CUDA 12.4", [gpu])
+    assert info(devices="2")["gpus"] == [gpu, gpu]
+    found = info(version="11080")
+    assert found["cuda_driver"] == "none: the NVIDIA driver is too old: it supports CUDA 11.8, needed is 12.0"
+    assert found["gpus"] == []
+
+
+def test_auto_and_numbers_say_which(driver, model_path):
+    assert load(model_path, driver, device="auto")["device"] == "cuda"
+    assert load(model_path, driver, device="cuda:1", devices="2")["device"] == "cuda:1"
+    found = load(model_path, driver, device="cuda:2", devices="2")
+    assert found["error"] == f"UnsupportedError: {model_path}: there is no GPU cuda:2: the driver shows 2"

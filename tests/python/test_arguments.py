@@ -13,7 +13,7 @@ import pytest
 import fixmin_cpp
 from fixmin_cpp import ArgumentError, ArgumentTypeError, Model, _core, generation_options
 from fixmin_cpp.generation_options import GenerationOptions
-from fixmin_cpp.load_options import LOAD_FIELDS, LoadOptions
+from fixmin_cpp.load_options import LOAD_FIELDS, LoadOptions, on_ray
 from fixmin_cpp.running import Runner
 from fixmin_cpp.sampling_fields import FIELDS
 
@@ -639,3 +639,21 @@ def test_errors_are_what_their_callers_expect():
         assert issubclass(error, ValueError)
     assert issubclass(fixmin_cpp.UnsupportedError, fixmin_cpp.FixminError)
     assert issubclass(ArgumentTypeError, TypeError)
+
+
+def test_devices_on_ray(monkeypatch):
+    monkeypatch.delenv("FIXMIN_DEVICE", raising=False)
+    assert on_ray(None, None) == on_ray("cpu", 0) == ("cpu", 0.0)
+    assert on_ray("cuda", None) == ("cuda", 1.0)
+    assert (on_ray("cuda", 0.25), on_ray("cuda", 2)) == (("cuda", 0.25), ("cuda", 2.0))
+    monkeypatch.setenv("FIXMIN_DEVICE", "cuda")
+    assert (on_ray(None, None), on_ray("cpu", None)) == (("cuda", 1.0), ("cpu", 0.0))
+    for device in ("auto", "cuda:0", "cuda:1"):
+        with pytest.raises(ArgumentError, match=f"on Ray device must be .* got '{device}'"):
+            on_ray(device, None)
+    for device, gpus in (("cpu", 1), ("cuda", 0)):
+        with pytest.raises(ArgumentError, match=f"ray_gpus is {gpus} and device '{device}'"):
+            on_ray(device, gpus)
+    for gpus in (-1, 1.5):
+        with pytest.raises(ArgumentError, match=f"ray_gpus.*{gpus}"):
+            on_ray("cuda", gpus)

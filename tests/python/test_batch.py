@@ -541,6 +541,7 @@ WRONG = [
     ({"options": {"top_k": 1}, "task": "embed"}, "top_k is an option of the task generate"),
     ({"token_ids": True, "task": "embed"}, "token_ids is an option of the task generate"),
     ({"ray_actors": 2}, "need ray_address"),
+    ({"ray_gpus": 1}, "need ray_address"),
     ({"source": "."}, "must be a file"),
     ({"target": "."}, "must be a file"),
     ({"target": "in"}, "is an input"),

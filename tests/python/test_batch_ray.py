@@ -189,3 +189,25 @@ def test_an_instance_of_its_own(job, tmp_path):
     assert result.returncode == 0, result.stderr.decode()  # which has warnings of Ray, too
     assert json.loads(result.stdout)["n_done"] == 3
     assert records(tmp_path / "out") == expected[:3]
+
+
+def test_actors_that_fit():
+    from fixmin_cpp.batch_ray import _pool
+
+    # Nodes of so many CPUs and GPUs; wanted actors and threads; GPUs of each.
+    assert _pool([(8, 0), (4, 2)], None, None, 0) == (2, 4)
+    assert _pool([(8, 0), (4, 0)], None, 2, 0) == (2, 2)
+    assert _pool([(8, 0), (4, 0)], 5, 2, 0) == (5, 2)
+    assert _pool([(8, 0), (16, 4), (6, 2)], None, None, 1) == (6, 3)
+    assert _pool([(16, 4)], None, None, 0.5) == (8, 2)
+    assert _pool([(16, 4)], None, None, 2) == (2, 8)
+    assert _pool([(2, 4)], None, 1, 1) == (2, 1)
+    for nodes, actors, n_threads, gpus, message in (
+        ([(0, 0)], None, None, 0, "has no CPUs"),
+        ([(8, 0)], None, None, 1, "has no GPUs for actors of 1"),
+        ([(8, 1)], None, None, 2, "has no GPUs for actors of 2"),
+        ([(8, 2)], 3, None, 1, "room for 2 actors of 4 CPUs and 1 GPUs, not for 3: its nodes have 8 CPUs and 2 GPUs"),
+        ([(8, 0), (4, 0)], 13, 1, 0, "room for 12 actors of 1 CPUs, not for 13: its nodes have 8, 4"),
+    ):
+        with pytest.raises(fixmin_cpp.ArgumentError, match=message):
+            _pool(nodes, actors, n_threads, gpus)

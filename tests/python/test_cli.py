@@ -306,7 +306,9 @@ def test_terminal_without_a_prompt_is_asked_for_one(model_path):
 def test_info():
     plain = dict(line.split(": ", 1) for line in fixmin("info").stdout.decode().splitlines())
     report = json.loads(fixmin("info", "--json").stdout)
-    assert report.keys() == fixmin_cpp.system_info().keys() | {"gpus"} == plain.keys()
+    assert report.keys() == fixmin_cpp.system_info().keys() | {"cuda_driver", "gpus"} == plain.keys()
+    assert re.match(r"CUDA \d+\.\d+$|none: .+", report["cuda_driver"])
+    assert not (report["gpus"] and report["cuda_driver"].startswith("none"))
     for gpu in report["gpus"]:
         assert gpu["name"] in plain["gpus"]
     assert plain["isa"] == report["isa"]

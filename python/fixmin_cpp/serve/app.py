@@ -377,6 +377,8 @@ def _add_facts(app: FastAPI, host: ModelHost, metrics: Metrics) -> None:
             "embedding_length": info["embedding_length"],
             "eos_token_id": info["eos_token_id"],
             "quantization": max(by_type, key=lambda kind: by_type[kind]),  # that most bytes have
+            "device": info["device"],
+            "device_name": info["device_name"],
             "isa": info["isa"],
             "n_threads": info["n_threads"],
             "parameters_saved": info["vocab_size"] * info["embedding_length"],

@@ -80,7 +80,7 @@ class ModelHost:
         info = model.info
         _log.info(
             "loaded %s in %.1f s: %.1f MB in the file, KV cache of %d positions (%.1f MB; %d requests of %d fit), "
-            "%d threads",
+            "%s on %s, %d threads",
             self.settings.model,
             time.monotonic() - begin,
             info["bytes"]["file"] / 1e6,
@@ -88,6 +88,8 @@ class ModelHost:
             info["bytes"]["kv_cache"] / 1e6,
             info["n_kv"] // info["n_ctx"],
             info["n_ctx"],
+            info["device"],
+            info["device_name"],
             info["n_threads"],
         )
         self.code = describe_code(model.metadata)

@@ -7,13 +7,14 @@ path. host, port, read_timeout and write_timeout are those of Ray's proxy: see r
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 from ray import serve
 
 from ..arguments import as_int, as_threads
 from ..errors import ArgumentError
+from ..load_options import on_ray
 from .app import create_app
 from .settings import ServeSettings
 
@@ -37,7 +38,7 @@ def build(
     """An application for ray.serve.run().
 
     Args:
-        settings: of each replica.
+        settings: of each replica; with device="cuda" Ray gives each a GPU.
         min_replicas, max_replicas: Ray adds replicas when each has more than target_ongoing_requests, and removes them.
         target_ongoing_requests: None: settings.n_parallel, what a replica computes at a time.
 
@@ -48,6 +49,8 @@ def build(
     as_int("max_replicas", max_replicas, 1)
     if max_replicas < min_replicas:
         raise ArgumentError(f"max_replicas is {max_replicas}, below min_replicas, which is {min_replicas}")
+    device, n_gpus = on_ray(settings.device, None)
+    settings = replace(settings, device=device)
     target = settings.n_parallel if target_ongoing_requests is None else target_ongoing_requests
     deployment = serve.deployment(
         name="fixmin",
@@ -58,7 +61,7 @@ def build(
             "max_replicas": max_replicas,
             "target_ongoing_requests": as_int("target_ongoing_requests", target, 1),
         },
-        ray_actor_options={"num_cpus": as_threads(settings.n_threads) or 1},
+        ray_actor_options={"num_cpus": as_threads(settings.n_threads) or 1, "num_gpus": n_gpus},
         graceful_shutdown_timeout_s=settings.shutdown_timeout,
     )
     return deployment(serve.ingress()(_Replica)).bind(asdict(settings))

@@ -13,14 +13,13 @@ from ..serve_options import SERVE_FIELDS, SERVE_LOAD_FIELDS
 
 __all__ = ["ServeSettings"]
 
-_MEMORY_SHARE = 1 / 4  # of the machine's, for the KV cache at the most
 _Optional: Any = checked_class("_Optional", {**SERVE_LOAD_FIELDS, **SERVE_FIELDS})
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class ServeSettings(_Optional):  # type: ignore[misc]  # made of tables
-    """Settings of create_app() and run(): those of serve_options.ServeArguments, n_threads, n_ctx, kv_type, n_batch and
-    n_kv as in fixmin_cpp.Model, and n_parallel with another default.
+    """Settings of create_app() and run(): those of serve_options.ServeArguments, device, n_threads, n_ctx, kv_type,
+    n_batch and n_kv as in fixmin_cpp.Model, and n_parallel and kv_memory_share with other defaults.
 
     Raises:
         ArgumentError, ArgumentTypeError: one is out of range.
@@ -75,4 +74,4 @@ class ServeSettings(_Optional):  # type: ignore[misc]  # made of tables
     def load_options(self) -> LoadOptions:
         """For fixmin_cpp.Model."""
         given = {name: getattr(self, name) for name in SERVE_LOAD_FIELDS}
-        return LoadOptions.check({**given, "kv_contexts": self.n_parallel, "kv_memory_share": _MEMORY_SHARE})
+        return LoadOptions.check({**given, "kv_contexts": self.n_parallel})
