@@ -72,10 +72,10 @@ class BenchReport:
         roofline = self.decode_cached_roofline if cached else self.decode_roofline
         depth = f" after {self.depth:,}" if self.depth else ""
         on_gpu = self.device != "cpu"
-        where = f"{self.device_name}, " if on_gpu else ""
+        where = f"{self.device_name}, {self.isa}" if on_gpu else self.isa
         held = f", {self.model_bytes / 1e6:,.0f} MB on the GPU" if on_gpu else ""
         return [
-            f"{self.file}: {where}{self.isa}, {self.threads} thread{'s' * (self.threads > 1)}, KV cache {self.kv_type}, "
+            f"{self.file}: {where}, {self.threads} thread{'s' * (self.threads > 1)}, KV cache {self.kv_type}, "
             f"median of {self.repeat} run{'s' * (self.repeat > 1)}",
             f"prefill {self.prefill_tok_s:10,.1f} tok/s {_spread(self.prefill_tok_s_runs)}, {self.n_prompt:,} tokens: "
             f"{100 * self.prefill_peak_fraction:.0f} % of {self.int8_peak_tops:.2f} TOPS (8-bit integers)",
@@ -83,7 +83,8 @@ class BenchReport:
             f"{self.n_generate:,} tokens{depth}: {100 * roofline:.0f} % of {read:.1f} GB/s "
             f"({'cache' if cached else 'memory'}), "
             f"{self.decode_bytes_per_token / 1e6:,.1f} MB each",
-            f"loaded in {self.load_s:.2f} s, {self.rss_bytes / 1e6:,.0f} MB resident{held} (--all and --json: every figure)",
+            f"loaded in {self.load_s:.2f} s, {self.rss_bytes / 1e6:,.0f} MB resident{held} "
+            "(--all and --json: every figure)",
         ]
 
 

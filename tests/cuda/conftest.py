@@ -4,14 +4,17 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pybind11
 import pytest
 from emulation import ROOT, build, run
 
 #: Removes what an editable installation of the package puts before PYTHONPATH, in every process that is started.
-SITE = "import sys\nsys.meta_path[:] = [finder for finder in sys.meta_path if 'Redirecting' not in type(finder).__name__]\n"
+SITE = """
+import sys
+
+sys.meta_path[:] = [finder for finder in sys.meta_path if "Redirecting" not in type(finder).__name__]
+"""
 
 
 @pytest.fixture(scope="session")
