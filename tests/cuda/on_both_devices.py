@@ -219,7 +219,8 @@ def test_nothing_is_held_after_close(path: Path) -> None:
     model = Model(path, device="cuda")
     model.generate(IDS[:5], max_new_tokens=5, ignore_eos=True)
     assert held().bytes >= before.bytes + model.info["bytes"]["memory"] // 2
-    assert held().recordings > before.recordings
+    # The step that comes again and again: a graph, or memory for it (FIXMIN_CUDA_STEP).
+    assert held().recordings + held().allocations > before.recordings + before.allocations + 1
     model.close()
     assert held() == before
     with pytest.raises(fixmin_cpp.FixminError):
