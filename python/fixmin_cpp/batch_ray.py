@@ -86,7 +86,8 @@ def run_on_ray(
         dataset = dataset.map_batches(
             _Worker,
             fn_constructor_args=(file, settings, n_threads, attempts),
-            batch_size=None,  # a block, which is what one call of _read returns
+            # A block, which is what one call of _read returns; with GPUs Ray wants to be told its rows.
+            batch_size=per_task if n_gpus else None,
             batch_format="pyarrow",
             # Two pieces at a time: as the lines of one come to an end, the scheduler takes those of the next.
             compute=ray.data.ActorPoolStrategy(
