@@ -1,6 +1,7 @@
 """Everything above the door on the emulated GPU: tests of its own, and the project's with FIXMIN_DEVICE=cuda.
 
-Files are chosen for what they reach, and within them what the emulator can do in seconds.
+Of the project's those are chosen that reach another part each, and that the emulator can do in seconds. Any file can be
+run in the same way; what is about the CPU itself says so by device="cpu".
 """
 
 import re
@@ -10,18 +11,39 @@ from emulation import ROOT
 
 pytestmark = pytest.mark.slow  # it compiles the package
 
-#: Files of tests/ and what is run of them: an expression for -k.
+#: Of files in tests/, what is run: an expression for -k.
 PROJECT = {
     "engine/test_scheduler.py": "not together_as_alone",
+    "python/test_batching.py": "not nobody_uses and not event_loop",
+    "python/test_candidates.py": "",
+    "python/test_end_of_text.py": "not transformers",
+    "python/test_evaluate.py": "not command and not perplexity",
+    "python/test_generation.py": "not softmax and not oracle and not torch and not comes_back",
+    "python/test_hf.py": "ends_at_the_end or streamers",
+    "python/test_lm_eval.py": "by_hand or greedy_answers or sampling",
+    "python/test_loaded_bytes.py": "",
+    "python/test_on_token.py": "",
+    "serve/test_chat.py": "not template",
+    "serve/test_endpoints.py": "not schemathesis",
+    "convert/test_imatrix.py": "not demo and not oracle",
 }
 
 
-def passed(done, expression=""):
+def passed(done):
     """How many tests did; demands that none failed."""
     assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-2000:]}"
     return int(re.search(r"(\d+) passed", done.stdout)[1])
 
 
+@pytest.mark.parametrize("step", ["graph", "persistent"])
 @pytest.mark.parametrize("file", ["on_both_devices.py", "faults.py"])
-def test_of_its_own(emulated, file):
-    assert passed(emulated("-m", "pytest", "-q", ROOT / "tests" / "cuda" / file)) >= 7
+def test_of_its_own(emulated, file, step):
+    path = ROOT / "tests" / "cuda" / file
+    assert passed(emulated("-m", "pytest", "-q", "-p", "no:cacheprovider", path, FIXMIN_CUDA_STEP=step)) >= 8
+
+
+@pytest.mark.parametrize("file", PROJECT)
+def test_of_the_project(emulated, file):
+    path = ROOT / "tests" / file
+    options = ["-q", "-p", "no:cacheprovider", "-m", "not slow and not external", "-k", PROJECT[file]]
+    assert passed(emulated("-m", "pytest", *options, path, FIXMIN_DEVICE="cuda")) >= 2
