@@ -66,10 +66,10 @@ struct Batch {
 
 /// What a device is, for those who ask which one it was.
 struct Description {
-    std::string device;  // as BackendOptions::device names it, without "auto": "cpu", "cuda", "cuda:1"
-    std::string name;    // of the processor
-    std::string isa;     // of the kernels
-    uint32_t n_threads;  // of the host that a step may take
+    std::string device;   // as BackendOptions::device names it, without "auto": "cpu", "cuda", "cuda:1"
+    std::string name;     // of the processor
+    std::string isa;      // of the kernels
+    uint32_t n_threads;   // of the host that a step may take
     size_t memory_bytes;  // that the device has
 };
 

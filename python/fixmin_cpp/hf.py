@@ -472,7 +472,7 @@ class FixMinForCausalLM(PreTrainedModel, GenerationMixin):
 
     @property
     def device(self) -> torch.device:
-        """Where tensors must be: the CPU."""
+        """Where tensors must be: the CPU, wherever the engine runs."""
         return torch.device("cpu")
 
     @property
@@ -497,8 +497,8 @@ class FixMinForCausalLM(PreTrainedModel, GenerationMixin):
         moved = fn(torch.zeros(0))
         if moved.device != self.device or moved.dtype != self.dtype:
             raise UnsupportedError(
-                f"the native engine runs on the CPU and gives float32, and cannot become {moved.dtype} on "
-                f'{moved.device}; pipelines take device="cpu"'
+                "the native engine takes tensors of the CPU, wherever it runs (device= of from_gguf), and gives "
+                f'float32; it cannot become {moved.dtype} on {moved.device}; pipelines take device="cpu"'
             )
         return self
 
@@ -727,7 +727,9 @@ def _check_matrix(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise ArgumentTypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if value.device.type != "cpu":
-        raise ArgumentError(f'{name} is on {value.device}, but the native engine runs on the CPU: {name}.to("cpu")')
+        raise ArgumentError(
+            f'{name} is on {value.device}, but the native engine takes tensors of the CPU: {name}.to("cpu")'
+        )
     if value.ndim != 2 or 0 in value.shape:
         raise ArgumentError(f"{name} must have the shape [rows, tokens], got {list(value.shape)}")
 

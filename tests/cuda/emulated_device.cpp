@@ -1,8 +1,8 @@
 // A device whose memory is the host's and whose kernels run on the emulator. Linked instead of csrc/cuda/driver.cpp.
 //
-// Tests read and set the variables that begin with emulated_ (emulated_state.py): what is allocated now, and in how many
-// allocations or launches from now, of all devices, one fails (0: none). The file EMULATED_LOG gets a line for each
-// device that is opened: CUDA_VISIBLE_DEVICES.
+// Tests read and set the variables that begin with emulated_ (emulated_state.py): what is allocated now, and in how
+// many allocations or launches from now, of all devices, one fails (0: none). The file EMULATED_LOG gets a line for
+// each device that is opened: CUDA_VISIBLE_DEVICES.
 #include <unistd.h>
 
 #include <atomic>
