@@ -13,14 +13,13 @@ pytestmark = pytest.mark.slow  # it compiles the package
 
 #: Of files in tests/, what is run: an expression for -k.
 PROJECT = {
-    "engine/test_scheduler.py": "not together_as_alone",
+    "engine/test_scheduler.py": "not together_as_alone and not scores_of_a_part and not random_cancels",
     "python/test_batching.py": "not nobody_uses and not event_loop",
     "python/test_candidates.py": "",
     "python/test_end_of_text.py": "not transformers",
     "python/test_evaluate.py": "not command and not perplexity",
     "python/test_generation.py": "not softmax and not oracle and not torch and not comes_back",
     "python/test_hf.py": "ends_at_the_end or streamers",
-    "python/test_lm_eval.py": "by_hand or greedy_answers or sampling",
     "python/test_loaded_bytes.py": "",
     "python/test_on_token.py": "",
     "serve/test_chat.py": "not template",
@@ -46,4 +45,11 @@ def test_of_its_own(emulated, file, step):
 def test_of_the_project(emulated, file):
     path = ROOT / "tests" / file
     options = ["-q", "-p", "no:cacheprovider", "-m", "not slow and not external", "-k", PROJECT[file]]
+    assert passed(emulated("-m", "pytest", *options, path, FIXMIN_DEVICE="cuda")) >= 2
+
+
+@pytest.mark.external
+def test_of_the_evaluation_harness(emulated):
+    path = ROOT / "tests" / "python" / "test_lm_eval.py"
+    options = ["-q", "-p", "no:cacheprovider", "-k", "by_hand or greedy_answers or sampling"]
     assert passed(emulated("-m", "pytest", *options, path, FIXMIN_DEVICE="cuda")) >= 2
