@@ -1,87 +1,102 @@
 """Everything that only a GPU can show, in one run of at most nine minutes: a report as JSON and Markdown.
 
-    tools/gpu.sh [OUT]          (or: make gpu)
+    tools/gpu.sh [OUT]             (or: make gpu)
+    tools/gpu.sh --emulated [OUT]  a trial without a GPU: small models, kernels on the emulator
 
-Builds the package in an environment of its own from the wheels in build/gpu/wheels (`tools/gpu.sh --wheels` fetches
-them where there is a network), then, in this order: the same bits on CPU and GPU for every weight type, option and
-cache, twice; NVIDIA's sanitizers on a small model; a hundred mixed requests; files of the published size: bits,
-`fixmin bench`, PyTorch beside it; a profile. A step that fails or has no time left says so in the report, and the
-others go on. Ends with 1 if a bit differed or a step failed.
+Needs nvcc, python3 with PyTorch and transformers, and, where there is no network, the wheels that
+`tools/gpu.sh --wheels` fetched into build/gpu/wheels. What is asked first is done first: build; the same bits on CPU
+and GPU for every weight type, option and cache, twice; files of the published size: bits for every chunk and number of
+requests, speed beside PyTorch (which has compiled meanwhile); NVIDIA's sanitizers; mixed requests; a profile. A step
+that fails or has no time left says so in the report, which is written after each, and the others go on. Ends with 1 if
+a bit differed or a step failed.
 """
 
 import argparse
+import dataclasses
+import importlib.metadata
+import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gpu_report import hottest, last_json, markdown, nanoseconds, ncu_rows, sanitizer_summary
+
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET_S = 525.0  # of the nine minutes: a report has to be written, too
+TRIAL_SLACK = 10.0  # times as long may everything take in a trial: on a busy machine of few cores
+#: What the build and the tests' models need; taken from the machine where it is there.
+NEEDED = {
+    "scikit_build_core": "scikit-build-core",
+    "pybind11": "pybind11",
+    "cmake": "cmake",
+    "ninja": "ninja",
+    "typer": "typer",
+    "rich": "rich",
+    "tokenizers": "tokenizers",
+    "gguf": "gguf",
+    "ggml": "ggml-python",
+}
+SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
+METRICS = (
+    "gpu__time_duration.sum",
+    "launch__registers_per_thread",
+    "launch__grid_size",
+    "sm__throughput.avg.pct_of_peak_sustained_elapsed",
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+    "dram__bytes_read.sum",
+    "sm__warps_active.avg.pct_of_peak_sustained_active",
+)
 
-SMALL = """
-import sys
-sys.path.insert(0, "tests")
-from gguf_factory import make_model
-import fixmin_cpp
-path = make_model(sys.argv[1], vocab_size=100, weight_type="Q8_0")
-with fixmin_cpp.Model(path, device="cuda", n_threads=1) as model:
-    print(model.generate([1, 2, 3], max_new_tokens=20).token_ids, model.logits(list(range(40))).sum())
-"""
 
-MIXED = """
-import json, sys, random
-sys.path.insert(0, "tests")
-from concurrent.futures import ThreadPoolExecutor
-import fixmin_cpp
-def requests(vocab_size):
-    rng = random.Random(4)
-    for i in range(100):
-        prompt = [rng.randrange(vocab_size) for _ in range(rng.choice([1, 3, 30, 200]))]
-        yield prompt, dict(max_new_tokens=rng.choice([1, 8, 40]), temperature=rng.choice([0, 0.7, 1.3]), seed=i,
-                           top_k=rng.choice([0, 40]), prompt_lookup_num_tokens=rng.choice([0, 4]), logprobs=2)
-def answers(device):
-    with fixmin_cpp.Model(sys.argv[1], device=device, n_kv=20000) as model, ThreadPoolExecutor(32) as pool:
-        done = [pool.submit(model.generate, p, **o) for p, o in requests(model.vocab_size)]
-        return [(c.result().token_ids, [t.logprob for t in c.result().logprobs]) for c in done]
-gpu = answers("cuda")
-print(json.dumps({"requests": len(gpu), "equal": gpu == answers("cpu")}))
-"""
+@dataclass(frozen=True)
+class Sizes:
+    """The model and what is run of it. model: fields of FixMinConfig."""
 
-PYTORCH = """
-import json, sys, time, torch
-sys.path.insert(0, ".")
-from transformers import AutoModelForCausalLM, StaticCache
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, dtype=torch.bfloat16).cuda().eval()
-def timed(step, n):
-    step(); torch.cuda.synchronize()
-    begin = time.perf_counter()
-    for _ in range(n):
-        step()
-    torch.cuda.synchronize()
-    return n / (time.perf_counter() - begin)
-ids = torch.randint(0, 65536, (1, 512), device="cuda")
-found = {}
-with torch.inference_mode():
-    found["prefill_tok_s"] = 512 * timed(lambda: model(ids), 10)
-    cache = model(ids[:, :16], use_cache=True).past_key_values
-    found["decode_tok_s"] = timed(lambda: model(ids[:, :1], past_key_values=cache, use_cache=True), 60)
-print(json.dumps(found))
-"""
+    model: dict[str, Any]
+    depth: int  # tokens before the decoded ones
+    new: int
+    prefill: tuple[int, ...]
+    sequences: int
+    context: int
+    repeat: int
+    most: int  # tokens of a chunk, requests at once, whose bits are compared
+    mixed: int  # requests
+
+
+PUBLISHED = Sizes(
+    {"code_kind": "affine", "max_position_embeddings": 4096}, 250, 64, (64, 512, 2048), 64, 256, 5, 64, 100
+)
+SMALL = Sizes(
+    {
+        "code_kind": "affine",
+        "max_position_embeddings": 128,
+        "vocab_size": 256,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    },
+    *(16, 4, (8, 32), 3, 32, 1, 9, 6),
+)
 
 
 class Report:
-    def __init__(self, out: Path) -> None:
-        self.out = out
-        self.begin = time.monotonic()
+    def __init__(self, out: Path, sizes: Sizes, trial: bool) -> None:
+        self.out, self.sizes, self.trial = out, dataclasses.asdict(sizes), trial
+        self.begin, self.slack = time.monotonic(), TRIAL_SLACK if trial else 1.0
         self.steps: dict[str, dict[str, Any]] = {}
 
     def left(self) -> float:
-        return BUDGET_S - (time.monotonic() - self.begin)
+        return BUDGET_S * self.slack - (time.monotonic() - self.begin)
 
     def step(self, name: str, what: Callable[[], Any], needs_s: float = 5.0) -> Any:
         """What it found; None if it failed or there is no time for it."""
@@ -92,138 +107,291 @@ class Report:
         try:
             found = what()
             self.steps[name] = {"found": found}
+            if isinstance(found, dict) and found.get("differ"):
+                self.steps[name]["failed"] = f"bits differ from the CPU's: {found['differ']}"
+        except NotThere as error:
+            self.steps[name] = {"skipped": str(error)}
         except Exception as error:
             self.steps[name] = {"failed": f"{type(error).__name__}: {str(error)[-3000:]}"}
         self.steps[name]["seconds"] = round(time.monotonic() - began, 1)
-        print(name, json.dumps(self.steps[name])[:300], flush=True)
+        print(f"{time.monotonic() - self.begin:5.0f} s", name, json.dumps(self.steps[name])[:300], flush=True)
         self.write()
         return found
 
     def write(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
-        (self.out / "gpu.json").write_text(json.dumps(self.steps, indent=1) + "\n")
-        lines = ["# What a GPU showed", "", f"Made by `make gpu`, {time.strftime('%d %B %Y')}.", ""]
-        for name, step in self.steps.items():
-            lines += [f"## {name}", "", "```", json.dumps(step, indent=1), "```", ""]
-        (self.out / "gpu.md").write_text("\n".join(lines))
+        (self.out / "gpu.json").write_text(json.dumps({"sizes": self.sizes, "steps": self.steps}, indent=1) + "\n")
+        (self.out / "gpu.md").write_text(markdown(self.steps, self.sizes, self.trial))
+
+
+class NotThere(Exception):
+    """What a step needs is not on this machine."""
 
 
 class Machine:
     def __init__(self, report: Report, work: Path, device: str) -> None:
-        self.report, self.work, self.device = report, work, device
-        self.python = work / "venv" / "bin" / "python"
+        self.report, self.work, self.device, self.trial = report, work, device, report.trial
+        self.site = work / "site"  # a virtual environment would hide packages of another one, such as PyTorch
+        self.sizes = json.dumps(report.sizes)
+        self.running: set[subprocess.Popen[str]] = set()
+        self.lock = threading.Lock()
 
-    def run(self, *command: object, limit_s: float = 300.0, env: dict[str, str] | None = None) -> str:
-        done = subprocess.run(
+    # --- processes ---------------------------------------------------------------------------------------------------
+
+    def start(self, *command: object, env: dict[str, str] | None = None, **where: Any) -> "subprocess.Popen[str]":
+        """A process in a group of its own, which sees the package that was built."""
+        paths = os.pathsep.join(filter(None, [str(self.site), os.environ.get("PYTHONPATH")]))
+        path = f"{self.site / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/local/cuda/bin"
+        base = {k: v for k, v in os.environ.items() if not k.startswith("FIXMIN_")}
+        process = subprocess.Popen(
             [str(part) for part in command],
             cwd=ROOT,
-            env=os.environ | {"FIXMIN_DEVICE": self.device} | (env or {}),
-            capture_output=True,
+            env=base | {"PYTHONPATH": paths, "PATH": path, "PYTHONUNBUFFERED": "1"} | (env or {}),
             text=True,
-            timeout=max(1.0, min(limit_s, self.report.left())),
+            start_new_session=True,
+            **where,
         )
-        if done.returncode != 0:
-            raise RuntimeError(f"ended with {done.returncode}: {done.stdout[-1500:]}\n{done.stderr[-1500:]}")
-        return done.stdout
+        with self.lock:
+            self.running.add(process)
+        return process
 
-    def json(self, *command: object, **more: Any) -> Any:
-        return json.loads(self.run(self.python, *command, **more).strip().split("\n")[-1])
+    def stop(self, process: "subprocess.Popen[str]") -> None:
+        """With everything that it has started; no harm if it has ended."""
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        with self.lock:
+            self.running.discard(process)
 
-    def build(self) -> str:
-        self.run(sys.executable, "-m", "venv", "--system-site-packages", "--clear", self.work / "venv")
-        pip = (self.python, "-m", "pip", "install", "--quiet", "--no-index", "--find-links", ROOT / "build/gpu/wheels")
-        self.run(*pip, "scikit-build-core", "pybind11", "cmake", "ninja", "gguf", "ggml-python", "typer", "rich")
-        bin_first = {"PATH": f"{self.python.parent}:{os.environ['PATH']}"}
-        self.run(*pip, "--no-build-isolation", "--no-deps", "-C", "cmake.define.FIXMIN_CUDA=ON", ".", env=bin_first)
-        return self.run(self.python, "-m", "fixmin_cpp", "info", "--json")
+    def run(self, *command: object, limit_s: float = 120.0, env: dict[str, str] | None = None) -> str:
+        """What it printed. RuntimeError if it failed, or was stopped after limit_s or when no time was left."""
+        limit_s = max(1.0, min(limit_s * self.report.slack, self.report.left()))
+        process = self.start(*command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        why = ""
+        try:
+            out, err = process.communicate(timeout=limit_s)
+        except subprocess.TimeoutExpired:
+            why = f"stopped after {limit_s:.0f} s"
+            os.killpg(process.pid, signal.SIGKILL)
+            out, err = process.communicate()
+        finally:
+            self.stop(process)
+        if why or process.returncode != 0:
+            raise RuntimeError(f"{why or f'ended with {process.returncode}'}: {out[-1500:]}\n{err[-1500:]}")
+        return out
 
-    def bits(self) -> dict[str, Any]:
-        """Every case on both devices, in two processes."""
-        folder = self.work / "bits"
-        folder.mkdir(exist_ok=True)
-        first, again = (
-            self.json("tests/cuda/bits.py", folder, env={"PYTHONPATH": str(ROOT / "tests")}) for _ in range(2)
-        )
+    def python(self, *arguments: object, **more: Any) -> str:
+        return self.run(sys.executable, *arguments, **more)
+
+    def measured(self, verb: str, path: Path, **more: Any) -> Any:
+        """What tools/gpu_measure.py finds."""
+        return last_json(self.python("tools/gpu_measure.py", verb, path, self.device, self.sizes, **more))
+
+    # --- steps -------------------------------------------------------------------------------------------------------
+
+    def describe(self) -> dict[str, str]:
+        def first(*command: str) -> str:
+            try:
+                return self.run(*command, limit_s=20).strip().split("\n")[-1]
+            except (OSError, RuntimeError) as error:
+                return f"not there: {str(error)[:100]}"
+
+        query = "name,driver_version,memory.total,clocks.max.sm,clocks.max.mem,power.limit"
+        return {
+            "GPU": first("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"),
+            "nvcc": first("nvcc", "--version"),
+            "PyTorch": first(sys.executable, "-c", "import torch; print(torch.__version__, torch.version.cuda)"),
+            "CPU": f"{len(os.sched_getaffinity(0))} usable cores",
+            "Python": sys.version.split()[0],
+            "commit": first("git", "rev-parse", "--short", "HEAD"),
+        }
+
+    def build(self) -> dict[str, Any]:
+        pip = (sys.executable, "-m", "pip", "install", "--quiet", "--target", self.site, "--upgrade", "--no-deps")
+        missing = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
+        wheels = sorted((ROOT / "build" / "gpu" / "wheels").glob("*.whl"))
+        if missing:
+            if not wheels:
+                raise RuntimeError(f"{missing} are missing: tools/gpu.sh --wheels fetches them")
+            wanted = [path for path in wheels if not self.there(path)]
+            self.run(*pip, "--no-index", "--no-compile", *wanted)
+        options = {"FIXMIN_CUDA": "ON", "FIXMIN_CUDA_ARCHITECTURES": "native"}
+        if self.trial:
+            options = {"FIXMIN_CUDA": "EMULATED", "FIXMIN_ONLY_ISAS": "scalar"}
+        settings = [part for name, value in options.items() for part in ("-C", f"cmake.define.{name}={value}")]
+        start = time.monotonic()
+        folder = ("-C", f"build-dir={self.work / 'build'}")
+        self.run(*pip, "--no-build-isolation", "--no-compile", *settings, *folder, ".", limit_s=300)
+        built = time.monotonic() - start
+        info = json.loads(self.python("-m", "fixmin_cpp", "info", "--json"))
+        return {"missing": missing, "options": options, "built_s": round(built, 1), "info": info}
+
+    @staticmethod
+    def there(wheel: Path) -> bool:
+        """Whether the machine has what a wheel brings: never two versions of one package."""
+        name = wheel.name.split("-")[0].replace("_", "-")
+        try:
+            importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return False
+        return True
+
+    def small_bits(self) -> dict[str, Any]:
+        """Every case on both devices, in two processes at once."""
+        folders = [self.work / f"bits{n}" for n in range(2)]
+        for folder in folders:
+            folder.mkdir(exist_ok=True)
+        few = ["Q8_0", "grouped"] if self.trial else []  # an emulated GPU takes minutes for all
+        env = {"PYTHONPATH": os.pathsep.join([str(self.site), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])}
+        with ThreadPoolExecutor(2) as pool:
+            runs = [pool.submit(self.python, "tests/cuda/bits.py", f, *few, env=env) for f in folders]
+            first, again = (last_json(run.result()) for run in runs)
         differ = [f"{n}, {how}" for n, one in first.items() for how, b in one["cuda"].items() if b != one["cpu"]]
-        if differ or first != again:
-            raise RuntimeError(f"bits differ from the CPU's: {differ}; twice the same: {first == again}")
-        return {"cases": len(first), "computed on the GPU": sum(len(one["cuda"]) for one in first.values())}
+        if first != again:
+            differ.append("a second run")
+        computed = sum(len(one["cuda"]) for one in first.values())
+        return {"cases": len(first), "computed on the GPU, twice": computed, "differ": differ}
 
     def sanitizer(self, tool: str) -> str:
-        program = self.work / "small.py"
-        program.write_text(SMALL)
-        checker = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--target-processes", "all")
-        out = self.run(*checker, self.python, program, self.work / "small.gguf", limit_s=90)
-        return next(line for line in out.split("\n")[::-1] if "ERROR SUMMARY" in line)
+        if not shutil.which("compute-sanitizer", path=os.environ["PATH"] + ":/usr/local/cuda/bin"):
+            raise NotThere("compute-sanitizer is not installed")
+        checker = ("compute-sanitizer", "--tool", tool, "--target-processes", "all", "--print-limit", "20")
+        command = ("tools/gpu_measure.py", "checked", self.work, self.device, self.sizes)
+        out = self.run(*checker, sys.executable, *command, limit_s=60)
+        (self.report.out / f"{tool}.txt").write_text(out)
+        n_errors, words = sanitizer_summary(out)
+        if n_errors:
+            raise RuntimeError(f"{words}\n{out[:2500]}")
+        return words
 
-    def mixed(self) -> dict[str, Any]:
-        found = self.json("-c", MIXED, self.work / "full-q8_0.gguf")
-        if not found["equal"]:
-            raise RuntimeError("answers differ from the CPU's")
-        return found
+    def checkpoint(self) -> Path:
+        """Of the size to be measured, made while something else runs."""
+        path, named = self.work / "checkpoint", {"code_kind": "--variant", "max_position_embeddings": "--context"}
+        named |= {"vocab_size": "--vocab-size", "hidden_size": "--width", "num_hidden_layers": "--layers"}
+        named |= {"num_attention_heads": "--heads"}
+        options = [part for key, value in self.report.sizes["model"].items() for part in (named[key], value)]
+        self.python("bench/make_checkpoint.py", path, *options, limit_s=200)
+        return path
 
-    def full_size(self, *kinds: str) -> list[str]:
-        checkpoint = self.work / "full"
-        self.run(self.python, "bench/make_checkpoint.py", checkpoint, "--variant", "affine")
-        for kind in kinds:
-            command = ("-m", "fixmin_cpp", "convert", checkpoint, "-o", self.work / f"full-{kind}.gguf")
-            self.run(self.python, *command, "--outtype", kind, env={"FIXMIN_DEVICE": "cpu"})
-        return list(kinds)
+    def convert(self, checkpoint: "Future[Path]", kinds: list[str]) -> str:
+        folder = checkpoint.result(timeout=self.report.left())
 
-    def full_bits(self, kind: str) -> dict[str, Any]:
-        program = (
-            "import hashlib, json, sys, fixmin_cpp, random\n"
-            "ids = [random.Random(1).randrange(65536) for _ in range(40)]\n"
-            "found = {}\n"
-            "for device in ('cpu', sys.argv[2]):\n"
-            "    with fixmin_cpp.Model(sys.argv[1], device=device, n_ctx=64) as model:\n"
-            "        found[device] = hashlib.sha256(model.logits(ids).tobytes()).hexdigest()[:16]\n"
-            "print(json.dumps(found))\n"
-        )
-        found = self.json("-c", program, self.work / f"full-{kind}.gguf", self.device)
-        if len(set(found.values())) != 1:
-            raise RuntimeError(f"bits differ: {found}")
-        return found
+        def one(kind: str) -> None:
+            out = self.work / f"{kind}.gguf"
+            self.python("-m", "fixmin_cpp", "convert", folder, "-o", out, "--outtype", kind, "--trust-remote-code")
 
-    def bench(self, kind: str) -> Any:
-        command = ("-m", "fixmin_cpp", "bench", "-m", self.work / f"full-{kind}.gguf", "--json", "-r", "3")
-        return json.loads(self.run(self.python, *command))
+        with ThreadPoolExecutor(len(kinds)) as pool:
+            list(pool.map(one, kinds))
+        return ", ".join(f"{kind} {(self.work / f'{kind}.gguf').stat().st_size / 1e6:.1f} MB" for kind in kinds)
 
-    def profile(self) -> str:
-        command = ("nsys", "profile", "--stats=true", "--force-overwrite=true", "-o", self.work / "profile")
-        bench = ("-m", "fixmin_cpp", "bench", "-m", self.work / "full-q8_0.gguf", "-r", "1")
-        out = self.run(*command, self.python, *bench, limit_s=60)
-        at = out.find("cuda_gpu_kern_sum")
-        return out[at : at + 4000] if at >= 0 else out[-4000:]
+    def profile(self, path: Path) -> dict[str, Any]:
+        """The kernels that take the most time of a prompt and a few steps, and what ncu counts of them."""
+        if not shutil.which("ncu", path=os.environ["PATH"] + ":/usr/local/cuda/bin"):
+            raise NotThere("ncu is not installed")
+        ncu = ("ncu", "--csv", "--print-units", "base", "--clock-control", "none", "--target-processes", "all")
+        command = (sys.executable, "tools/gpu_measure.py", "hot", path, self.device, self.sizes)
+        rows = ncu_rows(self.run(*ncu, "--metrics", METRICS[0], *command, limit_s=100))
+        found = hottest(rows, 3)
+        names = "|".join(name for name, _, _ in found)
+        few = ("--kernel-name", f"regex:^({names})$", "--launch-count", 12, "--launch-skip", 30)
+        try:
+            details = ncu_rows(self.run(*ncu, *few, "--metrics", ",".join(METRICS), *command, limit_s=60))
+        except (RuntimeError, ValueError) as error:
+            details = [{"ID": "", "Kernel Name": f"no details: {str(error)[:300]}"}]
+        total = sum(map(nanoseconds, rows))
+        return {"hottest": found, "total_ns": total, "launches": len(rows), "details": details}
+
+
+class PyTorch:
+    """tools/gpu_pytorch.py, which prepares in the background until it is to measure."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.out, self.go, self.log = (machine.work / f"pytorch.{end}" for end in ("jsonl", "go", "log"))
+        for path in (self.out, self.go):
+            path.unlink(missing_ok=True)
+        device = "cpu" if machine.trial else machine.device
+        arguments = ("--sizes", machine.sizes, "--out", self.out, "--go", self.go, "--device", device)
+        with self.log.open("w") as log:
+            command = (sys.executable, "tools/gpu_pytorch.py", *arguments)
+            self.process = machine.start(*command, stdout=log, stderr=subprocess.STDOUT)
+
+    def records(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.out.read_text().splitlines()] if self.out.exists() else []
+
+    def wait(self, limit_s: float) -> str:
+        """Until it has prepared, so that it does not disturb what is measured."""
+        end = time.monotonic() + min(limit_s * self.machine.report.slack, self.machine.report.left())
+        while time.monotonic() < end and self.process.poll() is None:
+            if any("ready" in record for record in self.records()):
+                return "prepared"
+            time.sleep(0.2)
+        if self.process.poll() is not None:
+            raise RuntimeError(f"it ended with {self.process.returncode}: {self.log.read_text()[-2000:]}")
+        return "still preparing: it may disturb what is measured now"
+
+    def measure(self) -> dict[str, Any]:
+        self.go.touch()
+        try:
+            self.process.wait(timeout=max(1.0, min(90.0 * self.machine.report.slack, self.machine.report.left())))
+        except subprocess.TimeoutExpired:
+            pass  # what it has measured by then counts
+        finally:
+            self.machine.stop(self.process)
+        records = self.records()
+        if not any("tok_s" in record for record in records):
+            raise RuntimeError(f"it measured nothing: {records} {self.log.read_text()[-2000:]}")
+        return {"records": records}
+
+
+def run_all(machine: Machine, kinds: list[str]) -> None:
+    report, step, work = machine.report, machine.report.step, machine.work
+    step("machine", machine.describe)
+    with ThreadPoolExecutor(1) as background:
+        pytorch = PyTorch(machine)
+        checkpoint = background.submit(machine.checkpoint)
+        if step("build", machine.build) is None:
+            return
+        step("same bits, small models", machine.small_bits)
+        if step("files", lambda: machine.convert(checkpoint, kinds), needs_s=60) is None:
+            kinds = []
+        for n, kind in enumerate(kinds):
+            path = work / f"{kind}.gguf"
+            step(f"same bits {kind}", lambda p=path: machine.measured("bits", p), needs_s=30)
+            if n == 0:
+                step("PyTorch has compiled", lambda: pytorch.wait(60.0))
+            step(f"speed {kind}", lambda p=path: machine.measured("speed", p), needs_s=30)
+            step(f"load {kind}", lambda p=path: machine.measured("load", p))
+            if n == 0:
+                step("PyTorch", pytorch.measure, needs_s=20)
+        step("small files", lambda: machine.measured("small", work))
+        for tool in SANITIZERS:
+            step(tool, lambda tool=tool: machine.sanitizer(tool), needs_s=20)
+        if kinds:
+            step("mixed requests", lambda: machine.measured("mixed", work / f"{kinds[0]}.gguf"), needs_s=20)
+            step("hottest kernels", lambda: machine.profile(work / f"{kinds[0]}.gguf"), needs_s=30)
+    report.write()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, nargs="?", default=Path(os.environ.get("OUT", "out/gpu")))
+    parser.add_argument("out", type=Path, nargs="?", default=Path(os.environ.get("OUT", ROOT / "out" / "gpu")))
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "gpu" / "work")
+    parser.add_argument("--emulated", action="store_true", help="a trial without a GPU")
     arguments = parser.parse_args()
-    arguments.work.mkdir(parents=True, exist_ok=True)
-    report = Report(arguments.out)
-    machine = Machine(report, arguments.work, arguments.device)
-    step = report.step
-    if step("build", machine.build) is None:
-        return 1
-    step("same bits, small models", machine.bits)
-    if shutil.which("compute-sanitizer"):
-        for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
-            step(tool, lambda tool=tool: machine.sanitizer(tool), needs_s=60)
-    kinds = step("files of the published size", lambda: machine.full_size("q8_0", "q4_0"), needs_s=90) or []
-    for kind in kinds:
-        step(f"same bits, published size, {kind}", lambda kind=kind: machine.full_bits(kind), needs_s=30)
-    for kind in kinds:
-        step(f"fixmin bench, {kind}", lambda kind=kind: machine.bench(kind), needs_s=30)
-    if kinds:
-        step("100 mixed requests, q8_0", machine.mixed, needs_s=60)
-        step("PyTorch, bfloat16, eager", lambda: machine.json("-c", PYTORCH, machine.work / "full"), needs_s=60)
-        if shutil.which("nsys"):
-            step("profile, q8_0", machine.profile, needs_s=60)
-    report.write()
+    out, work = arguments.out.resolve(), arguments.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    report = Report(out, SMALL if arguments.emulated else PUBLISHED, arguments.emulated)
+    machine = Machine(report, work, arguments.device)
+    # Whoever stops this gets what there is: the report is written after each step.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        run_all(machine, ["q8_0"] if arguments.emulated else ["q8_0", "q4_0"])
+    finally:
+        for process in list(machine.running):
+            machine.stop(process)
+    print((out / "gpu.md").read_text())
     return int(any("failed" in one for one in report.steps.values()))
 
 

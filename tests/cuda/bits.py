@@ -1,6 +1,6 @@
 """Logits of small models of every kind on the CPU and on the emulated GPU of this package, as one JSON object.
 
-    python bits.py FOLDER
+    python bits.py FOLDER [CASE ...]
 
 {name of a case: {"cpu": sha256, "cuda": {how it was computed: sha256}}}. Run by test_same_bits.py.
 """
@@ -74,6 +74,8 @@ def main() -> None:
     folder = Path(sys.argv[1])
     found = {}
     for name, options in cases().items():
+        if sys.argv[2:] and not any(wanted in name for wanted in sys.argv[2:]):
+            continue
         path = make_model(folder / "model.gguf", **{"vocab_size": 100, **options})
         ids = np.random.default_rng(3).integers(0, 77, N_TOKENS).astype(np.uint32)
         for kv_type in ("f16", "q8_0", "f32"):
