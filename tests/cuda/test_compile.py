@@ -1,5 +1,9 @@
-"""All kernels through nvcc for every architecture that a wheel has: registers, and nothing spilled; NVIDIA's header."""
+"""All kernels through nvcc for every architecture that a wheel has: registers, and nothing spilled; NVIDIA's header.
 
+FIXMIN_REGISTERS=docs/benchmarks/registers.md in the environment: the table is written there.
+"""
+
+import os
 import re
 import shutil
 import subprocess
@@ -29,10 +33,28 @@ def compiled(architecture: str, folder: Path) -> dict[str, tuple[int, int]]:
     return found
 
 
+def markdown(of_all: dict[str, dict[str, tuple[int, int]]]) -> str:
+    """A line for each kernel, a column for each architecture."""
+    release = re.search(r"release ([\d.]+)", subprocess.run([NVCC, "--version"], capture_output=True, text=True).stdout)
+    lines = ["# Registers of the GPU's kernels", ""]
+    lines += [
+        "`FIXMIN_REGISTERS=docs/benchmarks/registers.md pytest tests/cuda/test_compile.py`, nvcc " + release[1] + "."
+    ]
+    lines += ["Of one thread; `+ N`: bytes that it spills.", ""]
+    lines += ["| kernel | " + " | ".join(f"sm_{a}" for a in of_all) + " |", "| --- " * (1 + len(of_all)) + "|"]
+    for kernel in sorted(next(iter(of_all.values()))):
+        found = [of_all[a][kernel] for a in of_all]
+        cells = [f"{registers}{f' + {spilled}' if spilled else ''}" for registers, spilled in found]
+        lines.append(f"| {kernel} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 def test_every_architecture(tmp_path):
     with ThreadPoolExecutor(2) as pool:
         of_all = dict(zip(ARCHITECTURES, pool.map(lambda a: compiled(a, tmp_path), ARCHITECTURES), strict=True))
+    if path := os.environ.get("FIXMIN_REGISTERS"):
+        Path(path).write_text(markdown(of_all))
     for architecture, kernels in of_all.items():
         print(f"sm_{architecture}:", {name: registers for name, (registers, _) in kernels.items()})
         assert len(kernels) >= 6 + 3 + 2 * 12
