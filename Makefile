@@ -239,9 +239,10 @@ bench: $(STAMP)/dev
 bench-peers: $(STAMP)/dev
 	$(BIN)/python bench/prepare.py --data $(BENCH) --peers --torch '$(TORCH)'
 
-# On a machine with a GPU; `make gpu-wheels` before, where there is a network.
+# On a machine with a GPU; `make gpu-wheels` before, where there is a network. PYTHON has PyTorch. OUT: the report's folder.
+# ARGS=--emulated: a trial without a GPU.
 gpu:
-	tools/gpu.sh
+	PYTHON='$(PYTHON)' tools/gpu.sh $(ARGS) $(or $(OUT),out/gpu)
 gpu-wheels: $(STAMP)/dev
 	tools/gpu.sh --wheels
 

@@ -47,6 +47,7 @@ NEEDED = {
     "ggml": "ggml-python",
 }
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
+STEPS = ("graph", "persistent")  # FIXMIN_CUDA_STEP, the default first
 METRICS = (
     "gpu__time_duration.sum",
     "launch__registers_per_thread",
@@ -183,9 +184,10 @@ class Machine:
     def python(self, *arguments: object, **more: Any) -> str:
         return self.run(sys.executable, *arguments, **more)
 
-    def measured(self, verb: str, path: Path, **more: Any) -> Any:
-        """What tools/gpu_measure.py finds."""
-        return last_json(self.python("tools/gpu_measure.py", verb, path, self.device, self.sizes, **more))
+    def measured(self, verb: str, path: Path, step: str = STEPS[0], **more: Any) -> Any:
+        """What tools/gpu_measure.py finds, with this kind of repeated steps."""
+        command = ("tools/gpu_measure.py", verb, path, self.device, self.sizes)
+        return last_json(self.python(*command, env={"FIXMIN_CUDA_STEP": step}, **more))
 
     # --- steps -------------------------------------------------------------------------------------------------------
 
@@ -223,6 +225,10 @@ class Machine:
         folder = ("-C", f"build-dir={self.work / 'build'}")
         self.run(*pip, "--no-build-isolation", "--no-compile", *settings, *folder, ".", limit_s=300)
         built = time.monotonic() - start
+        if any("Redirecting" in type(finder).__name__ for finder in sys.meta_path):
+            # This Python has the package as an editable installation, which comes before every path.
+            drop = "sys.meta_path[:] = [f for f in sys.meta_path if 'Redirecting' not in type(f).__name__]"
+            (self.site / "sitecustomize.py").write_text(f"import sys\n\n{drop}\n")
         info = json.loads(self.python("-m", "fixmin_cpp", "info", "--json"))
         return {"missing": missing, "options": options, "built_s": round(built, 1), "info": info}
 
@@ -252,13 +258,12 @@ class Machine:
         computed = sum(len(one["cuda"]) for one in first.values())
         return {"cases": len(first), "computed on the GPU, twice": computed, "differ": differ}
 
-    def sanitizer(self, tool: str) -> str:
+    def sanitizer(self, tool: str, step: str) -> str:
         if not shutil.which("compute-sanitizer", path=os.environ["PATH"] + ":/usr/local/cuda/bin"):
             raise NotThere("compute-sanitizer is not installed")
         checker = ("compute-sanitizer", "--tool", tool, "--target-processes", "all", "--print-limit", "20")
         command = ("tools/gpu_measure.py", "checked", self.work, self.device, self.sizes)
-        out = self.run(*checker, sys.executable, *command, limit_s=60)
-        (self.report.out / f"{tool}.txt").write_text(out)
+        out = self.run(*checker, sys.executable, *command, limit_s=60, env={"FIXMIN_CUDA_STEP": step})
         n_errors, words = sanitizer_summary(out)
         if n_errors:
             raise RuntimeError(f"{words}\n{out[:2500]}")
@@ -278,7 +283,7 @@ class Machine:
 
         def one(kind: str) -> None:
             out = self.work / f"{kind}.gguf"
-            self.python("-m", "fixmin_cpp", "convert", folder, "-o", out, "--outtype", kind, "--trust-remote-code")
+            self.python("-m", "fixmin_cpp", "convert", folder, "-o", out, "--outtype", kind)
 
         with ThreadPoolExecutor(len(kinds)) as pool:
             list(pool.map(one, kinds))
@@ -344,6 +349,26 @@ class PyTorch:
         return {"records": records}
 
 
+def measure(machine: Machine, kind: str, pytorch: PyTorch | None = None) -> None:
+    """Bits and speed of a file, and of PyTorch where it is given."""
+    step, path = machine.report.step, machine.work / f"{kind}.gguf"
+    for how in STEPS:
+        named = kind if how == STEPS[0] else f"{kind}, {how}"
+        step(f"same bits {named}", lambda how=how: machine.measured("bits", path, how), needs_s=30)
+        if pytorch and how == STEPS[0]:
+            step("PyTorch has compiled", lambda: pytorch.wait(60.0))
+        step(f"speed {named}", lambda how=how: machine.measured("speed", path, how), needs_s=30)
+    step(f"load {kind}", lambda: machine.measured("load", path))
+    if pytorch:
+        step("PyTorch", pytorch.measure, needs_s=20)
+
+
+def sanitize(machine: Machine, how: str) -> None:
+    for tool in SANITIZERS:
+        named = tool if how == STEPS[0] else f"{tool}, {how}"
+        machine.report.step(named, lambda tool=tool: machine.sanitizer(tool, how), needs_s=20)
+
+
 def run_all(machine: Machine, kinds: list[str]) -> None:
     report, step, work = machine.report, machine.report.step, machine.work
     step("machine", machine.describe)
@@ -355,21 +380,16 @@ def run_all(machine: Machine, kinds: list[str]) -> None:
         step("same bits, small models", machine.small_bits)
         if step("files", lambda: machine.convert(checkpoint, kinds), needs_s=60) is None:
             kinds = []
-        for n, kind in enumerate(kinds):
-            path = work / f"{kind}.gguf"
-            step(f"same bits {kind}", lambda p=path: machine.measured("bits", p), needs_s=30)
-            if n == 0:
-                step("PyTorch has compiled", lambda: pytorch.wait(60.0))
-            step(f"speed {kind}", lambda p=path: machine.measured("speed", p), needs_s=30)
-            step(f"load {kind}", lambda p=path: machine.measured("load", p))
-            if n == 0:
-                step("PyTorch", pytorch.measure, needs_s=20)
+        for kind in kinds[:1]:
+            measure(machine, kind, pytorch)
         step("small files", lambda: machine.measured("small", work))
-        for tool in SANITIZERS:
-            step(tool, lambda tool=tool: machine.sanitizer(tool), needs_s=20)
+        sanitize(machine, STEPS[0])
         if kinds:
             step("mixed requests", lambda: machine.measured("mixed", work / f"{kinds[0]}.gguf"), needs_s=20)
             step("hottest kernels", lambda: machine.profile(work / f"{kinds[0]}.gguf"), needs_s=30)
+        for kind in kinds[1:]:
+            measure(machine, kind)
+        sanitize(machine, STEPS[1])
     report.write()
 
 

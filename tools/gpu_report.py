@@ -112,7 +112,7 @@ def ceilings(steps: dict[str, Any]) -> list[str]:
             step["found"].get("bench") if name.startswith("speed ") and isinstance(step.get("found"), dict) else None
         )
         if bench:
-            loads = (steps.get(name.replace("speed", "load"), {}).get("found") or {}).items()
+            loads = (steps.get(name.replace("speed", "load").split(",")[0], {}).get("found") or {}).items()
             rows.append(
                 [
                     name.removeprefix("speed "),

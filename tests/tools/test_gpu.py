@@ -126,5 +126,11 @@ def test_everything_on_the_emulator(tmp_path):
     assert len([r for r in steps["PyTorch"]["found"]["records"] if "tok_s" in r]) == 2 * 2 * 4
     said = (tmp_path / "out" / "gpu.md").read_text()
     assert "A trial on an emulated GPU" in said
-    for shown in ("| fixmin q8_0 |", "| PyTorch bfloat16, CUDA graph |", "ERROR SUMMARY: 0 errors", "| few_q8_0 |"):
+    for shown in (
+        "| fixmin q8_0 |",
+        "| fixmin q8_0, persistent |",
+        "| PyTorch bfloat16, CUDA graph |",
+        "ERROR SUMMARY: 0 errors",
+        "| few_q8_0 |",
+    ):
         assert shown in said
