@@ -72,6 +72,7 @@ class Sizes:
     repeat: int
     most: int  # tokens of a chunk, requests at once, whose bits are compared
     mixed: int  # requests
+    bench_on_cpu: bool = False  # an emulated GPU takes minutes for its ceilings
 
 
 PUBLISHED = Sizes(
@@ -86,7 +87,7 @@ SMALL = Sizes(
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
     },
-    *(16, 4, (8, 32), 3, 32, 1, 9, 6),
+    *(16, 4, (8, 32), 3, 32, 1, 9, 6, True),
 )
 
 
@@ -164,6 +165,12 @@ class Machine:
         with self.lock:
             self.running.discard(process)
 
+    def stop_all(self) -> None:
+        with self.lock:
+            running = list(self.running)
+        for process in running:
+            self.stop(process)
+
     def run(self, *command: object, limit_s: float = 120.0, env: dict[str, str] | None = None) -> str:
         """What it printed. RuntimeError if it failed, or was stopped after limit_s or when no time was left."""
         limit_s = max(1.0, min(limit_s * self.report.slack, self.report.left()))
@@ -210,11 +217,11 @@ class Machine:
 
     def build(self) -> dict[str, Any]:
         pip = (sys.executable, "-m", "pip", "install", "--quiet", "--target", self.site, "--upgrade", "--no-deps")
-        missing = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
+        missing = [p for m, p in NEEDED.items() if importlib.util.find_spec(m) is None and not shutil.which(m)]
         wheels = sorted((ROOT / "build" / "gpu" / "wheels").glob("*.whl"))
         if missing:
             if not wheels:
-                raise RuntimeError(f"{missing} are missing: tools/gpu.sh --wheels fetches them")
+                raise RuntimeError(f"{missing} are missing, and there are no wheels: make gpu-wheels")
             wanted = [path for path in wheels if not self.there(path)]
             self.run(*pip, "--no-index", "--no-compile", *wanted)
         options = {"FIXMIN_CUDA": "ON", "FIXMIN_CUDA_ARCHITECTURES": "native"}
@@ -370,27 +377,34 @@ def sanitize(machine: Machine, how: str) -> None:
 
 
 def run_all(machine: Machine, kinds: list[str]) -> None:
-    report, step, work = machine.report, machine.report.step, machine.work
-    step("machine", machine.describe)
+    machine.report.step("machine", machine.describe)
     with ThreadPoolExecutor(1) as background:
-        pytorch = PyTorch(machine)
-        checkpoint = background.submit(machine.checkpoint)
-        if step("build", machine.build) is None:
-            return
-        step("same bits, small models", machine.small_bits)
-        if step("files", lambda: machine.convert(checkpoint, kinds), needs_s=60) is None:
-            kinds = []
-        for kind in kinds[:1]:
-            measure(machine, kind, pytorch)
-        step("small files", lambda: machine.measured("small", work))
-        sanitize(machine, STEPS[0])
-        if kinds:
-            step("mixed requests", lambda: machine.measured("mixed", work / f"{kinds[0]}.gguf"), needs_s=20)
-            step("hottest kernels", lambda: machine.profile(work / f"{kinds[0]}.gguf"), needs_s=30)
-        for kind in kinds[1:]:
-            measure(machine, kind)
-        sanitize(machine, STEPS[1])
-    report.write()
+        try:
+            pytorch = PyTorch(machine)
+            checkpoint = background.submit(machine.checkpoint)
+            run_steps(machine, kinds, pytorch, checkpoint)
+        finally:
+            machine.stop_all()  # or this would wait for the checkpoint
+    machine.report.write()
+
+
+def run_steps(machine: Machine, kinds: list[str], pytorch: PyTorch, checkpoint: "Future[Path]") -> None:
+    step, work = machine.report.step, machine.work
+    if step("build", machine.build) is None:
+        return
+    step("same bits, small models", machine.small_bits)
+    if step("files", lambda: machine.convert(checkpoint, kinds), needs_s=60) is None:
+        kinds = []
+    for kind in kinds[:1]:
+        measure(machine, kind, pytorch)
+    step("small files", lambda: machine.measured("small", work))
+    sanitize(machine, STEPS[0])
+    if kinds:
+        step("mixed requests", lambda: machine.measured("mixed", work / f"{kinds[0]}.gguf"), needs_s=20)
+        step("hottest kernels", lambda: machine.profile(work / f"{kinds[0]}.gguf"), needs_s=30)
+    for kind in kinds[1:]:
+        measure(machine, kind)
+    sanitize(machine, STEPS[1])
 
 
 def main() -> int:
@@ -406,11 +420,7 @@ def main() -> int:
     machine = Machine(report, work, arguments.device)
     # Whoever stops this gets what there is: the report is written after each step.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        run_all(machine, ["q8_0"] if arguments.emulated else ["q8_0", "q4_0"])
-    finally:
-        for process in list(machine.running):
-            machine.stop(process)
+    run_all(machine, ["q8_0"] if arguments.emulated else ["q8_0", "q4_0"])
     print((out / "gpu.md").read_text())
     return int(any("failed" in one for one in report.steps.values()))
 

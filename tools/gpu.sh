@@ -9,7 +9,7 @@ if [ "${1:-}" = --wheels ]; then
     "$python" -m pip download --quiet --dest build/gpu/wheels --no-deps --only-binary :all: \
         --python-version "${PYTHON_OF_GPU:-3.12}" --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \
         --platform manylinux2014_x86_64 --platform manylinux_2_27_x86_64 --platform manylinux1_x86_64 \
-        scikit-build-core pathspec packaging pybind11 cmake ninja typer shellingham rich markdown-it-py mdurl pygments click \
+        scikit-build-core pathspec packaging pybind11 ninja typer shellingham rich markdown-it-py mdurl pygments click \
         tokenizers gguf pyyaml tqdm requests urllib3 charset-normalizer idna certifi
     # Published as source only. Its library must not be for this machine's CPU alone.
     CMAKE_ARGS='-DGGML_NATIVE=OFF' "$python" -m pip wheel --quiet --wheel-dir build/gpu/wheels --no-deps --no-cache-dir \

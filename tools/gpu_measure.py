@@ -89,10 +89,10 @@ def bits(path: Path, device: str, sizes: dict[str, Any]) -> dict[str, Any]:
                         differ.append(f"cache {kv_type}, chunks of {n_batch}")
                 engine.close()
     prompts = [random_ids(vocab_size, 1 + i % 9, seed=i) for i in range(most)]
-    with_all = _core.Engine(str(path), device="cpu", n_ctx=2 * most)
+    with_all = _core.Engine(str(path), device="cpu", n_ctx=2 * most, n_kv=64 * most)
     alone = answers(with_all, prompts, 6)
     with_all.close()
-    engine = _core.Engine(str(path), device=device, n_ctx=2 * most)
+    engine = _core.Engine(str(path), device=device, n_ctx=2 * most, n_kv=64 * most)
     for n in [n for n in (1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 31, 32, 33, 48, 63, 64) if n <= most]:
         for _ in range(2):
             n_runs += 1
@@ -151,7 +151,8 @@ def seconds(run: Callable[[], Any], repeat: int) -> float:
 def speed(path: Path, device: str, sizes: dict[str, Any]) -> dict[str, Any]:
     """Tokens per second, and what `fixmin bench` says of the ceilings."""
     depth, new, n, context, repeat = (sizes[k] for k in ("depth", "new", "sequences", "context", "repeat"))
-    report = bench(path, device=device, n_prompt=min(512, context), n_generate=new, depth=depth, repeat=repeat)
+    where = "cpu" if sizes["bench_on_cpu"] else device
+    report = bench(path, device=where, n_prompt=min(512, context), n_generate=new, depth=depth, repeat=repeat)
     found: dict[str, Any] = {"bench": vars(report), "decode": report.decode_tok_s}
     print(json.dumps(found), flush=True)  # what a time-out would lose
     engine = _core.Engine(str(path), device=device, n_kv=n * (context + 32))
