@@ -16,19 +16,13 @@ using quant::KvType;
 inline constexpr uint32_t tile_tokens = 8;
 
 // Threads of a block, and what it has of shared memory, where that does not depend on the model.
-inline constexpr uint32_t row_threads = 256, attention_threads = 256;
+inline constexpr uint32_t row_threads = 256, attention_threads = 256;  // of attention: at most
 inline constexpr uint32_t step_threads = 256;  // as every kernel of a step whose threads wait for each other
 inline constexpr uint32_t few_threads = 256, few_blocks = 16;  // products of few tokens (products.cuh)
 inline constexpr uint32_t many_threads = 128, many_tiles = 8;  // of many
 inline constexpr uint32_t ceiling_threads = 256, ceiling_chains = 8;
 inline constexpr uint32_t float_threads = 16 * tile_tokens;  // of float weights
 inline constexpr size_t few_bytes = 16 * few_blocks * 16 * tile_tokens;
-
-/// Of attention, beside the scores: maxima and sums, a query in 8 bits.
-constexpr size_t attention_bytes(uint32_t head_dim) {
-    const uint32_t padded = (head_dim + 31) / 32 * 32;
-    return 8 * sizeof(float) + padded + padded / 32 * 2 * sizeof(float);
-}
 
 /// The factors of 32 activations in 8 bits: x ~ scale * q.
 struct alignas(16) BlockFactors {
@@ -115,35 +109,88 @@ struct CacheArgs {
     size_t block_bytes, head_bytes;
 };
 
-/// Where the tokens of a batch belong.
-struct PlaceArgs {
-    const uint32_t* positions;  // [T]
-    const uint32_t* tables;     // [T]: where the numbers of the token's blocks begin in `blocks`
-    const uint32_t* blocks;
-};
-
-/// grid (heads + key/value heads, tokens), a warp each: rotates queries and keys, stores keys and values.
-struct RotateArgs {
-    float* qkv;  // [T][(heads + 2 * kv_heads) * head_dim]
+/// Keys and values of a batch, before positions are rotated, and where they belong.
+struct KeyValueArgs {
+    const float* qkv;  // [T][(heads + 2 * kv_heads) * head_dim]
     uint32_t head_count, head_count_kv, head_dim;
-    float attention_scale;
     uint32_t rope_dim;
     RopeStyle style;
     const float *cos, *sin;  // [positions][rope_dim / 2]
     CacheArgs cache;
-    PlaceArgs place;
+    const uint32_t* blocks;  // numbers of the sequences' blocks, one sequence after the other
 };
 
-/// grid (heads, tokens): attention of one query.
+/// grid (2 * key/value heads / store_warps, tokens), a warp for each row: rotates and stores keys, stores values.
+struct StoreArgs {
+    KeyValueArgs kv;
+    const uint32_t* positions;  // [T]
+    const uint32_t* tables;     // [T]: where the numbers of the token's blocks begin
+};
+inline constexpr uint32_t store_warps = 8;
+
+/// Queries of one key/value head that a block of threads works on together: consecutive ones of a chunk
+/// (model/backend.h), which are counted token by token and of each token head by head.
+struct Tile {
+    uint32_t row, position;  // of the first token of the chunk: in the batch, in its sequence
+    uint32_t table;          // where the numbers of its blocks begin
+    uint32_t first, n;       // of the queries
+};
+
+/// How attention divides its work (attention.cuh). A thread has so many of the tile's queries, with so many keys for
+/// scores, so many dimensions for values.
+struct TileShape {
+    uint32_t queries, queries_of_thread, keys_of_thread, dims_of_thread;
+};
+inline constexpr TileShape tile_shapes[] = {{1, 1, 1, 1}, {4, 4, 1, 1}, {16, 4, 4, 4}};
+inline constexpr uint32_t staged = 16;  // elements for each thread that are in a buffer of shared memory
+
+/// A block of threads of attention: how many threads, and where in its shared memory what begins, in floats.
+struct AttentionSpace {
+    uint32_t dims;     // of a value at a time, a power of two
+    uint32_t threads;  // as many as the products of values take, or more where few queries shall read fast
+    uint32_t kept_keys;
+    uint32_t limits, tops, inverses, queries, query_scales, weights, buffers, scores, end;
+    uint32_t weight_row, weights_size, value_keys, value_row, buffer_size, score_stride;
+
+    /// Scores of at most kept_keys keys stay, rounded down to what fits in the same space.
+    constexpr AttentionSpace(TileShape shape, KvType type, uint32_t head_dim, uint32_t most_kept_keys)
+        : dims(head_dim <= 32   ? 32
+               : head_dim <= 64 ? 64
+                                : 128),
+          threads(shape.queries == 16 ? 2 * dims : attention_threads),
+          kept_keys(most_kept_keys / threads * threads),
+          weight_row(shape.queries == 16 ? 20 : shape.queries),  // 20: against conflicts of banks
+          value_keys(threads * staged / dims),
+          value_row(dims + 16),  // the same, as rows are read in pairs
+          buffer_size(threads * staged * 3 / 2) {
+        const uint32_t padded = (head_dim + 31) / 32 * 32, q = shape.queries;
+        weights_size = (type == KvType::q8_0 ? dims / 32 : 1) * value_keys * weight_row;
+        score_stride = (kept_keys > threads ? kept_keys : threads) + 4;  // of one query for each thread
+        limits = 0;
+        tops = limits + whole(q);
+        inverses = tops + whole(threads / 16 / (q / shape.queries_of_thread) * q);
+        queries = inverses + whole(q);
+        query_scales = queries + padded * q;
+        weights = query_scales + whole(padded / 32 * q);
+        buffers = weights + 2 * weights_size;
+        scores = buffers + 2 * buffer_size;
+        end = scores + q * score_stride;
+    }
+    constexpr size_t bytes() const { return end * sizeof(float); }
+
+  private:
+    static constexpr uint32_t whole(uint32_t n) { return (n + 3) / 4 * 4; }
+};
+
+/// grid (key/value heads, tiles).
 struct AttentionArgs {
-    const float* qkv;
-    uint32_t head_count, head_count_kv, head_dim;
-    CacheArgs cache;
-    PlaceArgs place;
-    uint32_t shared_keys;  // scores that fit the shared memory given; longer ones go to `scores`
-    float* scores;         // [tokens * heads][scores_stride], or null
-    size_t scores_stride;
-    float* out;  // [T][heads * head_dim]
+    KeyValueArgs kv;
+    const Tile* tiles;
+    float attention_scale;
+    bool stores;              // the keys and values of the tiles' chunks, each of which is one tile
+    uint32_t kept_keys;       // scores of more are computed twice (AttentionSpace)
+    float* out;               // [T][heads * head_dim], or null
+    QuantizedRows quantized;  // codes may be null; else head_dim is a multiple of 32
 };
 
 /// A launch of a step, for the kernel that makes them all.

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "cuda/packing.h"
 #include "error.h"
@@ -25,8 +26,6 @@ constexpr uint32_t most_tokens = 65535;  // of a batch: blocks of a grid along y
 constexpr uint32_t rows_at_a_time = 64;  // of logits
 constexpr uint32_t most_repeated_tokens = rows_at_a_time;
 constexpr uint32_t positions_at_a_time = 256;          // of rotations
-constexpr size_t score_bytes = size_t(64) << 20;       // of long contexts at a time
-constexpr size_t usual_shared_bytes = 48 << 10;        // of a block on every device
 constexpr uint32_t most_few_tokens = 4 * tile_tokens;  // that a product takes tile by tile
 
 uint32_t tiles(uint32_t n, uint32_t of) { return (n + of - 1) / of; }
@@ -55,6 +54,12 @@ Kernel few_kernel(WeightType type) {
 // kernel_list.h has them in the same order.
 Kernel many_kernel(WeightType type) {
     return Kernel(uint8_t(few_kernel(type)) - uint8_t(Kernel::few_q8_0) + uint8_t(Kernel::many_q8_0));
+}
+
+// kernel_list.h has them in the order of tile_shapes and, of each, of KvType.
+Kernel attention_kernel(uint32_t shape, KvType type) {
+    constexpr Kernel first[] = {Kernel::attention_one_f32, Kernel::attention_four_f32, Kernel::attention_many_f32};
+    return Kernel(uint8_t(first[shape]) + uint8_t(type));
 }
 
 uint32_t batch_tokens(const model::BackendOptions& options) {
@@ -111,8 +116,8 @@ void CudaBackend::take_memory() {
     add(logits_, size_t(rows_at_a_time) * hp_.vocab_size);
     add(cos_, turns);
     add(sin_, turns);
-    add(words_, 3 * t + t * tiles(n_ctx_, quant::kv_block_tokens));
-    if (n_ctx_ > shared_keys()) arena_.add(scores_, std::max(score_bytes, score_bytes_of_token()));
+    const size_t most_tiles = t * (hp_.head_count / hp_.head_count_kv / tile_shapes[0].queries + 1);
+    add(words_, 3 * t + most_tiles * sizeof(Tile) / sizeof(uint32_t) + t * tiles(n_ctx_, quant::kv_block_tokens));
     const auto bytes = [](size_t n) { return std::to_string(n) + " bytes"; };
     arena_.allocate("a model: weights, " + bytes(matrices_.size()) + "; KV cache, " + bytes(cache_.size()) +
                     " (n_kv, n_ctx and kv_type make it smaller); and what a batch of " + std::to_string(n_batch_) +
@@ -207,10 +212,8 @@ bool CudaBackend::run_layers(const Batch& batch) {
 
 void CudaBackend::run_layer(uint32_t l, uint32_t n_tokens) {
     const Layer& layer = weights_.layers[l];
-    project_qkv(l, n_tokens);  // h = norm1(x); q, k, v
-    attend(l, n_tokens);       // softmax(q.k * scale) v
-    const Rows mixed = activated(ActivateArgs::Function::none, attended_.as<float>(), hp_.q_length(), n_tokens,
-                                 is_quantized(layer.attn_output.type));
+    project_qkv(l, n_tokens);               // h = norm1(x); q, k, v
+    const Rows mixed = attend(l, n_tokens);  // softmax(q.k * scale) v
     if (squares_) add_squares(squares_->blocks[l].attn_output, mixed, n_tokens);
     multiply(layer.attn_output, mixed, n_tokens, x_.as<float>(), hp_.embedding_length, true);  // x += Wo (...)
     feed_forward(l, n_tokens);  // x += W2 act(W1 norm2(x))
@@ -265,26 +268,53 @@ void CudaBackend::run_step(uint32_t n_tokens) {
 
 // ---- parts of a step ------------------------------------------------------------------------------------------------
 
-// Which token stands where.
+// Which token stands where. Words: ids, positions, tables [T]; tiles of attention; numbers of blocks.
 void CudaBackend::place(const Batch& batch) {
     const size_t n = batch.ids.size();
+    make_tiles(batch);
     std::vector<uint32_t>& words = words_to_upload_;
     words.assign(batch.ids.begin(), batch.ids.end());
-    words.resize(3 * n);
+    const size_t first_tile = 3 * n, first_block = first_tile + tiles_.size() * sizeof(Tile) / sizeof(uint32_t);
+    words.resize(first_block);
+    std::vector<uint32_t> tables;  // of the chunks
     for (const Chunk& chunk : batch.chunks) {
-        const uint32_t end = chunk.position + chunk.n_tokens;
+        const uint32_t end = chunk.position + chunk.n_tokens, table = uint32_t(words.size() - first_block);
         for (uint32_t t = 0; t < chunk.n_tokens; ++t) {
             words[n + chunk.first_row + t] = chunk.position + t;
-            words[2 * n + chunk.first_row + t] = uint32_t(words.size() - 3 * n);
+            words[2 * n + chunk.first_row + t] = table;
         }
         words.insert(words.end(), chunk.blocks, chunk.blocks + tiles(end, quant::kv_block_tokens));
         prepare_positions(end);
     }
+    for (Tile& tile : tiles_) tile.table = words[2 * n + tile.row];
+    std::memcpy(words.data() + first_tile, tiles_.data(), tiles_.size() * sizeof(Tile));
     device_->upload(words_.data(), words.data(), words.size() * sizeof(uint32_t));
     ids_ = words_.as<uint32_t>();
     positions_ = ids_ + n;
     tables_ = positions_ + n;
-    blocks_ = tables_ + n;
+    tiles_on_device_ = reinterpret_cast<const Tile*>(tables_ + n);
+    blocks_ = ids_ + first_block;
+}
+
+// A chunk with few queries is one tile, of a shape for so many. The others are cut; tiles that take longest come first.
+void CudaBackend::make_tiles(const Batch& batch) {
+    const uint32_t group = hp_.head_count / hp_.head_count_kv;
+    tiles_.clear();
+    for (uint32_t shape = 0; shape < std::size(tile_shapes); ++shape) {
+        const size_t begin = tiles_.size();
+        for (const Chunk& chunk : batch.chunks) {
+            const uint32_t n = chunk.n_tokens * group;
+            if (tile_shape(n) != shape) continue;
+            for (uint32_t first = 0; first < n; first += tile_shapes[shape].queries) {
+                const uint32_t queries = std::min(n - first, tile_shapes[shape].queries);
+                tiles_.push_back({chunk.first_row, chunk.position, 0, first, queries});
+            }
+        }
+        const auto last_key = [&](const Tile& tile) { return tile.position + (tile.first + tile.n - 1) / group; };
+        std::ranges::stable_sort(tiles_.begin() + begin, tiles_.end(), std::ranges::greater{}, last_key);
+        n_tiles_[shape] = uint32_t(tiles_.size() - begin);
+    }
+    tiles_are_chunks_ = tiles_.size() == batch.chunks.size();
 }
 
 // Some more than are asked for: a sequence that grows would else ask in every step.
@@ -337,36 +367,50 @@ void CudaBackend::project_qkv(uint32_t l, uint32_t n_tokens) {
     multiply(layer.v, rows, n_tokens, qkv + hp_.q_length() + hp_.kv_length(), stride);
 }
 
-void CudaBackend::attend(uint32_t l, uint32_t n_tokens) {
-    const uint32_t heads = hp_.head_count, d = hp_.head_dim;
-    device_->launch(Kernel::rotate_and_store, {heads + hp_.head_count_kv, n_tokens, 32},
-                    RotateArgs{qkv_.as<float>(), heads, hp_.head_count_kv, d, hp_.attention_scale, hp_.rope_dim,
-                               hp_.rope_style, cos_.as<float>(), sin_.as<float>(), cache_of(l), places()});
-    AttentionArgs args{qkv_.as<float>(), heads, hp_.head_count_kv, d,      cache_of(l),
-                       places(),         0,     nullptr,           n_ctx_, attended_.as<float>()};
-    // Scores lie in shared memory, of long contexts in a buffer for so many tokens at a time.
-    args.shared_keys = std::min(n_ctx_, shared_keys());
-    uint32_t step = n_tokens;
-    if (scores_.size()) {
-        step = uint32_t(std::min<size_t>(scores_.size() / score_bytes_of_token(), n_tokens));
-        args.scores = scores_.as<float>();
+// Where every chunk is one tile, attention stores its keys and values too.
+CudaBackend::Rows CudaBackend::attend(uint32_t l, uint32_t n_tokens) {
+    const uint32_t heads = hp_.head_count, kv_heads = hp_.head_count_kv, d = hp_.head_dim;
+    const KeyValueArgs kv{qkv_.as<float>(), heads,       kv_heads, d, hp_.rope_dim, hp_.rope_style, cos_.as<float>(),
+                          sin_.as<float>(), cache_of(l), blocks_};
+    if (!tiles_are_chunks_) {
+        device_->launch(Kernel::store_kv, {tiles(2 * kv_heads, store_warps), n_tokens, 32 * store_warps},
+                        StoreArgs{kv, positions_, tables_});
     }
-    const size_t shared = attention_bytes(d) + args.shared_keys * sizeof(float);
-    for (uint32_t first = 0; first < n_tokens; first += step) {
-        device_->launch(Kernel::attention, {heads, std::min(step, n_tokens - first), attention_threads, shared}, args);
-        args.qkv += size_t(step) * hp_.qkv_length();
-        args.out += size_t(step) * hp_.q_length();
-        args.place.positions += step;
-        args.place.tables += step;
+    const bool quantize = is_quantized(weights_.layers[l].attn_output.type), at_once = quantize && d % block_size == 0 && !squares_;
+    AttentionArgs args{kv, tiles_on_device_, hp_.attention_scale, tiles_are_chunks_, 0, nullptr, {}};
+    if (at_once)
+        args.quantized = quantized_rows(true);
+    else
+        args.out = attended_.as<float>();
+    for (uint32_t shape = 0; shape < std::size(tile_shapes); args.tiles += n_tiles_[shape++]) {
+        if (n_tiles_[shape] == 0) continue;
+        const AttentionSpace space = attention_space(shape);
+        args.kept_keys = space.kept_keys;
+        device_->launch(attention_kernel(shape, kv_type_), {kv_heads, n_tiles_[shape], space.threads, space.bytes()},
+                        args);
     }
+    if (at_once) return {nullptr, args.quantized};
+    return activated(ActivateArgs::Function::none, attended_.as<float>(), hp_.q_length(), n_tokens, quantize);
 }
 
-// Of one head that fit into the shared memory that every device has.
-uint32_t CudaBackend::shared_keys() const {
-    return uint32_t((usual_shared_bytes - attention_bytes(hp_.head_dim)) / sizeof(float));
+// The smallest that takes so many queries at once, or the largest that the device has shared memory for.
+uint32_t CudaBackend::tile_shape(uint32_t n_queries) const {
+    uint32_t shape = 0;
+    while (tile_shapes[shape].queries < n_queries && shape + 1 < std::size(tile_shapes) &&
+           AttentionSpace(tile_shapes[shape + 1], kv_type_, hp_.head_dim, 0).bytes() <= device_->info().shared_bytes)
+        ++shape;
+    return shape;
 }
 
-size_t CudaBackend::score_bytes_of_token() const { return size_t(n_ctx_) * hp_.head_count * sizeof(float); }
+// Scores of tiles that read keys for few queries are kept if there is room. Where there are many queries it is better
+// to compute them again than to have few threads on a multiprocessor.
+AttentionSpace CudaBackend::attention_space(uint32_t shape) const {
+    const AttentionSpace least(tile_shapes[shape], kv_type_, hp_.head_dim, 0);
+    if (!tiles_are_chunks_ && shape == std::size(tile_shapes) - 1) return least;
+    const size_t keys = (device_->info().shared_bytes - least.bytes()) / sizeof(float) / tile_shapes[shape].queries;
+    const size_t all = tiles(n_ctx_, least.threads) * least.threads;
+    return {tile_shapes[shape], kv_type_, hp_.head_dim, uint32_t(std::min(keys, all))};
+}
 
 void CudaBackend::feed_forward(uint32_t l, uint32_t n_tokens) {
     const Layer& layer = weights_.layers[l];
@@ -450,8 +494,6 @@ CacheArgs CudaBackend::cache_of(uint32_t layer) const {
     const size_t head = quant::kv_head_bytes(kv_type_, hp_.head_dim);
     return {kv_type_, cache_.data() + layer * hp_.head_count_kv * head, block_bytes_, head};
 }
-
-PlaceArgs CudaBackend::places() const { return {positions_, tables_, blocks_}; }
 
 // ---- blocks of the cache --------------------------------------------------------------------------------------------
 

@@ -65,9 +65,10 @@ class CudaBackend final : public model::Backend {
     void run_layer(uint32_t layer, uint32_t n_tokens);
     void lift(uint32_t n_tokens);
     void project_qkv(uint32_t layer, uint32_t n_tokens);
-    void attend(uint32_t layer, uint32_t n_tokens);
-    uint32_t shared_keys() const;
-    size_t score_bytes_of_token() const;
+    Rows attend(uint32_t layer, uint32_t n_tokens);
+    void make_tiles(const model::Batch& batch);
+    uint32_t tile_shape(uint32_t n_queries) const;
+    AttentionSpace attention_space(uint32_t shape) const;
     void feed_forward(uint32_t layer, uint32_t n_tokens);
     Rows normalized(const model::Norm& norm, uint32_t n_tokens, bool quantize, const uint32_t* rows = nullptr);
     Rows activated(ActivateArgs::Function function, float* values, uint32_t length, uint32_t n_tokens, bool quantize);
@@ -80,7 +81,6 @@ class CudaBackend final : public model::Backend {
     QuantizedRows quantized_rows(bool wanted) const;
     CodeMapArgs code_map() const;
     CacheArgs cache_of(uint32_t layer) const;
-    PlaceArgs places() const;
 
     threads::ThreadPool pool_;  // of the host: loading, sampling
     const std::unique_ptr<Device> device_;
@@ -99,12 +99,15 @@ class CudaBackend final : public model::Backend {
     Part row_codes_, row_factors_;                  // rows in 8 bits
     Part rows_, logits_;                            // of a projection
     Part cos_, sin_;                                // [n_ctx][rope_dim / 2]
-    Part scores_;                                   // of contexts that are too long for shared memory
     uint32_t n_turns_ = 0;                          // positions that cos_ and sin_ have
 
-    Part words_;  // of a batch: ids [T], positions [T], tables [T], blocks
+    Part words_;  // of a batch: ids [T], positions [T], tables [T], tiles, blocks
     std::vector<uint32_t> words_to_upload_;
     const uint32_t *ids_ = nullptr, *positions_ = nullptr, *tables_ = nullptr, *blocks_ = nullptr;  // in words_
+    const Tile* tiles_on_device_ = nullptr;
+    std::vector<Tile> tiles_;                        // of attention, by shape
+    uint32_t n_tiles_[std::size(tile_shapes)] = {};  // of each
+    bool tiles_are_chunks_ = false;                  // each is a whole one
 
     model::InputSquares* squares_ = nullptr;
 

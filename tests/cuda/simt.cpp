@@ -204,7 +204,7 @@ void run_blocks(Block* first, size_t n, unsigned threads, size_t shared_bytes) {
 }
 
 // Barriers of blocks by number, from 1, in the order in which they are first met.
-const void* sites[64];
+const void* sites[256];
 int left_out = 0;
 
 int number_of(const void* site) {

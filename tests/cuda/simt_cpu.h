@@ -114,6 +114,7 @@ inline int __float2int_rn(float x) {
     if (x != x) return 0;
     return x >= 0x1p31f ? INT32_MAX : x < -0x1p31f ? INT32_MIN : int(std::rint(x));
 }
+inline int __dp4a(int a, int b, int sum) { return sum + fixmin::simt::dot_of_bytes(a, b); }
 inline unsigned __byte_perm(unsigned x, unsigned y, unsigned select) {
     const uint64_t both = uint64_t(y) << 32 | x;
     unsigned result = 0;
@@ -124,6 +125,7 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned select) {
 namespace fixmin::cuda {
 
 inline void after_previous() { simt::note_after_previous(); }
+inline void prefetch_line(const void*) {}
 inline float half_to_float(uint16_t half) { return quant::f16_to_f32(half); }
 inline uint16_t float_to_half(float x) { return quant::f32_to_f16(x); }
 inline void multiply_half_tile(int (&d)[4], int2 a, int b) {
