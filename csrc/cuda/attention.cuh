@@ -185,10 +185,9 @@ class Attention {
             __syncthreads();
         }
         load_queries();
-        __syncthreads();
         find_highest();
         for (uint32_t dim = 0; dim < kv_.head_dim; dim += space_.dims) {
-            if (dim) __syncthreads();  // results have been read
+            if (dim) __syncthreads();  // the results before have been read
             mix(dim);
         }
     }
@@ -565,15 +564,18 @@ class Attention {
     float highest_[passes];               // of the queries whose weights this thread computes
 };
 
-#define FIXMIN_ATTENTION(name, type, shape)                             \
-    FIXMIN_KERNEL(attention_##name, AttentionArgs, attention_threads) { \
-        FIXMIN_SHARED(shared);                                          \
-        Attention<KvType::type, shape>(args, block, shared).run();      \
+// As if there were more threads: then the compiler leaves registers for other blocks, so far as it can without spilling
+// (128 of few queries, 168 of many).
+static_assert(attention_threads == step_threads);  // of few queries, whose threads meet at barriers (persistent.cuh)
+#define FIXMIN_ATTENTION(name, type, shape, threads)               \
+    FIXMIN_KERNEL(attention_##name, AttentionArgs, threads) {      \
+        FIXMIN_SHARED(shared);                                     \
+        Attention<KvType::type, shape>(args, block, shared).run(); \
     }
-#define FIXMIN_ATTENTION_OF(type)          \
-    FIXMIN_ATTENTION(one_##type, type, 0)  \
-    FIXMIN_ATTENTION(four_##type, type, 1) \
-    FIXMIN_ATTENTION(many_##type, type, 2)
+#define FIXMIN_ATTENTION_OF(type)                                 \
+    FIXMIN_ATTENTION(one_##type, type, 0, 2 * attention_threads)  \
+    FIXMIN_ATTENTION(four_##type, type, 1, 2 * attention_threads) \
+    FIXMIN_ATTENTION(many_##type, type, 2, attention_threads * 3 / 2)
 FIXMIN_ATTENTION_OF(f32)
 FIXMIN_ATTENTION_OF(f16)
 FIXMIN_ATTENTION_OF(q8_0)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from emulation import SEARCH_PATH, build
+from emulation import SEARCH_PATH, build, run
 from gguf_factory import make_model
 
 pytestmark = pytest.mark.slow
@@ -18,7 +18,7 @@ MODELS = {
     "f16": dict(weight_type="F16", block_count=2),
 }
 #: Barriers of blocks in the kernels; each is left out once.
-N_BARRIERS = 10
+N_BARRIERS = 12
 
 
 def program(sanitizer: str) -> Path:
@@ -59,11 +59,21 @@ def test_clean(sanitizer, model, tmp_path):
         assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+def test_attention_is_clean(sanitizer):
+    """All shapes of tiles, with scores that are kept and such that are computed again."""
+    path = program(sanitizer).with_name("attention_main")
+    done = run([path, "25", "7"], TSAN_OPTIONS="halt_on_error=1", FIXMIN_SIMT_SEED="5")
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+
+
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
     # More blocks of 32 than are handed over at a time, heads for more than one warp: so every barrier matters.
     path = tmp_path_factory.mktemp("planted") / "model.gguf"
-    return make_model(path, vocab_size=100, weight_type="Q8_0", feed_forward_length=1024, head_count=2)
+    # Heads of 64 are two buffers of keys.
+    sizes = dict(embedding_length=128, feed_forward_length=1024, head_count=2)
+    return make_model(path, vocab_size=100, weight_type="Q8_0", **sizes)
 
 
 def compute_planted(model: Path, out: Path, left_out: int):
