@@ -564,8 +564,8 @@ class Attention {
     float highest_[passes];               // of the queries whose weights this thread computes
 };
 
-// As if there were more threads: then the compiler leaves registers for other blocks, so far as it can without spilling
-// (128 of few queries, 168 of many).
+// Of few queries as if there were twice as many threads: then the compiler takes at most 128 registers, and leaves some
+// for other blocks. Of many it would have to spill.
 static_assert(attention_threads == step_threads);  // of few queries, whose threads meet at barriers (persistent.cuh)
 #define FIXMIN_ATTENTION(name, type, shape, threads)               \
     FIXMIN_KERNEL(attention_##name, AttentionArgs, threads) {      \
@@ -575,7 +575,7 @@ static_assert(attention_threads == step_threads);  // of few queries, whose thre
 #define FIXMIN_ATTENTION_OF(type)                                 \
     FIXMIN_ATTENTION(one_##type, type, 0, 2 * attention_threads)  \
     FIXMIN_ATTENTION(four_##type, type, 1, 2 * attention_threads) \
-    FIXMIN_ATTENTION(many_##type, type, 2, attention_threads * 3 / 2)
+    FIXMIN_ATTENTION(many_##type, type, 2, attention_threads)
 FIXMIN_ATTENTION_OF(f32)
 FIXMIN_ATTENTION_OF(f16)
 FIXMIN_ATTENTION_OF(q8_0)
