@@ -233,6 +233,7 @@ py::dict stats(const EngineHandle& handle) {
     d["n_rows"] = s.n_rows;
     d["n_prompt_tokens"] = s.n_prompt_tokens;
     d["n_cached_prompt_tokens"] = s.n_cached_prompt_tokens;
+    d["n_extracts"] = s.n_extracts;
     d["n_generated"] = s.n_generated;
     d["n_drafted"] = s.n_drafted;
     d["n_accepted"] = s.n_accepted;

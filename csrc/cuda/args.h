@@ -208,6 +208,55 @@ struct StepArgs {
     unsigned* count;  // of blocks that have ended a phase
 };
 
+/// What is asked about a row (numerics/extract.h).
+struct QueryArgs {
+    uint32_t row, n_largest;
+    float temperature;
+    uint32_t mask;  // which of ExtractArgs::masks, or no_mask
+    double uniform;
+};
+inline constexpr uint32_t no_mask = UINT32_MAX;
+
+/// So many logits that follow each other, of which the sampler sums the weights by themselves.
+inline constexpr uint32_t segment = 1024;
+
+/// Of 32 groups of logits.
+struct alignas(8) Survey {
+    float highest;
+    uint32_t finite;
+};
+
+/// An answer. Behind it stand up to ExtractArgs::capacity LogitOfId.
+struct alignas(8) ExtractOfRow {
+    double total;
+    float highest, floor;
+    uint32_t best, finite, drawn;
+    uint32_t n_largest;  // more than `capacity`: they did not fit
+};
+struct alignas(8) LogitOfId {
+    float logit;
+    uint32_t id;
+};
+constexpr size_t extract_bytes(uint32_t capacity) { return sizeof(ExtractOfRow) + capacity * sizeof(LogitOfId); }
+
+/// Rows asked about at a time: what is asked travels with the launch, which takes 4 KB.
+inline constexpr uint32_t extract_rows = 64, extract_threads = 256;
+inline constexpr size_t extract_notes_bytes = 128;
+
+struct ExtractArgs {
+    const float* logits;    // [rows][V]
+    const uint32_t* masks;  // [masks][V / 32 rounded up]
+    uint32_t vocab_size;
+    uint32_t group, n_groups;  // logits in one, 1 or 32: every n_groups-th of the row
+    uint32_t capacity;
+    float* maxima;    // [queries][groups]
+    Survey* surveys;  // [queries][groups / 32 rounded up]
+    double* sums;     // of weights, [queries][V / segment rounded up]
+    std::byte* out;   // [queries] of extract_bytes(capacity)
+    QueryArgs queries[extract_rows];
+};
+static_assert(sizeof(ExtractArgs) <= 4096);
+
 /// grid (any): reads all bytes, a multiple of 16.
 struct ReadArgs {
     const std::byte* memory;

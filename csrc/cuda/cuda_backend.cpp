@@ -23,7 +23,7 @@ using quant::WeightType;
 namespace {
 
 constexpr uint32_t most_tokens = 65535;  // of a batch: blocks of a grid along y
-constexpr uint32_t rows_at_a_time = 64;  // of logits
+constexpr uint32_t rows_at_a_time = model::most_kept_rows;  // of logits
 constexpr uint32_t most_repeated_tokens = rows_at_a_time;
 constexpr uint32_t positions_at_a_time = 256;          // of rotations
 constexpr uint32_t most_few_tokens = 4 * tile_tokens;  // that a product takes tile by tile
@@ -87,6 +87,7 @@ CudaBackend::CudaBackend(std::unique_ptr<Device> device, gguf::GgufFile file, co
       n_blocks_(cache_blocks(options, hp_, *device_)),
       block_bytes_(model::kv_block_bytes(hp_, kv_type_)),
       arena_(*device_),
+      extracts_(hp_.vocab_size),
       step_kind_(step_kind()),
       steps_(most_repeated_tokens + 1) {
     keep_constants();
@@ -114,6 +115,7 @@ void CudaBackend::take_memory() {
     arena_.add(row_factors_, t * (widest / block_size) * sizeof(BlockFactors));
     add(rows_, rows_at_a_time);
     add(logits_, size_t(rows_at_a_time) * hp_.vocab_size);
+    extracts_.add_to(arena_);
     add(cos_, turns);
     add(sin_, turns);
     const size_t most_tiles = t * (hp_.head_count / hp_.head_count_kv / tile_shapes[0].queries + 1);
@@ -183,7 +185,7 @@ bool CudaBackend::forward(const Batch& batch) {
     if (repeats(batch)) {
         if (batch.should_stop && (*batch.should_stop)()) return false;
         run_step(n_tokens);
-        download_logits(batch.logits, n_tokens);
+        if (batch.logits) read_logits(0, n_tokens, batch.logits);
     } else {
         if (!run_layers(batch)) return false;
         if (batch.rows.empty())
@@ -224,7 +226,7 @@ void CudaBackend::project(std::span<const uint32_t> rows, float* logits) {
         const auto some = rows.subspan(first, std::min<size_t>(rows_at_a_time, rows.size() - first));
         device_->upload(rows_.data(), some.data(), some.size_bytes());
         project_on_device(rows_.as<uint32_t>(), uint32_t(some.size()));
-        download_logits(logits + first * hp_.vocab_size, uint32_t(some.size()));
+        if (logits) read_logits(0, uint32_t(some.size()), logits + first * hp_.vocab_size);
     }
 }
 
@@ -234,8 +236,9 @@ void CudaBackend::project_on_device(const uint32_t* rows, uint32_t n) {
     multiply(weights_.output, normed, n, logits_.as<float>(), hp_.vocab_size);
 }
 
-void CudaBackend::download_logits(float* to, uint32_t n_rows) {
-    device_->download(to, logits_.data(), size_t(n_rows) * hp_.vocab_size * sizeof(float));
+void CudaBackend::read_logits(uint32_t first, uint32_t n, float* logits) {
+    const size_t row = hp_.vocab_size * sizeof(float);
+    device_->download(logits, logits_.data() + first * row, n * row);
 }
 
 // ---- steps that come again and again --------------------------------------------------------------------------------

@@ -10,6 +10,7 @@
 
 #include "cuda/arena.h"
 #include "cuda/device.h"
+#include "cuda/extracts.h"
 #include "cuda/repeated_step.h"
 #include "gguf/gguf_file.h"
 #include "model/backend.h"
@@ -27,6 +28,11 @@ class CudaBackend final : public model::Backend {
 
     bool forward(const model::Batch& batch) override;
     void project(std::span<const uint32_t> rows, float* logits) override;
+    bool extracts() const override { return extracts_.possible(); }
+    void extract(std::span<const numerics::ExtractQuery> queries, numerics::Extract* extracts) override {
+        extracts_.take(*device_, logits_.as<float>(), queries, extracts);
+    }
+    void read_logits(uint32_t first, uint32_t n, float* logits) override;
     void copy_block(uint32_t from, uint32_t to) override;
     void read_block(uint32_t block, std::byte* out) const override;
     void write_block(uint32_t block, const std::byte* in) override;
@@ -74,7 +80,6 @@ class CudaBackend final : public model::Backend {
     Rows activated(ActivateArgs::Function function, float* values, uint32_t length, uint32_t n_tokens, bool quantize);
     void multiply(const model::Linear& w, const Rows& rows, uint32_t n_tokens, float* out, uint32_t out_stride,
                   bool accumulate = false);
-    void download_logits(float* to, uint32_t n_rows);
     void project_on_device(const uint32_t* rows, uint32_t n);
     void capture_hidden(uint32_t layer, const model::Batch& batch);
     void add_squares(std::vector<double>& sums, const Rows& rows, uint32_t n_tokens);
@@ -98,6 +103,7 @@ class CudaBackend final : public model::Backend {
     Part x_, normed_, qkv_, attended_, gate_, up_;  // [T][...], as in the CPU's decoder
     Part row_codes_, row_factors_;                  // rows in 8 bits
     Part rows_, logits_;                            // of a projection
+    Extracts extracts_;                             // of logits_
     Part cos_, sin_;                                // [n_ctx][rope_dim / 2]
     uint32_t n_turns_ = 0;                          // positions that cos_ and sin_ have
 

@@ -49,6 +49,9 @@
     X(many_iq4_nl, ProductArgs)           \
     X(many_iq4_xs, ProductArgs)           \
     X(run_step, StepArgs)                 \
+    X(survey_logits, ExtractArgs)         \
+    X(weigh_logits, ExtractArgs)          \
+    X(extract_logits, ExtractArgs)        \
     X(read_all, ReadArgs)                 \
     X(multiply_all, MultiplyArgs)
 

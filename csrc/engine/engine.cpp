@@ -13,7 +13,7 @@ namespace fixmin::engine {
 namespace {
 
 // Rows of logits that exist at a time: 16 MiB for 65,536 tokens.
-constexpr uint32_t rows_at_a_time = 64;
+constexpr uint32_t rows_at_a_time = model::most_kept_rows;
 
 // A draft and the token before it are handed out together.
 constexpr uint32_t max_draft = 31;
@@ -259,7 +259,7 @@ void Engine::compute(const Scheduler::Step& step) {
 
     // Whole handouts, as many as there are logits for.
     struct Pass {
-        size_t begin, end;               // handouts
+        std::span<const Scheduler::Handout> handouts;
         std::span<const uint32_t> rows;  // of the batch
     };
     const auto pass_from = [&](size_t begin) {
@@ -269,33 +269,87 @@ void Engine::compute(const Scheduler::Step& step) {
             n_rows += step.handouts[end++].n;
         const size_t first = begin < step.handouts.size() ? step.handouts[begin].first : 0;
         if (logits_.size() < n_rows * v) logits_.resize(n_rows * v);
-        return Pass{begin, end, std::span(step.rows).subspan(first, n_rows)};
+        return Pass{std::span(step.handouts).subspan(begin, end - begin), std::span(step.rows).subspan(first, n_rows)};
     };
     Pass pass = pass_from(0);
-    const auto hand_out = [&](const Pass& pass) {
-        const auto some = [&](uint32_t begin, uint32_t end) {
-            for (size_t i = pass.begin + begin; i < pass.begin + end; ++i) {
-                const Scheduler::Handout& handout = step.handouts[i];
-                const float* logits = logits_.data() + (handout.first - step.handouts[pass.begin].first) * v;
-                handout.sequence->hand_out(handout.position, handout.sample, {logits, handout.n * v});
-            }
-        };
-        const uint32_t n = uint32_t(pass.end - pass.begin);
-        if (n == 1)
-            some(0, 1);
-        else if (n > 1)
-            backend_->parallel_for(n, some);
-    };
-
-    const model::Batch batch{step.ids, step.chunks, pass.rows, logits_.data(), &given_up};
+    float* const logits = backend_->extracts() ? nullptr : logits_.data();
+    const model::Batch batch{step.ids, step.chunks, pass.rows, logits, &given_up};
     if (!backend_->forward(batch)) return scheduler_->abandon(nullptr);
-    hand_out(pass);
-    while (pass.end < step.handouts.size()) {
-        pass = pass_from(pass.end);
-        backend_->project(pass.rows, logits_.data());
-        hand_out(pass);
+    uint32_t n_extracts = hand_out(pass.handouts);
+    for (size_t n = pass.handouts.size(); n < step.handouts.size(); n += pass.handouts.size()) {
+        pass = pass_from(n);
+        backend_->project(pass.rows, logits ? logits_.data() : nullptr);
+        n_extracts += hand_out(pass.handouts);
     }
-    scheduler_->finish();
+    scheduler_->finish(n_extracts);
+}
+
+void Engine::on_threads(size_t n, const std::function<void(size_t)>& body) {
+    if (n == 1) return body(0);
+    if (n == 0) return;
+    backend_->parallel_for(uint32_t(n), [&](uint32_t begin, uint32_t end) {
+        for (size_t i = begin; i < end; ++i) body(i);
+    });
+}
+
+// Of the last projection. Returns of how many rows extracts were enough.
+uint32_t Engine::hand_out(std::span<const Scheduler::Handout> handouts) {
+    const size_t v = hyperparams().vocab_size;
+    const auto row = [&](const Scheduler::Handout& handout) { return handout.first - handouts.front().first; };
+    const auto by_logits = [&](const Scheduler::Handout& handout) {
+        handout.sequence->hand_out(handout.position, handout.sample, {logits_.data() + row(handout) * v, handout.n * v});
+    };
+    if (!backend_->extracts()) {
+        on_threads(handouts.size(), [&](size_t i) { by_logits(handouts[i]); });
+        return 0;
+    }
+    const auto left = hand_out_extracts(handouts);
+    uint32_t n_read = 0;
+    for (size_t i = 0, end; i < left.size(); i = end) {  // neighbours at once
+        const uint32_t first = row(*left[i]);
+        uint32_t n = 0;
+        for (end = i; end < left.size() && row(*left[end]) == first + n; ++end) n += left[end]->n;
+        backend_->read_logits(first, n, logits_.data() + first * v);
+        n_read += n;
+    }
+    on_threads(left.size(), [&](size_t i) { by_logits(*left[i]); });
+    uint32_t n_rows = 0;
+    for (const Scheduler::Handout& handout : handouts) n_rows += handout.n;
+    return n_rows - n_read;
+}
+
+// Returns those that need the logits themselves. A single row pays too: to read 65,536 logits takes 20 us and to look
+// for the largest 8, beside a step of 350 us; what the GPU does in its place takes less than 5.
+std::vector<const Scheduler::Handout*> Engine::hand_out_extracts(std::span<const Scheduler::Handout> handouts) {
+    std::vector<size_t> begins(handouts.size() + 1);
+    for (size_t i = 0; i < handouts.size(); ++i) begins[i + 1] = begins[i] + (handouts[i].sample ? handouts[i].n : 0);
+    std::vector<numerics::ExtractQuery> asked(begins.back()), queries;
+    const auto of = [&](auto& all, size_t i) { return std::span(all).subspan(begins[i], begins[i + 1] - begins[i]); };
+    std::vector<char> enough(handouts.size());
+    // While the device computes: masks take their time.
+    on_threads(handouts.size(), [&](size_t i) { enough[i] = handouts[i].sample && handouts[i].sequence->ask(of(asked, i)); });
+    std::vector<size_t> firsts(handouts.size());
+    for (size_t i = 0; i < handouts.size(); ++i) {
+        if (!enough[i]) continue;
+        firsts[i] = queries.size();
+        uint32_t row = handouts[i].first - handouts.front().first;
+        for (numerics::ExtractQuery query : of(asked, i)) {
+            query.row = row++;
+            queries.push_back(query);
+        }
+    }
+    std::vector<numerics::Extract> extracts(queries.size());
+    if (!queries.empty()) backend_->extract(queries, extracts.data());
+    on_threads(handouts.size(), [&](size_t i) {
+        if (!enough[i]) return;
+        const auto own = std::span(extracts).subspan(firsts[i], handouts[i].n);
+        enough[i] = handouts[i].sequence->hand_out(own, hyperparams().vocab_size);
+    });
+    std::vector<const Scheduler::Handout*> left;
+    for (size_t i = 0; i < handouts.size(); ++i) {
+        if (!enough[i]) left.push_back(&handouts[i]);
+    }
+    return left;
 }
 
 std::vector<std::byte> Engine::export_prefix(std::span<const uint32_t> ids, const Stop& stop) {

@@ -97,6 +97,9 @@ class Engine {
     void tell_ended();
     bool step(bool admit);
     void compute(const Scheduler::Step& step);
+    uint32_t hand_out(std::span<const Scheduler::Handout> handouts);
+    std::vector<const Scheduler::Handout*> hand_out_extracts(std::span<const Scheduler::Handout> handouts);
+    void on_threads(size_t n, const std::function<void(size_t)>& body);
 
     const EngineOptions options_;      // complete
     const kernels::Kernels& kernels_;  // for sampling

@@ -212,8 +212,9 @@ bool Scheduler::given_up() const {
     return std::ranges::all_of(step_.sequences, [](const Sequence* s) { return s->given_up(); });
 }
 
-void Scheduler::finish() {
+void Scheduler::finish(uint32_t n_extracts) {
     ++stats_.n_steps;
+    stats_.n_extracts += n_extracts;
     stats_.n_rows += step_.ids.size();
     for (size_t i = 0; i < step_.sequences.size(); ++i) {
         Sequence& sequence = *step_.sequences[i];

@@ -23,6 +23,7 @@ struct EngineStats {
     uint32_t n_evictable_blocks = 0;                           // of the cached ones, those that no request uses
     uint64_t n_steps = 0, n_rows = 0;                          // rows: tokens that went through the model
     uint64_t n_prompt_tokens = 0, n_cached_prompt_tokens = 0;  // of prompts looked for in the prefix cache
+    uint64_t n_extracts = 0;  // rows of logits of which the device's extract was enough to sample
     uint64_t n_generated = 0, n_drafted = 0, n_accepted = 0, n_preempted = 0, n_finished = 0;
 };
 
@@ -70,8 +71,8 @@ class Scheduler {
     /// Whether all sequences of the planned step have been given up. Called between layers.
     bool given_up() const;
 
-    /// After the step has been computed and all its handouts handed out.
-    void finish();
+    /// After the step has been computed and all its handouts handed out, of which so many rows by extracts.
+    void finish(uint32_t n_extracts);
 
     /// The step was not finished; `error`, if not null, ends its sequences.
     void abandon(std::exception_ptr error);

@@ -62,7 +62,8 @@ void Sequence::send_back() {
 }
 
 void Sequence::begin_step(uint32_t n_drafts) {
-    n_drawn_ = 0;
+    n_drawn_ = n_right_ = 0;
+    allowed_ = nullptr;
     drafts_.clear();
     if (n_drafts == 0 || !options().generate || options().mask) return;
     drafts_ = drafter_.draft(ids_, std::min(n_drafts, options().sampling->max_new_tokens - n_generated() - 1));
@@ -77,9 +78,39 @@ void Sequence::hand_out(uint32_t position, bool sample, std::span<const float> l
         else
             score(position, logits);
     } catch (...) {
-        const std::lock_guard lock(failing_);
-        failure_ = std::current_exception();
+        fail();
     }
+}
+
+bool Sequence::ask(std::span<numerics::ExtractQuery> queries) {
+    if (options().n_logprobs >= 0) return false;
+    for (uint32_t i = 0; i < queries.size(); ++i) {
+        const auto query = sampler_.query(n_generated() + i);
+        if (!query) return false;
+        queries[i] = *query;
+    }
+    if (!options().mask) return true;
+    try {
+        queries[0].allowed = allowed();  // there are no drafts
+    } catch (...) {
+        return false;  // sample() asks again, where it may throw
+    }
+    return true;
+}
+
+bool Sequence::hand_out(std::span<const numerics::Extract> extracts, size_t vocab_size) {
+    try {
+        return sample([&](uint32_t i) { return sampler_.sample(extracts[i], vocab_size, n_generated()); },
+                      [](uint32_t) { return std::span<const float>(); });  // for log-probabilities, which nobody wants
+    } catch (...) {
+        fail();
+        return true;
+    }
+}
+
+void Sequence::fail() {
+    const std::lock_guard lock(failing_);
+    failure_ = std::current_exception();
 }
 
 void Sequence::score(uint32_t position, std::span<const float> logits) {
@@ -93,22 +124,34 @@ void Sequence::score(uint32_t position, std::span<const float> logits) {
         sampling::top_logprobs(logits, uint32_t(options().n_prompt_logprobs), next, kernels_);
 }
 
-// Draws after the last token; goes on with the next row as long as the draw is the draft that was computed there.
 void Sequence::sample(std::span<const float> logits) {
+    const size_t v = logits.size() / (1 + drafts_.size());
+    const auto row = [&](uint32_t i) { return logits.subspan(i * v, v); };
+    sample([&](uint32_t i) { return std::optional(sampler_.sample(row(i), n_generated(), allowed())); }, row);
+}
+
+// Draws after the last token; goes on with the next row as long as the draw is the draft that was computed there. Stops,
+// to go on another time, and returns false, where draw(row) is nothing.
+template <typename Draw, typename Row>
+bool Sequence::sample(Draw draw, Row row) {
     const uint32_t n_drafts = uint32_t(drafts_.size());
-    const size_t v = logits.size() / (1 + n_drafts);
-    uint32_t n_right = 0;
-    for (uint32_t i = 0; state_ == State::running; ++i) {
-        const std::span row = logits.subspan(i * v, v);
-        const uint32_t* allowed = options().mask ? options().mask->allowed() : nullptr;
-        const uint32_t id = sampler_.sample(row, n_generated(), allowed);
+    while (state_ == State::running) {
+        const uint32_t i = n_drawn_;
+        const std::optional<uint32_t> id = draw(i);
+        if (!id) return false;
         ++n_drawn_;
-        if (!take(id, row) || i == n_drafts || drafts_[i] != id) break;
-        ++n_right;
+        if (!take(*id, row(i)) || i == n_drafts || drafts_[i] != *id) break;
+        ++n_right_;
     }
-    drafter_.report(n_drafts, n_right);
+    drafter_.report(n_drafts, n_right_);
     result_.counters.n_drafted += n_drafts;
-    result_.counters.n_accepted += n_right;
+    result_.counters.n_accepted += n_right_;
+    return true;
+}
+
+const uint32_t* Sequence::allowed() {
+    if (options().mask && !allowed_) allowed_ = options().mask->allowed();
+    return allowed_;
 }
 
 // Returns whether the token goes into the text: a stop id does not.

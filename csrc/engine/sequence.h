@@ -62,6 +62,11 @@ class Sequence {
     /// token and of the drafts. Called by several threads, each with other rows; one of them samples.
     void hand_out(uint32_t position, bool sample, std::span<const float> logits);
 
+    /// What to extract of the rows to sample from, [n]; false if they are to be handed out themselves.
+    bool ask(std::span<numerics::ExtractQuery> queries);
+    /// The answers [n], of rows [vocab_size]; false if the rows are needed nevertheless, and are to be handed out.
+    bool hand_out(std::span<const numerics::Extract> extracts, size_t vocab_size);
+
     /// The step with so many tokens of this one, drafts included, has been computed and handed out. Returns how many
     /// tokens that gave.
     uint32_t finish_step(uint32_t n_tokens);
@@ -75,6 +80,10 @@ class Sequence {
 
   private:
     void sample(std::span<const float> logits);
+    template <typename Draw, typename Row>
+    bool sample(Draw draw, Row row);
+    const uint32_t* allowed();
+    void fail();
     void score(uint32_t position, std::span<const float> logits);
     bool scores(uint32_t position) const;
     bool take(uint32_t id, std::span<const float> row);
@@ -92,6 +101,8 @@ class Sequence {
     Drafter drafter_;
     std::vector<uint32_t> drafts_;
     uint32_t n_drawn_ = 0;  // in the present step: the known end and the drafts that were right
+    uint32_t n_right_ = 0;  // of these drafts
+    const uint32_t* allowed_ = nullptr;  // by the mask, in the present step, once it was asked
     uint32_t n_computed_ = 0;
     uint32_t n_handed_ = 0;  // rows of the prompt that have been scored or copied
     Clock::time_point first_step_{}, prompt_done_{};

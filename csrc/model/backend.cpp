@@ -11,6 +11,12 @@ size_t kv_block_bytes(const Hyperparams& hp, quant::KvType type) {
     return size_t(hp.block_count) * hp.head_count_kv * quant::kv_head_bytes(type, hp.head_dim);
 }
 
+void Backend::extract(std::span<const numerics::ExtractQuery>, numerics::Extract*) {
+    throw UnsupportedError("this device makes no extracts of logits");
+}
+
+void Backend::read_logits(uint32_t, uint32_t, float*) { throw UnsupportedError("this device keeps no logits"); }
+
 // The memory becomes resident as it is used.
 uint32_t n_kv_blocks(const BackendOptions& options, const Hyperparams& hp, double memory_bytes) {
     const uint32_t n_ctx = options.n_ctx;

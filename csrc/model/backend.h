@@ -10,6 +10,7 @@
 
 #include "model/input_squares.h"
 #include "model/weights.h"
+#include "numerics/extract.h"
 #include "quant/kv_format.h"
 
 namespace fixmin::model {
@@ -60,9 +61,12 @@ struct Batch {
     std::span<const uint32_t> ids;      // [T], T <= n_batch, each < V
     std::span<const Chunk> chunks;      // of different sequences; their rows follow each other
     std::span<const uint32_t> rows;     // whose logits are wanted
-    float* logits = nullptr;            // [rows][V] on the host
+    float* logits = nullptr;            // [rows][V] on the host, or null: they stay on a device that extracts
     const Stop* should_stop = nullptr;  // asked between layers by one thread at a time; must not throw
 };
+
+/// Rows of logits that stay on a device.
+inline constexpr uint32_t most_kept_rows = 64;
 
 /// What a device is, for those who ask which one it was.
 struct Description {
@@ -95,6 +99,14 @@ class Backend {
 
     /// Final norm and output projection of more rows of the last batch: logits [rows][V] on the host.
     virtual void project(std::span<const uint32_t> rows, float* logits) = 0;
+
+    /// Whether the device can leave logits where they are, up to most_kept_rows of the last forward or project with
+    /// logits = null, and answers what sampling asks about them. forward does not wait then for what it computes.
+    virtual bool extracts() const { return false; }
+    /// [queries], `largest` of which are valid until the next call. Only if extracts(), as the next one.
+    virtual void extract(std::span<const numerics::ExtractQuery> queries, numerics::Extract* extracts);
+    /// Of kept rows: logits [n][V] on the host.
+    virtual void read_logits(uint32_t first, uint32_t n, float* logits);
 
     virtual void copy_block(uint32_t from, uint32_t to) = 0;
     /// out, in: [kv_block_bytes]

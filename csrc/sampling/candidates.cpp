@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <optional>
 
 #include "kernels/kernels.h"
 
@@ -67,9 +68,10 @@ auto by(Key key) {
 }
 
 // Of n candidates at(i), taken in the order of by(key): the first with which suffices(Share taken) is true, or the very
-// last. key(logit) >= 0. Nothing is sorted but the bucket of keys in which that happens.
+// last. key(logit) >= 0. Nothing is sorted but the bucket of keys in which that happens. If all_above is not `lowest`,
+// others with logits below it are unknown, and keys rise as logits fall: nothing if it might be one of them.
 template <typename At, typename Key, typename Suffices>
-Candidate last_of_share(size_t n, At at, Key key, Suffices suffices) {
+std::optional<Candidate> last_of_share(size_t n, At at, Key key, Suffices suffices, float all_above) {
     constexpr size_t n_buckets = 4096;
     constexpr double per_nat = 64;  // the last bucket takes what is improbable beyond 1e-27
     std::vector<Share> buckets(n_buckets);
@@ -85,6 +87,7 @@ Candidate last_of_share(size_t n, At at, Key key, Suffices suffices) {
     Share taken;
     size_t b = 0;
     while (b < last && !suffices(taken + buckets[b])) taken = taken + buckets[b++];
+    if (all_above > lowest && b >= std::min(last, bucket_of(all_above))) return {};
 
     std::vector<Candidate> inside;
     for (size_t i = 0; i < n; ++i) {
@@ -151,30 +154,51 @@ void Row::largest(size_t k, std::vector<Candidate>& out) {
 void Candidates::reset(std::span<const float> row, float highest) {
     row_.set(row);
     highest_ = highest;
+    extract_ = nullptr;
+    lacking_ = false;
     whole_ = true;
     list_.clear();
 }
 
+void Candidates::reset(const numerics::Extract& extract) {
+    extract_ = &extract;
+    lacking_ = false;
+    highest_ = extract.highest;
+    whole_ = true;
+    list_.clear();
+    for (const numerics::Logit& x : extract.largest) list_.push_back({x.logit, x.id, 0});
+}
+
+// Goes on with any candidates, so that nothing else has to ask.
+bool Candidates::lacks(bool more_than_known) {
+    if (!more_than_known) return false;
+    lacking_ = true;
+    whole_ = sorted_ = false;
+    return true;
+}
+
 void Candidates::to_list() {
     if (!whole_) return;
-    row_.collect(lowest, list_);
+    if (!extract_) row_.collect(lowest, list_);
     whole_ = sorted_ = false;
 }
 
 size_t Candidates::count_at_least(float floor) const {
     const auto counts = [floor](float logit) { return logit >= std::max(floor, lowest); };
-    if (whole_) return size_t(std::count_if(row_.values().begin(), row_.values().end(), counts));
+    if (whole_ && !extract_) return size_t(std::count_if(row_.values().begin(), row_.values().end(), counts));
     return size_t(std::count_if(list_.begin(), list_.end(), [&](const Candidate& c) { return counts(c.logit); }));
 }
 
 // Those with a logit of at least `floor`, but no fewer than min_keep of the first and no fewer than one.
 void Candidates::keep_at_least(double floor, size_t min_keep) {
     const float rounded = round_up(std::min(floor, double(highest_)));
+    if (of_extract() && lacks(!extract_->complete && rounded < extract_->floor)) return;
     if (min_keep > 1 && count_at_least(rounded) < min_keep) return top_k(min_keep);
-    if (whole_) {
+    if (whole_ && !extract_) {
         row_.collect(rounded, list_);
         whole_ = sorted_ = false;
     } else {
+        to_list();
         std::erase_if(list_, [=](const Candidate& c) { return c.logit < rounded; });
     }
 }
@@ -191,10 +215,12 @@ void Candidates::top_n_sigma(float n) {
 }
 
 void Candidates::top_k(size_t k) {
-    if (whole_) {
+    if (of_extract() && lacks(!extract_->complete && k > list_.size())) return;
+    if (whole_ && !extract_) {
         row_.largest(k, list_);
         whole_ = false;
     } else {
+        to_list();
         if (!sorted_ && k < list_.size()) std::nth_element(list_.begin(), list_.begin() + k, list_.end(), before);
         list_.resize(std::min(k, list_.size()));
         if (!sorted_) std::sort(list_.begin(), list_.end(), before);
@@ -207,11 +233,13 @@ void Candidates::keep_share(Key key, Suffices suffices) {
     const std::span<const float> x = row_.values();
     const auto of_row = [&](size_t i) { return Candidate{x[i], uint32_t(i), weights_[i]}; };
     const auto of_list = [&](size_t i) { return list_[i]; };
-    const Candidate last =
-        whole_ ? last_of_share(x.size(), of_row, key, suffices) : last_of_share(list_.size(), of_list, key, suffices);
+    const float all_above = of_extract() && !extract_->complete ? extract_->floor : lowest;
+    const auto last = whole_ && !extract_ ? last_of_share(x.size(), of_row, key, suffices, lowest)
+                                          : last_of_share(list_.size(), of_list, key, suffices, all_above);
+    if (lacks(!last)) return;
     to_list();
     const auto less = by(key);
-    std::erase_if(list_, [&](const Candidate& c) { return less(last, c); });
+    std::erase_if(list_, [&](const Candidate& c) { return less(*last, c); });
 }
 
 // Surprise is log(total) - (logit - highest): a distance from the entropy is one from the logit whose surprise it is.
@@ -303,17 +331,19 @@ double Candidates::weigh(float temperature) {
         list_[0].weight = 1;
         return total_ = 1;
     }
+    const bool of_row = whole_ && !extract_;
     const std::span<const float> x = row_.values();
-    const size_t n = whole_ ? x.size() : list_.size();
+    const size_t n = of_row ? x.size() : list_.size();
     weights_.resize(n);
-    if (whole_) {
+    if (of_row) {
         for (size_t i = 0; i < n; ++i) weights_[i] = (x[i] - highest_) / temperature;
     } else {
         for (size_t i = 0; i < n; ++i) weights_[i] = (list_[i].logit - highest_) / temperature;
     }
     kernels_.exp_minus(weights_.data(), uint32_t(n), 0.0f, weights_.data());
-    if (!whole_) {
+    if (!of_row) {
         for (size_t i = 0; i < n; ++i) list_[i].weight = weights_[i];
+        if (whole_) return total_ = extract_->total;
         return total_ = sum(n, [&](size_t i) { return double(weights_[i]); });
     }
     // Blocks, so that a draw looks at the sums and at the values of one block.

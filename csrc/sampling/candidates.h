@@ -4,6 +4,8 @@
 #include <span>
 #include <vector>
 
+#include "numerics/extract.h"
+
 namespace fixmin::kernels {
 struct Kernels;
 }
@@ -51,6 +53,13 @@ class Candidates {
     /// row: [V] without NaN or +infinity, which `highest` is the largest value of.
     void reset(std::span<const float> row, float highest);
 
+    /// A row of which this is known, with `largest` not empty; it has to outlive what follows. First comes top_k, min_p,
+    /// or, if it has the total at temperature 1, top_p.
+    void reset(const numerics::Extract& extract);
+
+    /// Whether a step needed more of the row than its extract has: then what is left means nothing.
+    bool lacking() const { return lacking_; }
+
     /// Only as the first of all.
     void top_n_sigma(float n);
 
@@ -77,6 +86,8 @@ class Candidates {
     std::vector<Candidate> list() const;
 
   private:
+    bool of_extract() const { return whole_ && extract_; }
+    bool lacks(bool more_than_known);
     void to_list();
     void keep_at_least(double floor, size_t min_keep);
     template <typename Key, typename Suffices>
@@ -86,8 +97,10 @@ class Candidates {
 
     const kernels::Kernels& kernels_;
     Row row_;
+    const numerics::Extract* extract_ = nullptr;  // in place of row_
+    bool lacking_ = false;
     float highest_ = 0;
-    bool whole_ = true;               // every value of row_; else list_
+    bool whole_ = true;               // every value of row_, of which list_ has what extract_ knows; else list_
     bool sorted_ = false;             // list_ is in the order of `before`
     std::vector<Candidate> list_;     // not empty unless whole_
     std::vector<float> weights_;      // [V] if whole_

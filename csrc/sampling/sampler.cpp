@@ -104,10 +104,49 @@ uint32_t Sampler::sample(std::span<const float> logits, uint64_t step, const uin
     const std::span<const float> row = adjust(logits, step, allowed);
     const uint32_t best = most_probable(row);
     if (params_.temperature == 0) return best;
-    const double total = narrow(row, row[best], step);
+    candidates_.reset(row, row[best]);
+    const double total = narrow(step);
     const Candidate drawn = candidates_.draw(uniform(seed_, step, Use::draw));
     if (params_.mirostat) draw_ = {drawn.id, std::log2(total / drawn.weight)};
     return drawn.id;
+}
+
+// The first truncation decides: what comes behind it sees few candidates, and they are here.
+std::optional<numerics::ExtractQuery> Sampler::query(uint64_t step, const uint32_t* allowed) const {
+    const SamplingParams& p = params_;
+    numerics::ExtractQuery query{.row = 0, .allowed = allowed};
+    if (changes_logits(step)) return {};
+    if (p.temperature == 0) return query;
+    if (p.mirostat || p.top_n_sigma > 0) return {};
+    if (p.top_k > 0) {
+        query.n_largest = p.top_k;
+    } else if (p.typical_p < 1) {
+        return {};
+    } else if (p.top_p < 1 || p.min_p > 0) {
+        query.n_largest = numerics::most_largest;  // as many as may be: how many it takes, the logits tell
+        query.temperature = p.top_p < 1 ? 1 : 0;
+        if (p.min_keep > numerics::most_largest) return {};
+    } else if (p.xtc_probability > 0 || p.dynatemp_range > 0) {
+        return {};
+    } else {
+        query.temperature = p.temperature;
+        query.uniform = uniform(seed_, step, Use::draw);
+    }
+    if (query.n_largest > numerics::most_largest) return {};
+    return query;
+}
+
+std::optional<uint32_t> Sampler::sample(const numerics::Extract& extract, size_t vocab_size, uint64_t step) {
+    if (vocab_size != checked_size_) check_ids(vocab_size);
+    if (!extract.finite || extract.highest == -infinity) return {};
+    const SamplingParams& p = params_;
+    if (p.temperature == 0) return extract.best;
+    if (p.top_k == 0 && p.top_p == 1 && p.min_p == 0) return extract.drawn;
+    if (extract.largest.empty()) return {};
+    candidates_.reset(extract);
+    narrow(step);
+    if (candidates_.lacking()) return {};
+    return candidates_.draw(uniform(seed_, step, Use::draw)).id;
 }
 
 void Sampler::accept(uint32_t id) {
@@ -122,7 +161,8 @@ Sampler::Distribution Sampler::probabilities(std::span<const float> logits, uint
     const std::span<const float> row = adjust(logits, step, allowed);
     const uint32_t best = most_probable(row);
     if (params_.temperature == 0) return {{best}, {1.0}};
-    const double total = narrow(row, row[best], step);
+    candidates_.reset(row, row[best]);
+    const double total = narrow(step);
     Distribution result;
     for (const Candidate& c : candidates_.list()) {
         result.ids.push_back(c.id);
@@ -135,11 +175,7 @@ Sampler::Distribution Sampler::probabilities(std::span<const float> logits, uint
 std::span<const float> Sampler::adjust(std::span<const float> logits, uint64_t step, const uint32_t* allowed) {
     if (logits.empty() || logits.size() != checked_size_) check_ids(logits.size());
     const SamplingParams& p = params_;
-    const bool not_yet = step < p.min_new_tokens && !p.stop_ids.empty();
-    if (!allowed && !not_yet && !repetition_.active() && p.logit_bias.empty() && p.banned_ids.empty() &&
-        p.allowed_ids.empty()) {
-        return logits;
-    }
+    if (!allowed && !changes_logits(step)) return logits;
     check_finite(logits);  // before a ban hides what is not
     if (p.allowed_ids.empty()) {
         row_.assign(logits.begin(), logits.end());
@@ -149,12 +185,18 @@ std::span<const float> Sampler::adjust(std::span<const float> logits, uint64_t s
     }
     if (allowed) mask(row_, allowed);
     for (const uint32_t id : p.banned_ids) row_[id] = -infinity;
-    if (not_yet) {
+    if (step < p.min_new_tokens) {
         for (const uint32_t id : p.stop_ids) row_[id] = -infinity;
     }
     for (const auto& [id, bias] : p.logit_bias) row_[id] += bias;
     repetition_.penalize(row_);
     return row_;
+}
+
+bool Sampler::changes_logits(uint64_t step) const {
+    const SamplingParams& p = params_;
+    return (step < p.min_new_tokens && !p.stop_ids.empty()) || repetition_.active() || !p.logit_bias.empty() ||
+           !p.banned_ids.empty() || !p.allowed_ids.empty();
 }
 
 uint32_t Sampler::check_finite(std::span<const float> logits) const {
@@ -175,10 +217,9 @@ uint32_t Sampler::most_probable(std::span<const float> row) const {
     return best;
 }
 
-// Leaves in candidates_ what is drawn from; returns the sum of the weights.
-double Sampler::narrow(std::span<const float> row, float highest, uint64_t step) {
+// Leaves of candidates_ what is drawn from; returns the sum of the weights.
+double Sampler::narrow(uint64_t step) {
     const SamplingParams& p = params_;
-    candidates_.reset(row, highest);
     if (p.mirostat == 1) {
         candidates_.mirostat_1(mirostat_mu_, p.temperature);
     } else if (p.mirostat == 2) {

@@ -39,6 +39,14 @@ class Sampler {
     /// that are not below V.
     uint32_t sample(std::span<const float> logits, uint64_t step, const uint32_t* allowed = nullptr);
 
+    /// What to ask a device about a row so that the sample of step `step` can be made of the answer; nothing if it takes
+    /// the row itself. Changes nothing.
+    std::optional<numerics::ExtractQuery> query(uint64_t step, const uint32_t* allowed = nullptr) const;
+
+    /// The same as sample() of the row [vocab_size] of which this was extracted by query(); nothing if it does not
+    /// suffice, or if the row is to throw.
+    std::optional<uint32_t> sample(const numerics::Extract& extract, size_t vocab_size, uint64_t step);
+
     /// The token that the request goes on with.
     void accept(uint32_t id);
 
@@ -57,7 +65,8 @@ class Sampler {
     std::span<const float> adjust(std::span<const float> logits, uint64_t step, const uint32_t* allowed);
     uint32_t check_finite(std::span<const float> logits) const;
     uint32_t most_probable(std::span<const float> row) const;
-    double narrow(std::span<const float> row, float highest, uint64_t step);
+    bool changes_logits(uint64_t step) const;
+    double narrow(uint64_t step);
     void truncate(uint64_t step);
     void check_ids(size_t vocab_size);
 

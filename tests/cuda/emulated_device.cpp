@@ -14,6 +14,7 @@
 #include "cuda/attention.cuh"
 #include "cuda/ceilings.cuh"
 #include "cuda/device.h"
+#include "cuda/extracts.cuh"
 #include "cuda/persistent.cuh"
 #include "cuda/products.cuh"
 #include "cuda/rows.cuh"

@@ -7,6 +7,7 @@
 // barriers, for a fiber is a thread to it: FIXMIN_SIMT_LEAVE_OUT=n leaves out the n-th barrier of blocks that is met,
 // to see that it does.
 #pragma once
+#include <bit>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -59,6 +60,14 @@ T shuffle(T value, unsigned from, const void* site) {
     return value;
 }
 
+inline unsigned ballot(bool predicate, const void* site) {
+    const int word = predicate;
+    const int (*all)[6] = exchange(&word, 1, site);
+    unsigned bits = 0;
+    for (unsigned i = 0; i < 32; ++i) bits |= unsigned(all[i][0]) << i;
+    return bits;
+}
+
 inline int dot_of_bytes(int a, int b) {
     int sum = 0;
     for (int i = 0; i < 4; ++i) sum += int(int8_t(a >> 8 * i)) * int8_t(b >> 8 * i);
@@ -101,10 +110,12 @@ void multiply(int (&d)[4], const int* words, const void* site) {
 #define __syncthreads() fixmin::simt::block_barrier(FIXMIN_SITE)
 #define wait_for_grid(count) fixmin::simt::grid_barrier(FIXMIN_SITE)
 #define __syncwarp() fixmin::simt::warp_barrier(FIXMIN_SITE)
+#define __ballot_sync(mask, predicate) fixmin::simt::ballot(predicate, FIXMIN_SITE)
 #define __shfl_sync(mask, value, from) fixmin::simt::shuffle(value, (from) % 32, FIXMIN_SITE)
 #define __shfl_down_sync(mask, value, by) fixmin::simt::shuffle(value, fixmin::simt::lane() + (by), FIXMIN_SITE)
 #define __shfl_xor_sync(mask, value, by) fixmin::simt::shuffle(value, fixmin::simt::lane() ^ unsigned(by), FIXMIN_SITE)
 
+inline int __popc(unsigned bits) { return std::popcount(bits); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __fsqrt_rn(float x) { return std::sqrt(x); }
 inline double __dsqrt_rn(double x) { return std::sqrt(x); }

@@ -19,7 +19,7 @@ CSRC = {
     "kernels": ("numerics", "quant"),
     "threads": (),
     "model": ("quant", "numerics", "codes", "gguf"),
-    "sampling": ("kernels",),
+    "sampling": ("kernels", "numerics"),
     "cpu": ("model", "threads", "kernels", "quant", "gguf"),
     "cuda": ("model", "threads", "quant", "codes", "numerics", "gguf"),
     "engine": ("cpu", "cuda", "model", "sampling", "quant", "gguf"),
