@@ -22,7 +22,7 @@ using quant::WeightType;
 
 namespace {
 
-constexpr uint32_t most_tokens = 65535;  // of a batch: blocks of a grid along y
+constexpr uint32_t most_tokens = 65535;                     // of a batch: blocks of a grid along y
 constexpr uint32_t rows_at_a_time = model::most_kept_rows;  // of logits
 constexpr uint32_t most_repeated_tokens = rows_at_a_time;
 constexpr uint32_t positions_at_a_time = 256;          // of rotations

@@ -18,9 +18,7 @@ struct LogitRow {
     const uint32_t* allowed;
     uint32_t n;
 
-    FIXMIN_DEVICE bool allows(uint32_t i) const {
-        return i < n && (!allowed || (allowed[i / 32] >> i % 32 & 1u));
-    }
+    FIXMIN_DEVICE bool allows(uint32_t i) const { return i < n && (!allowed || (allowed[i / 32] >> i % 32 & 1u)); }
     FIXMIN_DEVICE float operator[](uint32_t i) const { return allows(i) ? x[i] : minus_infinity(); }
 };
 
@@ -177,9 +175,7 @@ FIXMIN_DEVICE uint32_t order_of(float x) {
     const uint32_t bits = uint32_t(__float_as_int(x));
     return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
-FIXMIN_DEVICE float float_of(uint32_t order) {
-    return __int_as_float(int(order >> 31 ? order & 0x7fffffffu : ~order));
-}
+FIXMIN_DEVICE float float_of(uint32_t order) { return __int_as_float(int(order >> 31 ? order & 0x7fffffffu : ~order)); }
 
 /// Of a whole block: a value that k of n values reach, and, but for equal ones, not many more.
 FIXMIN_DEVICE float floor_of(const float* values, uint32_t n, uint32_t k, ExtractNotes& notes) {
@@ -251,9 +247,9 @@ FIXMIN_DEVICE uint32_t count_before(const uint32_t* bits, uint32_t n, uint32_t* 
 /// Of a whole block: all logits of at least a floor that n_largest of them reach, if they fit.
 FIXMIN_DEVICE void find_largest(const ExtractArgs& args, uint32_t query, const LogitRow& row, ExtractNotes& notes,
                                 float* maxima, ExtractOfRow& out) {
-    uint32_t* const ids = reinterpret_cast<uint32_t*>(maxima);          // [capacity], once maxima are done with
+    uint32_t* const ids = reinterpret_cast<uint32_t*>(maxima);            // [capacity], once maxima are done with
     uint32_t* const groups = ids + max_of(args.n_groups, args.capacity);  // [capacity], as the next two
-    uint32_t* const found = groups + args.capacity;                     // a bit for each of a group
+    uint32_t* const found = groups + args.capacity;                       // a bit for each of a group
     uint32_t* const offsets = found + args.capacity;
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     for (uint32_t i = threadIdx.x; i < args.n_groups; i += blockDim.x)
@@ -300,7 +296,8 @@ FIXMIN_KERNEL(extract_logits, ExtractArgs, extract_threads) {
     after_previous();
     FIXMIN_SHARED(shared);
     ExtractNotes& notes = *reinterpret_cast<ExtractNotes*>(shared);
-    float* const values = reinterpret_cast<float*>(shared + extract_notes_bytes);  // weights, or maxima and what follows
+    float* const values =
+        reinterpret_cast<float*>(shared + extract_notes_bytes);  // weights, or maxima and what follows
     static_assert(sizeof(ExtractNotes) <= extract_notes_bytes);
     const uint32_t query = block.x;
     const LogitRow row = logit_row(args, query);

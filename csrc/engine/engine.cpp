@@ -297,7 +297,8 @@ uint32_t Engine::hand_out(std::span<const Scheduler::Handout> handouts) {
     const size_t v = hyperparams().vocab_size;
     const auto row = [&](const Scheduler::Handout& handout) { return handout.first - handouts.front().first; };
     const auto by_logits = [&](const Scheduler::Handout& handout) {
-        handout.sequence->hand_out(handout.position, handout.sample, {logits_.data() + row(handout) * v, handout.n * v});
+        handout.sequence->hand_out(handout.position, handout.sample,
+                                   {logits_.data() + row(handout) * v, handout.n * v});
     };
     if (!backend_->extracts()) {
         on_threads(handouts.size(), [&](size_t i) { by_logits(handouts[i]); });
@@ -327,7 +328,8 @@ std::vector<const Scheduler::Handout*> Engine::hand_out_extracts(std::span<const
     const auto of = [&](auto& all, size_t i) { return std::span(all).subspan(begins[i], begins[i + 1] - begins[i]); };
     std::vector<char> enough(handouts.size());
     // While the device computes: masks take their time.
-    on_threads(handouts.size(), [&](size_t i) { enough[i] = handouts[i].sample && handouts[i].sequence->ask(of(asked, i)); });
+    on_threads(handouts.size(),
+               [&](size_t i) { enough[i] = handouts[i].sample && handouts[i].sequence->ask(of(asked, i)); });
     std::vector<size_t> firsts(handouts.size());
     for (size_t i = 0; i < handouts.size(); ++i) {
         if (!enough[i]) continue;

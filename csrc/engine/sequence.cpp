@@ -130,8 +130,8 @@ void Sequence::sample(std::span<const float> logits) {
     sample([&](uint32_t i) { return std::optional(sampler_.sample(row(i), n_generated(), allowed())); }, row);
 }
 
-// Draws after the last token; goes on with the next row as long as the draw is the draft that was computed there. Stops,
-// to go on another time, and returns false, where draw(row) is nothing.
+// Draws after the last token; goes on with the next row as long as the draw is the draft that was computed there.
+// Stops, to go on another time, and returns false, where draw(row) is nothing.
 template <typename Draw, typename Row>
 bool Sequence::sample(Draw draw, Row row) {
     const uint32_t n_drafts = uint32_t(drafts_.size());

@@ -100,8 +100,8 @@ class Sequence {
     sampling::Sampler sampler_;
     Drafter drafter_;
     std::vector<uint32_t> drafts_;
-    uint32_t n_drawn_ = 0;  // in the present step: the known end and the drafts that were right
-    uint32_t n_right_ = 0;  // of these drafts
+    uint32_t n_drawn_ = 0;               // in the present step: the known end and the drafts that were right
+    uint32_t n_right_ = 0;               // of these drafts
     const uint32_t* allowed_ = nullptr;  // by the mask, in the present step, once it was asked
     uint32_t n_computed_ = 0;
     uint32_t n_handed_ = 0;  // rows of the prompt that have been scored or copied

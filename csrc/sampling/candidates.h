@@ -53,8 +53,8 @@ class Candidates {
     /// row: [V] without NaN or +infinity, which `highest` is the largest value of.
     void reset(std::span<const float> row, float highest);
 
-    /// A row of which this is known, with `largest` not empty; it has to outlive what follows. First comes top_k, min_p,
-    /// or, if it has the total at temperature 1, top_p.
+    /// A row of which this is known, with `largest` not empty; it has to outlive what follows. First comes top_k,
+    /// min_p, or, if it has the total at temperature 1, top_p.
     void reset(const numerics::Extract& extract);
 
     /// Whether a step needed more of the row than its extract has: then what is left means nothing.

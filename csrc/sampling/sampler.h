@@ -39,8 +39,8 @@ class Sampler {
     /// that are not below V.
     uint32_t sample(std::span<const float> logits, uint64_t step, const uint32_t* allowed = nullptr);
 
-    /// What to ask a device about a row so that the sample of step `step` can be made of the answer; nothing if it takes
-    /// the row itself. Changes nothing.
+    /// What to ask a device about a row so that the sample of step `step` can be made of the answer; nothing if it
+    /// takes the row itself. Changes nothing.
     std::optional<numerics::ExtractQuery> query(uint64_t step, const uint32_t* allowed = nullptr) const;
 
     /// The same as sample() of the row [vocab_size] of which this was extracted by query(); nothing if it does not

@@ -49,9 +49,9 @@ Sample parse(const std::string& line) {
                                                   {"xtc_threshold", &p.xtc_threshold},
                                                   {"dynatemp_range", &p.dynatemp_range},
                                                   {"presence_penalty", &p.presence_penalty}};
-    const std::map<std::string, uint32_t*> numbers = {
-        {"row", &sample.row},       {"step", &sample.step},         {"top_k", &p.top_k},
-        {"min_keep", &p.min_keep}, {"mirostat", &p.mirostat}, {"min_new_tokens", &p.min_new_tokens}};
+    const std::map<std::string, uint32_t*> numbers = {{"row", &sample.row},      {"step", &sample.step},
+                                                      {"top_k", &p.top_k},       {"min_keep", &p.min_keep},
+                                                      {"mirostat", &p.mirostat}, {"min_new_tokens", &p.min_new_tokens}};
     std::istringstream in(line);
     for (std::string word; in >> word;) {
         const std::string name = word.substr(0, word.find('=')), value = word.substr(word.find('=') + 1);
@@ -88,7 +88,9 @@ int main(int, char** argv) {
     arena.allocate("a test");
     device->upload(logits.data(), rows.data(), logits.size());
 
-    const auto allowed = [&](const Sample& s) { return s.mask < 0 ? nullptr : &masks[size_t(s.mask) * ((v + 31) / 32)]; };
+    const auto allowed = [&](const Sample& s) {
+        return s.mask < 0 ? nullptr : &masks[size_t(s.mask) * ((v + 31) / 32)];
+    };
     const auto sampler = [&](const Sample& s) {
         return sampling::Sampler(s.params, {}, std::vector<uint32_t>{1, 2, 1}, kernels);
     };
