@@ -328,8 +328,9 @@ std::vector<const Scheduler::Handout*> Engine::hand_out_extracts(std::span<const
     const auto of = [&](auto& all, size_t i) { return std::span(all).subspan(begins[i], begins[i + 1] - begins[i]); };
     std::vector<char> enough(handouts.size());
     // While the device computes: masks take their time.
-    on_threads(handouts.size(),
-               [&](size_t i) { enough[i] = handouts[i].sample && handouts[i].sequence->ask(of(asked, i)); });
+    on_threads(handouts.size(), [&](size_t i) {
+        enough[i] = handouts[i].sample && handouts[i].sequence->ask(of(asked, i), hyperparams().vocab_size);
+    });
     std::vector<size_t> firsts(handouts.size());
     for (size_t i = 0; i < handouts.size(); ++i) {
         if (!enough[i]) continue;

@@ -82,20 +82,18 @@ void Sequence::hand_out(uint32_t position, bool sample, std::span<const float> l
     }
 }
 
-bool Sequence::ask(std::span<numerics::ExtractQuery> queries) {
+bool Sequence::ask(std::span<numerics::ExtractQuery> queries, size_t vocab_size) {
     if (options().n_logprobs >= 0) return false;
-    for (uint32_t i = 0; i < queries.size(); ++i) {
-        const auto query = sampler_.query(n_generated() + i);
-        if (!query) return false;
-        queries[i] = *query;
-    }
-    if (!options().mask) return true;
     try {
-        queries[0].allowed = allowed();  // there are no drafts
+        for (uint32_t i = 0; i < queries.size(); ++i) {
+            const auto query = sampler_.query(vocab_size, n_generated() + i, allowed());  // with a mask of one row only
+            if (!query) return false;
+            queries[i] = *query;
+        }
+        return true;
     } catch (...) {
         return false;  // sample() asks again, where it may throw
     }
-    return true;
 }
 
 bool Sequence::hand_out(std::span<const numerics::Extract> extracts, size_t vocab_size) {

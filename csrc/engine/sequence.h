@@ -62,8 +62,8 @@ class Sequence {
     /// token and of the drafts. Called by several threads, each with other rows; one of them samples.
     void hand_out(uint32_t position, bool sample, std::span<const float> logits);
 
-    /// What to extract of the rows to sample from, [n]; false if they are to be handed out themselves.
-    bool ask(std::span<numerics::ExtractQuery> queries);
+    /// What to extract of the rows [vocab_size] to sample from, [n]; false if they are to be handed out themselves.
+    bool ask(std::span<numerics::ExtractQuery> queries, size_t vocab_size);
     /// The answers [n], of rows [vocab_size]; false if the rows are needed nevertheless, and are to be handed out.
     bool hand_out(std::span<const numerics::Extract> extracts, size_t vocab_size);
 

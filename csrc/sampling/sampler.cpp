@@ -112,10 +112,11 @@ uint32_t Sampler::sample(std::span<const float> logits, uint64_t step, const uin
 }
 
 // The first truncation decides: what comes behind it sees few candidates, and they are here.
-std::optional<numerics::ExtractQuery> Sampler::query(uint64_t step, const uint32_t* allowed) const {
+std::optional<numerics::ExtractQuery> Sampler::query(size_t vocab_size, uint64_t step, const uint32_t* allowed) {
     const SamplingParams& p = params_;
-    numerics::ExtractQuery query{.row = 0, .allowed = allowed};
-    if (changes_logits(step)) return {};
+    if (vocab_size != checked_size_) check_ids(vocab_size);
+    if (bans_stops(step) || repetition_.active() || !p.logit_bias.empty()) return {};
+    numerics::ExtractQuery query{.row = 0, .allowed = bans() ? mask_of_bans(vocab_size, allowed) : allowed};
     if (p.temperature == 0) return query;
     if (p.mirostat || p.top_n_sigma > 0) return {};
     if (p.top_k > 0) {
@@ -175,7 +176,7 @@ Sampler::Distribution Sampler::probabilities(std::span<const float> logits, uint
 std::span<const float> Sampler::adjust(std::span<const float> logits, uint64_t step, const uint32_t* allowed) {
     if (logits.empty() || logits.size() != checked_size_) check_ids(logits.size());
     const SamplingParams& p = params_;
-    if (!allowed && !changes_logits(step)) return logits;
+    if (!allowed && !bans() && !bans_stops(step) && !repetition_.active() && p.logit_bias.empty()) return logits;
     check_finite(logits);  // before a ban hides what is not
     if (p.allowed_ids.empty()) {
         row_.assign(logits.begin(), logits.end());
@@ -185,7 +186,7 @@ std::span<const float> Sampler::adjust(std::span<const float> logits, uint64_t s
     }
     if (allowed) mask(row_, allowed);
     for (const uint32_t id : p.banned_ids) row_[id] = -infinity;
-    if (step < p.min_new_tokens) {
+    if (bans_stops(step)) {
         for (const uint32_t id : p.stop_ids) row_[id] = -infinity;
     }
     for (const auto& [id, bias] : p.logit_bias) row_[id] += bias;
@@ -193,10 +194,17 @@ std::span<const float> Sampler::adjust(std::span<const float> logits, uint64_t s
     return row_;
 }
 
-bool Sampler::changes_logits(uint64_t step) const {
-    const SamplingParams& p = params_;
-    return (step < p.min_new_tokens && !p.stop_ids.empty()) || repetition_.active() || !p.logit_bias.empty() ||
-           !p.banned_ids.empty() || !p.allowed_ids.empty();
+const uint32_t* Sampler::mask_of_bans(size_t vocab_size, const uint32_t* allowed) {
+    const size_t words = (vocab_size + 31) / 32;
+    if (bans_.size() != words) {
+        bans_.assign(words, params_.allowed_ids.empty() ? UINT32_MAX : 0);
+        for (const uint32_t id : params_.allowed_ids) bans_[id / 32] |= 1u << id % 32;
+        for (const uint32_t id : params_.banned_ids) bans_[id / 32] &= ~(1u << id % 32);
+    }
+    if (!allowed) return bans_.data();
+    mask_.resize(words);
+    for (size_t i = 0; i < words; ++i) mask_[i] = bans_[i] & allowed[i];
+    return mask_.data();
 }
 
 uint32_t Sampler::check_finite(std::span<const float> logits) const {

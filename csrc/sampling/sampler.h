@@ -39,9 +39,10 @@ class Sampler {
     /// that are not below V.
     uint32_t sample(std::span<const float> logits, uint64_t step, const uint32_t* allowed = nullptr);
 
-    /// What to ask a device about a row so that the sample of step `step` can be made of the answer; nothing if it
-    /// takes the row itself. Changes nothing.
-    std::optional<numerics::ExtractQuery> query(uint64_t step, const uint32_t* allowed = nullptr) const;
+    /// What to ask a device about a row [vocab_size] so that the sample of step `step` can be made of the answer;
+    /// nothing if it takes the row itself. Its mask is valid until the next call with another `allowed`. Throws
+    /// ArgumentError as sample() does.
+    std::optional<numerics::ExtractQuery> query(size_t vocab_size, uint64_t step, const uint32_t* allowed = nullptr);
 
     /// The same as sample() of the row [vocab_size] of which this was extracted by query(); nothing if it does not
     /// suffice, or if the row is to throw.
@@ -65,7 +66,9 @@ class Sampler {
     std::span<const float> adjust(std::span<const float> logits, uint64_t step, const uint32_t* allowed);
     uint32_t check_finite(std::span<const float> logits) const;
     uint32_t most_probable(std::span<const float> row) const;
-    bool changes_logits(uint64_t step) const;
+    bool bans() const { return !params_.banned_ids.empty() || !params_.allowed_ids.empty(); }
+    bool bans_stops(uint64_t step) const { return step < params_.min_new_tokens && !params_.stop_ids.empty(); }
+    const uint32_t* mask_of_bans(size_t vocab_size, const uint32_t* allowed);
     double narrow(uint64_t step);
     void truncate(uint64_t step);
     void check_ids(size_t vocab_size);
@@ -76,7 +79,8 @@ class Sampler {
     const kernels::Kernels& kernels_;
     Repetition repetition_;
     Candidates candidates_;
-    std::vector<float> row_;  // logits after all changes, where there are any
+    std::vector<uint32_t> bans_, mask_;  // bits of what allowed_ids and banned_ids leave; and a mask besides
+    std::vector<float> row_;             // logits after all changes, where there are any
     size_t checked_size_ = 0;
     float mirostat_mu_;
     struct Draw {

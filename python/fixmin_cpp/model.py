@@ -690,6 +690,7 @@ class Model:
         n_running, n_waiting: requests. n_blocks, n_free_blocks, n_cached_blocks: of the KV cache, 32 positions each;
         cached: kept for later prompts that begin alike; n_evictable_blocks: of these, those that no request uses. Since
         loading: n_steps, n_rows (tokens computed),
+        n_extracts (tokens drawn of what a GPU said of the logits, which stayed there),
         n_prompt_tokens and, of these, n_cached_prompt_tokens (found in the prefix cache), n_generated,
         n_drafted and n_accepted (guessed tokens), n_preempted (requests sent back for lack of room), n_finished.
         """

@@ -3,9 +3,10 @@
 //   extracts_main V ROWS MASKS < SAMPLES
 //
 // ROWS: [n][V] float32, MASKS: [m][V / 32 rounded up] uint32, as they lie in memory. A sample is a line of name=value:
-// row=, step=, seed=, mask= (none without) and the names of sampling parameters. All are extracted at once. For each a
-// line comes back with two words: the token drawn from the row, or "error"; the token drawn from the extract, "unasked"
-// (the sampler wants the row) or "lacking" (the extract is not enough).
+// row=, step=, seed=, mask= (none without), ban= (ids below it), only= (its multiples) and the names of sampling
+// parameters. All are extracted at once. For each a line comes back with two words: the token drawn from the row, or
+// "error"; the token drawn from the extract, "unasked" (the sampler wants the row) or "lacking" (the extract is not
+// enough).
 #include <fstream>
 #include <iostream>
 #include <iterator>
@@ -37,7 +38,7 @@ struct Sample {
     int mask = -1;
 };
 
-Sample parse(const std::string& line) {
+Sample parse(const std::string& line, uint32_t v) {
     Sample sample;
     sampling::SamplingParams& p = *sample.params;
     const std::map<std::string, float*> floats = {{"temperature", &p.temperature},
@@ -57,6 +58,10 @@ Sample parse(const std::string& line) {
         const std::string name = word.substr(0, word.find('=')), value = word.substr(word.find('=') + 1);
         if (name == "mask")
             sample.mask = std::stoi(value);
+        else if (name == "ban")
+            for (uint32_t id = 0; id < std::stoul(value); ++id) p.banned_ids.push_back(id);
+        else if (name == "only")
+            for (uint32_t id = 0; id < v; id += uint32_t(std::stoul(value))) p.allowed_ids.push_back(id);
         else if (name == "seed")
             p.seed = std::stoull(value);
         else if (floats.contains(name))
@@ -76,7 +81,7 @@ int main(int, char** argv) {
     const auto masks = read_all<uint32_t>(argv[3]);
     const kernels::Kernels& kernels = sampling::kernels_of("");
     std::vector<Sample> samples;
-    for (std::string line; std::getline(std::cin, line);) samples.push_back(parse(line));
+    for (std::string line; std::getline(std::cin, line);) samples.push_back(parse(line, v));
 
     const auto device = cuda::open_device(0);
     cuda::Arena arena(*device);
@@ -92,12 +97,14 @@ int main(int, char** argv) {
         return s.mask < 0 ? nullptr : &masks[size_t(s.mask) * ((v + 31) / 32)];
     };
     const auto sampler = [&](const Sample& s) {
-        return sampling::Sampler(s.params, {}, std::vector<uint32_t>{1, 2, 1}, kernels);
+        return std::make_unique<sampling::Sampler>(s.params, std::nullopt, std::vector<uint32_t>{1, 2, 1}, kernels);
     };
+    std::vector<std::unique_ptr<sampling::Sampler>> of_extracts;
     std::vector<numerics::ExtractQuery> queries;
     std::vector<int> asked(samples.size(), -1);
     for (size_t i = 0; i < samples.size(); ++i) {
-        auto query = sampler(samples[i]).query(samples[i].step, allowed(samples[i]));
+        of_extracts.push_back(sampler(samples[i]));
+        auto query = of_extracts[i]->query(v, samples[i].step, allowed(samples[i]));
         if (!query) continue;
         query->row = samples[i].row;
         asked[i] = int(queries.size());
@@ -108,7 +115,7 @@ int main(int, char** argv) {
     for (size_t i = 0; i < samples.size(); ++i) {
         const Sample& s = samples[i];
         try {
-            std::cout << sampler(s).sample(std::span(rows).subspan(size_t(s.row) * v, v), s.step, allowed(s)) << " ";
+            std::cout << sampler(s)->sample(std::span(rows).subspan(size_t(s.row) * v, v), s.step, allowed(s)) << " ";
         } catch (const Error&) {
             std::cout << "error ";
         }
@@ -116,7 +123,7 @@ int main(int, char** argv) {
             std::cout << "unasked\n";
             continue;
         }
-        const auto id = sampler(s).sample(answers[size_t(asked[i])], v, s.step);
+        const auto id = of_extracts[i]->sample(answers[size_t(asked[i])], v, s.step);
         std::cout << (id ? std::to_string(*id) : "lacking") << "\n";
     }
 }

@@ -59,6 +59,8 @@ def random_settings(rng: np.random.Generator) -> dict[str, float]:
         dict(mirostat=2),
         dict(presence_penalty=0.5),
         dict(min_new_tokens=6),
+        dict(ban=3),
+        dict(ban=1, only=7),
     ]
     if rng.random() < 0.3:
         one |= pick(rare)
@@ -115,6 +117,7 @@ COMMON = {
     "top_p": dict(temperature=1.0, **OFF | dict(top_p=0.9)),
     "min_p": dict(temperature=1.3, **OFF | dict(min_p=0.05)),
     "the model's own": dict(temperature=1.0, **OFF),
+    "banned": dict(temperature=0.8, ban=2, only=2),
     "a chain behind top_k": dict(temperature=0.8, typical_p=0.9, xtc_probability=1.0, dynatemp_range=0.4),
 }
 
