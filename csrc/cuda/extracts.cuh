@@ -208,9 +208,9 @@ FIXMIN_DEVICE uint32_t find_groups(const float* maxima, uint32_t n_groups, float
         const uint32_t group = warp * share + i + lane;
         return __ballot_sync(whole_warp, group < n_groups && maxima[group] >= floor);
     };
+    __syncthreads();  // maxima of other threads, and words that they still read
     uint32_t count = 0;
     for (uint32_t i = 0; i < share; i += 32) count += uint32_t(__popc(reached(i)));
-    __syncthreads();  // the words are still read
     if (lane == 0) notes.words[0][warp] = count;
     __syncthreads();
     uint32_t at = 0, all = 0;
@@ -253,8 +253,7 @@ FIXMIN_DEVICE void find_largest(const ExtractArgs& args, uint32_t query, const L
     uint32_t* const offsets = found + args.capacity;
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     for (uint32_t i = threadIdx.x; i < args.n_groups; i += blockDim.x)
-        maxima[i] = args.maxima[size_t(query) * args.n_groups + i];
-    __syncthreads();
+        maxima[i] = args.maxima[size_t(query) * args.n_groups + i];  // floor_of gives the thread the same ones
     const float floor = floor_of(maxima, args.n_groups, args.queries[query].n_largest, notes);
     const uint32_t n = find_groups(maxima, args.n_groups, floor, args.capacity, notes, groups);
     if (threadIdx.x == 0) {
