@@ -51,7 +51,7 @@ CASES = {
     "banned": (dict(temperature=0.8, banned_ids=[3, 5]), {}, True),
     "banned and masked": (dict(temperature=0.8, banned_ids=list(range(0, 90))), dict(mask=Mask), True),
     "banned and guessed": (dict(banned_ids=[3, 5]), dict(n_draft=5), True),
-    "guessed": ({}, dict(n_draft=5), True),
+    "guessed": (dict(max_new_tokens=50), dict(n_draft=5), True),
     "guessed, drawn": (dict(temperature=0.4), dict(n_draft=5), True),
     "with log-probabilities": (dict(temperature=0.8), dict(n_logprobs=2), False),
     "penalties": (dict(temperature=0.8, repeat_penalty=1.2), {}, False),
@@ -66,16 +66,17 @@ def drawn(path: Path, device: str, params: dict, options: dict) -> dict:
     requests = []
     for i, n in enumerate(LENGTHS):
         one = {name: value() if value is Mask else value for name, value in options.items()}
-        requests.append(engine.submit(ids[:n], _core.SamplingParams(max_new_tokens=12, seed=i, **params), **one))
+        requests.append(
+            engine.submit(ids[:n], _core.SamplingParams(**{"max_new_tokens": 12, "seed": i} | params), **one)
+        )
     for request in requests:
-        while not request.wait(12, 60.0):  # more than there will be: the end
+        while not request.wait(100, 60.0):  # more than there will be: the end
             pass
     tokens = [np.asarray(request.read(0)[0]).tolist() for request in requests]
     return {"tokens": tokens, "n_extracts": engine.stats()["n_extracts"]}
 
 
 def main() -> None:
-    # Steep enough that a text repeats itself, and guesses are right now and then.
     path = make_model(Path(sys.argv[1]) / "model.gguf", vocab_size=V, weight_type="Q8_0")
     found = {}
     for name, (params, options, by_extracts) in CASES.items():
