@@ -18,25 +18,40 @@ inline constexpr uint32_t tile_tokens = 8;
 // Threads of a block, and what it has of shared memory, where that does not depend on the model.
 inline constexpr uint32_t row_threads = 256, attention_threads = 256;  // of attention: at most
 inline constexpr uint32_t step_threads = 256;  // as every kernel of a step whose threads wait for each other
-inline constexpr uint32_t few_threads = 256, few_blocks = 16;  // products of few tokens (products.cuh)
-inline constexpr uint32_t many_threads = 128, many_tiles = 8;  // of many
 inline constexpr uint32_t ceiling_threads = 256, ceiling_chains = 8;
-inline constexpr uint32_t float_threads = 16 * tile_tokens;  // of float weights
-inline constexpr size_t few_bytes = 16 * few_blocks * 16 * tile_tokens;
+inline constexpr uint32_t few_threads = 256, few_depth = 4;  // products of few tokens (products.cuh)
+inline constexpr uint32_t many_threads = 256;                // of many
+inline constexpr uint32_t wide_rows = 128, wide_tokens = 128, narrow_rows = 64, narrow_tokens = 64;  // of a block
+inline constexpr size_t many_bytes = 48 << 10;
+inline constexpr uint32_t float_threads = 256, float_step = 64;  // of float weights
+inline constexpr size_t float_bytes = 46 << 10;
 
-/// The factors of 32 activations in 8 bits: x ~ scale * q.
-struct alignas(16) BlockFactors {
-    float scale;
-    float scaled_sum;  // scale * float(sum of q)
-    float sums[2];     // of the first 16 q and of the others
-};
+/// Tokens of a block of the products of few tokens.
+constexpr uint32_t few_tokens(bool has_min) { return (has_min ? 1 : 2) * tile_tokens; }
+constexpr size_t few_term_bytes(bool has_min) { return has_min ? 16 : 8; }
+/// From a token to the next; 16 rows, and so much that the lanes of a warp write to different banks.
+constexpr uint32_t few_stride(bool has_min) { return has_min ? 17 : 18; }
+/// Blocks of the inner dimension that each warp multiplies before terms are handed over: 1, 2 or 4.
+constexpr uint32_t few_turns(bool has_min, uint32_t n_tokens) {
+    const uint32_t tokens = n_tokens < few_tokens(has_min) ? n_tokens : few_tokens(has_min), most = few_tokens(has_min);
+    return tokens * few_depth <= most ? few_depth : tokens * 2 <= most ? 2 : 1;
+}
+constexpr size_t few_bytes(bool has_min, uint32_t n_tokens) {
+    const uint32_t tokens = n_tokens < few_tokens(has_min) ? n_tokens : few_tokens(has_min);
+    return 2 * few_turns(has_min, n_tokens) * (few_threads / 32) * tokens * few_stride(has_min) * few_term_bytes(has_min);
+}
 
-/// Rows of activations as the products read them. Of block b and of the 8 tokens of tile i, lane g * 4 + t of a warp
-/// has the words k = 4t..4t+3 and 16 more of token g.
+/// Rows of activations as the products read them, in 8 bits: x ~ scale * q per block of 32. Two blocks, a pair, lie
+/// together; if their number is odd the factors of a last one that is not there are 0.
 struct QuantizedRows {
-    uint32_t* codes;        // [tiles][blocks][32 lanes][2], four signed bytes each
-    BlockFactors* factors;  // [tiles][blocks][8 tokens]
+    // Of 8 tokens lane g * 4 + t of a warp has the words k = 4t..4t+3 and 16 more of token g, four signed bytes each.
+    uint32_t* codes;  // [tiles][pairs][32 lanes][2 blocks][2]
+    // Planes of so many floats, [tiles][pairs][8 tokens][2 blocks] each: scale; scale * float(sum of q); sum of the
+    // first 16 q and of the others.
+    float* factors;
+    size_t plane;
 };
+inline constexpr uint32_t factor_planes = 4;
 
 /// Token id -> K-bit code.
 struct CodeMapArgs {
@@ -89,17 +104,26 @@ struct ActivateArgs {
     QuantizedRows quantized;  // codes may be null
 };
 
-/// grid (tiles of 16 rows, tiles of tokens): out[t][r] (+)= W[r] . x[t] + bias[r].
-struct ProductArgs {
+/// A matrix that is multiplied.
+struct ProductPart {
     const std::byte* panels;
-    size_t panel_stride;
-    uint32_t n_rows, inner, n_tokens;
-    const float* values;  // [T][inner]; float types
-    QuantizedRows quantized;
     const float* bias;  // [rows rounded up to 16], or null
     float* out;         // [T][out_stride]
-    uint32_t out_stride;
+    uint32_t n_rows;
+};
+inline constexpr uint32_t most_parts = 3;
+
+/// grid (blocks of rows of all parts, blocks of tokens): out[t][r] (+)= W[r] . x[t] + bias[r]. Matrices of one type and
+/// length of rows that multiply the same x may share a launch.
+struct ProductArgs {
+    ProductPart parts[most_parts];
+    uint32_t n_parts;
+    uint32_t inner, n_tokens, out_stride;
+    size_t panel_stride;
+    const float* values;  // [T][inner]; float types
+    QuantizedRows quantized;
     bool accumulate;
+    bool wide;  // many tokens: which blocks
 };
 
 /// Keys and values of a layer: of each block of the cache, `heads` heads of head_bytes.

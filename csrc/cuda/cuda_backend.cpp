@@ -26,7 +26,6 @@ constexpr uint32_t most_tokens = 65535;                     // of a batch: block
 constexpr uint32_t rows_at_a_time = model::most_kept_rows;  // of logits
 constexpr uint32_t most_repeated_tokens = rows_at_a_time;
 constexpr uint32_t positions_at_a_time = 256;          // of rotations
-constexpr uint32_t most_few_tokens = 4 * tile_tokens;  // that a product takes tile by tile
 
 uint32_t tiles(uint32_t n, uint32_t of) { return (n + of - 1) / of; }
 
@@ -111,8 +110,9 @@ void CudaBackend::take_memory() {
     add(attended_, t * hp_.q_length());
     add(up_, t * f);
     add(gate_, hp_.activation == Activation::swiglu ? t * f : 0);
-    arena_.add(row_codes_, t * widest);
-    arena_.add(row_factors_, t * (widest / block_size) * sizeof(BlockFactors));
+    const size_t widest_pairs = tiles(uint32_t(widest), 2 * block_size);
+    arena_.add(row_codes_, t * widest_pairs * 2 * block_size);
+    arena_.add(row_factors_, t * widest_pairs * 2 * factor_planes * sizeof(float));
     add(rows_, rows_at_a_time);
     add(logits_, size_t(rows_at_a_time) * hp_.vocab_size);
     extracts_.add_to(arena_);
@@ -365,9 +365,8 @@ void CudaBackend::project_qkv(uint32_t l, uint32_t n_tokens) {
     const bool quantize = is_quantized(layer.q.type) || is_quantized(layer.k.type) || is_quantized(layer.v.type);
     const Rows rows = normalized(layer.attn_norm, n_tokens, quantize);
     if (squares_) add_squares(squares_->blocks[l].qkv, rows, n_tokens);
-    multiply(layer.q, rows, n_tokens, qkv, stride);
-    multiply(layer.k, rows, n_tokens, qkv + hp_.q_length(), stride);
-    multiply(layer.v, rows, n_tokens, qkv + hp_.q_length() + hp_.kv_length(), stride);
+    float *const k = qkv + hp_.q_length(), *const v = k + hp_.kv_length();
+    multiply(std::array{Product{layer.q, qkv}, Product{layer.k, k}, Product{layer.v, v}}, rows, n_tokens, stride);
 }
 
 // Where every chunk is one tile, attention stores its keys and values too.
@@ -422,8 +421,11 @@ void CudaBackend::feed_forward(uint32_t l, uint32_t n_tokens) {
     const bool quantize = is_quantized(layer.up.type) || (swiglu && is_quantized(layer.gate.type));
     const Rows rows = normalized(layer.ffn_norm, n_tokens, quantize);
     if (squares_) add_squares(squares_->blocks[l].gate_up, rows, n_tokens);
-    if (swiglu) multiply(layer.gate, rows, n_tokens, gate_.as<float>(), f);
-    multiply(layer.up, rows, n_tokens, up_.as<float>(), f);
+    const Product up{layer.up, up_.as<float>()};
+    if (swiglu)
+        multiply(std::array{Product{layer.gate, gate_.as<float>()}, up}, rows, n_tokens, f);
+    else
+        multiply(std::array{up}, rows, n_tokens, f);
     using Function = ActivateArgs::Function;
     const Function function = swiglu                               ? Function::swiglu
                               : hp_.activation == Activation::gelu ? Function::gelu
@@ -453,17 +455,56 @@ CudaBackend::Rows CudaBackend::activated(ActivateArgs::Function function, float*
     return {values, quantized};
 }
 
-void CudaBackend::multiply(const Linear& w, const Rows& rows, uint32_t n_tokens, float* out, uint32_t out_stride,
+// Neighbours of one type go together.
+void CudaBackend::multiply(std::span<const Product> products, const Rows& rows, uint32_t n_tokens, uint32_t out_stride,
                            bool accumulate) {
-    const ProductArgs args{w.panels,       w.panel_stride,    w.rows, w.inner,    n_tokens,  rows.values,
-                           rows.quantized, on_device(w.bias), out,    out_stride, accumulate};
-    const uint32_t panels = tiles(w.rows, quant::panel_rows), token_tiles = tiles(n_tokens, tile_tokens);
-    if (!is_quantized(w.type)) return device_->launch(few_kernel(w.type), {panels, token_tiles, float_threads}, args);
-    if (n_tokens <= most_few_tokens) {
-        return device_->launch(few_kernel(w.type), {panels, token_tiles, few_threads, few_bytes}, args);
+    while (!products.empty()) {
+        const Linear& first = products[0].w;
+        ProductArgs args{};
+        args.inner = first.inner, args.n_tokens = n_tokens, args.out_stride = out_stride;
+        args.panel_stride = first.panel_stride;
+        args.values = rows.values, args.quantized = rows.quantized;
+        args.accumulate = accumulate;
+        for (const Product& p : products.first(std::min<size_t>(products.size(), most_parts))) {
+            if (p.w.type != first.type || p.w.inner != first.inner) break;
+            args.parts[args.n_parts++] = {p.w.panels, on_device(p.w.bias), p.out, p.w.rows};
+        }
+        launch_product(first.type, args);
+        products = products.subspan(args.n_parts);
     }
-    device_->launch(many_kernel(w.type),
-                    {tiles(panels, many_threads / 32), tiles(token_tiles, many_tiles), many_threads}, args);
+}
+
+// All kernels give the same bits. Which one is the fastest is arithmetic so far, in cycles of a multiprocessor for 1024
+// of the inner dimension; nothing of it was measured.
+// - few tokens: 16 rows and 8 tokens take some 500 (32 blocks of some 40 instructions for the terms and 16 for the
+//   chains, in 4 schedulers), however many blocks there are, since several share a multiprocessor.
+// - many tokens: the 8 warps of a block of 64 x 64 take some 4,000, and 4 times as much of 128 x 128, less a tenth for
+//   fewer loads. Multiprocessors without a block do nothing.
+// For 1024 rows and 132 multiprocessors few tokens are up to 132, for 4096 up to 33, for 65,536 rows up to 16.
+void CudaBackend::launch_product(WeightType type, ProductArgs args) {
+    const auto blocks = [&](uint32_t rows, uint32_t tokens) {
+        uint32_t along_rows = 0;
+        for (uint32_t p = 0; p < args.n_parts; ++p) along_rows += tiles(args.parts[p].n_rows, rows);
+        return std::pair{along_rows, tiles(args.n_tokens, tokens)};
+    };
+    const auto launch = [&](Kernel kernel, std::pair<uint32_t, uint32_t> grid, uint32_t threads, size_t shared_bytes) {
+        device_->launch(kernel, {grid.first, grid.second, threads, shared_bytes}, args);
+    };
+    if (!is_quantized(type)) {
+        const uint32_t tokens = float_threads / 16 * (args.n_tokens > float_threads / 16 ? 4 : 1);
+        return launch(few_kernel(type), blocks(quant::panel_rows, tokens), float_threads, float_bytes);
+    }
+    const uint64_t n = device_->info().multiprocessors;
+    const auto rounds = [&](std::pair<uint32_t, uint32_t> grid) { return (uint64_t(grid.first) * grid.second + n - 1) / n; };
+    const auto small = blocks(quant::panel_rows, tile_tokens), narrow = blocks(narrow_rows, narrow_tokens),
+               wide = blocks(wide_rows, wide_tokens);
+    if (uint64_t(small.first) * small.second <= 8 * n * rounds(narrow)) {
+        const bool has_min = quant::block_format(type).has_min;
+        return launch(few_kernel(type), blocks(quant::panel_rows, few_tokens(has_min)), few_threads,
+                      few_bytes(has_min, args.n_tokens));
+    }
+    args.wide = rounds(wide) * 36 <= rounds(narrow) * 10;
+    launch(many_kernel(type), args.wide ? wide : narrow, many_threads, many_bytes);
 }
 
 void CudaBackend::capture_hidden(uint32_t layer, const Batch& batch) {
@@ -481,7 +522,8 @@ void CudaBackend::add_squares(std::vector<double>& sums, const Rows& rows, uint3
 }
 
 QuantizedRows CudaBackend::quantized_rows(bool wanted) const {
-    return wanted ? QuantizedRows{row_codes_.as<uint32_t>(), row_factors_.as<BlockFactors>()} : QuantizedRows{};
+    if (!wanted) return {};
+    return {row_codes_.as<uint32_t>(), row_factors_.as<float>(), row_factors_.size() / factor_planes / sizeof(float)};
 }
 
 CodeMapArgs CudaBackend::code_map() const {

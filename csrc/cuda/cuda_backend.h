@@ -1,5 +1,6 @@
 // A model on a GPU.
 #pragma once
+#include <array>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -78,8 +79,17 @@ class CudaBackend final : public model::Backend {
     void feed_forward(uint32_t layer, uint32_t n_tokens);
     Rows normalized(const model::Norm& norm, uint32_t n_tokens, bool quantize, const uint32_t* rows = nullptr);
     Rows activated(ActivateArgs::Function function, float* values, uint32_t length, uint32_t n_tokens, bool quantize);
-    void multiply(const model::Linear& w, const Rows& rows, uint32_t n_tokens, float* out, uint32_t out_stride,
+    struct Product {
+        const model::Linear& w;
+        float* out;
+    };
+    void multiply(std::span<const Product> products, const Rows& rows, uint32_t n_tokens, uint32_t out_stride,
                   bool accumulate = false);
+    void multiply(const model::Linear& w, const Rows& rows, uint32_t n_tokens, float* out, uint32_t out_stride,
+                  bool accumulate = false) {
+        multiply(std::array{Product{w, out}}, rows, n_tokens, out_stride, accumulate);
+    }
+    void launch_product(quant::WeightType type, ProductArgs args);
     void project_on_device(const uint32_t* rows, uint32_t n);
     void capture_hidden(uint32_t layer, const model::Batch& batch);
     void add_squares(std::vector<double>& sums, const Rows& rows, uint32_t n_tokens);

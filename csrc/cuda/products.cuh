@@ -4,6 +4,8 @@
 // Each output is the chain of docs/numerics.md over blocks of 32: an exact dot product, made by the tensor cores, and
 // one or two fused products with the scales.
 #pragma once
+#include <type_traits>
+
 #include "cuda/args.h"
 #include "cuda/lane.cuh"
 #include "quant/panels.h"
@@ -28,248 +30,530 @@ FIXMIN_DEVICE int look_up(unsigned nibbles) {
     return int((low & ~upper) | (high & upper));
 }
 
-/// What a lane multiplies of a block of 32 weights of 16 rows: rows g and g + 8.
+// Weights are never written by a kernel, activations in shared memory are.
+struct FromGlobal {
+    template <typename T>
+    static FIXMIN_DEVICE T load(const std::byte* base, uint32_t n) {
+        return load_weights(reinterpret_cast<const T*>(base) + n);
+    }
+};
+struct FromShared {
+    template <typename T>
+    static FIXMIN_DEVICE T load(const std::byte* base, uint32_t n) {
+        return reinterpret_cast<const T*>(base)[n];
+    }
+};
+
+/// A weight type: what a lane multiplies of a block of 32 weights of 16 rows (rows g and g + 8), and the factors.
 template <WeightType Type>
 struct WeightBlock {
     static constexpr quant::BlockFormat format = quant::block_format(Type);
     static constexpr quant::PanelLayout layout = quant::panel_layout(Type);
-    static constexpr bool halves = format.scale_values == 16;
+    static constexpr bool halves = format.scale_values == 16, has_min = format.has_min;
+    static constexpr bool four = format.bits % 8 >= 4, two = format.bits % 4 >= 2, one = format.bits % 2;
 
-    /// The signed bytes that stand for its weights.
-    static FIXMIN_DEVICE int4 weights(const std::byte* panel, uint32_t b) {
-        constexpr quant::PanelLayout here = layout;  // nvcc has no address of a static member on the device
-        const std::byte* p = panel + quant::codes_at(here, b);
+    // Where the code of 0 is the middle of all codes, codes stand in the highest bits of their bytes: with the sign bit
+    // turned over each is then a signed number, that many times too large. The start of the sums takes that back.
+    static constexpr bool centred = format.bits < 8 && format.zero == 1 << (format.bits - 1);
+    static_assert(centred || format.bits == 8 || format.zero == 0);
+    static constexpr int up = centred ? 8 - format.bits : 0;
+
+    // A sum of products starts at 1.5 * 2^23 as the bits of a float: read as a float it is then 1.5 * 2^23 + sum, or,
+    // with the exponent less by `up`, 1.5 * 2^(23 - up) + sum / 2^up. That is exact while |sum| < 2^22, and no type has
+    // more than 128 * 127 * 32 < 2^19. One addition instead of a conversion, which GPUs do at a quarter of the rate.
+    static constexpr int start = ((127 + 23 - up) << 23) | 0x400000;
+    static FIXMIN_DEVICE float dot_of(int sum) { return __int_as_float(sum) - 12582912.0f / float(1 << up); }
+
+    /// A lane's codes as they lie in the panel.
+    struct Codes {
+        int4 bytes;               // 8 bits
+        int2 nibbles;             // 4 bits
+        unsigned pairs[2], bits;  // 2 bits of rows g and g + 8, 1 bit
+        unsigned bits_further;
+    };
+    template <typename From>
+    static FIXMIN_DEVICE Codes load_codes(const std::byte* p) {
         const unsigned i = threadIdx.x % 32, g = i / 4, t = i % 4;
-        if constexpr (format.bits == 8) return reinterpret_cast<const int4*>(p)[i];
-        const auto word = [](const std::byte* at, unsigned n) { return reinterpret_cast<const unsigned*>(at)[n]; };
-        unsigned w[4];  // row g: k = 4t.., row g + 8, and both 16 further
-        const auto take = [&](unsigned n, unsigned from, unsigned shift, unsigned mask, unsigned to) {
-            w[n] |= (from >> shift & mask) << to;
-        };
-        w[0] = w[1] = w[2] = w[3] = 0;
-        constexpr bool four = format.bits >= 4, two = format.bits % 4 >= 2, one = format.bits % 2;
-        if constexpr (four) {
-            const int2 both = reinterpret_cast<const int2*>(p)[i];
-            for (unsigned h = 0; h < 2; ++h) {
-                take(2 * h, unsigned(both.x), 4 * h, 0x0f0f0f0fu, 0);
-                take(2 * h + 1, unsigned(both.y), 4 * h, 0x0f0f0f0fu, 0);
-            }
-            p += 256;
-        }
+        Codes c;
+        if constexpr (format.bits == 8) c.bytes = From::template load<int4>(p, i);
+        if constexpr (four) c.nibbles = From::template load<int2>(p, i), p += 256;
         if constexpr (two) {
-            for (unsigned n = 0; n < 4; ++n)
-                take(n, word(p, t % 2 * 16 + g + n % 2 * 8), t / 2 * 2 + n / 2 * 4, 0x03030303u, four ? 4 : 0);
+            for (unsigned n = 0; n < 2; ++n) c.pairs[n] = From::template load<unsigned>(p, t % 2 * 16 + g + n * 8);
             p += 128;
         }
         if constexpr (one) {
-            for (unsigned n = 0; n < 4; ++n) take(n, word(p, g + n % 2 * 8), t + n / 2 * 4, 0x01010101u, four ? 4 : 2);
+            c.bits = From::template load<unsigned>(p, g);
+            c.bits_further = From::template load<unsigned>(p, g + 8);
+        }
+        return c;
+    }
+
+    /// As signed bytes: row g, k = 4t.., row g + 8, and both 16 further.
+    static FIXMIN_DEVICE int4 weights(const Codes& c) {
+        if constexpr (format.bits == 8) return c.bytes;
+        const unsigned t = threadIdx.x % 4;
+        unsigned w[4] = {};
+        for (unsigned n = 0; n < 4; ++n) {
+            if constexpr (four) w[n] = unsigned(n % 2 ? c.nibbles.y : c.nibbles.x) >> n / 2 * 4 & 0x0f0f0f0fu;
+            if constexpr (two) w[n] |= (c.pairs[n % 2] >> (t / 2 * 2 + n / 2 * 4) & 0x03030303u) << (four ? 4 : 0);
+            if constexpr (one)
+                w[n] |= ((n % 2 ? c.bits_further : c.bits) >> (t + n / 2 * 4) & 0x01010101u) << (four ? 4 : 2);
+            if constexpr (format.table) w[n] = unsigned(look_up(w[n]));
+            if constexpr (centred) w[n] = w[n] << up ^ 0x80808080u;
         }
         int4 result;
-        result.x = as_signed(w[0]), result.y = as_signed(w[1]), result.z = as_signed(w[2]), result.w = as_signed(w[3]);
+        result.x = int(w[0]), result.y = int(w[1]), result.z = int(w[2]), result.w = int(w[3]);
         return result;
     }
 
-    static FIXMIN_DEVICE int as_signed(unsigned codes) {
-        if constexpr (format.table) return look_up(codes);
-        if constexpr (format.zero == 0) return int(codes);
-        // No byte overflows: codes and zeros are below 64.
-        return int((codes + 0x80808080u - unsigned(format.zero) * 0x01010101u) ^ 0x80808080u);
+    /// The factors of a row as they lie in the panel.
+    struct RawFactors {
+        uint16_t d, m;
+        int8_t scale[2], min[2];
+    };
+    static FIXMIN_DEVICE RawFactors load_factors(const std::byte* panel, uint32_t b, uint32_t r) {
+        constexpr quant::PanelLayout here = layout;  // nvcc has no address of a static member on the device
+        const std::byte* p = panel + quant::scales_at(here, b);
+        RawFactors raw{};
+        raw.d = FromGlobal::load<uint16_t>(p, r);
+        if constexpr (has_min) raw.m = FromGlobal::load<uint16_t>(p, 16 + r);
+        p += (has_min ? 4 : 2) * 16;
+        const auto byte = [&](uint32_t n) { return FromGlobal::load<int8_t>(p, n * 16 + r); };
+        const uint32_t in_record = b % layout.record_blocks;
+        if constexpr (halves) {
+            for (uint32_t h = 0; h < 2; ++h) raw.scale[h] = byte(in_record * 2 + h);
+        } else if constexpr (layout.record_blocks > 1) {
+            raw.scale[0] = byte(in_record);
+            if constexpr (has_min) raw.min[0] = byte(in_record + 256 / format.scale_values);
+        }
+        return raw;
     }
 
-    /// The factors of row r.
-    struct Scales {
-        float scale, offset;               // d * s and m * n; with halves d and m
-        float half_scale[2], half_min[2];  // with halves s and n
+    /// As floats. One block: d * s; with a minimum m * n too; with halves d, s of both, and d, m, s, s, n, n.
+    static constexpr uint32_t n_factors = halves ? (has_min ? 6 : 3) : has_min ? 2 : 1;
+    struct Factors {
+        float f[n_factors];
     };
-    static FIXMIN_DEVICE Scales scales(const std::byte* panel, uint32_t b, uint32_t r) {
-        constexpr quant::PanelLayout here = layout;
-        const std::byte* p = panel + quant::scales_at(here, b);
-        const auto half = [&](uint32_t n) { return half_to_float(reinterpret_cast<const uint16_t*>(p)[n * 16 + r]); };
-        Scales s{};
-        s.scale = half(0);
-        if constexpr (format.has_min) s.offset = half(1);
-        p += (format.has_min ? 4 : 2) * 16;
-        const uint32_t in_record = b % layout.record_blocks;
-        const auto byte = [&](uint32_t n) { return int(reinterpret_cast<const int8_t*>(p)[n * 16 + r]); };
+    static FIXMIN_DEVICE Factors factors(const RawFactors& raw) {
+        Factors out;
+        float* const f = out.f;
+        f[0] = half_to_float(raw.d);
+        if constexpr (has_min) f[1] = half_to_float(raw.m);
         if constexpr (Type == WeightType::q2_k) {
             for (uint32_t h = 0; h < 2; ++h) {
-                const int both = byte(in_record * 2 + h);
-                s.half_scale[h] = float(both & 15);
-                s.half_min[h] = float(both >> 4 & 15);
+                f[2 + h] = float(raw.scale[h] & 15);
+                f[4 + h] = float(raw.scale[h] >> 4 & 15);
             }
         } else if constexpr (halves) {
-            for (uint32_t h = 0; h < 2; ++h) s.half_scale[h] = float(byte(in_record * 2 + h));
+            for (uint32_t h = 0; h < 2; ++h) f[1 + h] = float(raw.scale[h]);
         } else if constexpr (layout.record_blocks > 1) {
-            s.scale *= float(byte(in_record));  // exact
-            if constexpr (format.has_min) s.offset *= float(byte(in_record + 256 / format.scale_values));
+            f[0] *= float(raw.scale[0]);  // exact
+            if constexpr (has_min) f[1] *= float(raw.min[0]);
         }
-        return s;
+        return out;
     }
+
+    /// Planes of QuantizedRows::factors that it needs.
+    static constexpr uint32_t n_token_factors = has_min ? (halves ? 3 : 2) : 1;
+    static FIXMIN_DEVICE uint32_t token_plane(uint32_t n) { return n && halves ? n + 1 : n; }
+    struct TokenFactors {
+        float f[n_token_factors];
+    };
 
     /// The dot products of two rows and two tokens, of a whole warp, where halves have scales of their own: of each.
     struct Dots {
         int all[4];
         int upper[halves ? 4 : 1];
     };
-    static FIXMIN_DEVICE void multiply(Dots& dots, int4 w, int2 a) {
-        for (int& dot : dots.all) dot = 0;
+    static FIXMIN_DEVICE Dots multiply(int4 w, int2 a) {
+        Dots dots;
         if constexpr (halves) {
-            for (int& dot : dots.upper) dot = 0;
-            multiply_half_tile(dots.all, make_int2(w.x, w.y), a.x);
-            multiply_half_tile(dots.upper, make_int2(w.z, w.w), a.y);
+            multiply_half_tile(dots.all, make_int2(w.x, w.y), a.x, start);
+            multiply_half_tile(dots.upper, make_int2(w.z, w.w), a.y, start);
         } else {
-            multiply_tile(dots.all, w, a);
+            multiply_tile(dots.all, w, a, start);
         }
+        return dots;
     }
 
     /// What one block adds to a chain: acc = fma(dot, scale, acc), and with a minimum fma(offset, sum, acc).
-    struct Terms {
+    struct alignas(8) OneTerm {
+        float dot, scale;
+    };
+    struct alignas(16) TwoTerms {
         float dot, scale, offset, sum;
     };
-    static FIXMIN_DEVICE Terms terms(const Dots& dots, int i, const Scales& s, const BlockFactors& a) {
-        Terms term{};
-        term.scale = s.scale * a.scale;
+    using Terms = std::conditional_t<has_min, TwoTerms, OneTerm>;
+    static FIXMIN_DEVICE Terms terms(const Dots& dots, uint32_t i, const Factors& w, const TokenFactors& a) {
+        Terms term;
+        term.scale = w.f[0] * a.f[0];
         if constexpr (halves) {
             // Exact, as in kernels.inl.
-            term.dot = __fmaf_rn(s.half_scale[1], float(dots.upper[i]), s.half_scale[0] * float(dots.all[i]));
-            if constexpr (format.has_min) {
-                term.sum = __fmaf_rn(s.half_min[1], a.sums[1], s.half_min[0] * a.sums[0]);
-                term.offset = s.offset * a.scale;
+            constexpr uint32_t s = has_min ? 2 : 1;
+            term.dot = __fmaf_rn(w.f[s + 1], dot_of(dots.upper[i]), w.f[s] * dot_of(dots.all[i]));
+            if constexpr (has_min) {
+                term.sum = __fmaf_rn(w.f[5], a.f[2], w.f[4] * a.f[1]);
+                term.offset = w.f[1] * a.f[0];
             }
         } else {
-            term.dot = float(dots.all[i]);
-            if constexpr (format.has_min) term.offset = s.offset, term.sum = a.scaled_sum;
+            term.dot = dot_of(dots.all[i]);
+            if constexpr (has_min) term.offset = w.f[1], term.sum = a.f[1];
         }
         return term;
     }
     static FIXMIN_DEVICE float add(float acc, const Terms& term) {
         acc = __fmaf_rn(term.dot, term.scale, acc);
-        if constexpr (format.has_min) acc = __fmaf_rn(term.offset, term.sum, acc);
+        if constexpr (has_min) acc = __fmaf_rn(term.offset, term.sum, acc);
         return acc;
     }
 };
 
-FIXMIN_DEVICE void finish(const ProductArgs& args, uint32_t token, uint32_t row, float value) {
-    if (token >= args.n_tokens || row >= args.n_rows) return;
-    float* out = args.out + size_t(token) * args.out_stride + row;
-    if (args.bias) value = value + args.bias[row];
+/// The matrix that this block works on; block: among those of that matrix, of `rows` rows each.
+FIXMIN_DEVICE ProductPart part_of(const ProductArgs& args, uint32_t rows, uint32_t& block) {
+    ProductPart part = args.parts[0];
+    for (uint32_t p = 1; p < args.n_parts; ++p) {
+        const uint32_t blocks = (part.n_rows + rows - 1) / rows;
+        if (block < blocks) break;
+        block -= blocks;
+        part = args.parts[p];
+    }
+    return part;
+}
+
+FIXMIN_DEVICE void finish(const ProductArgs& args, const ProductPart& part, uint32_t token, uint32_t row, float value) {
+    if (token >= args.n_tokens || row >= part.n_rows) return;
+    float* out = part.out + size_t(token) * args.out_stride + row;
+    if (part.bias) value = value + part.bias[row];
     if (args.accumulate) value = *out + value;
     *out = value;
 }
 
 // ---- few tokens -----------------------------------------------------------------------------------------------------
-// A tile of 16 rows and 8 tokens for a block of threads: its warps multiply different blocks of the inner dimension and
-// hand the terms over, a thread for each output runs the chain.
+// A block of threads has 16 rows and up to few_tokens tokens, so that weights are read once. Its warps multiply different
+// blocks of the inner dimension and hand the terms over, a thread for each output runs the chain. What a warp multiplies
+// first, few_depth blocks, it has in registers before the kernel before this one has ended; while it multiplies them it
+// loads as many again. Terms go through two buffers in turn, so that warps may be a round ahead of the chains.
 
 template <WeightType Type>
 FIXMIN_DEVICE void product_of_few(const ProductArgs& args, Index block, unsigned char* shared) {
     using Block = WeightBlock<Type>;
+    using Terms = typename Block::Terms;
+    constexpr quant::PanelLayout layout = quant::panel_layout(Type);
+    constexpr uint32_t most_tokens = few_tokens(Block::has_min), tiles = most_tokens / tile_tokens, warps = few_threads / 32;
+    constexpr uint32_t stride = few_stride(Block::has_min);
+    static_assert(sizeof(Terms) == few_term_bytes(Block::has_min));
+    const uint32_t n_blocks = args.inner / quant::block_size, pairs = (n_blocks + 1) / 2;
+    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const ProductPart part = part_of(args, 16, block.x);
+    const std::byte* panel = part.panels + size_t(block.x) * args.panel_stride;
+
+    struct Loaded {
+        typename Block::Codes codes;
+        typename Block::RawFactors factors[2];
+    } now[few_depth], next[few_depth];
+    const auto load = [&](uint32_t first) {
+#pragma unroll
+        for (uint32_t u = 0; u < few_depth; ++u) {
+            const uint32_t b = first + u * warps + warp;
+            if (b >= n_blocks) break;
+            next[u].codes = Block::template load_codes<FromGlobal>(panel + quant::codes_at(layout, b));
+            for (uint32_t r = 0; r < 2; ++r) next[u].factors[r] = Block::load_factors(panel, b, g + r * 8);
+        }
+    };
+    load(0);
+    // The rest is on its way to the second-level cache.
+    for (size_t at = quant::codes_at(layout, warps * few_depth) + threadIdx.x * 128; at < args.panel_stride;
+         at += few_threads * 128)
+        prefetch_weights(panel + at);
     after_previous();
-    static_assert(sizeof(typename Block::Terms) * few_blocks * 16 * tile_tokens <= few_bytes);
-    auto* const terms = reinterpret_cast<typename Block::Terms*>(shared);  // [few_blocks][16 rows][8 tokens]
-    const uint32_t n_blocks = args.inner / quant::block_size, warp = threadIdx.x / 32;
-    const uint32_t g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    const std::byte* panel = args.panels + size_t(block.x) * args.panel_stride;
-    const size_t tile = size_t(block.y) * n_blocks;
-    const int2* codes = reinterpret_cast<const int2*>(args.quantized.codes) + tile * 32;
-    const BlockFactors* factors = args.quantized.factors + tile * tile_tokens;
+
+    const uint32_t first_token = block.y * most_tokens;
+    const uint32_t n = args.n_tokens - first_token < most_tokens ? args.n_tokens - first_token : most_tokens;
+    const uint32_t turns = few_turns(Block::has_min, args.n_tokens);  // blocks of a warp between hand-overs
+    Terms* const buffers = reinterpret_cast<Terms*>(shared);  // [2][turns * warps][n][16 rows of stride]
+    const uint32_t tile = first_token / tile_tokens, buffer_terms = turns * warps * n * stride;
+    const int2* codes = reinterpret_cast<const int2*>(args.quantized.codes);
+    uint32_t buffer = 0;
     float acc = 0;
-    for (uint32_t first = 0; first < n_blocks; first += few_blocks) {
-        const uint32_t end = first + few_blocks < n_blocks ? first + few_blocks : n_blocks;
-        for (uint32_t b = first + warp; b < end; b += few_threads / 32) {
-            typename Block::Dots dots;
-            Block::multiply(dots, Block::weights(panel, b), codes[b * 32 + threadIdx.x % 32]);
-            for (uint32_t r = 0; r < 2; ++r) {
-                const auto scales = Block::scales(panel, b, g + r * 8);
+    for (uint32_t first = 0; first < n_blocks; first += few_depth * warps) {
+#pragma unroll
+        for (uint32_t u = 0; u < few_depth; ++u) now[u] = next[u];
+        load(first + few_depth * warps);
+        int2 a[few_depth][tiles];
+        typename Block::TokenFactors token[few_depth][tiles][2];
+#pragma unroll
+        for (uint32_t u = 0; u < few_depth; ++u) {
+            const uint32_t b = first + u * warps + warp;
+            for (uint32_t i = 0; i < tiles; ++i) {
+                const size_t at = size_t(tile + i) * pairs + b / 2;
+                a[u][i] = make_int2(0, 0);
+                if (b < n_blocks && i * tile_tokens + g < n) a[u][i] = codes[(at * 32 + lane) * 2 + b % 2];
                 for (uint32_t c = 0; c < 2; ++c) {
-                    const uint32_t token = 2 * t + c;
-                    terms[((b - first) * 16 + g + r * 8) * tile_tokens + token] =
-                        Block::terms(dots, int(r * 2 + c), scales, factors[b * tile_tokens + token]);
+                    for (uint32_t f = 0; f < Block::n_token_factors; ++f) {
+                        token[u][i][c].f[f] = 0;
+                        if (b >= n_blocks || i * tile_tokens + 2 * t + c >= n) continue;
+                        token[u][i][c].f[f] = args.quantized.factors[Block::token_plane(f) * args.quantized.plane +
+                                                                     (at * tile_tokens + 2 * t + c) * 2 + b % 2];
+                    }
                 }
             }
         }
-        __syncthreads();
-        if (threadIdx.x < 16 * tile_tokens) {
-            for (uint32_t b = 0; b < end - first; ++b) acc = Block::add(acc, terms[b * 16 * tile_tokens + threadIdx.x]);
+#pragma unroll
+        for (uint32_t u = 0; u < few_depth; ++u) {
+            const uint32_t b = first + u * warps + warp, in_round = (u & (turns - 1)) * warps + warp;
+            if (b < n_blocks) {  // a whole warp
+                const int4 w = Block::weights(now[u].codes);
+                for (uint32_t i = 0; i < tiles; ++i) {
+                    if (i * tile_tokens >= n) break;
+                    const auto dots = Block::multiply(w, a[u][i]);
+                    for (uint32_t k = 0; k < 4; ++k) {
+                        const uint32_t column = i * tile_tokens + 2 * t + k % 2;
+                        if (column >= n) continue;
+                        buffers[buffer + (in_round * n + column) * stride + g + k / 2 * 8] =
+                            Block::terms(dots, k, Block::factors(now[u].factors[k / 2]), token[u][i][k % 2]);
+                    }
+                }
+            }
+            if ((u + 1) & (turns - 1)) continue;
+            __syncthreads();
+            const uint32_t begin = first + (u + 1 - turns) * warps;
+            if (threadIdx.x < n * 16 && begin < n_blocks) {
+                const uint32_t count = n_blocks - begin < turns * warps ? n_blocks - begin : turns * warps;
+                const Terms* p = buffers + buffer + threadIdx.x / 16 * stride + threadIdx.x % 16;
+#pragma unroll 8
+                for (uint32_t j = 0; j < count; ++j) acc = Block::add(acc, p[j * n * stride]);
+            }
+            buffer ^= buffer_terms;
         }
-        __syncthreads();
     }
-    if (threadIdx.x < 16 * tile_tokens) {
-        finish(args, block.y * tile_tokens + threadIdx.x % tile_tokens, block.x * 16 + threadIdx.x / tile_tokens, acc);
-    }
+    if (threadIdx.x < n * 16)
+        finish(args, part, first_token + threadIdx.x / 16, block.x * 16 + threadIdx.x % 16, acc);
 }
 
 // ---- many tokens ----------------------------------------------------------------------------------------------------
-// A warp has 16 rows and 8 tiles of tokens, in registers from the first block to the last.
+// A block of threads has 8 warps, 4 along the rows and 2 along the tokens; each has M * 16 rows and N * 8 tokens in
+// registers from the first block of 32 to the last. Two blocks of 32, a stage, come into shared memory at a time, by
+// copies that run while earlier stages are multiplied. Factors of weights become floats on the way, so that the loop
+// needs no more than wide loads of them.
 
-template <WeightType Type>
-FIXMIN_DEVICE void product_of_many(const ProductArgs& args, Index block) {
+template <WeightType Type, uint32_t M, uint32_t N, uint32_t Stages>
+FIXMIN_DEVICE void product_of_many(const ProductArgs& args, Index block, unsigned char* shared) {
     using Block = WeightBlock<Type>;
-    after_previous();
-    const uint32_t n_blocks = args.inner / quant::block_size, i = threadIdx.x % 32, g = i / 4, t = i % 4;
-    const uint32_t panel_number = block.x * (many_threads / 32) + threadIdx.x / 32;
-    if (panel_number * 16 >= args.n_rows) return;  // a whole warp
-    const std::byte* panel = args.panels + size_t(panel_number) * args.panel_stride;
-    const uint32_t first_tile = block.y * many_tiles, last_tile = (args.n_tokens - 1) / tile_tokens;
-    const int2* codes = reinterpret_cast<const int2*>(args.quantized.codes);
-    float acc[many_tiles][4];
-    for (auto& tile : acc) {
-        for (float& x : tile) x = 0;
-    }
-    for (uint32_t b = 0; b < n_blocks; ++b) {
-        const int4 w = Block::weights(panel, b);
-        const typename Block::Scales scales[2] = {Block::scales(panel, b, g), Block::scales(panel, b, g + 8)};
+    constexpr quant::PanelLayout layout = quant::panel_layout(Type);
+    constexpr uint32_t panels = 4 * M, tiles = 2 * N, warps = many_threads / 32, chunks = layout.codes_bytes / 16;
+    struct alignas(16) Stage {
+        std::byte codes[panels][2][layout.codes_bytes];
+        int4 tokens[tiles][32];                                            // both blocks
+        float4 token_factors[tiles][Block::n_token_factors][4];            // [t]: tokens 2t, 2t, 2t + 1, 2t + 1
+        float factors[panels][Block::n_factors][8][2][2];                  // [g][block][row g, g + 8]
+    };
+    static_assert(Stages * sizeof(Stage) <= many_bytes);
+    Stage* const stages = reinterpret_cast<Stage*>(shared);
+
+    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const uint32_t n_blocks = args.inner / quant::block_size, pairs = (n_blocks + 1) / 2;
+    const ProductPart part = part_of(args, panels * 16, block.x);
+    // Behind the last panel and tile there is nothing: those are computed again, and not written.
+    const uint32_t first_panel = block.x * panels, last_panel = (part.n_rows - 1) / 16;
+    const uint32_t first_tile = block.y * tiles, last_tile = (args.n_tokens - 1) / tile_tokens;
+    static_assert(panels <= warps);  // a warp copies one panel
+    const uint32_t mine = first_panel + warp < last_panel ? first_panel + warp : last_panel;
+    const std::byte* const panel = part.panels + size_t(mine) * args.panel_stride;
+
+    const auto copy_codes = [&](uint32_t pair) {
+        if (warp >= panels || pair >= pairs) return;
+        std::byte* const to = stages[pair % Stages].codes[warp][0];
 #pragma unroll
-        for (uint32_t n = 0; n < many_tiles; ++n) {
-            // Behind the last tile there is nothing: it is computed again, and not written.
-            const uint32_t tile = first_tile + n < last_tile ? first_tile + n : last_tile;
-            const size_t at = size_t(tile) * n_blocks + b;
-            typename Block::Dots dots;
-            Block::multiply(dots, w, codes[at * 32 + i]);
-            const BlockFactors* factors = args.quantized.factors + at * tile_tokens + 2 * t;
-            for (int k = 0; k < 4; ++k)
-                acc[n][k] = Block::add(acc[n][k], Block::terms(dots, k, scales[k / 2], factors[k % 2]));
+        for (uint32_t i = lane; i < 2 * chunks; i += 32) {
+            const uint32_t second = i >= chunks, b = 2 * pair + second;
+            if (b < n_blocks) copy_async(to + i * 16, panel + quant::codes_at(layout, b) + (i - second * chunks) * 16);
         }
+    };
+    const auto copy_tokens = [&](uint32_t pair) {
+        if (pair >= pairs) return;
+        Stage& to = stages[pair % Stages];
+#pragma unroll
+        for (uint32_t i = warp; i < tiles; i += warps) {
+            const uint32_t tile = first_tile + i < last_tile ? first_tile + i : last_tile;
+            const size_t at = size_t(tile) * pairs + pair;
+            copy_async(&to.tokens[i][lane], args.quantized.codes + (at * 32 + lane) * 4);
+            if (lane < 4 * Block::n_token_factors)
+                copy_async(&to.token_factors[i][lane / 4][lane % 4],
+                           args.quantized.factors + Block::token_plane(lane / 4) * args.quantized.plane +
+                               (at * tile_tokens + lane % 4 * 2) * 2);
+        }
+    };
+    typename Block::RawFactors raw;
+    const auto load_factors = [&](uint32_t pair) {
+        const uint32_t b = 2 * pair + lane / 16;
+        raw = {};  // of a block that is not there: it adds nothing
+        if (warp < panels && b < n_blocks) raw = Block::load_factors(panel, b, lane % 16);
+    };
+    const auto store_factors = [&](uint32_t pair) {
+        if (warp >= panels || pair >= pairs) return;
+        const auto values = Block::factors(raw);
+        for (uint32_t f = 0; f < Block::n_factors; ++f)
+            stages[pair % Stages].factors[warp][f][lane % 8][lane / 16][lane / 8 % 2] = values.f[f];
+    };
+
+#pragma unroll
+    for (uint32_t s = 0; s < Stages - 1; ++s) {
+        copy_codes(s);
+        load_factors(s);
+        store_factors(s);
+    }
+    after_previous();
+#pragma unroll
+    for (uint32_t s = 0; s < Stages - 1; ++s) {
+        copy_tokens(s);
+        end_copies();
+    }
+
+    const uint32_t panel_of_warp = warp % 4 * M, tile_of_warp = warp / 4 * N;
+    float acc[M][N][4] = {};
+    for (uint32_t pair = 0; pair < pairs; ++pair) {
+        wait_for_copies<Stages - 2>();
+        __syncthreads();
+        copy_codes(pair + Stages - 1);
+        copy_tokens(pair + Stages - 1);
+        end_copies();
+        load_factors(pair + Stages - 1);
+
+        const Stage& stage = stages[pair % Stages];
+        int4 w[M][2];
+        typename Block::Factors factors[M][2][2];  // [..][block][row g, g + 8]
+#pragma unroll
+        for (uint32_t m = 0; m < M; ++m) {
+            for (uint32_t k = 0; k < 2; ++k)
+                w[m][k] = Block::weights(Block::template load_codes<FromShared>(stage.codes[panel_of_warp + m][k]));
+            for (uint32_t f = 0; f < Block::n_factors; ++f) {
+                const float4 all = *reinterpret_cast<const float4*>(stage.factors[panel_of_warp + m][f][g]);
+                factors[m][0][0].f[f] = all.x, factors[m][0][1].f[f] = all.y;
+                factors[m][1][0].f[f] = all.z, factors[m][1][1].f[f] = all.w;
+            }
+        }
+#pragma unroll
+        for (uint32_t n = 0; n < N; ++n) {
+            const int4 a = stage.tokens[tile_of_warp + n][lane];
+            typename Block::TokenFactors token[2][2];  // [block][token 2t, 2t + 1]
+            for (uint32_t f = 0; f < Block::n_token_factors; ++f) {
+                const float4 all = stage.token_factors[tile_of_warp + n][f][t];
+                token[0][0].f[f] = all.x, token[1][0].f[f] = all.y;
+                token[0][1].f[f] = all.z, token[1][1].f[f] = all.w;
+            }
+            for (uint32_t k = 0; k < 2; ++k) {
+                for (uint32_t m = 0; m < M; ++m) {
+                    const auto dots = Block::multiply(w[m][k], k ? make_int2(a.z, a.w) : make_int2(a.x, a.y));
+                    for (uint32_t i = 0; i < 4; ++i)
+                        acc[m][n][i] =
+                            Block::add(acc[m][n][i], Block::terms(dots, i, factors[m][k][i / 2], token[k][i % 2]));
+                }
+            }
+        }
+        store_factors(pair + Stages - 1);
     }
 #pragma unroll
-    for (uint32_t n = 0; n < many_tiles; ++n) {
-        for (uint32_t k = 0; k < 4; ++k)
-            finish(args, (first_tile + n) * tile_tokens + 2 * t + k % 2, panel_number * 16 + g + k / 2 * 8, acc[n][k]);
+    for (uint32_t m = 0; m < M; ++m) {
+        for (uint32_t n = 0; n < N; ++n) {
+            for (uint32_t i = 0; i < 4; ++i)
+                finish(args, part, (first_tile + tile_of_warp + n) * tile_tokens + 2 * t + i % 2,
+                       (first_panel + panel_of_warp + m) * 16 + g + i / 2 * 8, acc[m][n][i]);
+        }
     }
 }
 
+// Of small matrices there are enough blocks for all multiprocessors only if the blocks are small.
+template <WeightType Type>
+FIXMIN_DEVICE void product_of_many(const ProductArgs& args, Index block, unsigned char* shared) {
+    if (args.wide)
+        product_of_many<Type, wide_rows / 64, wide_tokens / 16, 2>(args, block, shared);
+    else
+        product_of_many<Type, narrow_rows / 64, narrow_tokens / 16, 4>(args, block, shared);
+}
+
 // ---- float weights --------------------------------------------------------------------------------------------------
-// A thread for each output, which is one chain: these are slow on a GPU (docs/cuda.md).
+// A thread for each output, which is one chain, or for 4 of them that share its weights: these are slow on a GPU
+// (docs/cuda.md). Weights and values of float_step positions go through shared memory, those of the next while the
+// chains run.
 
 template <WeightType Type>
-FIXMIN_DEVICE float float_weight(const std::byte* panel, size_t i) {
-    if constexpr (Type == WeightType::f32) return reinterpret_cast<const float*>(panel)[i];
-    const uint16_t half = reinterpret_cast<const uint16_t*>(panel)[i];
+FIXMIN_DEVICE float float_weight(const std::byte* weights, uint32_t i) {
+    if constexpr (Type == WeightType::f32) return reinterpret_cast<const float*>(weights)[i];
+    const uint16_t half = reinterpret_cast<const uint16_t*>(weights)[i];
     if constexpr (Type == WeightType::f16) return half_to_float(half);
     return __int_as_float(int(unsigned(half) << 16));
 }
 
-template <WeightType Type>
-FIXMIN_DEVICE void product_of_floats(const ProductArgs& args, Index block) {
+template <WeightType Type, uint32_t Each>
+FIXMIN_DEVICE void product_of_floats(const ProductArgs& args, Index block, unsigned char* shared) {
+    constexpr uint32_t groups = float_threads / 16, tokens = groups * Each, element = Type == WeightType::f32 ? 4 : 2;
+    constexpr uint32_t step_bytes = float_step * 16 * element, words = step_bytes / 16;
+    constexpr uint32_t value_stride = float_step + 4;  // other banks for the next token
+    static_assert(words <= float_threads);
+    struct alignas(16) Stage {
+        std::byte weights[step_bytes];  // [float_step][16 rows]
+        float values[tokens][value_stride];
+    };
+    static_assert(2 * sizeof(Stage) <= float_bytes);
+    Stage* const stages = reinterpret_cast<Stage*>(shared);
+    const uint32_t r = threadIdx.x % 16, group = threadIdx.x / 16, first_token = block.y * tokens;
+    const ProductPart part = part_of(args, 16, block.x);
+    const std::byte* panel = part.panels + size_t(block.x) * args.panel_stride;
+    const uint32_t n_words = args.inner * element;  // of 16 bytes, in the panel
+
+    int4 weights{};
+    const auto load = [&](uint32_t first) {
+        const uint32_t at = first * element + threadIdx.x;
+        if (threadIdx.x < words && at < n_words) weights = load_weights(reinterpret_cast<const int4*>(panel) + at);
+    };
+    load(0);
     after_previous();
-    const uint32_t r = threadIdx.x % 16, token = block.y * tile_tokens + threadIdx.x / 16;
-    if (token >= args.n_tokens) return;
-    const std::byte* panel = args.panels + size_t(block.x) * args.panel_stride;
-    const float* values = args.values + size_t(token) * args.inner;
-    float acc = 0;
-    for (uint32_t k = 0; k < args.inner; ++k)
-        acc = __fmaf_rn(float_weight<Type>(panel, size_t(k) * 16 + r), values[k], acc);
-    finish(args, token, block.x * 16 + r, acc);
+    float acc[Each] = {};
+    uint32_t turn = 0;
+    for (uint32_t first = 0; first < args.inner; first += float_step, turn ^= 1) {
+        Stage& stage = stages[turn];
+        if (threadIdx.x < words) reinterpret_cast<int4*>(stage.weights)[threadIdx.x] = weights;
+        for (uint32_t i = threadIdx.x; i < tokens * float_step; i += float_threads) {
+            const uint32_t token = first_token + i / float_step, k = first + i % float_step;
+            if (token < args.n_tokens && k < args.inner)
+                stage.values[i / float_step][i % float_step] = args.values[size_t(token) * args.inner + k];
+        }
+        __syncthreads();
+        load(first + float_step);
+        const uint32_t count = args.inner - first < float_step ? args.inner - first : float_step;
+        if (first_token + group * Each >= args.n_tokens) continue;
+#pragma unroll 16
+        for (uint32_t k = 0; k < count; ++k) {
+            const float w = float_weight<Type>(stage.weights, k * 16 + r);
+            for (uint32_t i = 0; i < Each; ++i) acc[i] = __fmaf_rn(w, stage.values[group * Each + i][k], acc[i]);
+        }
+    }
+    for (uint32_t i = 0; i < Each; ++i)
+        finish(args, part, first_token + group * Each + i, block.x * 16 + r, acc[i]);
 }
 
-#define FIXMIN_QUANTIZED(name)                                 \
-    FIXMIN_KERNEL(few_##name, ProductArgs, few_threads) {      \
-        FIXMIN_SHARED(shared);                                 \
-        product_of_few<WeightType::name>(args, block, shared); \
-    }                                                          \
-    FIXMIN_KERNEL(many_##name, ProductArgs, many_threads) { product_of_many<WeightType::name>(args, block); }
-#define FIXMIN_FLOATS(name) \
-    FIXMIN_KERNEL(floats_##name, ProductArgs, float_threads) { product_of_floats<WeightType::name>(args, block); }
+template <WeightType Type>
+FIXMIN_DEVICE void product_of_floats(const ProductArgs& args, Index block, unsigned char* shared) {
+    if (args.n_tokens <= float_threads / 16)
+        product_of_floats<Type, 1>(args, block, shared);
+    else
+        product_of_floats<Type, 4>(args, block, shared);
+}
+
+#define FIXMIN_QUANTIZED(name)                                  \
+    FIXMIN_KERNEL(few_##name, ProductArgs, few_threads) {       \
+        FIXMIN_SHARED(shared);                                  \
+        product_of_few<WeightType::name>(args, block, shared);  \
+    }                                                           \
+    FIXMIN_KERNEL(many_##name, ProductArgs, many_threads) {     \
+        FIXMIN_SHARED(shared);                                  \
+        product_of_many<WeightType::name>(args, block, shared); \
+    }
+#define FIXMIN_FLOATS(name)                                       \
+    FIXMIN_KERNEL(floats_##name, ProductArgs, float_threads) {    \
+        FIXMIN_SHARED(shared);                                    \
+        product_of_floats<WeightType::name>(args, block, shared); \
+    }
 
 FIXMIN_QUANTIZED(q8_0)
 FIXMIN_QUANTIZED(q4_0)

@@ -55,16 +55,17 @@ FIXMIN_DEVICE void store_quantized(const QuantizedRows& rows, uint32_t token, ui
                                    float value) {
     const uint32_t i = threadIdx.x % 32, tile = token / tile_tokens, column = token % tile_tokens;
     const Quantized q = quantize(value);
-    const size_t at = size_t(tile) * n_blocks + block;
+    const size_t at = size_t(tile) * ((n_blocks + 1) / 2) + block / 2;
     const uint32_t word = join_bytes(q.code);
-    if (i % 4 == 0) rows.codes[(at * 32 + column * 4 + i / 4 % 4) * 2 + i / 16] = word;
+    if (i % 4 == 0) rows.codes[((at * 32 + column * 4 + i / 4 % 4) * 2 + block % 2) * 2 + i / 16] = word;
     int half_sum = q.code;
     for (int by = 8; by; by /= 2) half_sum += __shfl_xor_sync(whole_warp, half_sum, by);
-    const int other = __shfl_xor_sync(whole_warp, half_sum, 16);
-    if (i == 0) {
-        rows.factors[at * tile_tokens + column] = {
-            q.scale, q.scale * float(half_sum + other), {float(half_sum), float(other)}};
-    }
+    const int first = __shfl_sync(whole_warp, half_sum, 0), second = __shfl_sync(whole_warp, half_sum, 16);
+    if (i >= factor_planes) return;
+    const float values[factor_planes] = {q.scale, q.scale * float(first + second), float(first), float(second)};
+    float* const to = rows.factors + i * rows.plane + (at * tile_tokens + column) * 2 + block % 2;
+    *to = values[i];
+    if (block % 2 == 0 && block + 1 == n_blocks) to[1] = 0;
 }
 
 FIXMIN_KERNEL(norm_rows, NormArgs, row_threads) {

@@ -66,33 +66,81 @@ FIXMIN_DEVICE uint16_t float_to_half(float x) {
     return half;
 }
 
-/// d[16][8] += a[16][16] b[16][8] of a warp, signed bytes. Lane g * 4 + t has of a the rows g and g + 8 (k = 4t..4t+3),
-/// of b column g, of d the rows g, g, g + 8, g + 8 and the columns 2t, 2t + 1, 2t, 2t + 1 (PTX ISA, "Matrix fragments
-/// for mma.m16n8k16").
-FIXMIN_DEVICE void multiply_half_tile(int (&d)[4], int2 a, int b) {
+/// Of memory that no kernel writes.
+template <typename T>
+FIXMIN_DEVICE T load_weights(const T* p) {
+    return __ldg(p);
+}
+/// 128 bytes, to the second-level cache.
+FIXMIN_DEVICE void prefetch_weights(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
+/// 16 bytes into shared memory, some time before wait_for_copies(). Those of a thread up to each end_copies() are a
+/// group; wait_for_copies<N> waits for all but the last N groups of this thread.
+FIXMIN_DEVICE void copy_async(void* to, const void* from) {
 #if __CUDA_ARCH__ >= 800
-    asm("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
-        : "r"(a.x), "r"(a.y), "r"(b));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(unsigned(__cvta_generic_to_shared(to))), "l"(from)
+                 : "memory");
 #else
-    asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0,%1}, {%2}, {%3}, {%0,%1};"
-        : "+r"(d[0]), "+r"(d[1])
-        : "r"(a.x), "r"(b));
-    asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0,%1}, {%2}, {%3}, {%0,%1};"
-        : "+r"(d[2]), "+r"(d[3])
-        : "r"(a.y), "r"(b));
+    *reinterpret_cast<int4*>(to) = *reinterpret_cast<const int4*>(from);
+#endif
+}
+FIXMIN_DEVICE void end_copies() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+template <int N>
+FIXMIN_DEVICE void wait_for_copies() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 #endif
 }
 
-/// d[16][8] += a[16][32] b[32][8]: x and y of a and x of b are k = 4t..4t+3, the others 16 more.
+/// d[16][8] = start + a[16][16] b[16][8] of a warp, signed bytes. Lane g * 4 + t has of a the rows g and g + 8 (k =
+/// 4t..4t+3), of b column g, of d the rows g, g, g + 8, g + 8 and the columns 2t, 2t + 1, 2t, 2t + 1 (PTX ISA, "Matrix
+/// fragments for mma.m16n8k16").
+FIXMIN_DEVICE void multiply_half_tile(int (&d)[4], int2 a, int b, int start) {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%7,%7,%7};"
+        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+        : "r"(a.x), "r"(a.y), "r"(b), "r"(start));
+#else
+    asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0,%1}, {%2}, {%3}, {%4,%4};"
+        : "=r"(d[0]), "=r"(d[1])
+        : "r"(a.x), "r"(b), "r"(start));
+    asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0,%1}, {%2}, {%3}, {%4,%4};"
+        : "=r"(d[2]), "=r"(d[3])
+        : "r"(a.y), "r"(b), "r"(start));
+#endif
+}
+
+/// d[16][8] = start + a[16][32] b[32][8]: x and y of a and x of b are k = 4t..4t+3, the others 16 more.
+FIXMIN_DEVICE void multiply_tile(int (&d)[4], int4 a, int2 b, int start) {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
+        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x), "r"(b.y), "r"(start));
+#else
+    multiply_half_tile(d, make_int2(a.x, a.y), b.x, start);
+    asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0,%1}, {%2}, {%3}, {%0,%1};"
+        : "+r"(d[0]), "+r"(d[1])
+        : "r"(a.z), "r"(b.y));
+    asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0,%1}, {%2}, {%3}, {%0,%1};"
+        : "+r"(d[2]), "+r"(d[3])
+        : "r"(a.w), "r"(b.y));
+#endif
+}
+
+/// d += a b.
 FIXMIN_DEVICE void multiply_tile(int (&d)[4], int4 a, int2 b) {
 #if __CUDA_ARCH__ >= 800
     asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
         : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x), "r"(b.y));
 #else
-    multiply_half_tile(d, make_int2(a.x, a.y), b.x);
-    multiply_half_tile(d, make_int2(a.z, a.w), b.y);
+    int product[4];
+    multiply_tile(product, a, b, 0);
+    for (int i = 0; i < 4; ++i) d[i] += product[i];
 #endif
 }
 

@@ -12,6 +12,7 @@
 #include <memory>
 #include <mutex>
 #include <random>
+#include <unordered_set>
 #include <vector>
 
 #ifdef FIXMIN_TSAN_FIBERS
@@ -60,6 +61,17 @@ struct Block {
     Barrier barrier;
     std::vector<Warp> warps;
     std::unique_ptr<unsigned char[], Free> shared;
+    std::unordered_set<uintptr_t> weights;  // sectors read
+};
+
+// What copies lack until they are waited for: nobody may read what they bring before.
+struct Copies {
+    struct One {
+        void* to;
+        const void* from;
+        unsigned group;
+    } pending[64];
+    unsigned n = 0, groups = 0;
 };
 
 struct Fiber {
@@ -70,6 +82,7 @@ struct Fiber {
     Fiber* next = nullptr;  // at a barrier
     unsigned lane = 0, turn = 0;
     bool after_previous = false;
+    Copies copies;
     std::unique_ptr<char[]> stack;
     void *tsan = nullptr, *asan = nullptr;
 };
@@ -81,7 +94,8 @@ std::vector<Fiber*> ready;  // a ring; nothing is allocated while fibers run, wh
 size_t ready_head, n_ready;
 unsigned live;
 std::mt19937 order;
-bool shuffled;
+bool shuffled, counting;
+size_t counted;
 const std::function<void()>* body;
 std::mutex one_grid;
 
@@ -151,6 +165,7 @@ void run_fiber() {
     TSAN(__tsan_acquire(&start));
     (*body)();
     if (!self->after_previous) fail("a kernel does not call after_previous()", live);
+    if (self->copies.n) fail("a kernel does not wait for its copies", live);
     TSAN(__tsan_release(&end));
     leave(self->block->barrier);
     leave(self->warp->barrier);
@@ -168,6 +183,7 @@ void prepare(Fiber& fiber, Block& block, unsigned thread) {
     fiber.lane = thread % 32;
     fiber.turn = 0;
     fiber.after_previous = false;
+    fiber.copies.n = fiber.copies.groups = 0;
     const uintptr_t top = (reinterpret_cast<uintptr_t>(fiber.stack.get()) + stack_bytes) & ~uintptr_t(63);
     void** sp = reinterpret_cast<void**>(top) - 2 - saved_words;
     std::fill(sp, reinterpret_cast<void**>(top), nullptr);
@@ -227,6 +243,32 @@ void block_barrier(const void* site) {
     if (number_of(site) != left_out) wait(self->block->barrier, site);
 }
 void note_after_previous() { self->after_previous = true; }
+void note_weights(const void* p) {
+    if (counting && self->block->weights.insert(reinterpret_cast<uintptr_t>(p) / 32).second) counted += 32;
+}
+void count_weights() {
+    counting = true;
+    counted = 0;
+}
+size_t weight_bytes() { return counted; }
+void copy_later(void* to, const void* from) {
+    Copies& copies = self->copies;
+    if (copies.n == std::size(copies.pending)) fail("more copies at once than the emulator has room for", copies.n);
+    copies.pending[copies.n++] = {to, from, copies.groups};
+}
+void end_copies() { ++self->copies.groups; }
+void wait_for_copies(unsigned but_last_groups) {
+    Copies& copies = self->copies;
+    unsigned left = 0;
+    for (unsigned i = 0; i < copies.n; ++i) {
+        const Copies::One one = copies.pending[i];
+        if (one.group + but_last_groups < copies.groups)
+            std::memcpy(one.to, one.from, 16);
+        else
+            copies.pending[left++] = one;
+    }
+    copies.n = left;
+}
 void warp_barrier(const void* site) { wait(self->warp->barrier, site); }
 void grid_barrier(const void* site) {
     if (number_of(site) != left_out) wait(of_grid, site);

@@ -22,6 +22,9 @@ struct int2 {
 struct alignas(16) int4 {
     int x, y, z, w;
 };
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
 inline int2 make_int2(int x, int y) { return {x, y}; }
 
 namespace fixmin::cuda {
@@ -43,6 +46,15 @@ void block_barrier(const void* site);
 void warp_barrier(const void* site);
 void grid_barrier(const void* site);
 void note_after_previous();
+void note_weights(const void* p);
+void copy_later(void* to, const void* from);  // 16 bytes
+void end_copies();
+void wait_for_copies(unsigned but_last_groups);
+
+/// Counts what load_weights() reads from now on: sectors of 32 bytes, those that a block reads twice once (a GPU has a
+/// cache for each).
+void count_weights();
+size_t weight_bytes();
 
 /// Puts up n <= 6 words for the other lanes of the warp; returns those of all, [lane][6].
 const int (*exchange(const int* words, unsigned n, const void* site))[6];
@@ -139,13 +151,30 @@ inline void after_previous() { simt::note_after_previous(); }
 inline void prefetch_line(const void*) {}
 inline float half_to_float(uint16_t half) { return quant::f16_to_f32(half); }
 inline uint16_t float_to_half(float x) { return quant::f32_to_f16(x); }
-inline void multiply_half_tile(int (&d)[4], int2 a, int b) {
+template <typename T>
+T load_weights(const T* p) {
+    simt::note_weights(p);
+    return *p;
+}
+inline void prefetch_weights(const void*) {}
+inline void copy_async(void* to, const void* from) { simt::copy_later(to, from); }
+inline void end_copies() { simt::end_copies(); }
+template <int N>
+void wait_for_copies() {
+    simt::wait_for_copies(N);
+}
+inline void multiply_half_tile(int (&d)[4], int2 a, int b, int start) {
     const int words[3] = {a.x, a.y, b};
+    for (int& sum : d) sum = start;
     simt::multiply<1>(d, words, FIXMIN_SITE);
 }
 inline void multiply_tile(int (&d)[4], int4 a, int2 b) {
     const int words[6] = {a.x, a.y, a.z, a.w, b.x, b.y};
     simt::multiply<2>(d, words, FIXMIN_SITE);
+}
+inline void multiply_tile(int (&d)[4], int4 a, int2 b, int start) {
+    for (int& sum : d) sum = start;
+    multiply_tile(d, a, b);
 }
 
 }  // namespace fixmin::cuda
