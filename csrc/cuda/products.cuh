@@ -356,7 +356,7 @@ FIXMIN_DEVICE void product_of_many(const ProductArgs& args, Index block, unsigne
     // Behind the last panel and tile there is nothing: those are computed again, and not written.
     const uint32_t first_panel = block.x * panels, last_panel = (part.n_rows - 1) / 16;
     const uint32_t first_tile = block.y * tiles, last_tile = (args.n_tokens - 1) / tile_tokens;
-    static_assert(panels <= warps);  // a warp copies one panel
+    static_assert(panels <= warps && tiles % warps == 0);  // a warp copies one panel
     const uint32_t mine = first_panel + warp < last_panel ? first_panel + warp : last_panel;
     const std::byte* const panel = part.panels + size_t(mine) * args.panel_stride;
 
@@ -369,18 +369,28 @@ FIXMIN_DEVICE void product_of_many(const ProductArgs& args, Index block, unsigne
             if (b < n_blocks) copy_async(to + i * 16, panel + quant::codes_at(layout, b) + (i - second * chunks) * 16);
         }
     };
+    // Where a thread copies from next: addresses that are counted up cost less than those that are computed.
+    constexpr uint32_t tiles_of_warp = tiles / warps;
+    const uint32_t* next_codes[tiles_of_warp];
+    const float* next_factors[tiles_of_warp];
+#pragma unroll
+    for (uint32_t i = 0; i < tiles_of_warp; ++i) {
+        const uint32_t tile = first_tile + warp + i * warps < last_tile ? first_tile + warp + i * warps : last_tile;
+        const size_t at = size_t(tile) * pairs;
+        next_codes[i] = args.quantized.codes + (at * 32 + lane) * 4;
+        next_factors[i] = args.quantized.factors + Block::token_plane(lane / 4) * args.quantized.plane +
+                          (at * tile_tokens + lane % 4 * 2) * 2;
+    }
     const auto copy_tokens = [&](uint32_t pair) {
         if (pair >= pairs) return;
         Stage& to = stages[pair % Stages];
 #pragma unroll
-        for (uint32_t i = warp; i < tiles; i += warps) {
-            const uint32_t tile = first_tile + i < last_tile ? first_tile + i : last_tile;
-            const size_t at = size_t(tile) * pairs + pair;
-            copy_async(&to.tokens[i][lane], args.quantized.codes + (at * 32 + lane) * 4);
+        for (uint32_t i = 0; i < tiles_of_warp; ++i) {
+            copy_async(&to.tokens[warp + i * warps][lane], next_codes[i]);
             if (lane < 4 * Block::n_token_factors)
-                copy_async(&to.token_factors[i][lane / 4][lane % 4],
-                           args.quantized.factors + Block::token_plane(lane / 4) * args.quantized.plane +
-                               (at * tile_tokens + lane % 4 * 2) * 2);
+                copy_async(&to.token_factors[warp + i * warps][lane / 4][lane % 4], next_factors[i]);
+            next_codes[i] += 32 * 4;
+            next_factors[i] += tile_tokens * 2;
         }
     };
     typename Block::RawFactors raw;
