@@ -38,7 +38,8 @@ constexpr uint32_t few_turns(bool has_min, uint32_t n_tokens) {
 }
 constexpr size_t few_bytes(bool has_min, uint32_t n_tokens) {
     const uint32_t tokens = n_tokens < few_tokens(has_min) ? n_tokens : few_tokens(has_min);
-    return 2 * few_turns(has_min, n_tokens) * (few_threads / 32) * tokens * few_stride(has_min) * few_term_bytes(has_min);
+    return 2 * few_turns(has_min, n_tokens) * (few_threads / 32) * tokens * few_stride(has_min) *
+           few_term_bytes(has_min);
 }
 
 /// Rows of activations as the products read them, in 8 bits: x ~ scale * q per block of 32. Two blocks, a pair, lie

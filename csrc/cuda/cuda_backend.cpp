@@ -25,7 +25,7 @@ namespace {
 constexpr uint32_t most_tokens = 65535;                     // of a batch: blocks of a grid along y
 constexpr uint32_t rows_at_a_time = model::most_kept_rows;  // of logits
 constexpr uint32_t most_repeated_tokens = rows_at_a_time;
-constexpr uint32_t positions_at_a_time = 256;          // of rotations
+constexpr uint32_t positions_at_a_time = 256;  // of rotations
 
 uint32_t tiles(uint32_t n, uint32_t of) { return (n + of - 1) / of; }
 
@@ -214,7 +214,7 @@ bool CudaBackend::run_layers(const Batch& batch) {
 
 void CudaBackend::run_layer(uint32_t l, uint32_t n_tokens) {
     const Layer& layer = weights_.layers[l];
-    project_qkv(l, n_tokens);               // h = norm1(x); q, k, v
+    project_qkv(l, n_tokens);                // h = norm1(x); q, k, v
     const Rows mixed = attend(l, n_tokens);  // softmax(q.k * scale) v
     if (squares_) add_squares(squares_->blocks[l].attn_output, mixed, n_tokens);
     multiply(layer.attn_output, mixed, n_tokens, x_.as<float>(), hp_.embedding_length, true);  // x += Wo (...)
@@ -378,7 +378,8 @@ CudaBackend::Rows CudaBackend::attend(uint32_t l, uint32_t n_tokens) {
         device_->launch(Kernel::store_kv, {tiles(2 * kv_heads, store_warps), n_tokens, 32 * store_warps},
                         StoreArgs{kv, positions_, tables_});
     }
-    const bool quantize = is_quantized(weights_.layers[l].attn_output.type), at_once = quantize && d % block_size == 0 && !squares_;
+    const bool quantize = is_quantized(weights_.layers[l].attn_output.type),
+               at_once = quantize && d % block_size == 0 && !squares_;
     AttentionArgs args{kv, tiles_on_device_, hp_.attention_scale, tiles_are_chunks_, 0, nullptr, {}};
     if (at_once)
         args.quantized = quantized_rows(true);
@@ -495,7 +496,9 @@ void CudaBackend::launch_product(WeightType type, ProductArgs args) {
         return launch(few_kernel(type), blocks(quant::panel_rows, tokens), float_threads, float_bytes);
     }
     const uint64_t n = device_->info().multiprocessors;
-    const auto rounds = [&](std::pair<uint32_t, uint32_t> grid) { return (uint64_t(grid.first) * grid.second + n - 1) / n; };
+    const auto rounds = [&](std::pair<uint32_t, uint32_t> grid) {
+        return (uint64_t(grid.first) * grid.second + n - 1) / n;
+    };
     const auto small = blocks(quant::panel_rows, tile_tokens), narrow = blocks(narrow_rows, narrow_tokens),
                wide = blocks(wide_rows, wide_tokens);
     if (uint64_t(small.first) * small.second <= 8 * n * rounds(narrow)) {

@@ -229,17 +229,19 @@ FIXMIN_DEVICE void finish(const ProductArgs& args, const ProductPart& part, uint
 }
 
 // ---- few tokens -----------------------------------------------------------------------------------------------------
-// A block of threads has 16 rows and up to few_tokens tokens, so that weights are read once. Its warps multiply different
-// blocks of the inner dimension and hand the terms over, a thread for each output runs the chain. What a warp multiplies
-// first, few_depth blocks, it has in registers before the kernel before this one has ended; while it multiplies them it
-// loads as many again. Terms go through two buffers in turn, so that warps may be a round ahead of the chains.
+// A block of threads has 16 rows and up to few_tokens tokens, so that weights are read once. Its warps multiply
+// different blocks of the inner dimension and hand the terms over, a thread for each output runs the chain. What a warp
+// multiplies first, few_depth blocks, it has in registers before the kernel before this one has ended; while it
+// multiplies them it loads as many again. Terms go through two buffers in turn, so that warps may be a round ahead of
+// the chains.
 
 template <WeightType Type>
 FIXMIN_DEVICE void product_of_few(const ProductArgs& args, Index block, unsigned char* shared) {
     using Block = WeightBlock<Type>;
     using Terms = typename Block::Terms;
     constexpr quant::PanelLayout layout = quant::panel_layout(Type);
-    constexpr uint32_t most_tokens = few_tokens(Block::has_min), tiles = most_tokens / tile_tokens, warps = few_threads / 32;
+    constexpr uint32_t most_tokens = few_tokens(Block::has_min), tiles = most_tokens / tile_tokens,
+                       warps = few_threads / 32;
     constexpr uint32_t stride = few_stride(Block::has_min);
     static_assert(sizeof(Terms) == few_term_bytes(Block::has_min));
     const uint32_t n_blocks = args.inner / quant::block_size, pairs = (n_blocks + 1) / 2;
@@ -270,7 +272,7 @@ FIXMIN_DEVICE void product_of_few(const ProductArgs& args, Index block, unsigned
     const uint32_t first_token = block.y * most_tokens;
     const uint32_t n = args.n_tokens - first_token < most_tokens ? args.n_tokens - first_token : most_tokens;
     const uint32_t turns = few_turns(Block::has_min, args.n_tokens);  // blocks of a warp between hand-overs
-    Terms* const buffers = reinterpret_cast<Terms*>(shared);  // [2][turns * warps][n][16 rows of stride]
+    Terms* const buffers = reinterpret_cast<Terms*>(shared);          // [2][turns * warps][n][16 rows of stride]
     const uint32_t tile = first_token / tile_tokens, buffer_terms = turns * warps * n * stride;
     const int2* codes = reinterpret_cast<const int2*>(args.quantized.codes);
     uint32_t buffer = 0;
@@ -326,8 +328,7 @@ FIXMIN_DEVICE void product_of_few(const ProductArgs& args, Index block, unsigned
             buffer ^= buffer_terms;
         }
     }
-    if (threadIdx.x < n * 16)
-        finish(args, part, first_token + threadIdx.x / 16, block.x * 16 + threadIdx.x % 16, acc);
+    if (threadIdx.x < n * 16) finish(args, part, first_token + threadIdx.x / 16, block.x * 16 + threadIdx.x % 16, acc);
 }
 
 // ---- many tokens ----------------------------------------------------------------------------------------------------
@@ -343,9 +344,9 @@ FIXMIN_DEVICE void product_of_many(const ProductArgs& args, Index block, unsigne
     constexpr uint32_t panels = 4 * M, tiles = 2 * N, warps = many_threads / 32, chunks = layout.codes_bytes / 16;
     struct alignas(16) Stage {
         std::byte codes[panels][2][layout.codes_bytes];
-        int4 tokens[tiles][32];                                            // both blocks
-        float4 token_factors[tiles][Block::n_token_factors][4];            // [t]: tokens 2t, 2t, 2t + 1, 2t + 1
-        float factors[panels][Block::n_factors][8][2][2];                  // [g][block][row g, g + 8]
+        int4 tokens[tiles][32];                                  // both blocks
+        float4 token_factors[tiles][Block::n_token_factors][4];  // [t]: tokens 2t, 2t, 2t + 1, 2t + 1
+        float factors[panels][Block::n_factors][8][2][2];        // [g][block][row g, g + 8]
     };
     static_assert(Stages * sizeof(Stage) <= many_bytes);
     Stage* const stages = reinterpret_cast<Stage*>(shared);
@@ -538,8 +539,7 @@ FIXMIN_DEVICE void product_of_floats(const ProductArgs& args, Index block, unsig
             for (uint32_t i = 0; i < Each; ++i) acc[i] = __fmaf_rn(w, stage.values[group * Each + i][k], acc[i]);
         }
     }
-    for (uint32_t i = 0; i < Each; ++i)
-        finish(args, part, first_token + group * Each + i, block.x * 16 + r, acc[i]);
+    for (uint32_t i = 0; i < Each; ++i) finish(args, part, first_token + group * Each + i, block.x * 16 + r, acc[i]);
 }
 
 template <WeightType Type>
