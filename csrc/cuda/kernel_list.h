@@ -2,15 +2,18 @@
 #pragma once
 #include <cstdint>
 
-/// What a step of few tokens launches.
-#define FIXMIN_STEP_KERNELS(X)            \
-    X(lift, LiftArgs)                     \
-    X(fold, FoldArgs)                     \
-    X(norm_rows, NormArgs)                \
-    X(activate, ActivateArgs)             \
+/// What a step of few tokens may launch besides products, where one kernel makes all its launches (persistent.cuh).
+#define FIXMIN_STEP_KERNELS(X)          \
+    X(lift, LiftArgs)                   \
+    X(fold, FoldArgs)                   \
+    X(norm_rows, NormArgs)              \
+    X(activate, ActivateArgs)           \
+    X(attention_one_f16, AttentionArgs) \
+    X(attention_one_q8_0, AttentionArgs)
+
+#define FIXMIN_KERNELS(X)                 \
+    FIXMIN_STEP_KERNELS(X)                \
     X(attention_one_f32, AttentionArgs)   \
-    X(attention_one_f16, AttentionArgs)   \
-    X(attention_one_q8_0, AttentionArgs)  \
     X(attention_four_f32, AttentionArgs)  \
     X(attention_four_f16, AttentionArgs)  \
     X(attention_four_q8_0, AttentionArgs) \
@@ -28,10 +31,7 @@
     X(few_q5_k, ProductArgs)              \
     X(few_q6_k, ProductArgs)              \
     X(few_iq4_nl, ProductArgs)            \
-    X(few_iq4_xs, ProductArgs)
-
-#define FIXMIN_KERNELS(X)                 \
-    FIXMIN_STEP_KERNELS(X)                \
+    X(few_iq4_xs, ProductArgs)            \
     X(store_kv, StoreArgs)                \
     X(attention_many_f32, AttentionArgs)  \
     X(attention_many_f16, AttentionArgs)  \
@@ -48,7 +48,8 @@
     X(many_q6_k, ProductArgs)             \
     X(many_iq4_nl, ProductArgs)           \
     X(many_iq4_xs, ProductArgs)           \
-    X(run_step, StepArgs)                 \
+    X(run_step_q8_0, StepArgs)            \
+    X(run_step_q4_0, StepArgs)            \
     X(survey_logits, ExtractArgs)         \
     X(weigh_logits, ExtractArgs)          \
     X(extract_logits, ExtractArgs)        \

@@ -126,7 +126,7 @@ Result cuLaunchKernelEx(const LaunchConfig* config, void* function, void** param
                      block[1] == 1 && block[2] == 1 && block[0] % 32 == 0 && block[0] <= 1024 &&
                      config->shared <= 200000 && config->n_attributes <= 1;
     launches += (size_t)recording;
-    if (!strcmp(function, "run_step")) note("persistent");
+    if (!strncmp(function, "run_step", 8)) note("persistent");
     return sane ? (recording ? 0 : (Result)setting("FAKE_LAUNCH", 0)) : 1;
 }
 Result cuStreamBeginCapture_v2(void* stream, int mode) {
