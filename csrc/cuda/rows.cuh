@@ -62,9 +62,12 @@ FIXMIN_DEVICE void store_quantized(const QuantizedRows& rows, uint32_t token, ui
     for (int by = 8; by; by /= 2) half_sum += __shfl_xor_sync(whole_warp, half_sum, by);
     const int first = __shfl_sync(whole_warp, half_sum, 0), second = __shfl_sync(whole_warp, half_sum, 16);
     if (i >= factor_planes) return;
-    const float values[factor_planes] = {q.scale, q.scale * float(first + second), float(first), float(second)};
+    const float factor = i == 0   ? q.scale
+                         : i == 1 ? q.scale * float(first + second)
+                         : i == 2 ? float(first)
+                                  : float(second);
     float* const to = rows.factors + i * rows.plane + (at * tile_tokens + column) * 2 + block % 2;
-    *to = values[i];
+    *to = factor;
     if (block % 2 == 0 && block + 1 == n_blocks) to[1] = 0;
 }
 

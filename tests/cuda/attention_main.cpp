@@ -164,12 +164,13 @@ bool same(const void* a, const void* b, size_t n, const char* what) {
 // In 8 bits, what activate() makes of the floats.
 bool same_in_8_bits(const Case& one, AttentionArgs args, uint32_t n_tiles, Floats floats, uint32_t n_rows) {
     const uint32_t length = args.kv.head_count * one.head_dim, row_tiles = (n_rows + tile_tokens - 1) / tile_tokens;
-    const auto words = [&] { return std::vector<uint32_t>(row_tiles * tile_tokens * length / 4); };
-    const auto factors = [&] { return std::vector<BlockFactors>(row_tiles * tile_tokens * length / 32); };
+    const size_t plane = row_tiles * tile_tokens * ((length + 63) / 64) * 2;
+    const auto words = [&] { return std::vector<uint32_t>(plane * 8); };
+    const auto factors = [&] { return Floats(plane * factor_planes); };
     auto codes = words(), codes_of_floats = words();
     auto scales = factors(), scales_of_floats = factors();
     args.out = nullptr;
-    args.quantized = {codes.data(), scales.data()};
+    args.quantized = {codes.data(), scales.data(), plane};
     launch_attention(one, args, n_tiles);
     const uint32_t first = n_rows - one.n_tokens;  // what stands there is not of this sequence
     floats.insert(floats.begin(), size_t(first) * length, 0.0f);
@@ -178,7 +179,7 @@ bool same_in_8_bits(const Case& one, AttentionArgs args, uint32_t n_tiles, Float
                                      floats.data(),
                                      length,
                                      n_rows,
-                                     {codes_of_floats.data(), scales_of_floats.data()}};
+                                     {codes_of_floats.data(), scales_of_floats.data(), plane}};
     simt::run([&] { activate(activate_args); }, {length / 32, row_tiles}, 32 * tile_tokens, 0, false);
     return same(codes.data(), codes_of_floats.data(), codes.size() * 4, "codes") &&
            same(scales.data(), scales_of_floats.data(), scales.size() * sizeof scales[0], "factors of codes");
