@@ -55,10 +55,11 @@ Kernel many_kernel(WeightType type) {
     return Kernel(uint8_t(few_kernel(type)) - uint8_t(Kernel::few_q8_0) + uint8_t(Kernel::many_q8_0));
 }
 
-// kernel_list.h has them in the order of tile_shapes and, of each, of KvType.
 Kernel attention_kernel(uint32_t shape, KvType type) {
-    constexpr Kernel first[] = {Kernel::attention_one_f32, Kernel::attention_four_f32, Kernel::attention_many_f32};
-    return Kernel(uint8_t(first[shape]) + uint8_t(type));
+    constexpr Kernel single[] = {Kernel::attention_one_f32, Kernel::attention_four_f32, Kernel::attention_many_f32};
+    constexpr Kernel half[] = {Kernel::attention_one_f16, Kernel::attention_four_f16, Kernel::attention_many_f16};
+    constexpr Kernel codes[] = {Kernel::attention_one_q8_0, Kernel::attention_four_q8_0, Kernel::attention_many_q8_0};
+    return (type == KvType::f32 ? single : type == KvType::f16 ? half : codes)[shape];
 }
 
 uint32_t batch_tokens(const model::BackendOptions& options) {
