@@ -48,6 +48,12 @@ def cases() -> dict[str, dict]:
     return of_types | {name: {"weight_type": "Q8_0", **options} for name, options in OPTIONS.items()}
 
 
+def wide_cases() -> dict[str, dict]:
+    """Rows and tokens enough for the wide tiles of products, on the two multiprocessors of the emulated GPU."""
+    shape = dict(feed_forward_length=512, context_length=256, block_count=1)
+    return {f"{k}, wide": {**options, **shape} for k, options in cases().items() if k in WEIGHT_TYPES}
+
+
 def digest(logits: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(logits).tobytes()).hexdigest()
 
@@ -73,9 +79,8 @@ def generated(path: Path, device: str, kv_type: str, ids: np.ndarray) -> str:
 def main() -> None:
     folder = Path(sys.argv[1])
     found = {}
-    context = _core.Engine(
-        str(make_model(folder / "context.gguf")), device="cuda", n_threads=1
-    )  # made once, not each time
+    # Holds the device's context, so that it is made once and not for each model.
+    context = _core.Engine(str(make_model(folder / "context.gguf")), device="cuda", n_threads=1)
     for name, options in cases().items():
         if sys.argv[2:] and not any(wanted in name for wanted in sys.argv[2:]):
             continue
@@ -88,6 +93,12 @@ def main() -> None:
                 "cpu": generated(path, "cpu", kv_type, ids),
                 "cuda": {"side by side": generated(path, "cuda", kv_type, ids)},
             }
+    for name, options in wide_cases().items():
+        if not sys.argv[2:]:
+            path = make_model(folder / "model.gguf", **{"vocab_size": 100, **options})
+            ids = np.random.default_rng(4).integers(0, 100, 250).astype(np.uint32)
+            of_device = {device: computed(path, device, "f16", 512, ids) for device in ("cpu", "cuda")}
+            found[name] = {"cpu": of_device["cpu"], "cuda": {"512 at a time": of_device["cuda"]}}
     context.close()
     print(json.dumps(found))
 

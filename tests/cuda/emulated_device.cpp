@@ -23,6 +23,8 @@
 #define SHOWN extern "C" __attribute__((visibility("default")))
 SHOWN std::atomic<long> emulated_bytes{0}, emulated_allocations{0}, emulated_recordings{0}, emulated_devices{0};
 SHOWN std::atomic<long> emulated_fail_allocation{0}, emulated_fail_launch{0};
+SHOWN void emulated_count_weights() { fixmin::simt::count_weights(); }
+SHOWN size_t emulated_weight_bytes() { return fixmin::simt::weight_bytes(); }
 #undef SHOWN
 
 namespace fixmin::cuda {

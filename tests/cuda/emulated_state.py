@@ -36,3 +36,14 @@ def fail_allocation(number: int) -> None:
 def fail_launch(number: int) -> None:
     """The GPU fails for good at this launch from now, from 1; 0: none."""
     _variable("fail_launch").value = number
+
+
+def count_weights() -> None:
+    """Counts from now on what products of few tokens read of weights."""
+    _LIBRARY.emulated_count_weights()
+
+
+def weight_bytes() -> int:
+    """What has been counted: whole sectors of 32 bytes, those that a block of threads reads again once."""
+    _LIBRARY.emulated_weight_bytes.restype = ctypes.c_size_t
+    return _LIBRARY.emulated_weight_bytes()

@@ -16,10 +16,20 @@ def test_every_kind_of_model(emulated, tmp_path, seed, step):
     done = emulated(BITS, tmp_path, FIXMIN_SIMT_SEED=seed, FIXMIN_CUDA_STEP=step)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
-    assert len(found) >= 2 * 3 * 26
+    assert len(found) >= 2 * 3 * 26 + 15
     differ = [
         f"{name}, {how}" for name, one in found.items() for how, bits in one["cuda"].items() if bits != one["cpu"]
     ]
     assert differ == []
     # Types and options show in the logits: else this would compare nothing.
     assert len({one["cpu"] for one in found.values()}) == len(found)
+
+
+def test_a_token_reads_the_weights_once(emulated, tmp_path):
+    done = emulated(Path(__file__).with_name("weight_reads.py"), tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    print(found)
+    for read, matrices in found.values():
+        # Not those of layer 0 that the fold stands for.
+        assert 0.8 * matrices < read <= 1.03 * matrices
