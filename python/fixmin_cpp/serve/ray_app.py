@@ -50,7 +50,7 @@ def build(
     if max_replicas < min_replicas:
         raise ArgumentError(f"max_replicas is {max_replicas}, below min_replicas, which is {min_replicas}")
     device, n_gpus = on_ray(settings.device, None)
-    settings = replace(settings, device=device)
+    settings = replace(settings, device=device)  # type: ignore[call-arg]  # a field that is made of a table
     target = settings.n_parallel if target_ongoing_requests is None else target_ongoing_requests
     deployment = serve.deployment(
         name="fixmin",
