@@ -5,6 +5,7 @@
 
 #include "cuda/kernel_list.h"
 #include "numerics/rope_style.h"
+#include "quant/blocks.h"
 #include "quant/kv_format.h"
 
 namespace fixmin::cuda {
@@ -23,6 +24,11 @@ inline constexpr uint32_t few_threads = 256, few_depth = 4;  // products of few 
 inline constexpr uint32_t many_threads = 256;                // of many
 inline constexpr uint32_t wide_rows = 128, wide_tokens = 128, narrow_rows = 64, narrow_tokens = 64;  // of a block
 inline constexpr size_t many_bytes = 48 << 10;
+/// Those that the usual files consist of: a second size of tiles for every type would double what there is to compile.
+constexpr bool has_wide_tiles(quant::WeightType type) {
+    using enum quant::WeightType;
+    return type == q8_0 || type == q4_0 || type == q4_k || type == q6_k;
+}
 inline constexpr uint32_t float_threads = 256, float_step = 64;  // of float weights
 inline constexpr size_t float_bytes = 46 << 10;
 

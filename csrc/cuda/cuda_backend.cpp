@@ -507,7 +507,7 @@ void CudaBackend::launch_product(WeightType type, ProductArgs args) {
         return launch(few_kernel(type), blocks(quant::panel_rows, few_tokens(has_min)), few_threads,
                       few_bytes(has_min, args.n_tokens));
     }
-    args.wide = rounds(wide) * 36 <= rounds(narrow) * 10;
+    args.wide = has_wide_tiles(type) && rounds(wide) * 36 <= rounds(narrow) * 10;
     launch(many_kernel(type), args.wide ? wide : narrow, many_threads, many_bytes);
 }
 

@@ -476,10 +476,10 @@ FIXMIN_DEVICE void product_of_many(const ProductArgs& args, Index block, unsigne
 // Of small matrices there are enough blocks for all multiprocessors only if the blocks are small.
 template <WeightType Type>
 FIXMIN_DEVICE void product_of_many(const ProductArgs& args, Index block, unsigned char* shared) {
-    if (args.wide)
-        product_of_many<Type, wide_rows / 64, wide_tokens / 16, 2>(args, block, shared);
-    else
-        product_of_many<Type, narrow_rows / 64, narrow_tokens / 16, 4>(args, block, shared);
+    if constexpr (has_wide_tiles(Type)) {
+        if (args.wide) return product_of_many<Type, wide_rows / 64, wide_tokens / 16, 2>(args, block, shared);
+    }
+    product_of_many<Type, narrow_rows / 64, narrow_tokens / 16, 4>(args, block, shared);
 }
 
 // ---- float weights --------------------------------------------------------------------------------------------------
