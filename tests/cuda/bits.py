@@ -49,7 +49,9 @@ def cases() -> dict[str, dict]:
 
 
 def wide_cases() -> dict[str, dict]:
-    """Rows and tokens enough for the wide tiles of products, on the two multiprocessors of the emulated GPU."""
+    """Rows and tokens enough for wide tiles of products, of the types that have them (has_wide_tiles), on the two
+    multiprocessors of the emulated GPU: launch_product chooses by their number.
+    """
     shape = dict(feed_forward_length=512, context_length=256, block_count=1)
     return {f"{k}, wide": {**options, **shape} for k, options in cases().items() if k in WEIGHT_TYPES}
 
