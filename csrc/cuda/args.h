@@ -29,6 +29,11 @@ constexpr bool has_wide_tiles(quant::WeightType type) {
     using enum quant::WeightType;
     return type == q8_0 || type == q4_0 || type == q4_k || type == q6_k;
 }
+/// Types of which the code of 0 is the middle of all codes.
+constexpr bool is_centred(quant::WeightType type) {
+    const quant::BlockFormat format = quant::block_format(type);
+    return format.bits > 0 && format.bits < 8 && format.zero == 1 << (format.bits - 1);
+}
 inline constexpr uint32_t float_threads = 256, float_step = 64;  // of float weights
 inline constexpr size_t float_bytes = 46 << 10;
 
@@ -173,6 +178,8 @@ struct TileShape {
     uint32_t queries, queries_of_thread, keys_of_thread, dims_of_thread;
 };
 inline constexpr TileShape tile_shapes[] = {{1, 1, 1, 1}, {4, 4, 1, 1}, {16, 4, 4, 4}};
+/// Caches of f32, which few ask for, have no kernel of the second.
+constexpr bool has_tile_shape(uint32_t shape, KvType type) { return shape != 1 || type != KvType::f32; }
 inline constexpr uint32_t staged = 16;  // elements for each thread that are in a buffer of shared memory
 
 /// A block of threads of attention: how many threads, and where in its shared memory what begins, in floats.

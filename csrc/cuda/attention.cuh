@@ -142,15 +142,11 @@ FIXMIN_DEVICE void store_pack(T* p, const Pack<T, n>& pack) {
 template <uint32_t n_raw, typename Fetch, typename Put, typename Use>
 FIXMIN_DEVICE void pipeline(uint32_t n, Fetch fetch, Put put, Use use) {
     int4 raw[n_raw] = {};
-    fetch(0, raw);
-    put(0, raw);
-    if (n > 1) fetch(1, raw);
-    __syncthreads();
-    for (uint32_t i = 0; i < n; ++i) {
-        if (i + 1 < n) put(i + 1, raw);
-        if (i + 2 < n) fetch(i + 2, raw);
-        use(i);
-        __syncthreads();
+    for (uint32_t i = 0; i < n + 2; ++i) {
+        if (i - 1 < n) put(i - 1, raw);
+        if (i < n) fetch(i, raw);
+        if (i >= 2) use(i - 2);
+        if (i) __syncthreads();
     }
 }
 
@@ -572,13 +568,14 @@ static_assert(attention_threads == step_threads);  // of few queries, whose thre
         FIXMIN_SHARED(shared);                                     \
         Attention<KvType::type, shape>(args, block, shared).run(); \
     }
-#define FIXMIN_ATTENTION_OF(type)                                 \
-    FIXMIN_ATTENTION(one_##type, type, 0, 2 * attention_threads)  \
-    FIXMIN_ATTENTION(four_##type, type, 1, 2 * attention_threads) \
+#define FIXMIN_ATTENTION_OF(type)                                \
+    FIXMIN_ATTENTION(one_##type, type, 0, 2 * attention_threads) \
     FIXMIN_ATTENTION(many_##type, type, 2, attention_threads)
 FIXMIN_ATTENTION_OF(f32)
 FIXMIN_ATTENTION_OF(f16)
 FIXMIN_ATTENTION_OF(q8_0)
+FIXMIN_ATTENTION(four_f16, f16, 1, 2 * attention_threads)
+FIXMIN_ATTENTION(four_q8_0, q8_0, 1, 2 * attention_threads)
 #undef FIXMIN_ATTENTION_OF
 #undef FIXMIN_ATTENTION
 

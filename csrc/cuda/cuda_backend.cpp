@@ -56,7 +56,7 @@ Kernel many_kernel(WeightType type) {
 }
 
 Kernel attention_kernel(uint32_t shape, KvType type) {
-    constexpr Kernel single[] = {Kernel::attention_one_f32, Kernel::attention_four_f32, Kernel::attention_many_f32};
+    constexpr Kernel single[] = {Kernel::attention_one_f32, {}, Kernel::attention_many_f32};
     constexpr Kernel half[] = {Kernel::attention_one_f16, Kernel::attention_four_f16, Kernel::attention_many_f16};
     constexpr Kernel codes[] = {Kernel::attention_one_q8_0, Kernel::attention_four_q8_0, Kernel::attention_many_q8_0};
     return (type == KvType::f32 ? single : type == KvType::f16 ? half : codes)[shape];
@@ -399,11 +399,12 @@ CudaBackend::Rows CudaBackend::attend(uint32_t l, uint32_t n_tokens) {
 
 // The smallest that takes so many queries at once, or the largest that the device has shared memory for.
 uint32_t CudaBackend::tile_shape(uint32_t n_queries) const {
-    uint32_t shape = 0;
-    while (tile_shapes[shape].queries < n_queries && shape + 1 < std::size(tile_shapes) &&
-           AttentionSpace(tile_shapes[shape + 1], kv_type_, hp_.head_dim, 0).bytes() <= device_->info().shared_bytes)
-        ++shape;
-    return shape;
+    uint32_t found = 0;
+    for (uint32_t shape = 1; shape < std::size(tile_shapes) && tile_shapes[found].queries < n_queries; ++shape) {
+        const AttentionSpace space(tile_shapes[shape], kv_type_, hp_.head_dim, 0);
+        if (has_tile_shape(shape, kv_type_) && space.bytes() <= device_->info().shared_bytes) found = shape;
+    }
+    return found;
 }
 
 // Scores of tiles that read keys for few queries are kept if there is room. Where there are many queries it is better

@@ -2,7 +2,8 @@
 #pragma once
 #include <cstdint>
 
-/// What a step of few tokens may launch besides products, where one kernel makes all its launches (persistent.cuh).
+/// What a step of few tokens may launch besides few_q8_0 and few_q4_0, where one kernel makes all its launches
+/// (persistent.cuh).
 #define FIXMIN_STEP_KERNELS(X)          \
     X(lift, LiftArgs)                   \
     X(fold, FoldArgs)                   \
@@ -14,7 +15,6 @@
 #define FIXMIN_KERNELS(X)                 \
     FIXMIN_STEP_KERNELS(X)                \
     X(attention_one_f32, AttentionArgs)   \
-    X(attention_four_f32, AttentionArgs)  \
     X(attention_four_f16, AttentionArgs)  \
     X(attention_four_q8_0, AttentionArgs) \
     X(floats_f32, ProductArgs)            \
@@ -48,8 +48,7 @@
     X(many_q6_k, ProductArgs)             \
     X(many_iq4_nl, ProductArgs)           \
     X(many_iq4_xs, ProductArgs)           \
-    X(run_step_q8_0, StepArgs)            \
-    X(run_step_q4_0, StepArgs)            \
+    X(run_step, StepArgs)                 \
     X(survey_logits, ExtractArgs)         \
     X(weigh_logits, ExtractArgs)          \
     X(extract_logits, ExtractArgs)        \

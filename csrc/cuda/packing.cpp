@@ -2,6 +2,7 @@
 
 #include <cstring>
 
+#include "cuda/args.h"
 #include "quant/panels.h"
 
 namespace fixmin::cuda {
@@ -20,18 +21,38 @@ void order_by_lanes(std::byte* codes, uint32_t vectors) {
     std::memcpy(codes, to, vectors * sizeof(uint32_t) * quant::panel_rows);
 }
 
+// The highest bit of each code lies in the last plane, which begins at one of 4, 2 or 1 bits of a code.
+void turn_signs(std::byte* codes, uint32_t bits) {
+    const uint32_t plane = bits & -bits, first = (bits - plane) * 64;
+    const std::byte signs{plane == 4 ? uint8_t(0x88) : plane == 2 ? uint8_t(0xaa) : uint8_t(0xff)};
+    for (uint32_t i = 0; i < plane * 64; ++i) codes[first + i] ^= signs;
+}
+
+uint32_t padded(quant::WeightType type, uint32_t inner) {
+    const uint32_t pair = 2 * quant::block_size;
+    return quant::is_quantized(type) ? (inner + pair - 1) / pair * pair : inner;
+}
+
+size_t padded_panel_bytes(quant::WeightType type, uint32_t inner) {
+    return quant::panel_bytes(type, padded(type, inner));
+}
+
 bool pack_panel(quant::WeightType type, const std::byte* rows, uint32_t n_rows, uint32_t inner, std::byte* panel) {
+    if (padded(type, inner) != inner) std::memset(panel, 0, padded_panel_bytes(type, inner));
     if (!quant::pack_panel(type, rows, n_rows, inner, panel)) return false;
-    const uint32_t bits = quant::block_format(type).bits, vectors = bits == 8 ? 8 : 4;
-    if (bits < 4) return true;
+    if (!quant::is_quantized(type)) return true;
+    const uint32_t bits = quant::block_format(type).bits;
     const quant::PanelLayout layout = quant::panel_layout(type);
-    for (uint32_t b = 0; b < inner / quant::block_size; ++b)
-        order_by_lanes(panel + quant::codes_at(layout, b), vectors);
+    for (uint32_t b = 0; b < inner / quant::block_size; ++b) {
+        std::byte* const codes = panel + quant::codes_at(layout, b);
+        if (is_centred(type)) turn_signs(codes, bits);
+        if (bits >= 4) order_by_lanes(codes, bits == 8 ? 8 : 4);
+    }
     return true;
 }
 
 }  // namespace
 
-model::Packing packing() { return {quant::panel_rows, quant::panel_bytes, pack_panel}; }
+model::Packing packing() { return {quant::panel_rows, padded_panel_bytes, pack_panel}; }
 
 }  // namespace fixmin::cuda

@@ -52,11 +52,10 @@ struct WeightBlock {
     static constexpr bool halves = format.scale_values == 16, has_min = format.has_min;
     static constexpr bool four = format.bits % 8 >= 4, two = format.bits % 4 >= 2, one = format.bits % 2;
 
-    // Where the code of 0 is the middle of all codes, codes stand in the highest bits of their bytes: with the sign bit
-    // turned over each is then a signed number, that many times too large. The start of the sums takes that back.
-    static constexpr bool centred = format.bits < 8 && format.zero == 1 << (format.bits - 1);
-    static_assert(centred || format.bits == 8 || format.zero == 0);
-    static constexpr int up = centred ? 8 - format.bits : 0;
+    // Signed codes stand in the highest bits of their bytes, which makes them as many times too large. The start of the
+    // sums takes that back.
+    static constexpr int up = is_centred(Type) ? 8 - format.bits : 0;
+    static_assert(is_centred(Type) || format.bits == 8 || format.zero == 0);
 
     // A sum of products starts at 1.5 * 2^23 as the bits of a float: read as a float it is then 1.5 * 2^23 + sum, or,
     // with the exponent less by `up`, 1.5 * 2^(23 - up) + sum / 2^up. That is exact while |sum| < 2^22, and no type has
@@ -99,7 +98,7 @@ struct WeightBlock {
             if constexpr (one)
                 w[n] |= ((n % 2 ? c.bits_further : c.bits) >> (t + n / 2 * 4) & 0x01010101u) << (four ? 4 : 2);
             if constexpr (format.table) w[n] = unsigned(look_up(w[n]));
-            if constexpr (centred) w[n] = w[n] << up ^ 0x80808080u;
+            w[n] <<= up;
         }
         int4 result;
         result.x = int(w[0]), result.y = int(w[1]), result.z = int(w[2]), result.w = int(w[3]);
@@ -111,15 +110,13 @@ struct WeightBlock {
         uint16_t d, m;
         int8_t scale[2], min[2];
     };
-    static FIXMIN_DEVICE RawFactors load_factors(const std::byte* panel, uint32_t b, uint32_t r) {
-        constexpr quant::PanelLayout here = layout;  // nvcc has no address of a static member on the device
-        const std::byte* p = panel + quant::scales_at(here, b);
+    static FIXMIN_DEVICE RawFactors load_factors(const std::byte* record, uint32_t in_record, uint32_t r) {
+        const std::byte* p = record;
         RawFactors raw{};
         raw.d = FromGlobal::load<uint16_t>(p, r);
         if constexpr (has_min) raw.m = FromGlobal::load<uint16_t>(p, 16 + r);
         p += (has_min ? 4 : 2) * 16;
         const auto byte = [&](uint32_t n) { return FromGlobal::load<int8_t>(p, n * 16 + r); };
-        const uint32_t in_record = b % layout.record_blocks;
         if constexpr (halves) {
             for (uint32_t h = 0; h < 2; ++h) raw.scale[h] = byte(in_record * 2 + h);
         } else if constexpr (layout.record_blocks > 1) {
@@ -245,7 +242,7 @@ FIXMIN_DEVICE void product_of_few(const ProductArgs& args, Index block, unsigned
     constexpr uint32_t stride = few_stride(Block::has_min);
     static_assert(sizeof(Terms) == few_term_bytes(Block::has_min));
     const uint32_t n_blocks = args.inner / quant::block_size, pairs = (n_blocks + 1) / 2;
-    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const uint32_t warp = warp_of_block(), lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const ProductPart part = part_of(args, 16, block.x);
     const std::byte* panel = part.panels + size_t(block.x) * args.panel_stride;
 
@@ -259,15 +256,15 @@ FIXMIN_DEVICE void product_of_few(const ProductArgs& args, Index block, unsigned
             const uint32_t b = first + u * warps + warp;
             if (b >= n_blocks) break;
             next[u].codes = Block::template load_codes<FromGlobal>(panel + quant::codes_at(layout, b));
-            for (uint32_t r = 0; r < 2; ++r) next[u].factors[r] = Block::load_factors(panel, b, g + r * 8);
+            const std::byte* const record = panel + quant::scales_at(layout, b);
+            for (uint32_t r = 0; r < 2; ++r)
+                next[u].factors[r] = Block::load_factors(record, b % layout.record_blocks, g + r * 8);
         }
     };
-    load(0);
-    // The rest is on its way to the second-level cache.
+    // What is not loaded at once is on its way to the second-level cache.
     for (size_t at = quant::codes_at(layout, warps * few_depth) + threadIdx.x * 128; at < args.panel_stride;
          at += few_threads * 128)
         prefetch_weights(panel + at);
-    after_previous();
 
     const uint32_t first_token = block.y * most_tokens;
     const uint32_t n = args.n_tokens - first_token < most_tokens ? args.n_tokens - first_token : most_tokens;
@@ -277,10 +274,15 @@ FIXMIN_DEVICE void product_of_few(const ProductArgs& args, Index block, unsigned
     const int2* codes = reinterpret_cast<const int2*>(args.quantized.codes);
     uint32_t buffer = 0;
     float acc = 0;
-    for (uint32_t first = 0; first < n_blocks; first += few_depth * warps) {
+    for (uint32_t begin = 0; begin < n_blocks + few_depth * warps; begin += few_depth * warps) {
 #pragma unroll
         for (uint32_t u = 0; u < few_depth; ++u) now[u] = next[u];
-        load(first + few_depth * warps);
+        load(begin);
+        if (begin == 0) {
+            after_previous();
+            continue;
+        }
+        const uint32_t first = begin - few_depth * warps;
         int2 a[few_depth][tiles];
         typename Block::TokenFactors token[few_depth][tiles][2];
 #pragma unroll
@@ -318,9 +320,9 @@ FIXMIN_DEVICE void product_of_few(const ProductArgs& args, Index block, unsigned
             }
             if ((u + 1) & (turns - 1)) continue;
             __syncthreads();
-            const uint32_t begin = first + (u + 1 - turns) * warps;
-            if (threadIdx.x < n * 16 && begin < n_blocks) {
-                const uint32_t count = n_blocks - begin < turns * warps ? n_blocks - begin : turns * warps;
+            const uint32_t done = first + (u + 1 - turns) * warps;
+            if (threadIdx.x < n * 16 && done < n_blocks) {
+                const uint32_t count = n_blocks - done < turns * warps ? n_blocks - done : turns * warps;
                 const Terms* p = buffers + buffer + threadIdx.x / 16 * stride + threadIdx.x % 16;
 #pragma unroll 8
                 for (uint32_t j = 0; j < count; ++j) acc = Block::add(acc, p[j * n * stride]);
@@ -342,113 +344,141 @@ FIXMIN_DEVICE void product_of_many(const ProductArgs& args, Index block, unsigne
     using Block = WeightBlock<Type>;
     constexpr quant::PanelLayout layout = quant::panel_layout(Type);
     constexpr uint32_t panels = 4 * M, tiles = 2 * N, warps = many_threads / 32, chunks = layout.codes_bytes / 16;
+    // In such an order that what thread i copies is piece i, or a fixed number further.
     struct alignas(16) Stage {
-        std::byte codes[panels][2][layout.codes_bytes];
+        std::byte codes[2][panels][layout.codes_bytes];
         int4 tokens[tiles][32];                                  // both blocks
         float4 token_factors[tiles][Block::n_token_factors][4];  // [t]: tokens 2t, 2t, 2t + 1, 2t + 1
-        float factors[panels][Block::n_factors][8][2][2];        // [g][block][row g, g + 8]
+        float factors[Block::n_factors][panels][8][2][2];        // [g][block][row g, g + 8]
     };
     static_assert(Stages * sizeof(Stage) <= many_bytes);
     Stage* const stages = reinterpret_cast<Stage*>(shared);
 
-    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const uint32_t n_blocks = args.inner / quant::block_size, pairs = (n_blocks + 1) / 2;
+    const uint32_t warp = warp_of_block(), lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const uint32_t pairs = (args.inner / quant::block_size + 1) / 2;
     const ProductPart part = part_of(args, panels * 16, block.x);
     // Behind the last panel and tile there is nothing: those are computed again, and not written.
     const uint32_t first_panel = block.x * panels, last_panel = (part.n_rows - 1) / 16;
     const uint32_t first_tile = block.y * tiles, last_tile = (args.n_tokens - 1) / tile_tokens;
-    static_assert(panels <= warps && tiles % warps == 0);  // a warp copies one panel
-    const uint32_t mine = first_panel + warp < last_panel ? first_panel + warp : last_panel;
-    const std::byte* const panel = part.panels + size_t(mine) * args.panel_stride;
+    const auto panel = [&](uint32_t i) {
+        const uint32_t n = first_panel + i < last_panel ? first_panel + i : last_panel;
+        return part.panels + size_t(n) * args.panel_stride;
+    };
+    const auto tile = [&](uint32_t i) {
+        const uint32_t n = first_tile + i < last_tile ? first_tile + i : last_tile;
+        return size_t(n) * pairs;
+    };
 
-    const auto copy_codes = [&](uint32_t pair) {
-        if (warp >= panels || pair >= pairs) return;
-        std::byte* const to = stages[pair % Stages].codes[warp][0];
+    // Where a thread copies from next: addresses that are counted up cost less than those that are computed. Of a pair
+    // the second block has its codes and scales so many bytes behind the first.
+    constexpr uint32_t parcel_blocks = layout.parcel_blocks, record_blocks = layout.record_blocks;
+    constexpr size_t records_bytes = layout.parcel_records * layout.record_bytes;
+    constexpr size_t codes_apart = parcel_blocks == 1 ? layout.parcel_bytes : layout.codes_bytes;
+    constexpr size_t scales_apart = parcel_blocks == 1   ? layout.parcel_bytes
+                                    : record_blocks == 1 ? layout.record_bytes
+                                                         : 0;
+    // Each warp has the scales of one panel.
+    const bool has_panel = panels == warps || warp < panels;
+    const uint32_t second = lane / 2 % 2, row = lane / 4 + lane % 2 * 8;
+    constexpr bool only_d = record_blocks == 1;  // and m, of two bytes: the row can be in the address
+    const std::byte* next_record = panel(warp) + second * scales_apart + (only_d ? row * 2 : 0);
+
+    constexpr uint32_t pieces = 2 * panels * chunks, pieces_of_thread = (pieces + many_threads - 1) / many_threads;
+    const std::byte* next_codes[pieces_of_thread];
 #pragma unroll
-        for (uint32_t i = lane; i < 2 * chunks; i += 32) {
-            const uint32_t second = i >= chunks, b = 2 * pair + second;
-            if (b < n_blocks) copy_async(to + i * 16, panel + quant::codes_at(layout, b) + (i - second * chunks) * 16);
-        }
-    };
-    // Where a thread copies from next: addresses that are counted up cost less than those that are computed.
-    constexpr uint32_t tiles_of_warp = tiles / warps;
-    const uint32_t* next_codes[tiles_of_warp];
-    const float* next_factors[tiles_of_warp];
-#pragma unroll
-    for (uint32_t i = 0; i < tiles_of_warp; ++i) {
-        const uint32_t tile = first_tile + warp + i * warps < last_tile ? first_tile + warp + i * warps : last_tile;
-        const size_t at = size_t(tile) * pairs;
-        next_codes[i] = args.quantized.codes + (at * 32 + lane) * 4;
-        next_factors[i] = args.quantized.factors + Block::token_plane(lane / 4) * args.quantized.plane +
-                          (at * tile_tokens + lane % 4 * 2) * 2;
+    for (uint32_t i = 0; i < pieces_of_thread; ++i) {
+        const uint32_t piece = threadIdx.x + i * many_threads;
+        next_codes[i] = panel(piece / chunks % panels) + records_bytes + piece % chunks * 16;
+        if (piece >= panels * chunks) next_codes[i] += codes_apart;
     }
-    const auto copy_tokens = [&](uint32_t pair) {
-        if (pair >= pairs) return;
-        Stage& to = stages[pair % Stages];
+    constexpr uint32_t tiles_of_warp = tiles / warps;
+    const uint32_t* next_tokens = args.quantized.codes + (tile(warp) * 32 + lane) * 4;
+    uint32_t further[tiles_of_warp];
+    for (uint32_t i = 0; i < tiles_of_warp; ++i) further[i] = uint32_t(tile(warp + i * warps) - tile(warp)) * 32 * 4;
+    constexpr uint32_t factor_pieces = tiles * Block::n_token_factors * 4;
+    static_assert(factor_pieces <= many_threads && panels <= warps && tiles % warps == 0);
+    const float* next_factors = args.quantized.factors +
+                                Block::token_plane(threadIdx.x / 4 % Block::n_token_factors) * args.quantized.plane +
+                                (tile(threadIdx.x / (4 * Block::n_token_factors)) * tile_tokens + lane % 4 * 2) * 2;
+
+    typename Block::RawFactors raw;
+    const auto copy_weights = [&](Stage& to, uint32_t pair) {
 #pragma unroll
-        for (uint32_t i = 0; i < tiles_of_warp; ++i) {
-            copy_async(&to.tokens[warp + i * warps][lane], next_codes[i]);
-            if (lane < 4 * Block::n_token_factors)
-                copy_async(&to.token_factors[warp + i * warps][lane / 4][lane % 4], next_factors[i]);
-            next_codes[i] += 32 * 4;
-            next_factors[i] += tile_tokens * 2;
+        for (uint32_t i = 0; i < pieces_of_thread; ++i) {
+            const uint32_t piece = threadIdx.x + i * many_threads;
+            if (pieces % many_threads == 0 || piece < pieces) copy_async(to.codes[0][0] + piece * 16, next_codes[i]);
+        }
+        if (has_panel) raw = Block::load_factors(next_record, (2 * pair + second) % record_blocks, only_d ? 0 : row);
+        const uint32_t next = 2 * pair + 2;
+        size_t step = 2 * codes_apart;
+        if (next % parcel_blocks == 0 && parcel_blocks > 1) step += records_bytes;
+        for (auto& p : next_codes) p += step;
+        if constexpr (parcel_blocks <= 2) {
+            next_record += step;
+        } else {
+            if (next % record_blocks == 0) next_record += layout.record_bytes;
+            if (next % parcel_blocks == 0) next_record += layout.parcel_bytes - records_bytes;
         }
     };
-    typename Block::RawFactors raw;
-    const auto load_factors = [&](uint32_t pair) {
-        const uint32_t b = 2 * pair + lane / 16;
-        raw = {};  // of a block that is not there: it adds nothing
-        if (warp < panels && b < n_blocks) raw = Block::load_factors(panel, b, lane % 16);
-    };
-    const auto store_factors = [&](uint32_t pair) {
-        if (warp >= panels || pair >= pairs) return;
+    const auto store_factors = [&](Stage& to) {
+        if (!has_panel) return;
         const auto values = Block::factors(raw);
-        for (uint32_t f = 0; f < Block::n_factors; ++f)
-            stages[pair % Stages].factors[warp][f][lane % 8][lane / 16][lane / 8 % 2] = values.f[f];
+        for (uint32_t f = 0; f < Block::n_factors; ++f) to.factors[f][0][0][0][threadIdx.x] = values.f[f];
+    };
+    const auto copy_tokens = [&](Stage& to) {
+#pragma unroll
+        for (uint32_t i = 0; i < tiles_of_warp; ++i)
+            copy_async(&to.tokens[i * warps][threadIdx.x], next_tokens + further[i]);
+        if (threadIdx.x < factor_pieces) copy_async(&to.token_factors[0][0][threadIdx.x], next_factors);
+        next_tokens += 32 * 4;
+        next_factors += tile_tokens * 2;
     };
 
 #pragma unroll
     for (uint32_t s = 0; s < Stages - 1; ++s) {
-        copy_codes(s);
-        load_factors(s);
-        store_factors(s);
+        if (s >= pairs) break;
+        copy_weights(stages[s], s);
+        store_factors(stages[s]);
     }
     after_previous();
 #pragma unroll
     for (uint32_t s = 0; s < Stages - 1; ++s) {
-        copy_tokens(s);
+        if (s < pairs) copy_tokens(stages[s]);
         end_copies();
     }
 
-    const uint32_t panel_of_warp = warp % 4 * M, tile_of_warp = warp / 4 * N;
+    const uint32_t panel_of_warp = warp % 4, tile_of_warp = warp / 4;  // the first; others follow by 4 and 2
     float acc[M][N][4] = {};
+    uint32_t now = 0, free = (Stages - 1) * sizeof(Stage);  // which stages, in bytes
+    const auto stage_at = [&](uint32_t at) -> Stage& { return *reinterpret_cast<Stage*>(shared + at); };
     for (uint32_t pair = 0; pair < pairs; ++pair) {
         wait_for_copies<Stages - 2>();
         __syncthreads();
-        copy_codes(pair + Stages - 1);
-        copy_tokens(pair + Stages - 1);
+        if (pair + Stages - 1 < pairs) {
+            copy_weights(stage_at(free), pair + Stages - 1);
+            copy_tokens(stage_at(free));
+        }
         end_copies();
-        load_factors(pair + Stages - 1);
 
-        const Stage& stage = stages[pair % Stages];
+        const Stage& stage = stage_at(now);
         int4 w[M][2];
         typename Block::Factors factors[M][2][2];  // [..][block][row g, g + 8]
 #pragma unroll
         for (uint32_t m = 0; m < M; ++m) {
             for (uint32_t k = 0; k < 2; ++k)
-                w[m][k] = Block::weights(Block::template load_codes<FromShared>(stage.codes[panel_of_warp + m][k]));
+                w[m][k] = Block::weights(Block::template load_codes<FromShared>(stage.codes[k][panel_of_warp + m * 4]));
             for (uint32_t f = 0; f < Block::n_factors; ++f) {
-                const float4 all = *reinterpret_cast<const float4*>(stage.factors[panel_of_warp + m][f][g]);
+                const float4 all = *reinterpret_cast<const float4*>(stage.factors[f][panel_of_warp + m * 4][g]);
                 factors[m][0][0].f[f] = all.x, factors[m][0][1].f[f] = all.y;
                 factors[m][1][0].f[f] = all.z, factors[m][1][1].f[f] = all.w;
             }
         }
 #pragma unroll
         for (uint32_t n = 0; n < N; ++n) {
-            const int4 a = stage.tokens[tile_of_warp + n][lane];
+            const int4 a = stage.tokens[tile_of_warp + n * 2][lane];
             typename Block::TokenFactors token[2][2];  // [block][token 2t, 2t + 1]
             for (uint32_t f = 0; f < Block::n_token_factors; ++f) {
-                const float4 all = stage.token_factors[tile_of_warp + n][f][t];
+                const float4 all = stage.token_factors[tile_of_warp + n * 2][f][t];
                 token[0][0].f[f] = all.x, token[1][0].f[f] = all.y;
                 token[0][1].f[f] = all.z, token[1][1].f[f] = all.w;
             }
@@ -461,14 +491,19 @@ FIXMIN_DEVICE void product_of_many(const ProductArgs& args, Index block, unsigne
                 }
             }
         }
-        store_factors(pair + Stages - 1);
+        store_factors(stage_at(free));
+        free = now;
+        if constexpr (Stages == 2)
+            now = sizeof(Stage) - now;
+        else
+            now = now + sizeof(Stage) == Stages * sizeof(Stage) ? 0 : now + sizeof(Stage);
     }
 #pragma unroll
     for (uint32_t m = 0; m < M; ++m) {
         for (uint32_t n = 0; n < N; ++n) {
             for (uint32_t i = 0; i < 4; ++i)
-                finish(args, part, (first_tile + tile_of_warp + n) * tile_tokens + 2 * t + i % 2,
-                       (first_panel + panel_of_warp + m) * 16 + g + i / 2 * 8, acc[m][n][i]);
+                finish(args, part, (first_tile + tile_of_warp + n * 2) * tile_tokens + 2 * t + i % 2,
+                       (first_panel + panel_of_warp + m * 4) * 16 + g + i / 2 * 8, acc[m][n][i]);
         }
     }
 }

@@ -2,33 +2,27 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <optional>
 #include <string>
 #include <string_view>
-#include <utility>
 
 #include "error.h"
 
 namespace fixmin::cuda {
 namespace {
 
-// The kernel that can make all these launches, if there is one.
-std::optional<Kernel> kernel_for(const Launches& launches) {
-    const auto takes_part = [](const Launch& launch, Kernel few) {
+// Whether run_step can make these launches.
+bool all_take_part(const Launches& launches) {
+    return std::ranges::all_of(launches, [](const Launch& launch) {
         if (launch.grid.threads > step_threads) return false;
         switch (launch.kernel) {
 #define FIXMIN_CASE(name, Args) case Kernel::name:
             FIXMIN_STEP_KERNELS(FIXMIN_CASE)
 #undef FIXMIN_CASE
-            return true;
-            default: return launch.kernel == few;
+            case Kernel::few_q8_0:
+            case Kernel::few_q4_0: return true;
+            default: return false;
         }
-    };
-    for (const auto& [few, kernel] :
-         {std::pair{Kernel::few_q8_0, Kernel::run_step_q8_0}, std::pair{Kernel::few_q4_0, Kernel::run_step_q4_0}}) {
-        if (std::ranges::all_of(launches, [&](const Launch& one) { return takes_part(one, few); })) return kernel;
-    }
-    return std::nullopt;
+    });
 }
 
 }  // namespace
@@ -48,13 +42,11 @@ void RepeatedStep::run() {
     if (graph_)
         device_.run(*graph_);
     else
-        device_.launch(kernel_, grid_, args_);
+        device_.launch(Kernel::run_step, grid_, args_);
 }
 
 bool RepeatedStep::make_persistent(const Launches& launches) {
-    const std::optional<Kernel> kernel = kernel_for(launches);
-    if (!kernel) return false;
-    kernel_ = *kernel;
+    if (!all_take_part(launches)) return false;
     std::vector<Phase> phases;
     std::vector<std::byte> args;
     for (const Launch& one : launches) {
@@ -64,8 +56,8 @@ bool RepeatedStep::make_persistent(const Launches& launches) {
                     alignof(std::max_align_t));
         grid_.shared_bytes = std::max(grid_.shared_bytes, one.grid.shared_bytes);
     }
-    const uint32_t blocks =
-        std::min(device_.blocks_at_once(kernel_, step_threads, grid_.shared_bytes), device_.info().multiprocessors);
+    const uint32_t blocks = std::min(device_.blocks_at_once(Kernel::run_step, step_threads, grid_.shared_bytes),
+                                     device_.info().multiprocessors);
     if (blocks == 0) return false;
     grid_ = {blocks, 1, step_threads, grid_.shared_bytes, true};
     // [args][phases][count]

@@ -28,7 +28,6 @@ class RepeatedStep {
     Device& device_;
     std::unique_ptr<Recording> graph_;
     std::unique_ptr<DeviceBuffer> program_;
-    Kernel kernel_{};
     StepArgs args_{};
     Grid grid_{};
 };

@@ -66,6 +66,9 @@ FIXMIN_DEVICE uint16_t float_to_half(float x) {
     return half;
 }
 
+/// Of this thread, in a way that the compiler sees that it is the same for the whole warp.
+FIXMIN_DEVICE unsigned warp_of_block() { return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0); }
+
 /// Of memory that no kernel writes.
 template <typename T>
 FIXMIN_DEVICE T load_weights(const T* p) {
