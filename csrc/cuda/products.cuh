@@ -434,16 +434,16 @@ FIXMIN_DEVICE void product_of_many(const ProductArgs& args, Index block, unsigne
         next_factors += tile_tokens * 2;
     };
 
-#pragma unroll
-    for (uint32_t s = 0; s < Stages - 1; ++s) {
-        if (s >= pairs) break;
+    constexpr uint32_t ahead = Stages - 1;  // pairs
+#pragma unroll 1
+    for (uint32_t s = 0; s < (ahead == 1 ? 1 : ahead < pairs ? ahead : pairs); ++s) {
         copy_weights(stages[s], s);
         store_factors(stages[s]);
     }
     after_previous();
-#pragma unroll
-    for (uint32_t s = 0; s < Stages - 1; ++s) {
-        if (s < pairs) copy_tokens(stages[s]);
+#pragma unroll 1
+    for (uint32_t s = 0; s < ahead; ++s) {
+        if (ahead == 1 || s < pairs) copy_tokens(stages[s]);
         end_copies();
     }
 
@@ -568,7 +568,7 @@ FIXMIN_DEVICE void product_of_floats(const ProductArgs& args, Index block, unsig
         load(first + float_step);
         const uint32_t count = args.inner - first < float_step ? args.inner - first : float_step;
         if (first_token + group * Each >= args.n_tokens) continue;
-#pragma unroll 16
+#pragma unroll 8
         for (uint32_t k = 0; k < count; ++k) {
             const float w = float_weight<Type>(stage.weights, k * 16 + r);
             for (uint32_t i = 0; i < Each; ++i) acc[i] = __fmaf_rn(w, stage.values[group * Each + i][k], acc[i]);

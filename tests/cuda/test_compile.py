@@ -1,4 +1,5 @@
-"""All kernels through nvcc for every architecture that a wheel has: registers, and nothing spilled; NVIDIA's header.
+"""All kernels through nvcc for every architecture that a wheel has: registers, nothing spilled, instructions of the loop
+that reads prompts; NVIDIA's header.
 
 FIXMIN_REGISTERS=docs/benchmarks/registers.md in the environment: the table is written there.
 """
@@ -7,10 +8,12 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from sass import disassemble, innermost_loops
 
 pytestmark = pytest.mark.external
 
@@ -49,16 +52,48 @@ def markdown(of_all: dict[str, dict[str, tuple[int, int]]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
-def test_every_architecture(tmp_path):
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory) -> tuple[Path, dict[str, dict[str, tuple[int, int]]]]:
+    """A folder of cubins, and what the compiler said."""
+    if NVCC is None:
+        pytest.skip("nvcc is not installed")
+    folder = tmp_path_factory.mktemp("kernels")
     with ThreadPoolExecutor(2) as pool:
-        of_all = dict(zip(ARCHITECTURES, pool.map(lambda a: compiled(a, tmp_path), ARCHITECTURES), strict=True))
+        said = dict(zip(ARCHITECTURES, pool.map(lambda a: compiled(a, folder), ARCHITECTURES), strict=True))
+    return folder, said
+
+
+def test_no_register_is_spilled(everything):
+    _, of_all = everything
     if path := os.environ.get("FIXMIN_REGISTERS"):
         Path(path).write_text(markdown(of_all))
     for architecture, kernels in of_all.items():
         print(f"sm_{architecture}:", {name: registers for name, (registers, _) in kernels.items()})
         assert len(kernels) >= 6 + 3 + 2 * 12
         assert {name: spilled for name, (_, spilled) in kernels.items() if spilled} == {}
+
+
+def nvdisasm() -> Path:
+    """NVIDIA's disassembler: the package, or that of a toolkit."""
+    packages = [Path(path) / "nvidia" for path in sys.path]
+    found = [path for package in packages for path in package.glob("*/bin/nvdisasm")]
+    beside = Path(NVCC).resolve().with_name("nvdisasm")
+    if not found and not beside.exists():
+        pytest.skip("nvdisasm is not installed")
+    return found[0] if found else beside
+
+
+def test_instructions_of_the_loop_that_reads_prompts(everything):
+    """Thirteen of them for a product are the chain itself: docs/cuda.md, "Products"."""
+    folder, _ = everything
+    found = {}
+    for architecture in ARCHITECTURES:
+        kernels = disassemble(nvdisasm(), folder / f"{architecture}.cubin")
+        for kernel in ("many_q8_0", "many_q4_0"):
+            wide = max(innermost_loops(kernels[kernel]), key=lambda loop: loop.count("IMMA"))
+            found[architecture, kernel] = wide.per_mma
+    print({" ".join(key): round(n, 2) for key, n in found.items()})
+    assert all(n <= (20 if architecture == "75" else 16.1) for (architecture, _), n in found.items()), found
 
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
