@@ -121,10 +121,11 @@ def ceilings(steps: dict[str, Any]) -> list[str]:
                     100 * bench["decode_roofline"],
                     bench["int8_peak_tops"],
                     100 * bench["prefill_peak_fraction"],
+                    bench["launch_us"],
                     ", ".join(f"{shown(value)} s {key.removesuffix('_s')}" for key, value in loads),
                 ]
             )
-    header = ["file", "read GB/s", "MB a token", "decode: % of it", "int8 TOPS", "prefill: % of it", "load"]
+    header = ["file", "read GB/s", "MB a token", "decode: % of it", "int8 TOPS", "prefill: % of it", "launch us", "load"]
     return ["What the device can do, measured in the same run:", "", *table(header, rows)] if rows else []
 
 

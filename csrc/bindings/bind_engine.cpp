@@ -203,6 +203,10 @@ std::vector<double> int8_ceiling(const EngineHandle& handle, uint32_t passes) {
     return ceiling(handle, [=](auto& backend, const auto& stop) { return backend.int8_ceiling(passes, stop); });
 }
 
+std::vector<double> launch_ceiling(const EngineHandle& handle, uint32_t passes) {
+    return ceiling(handle, [=](auto& backend, const auto& stop) { return backend.launch_ceiling(passes, stop); });
+}
+
 py::array_t<uint8_t> export_prefix(const EngineHandle& handle, const Ids& ids) {
     const auto engine = handle.get();
     const auto span = id_span(ids);
@@ -295,6 +299,8 @@ void bind_engine(py::module_& m) {
              "Bytes per second that the threads read of n_bytes of memory, in each pass.")
         .def("int8_ceiling", &int8_ceiling, py::arg("passes") = 3,
              "8-bit multiplications and additions per second of the threads, in each pass.")
+        .def("launch_ceiling", &launch_ceiling, py::arg("passes") = 3,
+             "Seconds from one part of a step to the next if neither has any work, in each pass.")
         .def("take_metadata", &EngineHandle::take_metadata, "GgufFile.metadata of what was loaded; empty when taken")
         .def_property_readonly(
             "file_changed", [](const EngineHandle& handle) { return handle.source()->changed(); },

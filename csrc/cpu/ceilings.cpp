@@ -72,4 +72,22 @@ std::vector<double> CpuBackend::int8_ceiling(uint32_t passes, const model::Stop&
                  [&] { return run(rounds); });
 }
 
+std::vector<double> CpuBackend::launch_ceiling(uint32_t passes, const model::Stop& stop) {
+    constexpr uint32_t parts = 1000;
+    std::vector<double> times;
+    for (uint32_t pass = 0; pass < passes; ++pass) {
+        if (stop()) throw model::Cancelled();
+        const double time = seconds([&] {
+            pool_.run([&](Team& team) {
+                for (uint32_t i = 0; i < parts; ++i) {
+                    team.for_pieces(pool_.size(), [](uint32_t, uint32_t) {});
+                    team.barrier();
+                }
+            });
+        });
+        times.push_back(time / parts);
+    }
+    return times;
+}
+
 }  // namespace fixmin::cpu

@@ -43,6 +43,7 @@ class CudaBackend final : public model::Backend {
     void collect_squares(model::InputSquares* squares) override { squares_ = squares; }
     std::vector<double> read_ceiling(size_t n_bytes, uint32_t passes, const model::Stop& stop) override;
     std::vector<double> int8_ceiling(uint32_t passes, const model::Stop& stop) override;
+    std::vector<double> launch_ceiling(uint32_t passes, const model::Stop& stop) override;
     const model::Weights& weights() const override { return weights_; }
     quant::KvType kv_type() const override { return kv_type_; }
     uint32_t n_blocks() const override { return n_blocks_; }

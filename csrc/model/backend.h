@@ -125,6 +125,10 @@ class Backend {
     /// 8-bit multiplications and additions per second of the device, in each of `passes` of about 50 ms.
     virtual std::vector<double> int8_ceiling(uint32_t passes, const Stop& stop) = 0;
 
+    /// Seconds from one part of a step to the next if neither has any work, in each of `passes`: of threads that wait
+    /// for each other, of kernels in a graph.
+    virtual std::vector<double> launch_ceiling(uint32_t passes, const Stop& stop) = 0;
+
     /// Shapes, types and codes of what was loaded; the matrices are the device's own.
     virtual const Weights& weights() const = 0;
     virtual quant::KvType kv_type() const = 0;

@@ -64,6 +64,9 @@ class BenchReport:
     prefill_operations_per_token: float  # products and attention
     # operations per second / mean int8 peak before and after the turn: median of the turns
     prefill_peak_fraction: float
+    # microseconds from one part of a step to the next without any work: of the threads, or of kernels in a CUDA graph
+    launch_us: float
+    launch_us_runs: list[float]
 
     def summary(self) -> list[str]:
         """The figures that most readers want, a line each; units and ceilings are in it."""
@@ -160,16 +163,17 @@ def bench(
 
         fastest = 0.0
 
-        def ceilings() -> tuple[float, float, float]:
+        def ceilings() -> tuple[float, float, float, float]:
             nonlocal fastest
             cached = max(bytes_per_token, 4096 * info["n_threads"])
             reads = engine.read_ceiling(buffer, 5)
             fastest = max(fastest, *reads)
             # Means, as the speeds are: a hiccup of the machine is in both.
-            return mean_rate(reads), mean_rate(engine.read_ceiling(cached, 5)), mean_rate(engine.int8_ceiling())
+            cached_reads, peaks = engine.read_ceiling(cached, 5), engine.int8_ceiling()
+            return mean_rate(reads), mean_rate(cached_reads), mean_rate(peaks), float(np.mean(engine.launch_ceiling()))
 
         tell("ceilings")
-        bounds: list[tuple[float, float, float]] = []
+        bounds: list[tuple[float, float, float, float]] = []
         prefills: list[float] = []
         decodes: list[float] = []
         for turn in range(repeat + 1):
@@ -186,7 +190,7 @@ def bench(
             rss = resident_bytes()
             bounds.append(ceilings())
 
-    reads, cached_reads, peaks = zip(*bounds, strict=True)
+    reads, cached_reads, peaks, launches = zip(*bounds, strict=True)
     operations = prefill_operations(info, n_prompt) / n_prompt
     prefill_tok_s, decode_tok_s = float(np.median(prefills)), float(np.median(decodes))
     return BenchReport(
@@ -222,6 +226,8 @@ def bench(
         int8_peak_tops_runs=_scaled(peaks, 1e12),
         prefill_operations_per_token=operations,
         prefill_peak_fraction=share_of(prefills, peaks) * operations,
+        launch_us=float(np.median(launches)) * 1e6,
+        launch_us_runs=_scaled(launches, 1e-6),
     )
 
 

@@ -476,6 +476,9 @@ def bench(
     prefill_peak_fraction: prefill_tok_s * operations per token / int8_peak_tops, attention included (which runs in
     float32, as do the products of F32, F16 and BF16 files: those cannot come near 1).
 
+    launch_us: microseconds from one part of a step to the next if neither has any work: until the threads have waited
+    for each other; on a GPU of kernels in a CUDA graph. A decoded token has some eight parts a layer.
+
     load_s: from opening the file until the model is ready. rss_bytes: resident memory after the runs.
     """
     from .benchmark import bench as measure

@@ -2,7 +2,8 @@
 
     python bits.py FOLDER [CASE ...]
 
-{name of a case: {"cpu": sha256, "cuda": {how it was computed: sha256}}}. Run by test_same_bits.py.
+{"models": {name of a case: {"cpu": sha256, "cuda": {how it was computed: sha256}}}, "launches": {kernel: how often}}.
+Run by test_same_bits.py.
 """
 
 import hashlib
@@ -10,6 +11,7 @@ import json
 import sys
 from pathlib import Path
 
+import emulated_state
 import numpy as np
 from gguf_factory import ALL_BIASES, WEIGHT_TYPES, block_sizes, make_model
 
@@ -102,7 +104,10 @@ def main() -> None:
             of_device = {device: computed(path, device, "f16", 512, ids) for device in ("cpu", "cuda")}
             found[name] = {"cpu": of_device["cpu"], "cuda": {"512 at a time": of_device["cuda"]}}
     context.close()
-    print(json.dumps(found))
+    kernels = [f"{of}_{kind.lower()}" for of in ("few", "many", "floats") for kind in WEIGHT_TYPES]
+    launches = {name: emulated_state.launches(name) for name in kernels}
+    launches |= {f"{name}, wide": emulated_state.launches(name, True) for name in kernels}
+    print(json.dumps({"models": found, "launches": launches}))
 
 
 if __name__ == "__main__":

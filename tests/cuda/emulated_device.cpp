@@ -5,11 +5,13 @@
 // each device that is opened: CUDA_VISIBLE_DEVICES.
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <map>
+#include <string_view>
 
 #include "cuda/attention.cuh"
 #include "cuda/ceilings.cuh"
@@ -25,6 +27,26 @@ SHOWN std::atomic<long> emulated_bytes{0}, emulated_allocations{0}, emulated_rec
 SHOWN std::atomic<long> emulated_fail_allocation{0}, emulated_fail_launch{0};
 SHOWN void emulated_count_weights() { fixmin::simt::count_weights(); }
 SHOWN size_t emulated_weight_bytes() { return fixmin::simt::weight_bytes(); }
+
+namespace fixmin::cuda {
+namespace {
+
+constexpr const char* names[] = {
+#define FIXMIN_ENTRY(name, Args) #name,
+    FIXMIN_KERNELS(FIXMIN_ENTRY)
+#undef FIXMIN_ENTRY
+};
+// Of each kernel; of products of many tokens in narrow and in wide tiles.
+std::atomic<long> launches[std::size(names)][2];
+
+}  // namespace
+}  // namespace fixmin::cuda
+
+SHOWN long emulated_launches(const char* name, int wide) {
+    using namespace fixmin::cuda;
+    const auto* const at = std::ranges::find(names, std::string_view(name));
+    return at == std::end(names) ? -1 : launches[at - names][wide].load();
+}
 #undef SHOWN
 
 namespace fixmin::cuda {
@@ -107,6 +129,9 @@ class EmulatedDevice final : public Device {
     void launch_now(Kernel kernel, const Grid& grid, const void* args) override {
         failed_ |= fails(emulated_fail_launch);
         enter();
+        const bool wide =
+            kernel >= Kernel::many_q8_0 && kernel <= Kernel::many_iq4_xs && static_cast<const ProductArgs*>(args)->wide;
+        ++launches[size_t(kernel)][wide];
         simt::run([&] { kernels[size_t(kernel)](args); }, {grid.x, grid.y}, grid.threads, grid.shared_bytes,
                   grid.at_once);
     }

@@ -47,3 +47,8 @@ def weight_bytes() -> int:
     """What has been counted: whole sectors of 32 bytes, those that a block of threads reads again once."""
     _LIBRARY.emulated_weight_bytes.restype = ctypes.c_size_t
     return _LIBRARY.emulated_weight_bytes()
+
+
+def launches(kernel: str, wide: bool = False) -> int:
+    """How often this process has launched a kernel (csrc/cuda/kernel_list.h), with narrow or with wide tiles."""
+    return _LIBRARY.emulated_launches(kernel.encode(), int(wide))

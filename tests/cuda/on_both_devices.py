@@ -13,6 +13,7 @@ from python.toy_models import byte_level, concatenating, write_model
 
 import fixmin_cpp
 from fixmin_cpp import Model, _core
+from fixmin_cpp.benchmark import bench
 
 DEVICES = ("cpu", "cuda")
 IDS = [int(id) for id in np.random.default_rng(5).integers(0, 100, 60)]
@@ -212,6 +213,15 @@ def test_an_importance_matrix(tmp_path: Path, options: dict[str, Any]) -> None:
         found[-1] += (after,)
     assert found[1:] == found[:1] * 3
     assert all(any(values) for values, _ in found[0][1].values())
+
+
+def test_bench(path: Path) -> None:
+    of_both = [bench(path, device=device, n_prompt=5, n_generate=2, repeat=1) for device in DEVICES]
+    assert [report.device for report in of_both] == list(DEVICES)
+    assert all(np.all(np.array(report.launch_us_runs) > 0) for report in of_both)
+    # What there is to do is the same.
+    cpu, gpu = ((report.prefill_operations_per_token, report.decode_bytes_per_token) for report in of_both)
+    assert cpu == gpu
 
 
 def test_nothing_is_held_after_close(path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 pytestmark = pytest.mark.slow  # it compiles the package
 
 BITS = Path(__file__).with_name("bits.py")
+WIDE = ("q8_0", "q4_0", "q4_k", "q6_k")  # has_wide_tiles in csrc/cuda/args.h
 
 
 # Seed 0: threads and blocks in turn.
@@ -15,7 +16,8 @@ BITS = Path(__file__).with_name("bits.py")
 def test_every_kind_of_model(emulated, tmp_path, seed, step):
     done = emulated(BITS, tmp_path, FIXMIN_SIMT_SEED=seed, FIXMIN_CUDA_STEP=step)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout)
+    printed = json.loads(done.stdout)
+    found = printed["models"]
     assert len(found) >= 2 * 3 * 26 + 15
     differ = [
         f"{name}, {how}" for name, one in found.items() for how, bits in one["cuda"].items() if bits != one["cpu"]
@@ -23,6 +25,10 @@ def test_every_kind_of_model(emulated, tmp_path, seed, step):
     assert differ == []
     # Types and options show in the logits: else this would compare nothing.
     assert len({one["cpu"] for one in found.values()}) == len(found)
+    # Every kernel of products ran (-1: there is none of this name).
+    ran = {name for name, n in printed["launches"].items() if n > 0}
+    assert {name for name in ran if "wide" in name} == {f"many_{kind}, wide" for kind in WIDE}
+    assert len([name for name in ran if "wide" not in name]) == 12 * 2 + 3
 
 
 def test_a_token_reads_the_weights_once(emulated, tmp_path):

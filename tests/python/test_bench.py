@@ -37,6 +37,7 @@ def test_figures_fit_each_other(bare_model_path, kv_type):
     assert len(report.read_ceiling_gb_s_runs) == len(report.int8_peak_tops_runs) == 3
     assert report.read_ceiling_gb_s == sorted(report.read_ceiling_gb_s_runs)[1]
     assert report.int8_peak_tops == sorted(report.int8_peak_tops_runs)[1]
+    assert report.launch_us == sorted(report.launch_us_runs)[1]
     bound = by_hand(report.decode_tok_s_runs, report.read_ceiling_gb_s_runs)
     assert report.decode_roofline == pytest.approx(bound * report.decode_bytes_per_token / 1e9)
     bound = by_hand(report.decode_tok_s_runs, report.cached_read_gb_s_runs)
@@ -88,6 +89,7 @@ def test_ceilings_of_every_isa(bare_model_path, isa):
     for n_bytes in (8192, 12288, 1 << 20):
         assert [rate > 0 for rate in engine.read_ceiling(n_bytes, 2)] == [True] * 2
     assert [rate > 0 for rate in engine.int8_ceiling(1)] == [True]
+    assert [0 < seconds < 1 for seconds in engine.launch_ceiling(2)] == [True] * 2
     with pytest.raises(ArgumentError, match="4096 bytes for each thread"):
         engine.read_ceiling(4096)
 
@@ -116,7 +118,7 @@ def test_command(bare_model_path):
     report = json.loads(result.stdout)
     required = (
         "prefill_tok_s decode_tok_s read_ceiling_gb_s decode_bytes_per_token decode_roofline int8_peak_tops "
-        "prefill_peak_fraction load_s rss_bytes isa threads"
+        "prefill_peak_fraction launch_us load_s rss_bytes isa threads"
     )
     assert set(required.split()) <= report.keys()
     helped = fixmin("bench", "--help").stdout
