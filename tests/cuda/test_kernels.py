@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 SOURCES = ["csrc/kernels/unit.cpp", "csrc/kernels/isa.cpp", "tests/cuda/simt.cpp"]
 FURTHER = {
     "attention_main": [],
-    "kernels_main": [
+    "products_main": [
         *(f"csrc/codes/{name}.cpp" for name in ("code_map", "fold", "lift")),
         *("csrc/cuda/packing.cpp", "csrc/quant/blocks.cpp", "csrc/quant/panels.cpp"),
     ],
@@ -33,11 +33,11 @@ def programs(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("order", ["0", "1", "2"])  # of the threads; 0: in turn
-@pytest.mark.parametrize(("name", "cases"), [("attention_main", "100"), ("kernels_main", "300")])
+@pytest.mark.parametrize(("name", "cases"), [("attention_main", "100"), ("products_main", "300")])
 def test_same_bits(programs, name, cases, order):
     """Each order has cases of its own.
 
-    attention_main: types, head sizes, groups, positions, tiles, scores kept or computed twice. kernels_main: products
+    attention_main: types, head sizes, groups, positions, tiles, scores kept or computed twice. products_main: products
     of every type in every size of tiles, norms, activations, codes.
     """
     done = run([programs[name], cases, order], FIXMIN_SIMT_SEED=order)

@@ -69,6 +69,14 @@ def test_attention_is_clean(sanitizer):
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
 
 
+@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+def test_products_are_clean(sanitizer):
+    """Of every type in every size of tiles; norms, activations, codes."""
+    path = program(sanitizer).with_name("products_main")
+    done = run([path, "30", "7"], TSAN_OPTIONS="halt_on_error=1", FIXMIN_SIMT_SEED="5")
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+
+
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
     # More blocks of 32 than are handed over at a time, heads for more than one warp: so every barrier matters.

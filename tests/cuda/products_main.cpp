@@ -1,4 +1,4 @@
-// Every kernel of the forward pass but attention, on the emulator, against the CPU's: kernels_main CASES SEED
+// Every kernel of the forward pass but attention, on the emulator, against the CPU's: products_main CASES SEED
 //
 // Cases of each kind are drawn from pseudo-random numbers. The first one that differs in a bit is printed, and ends the
 // program with 1.
