@@ -262,26 +262,34 @@ void bind_engine(py::module_& m) {
     bind_request(m, engine);
     engine
         .def(py::init([](const std::string& path, uint32_t n_threads, uint32_t n_ctx, const std::string& kv_type,
-                         uint32_t n_batch, const std::optional<std::string>& isa, uint32_t n_kv, uint32_t kv_contexts,
-                         double kv_memory_share, uint32_t n_parallel, const std::optional<std::string>& device,
-                         const py::object& progress) {
+                         uint32_t n_batch, const std::optional<std::string>& isa, uint32_t n_kv,
+                         std::optional<uint32_t> kv_contexts, std::optional<double> kv_memory_share,
+                         uint32_t n_parallel, const std::optional<std::string>& device, const py::object& progress) {
                  if (n_batch == 0) throw ArgumentError("n_batch must be at least 1");
                  if (n_threads > 1024) throw ArgumentError("n_threads must be at most 1024");
                  if (n_parallel == 0) throw ArgumentError("n_parallel must be at least 1");
-                 if (kv_contexts == 0) throw ArgumentError("kv_contexts must be at least 1");
-                 if (!(kv_memory_share >= 0 && kv_memory_share <= 1))
+                 if (kv_contexts == 0u) throw ArgumentError("kv_contexts must be at least 1");
+                 if (kv_memory_share && !(*kv_memory_share >= 0 && *kv_memory_share <= 1))
                      throw ArgumentError("kv_memory_share must lie in 0..1");
-                 return std::make_unique<EngineHandle>(
-                     path,
-                     engine::EngineOptions{{n_ctx, n_batch, parse_kv_type(kv_type), n_kv, kv_contexts, kv_memory_share,
-                                            device.value_or(""), n_threads, isa.value_or("")},
-                                           n_parallel},
-                     progress);
+                 engine::EngineOptions options;
+                 options.n_parallel = n_parallel;
+                 model::BackendOptions& backend = options.backend;
+                 backend.n_ctx = n_ctx;
+                 backend.n_batch = n_batch;
+                 backend.kv_type = parse_kv_type(kv_type);
+                 backend.n_kv = n_kv;
+                 // A share that is asked for is a size of its own.
+                 if (kv_contexts || kv_memory_share) backend.kv_contexts = kv_contexts.value_or(UINT32_MAX);
+                 if (kv_memory_share) backend.kv_memory_share = *kv_memory_share;
+                 backend.device = device.value_or("");
+                 backend.n_threads = n_threads;
+                 backend.isa = isa.value_or("");
+                 return std::make_unique<EngineHandle>(path, options, progress);
              }),
              py::arg("path"), py::kw_only(), py::arg("n_threads") = 0, py::arg("n_ctx") = 0, py::arg("kv_type") = "f16",
-             py::arg("n_batch") = 512, py::arg("isa") = py::none(), py::arg("n_kv") = 0, py::arg("kv_contexts") = 16,
-             py::arg("kv_memory_share") = 0.125, py::arg("n_parallel") = 256, py::arg("device") = py::none(),
-             py::arg("progress") = py::none())
+             py::arg("n_batch") = 512, py::arg("isa") = py::none(), py::arg("n_kv") = 0,
+             py::arg("kv_contexts") = py::none(), py::arg("kv_memory_share") = py::none(), py::arg("n_parallel") = 256,
+             py::arg("device") = py::none(), py::arg("progress") = py::none())
         .def_property_readonly("info", &info)
         .def("codes", &codes, py::arg("ids"), "uint8 [T, K]")
         .def("logits", &logits, py::arg("ids"), py::arg("last") = false, py::arg("prefix_cache") = true,

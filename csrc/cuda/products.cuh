@@ -401,7 +401,7 @@ FIXMIN_DEVICE void product_of_many(const ProductArgs& args, Index block, unsigne
                                 Block::token_plane(threadIdx.x / 4 % Block::n_token_factors) * args.quantized.plane +
                                 (tile(threadIdx.x / (4 * Block::n_token_factors)) * tile_tokens + lane % 4 * 2) * 2;
 
-    typename Block::RawFactors raw;
+    typename Block::RawFactors raw{};
     const auto copy_weights = [&](Stage& to, uint32_t pair) {
 #pragma unroll
         for (uint32_t i = 0; i < pieces_of_thread; ++i) {

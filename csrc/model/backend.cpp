@@ -33,6 +33,13 @@ uint32_t n_kv_blocks(const BackendOptions& options, const Hyperparams& hp, doubl
         throw ArgumentError("n_kv is " + std::to_string(options.n_kv) +
                             ": the cache must hold at least one context of " + std::to_string(n_ctx) + " tokens");
     }
+    // Of the host it would be taken page by page as it is used, and end the process when there is no more.
+    const double bytes = double(blocks(options.n_kv)) * double(kv_block_bytes(hp, options.kv_type));
+    if (bytes > memory_bytes) {
+        const auto shown = [](double n) { return std::to_string(uint64_t(n)); };
+        throw OutOfMemory("n_kv is " + shown(options.n_kv) + ": such a cache takes " + shown(bytes) +
+                          " bytes, and all the memory there is are " + shown(memory_bytes));
+    }
     return uint32_t(blocks(options.n_kv));
 }
 

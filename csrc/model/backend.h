@@ -40,7 +40,7 @@ struct BackendOptions {
 };
 
 /// Blocks of a cache as the options want it (n_ctx is given) on a device with so much memory. Throws ArgumentError if
-/// n_kv is less than one context.
+/// n_kv is less than one context, OutOfMemory if it takes more than all memory.
 uint32_t n_kv_blocks(const BackendOptions& options, const Hyperparams& hp, double memory_bytes);
 
 /// Keys and values of all layers for kv_block_tokens positions.

@@ -202,8 +202,8 @@ class Engine:
         n_batch: int = 512,  # tokens of all requests in a step
         isa: str | None = None,  # None: best of this CPU, or FIXMIN_ISA
         n_kv: int = 0,  # positions of the cache, for all requests; 0: kv_contexts contexts ...
-        kv_contexts: int = 16,
-        kv_memory_share: float = 0.125,  # ... or fewer, down to one, if that were more than this share of the memory
+        kv_contexts: int | None = None,  # None: 16, or any number if there is a share
+        kv_memory_share: float | None = None,  # ... or fewer, down to one, if that were more of the memory; None: 1/8
         n_parallel: int = 256,  # most requests in a step
         device: str | None = None,  # "cpu" | "cuda" | "cuda:N" | "auto"; None: FIXMIN_DEVICE, or "cpu"
         progress: Callable[[float], object] | None = None,

@@ -299,7 +299,7 @@ def _summary(completion: Any, *, sampled: bool) -> str:
 
 
 @app.command(rich_help_panel=_RUN)
-@with_load_options(before="quiet")
+@with_load_options(before="quiet", without=["n_parallel"], rare=True)
 @with_options(before="debug")
 def batch(
     source: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="One JSON object per line.")],

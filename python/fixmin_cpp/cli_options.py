@@ -99,9 +99,9 @@ def with_options(before: str) -> Callable[[_F], _F]:
     return _adding(before, [_parameter(key, option) for key, option in OPTIONS.items()])
 
 
-def with_load_options(before: str, without: Sequence[str] = ()) -> Callable[[_F], _F]:
-    """Gives a command the load options but for `without`; for load_options()."""
-    rows = {name: row for name, row in LOAD_FIELDS.items() if not row.rare and name not in without}
+def with_load_options(before: str, without: Sequence[str] = (), rare: bool = False) -> Callable[[_F], _F]:
+    """Gives a command the load options but for `without`, and for the rare ones; for load_options()."""
+    rows = {name: row for name, row in LOAD_FIELDS.items() if rare >= row.rare and name not in without}
     return _adding(before, _parameters(rows, MACHINE, "load_"))
 
 

@@ -52,17 +52,20 @@ class LoadArguments(TypedDict, total=False):
     n_batch: Annotated[int, Field(512, Integer(1, MAX_INT32),
         "tokens of all requests that are processed at a time. Results do not depend on it.", option=None)]
     n_kv: Annotated[int | None, Field(None, Integer(1, MAX_INT32),
-        "positions of the KV cache, for all requests together and for what is remembered of earlier ones; None: "
-        "kv_contexts full contexts, or less if that were more than kv_memory_share. Requests that do not fit wait.",
+        "positions of the KV cache, for all requests together and for what is remembered of earlier ones; None: as "
+        "the next two say. Requests that do not fit wait.",
         option="--n-kv", option_help="Positions of the KV cache, of all requests.", rare=True)]
     n_parallel: Annotated[int, Field(256, Integer(1, MAX_INT32),
         "most requests that run at a time; more of them wait.",
         option="--parallel", option_help="Generations that run at a time.", rare=True)]
-    kv_contexts: Annotated[int, Field(16, Integer(1, MAX_INT32),
-        "contexts that the KV cache holds without n_kv.", option=None)]
-    kv_memory_share: Annotated[float, Field(1 / 8, Number(0.0, 1.0),
-        "most of the memory that it then takes, a share: of a GPU's, or of what the machine lets the process use.",
-        option="--kv-memory-share", rare=True)]
+    kv_contexts: Annotated[int | None, Field(None, Integer(1, MAX_INT32),
+        "contexts that the KV cache holds without n_kv, or fewer, down to one, if that were more than "
+        "kv_memory_share; None: 16, or with a kv_memory_share as many as that holds.", option=None)]
+    kv_memory_share: Annotated[float | None, Field(None, Number(0.0, 1.0),
+        "share of the memory that it takes at most: of a GPU's, or of what the machine lets the process use; None: "
+        "1/8.",
+        option="--kv-memory-share", option_help="Share of the memory, or of the GPU's, that the KV cache takes.",
+        rare=True)]
     # fmt: on
 
 

@@ -12,40 +12,16 @@
 #include <vector>
 
 #include "cuda/attention.cuh"
-#include "kernels/isa.h"
 #include "quant/kv_format.h"
 
-#undef threadIdx
-#undef blockIdx
-#undef blockDim
-#undef gridDim
+#include "cases.h"
 
 namespace {
 
 using namespace fixmin;
+using namespace fixmin::cases;
 using namespace fixmin::cuda;
 using quant::kv_block_tokens;
-using Floats = std::vector<float>;
-
-const kernels::Kernels& cpu = kernels::select("scalar");
-uint64_t state;
-
-// SplitMix64. Not a generator of the library: the emulator's own must not become code that the sanitizer looks at.
-uint32_t below(uint32_t n) {
-    uint64_t z = state += 0x9e3779b97f4a7c15u;
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-    return uint32_t((z ^ (z >> 31)) >> 32) % n;
-}
-template <size_t n>
-uint32_t one_of(const uint32_t (&of)[n]) {
-    return of[below(n)];
-}
-Floats values(size_t n) {
-    Floats out(n);
-    for (float& x : out) x = float(int32_t(below(1 << 16)) - (1 << 15)) * 0x1p-14f;
-    return out;
-}
 
 struct Case {
     KvType type;
@@ -155,12 +131,6 @@ void launch_attention(const Case& one, const AttentionArgs& args, uint32_t n_til
     const AttentionSpace space(tile_shapes[one.shape], one.type, one.head_dim, one.kept_keys);
     simt::run([&] { kernels[one.shape][uint32_t(one.type)](args); }, {one.kv_heads, n_tiles}, space.threads,
               space.bytes(), false);
-}
-
-bool same(const void* a, const void* b, size_t n, const char* what) {
-    if (std::memcmp(a, b, n) == 0) return true;
-    std::printf("%s: ", what);
-    return false;
 }
 
 // In 8 bits, what activate() makes of the floats.

@@ -1,5 +1,5 @@
-"""All kernels through nvcc for every architecture that a wheel has: registers, nothing spilled, instructions of the loop
-that reads prompts; NVIDIA's header.
+"""All kernels through nvcc for every architecture that a wheel has: registers, nothing spilled, and instructions of the
+loop that reads prompts; NVIDIA's header.
 
 FIXMIN_REGISTERS=docs/benchmarks/registers.md in the environment: the table is written there.
 """

@@ -153,9 +153,23 @@ def test_cache_size_by_default(model_file, contexts, share_of_blocks):
     engine = _core.Engine(model_file(), device="cpu", kv_contexts=contexts, kv_memory_share=min(share, 1.0))
     assert engine.info["kv_block_bytes"] == block
     assert engine.info["n_kv"] == 32 * max(2, min(2 * contexts, int(share_of_blocks)))
+    if share_of_blocks < 1e6:  # a share that is asked for alone is a size
+        engine = _core.Engine(model_file(), device="cpu", kv_memory_share=share)
+        assert engine.info["n_kv"] == 32 * max(2, int(share_of_blocks))
     for wrong in {"kv_contexts": 0}, {"kv_memory_share": -0.1}, {"kv_memory_share": 1.1}, {"kv_memory_share": np.nan}:
         with pytest.raises(ValueError, match=next(iter(wrong))):
             _core.Engine(model_file(), **wrong)
+
+
+def test_a_cache_larger_than_all_memory(model_file):
+    """Mapped page by page it would end the process later."""
+    block = 32 * 2 * 2 * 64 * 2  # as above
+    memory = min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), _core.cgroup_limits()["memory_bytes"])
+    least = 32 * (memory // block + 1)
+    for n_kv in (least, 2_000_000_000):
+        asked = -(-n_kv // 32) * block
+        with pytest.raises(MemoryError, match=f"n_kv is {n_kv}: such a cache takes {asked} bytes, .* {memory}$"):
+            _core.Engine(model_file(), device="cpu", n_kv=n_kv)
 
 
 def test_score_is_the_log_softmax(model_file):
