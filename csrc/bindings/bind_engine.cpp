@@ -269,8 +269,8 @@ void bind_engine(py::module_& m) {
                  if (n_threads > 1024) throw ArgumentError("n_threads must be at most 1024");
                  if (n_parallel == 0) throw ArgumentError("n_parallel must be at least 1");
                  if (kv_contexts == 0u) throw ArgumentError("kv_contexts must be at least 1");
-                 if (kv_memory_share && !(*kv_memory_share >= 0 && *kv_memory_share <= 1))
-                     throw ArgumentError("kv_memory_share must lie in 0..1");
+                 if (kv_memory_share && !(*kv_memory_share > 0 && *kv_memory_share <= 1))
+                     throw ArgumentError("kv_memory_share must be above 0 and at most 1");
                  engine::EngineOptions options;
                  options.n_parallel = n_parallel;
                  model::BackendOptions& backend = options.backend;

@@ -97,7 +97,8 @@ class Device {
 /// All usable devices, without a context on any; empty without a driver.
 std::vector<DeviceInfo> devices();
 
-/// What the driver supports, "12.4". Throws UnsupportedError, which says why no device can be used.
+/// What CUDA the driver supports and, if it tells, its own number: "13.0 (driver 580.65.06)". Throws UnsupportedError,
+/// which says why no device can be used.
 std::string driver_version();
 
 /// Throws UnsupportedError, which says why there is no such device: no driver, too old, no device, chip too old.

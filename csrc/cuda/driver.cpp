@@ -101,6 +101,22 @@ std::string version_text(int version) {
     return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
 }
 
+// NVIDIA's number of the driver, "580.65.06", from its library of management, which makes no context; empty without it.
+std::string driver_release() {
+    void* const library = dlopen("libnvidia-ml.so.1", RTLD_NOW | RTLD_LOCAL);
+    if (!library) return "";
+    const auto start = reinterpret_cast<Result (*)()>(dlsym(library, "nvmlInit_v2"));
+    const auto read = reinterpret_cast<Result (*)(char*, unsigned)>(dlsym(library, "nvmlSystemGetDriverVersion"));
+    const auto end = reinterpret_cast<Result (*)()>(dlsym(library, "nvmlShutdown"));
+    char release[80] = "";  // NVML_SYSTEM_DRIVER_VERSION_BUFFER_SIZE
+    if (start && read && end && start() == success) {
+        if (read(release, sizeof release) != success) release[0] = 0;
+        end();
+    }
+    dlclose(library);
+    return release;
+}
+
 constexpr const char* forked =
     "this process was forked from one that has used a GPU, and CUDA does not work in it: start it by \"spawn\"";
 
@@ -357,7 +373,10 @@ std::vector<DeviceInfo> devices() {
     return found;
 }
 
-std::string driver_version() { return version_text(load_driver().version); }
+std::string driver_version() {
+    const std::string version = version_text(load_driver().version), release = driver_release();
+    return version + (release.empty() ? "" : " (driver " + release + ")");
+}
 
 std::unique_ptr<Device> open_device(uint32_t number) {
     const Driver& driver = load_driver();

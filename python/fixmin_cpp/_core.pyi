@@ -267,7 +267,7 @@ class InputSquares:
 
 def cgroup_limits(root: str = "") -> dict[str, float]: ...  # cpus, memory_bytes, cpuset
 def system_info() -> dict[str, Any]: ...
-def cuda_driver() -> str: ...  # "CUDA 12.4", or "none: " and why no GPU can be used; starts the driver
+def cuda_driver() -> str: ...  # "CUDA 13.0 (driver 580.65.06)", or "none: " and the reason; starts the driver
 def gpus() -> list[dict[str, Any]]: ...  # name, architecture, memory_bytes; starts the driver
 
 # --- bind_kernels.cpp: for tests -------------------------------------------------------------------------------

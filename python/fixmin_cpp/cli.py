@@ -88,7 +88,7 @@ _Escape = Annotated[
 
 
 def main() -> None:
-    """Entry point of the `fixmin` script."""
+    """The command, once it has been imported (fixmin_command)."""
     output.guarded(app)
 
 

@@ -48,7 +48,7 @@ class Stdout(Console):
 def guarded(run: Callable[[], object]) -> None:
     """Runs the whole program: errors that reach this far, also those of writing help, end it with a line and a code."""
     _open_closed_streams()
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    if callable(signal.getsignal(signal.SIGINT)):  # neither ignored nor left to the system
         signal.signal(signal.SIGINT, _interrupt_once)
     code: Any = 0
     try:

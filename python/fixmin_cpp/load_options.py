@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypedDict
 
 from .arguments import MAX_INT32, as_float, as_int
 from .errors import ArgumentError, ArgumentTypeError
-from .fields import Field, Integer, Number, checked_class, fields_of
+from .fields import Field, Integer, checked_class, fields_of
 
 __all__ = ["LOAD_FIELDS", "LoadArguments", "LoadOptions", "on_ray"]
 
@@ -25,6 +25,13 @@ def _device(name: str, value: Any, vocab_size: int) -> str:
     if not isinstance(value, str) or not re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", value):
         raise ArgumentError(f'{name} must be "auto", "cpu", "cuda" or "cuda:N", got {value!r}')
     return value
+
+
+def _share(name: str, value: Any, vocab_size: int) -> float:
+    share = as_float(name, value, 0.0, 1.0)
+    if share == 0:
+        raise ArgumentError(f"{name} must be above 0, got {value!r}")
+    return share
 
 
 def _context(name: str, value: Any, vocab_size: int) -> int | None:
@@ -61,7 +68,7 @@ class LoadArguments(TypedDict, total=False):
     kv_contexts: Annotated[int | None, Field(None, Integer(1, MAX_INT32),
         "contexts that the KV cache holds without n_kv, or fewer, down to one, if that were more than "
         "kv_memory_share; None: 16, or with a kv_memory_share as many as that holds.", option=None)]
-    kv_memory_share: Annotated[float | None, Field(None, Number(0.0, 1.0),
+    kv_memory_share: Annotated[float | None, Field(None, _share,
         "share of the memory that it takes at most: of a GPU's, or of what the machine lets the process use; None: "
         "1/8.",
         option="--kv-memory-share", option_help="Share of the memory, or of the GPU's, that the KV cache takes.",

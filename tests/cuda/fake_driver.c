@@ -1,7 +1,8 @@
-// A libcuda.so.1 without a GPU, for tests/cuda/test_driver.py. Memory is the host's and kernels compute nothing. It
-// fails as the environment says: FAKE_INIT, FAKE_CONTEXT, FAKE_MODULE, FAKE_LAUNCH, FAKE_GRAPH are what these calls
-// return; FAKE_VERSION, FAKE_DEVICES, FAKE_CAPABILITY (75), FAKE_MEMORY (bytes), FAKE_RESIDENT (blocks of a kernel at
-// once) what the driver and its GPU are. FAKE_LOG is a file that gets a line for whatever is taken or given back.
+// A libcuda.so.1 without a GPU, for tests/cuda/test_driver.py, and a libnvidia-ml.so.1. Memory is the host's and
+// kernels compute nothing. It fails as the environment says: FAKE_INIT, FAKE_CONTEXT, FAKE_MODULE, FAKE_LAUNCH,
+// FAKE_GRAPH, FAKE_NVML, FAKE_RELEASE (of NVML's) are what these calls return; FAKE_VERSION, FAKE_DEVICES,
+// FAKE_CAPABILITY (75), FAKE_MEMORY (bytes), FAKE_RESIDENT (blocks of a kernel at once) what the driver and its GPU
+// are. FAKE_LOG is a file that gets a line for whatever is taken or given back.
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -155,3 +156,9 @@ Result cuGraphExecDestroy(void* executable) {
     free(executable);
     return note("destroy instance"), 0;
 }
+
+Result nvmlInit_v2(void) { return note("nvml init"), (Result)setting("FAKE_NVML", 0); }
+Result nvmlSystemGetDriverVersion(char* release, unsigned size) {
+    return snprintf(release, size, "580.65.06"), (Result)setting("FAKE_RELEASE", 0);
+}
+Result nvmlShutdown(void) { return note("nvml shutdown"), 0; }

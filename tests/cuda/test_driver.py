@@ -24,10 +24,10 @@ FORKS = Path(__file__).with_name("forks.py")
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the fake."""
+    """A folder with the fakes of the driver and of its management library."""
     folder = tmp_path_factory.mktemp("driver")
-    command = ["cc", "-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-o", folder / "libcuda.so.1", FAKE]
-    subprocess.run(command, check=True)
+    for name in ("libcuda.so.1", "libnvidia-ml.so.1"):
+        subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-o", folder / name, FAKE], check=True)
     return folder
 
 
@@ -141,7 +141,7 @@ def test_fork(driver, model_path):
     ]
 
 
-def test_what_info_shows(driver):
+def test_what_info_shows(driver, tmp_path):
     def info(**fails: str) -> dict[str, object]:
         env = os.environ | {"LD_LIBRARY_PATH": str(driver)} | {"FAKE_" + k.upper(): v for k, v in fails.items()}
         command = [sys.executable, "-m", "fixmin_cpp.cli", "info", "--json"]
@@ -149,8 +149,13 @@ def test_what_info_shows(driver):
 
     gpu = {"name": "Fake GPU", "architecture": "sm_90", "memory_bytes": 1 << 30}
     found = info(version="12040")
-    assert (found["cuda_driver"], found["gpus"]) == ("CUDA 12.4", [gpu])
+    assert (found["cuda_driver"], found["gpus"]) == ("CUDA 12.4 (driver 580.65.06)", [gpu])
+    for fails in {"nvml": "9"}, {"release": "999"}:  # what NVML returns
+        assert info(**fails)["cuda_driver"] == "CUDA 13.0"
     assert info(devices="2")["gpus"] == [gpu, gpu]
+    log = tmp_path / "log"
+    info(log=str(log))
+    assert log.read_text() == "nvml init\nnvml shutdown\n"  # and no context
     found = info(version="11080")
     assert found["cuda_driver"] == "none: the NVIDIA driver is too old: it supports CUDA 11.8, needed is 12.0"
     assert found["gpus"] == []

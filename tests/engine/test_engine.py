@@ -156,7 +156,7 @@ def test_cache_size_by_default(model_file, contexts, share_of_blocks):
     if share_of_blocks < 1e6:  # a share that is asked for alone is a size
         engine = _core.Engine(model_file(), device="cpu", kv_memory_share=share)
         assert engine.info["n_kv"] == 32 * max(2, int(share_of_blocks))
-    for wrong in {"kv_contexts": 0}, {"kv_memory_share": -0.1}, {"kv_memory_share": 1.1}, {"kv_memory_share": np.nan}:
+    for wrong in {"kv_contexts": 0}, {"kv_memory_share": 0.0}, {"kv_memory_share": 1.1}, {"kv_memory_share": np.nan}:
         with pytest.raises(ValueError, match=next(iter(wrong))):
             _core.Engine(model_file(), **wrong)
 

@@ -290,6 +290,8 @@ def test_load_options_are_arguments_of_model_and_of_the_engine(model_path):
     for name, value in {"n_kv": 0, "n_parallel": 0, "kv_memory_share": 1.5, "kv_type": "f8", "n_batch": None}.items():
         with pytest.raises(ArgumentError, match=name):
             Model(model_path, **{name: value})
+    with pytest.raises(ArgumentError, match="kv_memory_share must be above 0, got 0"):
+        Model(model_path, kv_memory_share=0)
     with pytest.raises(ArgumentTypeError, match=r"Model\(\) has no argument 'threads'"):
         Model(model_path, threads=3)
 

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import pty
+import re
 import resource
 import signal
 import subprocess
@@ -89,6 +90,14 @@ def test_options_count_for_lines_that_do_not_say_otherwise(model, tmp_path, out)
     run_job(model.path, write_lines(tmp_path / "in", lines), out, options=options)
     texts = [model.generate("a", **{**options, **own}).text for own in ({}, {"max_new_tokens": 3}, {})]
     assert [record["text"] for record in records(out)] == texts
+
+
+def test_positions_of_the_cache(model_path, tmp_path, out):
+    source = write_lines(tmp_path / "in", [{"prompt": "a", "max_new_tokens": 2}])
+    failed = fixmin("batch", source, out, "-m", model_path, "--n-kv", 2_000_000_000)
+    assert failed.returncode == 1
+    assert re.search(rb"n_kv is 2000000000: such a cache takes \d+ bytes, and all the memory there is ", failed.stderr)
+    assert fixmin("batch", source, out, "-m", model_path, "--n-kv", 4096).returncode == 0
 
 
 def test_openai_lines(model, tmp_path, out):

@@ -10,8 +10,10 @@ import os
 import pty
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import gguf
@@ -282,6 +284,21 @@ def test_ctrl_c_keeps_what_was_written(long_model_path):
     assert errors == b"interrupted\n"
 
 
+@pytest.mark.parametrize("seconds", [0.05, 0.1, 0.2, 0.5])
+def test_ctrl_c_while_it_starts(long_model_path, seconds):
+    """From the first line of the script's own on; before that Python starts."""
+    (script,) = importlib.metadata.entry_points(group="console_scripts", name="fixmin")
+    start = f"from {script.module} import {script.attr} as run; print(flush=True); run()"
+    command = [sys.executable, "-c", start, "generate", "-m", str(long_model_path), "-p", "a", "-n", "1000000"]
+    with subprocess.Popen([*command, "--ignore-eos"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.readline()
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 130
+    assert errors in (b"", b"interrupted\n")
+
+
 def test_on_a_terminal(letters_model):
     """Text and a note arrive on the terminal, and colours only there."""
     expected = letters_model.generate("the cat", max_new_tokens=5).text
@@ -307,7 +324,7 @@ def test_info():
     plain = dict(line.split(": ", 1) for line in fixmin("info").stdout.decode().splitlines())
     report = json.loads(fixmin("info", "--json").stdout)
     assert report.keys() == fixmin_cpp.system_info().keys() | {"cuda_driver", "gpus"} == plain.keys()
-    assert re.match(r"CUDA \d+\.\d+$|none: .+", report["cuda_driver"])
+    assert re.match(r"CUDA \d+\.\d+( \(driver [\d.]+\))?$|none: .+", report["cuda_driver"])
     assert not (report["gpus"] and report["cuda_driver"].startswith("none"))
     for gpu in report["gpus"]:
         assert gpu["name"] in plain["gpus"]
