@@ -220,7 +220,8 @@ lint: $(STAMP)/dev
 	$(BIN)/clang-format --dry-run -Werror $(CXX_ALL)
 	rm -rf $(TYPED) && mkdir -p $(TYPED)/fixmin_cpp
 	ln -s $(addprefix $(CURDIR)/,$(wildcard python/fixmin_cpp/*) convert reference) $(TYPED)/fixmin_cpp
-	MYPYPATH=$(TYPED) $(BIN)/mypy --follow-imports=silent -p fixmin_cpp
+	ln -s $(CURDIR)/python/fixmin_command $(TYPED)
+	MYPYPATH=$(TYPED) $(BIN)/mypy --follow-imports=silent -p fixmin_cpp -p fixmin_command
 	$(PYTEST) -q tests/python/test_stub.py
 
 format: $(STAMP)/dev

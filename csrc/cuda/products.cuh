@@ -423,13 +423,13 @@ FIXMIN_DEVICE void product_of_many(const ProductArgs& args, Index block, unsigne
     const auto store_factors = [&](Stage& to) {
         if (!has_panel) return;
         const auto values = Block::factors(raw);
-        for (uint32_t f = 0; f < Block::n_factors; ++f) to.factors[f][0][0][0][threadIdx.x] = values.f[f];
+        for (uint32_t f = 0; f < Block::n_factors; ++f) *(to.factors[f][0][0][0] + threadIdx.x) = values.f[f];
     };
     const auto copy_tokens = [&](Stage& to) {
 #pragma unroll
         for (uint32_t i = 0; i < tiles_of_warp; ++i)
-            copy_async(&to.tokens[i * warps][threadIdx.x], next_tokens + further[i]);
-        if (threadIdx.x < factor_pieces) copy_async(&to.token_factors[0][0][threadIdx.x], next_factors);
+            copy_async(to.tokens[i * warps] + threadIdx.x, next_tokens + further[i]);
+        if (threadIdx.x < factor_pieces) copy_async(to.token_factors[0][0] + threadIdx.x, next_factors);
         next_tokens += 32 * 4;
         next_factors += tile_tokens * 2;
     };
