@@ -3,6 +3,7 @@
 // Cases of each kind are drawn from pseudo-random numbers. The first one that differs in a bit is printed, and ends the
 // program with 1.
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <memory>
 #include <string>
@@ -45,7 +46,7 @@ Blocks quantized(const Floats& x, uint32_t length) {
     return blocks;
 }
 
-/// QuantizedRows and its memory, zeros at first.
+/// QuantizedRows and its memory. What nobody has written would show.
 struct GpuRows {
     size_t plane;
     std::vector<uint32_t> codes;
@@ -53,8 +54,8 @@ struct GpuRows {
 
     GpuRows(uint32_t n_rows, uint32_t length)
         : plane(size_t(tiles(n_rows, tile_tokens)) * tiles(length / block_size, 2) * tile_tokens * 2),
-          codes(plane * block_size / 4),
-          factors(plane * factor_planes) {}
+          codes(plane * block_size / 4, 0x7f7f7f7f),
+          factors(plane * factor_planes, NAN) {}
 
     /// As args.h says.
     GpuRows(uint32_t n_rows, uint32_t length, const Blocks& blocks) : GpuRows(n_rows, length) {
@@ -66,12 +67,15 @@ struct GpuRows {
                 for (uint32_t k = 0; k < block_size; ++k) {
                     const uint32_t lane = row % tile_tokens * 4 + k % 16 / 4;
                     const size_t word = ((pair * 32 + lane) * 2 + b % 2) * 2 + k / 16;
-                    codes[word] |= uint32_t(uint8_t(block.q[k])) << k % 4 * 8;
+                    reinterpret_cast<int8_t*>(&codes[word])[k % 4] = block.q[k];
                 }
                 const float of_block[] = {block.scale, block.scaled_sum, float(block.half_sum),
                                           float(block.sum - block.half_sum)};
-                for (uint32_t p = 0; p < factor_planes; ++p)
-                    factors[p * plane + (pair * tile_tokens + row % tile_tokens) * 2 + b % 2] = of_block[p];
+                for (uint32_t p = 0; p < factor_planes; ++p) {
+                    float* const to = factors.data() + p * plane + (pair * tile_tokens + row % tile_tokens) * 2;
+                    to[b % 2] = of_block[p];
+                    if (b % 2 == 0 && b + 1 == n_blocks) to[1] = 0;
+                }
             }
         }
     }
