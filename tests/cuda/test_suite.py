@@ -16,6 +16,7 @@ PROJECT = {
     "engine/test_scheduler.py": "not together_as_alone and not scores_of_a_part and not random_cancels",
     "python/test_batching.py": "not nobody_uses and not event_loop",
     "python/test_candidates.py": "",
+    "python/test_cli.py": "prompt_from or test_json or ids_guesses",
     "python/test_end_of_text.py": "not transformers",
     "python/test_evaluate.py": "not command and not perplexity",
     "python/test_generation.py": "not softmax and not oracle and not torch and not comes_back",
