@@ -24,6 +24,7 @@ PROJECT = {
     "python/test_loaded_bytes.py": "",
     "python/test_on_token.py": "",
     "serve/test_chat.py": "not template",
+    "serve/test_constrained.py": "json_object or special_token_ends",
     "serve/test_endpoints.py": "not schemathesis",
     "convert/test_imatrix.py": "not demo and not oracle",
 }
