@@ -33,7 +33,7 @@ def programs(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("order", ["0", "1", "2"])  # of the threads; 0: in turn
-@pytest.mark.parametrize(("name", "cases"), [("attention_main", "100"), ("products_main", "300")])
+@pytest.mark.parametrize(("name", "cases"), [("attention_main", "100"), ("products_main", "150")])
 def test_same_bits(programs, name, cases, order):
     """Each order has cases of its own.
 
