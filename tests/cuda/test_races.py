@@ -18,9 +18,9 @@ MODELS = {
     "f16": dict(weight_type="F16", block_count=2),
 }
 #: Barriers of blocks in the kernels; each is left out once.
-N_BARRIERS = 12
+N_BARRIERS = 10
 #: The first of these are in attention, where not each matters for every shape.
-N_BARRIERS_OF_ATTENTION = 7
+N_BARRIERS_OF_ATTENTION = 5
 
 
 def program(sanitizer: str) -> Path:
