@@ -20,12 +20,15 @@ PROJECT = {
     "python/test_end_of_text.py": "not transformers",
     "python/test_evaluate.py": "not command and not perplexity",
     "python/test_generation.py": "not softmax and not oracle and not torch and not comes_back",
-    "python/test_hf.py": "ends_at_the_end or streamers",
+    "python/test_hf.py": "continues_from or ends_at_the_end or streamers",
     "python/test_loaded_bytes.py": "",
     "python/test_on_token.py": "",
+    "serve/test_batch_answers.py": "means_the_same and chat or only_a_server",
     "serve/test_chat.py": "not template",
     "serve/test_constrained.py": "json_object or special_token_ends",
     "serve/test_endpoints.py": "not schemathesis",
+    "serve/test_fairness.py": "small_request or take_turns",
+    "serve/test_operation.py": "went_away or cache_holds",
     "convert/test_imatrix.py": "not demo and not oracle",
 }
 
