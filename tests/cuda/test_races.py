@@ -61,11 +61,11 @@ def test_clean(sanitizer, model, tmp_path):
         assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
-def test_attention_is_clean(sanitizer):
+@pytest.mark.parametrize(("sanitizer", "cases"), [("address,undefined", "25"), ("thread", "12")])
+def test_attention_is_clean(sanitizer, cases):
     """All shapes of tiles, with scores that are kept and such that are computed again."""
     path = program(sanitizer).with_name("attention_main")
-    done = run([path, "25", "7"], TSAN_OPTIONS="halt_on_error=1", FIXMIN_SIMT_SEED="5")
+    done = run([path, cases, "7"], TSAN_OPTIONS="halt_on_error=1", FIXMIN_SIMT_SEED="5")
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
 
 
