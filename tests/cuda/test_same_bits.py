@@ -11,7 +11,7 @@ BITS = Path(__file__).with_name("bits.py")
 WIDE = ("q8_0", "q4_0", "q4_k", "q6_k")  # has_wide_tiles in csrc/cuda/args.h
 
 
-# Of the orders of threads; in turn, which is seed 0, single kernels run (test_kernels.py).
+# Of the orders of threads; in turn, which is seed 0, single kernels run (test_single_kernels.py).
 @pytest.mark.parametrize(("seed", "step"), [("1", "graph"), ("2", "persistent")])
 def test_every_kind_of_model(emulated, tmp_path, seed, step):
     done = emulated(BITS, tmp_path, FIXMIN_SIMT_SEED=seed, FIXMIN_CUDA_STEP=step)
