@@ -125,7 +125,16 @@ def ceilings(steps: dict[str, Any]) -> list[str]:
                     ", ".join(f"{shown(value)} s {key.removesuffix('_s')}" for key, value in loads),
                 ]
             )
-    header = ["file", "read GB/s", "MB a token", "decode: % of it", "int8 TOPS", "prefill: % of it", "launch us", "load"]
+    header = [
+        "file",
+        "read GB/s",
+        "MB a token",
+        "decode: % of it",
+        "int8 TOPS",
+        "prefill: % of it",
+        "launch us",
+        "load",
+    ]
     return ["What the device can do, measured in the same run:", "", *table(header, rows)] if rows else []
 
 
