@@ -219,9 +219,9 @@ def test_bench(path: Path) -> None:
     of_both = [bench(path, device=device, n_prompt=5, n_generate=2, repeat=1) for device in DEVICES]
     assert [report.device for report in of_both] == list(DEVICES)
     assert all(np.all(np.array(report.launch_us_runs) > 0) for report in of_both)
-    # What there is to do is the same.
-    cpu, gpu = ((report.prefill_operations_per_token, report.decode_bytes_per_token) for report in of_both)
-    assert cpu == gpu
+    cpu, gpu = of_both
+    assert cpu.prefill_operations_per_token == gpu.prefill_operations_per_token
+    assert cpu.decode_bytes_per_token < gpu.decode_bytes_per_token  # rows of 32 are one block, and padded to two
 
 
 def test_nothing_is_held_after_close(path: Path) -> None:
