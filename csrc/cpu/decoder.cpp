@@ -21,6 +21,7 @@ namespace {
 // (docs/kernels.md).
 uint32_t tokens_per_pass(size_t row_bytes) {
     constexpr size_t cache_bytes = size_t(4) << 20, whole = 48;
+    if (row_bytes == 0) return whole;  // of a row shorter than a block
     return uint32_t(std::max(cache_bytes / row_bytes / whole * whole, whole));
 }
 

@@ -38,7 +38,7 @@ uint32_t n_kv_blocks(const BackendOptions& options, const Hyperparams& hp, doubl
     if (bytes > memory_bytes) {
         const auto shown = [](double n) { return std::to_string(uint64_t(n)); };
         throw OutOfMemory("n_kv is " + shown(options.n_kv) + ": such a cache takes " + shown(bytes) +
-                          " bytes, and all the memory there is are " + shown(memory_bytes));
+                          " bytes, more than all the memory, " + shown(memory_bytes));
     }
     return uint32_t(blocks(options.n_kv));
 }

@@ -172,6 +172,15 @@ def test_a_cache_larger_than_all_memory(model_file):
             _core.Engine(model_file(), device="cpu", n_kv=n_kv)
 
 
+def test_rows_shorter_than_a_block(tmp_path):
+    """The division by their quantised size ended the process."""
+    path = make_model(tmp_path / "m.gguf", embedding_length=8, head_count=4, feed_forward_length=8)
+    ids = np.array([1, 2, 3, 5], np.uint32)
+    np.testing.assert_allclose(
+        _core.Engine(str(path), n_threads=2, kv_type="f32").logits(ids), forward(path, ids), atol=1e-5
+    )
+
+
 def test_score_is_the_log_softmax(model_file):
     path = model_file()
     ids = ids_for(60)
