@@ -258,7 +258,7 @@ class Machine:
         env = {"PYTHONPATH": os.pathsep.join([str(self.site), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])}
         with ThreadPoolExecutor(2) as pool:
             runs = [pool.submit(self.python, "tests/cuda/bits.py", f, *few, env=env) for f in folders]
-            first, again = (last_json(run.result()) for run in runs)
+            first, again = (last_json(run.result())["models"] for run in runs)
         differ = [f"{n}, {how}" for n, one in first.items() for how, b in one["cuda"].items() if b != one["cpu"]]
         if first != again:
             differ.append("a second run")

@@ -2,8 +2,8 @@
 
     python bits.py FOLDER [CASE ...]
 
-{"models": {name of a case: {"cpu": sha256, "cuda": {how it was computed: sha256}}}, "launches": {kernel: how often}}.
-Run by test_same_bits.py.
+{"models": {name of a case: {"cpu": sha256, "cuda": {how it was computed: sha256}}}, "launches": {kernel: how often}},
+the latter of the emulated GPU only. Run by test_same_bits.py and tools/gpu.py.
 """
 
 import hashlib
@@ -103,10 +103,12 @@ def main() -> None:
             ids = np.random.default_rng(4).integers(0, 100, 250).astype(np.uint32)
             of_device = {device: computed(path, device, "f16", 512, ids) for device in ("cpu", "cuda")}
             found[name] = {"cpu": of_device["cpu"], "cuda": {"512 at a time": of_device["cuda"]}}
-    context.close()
     kernels = [f"{of}_{kind.lower()}" for of in ("few", "many", "floats") for kind in WEIGHT_TYPES]
-    launches = {name: emulated_state.launches(name) for name in kernels}
-    launches |= {f"{name}, wide": emulated_state.launches(name, True) for name in kernels}
+    launches = {}
+    if context.info["device_name"] == "emulated":
+        launches = {name: emulated_state.launches(name) for name in kernels}
+        launches |= {f"{name}, wide": emulated_state.launches(name, True) for name in kernels}
+    context.close()
     print(json.dumps({"models": found, "launches": launches}))
 
 
