@@ -18,7 +18,7 @@ inline constexpr uint32_t tile_tokens = 8;
 
 // Threads of a block, and what it has of shared memory, where that does not depend on the model.
 inline constexpr uint32_t row_threads = 256, attention_threads = 256;  // of attention: at most
-inline constexpr uint32_t step_threads = 256;  // as every kernel of a step whose threads wait for each other
+inline constexpr uint32_t step_threads = 256;                          // as every kernel of a step
 inline constexpr uint32_t ceiling_threads = 256, ceiling_chains = 8;
 inline constexpr uint32_t few_threads = 256, few_depth = 4;  // products of few tokens (products.cuh)
 inline constexpr uint32_t many_threads = 256;                // of many
@@ -234,8 +234,8 @@ struct AttentionArgs {
 /// A launch of a step, for the kernel that makes them all.
 struct Phase {
     Kernel kernel;
-    uint32_t x, y, threads;  // its grid
-    uint32_t args;           // bytes in StepArgs::args
+    uint32_t x, y;  // its grid
+    uint32_t args;  // bytes in StepArgs::args
 };
 
 /// grid (blocks that are there at once).

@@ -116,7 +116,7 @@ FIXMIN_DEVICE void store_token(const KeyValueArgs& kv, uint32_t token, uint32_t 
 
 FIXMIN_KERNEL(store_kv, StoreArgs, 32 * store_warps) {
     after_previous();
-    const uint32_t token = block.y, row = block.x * store_warps + threadIdx.x / 32;
+    const uint32_t token = block.y, row = block.x * store_warps + warp_of_block();
     if (row >= 2 * args.kv.head_count_kv) return;  // a whole warp
     store_token(args.kv, token, args.positions[token], args.tables[token], row);
 }
@@ -181,11 +181,7 @@ class Attention {
             __syncthreads();
         }
         load_queries();
-        find_highest();
-        for (uint32_t dim = 0; dim < kv_.head_dim; dim += space_.dims) {
-            if (dim) __syncthreads();  // the results before have been read
-            mix(dim);
-        }
+        attend();
     }
 
   private:
@@ -215,13 +211,14 @@ class Attention {
     FIXMIN_DEVICE void prefetch() const {
         const uint32_t lines = uint32_t((kv_.cache.head_bytes + 127) / 128);
         const uint32_t n = (n_keys_ + kv_block_tokens - 1) / kv_block_tokens * lines;
+#pragma unroll 1
         for (uint32_t i = threadIdx.x; i < n; i += space_.threads)
             prefetch_line(head(i / lines * kv_block_tokens).memory + i % lines * 128);
     }
 
     FIXMIN_DEVICE void store() const {
         const uint32_t n_tokens = tile_.n / group_;
-        for (uint32_t i = threadIdx.x / 32; i < 2 * n_tokens; i += space_.threads / 32) {
+        for (uint32_t i = warp_of_block(); i < 2 * n_tokens; i += space_.threads / 32) {
             const uint32_t row = i % 2 * kv_.head_count_kv + kv_head_;
             store_token(kv_, tile_.row + i / 2, tile_.position + i / 2, tile_.table, row);
         }
@@ -231,12 +228,13 @@ class Attention {
     FIXMIN_DEVICE void load_queries() const {
         float* const to = shared_ + space_.queries;
         const uint32_t padded = (kv_.head_dim + 31) / 32 * 32, lane = threadIdx.x % 32;
-        for (uint32_t q = threadIdx.x / 32; q < N; q += space_.threads / 32) {
+        for (uint32_t q = warp_of_block(); q < N; q += space_.threads / 32) {
             const bool is_there = q < tile_.n;
             const uint32_t position = tile_.position + token(q);
             const float* x = row_of(kv_, tile_.row + token(q)) + size_t(query_head(q)) * kv_.head_dim;
             if (lane == 0) limits()[q] = is_there ? position + 1 : 0;
-            for (uint32_t i = lane; i < padded; i += 32) {
+            for (uint32_t first = 0; first < padded; first += 32) {
+                const uint32_t i = first + lane;
                 float v = 0;
                 if (is_there && i < kv_.head_dim) v = rotated_at(kv_, x, position, i) * args_.attention_scale;
                 if (is_q8) {
@@ -375,18 +373,16 @@ class Attention {
         }
     }
 
-    // The highest score of each query.
-    FIXMIN_DEVICE void find_highest() {
-        float top[Q];
-        for (float& x : top) x = lowest;
-        score(0, n_keys_, [&](uint32_t key, const float (&acc)[Q][K]) {
-            if (keeps_) keep_scores(key, acc);
-            for (uint32_t i = 0; i < Q; ++i) {
-                for (uint32_t k = 0; k < K; ++k) {
-                    if (key + k < limits()[score_query() + i]) top[i] = acc[i][k] > top[i] ? acc[i][k] : top[i];
-                }
+    FIXMIN_DEVICE void note_highest(uint32_t key, const float (&acc)[Q][K], float (&top)[Q]) const {
+        for (uint32_t i = 0; i < Q; ++i) {
+            for (uint32_t k = 0; k < K; ++k) {
+                if (key + k < limits()[score_query() + i]) top[i] = acc[i][k] > top[i] ? acc[i][k] : top[i];
             }
-        });
+        }
+    }
+
+    // The highest score of each query, of what its threads have noted.
+    FIXMIN_DEVICE void find_highest(float (&top)[Q]) {
         float* const tops = shared_ + space_.tops + threadIdx.x / (16 * groups) * N + score_query();
         for (uint32_t i = 0; i < Q; ++i) {
             for (int by = 8; by; by /= 2) {
@@ -399,6 +395,7 @@ class Attention {
         for (uint32_t pass = 0; pass < passes; ++pass) {
             const uint32_t q = weight_query(pass);
             highest_[pass] = lowest;
+#pragma unroll 2
             for (uint32_t i = 0; q < N && i < space_.threads / (16 * groups); ++i) {
                 const float other = shared_[space_.tops + i * N + q];
                 highest_[pass] = highest_[pass] > other ? highest_[pass] : other;
@@ -485,33 +482,63 @@ class Attention {
             const auto weight = load_pack<Q>(weights + k * space_.weight_row);
             for (uint32_t i = 0; i < Q; ++i) add(i, value, weight.v[i]);
         }
-        for (; k < n; k += 2) {
-            const auto value = load_pack<V>(values + k * space_.value_row);
-            for (uint32_t i = 0; i < Q; ++i) {
-                if (first + k < limits()[query + i]) add(i, value, weights[k * space_.weight_row + i]);
+        if constexpr (N > 1) {  // of one query all keys are common
+#pragma unroll 1
+            for (; k < n; k += 2) {
+                const auto value = load_pack<V>(values + k * space_.value_row);
+                for (uint32_t i = 0; i < Q; ++i) {
+                    if (first + k < limits()[query + i]) add(i, value, weights[k * space_.weight_row + i]);
+                }
             }
         }
     }
 
-    // Dimensions `dim` .. of the results.
-    FIXMIN_DEVICE void mix(uint32_t dim) const {
-        float acc[Q][V] = {}, sums[passes] = {};
-        const uint32_t step = keeps_ ? n_keys_ : space_.threads;
-        for (uint32_t begin = 0; begin < n_keys_; begin += step) {
-            const uint32_t left = n_keys_ - begin, n = left < step ? left : step;
-            if (!keeps_) {
-                score(begin, begin + n, [&](uint32_t key, const float (&acc)[Q][K]) { keep_scores(key - begin, acc); });
+    // Scores of all keys, for the highest; then weights and values, of some dimensions after the other. Scores that are
+    // not kept are computed again for some keys after the other. One loop, so that there is one copy of the code.
+    FIXMIN_DEVICE void attend() {
+        float acc[Q][V], sums[passes], top[Q];
+        for (float& x : top) x = lowest;
+        bool searches = true;
+        for (uint32_t dim = 0, begin = 0; dim < kv_.head_dim;) {
+            const uint32_t left = n_keys_ - begin;
+            const uint32_t n = searches || keeps_ || left < space_.threads ? left : space_.threads;
+            if (searches || !keeps_) {
+                score(begin, begin + n, [&](uint32_t key, const float(&scores)[Q][K]) {
+                    if (keeps_ || !searches) keep_scores(key - begin, scores);
+                    if (searches) note_highest(key, scores, top);
+                });
             }
-            const auto key_of = [&](uint32_t i) { return i * space_.value_keys; };
-            pipeline<value_raws>((n + space_.value_keys - 1) / space_.value_keys,
-                                 [&](uint32_t i, int4(&raw)[value_raws]) { fetch_values(begin + key_of(i), dim, raw); },
-                                 [&](uint32_t i, int4(&raw)[value_raws]) {
-                                     weigh(begin + key_of(i), key_of(i), dim, weights(i), sums);
-                                     put_values(raw, buffer(i));
-                                 },
-                                 [&](uint32_t i) { add_values(begin + key_of(i), buffer(i), weights(i), acc); });
+            if (searches) {
+                find_highest(top);
+                searches = false;
+                if (!keeps_) continue;
+            }
+            if (begin == 0) {
+                for (auto& row : acc) {
+                    for (float& x : row) x = 0;
+                }
+                for (float& x : sums) x = 0;
+            }
+            add(begin, n, dim, acc, sums);
+            begin += n;
+            if (begin < n_keys_) continue;
+            finish(dim, acc, sums);
+            begin = 0;
+            dim += space_.dims;
+            if (dim < kv_.head_dim) __syncthreads();  // the results have been read
         }
-        finish(dim, acc, sums);
+    }
+
+    // n keys from `begin` on, whose scores begin at column 0, to dimensions `dim` .. of the results.
+    FIXMIN_DEVICE void add(uint32_t begin, uint32_t n, uint32_t dim, float (&acc)[Q][V], float (&sums)[passes]) const {
+        const auto key_of = [&](uint32_t i) { return i * space_.value_keys; };
+        pipeline<value_raws>((n + space_.value_keys - 1) / space_.value_keys,
+                             [&](uint32_t i, int4(&raw)[value_raws]) { fetch_values(begin + key_of(i), dim, raw); },
+                             [&](uint32_t i, int4(&raw)[value_raws]) {
+                                 weigh(begin + key_of(i), key_of(i), dim, weights(i), sums);
+                                 put_values(raw, buffer(i));
+                             },
+                             [&](uint32_t i) { add_values(begin + key_of(i), buffer(i), weights(i), acc); });
     }
 
     FIXMIN_DEVICE void finish(uint32_t dim, const float (&acc)[Q][V], const float (&sums)[passes]) const {
@@ -530,7 +557,7 @@ class Attention {
         }
         __syncthreads();
         const uint32_t in_row = space_.dims / 32;
-        for (uint32_t i = threadIdx.x / 32; i < tile_.n * in_row; i += space_.threads / 32) {  // whole warps
+        for (uint32_t i = warp_of_block(); i < tile_.n * in_row; i += space_.threads / 32) {  // whole warps
             const uint32_t q = i / in_row, first = dim + i % in_row * 32;
             if (first >= kv_.head_dim) continue;
             write(q, first, results[i * 32 + threadIdx.x % 32] * inverses[q]);
@@ -562,7 +589,6 @@ class Attention {
 
 // Of few queries as if there were twice as many threads: then the compiler takes at most 128 registers, and leaves some
 // for other blocks. Of many it would have to spill.
-static_assert(attention_threads == step_threads);  // of few queries, whose threads meet at barriers (persistent.cuh)
 #define FIXMIN_ATTENTION(name, type, shape, threads)               \
     FIXMIN_KERNEL(attention_##name, AttentionArgs, threads) {      \
         FIXMIN_SHARED(shared);                                     \

@@ -67,6 +67,7 @@ FIXMIN_KERNEL(survey_logits, ExtractArgs, extract_threads) {
 FIXMIN_DEVICE Survey survey_of_row(const ExtractArgs& args, uint32_t query) {
     const Survey* const surveys = args.surveys + size_t(query) * n_surveys(args);
     Survey all{minus_infinity(), 1};
+#pragma unroll 1
     for (uint32_t i = threadIdx.x % 32; i < n_surveys(args); i += 32) {
         all.highest = lane::max({all.highest}, {surveys[i].highest}).v;
         all.finite &= surveys[i].finite;
@@ -97,14 +98,16 @@ FIXMIN_KERNEL(weigh_logits, ExtractArgs, extract_threads) {
     const float highest = survey_of_row(args, query).highest;
     weigh_segment(logit_row(args, query), at, highest, temperature, weights);
     __syncthreads();
-    if (threadIdx.x >= 32) return;  // whole warps
+    if (warp_of_block() > 0) return;
     if (lane < 16) {
         double sum = 0;
+#pragma unroll 4
         for (uint32_t i = lane; i < segment; i += 16) sum += double(weights[i]);
         parts[lane] = sum;
     }
     __syncwarp();
     if (lane > 0) return;
+#pragma unroll 1
     for (uint32_t half = 8; half; half /= 2) {
         for (uint32_t l = 0; l < half; ++l) parts[l] += parts[l + half];
     }
@@ -125,6 +128,7 @@ FIXMIN_DEVICE uint32_t find_first(const ExtractArgs& args, uint32_t query, const
     uint32_t place = nowhere;
     for (uint32_t group = threadIdx.x; group < args.n_groups; group += blockDim.x) {
         if (maxima[group] < highest) continue;
+#pragma unroll 1
         for (uint32_t j = 0; j < args.group; ++j) {
             const uint32_t i = group + j * args.n_groups;
             if (i < place && row[i] >= highest) place = i;
@@ -202,7 +206,7 @@ FIXMIN_DEVICE float floor_of(const float* values, uint32_t n, uint32_t k, Extrac
 /// that fit were written.
 FIXMIN_DEVICE uint32_t find_groups(const float* maxima, uint32_t n_groups, float floor, uint32_t capacity,
                                    ExtractNotes& notes, uint32_t* groups) {
-    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const uint32_t warp = warp_of_block(), lane = threadIdx.x % 32;
     const uint32_t share = (n_groups + 32 * extract_warps - 1) / (32 * extract_warps) * 32;
     const auto reached = [&](uint32_t i) {
         const uint32_t group = warp * share + i + lane;
@@ -251,7 +255,7 @@ FIXMIN_DEVICE void find_largest(const ExtractArgs& args, uint32_t query, const L
     uint32_t* const groups = ids + max_of(args.n_groups, args.capacity);  // [capacity], as the next two
     uint32_t* const found = groups + args.capacity;                       // a bit for each of a group
     uint32_t* const offsets = found + args.capacity;
-    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const uint32_t warp = warp_of_block(), lane = threadIdx.x % 32;
     for (uint32_t i = threadIdx.x; i < args.n_groups; i += blockDim.x)
         maxima[i] = args.maxima[size_t(query) * args.n_groups + i];  // floor_of gives the thread the same ones
     const float floor = floor_of(maxima, args.n_groups, args.queries[query].n_largest, notes);
@@ -285,6 +289,7 @@ FIXMIN_DEVICE void find_largest(const ExtractArgs& args, uint32_t query, const L
     LogitOfId* const largest = reinterpret_cast<LogitOfId*>(&out + 1);
     for (uint32_t i = threadIdx.x; i < all; i += blockDim.x) {
         uint32_t place = 0;  // in the order of ids
+#pragma unroll 1
         for (uint32_t k = 0; k < all; ++k) place += ids[k] < ids[i];
         largest[place] = {row[ids[i]], ids[i]};
     }

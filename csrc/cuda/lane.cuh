@@ -60,9 +60,10 @@ FIXMIN_DEVICE float tree_sum(float partial) {
 template <typename F>
 FIXMIN_DEVICE float sum_of(const float* x, uint32_t n, F f) {
     float sum = 0;
-    uint32_t i = threadIdx.x % 16;
-    for (; i < n / 16 * 16; i += 16) sum = f(sum, x[i]);
-    if (i < n) sum += f(0.0f, x[i]);
+    const uint32_t lane = threadIdx.x % 16;
+    uint32_t i = 0;
+    for (; i < n / 16 * 16; i += 16) sum = f(sum, x[i + lane]);
+    if (i + lane < n) sum += f(0.0f, x[i + lane]);
     return tree_sum(sum);
 }
 

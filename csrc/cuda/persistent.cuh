@@ -20,14 +20,15 @@ FIXMIN_DEVICE void run_block(Kernel kernel, const std::byte* args, Index block) 
     }
 }
 
+static_assert(row_threads == step_threads && attention_threads == step_threads && few_threads == step_threads);
+
 // A kernel has the registers that its largest part takes: of all types together there would not be enough.
 FIXMIN_KERNEL(run_step, StepArgs, step_threads) {
     after_previous();
     for (uint32_t n = 0; n < args.n_phases; ++n) {
         const Phase phase = args.phases[n];
         for (uint32_t i = block.x; i < phase.x * phase.y; i += gridDim.x) {
-            if (threadIdx.x < phase.threads)
-                run_block(phase.kernel, args.args + phase.args, {i % phase.x, i / phase.x});
+            run_block(phase.kernel, args.args + phase.args, {i % phase.x, i / phase.x});
             __syncthreads();  // before the next one writes to the shared memory
         }
         wait_for_grid(args.count);

@@ -262,6 +262,7 @@ FIXMIN_DEVICE void product_of_few(const ProductArgs& args, Index block, unsigned
         }
     };
     // What is not loaded at once is on its way to the second-level cache.
+#pragma unroll 1
     for (size_t at = quant::codes_at(layout, warps * few_depth) + threadIdx.x * 128; at < args.panel_stride;
          at += few_threads * 128)
         prefetch_weights(panel + at);
@@ -271,7 +272,18 @@ FIXMIN_DEVICE void product_of_few(const ProductArgs& args, Index block, unsigned
     const uint32_t turns = few_turns(Block::has_min, args.n_tokens);  // blocks of a warp between hand-overs
     Terms* const buffers = reinterpret_cast<Terms*>(shared);          // [2][turns * warps][n][16 rows of stride]
     const uint32_t tile = first_token / tile_tokens, buffer_terms = turns * warps * n * stride;
-    const int2* codes = reinterpret_cast<const int2*>(args.quantized.codes);
+    // What this thread reads of the activations, counted up.
+    static_assert(warps % 2 == 0);  // blocks lie in pairs
+    const int2* next_codes[tiles];
+    const float* next_factors[tiles][Block::n_token_factors];
+#pragma unroll
+    for (uint32_t i = 0; i < tiles; ++i) {
+        const size_t at = size_t(tile + i) * pairs + warp / 2;
+        next_codes[i] = reinterpret_cast<const int2*>(args.quantized.codes) + (at * 32 + lane) * 2 + warp % 2;
+        for (uint32_t f = 0; f < Block::n_token_factors; ++f)
+            next_factors[i][f] = args.quantized.factors + Block::token_plane(f) * args.quantized.plane +
+                                 (at * tile_tokens + 2 * t) * 2 + warp % 2;
+    }
     uint32_t buffer = 0;
     float acc = 0;
     for (uint32_t begin = 0; begin < n_blocks + few_depth * warps; begin += few_depth * warps) {
@@ -289,18 +301,21 @@ FIXMIN_DEVICE void product_of_few(const ProductArgs& args, Index block, unsigned
         for (uint32_t u = 0; u < few_depth; ++u) {
             const uint32_t b = first + u * warps + warp;
             for (uint32_t i = 0; i < tiles; ++i) {
-                const size_t at = size_t(tile + i) * pairs + b / 2;
                 a[u][i] = make_int2(0, 0);
-                if (b < n_blocks && i * tile_tokens + g < n) a[u][i] = codes[(at * 32 + lane) * 2 + b % 2];
+                if (b < n_blocks && i * tile_tokens + g < n) a[u][i] = next_codes[i][u * warps / 2 * 32 * 2];
                 for (uint32_t c = 0; c < 2; ++c) {
                     for (uint32_t f = 0; f < Block::n_token_factors; ++f) {
                         token[u][i][c].f[f] = 0;
                         if (b >= n_blocks || i * tile_tokens + 2 * t + c >= n) continue;
-                        token[u][i][c].f[f] = args.quantized.factors[Block::token_plane(f) * args.quantized.plane +
-                                                                     (at * tile_tokens + 2 * t + c) * 2 + b % 2];
+                        token[u][i][c].f[f] = next_factors[i][f][(u * warps / 2 * tile_tokens + c) * 2];
                     }
                 }
             }
+        }
+#pragma unroll
+        for (uint32_t i = 0; i < tiles; ++i) {
+            next_codes[i] += few_depth * warps / 2 * 32 * 2;
+            for (const float*& p : next_factors[i]) p += few_depth * warps / 2 * tile_tokens * 2;
         }
 #pragma unroll
         for (uint32_t u = 0; u < few_depth; ++u) {
@@ -325,7 +340,7 @@ FIXMIN_DEVICE void product_of_few(const ProductArgs& args, Index block, unsigned
                 const uint32_t count = n_blocks - done < turns * warps ? n_blocks - done : turns * warps;
                 const Terms* p = buffers + buffer + threadIdx.x / 16 * stride + threadIdx.x % 16;
 #pragma unroll 8
-                for (uint32_t j = 0; j < count; ++j) acc = Block::add(acc, p[j * n * stride]);
+                for (uint32_t j = 0; j < count; ++j, p += n * stride) acc = Block::add(acc, *p);
             }
             buffer ^= buffer_terms;
         }
@@ -449,13 +464,15 @@ FIXMIN_DEVICE void product_of_many(const ProductArgs& args, Index block, unsigne
 
     const uint32_t panel_of_warp = warp % 4, tile_of_warp = warp / 4;  // the first; others follow by 4 and 2
     float acc[M][N][4] = {};
+    // So that a load can add which stage: an instruction less than an address of each stage.
+    const std::byte* const own_tokens = reinterpret_cast<const std::byte*>(&stages->tokens[tile_of_warp][lane]);
     uint32_t now = 0, free = (Stages - 1) * sizeof(Stage);  // which stages, in bytes
     const auto stage_at = [&](uint32_t at) -> Stage& { return *reinterpret_cast<Stage*>(shared + at); };
     for (uint32_t pair = 0; pair < pairs; ++pair) {
         wait_for_copies<Stages - 2>();
         __syncthreads();
-        if (pair + Stages - 1 < pairs) {
-            copy_weights(stage_at(free), pair + Stages - 1);
+        if (pair + ahead < pairs) {
+            copy_weights(stage_at(free), pair + ahead);
             copy_tokens(stage_at(free));
         }
         end_copies();
@@ -475,7 +492,7 @@ FIXMIN_DEVICE void product_of_many(const ProductArgs& args, Index block, unsigne
         }
 #pragma unroll
         for (uint32_t n = 0; n < N; ++n) {
-            const int4 a = stage.tokens[tile_of_warp + n * 2][lane];
+            const int4 a = *reinterpret_cast<const int4*>(own_tokens + now + sizeof(stages->tokens[0]) * 2 * n);
             typename Block::TokenFactors token[2][2];  // [block][token 2t, 2t + 1]
             for (uint32_t f = 0; f < Block::n_token_factors; ++f) {
                 const float4 all = stage.token_factors[tile_of_warp + n * 2][f][t];
@@ -498,12 +515,28 @@ FIXMIN_DEVICE void product_of_many(const ProductArgs& args, Index block, unsigne
         else
             now = now + sizeof(Stage) == Stages * sizeof(Stage) ? 0 : now + sizeof(Stage);
     }
+    const uint32_t first_row = (first_panel + panel_of_warp) * 16 + g;
+    const uint32_t first_token = (first_tile + tile_of_warp) * tile_tokens + 2 * t;
+    const uint32_t rows_left = part.n_rows > first_row ? part.n_rows - first_row : 0;
+    const uint32_t tokens_left = args.n_tokens > first_token ? args.n_tokens - first_token : 0;
+    float* out = part.out + size_t(first_token) * args.out_stride + first_row;
+    float bias[2 * M] = {};
+    const auto row_of = [](uint32_t i) { return i / 2 * 64 + i % 2 * 8; };
 #pragma unroll
-    for (uint32_t m = 0; m < M; ++m) {
-        for (uint32_t n = 0; n < N; ++n) {
-            for (uint32_t i = 0; i < 4; ++i)
-                finish(args, part, (first_tile + tile_of_warp + n * 2) * tile_tokens + 2 * t + i % 2,
-                       (first_panel + panel_of_warp + m * 4) * 16 + g + i / 2 * 8, acc[m][n][i]);
+    for (uint32_t i = 0; i < 2 * M; ++i) {
+        if (part.bias && row_of(i) < rows_left) bias[i] = part.bias[first_row + row_of(i)];
+    }
+#pragma unroll
+    for (uint32_t n = 0; n < N; ++n) {
+        for (uint32_t c = 0; c < 2; ++c) {
+            for (uint32_t i = 0; i < 2 * M; ++i) {
+                if (n * 2 * tile_tokens + c >= tokens_left || row_of(i) >= rows_left) continue;
+                float value = acc[i / 2][n][i % 2 * 2 + c];
+                if (part.bias) value = value + bias[i];
+                if (args.accumulate) value = out[row_of(i)] + value;
+                out[row_of(i)] = value;
+            }
+            out += size_t(args.out_stride) * (c ? 2 * tile_tokens - 1 : 1);
         }
     }
 }
@@ -568,7 +601,7 @@ FIXMIN_DEVICE void product_of_floats(const ProductArgs& args, Index block, unsig
         load(first + float_step);
         const uint32_t count = args.inner - first < float_step ? args.inner - first : float_step;
         if (first_token + group * Each >= args.n_tokens) continue;
-#pragma unroll 8
+#pragma unroll 4
         for (uint32_t k = 0; k < count; ++k) {
             const float w = float_weight<Type>(stage.weights, k * 16 + r);
             for (uint32_t i = 0; i < Each; ++i) acc[i] = __fmaf_rn(w, stage.values[group * Each + i][k], acc[i]);

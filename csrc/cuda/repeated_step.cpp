@@ -13,7 +13,7 @@ namespace {
 // Whether run_step can make these launches.
 bool all_take_part(const Launches& launches) {
     return std::ranges::all_of(launches, [](const Launch& launch) {
-        if (launch.grid.threads > step_threads) return false;
+        if (launch.grid.threads != step_threads) return false;
         switch (launch.kernel) {
 #define FIXMIN_CASE(name, Args) case Kernel::name:
             FIXMIN_STEP_KERNELS(FIXMIN_CASE)
@@ -50,7 +50,7 @@ bool RepeatedStep::make_persistent(const Launches& launches) {
     std::vector<Phase> phases;
     std::vector<std::byte> args;
     for (const Launch& one : launches) {
-        phases.push_back({one.kernel, one.grid.x, one.grid.y, one.grid.threads, uint32_t(args.size())});
+        phases.push_back({one.kernel, one.grid.x, one.grid.y, uint32_t(args.size())});
         args.insert(args.end(), one.args.begin(), one.args.end());
         args.resize((args.size() + alignof(std::max_align_t) - 1) / alignof(std::max_align_t) *
                     alignof(std::max_align_t));

@@ -8,6 +8,7 @@ namespace fixmin::cuda {
 FIXMIN_DEVICE uint32_t code_of(const CodeMapArgs& map, uint32_t id) {
     if (map.table) return map.table[id];
     uint32_t code = map.shift;
+#pragma unroll 4
     for (uint32_t j = 0; j < map.width; ++j) code ^= (id >> j & 1u) ? map.columns[j] : 0u;
     return code;
 }
@@ -29,6 +30,7 @@ FIXMIN_KERNEL(fold, FoldArgs, row_threads) {
     const uint32_t token = block.y, row = block.x * blockDim.x + threadIdx.x, width = args.map.width;
     const uint32_t code = code_of(args.map, args.ids[token]);
     uint32_t ones = 0;
+#pragma unroll 1
     for (uint32_t j = 0; j < width; ++j) {
         if (code >> j & 1u) ones += args.length / width + (j < args.length % width);
     }
@@ -44,6 +46,7 @@ FIXMIN_KERNEL(fold, FoldArgs, row_threads) {
     const float rstd = float(mean_square == 0.0 ? 0.0 : 1.0 / __dsqrt_rn(mean_square + double(args.eps)));
     if (row >= args.n_rows) return;
     float y = float(shift) * args.sum[row];
+#pragma unroll 4
     for (uint32_t j = 0; j < width; ++j) {
         if (code >> j & 1u) y += args.columns[size_t(j) * args.n_rows + row];
     }
@@ -80,7 +83,7 @@ FIXMIN_KERNEL(norm_rows, NormArgs, row_threads) {
     const float* x = args.x + size_t(args.rows ? args.rows[token] : token) * n;
     for (uint32_t i = threadIdx.x; i < n; i += blockDim.x) row[i] = x[i];
     __syncthreads();
-    if (threadIdx.x < 32) {
+    if (warp_of_block() == 0) {
         float mean = 0, squares;
         if (args.rms) {
             squares = sum_of(row, n, [](float sum, float v) { return lane::add_square({sum}, {v}).v; });
@@ -95,7 +98,7 @@ FIXMIN_KERNEL(norm_rows, NormArgs, row_threads) {
     }
     __syncthreads();
     const float mean = stats[0], rstd = stats[1];
-    for (uint32_t first = threadIdx.x / 32 * 32; first < n; first += blockDim.x) {  // whole warps
+    for (uint32_t first = warp_of_block() * 32; first < n; first += blockDim.x) {  // whole warps
         const uint32_t i = first + threadIdx.x % 32;
         float y = 0;
         if (i < n) {
@@ -120,7 +123,7 @@ FIXMIN_DEVICE float activated(ActivateArgs::Function function, float x, float ga
 // A warp has a block of 32 values of a token.
 FIXMIN_KERNEL(activate, ActivateArgs, row_threads) {
     after_previous();
-    const uint32_t token = block.y * tile_tokens + threadIdx.x / 32, i = block.x * 32 + threadIdx.x % 32;
+    const uint32_t token = block.y * tile_tokens + warp_of_block(), i = block.x * 32 + threadIdx.x % 32;
     if (token >= args.n_tokens) return;  // a whole warp
     float y = 0;
     if (i < args.length) {

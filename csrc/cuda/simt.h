@@ -66,8 +66,18 @@ FIXMIN_DEVICE uint16_t float_to_half(float x) {
     return half;
 }
 
-/// Of this thread, in a way that the compiler sees that it is the same for the whole warp.
-FIXMIN_DEVICE unsigned warp_of_block() { return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0); }
+/// Of this thread, in a way that the compiler sees that it is the same for the whole warp. Where it does not know that
+/// threads go the same way, it makes a second copy of each shuffle, for threads that come one after the other.
+FIXMIN_DEVICE uint32_t warp_of_block() {
+#if __CUDA_ARCH__ >= 800
+    return __reduce_or_sync(0xffffffffu, threadIdx.x / 32);
+#else
+    uint32_t warp = 0;
+    for (uint32_t bit = 0; bit < 5; ++bit)
+        warp |= uint32_t(__any_sync(0xffffffffu, threadIdx.x / 32 >> bit & 1)) << bit;
+    return warp;
+#endif
+}
 
 /// Of memory that no kernel writes.
 template <typename T>

@@ -11,10 +11,9 @@
 #include <utility>
 #include <vector>
 
-#include "cuda/attention.cuh"
 #include "quant/kv_format.h"
 
-#include "cases.h"
+#include "launches.h"
 
 namespace {
 
@@ -129,8 +128,10 @@ void launch_attention(const Case& one, const AttentionArgs& args, uint32_t n_til
         {nullptr, attention_four_f16, attention_four_q8_0},
         {attention_many_f32, attention_many_f16, attention_many_q8_0}};
     const AttentionSpace space(tile_shapes[one.shape], one.type, one.head_dim, one.kept_keys);
-    simt::run([&] { kernels[one.shape][uint32_t(one.type)](args); }, {one.kv_heads, n_tiles}, space.threads,
-              space.bytes(), false);
+    constexpr Kernel numbers[] = {Kernel::attention_one_f32, Kernel::attention_one_f16, Kernel::attention_one_q8_0};
+    const uint32_t type = uint32_t(one.type);
+    launch(kernels[one.shape][type], one.shape == 0 ? numbers[type] : Kernel::attention_many_f32, args,
+           {one.kv_heads, n_tiles}, space.threads, space.bytes());
 }
 
 // In 8 bits, what activate() makes of the floats.

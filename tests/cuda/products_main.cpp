@@ -11,11 +11,9 @@
 #include "codes/code_map.h"
 #include "codes/fold.h"
 #include "cuda/packing.h"
-#include "cuda/products.cuh"
-#include "cuda/rows.cuh"
 #include "quant/half.h"
 
-#include "cases.h"
+#include "launches.h"
 
 namespace {
 
@@ -30,10 +28,11 @@ void say(const char* what, uint32_t n) { said += std::string(", ") + what + " " 
 
 uint32_t tiles(uint32_t n, uint32_t of) { return (n + of - 1) / of; }
 
-void run(void (*kernel)(const void*), const void* args, Index grid, uint32_t threads, size_t shared_bytes) {
-    simt::run([=] { kernel(args); }, {grid.x, grid.y}, threads, shared_bytes, false);
+/// Of the kernels whose blocks may have any number of warps.
+uint32_t any_threads() {
+    constexpr uint32_t counts[] = {32, 96, row_threads};
+    return one_of(counts);
 }
-#define FIXMIN_KERNEL_OF(name, Args) [](const void* at) { name(*static_cast<const Args*>(at)); }
 
 // ---- rows in 8 bits -------------------------------------------------------------------------------------------------
 
@@ -185,40 +184,24 @@ bool products_agree(WeightType type, Tiles of) {
     }
     say("accumulate", args.accumulate);
 
-    static constexpr void (*few[])(const void*) = {
-        FIXMIN_KERNEL_OF(floats_f32, ProductArgs),  FIXMIN_KERNEL_OF(floats_f16, ProductArgs),
-        FIXMIN_KERNEL_OF(floats_bf16, ProductArgs), FIXMIN_KERNEL_OF(few_q8_0, ProductArgs),
-        FIXMIN_KERNEL_OF(few_q4_0, ProductArgs),    FIXMIN_KERNEL_OF(few_q4_1, ProductArgs),
-        FIXMIN_KERNEL_OF(few_q5_0, ProductArgs),    FIXMIN_KERNEL_OF(few_q5_1, ProductArgs),
-        FIXMIN_KERNEL_OF(few_q2_k, ProductArgs),    FIXMIN_KERNEL_OF(few_q3_k, ProductArgs),
-        FIXMIN_KERNEL_OF(few_q4_k, ProductArgs),    FIXMIN_KERNEL_OF(few_q5_k, ProductArgs),
-        FIXMIN_KERNEL_OF(few_q6_k, ProductArgs),    FIXMIN_KERNEL_OF(few_iq4_nl, ProductArgs),
-        FIXMIN_KERNEL_OF(few_iq4_xs, ProductArgs)};
-    static constexpr void (*many[])(const void*) = {nullptr,
-                                                    nullptr,
-                                                    nullptr,
-                                                    FIXMIN_KERNEL_OF(many_q8_0, ProductArgs),
-                                                    FIXMIN_KERNEL_OF(many_q4_0, ProductArgs),
-                                                    FIXMIN_KERNEL_OF(many_q4_1, ProductArgs),
-                                                    FIXMIN_KERNEL_OF(many_q5_0, ProductArgs),
-                                                    FIXMIN_KERNEL_OF(many_q5_1, ProductArgs),
-                                                    FIXMIN_KERNEL_OF(many_q2_k, ProductArgs),
-                                                    FIXMIN_KERNEL_OF(many_q3_k, ProductArgs),
-                                                    FIXMIN_KERNEL_OF(many_q4_k, ProductArgs),
-                                                    FIXMIN_KERNEL_OF(many_q5_k, ProductArgs),
-                                                    FIXMIN_KERNEL_OF(many_q6_k, ProductArgs),
-                                                    FIXMIN_KERNEL_OF(many_iq4_nl, ProductArgs),
-                                                    FIXMIN_KERNEL_OF(many_iq4_xs, ProductArgs)};
+    using Function = void(const ProductArgs&);
+    static constexpr Function* few[] = {floats_f32, floats_f16, floats_bf16, few_q8_0,   few_q4_0,
+                                        few_q4_1,   few_q5_0,   few_q5_1,    few_q2_k,   few_q3_k,
+                                        few_q4_k,   few_q5_k,   few_q6_k,    few_iq4_nl, few_iq4_xs};
+    static constexpr Function* many[] = {nullptr,   nullptr,   nullptr,   many_q8_0,   many_q4_0,
+                                         many_q4_1, many_q5_0, many_q5_1, many_q2_k,   many_q3_k,
+                                         many_q4_k, many_q5_k, many_q6_k, many_iq4_nl, many_iq4_xs};
+    const auto number = Kernel(uint32_t(Kernel::floats_f32) + uint32_t(type));  // of a product of few
     const bool has_min = quant::block_format(type).has_min;
     if (floats) {
         const uint32_t tokens = float_threads / 16 * (n_tokens > float_threads / 16 ? 4 : 1);
-        run(few[uint32_t(type)], &args, {grid_rows, tiles(n_tokens, tokens)}, float_threads, float_bytes);
+        launch(few[uint32_t(type)], number, args, {grid_rows, tiles(n_tokens, tokens)}, float_threads, float_bytes);
     } else if (of == Tiles::few) {
-        run(few[uint32_t(type)], &args, {grid_rows, tiles(n_tokens, few_tokens(has_min))}, few_threads,
-            few_bytes(has_min, n_tokens));
+        launch(few[uint32_t(type)], number, args, {grid_rows, tiles(n_tokens, few_tokens(has_min))}, few_threads,
+               few_bytes(has_min, n_tokens));
     } else {
-        run(many[uint32_t(type)], &args, {grid_rows, tiles(n_tokens, of == Tiles::wide ? wide_tokens : narrow_tokens)},
-            many_threads, many_bytes);
+        const Index grid{grid_rows, tiles(n_tokens, of == Tiles::wide ? wide_tokens : narrow_tokens)};
+        simt::run([&] { many[uint32_t(type)](args); }, {grid.x, grid.y}, many_threads, many_bytes, false);
     }
     return same(expected, out, "result");
 }
@@ -252,7 +235,7 @@ bool norm_agrees() {
                         or_null,
                         out.data(),
                         quantizes ? codes.rows() : QuantizedRows{}};
-    run(FIXMIN_KERNEL_OF(norm_rows, NormArgs), &args, {n, 1}, row_threads, (length + 2) * sizeof(float));
+    launch(FIXMIN_KERNEL_NAMED(norm_rows), args, {n, 1}, any_threads(), (length + 2) * sizeof(float));
     return same(expected, out, "result") && (!quantizes || codes == GpuRows(n, length, quantized(expected, length)));
 }
 
@@ -276,8 +259,7 @@ bool activation_agrees() {
     }
     GpuRows codes(quantizes ? n : 1, quantizes ? length : block_size);
     const ActivateArgs args{function, gate.data(), x.data(), length, n, quantizes ? codes.rows() : QuantizedRows{}};
-    run(FIXMIN_KERNEL_OF(activate, ActivateArgs), &args, {tiles(length, 32), tiles(n, tile_tokens)}, 32 * tile_tokens,
-        0);
+    launch(FIXMIN_KERNEL_NAMED(activate), args, {tiles(length, 32), tiles(n, tile_tokens)}, 32 * tile_tokens, 0);
     return same(expected, x, "result") && (!quantizes || codes == GpuRows(n, length, quantized(expected, length)));
 }
 
@@ -337,7 +319,7 @@ bool codes_agree() {
     Floats expected(size_t(n) * length), x(expected.size());
     for (uint32_t i = 0; i < n; ++i) lift.apply(map.map.code(ids[i]), expected.data() + size_t(i) * length);
     const LiftArgs lift_args{map.args, ids.data(), length, kind == codes::LiftKind::interleave, v0, v1, x.data()};
-    run(FIXMIN_KERNEL_OF(cuda::lift, LiftArgs), &lift_args, {n, 1}, row_threads, 0);
+    launch(FIXMIN_KERNEL_NAMED(lift), lift_args, {n, 1}, any_threads(), 0);
     if (!same(expected, x, "lift")) return false;
     if (kind == codes::LiftKind::interleave) return true;  // is not folded
 
@@ -354,7 +336,7 @@ bool codes_agree() {
     for (uint32_t i = 0; i < n; ++i) fold.apply(map.map.code(ids[i]), folded.data() + size_t(i) * n_rows);
     const FoldArgs fold_args{map.args,       ids.data(), length,          v0,        v1, 1e-5f, rms, n_rows,
                              fold.columns(), fold.sum(), fold.constant(), out.data()};
-    run(FIXMIN_KERNEL_OF(cuda::fold, FoldArgs), &fold_args, {tiles(n_rows, row_threads), n}, row_threads, 0);
+    launch(FIXMIN_KERNEL_NAMED(fold), fold_args, {tiles(n_rows, row_threads), n}, row_threads, 0);
     return same(folded, out, "fold");
 }
 

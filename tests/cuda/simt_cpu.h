@@ -151,7 +151,7 @@ inline void after_previous() { simt::note_after_previous(); }
 inline void prefetch_line(const void*) {}
 inline float half_to_float(uint16_t half) { return quant::f16_to_f32(half); }
 inline uint16_t float_to_half(float x) { return quant::f32_to_f16(x); }
-inline unsigned warp_of_block() { return threadIdx.x / 32; }
+inline uint32_t warp_of_block() { return threadIdx.x / 32; }
 template <typename T>
 T load_weights(const T* p) {
     simt::note_weights(p);
