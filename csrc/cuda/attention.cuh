@@ -503,7 +503,7 @@ class Attention {
             const uint32_t left = n_keys_ - begin;
             const uint32_t n = searches || keeps_ || left < space_.threads ? left : space_.threads;
             if (searches || !keeps_) {
-                score(begin, begin + n, [&](uint32_t key, const float(&scores)[Q][K]) {
+                score(begin, begin + n, [&](uint32_t key, const float (&scores)[Q][K]) {
                     if (keeps_ || !searches) keep_scores(key - begin, scores);
                     if (searches) note_highest(key, scores, top);
                 });
