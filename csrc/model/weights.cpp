@@ -180,6 +180,18 @@ class Loader {
         return builder.finish();
     }
 
+    // Of W8A8: a file must say by which rules its scales are meant.
+    void check_rules() const {
+        constexpr const char* key = "fixmin.w8a8.version";
+        for (const Job& job : jobs_) {
+            if (!job.scales) continue;
+            if (const uint32_t version = file_.get_u32(key); version != 1) {
+                throw UnsupportedError(std::string(key) + " is " + std::to_string(version) + "; this version runs 1");
+            }
+            return;
+        }
+    }
+
     void refuse_leftovers() const {
         for (const gguf::TensorInfo& tensor : file_.tensors()) {
             if (!used_.contains(tensor.name)) {
@@ -349,6 +361,7 @@ Weights load_weights(gguf::GgufFile file, const Packing& packing, const Parallel
     weights.output_norm = loader.norm("output_norm", hp.embedding_length, hp.rms_norm);
     loader.linear(weights.output, "output", hp.vocab_size, hp.embedding_length);
     loader.refuse_leftovers();
+    loader.check_rules();
     weights.panels = loader.pack(parallel_for, progress);
     if (hp.code_kind == CodeKind::learned) weights.file.emplace(std::move(file));
     return weights;
