@@ -54,8 +54,8 @@ class OutType:
 
 
 # Q8_0: half a step of amax/127, plus the float16 rounding of the scale (2^-11) times at most 127 steps.
-# W8A8: the same, of the whole row, with the rounding of a float32 scale and of its product. GGUF has no number for it: "guessed" is what it calls a file
-# whose tensors say their types themselves.
+# W8A8: the same of a whole row, with the rounding of a float32 scale and of its product. GGUF has no number for it:
+# "guessed" is what it calls a file whose tensors say their types themselves.
 # Q4_0: codes -8..7 with scale -extreme/8: the far end misses one whole step, again plus the rounding of the scale.
 OUT_TYPES: dict[str, OutType] = {
     "f32": OutType(F32, LlamaFileType.ALL_F32, np.inf, 0.0, 0.0, 1e-4),

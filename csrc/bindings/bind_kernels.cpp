@@ -240,8 +240,7 @@ void bind_kernels(py::module_& m) {
     py::class_<KernelTable>(m, "Kernels",
                             "Single kernels of one instruction set, for tests; see csrc/kernels/kernels.h.")
         .def(py::init<const std::string&>(), py::arg("isa"))
-        .def("quantize_activations", &KernelTable::quantize_activations, py::arg("x"),
-             py::arg("by_row") = false)
+        .def("quantize_activations", &KernelTable::quantize_activations, py::arg("x"), py::arg("by_row") = false)
         .def("matmul", &KernelTable::matmul, py::arg("type"), py::arg("data"), py::arg("rows"), py::arg("x"),
              py::arg("bias") = py::none(), py::arg("residual") = py::none(), py::arg("panels_per_call") = 0)
         .def("norm", &KernelTable::norm, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("eps"),

@@ -261,11 +261,6 @@ void Decoder::normalize_row(const Norm& norm, const float* x, float* y) const {
     kernel(x, hp_.embedding_length, hp_.norm_eps, norm.weight.data(), norm.bias_or_null(), y);
 }
 
-Decoder::InBytes Decoder::read_by(const Linear& w) {
-    if (!is_quantized(w.type)) return InBytes::none;
-    return quant::scales_rows(w.type) ? InBytes::rows : InBytes::blocks;
-}
-
 void Decoder::quantize(const float* x, uint32_t length, InBytes in_bytes, ActivationBlock* out) const {
     if (in_bytes == InBytes::blocks) kernels_.quantize_activations(x, length, out);
     if (in_bytes == InBytes::rows) kernels_.quantize_row(x, length, out);
@@ -302,8 +297,7 @@ Decoder::Rows Decoder::as_rows(const float* values, uint32_t length, uint32_t n_
     }
     const auto [begin, end] = team.share(n_tokens);
     for (uint32_t t = begin; t < end; ++t) {
-        quantize(values + size_t(t) * length, length, in_bytes,
-                 quantized_.data() + size_t(t) * (length / block_size));
+        quantize(values + size_t(t) * length, length, in_bytes, quantized_.data() + size_t(t) * (length / block_size));
     }
     team.barrier();
     return {values, quantized_.data(), length, in_bytes};

@@ -16,6 +16,7 @@ namespace fixmin::cpu {
 
 using model::Batch;
 using model::Chunk;
+using model::InBytes;
 using model::InputSquares;
 using model::Linear;
 using model::Norm;
@@ -42,8 +43,6 @@ class Decoder {
     size_t buffer_bytes() const;
 
   private:
-    enum class InBytes : uint8_t { none, blocks, rows };  // which of them have scales
-
     // What a matrix product reads: rows as float32, and perhaps in 8 bits.
     struct Rows {
         const float* values;                        // [T][length]
@@ -66,7 +65,6 @@ class Decoder {
         Buffer<std::byte> scratch;                // of kernels
     };
 
-    static InBytes read_by(const Linear& w);
     void quantize(const float* x, uint32_t length, InBytes in_bytes, kernels::ActivationBlock* out) const;
     Rows normalized(const Norm& norm, uint32_t n_tokens, InBytes in_bytes, Team& team, const uint32_t* rows = nullptr);
     Rows as_rows(const float* values, uint32_t length, uint32_t n_tokens, InBytes in_bytes, Team& team);

@@ -504,8 +504,8 @@ struct ScaledRowsTile {
     }
     template <int J>
     [[gnu::always_inline]] static void add_product(VecI* sums, const uint8_t* codes, size_t panel_stride,
-                                                   const ActivationBlock* rows, size_t stride,
-                                                   const uint8_t* to_second, const uint8_t* to_first) {
+                                                   const ActivationBlock* rows, size_t stride, const uint8_t* to_second,
+                                                   const uint8_t* to_first) {
         if constexpr (FromMemory) prefetch_part<J, P * bytes>(to_second);
         if constexpr (FromMemory && lone) prefetch_part<J, bytes, true>(to_first);
 #pragma GCC unroll 4
@@ -720,7 +720,8 @@ struct ScaledRowsMultiply {
             const VecF bias = args.bias ? load(args.bias + row) : zero();
 #pragma GCC unroll 16
             for (uint32_t c = 0; c < N; ++c)
-                result[p * N + c] = fma(to_float(sums[p * N + c]), mul(scale, set1(rows[size_t(c) * n_blocks].scale)), bias);
+                result[p * N + c] =
+                    fma(to_float(sums[p * N + c]), mul(scale, set1(rows[size_t(c) * n_blocks].scale)), bias);
         }
     }
 };

@@ -12,6 +12,11 @@ namespace fixmin::model {
 
 using quant::WeightType;
 
+InBytes read_by(const Linear& w) {
+    if (!quant::is_quantized(w.type)) return InBytes::none;
+    return quant::scales_rows(w.type) ? InBytes::rows : InBytes::blocks;
+}
+
 void Weights::embed(uint32_t id, float* x) const {
     const uint32_t d = hyperparams.embedding_length;
     if (hyperparams.code_kind != CodeKind::learned) return hyperparams.lift.apply(code_map.code(id), x);

@@ -39,9 +39,9 @@ enum class WeightType : uint8_t {
 };
 
 static constexpr WeightType all_weight_types[] = {
-    WeightType::f32,  WeightType::f16,  WeightType::bf16, WeightType::q8_0,   WeightType::q4_0,
-    WeightType::q4_1, WeightType::q5_0, WeightType::q5_1, WeightType::q2_k,   WeightType::q3_k,
-    WeightType::q4_k, WeightType::q5_k, WeightType::q6_k, WeightType::iq4_nl, WeightType::iq4_xs, WeightType::w8a8};
+    WeightType::f32,  WeightType::f16,    WeightType::bf16,   WeightType::q8_0, WeightType::q4_0, WeightType::q4_1,
+    WeightType::q5_0, WeightType::q5_1,   WeightType::q2_k,   WeightType::q3_k, WeightType::q4_k, WeightType::q5_k,
+    WeightType::q6_k, WeightType::iq4_nl, WeightType::iq4_xs, WeightType::w8a8};
 
 struct BlockFormat {
     const char* name;       // as the `gguf` package spells it

@@ -216,7 +216,8 @@ bool pack_scaled_rows(const std::byte* rows, uint32_t n_rows, uint32_t inner, st
         if (k % block_size == 0) prefetch_written(panel + k * panel_rows, block_size * panel_rows);
         for (uint32_t r = 0; r < n_rows; ++r) {
             const uint32_t word = read<uint32_t>(rows + r * row_size + k);
-            usable &= ((word ^ 0x80808080u) - 0x01010101u & ~(word ^ 0x80808080u) & 0x80808080u) == 0;  // no byte is 0x80
+            usable &=
+                ((word ^ 0x80808080u) - 0x01010101u & ~(word ^ 0x80808080u) & 0x80808080u) == 0;  // no byte is 0x80
             std::memcpy(panel + (k * panel_rows + r * 4), &word, 4);
         }
     }

@@ -89,7 +89,8 @@ static constexpr size_t row_bytes(WeightType type, uint32_t inner) {
 size_t panel_bytes(WeightType type, uint32_t inner);
 
 /// Repacks up to 16 consecutive rows (file layout) into one panel; missing rows become zeros.
-/// Returns false if a weight or scale is NaN or infinite, or a code of W8A8 is -128. `rows` holds n_rows * row_bytes, `panel` is 64-byte aligned.
+/// Returns false if a weight or scale is NaN or infinite, or a code of W8A8 is -128. `rows` holds n_rows * row_bytes,
+/// `panel` is 64-byte aligned.
 bool pack_panel(WeightType type, const std::byte* rows, uint32_t n_rows, uint32_t inner, std::byte* panel);
 
 /// One row in the file's layout -> `inner` floats. Returns false if one is NaN or infinite.

@@ -139,8 +139,8 @@ def quantize(
         source: a GGUF file of architecture "fixmin", in F32, F16 or BF16 (see allow_requantize).
         target: the file to write, none of those that are read.
         type: a plain type for every matrix (f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, q2_k, q3_k, q4_k, q5_k, q6_k,
-            iq4_nl, iq4_xs, w8a8), or a mixed recipe of llama.cpp (q3_k_s, q3_k_m, q3_k_l, q4_k_s, q4_k_m, q5_k_s, q5_k_m;
-            q6_k is both). Upper case is the same.
+            iq4_nl, iq4_xs, w8a8), or a mixed recipe of llama.cpp (q3_k_s, q3_k_m, q3_k_l, q4_k_s, q4_k_m, q5_k_s,
+            q5_k_m; q6_k is both). Upper case is the same.
         imatrix: an importance matrix (GGUF) of `fixmin imatrix` or llama-imatrix: columns that meet larger inputs
             are stored more exactly.
         tensor_types: regular expression -> plain type for the matrices whose names contain a match; the first that
