@@ -282,7 +282,8 @@ class TensorPlan:
 
     @property
     def n_weights(self) -> int:
-        return self.n_rows * self.shape[-1]
+        """0 for the scales of a matrix."""
+        return 0 if self.name.endswith(SCALE_SUFFIX) else self.n_rows * self.shape[-1]
 
 
 def plan_tensors(spec: ModelSpec, outtype: str) -> list[TensorPlan]:
@@ -329,7 +330,7 @@ class Layout:
         if outtype not in OUT_TYPES:
             raise CheckpointError(f"outtype {outtype!r} is not one of {', '.join(OUT_TYPES)}")
         tensors = plan_tensors(spec, outtype)
-        n_weights = sum(tensor.n_weights for tensor in tensors if not tensor.name.endswith(SCALE_SUFFIX))
+        n_weights = sum(tensor.n_weights for tensor in tensors)
         metadata = model_metadata(spec, outtype)
         metadata["general.size_label"] = _text(size_label(n_weights, n_weights, 0, 0))
         if any(t.name.endswith(SCALE_SUFFIX) for t in tensors):
@@ -368,7 +369,7 @@ class Layout:
             done = 0
             for tensor, part, is_last in self._quantised(pool, window=n_threads + 1):
                 file.write(part)
-                done += part.shape[0] * tensor.shape[-1]
+                done += part.shape[0] * tensor.n_weights // tensor.n_rows
                 if is_last:
                     file.write(bytes(_pad(tensor.n_bytes) - tensor.n_bytes))
                 progress(done, self.n_weights, tensor.name)

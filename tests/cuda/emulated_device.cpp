@@ -20,6 +20,7 @@
 #include "cuda/persistent.cuh"
 #include "cuda/products.cuh"
 #include "cuda/rows.cuh"
+#include "cuda/scaled_rows.cuh"
 #include "error.h"
 
 #define SHOWN extern "C" __attribute__((visibility("default")))
