@@ -373,7 +373,7 @@ def rounding_error(true: NDArray[np.float32], stored: NDArray[np.float32], ggml_
     if ggml_type == GGMLQuantizationType.F32:
         return 0.0 if np.array_equal(true, stored) else math.inf
     bound = BY_GGML_TYPE[ggml_type]
-    blocks = (-1, GGML_QUANT_SIZES[ggml_type][0])
+    blocks = (-1, true.shape[-1] if ggml_type == GGMLQuantizationType.I8 else GGML_QUANT_SIZES[ggml_type][0])
     error = np.abs(stored - true).reshape(blocks).max(axis=1)
     # 2^-20: the arithmetic of this comparison and of ggml's scale is float32.
     allowed = np.abs(true).reshape(blocks).max(axis=1) * np.float32(bound.block_error * (1 + 2.0**-20))
@@ -383,18 +383,19 @@ def rounding_error(true: NDArray[np.float32], stored: NDArray[np.float32], ggml_
     return float(ratio.max(initial=0.0))
 
 
-def rounded_products(stored: StoredModel) -> set[str]:
-    """Names of the matrices whose products the engine takes with 8-bit activations (docs/numerics.md): the quantised
-    ones, but not the queries, keys and values of layer 0 that it folds with the code."""
+def rounded_products(stored: StoredModel) -> dict[str, int]:
+    """The matrices whose products the engine takes with 8-bit activations (docs/numerics.md): the quantised ones, but
+    not the queries, keys and values of layer 0 that it folds with the code. Name -> activations that share a scale."""
     floats = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
     folded = set()
     if stored.spec.code.kind != "learned":
         folded = {f"blk.0.{name}.weight" for name in ("attn_q", "attn_k", "attn_v")}
-    return (
-        {name for name, t in stored.types.items() if t not in floats}
-        - folded
-        - {"token_embd.weight", "token_code.weight"}
-    )
+    others = {*folded, "token_embd.weight", "token_code.weight"}
+    return {
+        name: stored.spec.tensors[name].shape[-1] if t == GGMLQuantizationType.I8 else 32
+        for name, t in stored.types.items()
+        if t not in floats and name not in others
+    }
 
 
 def _end_to_end(

@@ -4,7 +4,8 @@ The weights may come from a checkpoint or from a GGUF file: a spec reads its ten
 prompts go through a block before the next one is read, so a 2 GB model costs one block (50 MB for the published ones).
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,6 @@ _OUTPUT_ROWS = 8192
 # A block that adds less than this fraction of the residual stream is judged by the stream, whose float32 rounding would
 # otherwise count as the block's error.
 _LEAST_ADDED = 0.01
-_BLOCK = 32  # activations that share a scale: docs/numerics.md
 
 
 def reference_config(spec: ModelSpec) -> FixMinConfig:
@@ -70,12 +70,16 @@ def reference_logits(spec: ModelSpec, prompts: Sequence[NDArray[Any]]) -> list[N
 
 @torch.inference_mode()
 def step_errors(
-    spec: ModelSpec, states: Sequence[NDArray[np.float32]], logits: NDArray[np.float32], rounded: Collection[str] = ()
+    spec: ModelSpec,
+    states: Sequence[NDArray[np.float32]],
+    logits: NDArray[np.float32],
+    rounded: Mapping[str, int] = MappingProxyType({}),
 ) -> list[NDArray[np.float32]]:
     """How far a recorded forward pass is, step by step, from the reference that starts each step where the record does.
 
     states: the inputs of all blocks and the output of the last one, block_count + 1 times [T, D]. logits: [T, V].
-    rounded: names of the weights whose products the recorded engine takes with 8-bit activations (docs/numerics.md);
+    rounded: the weights whose products the recorded engine takes with 8-bit activations (docs/numerics.md), and how
+    many of these share a scale;
     their inputs are rounded here in the same way. Starting anew at every block matters for those: a difference of 1e-7
     turns a few roundings over, and over many blocks that grows to the size of the rounding itself.
 
@@ -89,7 +93,7 @@ def step_errors(
         added, least = (expected - before).norm(dim=-1), _LEAST_ADDED * after.norm(dim=-1)
         errors.append(_ratio((after - expected).norm(dim=-1), torch.maximum(added, least)))
     hidden = load_output_norm(spec, config)(torch.from_numpy(states[-1]))
-    hidden = round_activations(hidden) if "output.weight" in rounded else hidden
+    hidden = round_activations(hidden, rounded["output.weight"]) if "output.weight" in rounded else hidden
     expected = torch.from_numpy(project(spec, [hidden])[0])
     return [*errors, _ratio((torch.from_numpy(logits) - expected).norm(dim=-1), expected.norm(dim=-1))]
 
@@ -99,9 +103,9 @@ def _ratio(difference: Tensor, size: Tensor) -> NDArray[np.float32]:
     return torch.where(difference == 0, 0.0, difference / size).numpy()
 
 
-def round_activations(x: Tensor) -> Tensor:
-    """x [..., n] as the engine's 8-bit blocks represent it: 32 values share the scale amax / 127, half to even."""
-    blocks = x.unflatten(-1, (-1, _BLOCK))
+def round_activations(x: Tensor, block: int) -> Tensor:
+    """x [..., n] as the engine's 8 bits represent it: `block` values share the scale amax / 127, half to even."""
+    blocks = x.unflatten(-1, (-1, block))
     largest = blocks.abs().amax(-1, keepdim=True)
     inverse = torch.where(largest > 0, 127 / largest, torch.zeros_like(largest))
     return (torch.round(blocks * inverse) * (largest / 127)).flatten(-2)
@@ -122,14 +126,16 @@ def _tensor(values: NDArray[np.float32]) -> Tensor:
     return torch.from_numpy(np.require(values, requirements=["C", "W"]))
 
 
-def load_block(spec: ModelSpec, config: FixMinConfig, layer: int, rounded: Collection[str] = ()) -> FixMinBlock:
+def load_block(
+    spec: ModelSpec, config: FixMinConfig, layer: int, rounded: Mapping[str, int] = MappingProxyType({})
+) -> FixMinBlock:
     with torch.device("meta"):
         block = FixMinBlock(config, layer)
     prefix = f"blk.{layer}."
     _load(block, spec, prefix)
     for name, part in block.named_modules():
-        if f"{prefix}{name}.weight" in rounded:
-            part.register_forward_pre_hook(lambda _, inputs: (round_activations(inputs[0]),))
+        if block_size := rounded.get(f"{prefix}{name}.weight"):
+            part.register_forward_pre_hook(lambda _, inputs, n=block_size: (round_activations(inputs[0], n),))
     return block
 
 

@@ -55,6 +55,12 @@ def quantize(weight: NDArray[np.float32], kind: str) -> NDArray:
     return out
 
 
+def with_row_scales(weight: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """[rows, columns] -> codes of W8A8 and a scale for each row."""
+    amax = np.abs(weight).max(1)
+    return np.rint(weight * (np.float32(127) / amax)[:, None]).astype(np.int8), amax / np.float32(127)
+
+
 def random_blocks(kind: str, n: int, rng: np.random.Generator, spread: float = 100.0) -> NDArray[np.uint8]:
     """[n, bytes per block]: any bytes, also such that no quantiser writes, but finite scales."""
     blocks = rng.integers(0, 256, (n, block_sizes(kind)[1]), dtype=np.uint8)
@@ -120,8 +126,9 @@ def make_model(
         rope_dim: leading elements of each head that are rotated (None: all). scale: factor on q·k (None: d^-0.5).
         code_kind: "affine" (matrix [K, K], shift [K]; random where None), "table" (table [V, K]; random distinct rows
             where None) or "learned".
-        weight_type: ggml type of all 2-D weights. As the converter does, layer 0's q, k and v are kept at Q8_0 for
-            types below it. weight_types: the type of single tensors, by name without ".weight".
+        weight_type: ggml type of all 2-D weights, or "W8A8". As the converter does, layer 0's q, k and v are kept at
+            Q8_0 for types below it, and so is a learned embedding for W8A8. weight_types: the type of single tensors,
+            by name without ".weight".
         tokenizer_json: text for tokenizer.huggingface.json.
         edit: called with the writer before the file is written, to add keys or tensors or to spoil some.
 
@@ -167,8 +174,13 @@ def make_model(
         layer_0 = name in ("blk.0.attn_q", "blk.0.attn_k", "blk.0.attn_v")
         if layer_0 and type_name not in FLOAT_TYPES and name not in (weight_types or {}):
             type_name = "Q8_0"
-        kind = GGMLQuantizationType[type_name]
-        writer.add_tensor(name + ".weight", quantize(weight, type_name), raw_dtype=kind)
+        if type_name == "W8A8" and name != "token_embd":
+            codes, scales = with_row_scales(weight)
+            writer.add_tensor(name + ".weight", codes)
+            writer.add_tensor(name + ".weight_scale", scales)
+            return
+        type_name = "Q8_0" if type_name == "W8A8" else type_name
+        writer.add_tensor(name + ".weight", quantize(weight, type_name), raw_dtype=GGMLQuantizationType[type_name])
 
     def add_vector(name: str, length: int, mean: float) -> None:
         writer.add_tensor(name, (mean + 0.3 * rng.standard_normal(length)).astype(np.float32))
@@ -211,6 +223,8 @@ def make_model(
     add_norm("output_norm")
     add_linear("output", vocab_size, embedding_length)
 
+    if any(tensor.endswith(".weight_scale") for tensors in writer.tensors for tensor in tensors):
+        writer.add_uint32("fixmin.w8a8.version", 1)
     if edit is not None:
         edit(writer)
     writer.write_header_to_file()

@@ -4,11 +4,18 @@ import math
 from pathlib import Path
 
 import numpy as np
-from gguf import GGUFReader
+from gguf import GGUFReader, ReaderTensor
 from gguf.quants import dequantize
 from numpy.typing import ArrayLike, NDArray
 
 erf = np.vectorize(math.erf, otypes=[np.float64])
+
+
+def _values(tensor: ReaderTensor, scales: ReaderTensor | None) -> NDArray:
+    """float64; of a W8A8 matrix the codes times the scales of their rows."""
+    if scales is None:
+        return dequantize(tensor.data, tensor.tensor_type).astype(np.float64)
+    return tensor.data.astype(np.float64) * scales.data.astype(np.float64)[:, None]
 
 
 class Oracle:
@@ -17,7 +24,7 @@ class Oracle:
         self.meta = {name: field.contents() for name, field in reader.fields.items()}
         stored = {tensor.name: tensor for tensor in reader.tensors}
         self.code_rows = np.array(stored.pop("token_code.weight").data) if "token_code.weight" in stored else None
-        self.tensors = {name: dequantize(t.data, t.tensor_type).astype(np.float64) for name, t in stored.items()}
+        self.tensors = {name: _values(t, stored.get(f"{name}_scale")) for name, t in stored.items()}
 
     def key(self, name: str):
         return self.meta["fixmin." + name]

@@ -5,7 +5,8 @@ A file is what llama.cpp's tools would have written. F16, BF16, Q8_0 and Q4_0, a
 (`ggml_quantize_chunk` of the ggml-python package, which has to be compiled: `fixmin quantize` needs it). Both
 give the same bytes where both can, for float formats round-to-nearest-even of NumPy and PyTorch
 (tests/convert/test_writer.py).
-A further format is one more line in `OUT_TYPES`.
+A further format is one more line in `OUT_TYPES`. W8A8 is ours: signed bytes in a tensor of type I8 and a float32 scale
+for each row in a vector of its own, NAME + `SCALE_SUFFIX` (docs/numerics.md).
 """
 
 import ctypes
@@ -20,6 +21,13 @@ F16 = GGMLQuantizationType.F16
 BF16 = GGMLQuantizationType.BF16
 Q8_0 = GGMLQuantizationType.Q8_0
 Q4_0 = GGMLQuantizationType.Q4_0
+I8 = GGMLQuantizationType.I8
+
+# The scales of a matrix of type I8, and the key that says by which rules they are meant.
+SCALE_SUFFIX = "_scale"
+W8A8_KEY = "fixmin.w8a8.version"
+W8A8_VERSION = 1
+_W8A8_LONGEST = 133_000  # a sum of so many products of two bytes fits 32 bits
 
 # A float16 from here up rounds to infinity: half a unit above the largest finite one, 65504.
 _F16_OVERFLOW = 65520.0
@@ -46,12 +54,15 @@ class OutType:
 
 
 # Q8_0: half a step of amax/127, plus the float16 rounding of the scale (2^-11) times at most 127 steps.
+# W8A8: the same of a whole row, with the rounding of a float32 scale and of its product. GGUF has no number for it:
+# "guessed" is what it calls a file whose tensors say their types themselves.
 # Q4_0: codes -8..7 with scale -extreme/8: the far end misses one whole step, again plus the rounding of the scale.
 OUT_TYPES: dict[str, OutType] = {
     "f32": OutType(F32, LlamaFileType.ALL_F32, np.inf, 0.0, 0.0, 1e-4),
     "f16": OutType(F16, LlamaFileType.MOSTLY_F16, _F16_OVERFLOW, 2.0**-11, 2.0**-25, 2e-3),
     "bf16": OutType(BF16, LlamaFileType.MOSTLY_BF16, 2.0**128 * (1 - 2.0**-9), 2.0**-8, 0.0, 2e-2),
     "q8_0": OutType(Q8_0, LlamaFileType.MOSTLY_Q8_0, 127 * _F16_OVERFLOW, 0.5 / 127 + 2.0**-11, 127 * 2.0**-25, 5e-2),
+    "w8a8": OutType(I8, LlamaFileType.GUESSED, np.inf, 0.5 / 127 + 2.0**-22, 1e-30, 5e-2),
     "q4_0": OutType(Q4_0, LlamaFileType.MOSTLY_Q4_0, 8 * _F16_OVERFLOW, 1 / 8 + 2.0**-11, 8 * 2.0**-25, 0.5),
 }
 BY_GGML_TYPE: dict[GGMLQuantizationType, OutType] = {t.ggml: t for t in OUT_TYPES.values()}
@@ -86,7 +97,8 @@ def choose_type(name: str, shape: tuple[int, ...], outtype: str) -> tuple[GGMLQu
 
     Vectors (norms, biases) stay F32: they are a thousandth of the file. The queries, keys and values of layer 0 are
     folded with the code into K + 2 columns at load and never read again, so nothing is saved by storing them in
-    fewer bits than Q8_0.
+    fewer bits than Q8_0, and no product with them is rounded as W8A8's are. Rows of a learned embedding are read, not
+    multiplied.
     """
     wanted = OUT_TYPES[outtype].ggml
     if len(shape) == 1:
@@ -96,10 +108,21 @@ def choose_type(name: str, shape: tuple[int, ...], outtype: str) -> tuple[GGMLQu
         bits_per_weight(wanted) < bits_per_weight(Q8_0)
     ):
         wanted, reason = Q8_0, "layer 0 is folded at load"
-    block = GGML_QUANT_SIZES[wanted][0]
-    if shape[-1] % block:
-        return F16, f"rows of {shape[-1]} do not divide into blocks of {block}"
+    if name == "token_embd.weight" and wanted == I8:
+        wanted, reason = Q8_0, "rows of an embedding are not multiplied"
+    if why := unfit(wanted, shape[-1]):
+        return F16, why
     return wanted, reason
+
+
+def unfit(ggml_type: GGMLQuantizationType, row: int) -> str | None:
+    """Why rows of so many weights cannot have a type, or None."""
+    block = 32 if ggml_type == I8 else GGML_QUANT_SIZES[ggml_type][0]
+    if row % block:
+        return f"rows of {row} do not divide into blocks of {block}"
+    if ggml_type == I8 and row > _W8A8_LONGEST:
+        return f"rows of {row} are longer than the {_W8A8_LONGEST} of W8A8"
+    return None
 
 
 def quantize_rows(
@@ -124,9 +147,25 @@ def quantize_rows(
             raise OverflowError(f"holds the value {extreme:.6g}, which overflows {ggml_type.name}")
     if ggml_type == F32:
         return rows.view(np.uint8)
+    if ggml_type == I8:
+        return row_codes(rows).view(np.uint8)
     if importance is None and ggml_type in BY_GGML_TYPE:
         return quants.quantize(rows, ggml_type).view(np.uint8)
     return _quantized_by_ggml(rows, ggml_type, importance)
+
+
+def row_scales(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    """W8A8's scale of each row [m, n] -> [m]: largest magnitude / 127, and 0 below 1e-30."""
+    largest = np.maximum(rows.max(axis=1), -rows.min(axis=1))
+    return np.where(largest < 1e-30, np.float32(0), largest / np.float32(127))
+
+
+def row_codes(rows: NDArray[np.float32]) -> NDArray[np.int8]:
+    """W8A8's codes [m, n]: row * (127 / largest magnitude), rounded to nearest, ties to even."""
+    largest = np.maximum(rows.max(axis=1), -rows.min(axis=1))
+    with np.errstate(divide="ignore", over="ignore"):
+        inverse = np.where(largest < 1e-30, np.float32(0), np.float32(127) / largest)
+    return np.rint(rows * inverse[:, None]).astype(np.int8)
 
 
 def _quantized_by_ggml(

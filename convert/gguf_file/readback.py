@@ -18,15 +18,16 @@ from ... import _core
 from ...errors import GGUFError, naming
 from ...recognise import refuse_wrong_model
 from ..spec import CodeSpec, ModelSpec, TensorRecipe
-from .formats import row_bytes
+from .formats import F32, SCALE_SUFFIX, row_bytes
 
 
 @dataclass(frozen=True)
 class StoredModel:
-    """A file as it is on the disk. `types`: ggml type of each tensor of `spec`."""
+    """A file as it is on the disk. `types`: ggml type of each tensor of `spec`; `scales`: of its W8A8 matrices."""
 
     spec: ModelSpec
     types: dict[str, GGMLQuantizationType]
+    scales: dict[str, TensorRecipe]
     metadata: dict[str, Any]
 
 
@@ -45,6 +46,12 @@ def read_gguf(path: str | os.PathLike[str]) -> StoredModel:
         keys = _Keys(path, metadata)
         types = {t.name: GGMLQuantizationType[t.type] for t in file.tensors}
         recipes = {t.name: _recipe(path, t, types[t.name]) for t in file.tensors if t.name != "token_code.weight"}
+        scales = {}
+        for name in [name for name in recipes if types[name] == GGMLQuantizationType.I8]:
+            if (scale := recipes.pop(name + SCALE_SUFFIX, None)) is None or types.pop(name + SCALE_SUFFIX) != F32:
+                raise GGUFError(f"{path}: {name} is of type I8 and {name}{SCALE_SUFFIX} is missing or not F32")
+            scales[name] = scale
+            recipes[name] = _scaled(recipes[name], scale)
         is_rms = "fixmin.attention.layer_norm_rms_epsilon" in metadata
         spec = ModelSpec(
             vocab_size=keys.get("vocab_size", int),
@@ -66,7 +73,7 @@ def read_gguf(path: str | os.PathLike[str]) -> StoredModel:
             conventions={},
             name=str(metadata.get("general.name", path.stem)),
         )
-        return StoredModel(spec, types, metadata)
+        return StoredModel(spec, types, scales, metadata)
 
 
 class _Keys:
@@ -124,6 +131,17 @@ def _recipe(path: Path, tensor: _core.GgufTensor, ggml_type: GGMLQuantizationTyp
             raw = np.frombuffer(os.pread(data.fileno(), (stop - start) * row, offset + start * row), dtype=np.uint8)
         if raw.size != (stop - start) * row:
             raise GGUFError(f"{path}: {tensor.name}: the file ends before offset {offset + stop * row}")
+        if ggml_type == GGMLQuantizationType.I8:
+            return raw.view(np.int8).astype(np.float32).reshape(stop - start, *shape[1:])
         return quants.dequantize(raw, ggml_type).reshape(stop - start, *shape[1:])
 
     return TensorRecipe(shape, (tensor.name,), read_rows)
+
+
+def _scaled(codes: TensorRecipe, scales: TensorRecipe) -> TensorRecipe:
+    """Rows of codes times the scales of the rows."""
+
+    def read_rows(start: int, stop: int) -> NDArray[np.float32]:
+        return codes.load_rows(start, stop) * scales.load_rows(start, stop)[:, None]
+
+    return TensorRecipe(codes.shape, codes.sources, read_rows)

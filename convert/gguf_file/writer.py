@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -36,7 +37,19 @@ from ...errors import CheckpointError, GGUFError, UnsupportedError
 from ...inspect import CERTIFICATE_PREFIX
 from ...tokenizer import EOS_IDS_KEY
 from ..spec import ModelSpec, TensorRecipe
-from .formats import OUT_TYPES, NotFiniteError, choose_type, quantize_rows, row_bytes
+from .formats import (
+    F32,
+    I8,
+    OUT_TYPES,
+    SCALE_SUFFIX,
+    W8A8_KEY,
+    W8A8_VERSION,
+    NotFiniteError,
+    choose_type,
+    quantize_rows,
+    row_bytes,
+    row_scales,
+)
 
 ARCHITECTURE = "fixmin"
 
@@ -269,7 +282,8 @@ class TensorPlan:
 
     @property
     def n_weights(self) -> int:
-        return self.n_rows * self.shape[-1]
+        """0 for the scales of a matrix."""
+        return 0 if self.name.endswith(SCALE_SUFFIX) else self.n_rows * self.shape[-1]
 
 
 def plan_tensors(spec: ModelSpec, outtype: str) -> list[TensorPlan]:
@@ -278,12 +292,28 @@ def plan_tensors(spec: ModelSpec, outtype: str) -> list[TensorPlan]:
     for name, recipe in spec.tensors.items():
         ggml_type, note = choose_type(name, recipe.shape, outtype)
         plans.append(TensorPlan(name, recipe.shape, ggml_type, recipe, note))
+        if ggml_type == I8:
+            plans.append(scale_plan(plans[-1]))
     if spec.code.table is not None:
         # Bit i of a row is bit i % 8, least significant first, of byte i / 8.
         packed = np.packbits(spec.code.table, axis=1, bitorder="little").view(np.int8)
         recipe = TensorRecipe(packed.shape, (), lambda start, stop: packed[start:stop])
         plans.append(TensorPlan("token_code.weight", packed.shape, GGMLQuantizationType.I8, recipe, is_stored=True))
     return plans
+
+
+def scale_plan(matrix: TensorPlan, stored: TensorRecipe | None = None) -> TensorPlan:
+    """The vector of scales of a W8A8 matrix, which stands behind it: computed, or as it is stored already."""
+
+    def read(start: int, stop: int) -> NDArray[np.float32]:
+        step = max(1, _CHUNK // matrix.shape[-1])
+        ends = [*range(start, stop, step), stop]
+        parts = (matrix.recipe.load_rows(first, last) for first, last in itertools.pairwise(ends))
+        return np.concatenate([row_scales(part) for part in parts])
+
+    shape = matrix.shape[:1]
+    recipe = stored or TensorRecipe(shape, matrix.recipe.sources, read)
+    return TensorPlan(matrix.name + SCALE_SUFFIX, shape, F32, recipe)
 
 
 @dataclass
@@ -303,6 +333,8 @@ class Layout:
         n_weights = sum(tensor.n_weights for tensor in tensors)
         metadata = model_metadata(spec, outtype)
         metadata["general.size_label"] = _text(size_label(n_weights, n_weights, 0, 0))
+        if any(t.name.endswith(SCALE_SUFFIX) for t in tensors):
+            metadata[W8A8_KEY] = _u32(W8A8_VERSION)
         return cls(tensors, {**metadata, **provenance_metadata(provenance), **tokenizer_metadata(spec)})
 
     @property
@@ -337,7 +369,7 @@ class Layout:
             done = 0
             for tensor, part, is_last in self._quantised(pool, window=n_threads + 1):
                 file.write(part)
-                done += part.shape[0] * tensor.shape[-1]
+                done += part.shape[0] * tensor.n_weights // tensor.n_rows
                 if is_last:
                     file.write(bytes(_pad(tensor.n_bytes) - tensor.n_bytes))
                 progress(done, self.n_weights, tensor.name)

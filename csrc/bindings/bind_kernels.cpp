@@ -72,11 +72,11 @@ class KernelTable {
   public:
     explicit KernelTable(const std::string& isa) : k_(kernels::select(isa)) {}
 
-    py::tuple quantize_activations(const Floats& x) const {
+    py::tuple quantize_activations(const Floats& x, bool by_row) const {
         expect(x.ndim() == 1 && x.size() % quant::block_size == 0, "x must be [n], n a multiple of 32");
         const py::ssize_t n_blocks = x.size() / quant::block_size;
         std::vector<ActivationBlock> blocks(static_cast<size_t>(n_blocks));
-        k_.quantize_activations(x.data(), uint32_t(x.size()), blocks.data());
+        (by_row ? k_.quantize_row : k_.quantize_activations)(x.data(), uint32_t(x.size()), blocks.data());
         py::array_t<int8_t> q(x.size());
         py::array_t<float> scale(n_blocks);
         py::array_t<int32_t> sum(n_blocks);
@@ -106,7 +106,10 @@ class KernelTable {
                    "a weight is not finite");
         }
         std::vector<ActivationBlock> blocks(size_t(tokens) * (inner / quant::block_size));
-        if (quant::is_quantized(type)) k_.quantize_activations(x.data(), tokens * inner, blocks.data());
+        for (uint32_t t = 0; quant::is_quantized(type) && t < tokens; ++t) {
+            const auto quantize = quant::scales_rows(type) ? k_.quantize_row : k_.quantize_activations;
+            quantize(x.data() + size_t(t) * inner, inner, blocks.data() + size_t(t) * (inner / quant::block_size));
+        }
         std::vector<float> padded_bias;
         if (const float* b = data_or_null(bias, rows, "bias must be [rows]")) {
             padded_bias.resize(size_t(n_panels) * quant::panel_rows);
@@ -237,7 +240,7 @@ void bind_kernels(py::module_& m) {
     py::class_<KernelTable>(m, "Kernels",
                             "Single kernels of one instruction set, for tests; see csrc/kernels/kernels.h.")
         .def(py::init<const std::string&>(), py::arg("isa"))
-        .def("quantize_activations", &KernelTable::quantize_activations, py::arg("x"))
+        .def("quantize_activations", &KernelTable::quantize_activations, py::arg("x"), py::arg("by_row") = false)
         .def("matmul", &KernelTable::matmul, py::arg("type"), py::arg("data"), py::arg("rows"), py::arg("x"),
              py::arg("bias") = py::none(), py::arg("residual") = py::none(), py::arg("panels_per_call") = 0)
         .def("norm", &KernelTable::norm, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("eps"),

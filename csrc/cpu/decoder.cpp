@@ -103,8 +103,7 @@ bool Decoder::forward(const Batch& batch, Team& team, InputSquares* all_squares)
         team.barrier();
         attend(l, batch, team);  // softmax(q.k * scale) v
         team.barrier();
-        const Rows rows =
-            as_rows(attended_.data(), hp_.q_length(), n_tokens, is_quantized(layer.attn_output.type), team);
+        const Rows rows = as_rows(attended_.data(), hp_.q_length(), n_tokens, read_by(layer.attn_output), team);
         if (squares) add_squares(squares->attn_output, rows.values, n_tokens, team);
         multiply(layer.attn_output, rows, n_tokens, x_.data(), hp_.embedding_length, true, team);  // x += Wo (...)
         team.barrier();
@@ -119,7 +118,7 @@ bool Decoder::forward(const Batch& batch, Team& team, InputSquares* all_squares)
 
 void Decoder::project(std::span<const uint32_t> rows, float* logits, Team& team, InputSquares* squares) {
     const uint32_t n = uint32_t(rows.size());
-    const Rows normed = normalized(weights_.output_norm, n, is_quantized(weights_.output.type), team, rows.data());
+    const Rows normed = normalized(weights_.output_norm, n, read_by(weights_.output), team, rows.data());
     if (squares) add_squares(squares->output, normed.values, n, team);
     multiply(weights_.output, normed, n, logits, hp_.vocab_size, false, team);
 }
@@ -141,12 +140,14 @@ void Decoder::project_qkv(uint32_t l, const Batch& batch, InputSquares::Block* s
         return;
     }
     const Layer& layer = weights_.layers[l];
-    const bool quantize = is_quantized(layer.q.type) || is_quantized(layer.k.type) || is_quantized(layer.v.type);
-    const Rows rows = normalized(layer.attn_norm, n_tokens, quantize, team);
+    Rows rows = normalized(layer.attn_norm, n_tokens, read_by(layer.q), team);
     if (squares) add_squares(squares->qkv, rows.values, n_tokens, team);
-    multiply(layer.q, rows, n_tokens, qkv_.data(), stride, false, team);
-    multiply(layer.k, rows, n_tokens, qkv_.data() + hp_.q_length(), stride, false, team);
-    multiply(layer.v, rows, n_tokens, qkv_.data() + hp_.q_length() + hp_.kv_length(), stride, false, team);
+    float* out = qkv_.data();
+    for (const Linear* w : {&layer.q, &layer.k, &layer.v}) {
+        rows = for_product(rows, *w, n_tokens, team);
+        multiply(*w, rows, n_tokens, out, stride, false, team);
+        out += w->rows;
+    }
 }
 
 // Rotates and stores keys, then attends; a thread takes whole key/value heads of a chunk, so nothing waits in between.
@@ -217,11 +218,17 @@ void Decoder::prefetch_kv(uint32_t l, const Batch& batch, const Team& team) cons
 void Decoder::feed_forward(const Layer& layer, uint32_t n_tokens, InputSquares::Block* squares, Team& team) {
     const bool swiglu = hp_.activation == Activation::swiglu;
     const uint32_t f = hp_.feed_forward_length;
-    const bool quantize = is_quantized(layer.up.type) || (swiglu && is_quantized(layer.gate.type));
-    const Rows rows = normalized(layer.ffn_norm, n_tokens, quantize, team);
+    Rows rows = normalized(layer.ffn_norm, n_tokens, read_by(swiglu ? layer.gate : layer.up), team);
     if (squares) add_squares(squares->gate_up, rows.values, n_tokens, team);
+    // Of one kind of rows both products of a part are made together.
+    const bool apart = swiglu && read_by(layer.gate) != read_by(layer.up);
+    if (apart) {
+        multiply(layer.gate, rows, n_tokens, gate_.data(), f, false, team);
+        team.barrier();
+        rows = for_product(rows, layer.up, n_tokens, team);
+    }
     for_parts(layer.up, n_tokens, team, [&](Part part) {
-        if (swiglu) {
+        if (swiglu && !apart) {
             const bool alike = layer.gate.type == layer.up.type;  // else each lays out tokens anew
             part.same_tokens &= alike;
             multiply_part(layer.gate, rows, part, gate_.data(), f, false, team);
@@ -231,7 +238,7 @@ void Decoder::feed_forward(const Layer& layer, uint32_t n_tokens, InputSquares::
         activate(part.first_token, part.n_tokens, part.first_row, part.end_row);
     });
     team.barrier();
-    const Rows hidden = as_rows(up_.data(), f, n_tokens, is_quantized(layer.down.type), team);
+    const Rows hidden = as_rows(up_.data(), f, n_tokens, read_by(layer.down), team);
     if (squares) add_squares(squares->down, hidden.values, n_tokens, team);
     multiply(layer.down, hidden, n_tokens, x_.data(), hp_.embedding_length, true, team);
 }
@@ -254,42 +261,54 @@ void Decoder::normalize_row(const Norm& norm, const float* x, float* y) const {
     kernel(x, hp_.embedding_length, hp_.norm_eps, norm.weight.data(), norm.bias_or_null(), y);
 }
 
+void Decoder::quantize(const float* x, uint32_t length, InBytes in_bytes, ActivationBlock* out) const {
+    if (in_bytes == InBytes::blocks) kernels_.quantize_activations(x, length, out);
+    if (in_bytes == InBytes::rows) kernels_.quantize_row(x, length, out);
+}
+
 // Of the residual stream: its first rows, or those that are listed. A single one is prepared by every thread for
 // itself: cheaper than a barrier.
-Decoder::Rows Decoder::normalized(const Norm& norm, uint32_t n_tokens, bool quantize, Team& team,
+Decoder::Rows Decoder::normalized(const Norm& norm, uint32_t n_tokens, InBytes in_bytes, Team& team,
                                   const uint32_t* rows) {
     const uint32_t d = hp_.embedding_length;
     const auto x = [&](uint32_t t) { return x_.data() + size_t(rows ? rows[t] : t) * d; };
     if (n_tokens == 1) {
         Private& own = private_[team.index];
         normalize_row(norm, x(0), own.row.data());
-        if (quantize) kernels_.quantize_activations(own.row.data(), d, own.blocks.data());
-        return {own.row.data(), own.blocks.data(), d};
+        quantize(own.row.data(), d, in_bytes, own.blocks.data());
+        return {own.row.data(), own.blocks.data(), d, in_bytes};
     }
     const auto [begin, end] = team.share(n_tokens);
     for (uint32_t t = begin; t < end; ++t) {
         float* y = normed_.data() + size_t(t) * d;
         normalize_row(norm, x(t), y);
-        if (quantize) kernels_.quantize_activations(y, d, quantized_.data() + size_t(t) * (d / block_size));
+        quantize(y, d, in_bytes, quantized_.data() + size_t(t) * (d / block_size));
     }
     team.barrier();
-    return {normed_.data(), quantized_.data(), d};
+    return {normed_.data(), quantized_.data(), d, in_bytes};
 }
 
-Decoder::Rows Decoder::as_rows(const float* values, uint32_t length, uint32_t n_tokens, bool quantize, Team& team) {
-    if (!quantize) return {values, nullptr, length};
+Decoder::Rows Decoder::as_rows(const float* values, uint32_t length, uint32_t n_tokens, InBytes in_bytes, Team& team) {
+    if (in_bytes == InBytes::none) return {values, nullptr, length, in_bytes};
     if (n_tokens == 1) {
         Private& own = private_[team.index];
-        kernels_.quantize_activations(values, length, own.blocks.data());
-        return {values, own.blocks.data(), length};
+        quantize(values, length, in_bytes, own.blocks.data());
+        return {values, own.blocks.data(), length, in_bytes};
     }
     const auto [begin, end] = team.share(n_tokens);
     for (uint32_t t = begin; t < end; ++t) {
-        kernels_.quantize_activations(values + size_t(t) * length, length,
-                                      quantized_.data() + size_t(t) * (length / block_size));
+        quantize(values + size_t(t) * length, length, in_bytes, quantized_.data() + size_t(t) * (length / block_size));
     }
     team.barrier();
-    return {values, quantized_.data(), length};
+    return {values, quantized_.data(), length, in_bytes};
+}
+
+// The same rows as w reads them, where the matrix before was of another type.
+Decoder::Rows Decoder::for_product(const Rows& rows, const Linear& w, uint32_t n_tokens, Team& team) {
+    const InBytes wanted = read_by(w);
+    if (wanted == InBytes::none || wanted == rows.in_bytes) return rows;
+    if (n_tokens > 1) team.barrier();  // others still multiply
+    return as_rows(rows.values, rows.length, n_tokens, wanted, team);
 }
 
 // Tokens in passes, panels inside; a piece of that is one or more parts. Several tokens take panels in pairs, as the

@@ -16,6 +16,7 @@ namespace fixmin::cpu {
 
 using model::Batch;
 using model::Chunk;
+using model::InBytes;
 using model::InputSquares;
 using model::Linear;
 using model::Norm;
@@ -42,11 +43,12 @@ class Decoder {
     size_t buffer_bytes() const;
 
   private:
-    // What a matrix product reads: rows as float32, in 8 bits, or both.
+    // What a matrix product reads: rows as float32, and perhaps in 8 bits.
     struct Rows {
         const float* values;                        // [T][length]
         const kernels::ActivationBlock* quantized;  // [T][length/32]
         uint32_t length;
+        InBytes in_bytes;
     };
 
     // Some rows of a product for some tokens.
@@ -63,8 +65,10 @@ class Decoder {
         Buffer<std::byte> scratch;                // of kernels
     };
 
-    Rows normalized(const Norm& norm, uint32_t n_tokens, bool quantize, Team& team, const uint32_t* rows = nullptr);
-    Rows as_rows(const float* values, uint32_t length, uint32_t n_tokens, bool quantize, Team& team);
+    void quantize(const float* x, uint32_t length, InBytes in_bytes, kernels::ActivationBlock* out) const;
+    Rows normalized(const Norm& norm, uint32_t n_tokens, InBytes in_bytes, Team& team, const uint32_t* rows = nullptr);
+    Rows as_rows(const float* values, uint32_t length, uint32_t n_tokens, InBytes in_bytes, Team& team);
+    Rows for_product(const Rows& rows, const Linear& w, uint32_t n_tokens, Team& team);
     void multiply(const Linear& w, const Rows& rows, uint32_t n_tokens, float* out, size_t out_stride, bool accumulate,
                   Team& team);
     void multiply_part(const Linear& w, const Rows& rows, const Part& part, float* out, size_t out_stride,

@@ -24,10 +24,11 @@ inline constexpr uint32_t few_threads = 256, few_depth = 4;  // products of few 
 inline constexpr uint32_t many_threads = 256;                // of many
 inline constexpr uint32_t wide_rows = 128, wide_tokens = 128, narrow_rows = 64, narrow_tokens = 64;  // of a block
 inline constexpr size_t many_bytes = 48 << 10;
+inline constexpr size_t few_sums_bytes = 8 << 10;  // of W8A8 (scaled_rows.cuh)
 /// Those that the usual files consist of: a second size of tiles for every type would double what there is to compile.
 constexpr bool has_wide_tiles(quant::WeightType type) {
     using enum quant::WeightType;
-    return type == q8_0 || type == q4_0 || type == q4_k || type == q6_k;
+    return type == q8_0 || type == q4_0 || type == q4_k || type == q6_k || type == w8a8;
 }
 /// Types of which the code of 0 is the middle of all codes.
 constexpr bool is_centred(quant::WeightType type) {
@@ -114,6 +115,13 @@ struct ActivateArgs {
     float* values;      // [T][length], in place
     uint32_t length, n_tokens;
     QuantizedRows quantized;  // codes may be null
+};
+
+/// grid (tokens): rows in 8 bits with one scale for a row, which stands at each block; length is a multiple of 32.
+struct RowsInBytesArgs {
+    const float* values;  // [T][length]
+    uint32_t length;
+    QuantizedRows quantized;
 };
 
 /// A matrix that is multiplied.

@@ -14,6 +14,7 @@ namespace fixmin::cuda {
 using model::Activation;
 using model::Batch;
 using model::Chunk;
+using model::InBytes;
 using model::Layer;
 using model::Linear;
 using model::Norm;
@@ -46,6 +47,7 @@ Kernel few_kernel(WeightType type) {
         case WeightType::q6_k: return Kernel::few_q6_k;
         case WeightType::iq4_nl: return Kernel::few_iq4_nl;
         case WeightType::iq4_xs: return Kernel::few_iq4_xs;
+        case WeightType::w8a8: return Kernel::few_w8a8;
     }
     throw UnsupportedError("this weight type has no kernel for a GPU");
 }
@@ -232,7 +234,7 @@ void CudaBackend::project(std::span<const uint32_t> rows, float* logits) {
 }
 
 void CudaBackend::project_on_device(const uint32_t* rows, uint32_t n) {
-    const Rows normed = normalized(weights_.output_norm, n, is_quantized(weights_.output.type), rows);
+    const Rows normed = normalized(weights_.output_norm, n, read_by(weights_.output), rows);
     if (squares_) add_squares(squares_->output, normed, n);
     multiply(weights_.output, normed, n, logits_.as<float>(), hp_.vocab_size);
 }
@@ -363,8 +365,7 @@ void CudaBackend::project_qkv(uint32_t l, uint32_t n_tokens) {
         return;
     }
     const Layer& layer = weights_.layers[l];
-    const bool quantize = is_quantized(layer.q.type) || is_quantized(layer.k.type) || is_quantized(layer.v.type);
-    const Rows rows = normalized(layer.attn_norm, n_tokens, quantize);
+    const Rows rows = normalized(layer.attn_norm, n_tokens, read_by(layer.q));
     if (squares_) add_squares(squares_->blocks[l].qkv, rows, n_tokens);
     float *const k = qkv + hp_.q_length(), *const v = k + hp_.kv_length();
     multiply(std::array{Product{layer.q, qkv}, Product{layer.k, k}, Product{layer.v, v}}, rows, n_tokens, stride);
@@ -379,8 +380,8 @@ CudaBackend::Rows CudaBackend::attend(uint32_t l, uint32_t n_tokens) {
         device_->launch(Kernel::store_kv, {tiles(2 * kv_heads, store_warps), n_tokens, 32 * store_warps},
                         StoreArgs{kv, positions_, tables_});
     }
-    const bool quantize = is_quantized(weights_.layers[l].attn_output.type),
-               at_once = quantize && d % block_size == 0 && !squares_;
+    const InBytes in_bytes = read_by(weights_.layers[l].attn_output);
+    const bool at_once = in_bytes == InBytes::blocks && d % block_size == 0 && !squares_;
     AttentionArgs args{kv, tiles_on_device_, hp_.attention_scale, tiles_are_chunks_, 0, nullptr, {}};
     if (at_once)
         args.quantized = quantized_rows(true);
@@ -393,8 +394,8 @@ CudaBackend::Rows CudaBackend::attend(uint32_t l, uint32_t n_tokens) {
         device_->launch(attention_kernel(shape, kv_type_), {kv_heads, n_tiles_[shape], space.threads, space.bytes()},
                         args);
     }
-    if (at_once) return {nullptr, args.quantized};
-    return activated(ActivateArgs::Function::none, attended_.as<float>(), hp_.q_length(), n_tokens, quantize);
+    if (at_once) return {nullptr, args.quantized, in_bytes};
+    return activated(ActivateArgs::Function::none, attended_.as<float>(), hp_.q_length(), n_tokens, in_bytes);
 }
 
 // The smallest that takes so many queries at once, or the largest that the device has shared memory for.
@@ -421,8 +422,7 @@ void CudaBackend::feed_forward(uint32_t l, uint32_t n_tokens) {
     const Layer& layer = weights_.layers[l];
     const uint32_t f = hp_.feed_forward_length;
     const bool swiglu = hp_.activation == Activation::swiglu;
-    const bool quantize = is_quantized(layer.up.type) || (swiglu && is_quantized(layer.gate.type));
-    const Rows rows = normalized(layer.ffn_norm, n_tokens, quantize);
+    const Rows rows = normalized(layer.ffn_norm, n_tokens, read_by(swiglu ? layer.gate : layer.up));
     if (squares_) add_squares(squares_->blocks[l].gate_up, rows, n_tokens);
     const Product up{layer.up, up_.as<float>()};
     if (swiglu)
@@ -433,36 +433,54 @@ void CudaBackend::feed_forward(uint32_t l, uint32_t n_tokens) {
     const Function function = swiglu                               ? Function::swiglu
                               : hp_.activation == Activation::gelu ? Function::gelu
                                                                    : Function::gelu_tanh;
-    const Rows hidden = activated(function, up_.as<float>(), f, n_tokens, is_quantized(layer.down.type));
+    const Rows hidden = activated(function, up_.as<float>(), f, n_tokens, read_by(layer.down));
     if (squares_) add_squares(squares_->blocks[l].down, hidden, n_tokens);
     multiply(layer.down, hidden, n_tokens, x_.as<float>(), hp_.embedding_length, true);
 }
 
 // Of the residual stream: its first rows, or those that are listed.
-CudaBackend::Rows CudaBackend::normalized(const Norm& norm, uint32_t n_tokens, bool quantize, const uint32_t* rows) {
+CudaBackend::Rows CudaBackend::normalized(const Norm& norm, uint32_t n_tokens, InBytes in_bytes, const uint32_t* rows) {
     const uint32_t d = hp_.embedding_length;
-    const QuantizedRows quantized = quantized_rows(quantize);
+    const QuantizedRows quantized = quantized_rows(in_bytes == InBytes::blocks);
     device_->launch(Kernel::norm_rows, {n_tokens, 1, row_threads, (d + 2) * sizeof(float)},
                     NormArgs{x_.as<float>(), rows, d, hp_.norm_eps, hp_.rms_norm, on_device(norm.weight),
                              on_device(norm.bias), normed_.as<float>(), quantized});
-    return {normed_.as<float>(), quantized};
+    if (in_bytes == InBytes::rows) return with_row_scales(normed_.as<float>(), d, n_tokens);
+    return {normed_.as<float>(), quantized, in_bytes};
+}
+
+CudaBackend::Rows CudaBackend::with_row_scales(const float* values, uint32_t length, uint32_t n_tokens) {
+    const QuantizedRows quantized = quantized_rows(true);
+    device_->launch(Kernel::quantize_rows, {n_tokens, 1, row_threads, 2 * row_threads / 32 * sizeof(float)},
+                    RowsInBytesArgs{values, length, quantized});
+    return {values, quantized, InBytes::rows};
+}
+
+// The same rows as w reads them, where the matrix before was of another type.
+CudaBackend::Rows CudaBackend::for_product(const Rows& rows, const Linear& w, uint32_t n_tokens) {
+    const InBytes wanted = read_by(w);
+    if (wanted == InBytes::none || wanted == rows.in_bytes) return rows;
+    return activated(ActivateArgs::Function::none, const_cast<float*>(rows.values), w.inner, n_tokens, wanted);
 }
 
 CudaBackend::Rows CudaBackend::activated(ActivateArgs::Function function, float* values, uint32_t length,
-                                         uint32_t n_tokens, bool quantize) {
-    const QuantizedRows quantized = quantized_rows(quantize);
-    if (function != ActivateArgs::Function::none || quantize) {
+                                         uint32_t n_tokens, InBytes in_bytes) {
+    const bool in_blocks = in_bytes == InBytes::blocks;
+    const QuantizedRows quantized = quantized_rows(in_blocks);
+    if (function != ActivateArgs::Function::none || in_blocks) {
         device_->launch(Kernel::activate, {tiles(length, 32), tiles(n_tokens, tile_tokens), 32 * tile_tokens},
                         ActivateArgs{function, gate_.as<float>(), values, length, n_tokens, quantized});
     }
-    return {values, quantized};
+    if (in_bytes == InBytes::rows) return with_row_scales(values, length, n_tokens);
+    return {values, quantized, in_bytes};
 }
 
 // Neighbours of one type go together.
-void CudaBackend::multiply(std::span<const Product> products, const Rows& rows, uint32_t n_tokens, uint32_t out_stride,
+void CudaBackend::multiply(std::span<const Product> products, Rows rows, uint32_t n_tokens, uint32_t out_stride,
                            bool accumulate) {
     while (!products.empty()) {
         const Linear& first = products[0].w;
+        rows = for_product(rows, first, n_tokens);
         ProductArgs args{};
         args.inner = first.inner, args.n_tokens = n_tokens, args.out_stride = out_stride;
         args.panel_stride = first.panel_stride;
@@ -506,7 +524,7 @@ void CudaBackend::launch_product(WeightType type, ProductArgs args) {
     if (uint64_t(small.first) * small.second <= 8 * n * rounds(narrow)) {
         const bool has_min = quant::block_format(type).has_min;
         return launch(few_kernel(type), blocks(quant::panel_rows, few_tokens(has_min)), few_threads,
-                      few_bytes(has_min, args.n_tokens));
+                      quant::scales_rows(type) ? few_sums_bytes : few_bytes(has_min, args.n_tokens));
     }
     args.wide = has_wide_tiles(type) && rounds(wide) * 36 <= rounds(narrow) * 10;
     launch(many_kernel(type), args.wide ? wide : narrow, many_threads, many_bytes);

@@ -55,6 +55,7 @@ class CudaBackend final : public model::Backend {
     struct Rows {
         const float* values;      // [T][length]
         QuantizedRows quantized;  // codes are null where no product needs them
+        model::InBytes in_bytes;
     };
 
     void take_memory();
@@ -78,13 +79,17 @@ class CudaBackend final : public model::Backend {
     uint32_t tile_shape(uint32_t n_queries) const;
     AttentionSpace attention_space(uint32_t shape) const;
     void feed_forward(uint32_t layer, uint32_t n_tokens);
-    Rows normalized(const model::Norm& norm, uint32_t n_tokens, bool quantize, const uint32_t* rows = nullptr);
-    Rows activated(ActivateArgs::Function function, float* values, uint32_t length, uint32_t n_tokens, bool quantize);
+    Rows normalized(const model::Norm& norm, uint32_t n_tokens, model::InBytes in_bytes,
+                    const uint32_t* rows = nullptr);
+    Rows activated(ActivateArgs::Function function, float* values, uint32_t length, uint32_t n_tokens,
+                   model::InBytes in_bytes);
+    Rows with_row_scales(const float* values, uint32_t length, uint32_t n_tokens);
+    Rows for_product(const Rows& rows, const model::Linear& w, uint32_t n_tokens);
     struct Product {
         const model::Linear& w;
         float* out;
     };
-    void multiply(std::span<const Product> products, const Rows& rows, uint32_t n_tokens, uint32_t out_stride,
+    void multiply(std::span<const Product> products, Rows rows, uint32_t n_tokens, uint32_t out_stride,
                   bool accumulate = false);
     void multiply(const model::Linear& w, const Rows& rows, uint32_t n_tokens, float* out, uint32_t out_stride,
                   bool accumulate = false) {

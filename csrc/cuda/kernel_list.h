@@ -32,6 +32,8 @@
     X(few_q6_k, ProductArgs)              \
     X(few_iq4_nl, ProductArgs)            \
     X(few_iq4_xs, ProductArgs)            \
+    X(few_w8a8, ProductArgs)              \
+    X(quantize_rows, RowsInBytesArgs)     \
     X(store_kv, StoreArgs)                \
     X(attention_many_f32, AttentionArgs)  \
     X(attention_many_f16, AttentionArgs)  \
@@ -48,6 +50,7 @@
     X(many_q6_k, ProductArgs)             \
     X(many_iq4_nl, ProductArgs)           \
     X(many_iq4_xs, ProductArgs)           \
+    X(many_w8a8, ProductArgs)             \
     X(run_step, StepArgs)                 \
     X(survey_logits, ExtractArgs)         \
     X(weigh_logits, ExtractArgs)          \

@@ -5,3 +5,4 @@
 #include "cuda/persistent.cuh"
 #include "cuda/products.cuh"
 #include "cuda/rows.cuh"
+#include "cuda/scaled_rows.cuh"

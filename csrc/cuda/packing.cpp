@@ -41,6 +41,12 @@ bool pack_panel(quant::WeightType type, const std::byte* rows, uint32_t n_rows, 
     if (padded(type, inner) != inner) std::memset(panel, 0, padded_panel_bytes(type, inner));
     if (!quant::pack_panel(type, rows, n_rows, inner, panel)) return false;
     if (!quant::is_quantized(type)) return true;
+    if (quant::scales_rows(type) && padded(type, inner) != inner) {  // the scales go behind the block of zeros
+        constexpr size_t bytes = quant::panel_rows * sizeof(float);
+        std::byte* const scales = panel + size_t(inner) * quant::panel_rows;
+        std::memcpy(panel + padded_panel_bytes(type, inner) - bytes, scales, bytes);
+        std::memset(scales, 0, bytes);
+    }
     const uint32_t bits = quant::block_format(type).bits;
     const quant::PanelLayout layout = quant::panel_layout(type);
     for (uint32_t b = 0; b < inner / quant::block_size; ++b) {

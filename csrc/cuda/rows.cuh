@@ -54,10 +54,9 @@ FIXMIN_KERNEL(fold, FoldArgs, row_threads) {
 }
 
 /// Of a whole warp: lane i has value i of a block of 32.
-FIXMIN_DEVICE void store_quantized(const QuantizedRows& rows, uint32_t token, uint32_t block, uint32_t n_blocks,
-                                   float value) {
+FIXMIN_DEVICE void store_bytes(const QuantizedRows& rows, uint32_t token, uint32_t block, uint32_t n_blocks,
+                               const Quantized& q) {
     const uint32_t i = threadIdx.x % 32, tile = token / tile_tokens, column = token % tile_tokens;
-    const Quantized q = quantize(value);
     const size_t at = size_t(tile) * ((n_blocks + 1) / 2) + block / 2;
     const uint32_t word = join_bytes(q.code);
     if (i % 4 == 0) rows.codes[((at * 32 + column * 4 + i / 4 % 4) * 2 + block % 2) * 2 + i / 16] = word;
@@ -72,6 +71,10 @@ FIXMIN_DEVICE void store_quantized(const QuantizedRows& rows, uint32_t token, ui
     float* const to = rows.factors + i * rows.plane + (at * tile_tokens + column) * 2 + block % 2;
     *to = factor;
     if (block % 2 == 0 && block + 1 == n_blocks) to[1] = 0;
+}
+FIXMIN_DEVICE void store_quantized(const QuantizedRows& rows, uint32_t token, uint32_t block, uint32_t n_blocks,
+                                   float value) {
+    store_bytes(rows, token, block, n_blocks, quantize(value));
 }
 
 FIXMIN_KERNEL(norm_rows, NormArgs, row_threads) {

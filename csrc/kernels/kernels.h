@@ -42,7 +42,7 @@ struct MatmulArgs {
     uint32_t inner;                    // length of a row
     const float* activations;          // [n_tokens][activation_stride]; float weight types
     size_t activation_stride;          // floats
-    const ActivationBlock* quantized;  // [n_tokens][inner / 32]; quantised weight types
+    const ActivationBlock* quantized;  // [n_tokens][inner / 32]; quantised weight types, of W8A8 by quantize_row
     uint32_t n_tokens;
     const float* bias;      // [n_rows rounded up to 16], or null
     float* out;             // [n_tokens][out_stride]
@@ -110,6 +110,10 @@ struct Kernels {
 
     /// x [n] -> n / 32 blocks. scale = amax/127; q = x * (127/amax) rounded to nearest even.
     void (*quantize_activations)(const float* x, uint32_t n, ActivationBlock* out);
+
+    /// The same with the scale of the whole row in each block, for W8A8: `sum` is that of the row, the other sums are
+    /// not set. A row with a NaN or an infinity is zeros with the scale NaN.
+    void (*quantize_row)(const float* x, uint32_t n, ActivationBlock* out);
 
     void (*matmul)(const MatmulArgs& args);
 

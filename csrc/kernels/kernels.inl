@@ -131,6 +131,29 @@ void quantize_activations(const float* x, uint32_t n, ActivationBlock* out) {
     }
 }
 
+void quantize_row(const float* x, uint32_t n, ActivationBlock* out) {
+    VecF top = zero(), poison = zero();
+    for (uint32_t i = 0; i < n; i += lanes) {
+        const VecF v = load(x + i);
+        top = max(top, abs(v));
+        poison = add(poison, sub(v, v));
+    }
+    const float amax = reduce_max(top), nan_or_0 = reduce_add(poison);
+    const bool empty = nan_or_0 != nan_or_0 || amax < 1e-30f;
+    const VecF inverse = set1(empty ? 0.0f : 127.0f / amax);
+    const float scale = empty ? nan_or_0 : amax / 127.0f;
+    int32_t sum = 0;
+    for (uint32_t b = 0; b < n / block; ++b, x += block) {
+        VecI q_lo = set1_int(0), q_hi = set1_int(0);
+        if (!empty) q_lo = round_to_int(mul(load(x), inverse)), q_hi = round_to_int(mul(load(x + lanes), inverse));
+        store_int8(out[b].q, q_lo);
+        store_int8(out[b].q + lanes, q_hi);
+        out[b].scale = scale;
+        sum += reduce_add_int(add_int(q_lo, q_hi));
+    }
+    for (uint32_t b = 0; b < n / block; ++b) out[b].sum = sum;
+}
+
 template <int... J>
 struct Indices {};
 using EachVector = Indices<0, 1, 2, 3, 4, 5, 6, 7>;
@@ -438,6 +461,72 @@ struct QuantizedTile {
     }
 };
 
+// Of W8A8: P panels times N tokens, one exact sum each over the whole inner dimension. The order of its additions does
+// not matter, so a lone pair has chains of its own, which do not wait for each other.
+template <uint32_t P, uint32_t N, bool FromMemory>
+struct ScaledRowsTile {
+    using Reader = CodeReader<8>;
+    static constexpr bool lone = P * N == 1;
+    static constexpr uint32_t chains = lone ? 4 : 1;
+    static constexpr size_t bytes = 64 * 8;  // of a block of a panel
+
+    // As QuantizedTile's.
+    static void multiply(const uint8_t* panels, size_t panel_stride, uint32_t n_blocks, const ActivationBlock* rows,
+                         const Stream& stream, VecI* result) {
+        VecI sums[P * N * chains];
+#pragma GCC unroll 24
+        for (uint32_t i = 0; i < P * N * chains; ++i)
+            sums[i] = i % chains ? set1_int(0) : Reader::start(0, rows[i / chains % N * n_blocks].sum);
+        for (uint32_t b = 0; b < n_blocks; ++b) {
+            const uint8_t *to_second = nullptr, *to_first = nullptr;
+            if constexpr (FromMemory && lone) {
+                to_second = stream.after(panels + b * bytes + stream_far);
+                to_first = stream.after(panels + b * bytes + stream_near);
+            } else if constexpr (FromMemory) {
+                to_second = stream.after(panels + P * (panel_stride + b * bytes));
+            }
+            add_products(sums, panels + b * bytes, panel_stride, rows + b, n_blocks, to_second, to_first, EachVector{});
+        }
+#pragma GCC unroll 24
+        for (uint32_t i = 0; i < P * N; ++i) {
+            result[i] = sums[i * chains];
+#pragma GCC unroll 4
+            for (uint32_t c = 1; c < chains; ++c) result[i] = add_int(result[i], sums[i * chains + c]);
+        }
+    }
+
+  private:
+    template <int... J>
+    [[gnu::always_inline]] static void add_products(VecI* sums, const uint8_t* codes, size_t panel_stride,
+                                                    const ActivationBlock* rows, size_t stride,
+                                                    const uint8_t* to_second, const uint8_t* to_first, Indices<J...>) {
+        (add_product<J>(sums, codes, panel_stride, rows, stride, to_second, to_first), ...);
+    }
+    template <int J>
+    [[gnu::always_inline]] static void add_product(VecI* sums, const uint8_t* codes, size_t panel_stride,
+                                                   const ActivationBlock* rows, size_t stride, const uint8_t* to_second,
+                                                   const uint8_t* to_first) {
+        if constexpr (FromMemory) prefetch_part<J, P * bytes>(to_second);
+        if constexpr (FromMemory && lone) prefetch_part<J, bytes, true>(to_first);
+#pragma GCC unroll 4
+        for (uint32_t p = 0; p < P; ++p) {
+            const Q8Bytes w = Reader::read<J>(codes + p * panel_stride);
+#pragma GCC unroll 16
+            for (uint32_t c = 0; c < N; ++c) {
+                VecI& sum = sums[(p * N + c) * chains + J % chains];
+                const int8_t* activations = rows[c * stride].q + 4 * J;
+#ifdef FIXMIN_DOT_IN_MEMORY
+                if constexpr (P == 1) {
+                    sum = dot_in_memory(sum, w, activations);
+                    continue;
+                }
+#endif
+                sum = Reader::dot(sum, w, read_int32(activations));
+            }
+        }
+    }
+};
+
 struct F32Row {
     using Element = float;
     static VecF load_row(const float* p) { return load(p); }
@@ -604,6 +693,45 @@ void quantized_matmul(const MatmulArgs& args) {
     for_each_tile(args, multiply);
 }
 
+struct ScaledRowsMultiply {
+    static constexpr uint32_t panels = matmul_panels, columns = matmul_columns, few_panels = panels;
+
+    const MatmulArgs& args;
+    const Stream stream{args};
+
+    template <uint32_t P, uint32_t N, bool FromMemory>
+    void run(const uint8_t* first, uint32_t token, VecF* result) const {
+        const uint32_t n_blocks = args.inner / block;
+        const ActivationBlock* rows = args.quantized + size_t(token) * n_blocks;
+        VecI sums[P * N];
+        if constexpr (N == 1) {  // panel after panel
+            for (uint32_t p = 0; p < P; ++p) {
+                using One = ScaledRowsTile<1, 1, FromMemory>;
+                One::multiply(first + p * args.panel_stride, args.panel_stride, n_blocks, rows, stream, sums + p);
+            }
+        } else {
+            ScaledRowsTile<P, N, FromMemory>::multiply(first, args.panel_stride, n_blocks, rows, stream, sums);
+        }
+#pragma GCC unroll 4
+        for (uint32_t p = 0; p < P; ++p) {
+            const uint8_t* panel = first + p * args.panel_stride;
+            const size_t row = size_t(panel - (const uint8_t*)args.panels) / args.panel_stride * lanes;
+            const VecF scale = load((const float*)(panel + size_t(args.inner) * lanes));
+            const VecF bias = args.bias ? load(args.bias + row) : zero();
+#pragma GCC unroll 16
+            for (uint32_t c = 0; c < N; ++c)
+                result[p * N + c] =
+                    fma(to_float(sums[p * N + c]), mul(scale, set1(rows[size_t(c) * n_blocks].scale)), bias);
+        }
+    }
+};
+
+void scaled_rows_matmul(const MatmulArgs& args) {
+    MatmulArgs others = args;
+    others.bias = nullptr;  // is in the fused product
+    for_each_tile(others, ScaledRowsMultiply{args});
+}
+
 template <typename Row>
 struct FloatMultiply {
     static constexpr uint32_t panels = matmul_panels, columns = matmul_columns_float;
@@ -643,6 +771,7 @@ void matmul(const MatmulArgs& args) {
         case WeightType::q6_k: return quantized_matmul<WeightType::q6_k>(args);
         case WeightType::iq4_nl: return quantized_matmul<WeightType::iq4_nl>(args);
         case WeightType::iq4_xs: return quantized_matmul<WeightType::iq4_xs>(args);
+        case WeightType::w8a8: return scaled_rows_matmul(args);
     }
 }
 
@@ -712,6 +841,7 @@ namespace {
 
 constexpr Kernels table = {FIXMIN_NAME(FIXMIN_ISA),
                            quantize_activations,
+                           quantize_row,
                            matmul,
                            layer_norm,
                            rms_norm,

@@ -183,7 +183,7 @@ constexpr uint32_t ceiling_chains = 6;  // of 2 registers
 // vpdpbusd takes unsigned weights; the offset 128 is taken off through the sum of the activations.
 using Q8Bytes = Bytes;
 Q8Bytes prepare_q8(Bytes w) { return w; }
-VecI q8_start(int32_t activation_sum) { return set1_int(-128 * activation_sum); }
+VecI q8_start(int32_t activation_sum) { return set1_int(int32_t(-128u * uint32_t(activation_sum))); }
 VecI dot_q4(VecI acc, Bytes w, int32_t a) {
     const __m256i x = _mm256_set1_epi32(a);
     return {_mm256_dpbusd_avx_epi32(acc.lo, w.lo, x), _mm256_dpbusd_avx_epi32(acc.hi, w.hi, x)};

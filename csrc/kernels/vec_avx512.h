@@ -134,7 +134,7 @@ void keep(V& x) {
 // vpdpbusd takes unsigned weights; the offset 128 is taken off through the sum of the activations.
 using Q8Bytes = Bytes;
 Q8Bytes prepare_q8(Bytes w) { return w; }
-VecI q8_start(int32_t activation_sum) { return set1_int(-128 * activation_sum); }
+VecI q8_start(int32_t activation_sum) { return set1_int(int32_t(-128u * uint32_t(activation_sum))); }
 VecI dot_q8(VecI acc, Q8Bytes w, int32_t a) { return {_mm512_dpbusd_epi32(acc.v, w.v, _mm512_set1_epi32(a))}; }
 VecI dot_q4(VecI acc, Bytes w, int32_t a) { return {_mm512_dpbusd_epi32(acc.v, w.v, _mm512_set1_epi32(a))}; }
 #define FIXMIN_DOT_IN_MEMORY

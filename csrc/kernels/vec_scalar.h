@@ -195,11 +195,14 @@ void keep(V& x) {
 
 using Q8Bytes = Bytes;
 Q8Bytes prepare_q8(Bytes w) { return w; }
-VecI q8_start(int32_t activation_sum) { return set1_int(-128 * activation_sum); }
+VecI q8_start(int32_t activation_sum) { return set1_int(int32_t(-128u * uint32_t(activation_sum))); }
 /// Lane i: acc + sum over b of w[4i + b] * (signed byte b of a). Weights are unsigned, at most 63 here.
 VecI dot_q4(VecI acc, Bytes w, int32_t a) {
     for (int i = 0; i < 16; ++i)
-        for (int b = 0; b < 4; ++b) acc.v[i] += int32_t(w.v[4 * i + b]) * int8_t(uint32_t(a) >> (8 * b));
+        for (int b = 0; b < 4; ++b) {
+            const int32_t product = int32_t(w.v[4 * i + b]) * int8_t(uint32_t(a) >> (8 * b));
+            acc.v[i] = int32_t(uint32_t(acc.v[i]) + uint32_t(product));  // of long rows more than 32 bits on the way
+        }
     return acc;
 }
 VecI dot_q8(VecI acc, Q8Bytes w, int32_t a) { return dot_q4(acc, w, a); }

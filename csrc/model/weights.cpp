@@ -12,6 +12,11 @@ namespace fixmin::model {
 
 using quant::WeightType;
 
+InBytes read_by(const Linear& w) {
+    if (!quant::is_quantized(w.type)) return InBytes::none;
+    return quant::scales_rows(w.type) ? InBytes::rows : InBytes::blocks;
+}
+
 void Weights::embed(uint32_t id, float* x) const {
     const uint32_t d = hyperparams.embedding_length;
     if (hyperparams.code_kind != CodeKind::learned) return hyperparams.lift.apply(code_map.code(id), x);
@@ -145,13 +150,14 @@ class Loader {
 
     void linear(Linear& w, const std::string& name, uint32_t rows, uint32_t inner) {
         const gguf::TensorInfo& tensor = get(name + ".weight", inner, rows);
-        w.type = weight_type(tensor);
+        const gguf::TensorInfo* scales = scales_of(tensor);
+        w.type = scales ? WeightType::w8a8 : weight_type(tensor);
         w.rows = rows;
         w.inner = inner;
         w.n_panels = (rows + packing_.panel_rows - 1) / packing_.panel_rows;
         w.panel_stride = packing_.panel_bytes(w.type, inner);
         w.bias = vector(name + ".bias", rows, packing_.panel_rows);
-        jobs_.push_back({&tensor, &w, total_bytes_});
+        jobs_.push_back({&tensor, scales, &w, total_bytes_});
         total_bytes_ += w.matrix_bytes();
     }
 
@@ -159,7 +165,7 @@ class Loader {
         Pages pages(total_bytes_, "the weights");
         for (const Job& job : jobs_) {
             job.weight->panels = pages.data() + job.offset;
-            pack_matrix(*job.tensor, *job.weight, pages.data() + job.offset, parallel_for);
+            pack_matrix(job, pages.data() + job.offset, parallel_for);
             progress(double(job.offset + job.weight->matrix_bytes()) / double(total_bytes_));
         }
         return pages;
@@ -179,6 +185,18 @@ class Loader {
         return builder.finish();
     }
 
+    // Of W8A8: a file must say by which rules its scales are meant.
+    void check_rules() const {
+        constexpr const char* key = "fixmin.w8a8.version";
+        for (const Job& job : jobs_) {
+            if (!job.scales) continue;
+            if (const uint32_t version = file_.get_u32(key); version != 1) {
+                throw UnsupportedError(std::string(key) + " is " + std::to_string(version) + "; this version runs 1");
+            }
+            return;
+        }
+    }
+
     void refuse_leftovers() const {
         for (const gguf::TensorInfo& tensor : file_.tensors()) {
             if (!used_.contains(tensor.name)) {
@@ -190,7 +208,7 @@ class Loader {
 
   private:
     struct Job {
-        const gguf::TensorInfo* tensor;
+        const gguf::TensorInfo *tensor, *scales;  // the scales of rows, or null
         Linear* weight;
         size_t offset;
     };
@@ -203,8 +221,39 @@ class Loader {
                         " holds a value or scale that is NaN or infinite");
     }
 
-    void pack_matrix(const gguf::TensorInfo& tensor, const Linear& w, std::byte* panels,
-                     const ParallelFor& parallel_for) {
+    // Of a matrix of signed bytes, the scales of its rows; null for other types.
+    const gguf::TensorInfo* scales_of(const gguf::TensorInfo& tensor) {
+        if (tensor.type != gguf::GgmlType::I8) return nullptr;
+        const gguf::TensorInfo& scales = get(tensor.name + "_scale", tensor.ne[1], 1);
+        if (const std::string_view type = gguf::type_traits(scales.type).name; type != "F32") {
+            throw GgufError("tensor '" + scales.name + "' has type " + std::string(type) +
+                            "; scales of rows must be F32");
+        }
+        const uint64_t inner = tensor.ne[0];
+        if (inner % quant::block_size || inner > quant::max_scaled_row) {
+            throw UnsupportedError("tensor '" + tensor.name + "' has rows of " + std::to_string(inner) +
+                                   " bytes; W8A8 needs a multiple of 32, at most " +
+                                   std::to_string(quant::max_scaled_row));
+        }
+        return &scales;
+    }
+
+    // Rows first <= r < last, each as quant::row_bytes says.
+    void read_rows(const gguf::TensorInfo& tensor, const gguf::TensorInfo* scales, uint32_t first, uint32_t last,
+                   size_t row, std::vector<std::byte>& stored) {
+        stored.resize((last - first) * row);
+        if (!scales) return file_.read(tensor.data.subspan(first * row, stored.size()), stored.data());
+        constexpr size_t scale = sizeof(float);
+        const size_t codes = row - scale;
+        for (uint32_t r = first; r < last; ++r) {
+            std::byte* to = stored.data() + (r - first) * row;
+            file_.read(tensor.data.subspan(r * codes, codes), to);
+            file_.read(scales->data.subspan(r * scale, scale), to + codes);
+        }
+    }
+
+    void pack_matrix(const Job& job, std::byte* panels, const ParallelFor& parallel_for) {
+        const Linear& w = *job.weight;
         const size_t row = quant::row_bytes(w.type, w.inner);
         std::atomic<bool> finite = true;
         const uint32_t panel_rows = packing_.panel_rows;
@@ -214,9 +263,7 @@ class Loader {
             for (uint32_t p = begin; p < end; p += portion) {
                 const uint32_t first = p * panel_rows;
                 const uint32_t last = std::min(std::min(p + portion, end) * panel_rows, w.rows);
-                const auto rows = tensor.data.subspan(first * row, (last - first) * row);
-                stored.resize(rows.size());
-                file_.read(rows, stored.data());
+                read_rows(*job.tensor, job.scales, first, last, row, stored);
                 for (uint32_t r = first; r < last; r += panel_rows) {
                     const uint32_t n = std::min(panel_rows, last - r);
                     std::byte* panel = panels + r / panel_rows * w.panel_stride;
@@ -225,20 +272,25 @@ class Loader {
                 }
             }
         });
-        if (!finite) not_finite(tensor);
+        if (!finite && job.scales) {
+            throw GgufError("tensor '" + job.tensor->name + "' at offset " + std::to_string(job.tensor->offset) +
+                            " holds a code of -128, or its scales a value that is NaN or infinite");
+        }
+        if (!finite) not_finite(*job.tensor);
     }
 
     void fold_matrix(codes::FoldBuilder& builder, uint32_t first, const gguf::TensorInfo& tensor,
                      const std::vector<float>& bias, const ParallelFor& parallel_for) {
-        const WeightType type = weight_type(tensor);
+        const gguf::TensorInfo* scales = scales_of(tensor);
+        const WeightType type = scales ? WeightType::w8a8 : weight_type(tensor);
         const uint32_t inner = uint32_t(tensor.ne[0]);
         const size_t row = quant::row_bytes(type, inner);
         std::atomic<bool> finite = true;
         parallel_for(uint32_t(tensor.ne[1]), [&](uint32_t begin, uint32_t end) {
             std::vector<float> weights(inner);
-            std::vector<std::byte> stored(row);
+            std::vector<std::byte> stored;
             for (uint32_t r = begin; r < end; ++r) {
-                file_.read(tensor.data.subspan(r * row, row), stored.data());
+                read_rows(tensor, scales, r, r + 1, row, stored);
                 if (!quant::dequantize_row(type, stored.data(), inner, weights.data())) finite = false;
                 builder.add_rows(first + r, 1, weights.data(), bias.empty() ? nullptr : &bias[r]);
             }
@@ -314,6 +366,7 @@ Weights load_weights(gguf::GgufFile file, const Packing& packing, const Parallel
     weights.output_norm = loader.norm("output_norm", hp.embedding_length, hp.rms_norm);
     loader.linear(weights.output, "output", hp.vocab_size, hp.embedding_length);
     loader.refuse_leftovers();
+    loader.check_rules();
     weights.panels = loader.pack(parallel_for, progress);
     if (hp.code_kind == CodeKind::learned) weights.file.emplace(std::move(file));
     return weights;

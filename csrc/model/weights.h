@@ -43,6 +43,10 @@ struct Linear {
     size_t bytes() const { return matrix_bytes() + bias_bytes(); }
 };
 
+/// What a matrix is multiplied with: float32, or bytes whose blocks of 32 or whole rows share a scale.
+enum class InBytes : uint8_t { none, blocks, rows };
+InBytes read_by(const Linear& w);
+
 struct Norm {
     std::vector<float> weight;  // [D]
     std::vector<float> bias;    // [D], or empty

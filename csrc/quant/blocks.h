@@ -9,6 +9,9 @@
 //
 // Formats without integer scales have s = n = 1. d * s and m * n are exact in float32: 11 + 8 bits.
 //
+// W8A8 is not one of ggml's: codes are signed bytes, and a row has one scale in float32, which stands behind its codes
+// here and in a tensor of its own in a file (docs/design.md).
+//
 // Functions in this header are static: kernel translation units include it (tests/kernels/test_isolation.py).
 #pragma once
 #include <cstddef>
@@ -32,12 +35,13 @@ enum class WeightType : uint8_t {
     q6_k,
     iq4_nl,
     iq4_xs,
+    w8a8,
 };
 
 static constexpr WeightType all_weight_types[] = {
-    WeightType::f32,  WeightType::f16,  WeightType::bf16, WeightType::q8_0,   WeightType::q4_0,
-    WeightType::q4_1, WeightType::q5_0, WeightType::q5_1, WeightType::q2_k,   WeightType::q3_k,
-    WeightType::q4_k, WeightType::q5_k, WeightType::q6_k, WeightType::iq4_nl, WeightType::iq4_xs};
+    WeightType::f32,  WeightType::f16,    WeightType::bf16,   WeightType::q8_0, WeightType::q4_0, WeightType::q4_1,
+    WeightType::q5_0, WeightType::q5_1,   WeightType::q2_k,   WeightType::q3_k, WeightType::q4_k, WeightType::q5_k,
+    WeightType::q6_k, WeightType::iq4_nl, WeightType::iq4_xs, WeightType::w8a8};
 
 struct BlockFormat {
     const char* name;       // as the `gguf` package spells it
@@ -67,6 +71,7 @@ static constexpr BlockFormat block_format(WeightType type) {
         case WeightType::q6_k: return {"Q6_K", 256, 128 + 64 + 16 + 2, 6, 16, 32, false, false};
         case WeightType::iq4_nl: return {"IQ4_NL", 32, 2 + 16, 4, 32, 0, false, true};
         case WeightType::iq4_xs: return {"IQ4_XS", 256, 2 + 2 + 4 + 128, 4, 32, 0, false, true};
+        case WeightType::w8a8: return {"W8A8", 32, 32, 8, 32, 128, false, false};
     }
     return {};
 }

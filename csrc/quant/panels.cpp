@@ -206,6 +206,29 @@ bool pack_quantized(WeightType type, const std::byte* rows, uint32_t n_rows, uin
     }
 }
 
+// Rows of signed bytes and a scale.
+bool pack_scaled_rows(const std::byte* rows, uint32_t n_rows, uint32_t inner, std::byte* panel) {
+    const size_t row_size = row_bytes(WeightType::w8a8, inner);
+    std::byte* const scales = panel + size_t(inner) * panel_rows;
+    if (n_rows < panel_rows) std::memset(panel, 0, panel_bytes(WeightType::w8a8, inner));
+    bool usable = true;
+    for (uint32_t k = 0; k < inner; k += 4) {
+        if (k % block_size == 0) prefetch_written(panel + k * panel_rows, block_size * panel_rows);
+        for (uint32_t r = 0; r < n_rows; ++r) {
+            const uint32_t word = read<uint32_t>(rows + r * row_size + k);
+            usable &=
+                ((word ^ 0x80808080u) - 0x01010101u & ~(word ^ 0x80808080u) & 0x80808080u) == 0;  // no byte is 0x80
+            std::memcpy(panel + (k * panel_rows + r * 4), &word, 4);
+        }
+    }
+    for (uint32_t r = 0; r < n_rows; ++r) {
+        const float scale = read<float>(rows + r * row_size + inner);
+        usable &= std::isfinite(scale);
+        std::memcpy(scales + r * sizeof scale, &scale, sizeof scale);
+    }
+    return usable;
+}
+
 void dequantize_blocks(WeightType type, const std::byte* row, uint32_t inner, float* out) {
     const BlockFormat format = block_format(type);
     Block block;
@@ -227,6 +250,7 @@ size_t panel_bytes(WeightType type, uint32_t inner) {
     if (!is_quantized(type)) return (row_bytes(type, inner) * panel_rows + 63) / 64 * 64;
     const PanelLayout layout = panel_layout(type);
     const uint32_t n_blocks = inner / block_size;
+    if (scales_rows(type)) return n_blocks * layout.codes_bytes + panel_rows * sizeof(float);
     const uint32_t n_parcels = (n_blocks + layout.parcel_blocks - 1) / layout.parcel_blocks;
     return n_parcels * layout.parcel_records * layout.record_bytes + n_blocks * layout.codes_bytes;
 }
@@ -236,6 +260,7 @@ bool pack_panel(WeightType type, const std::byte* rows, uint32_t n_rows, uint32_
         case WeightType::f32: return pack_floats<uint32_t>(rows, n_rows, inner, panel, 0x7f800000u);
         case WeightType::f16: return pack_floats<uint16_t>(rows, n_rows, inner, panel, 0x7c00u);
         case WeightType::bf16: return pack_floats<uint16_t>(rows, n_rows, inner, panel, 0x7f80u);
+        case WeightType::w8a8: return pack_scaled_rows(rows, n_rows, inner, panel);
         default: return pack_quantized(type, rows, n_rows, inner, panel);
     }
 }
@@ -248,6 +273,9 @@ bool dequantize_row(WeightType type, const std::byte* row, uint32_t inner, float
             break;
         case WeightType::bf16:
             for (uint32_t k = 0; k < inner; ++k) out[k] = bf16_to_f32(read<uint16_t>(row + 2 * k));
+            break;
+        case WeightType::w8a8:
+            for (uint32_t k = 0; k < inner; ++k) out[k] = read<float>(row + inner) * float(read<int8_t>(row + k));
             break;
         default: dequantize_blocks(type, row, inner, out); break;
     }

@@ -6,6 +6,7 @@
 //   float types      [inner][16] elements
 //   quantised types  parcels: a record of scales, then the codes of its values, 64 * bits bytes for every 32 of them;
 //                    or two records and the codes of both, where a record is not a multiple of 64 bytes
+//   W8A8             codes only, then the scales [16] in float32
 //
 // Codes of a block of 32 are 8 vectors of 64 bytes, vector j holding k = 4j..4j+3 of each row. They are stored as
 // planes of 8, 4, 2 or 1 bits, in this order (5 bits are a plane of 4 and one of 1):
@@ -36,6 +37,11 @@ inline constexpr uint32_t block_size = 32;  // values that share a scale of acti
 /// Types whose products run on 8-bit activations.
 static constexpr bool is_quantized(WeightType type) { return block_format(type).bits != 0; }
 
+/// Whether a row has one scale, and so has what it is multiplied with.
+static constexpr bool scales_rows(WeightType type) { return type == WeightType::w8a8; }
+/// Values of a row of such a type, at most: a sum of products of two bytes of -127..127 fits an int32.
+inline constexpr uint32_t max_scaled_row = 133000;
+
 /// Where the parts of a panel of a quantised type lie. Without member functions: they would be shared by the units of
 /// all ISAs (kernels.h).
 struct PanelLayout {
@@ -52,7 +58,7 @@ static constexpr PanelLayout panel_layout(WeightType type) {
     const size_t bytes = format.values == 256 ? 256 / format.scale_values * (mins_of_their_own ? 2 : 1) : 0;
     PanelLayout layout{};
     layout.codes_bytes = size_t(format.bits) * 64;
-    layout.record_bytes = (2 * halves + bytes) * panel_rows;
+    layout.record_bytes = scales_rows(type) ? 0 : (2 * halves + bytes) * panel_rows;
     layout.record_blocks = format.values / block_size;
     layout.parcel_records = layout.record_bytes % 64 ? 2 : 1;
     layout.parcel_blocks = layout.parcel_records * layout.record_blocks;
@@ -76,14 +82,15 @@ static constexpr std::string_view name(WeightType type) { return block_format(ty
 /// Bytes of one row of `inner` values in the file's layout.
 static constexpr size_t row_bytes(WeightType type, uint32_t inner) {
     const BlockFormat format = block_format(type);
-    return size_t(inner / format.values) * format.bytes;
+    return size_t(inner / format.values) * format.bytes + (scales_rows(type) ? sizeof(float) : 0);
 }
 
 /// Bytes of one panel, a multiple of 64.
 size_t panel_bytes(WeightType type, uint32_t inner);
 
 /// Repacks up to 16 consecutive rows (file layout) into one panel; missing rows become zeros.
-/// Returns false if a weight or scale is NaN or infinite. `rows` holds n_rows * row_bytes, `panel` is 64-byte aligned.
+/// Returns false if a weight or scale is NaN or infinite, or a code of W8A8 is -128. `rows` holds n_rows * row_bytes,
+/// `panel` is 64-byte aligned.
 bool pack_panel(WeightType type, const std::byte* rows, uint32_t n_rows, uint32_t inner, std::byte* panel);
 
 /// One row in the file's layout -> `inner` floats. Returns false if one is NaN or infinite.

@@ -280,7 +280,7 @@ class Kernels:
 
     def __init__(self, isa: str) -> None: ...
     def quantize_activations(
-        self, x: NDArray[np.float32]
+        self, x: NDArray[np.float32], by_row: bool = False
     ) -> tuple[NDArray[np.int8], NDArray[np.float32], NDArray[np.int32]]: ...  # q [n], scale [n/32], sum [n/32]
     def matmul(
         self,

@@ -77,7 +77,7 @@ def convert(
     Args:
         checkpoint_dir: the folder with config.json, weights, tokenizer.json and modeling code.
         out: the file to write, or the folder for it; None: in the checkpoint's folder. It appears when it is certified.
-        outtype: f32, f16, bf16, q8_0 or q4_0.
+        outtype: f32, f16, bf16, q8_0, w8a8 or q4_0.
         trust_remote_code: run the Python code of the checkpoint, which could do anything, to see what it computes.
         log: called with a line of text for every step and finding, such as print. None: nothing is told.
         **options: map_file, calibrate, overrides, allow_missing, allow_unexpected, keep_uncertified, n_threads: see

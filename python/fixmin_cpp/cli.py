@@ -508,7 +508,7 @@ def quantize(
         str,
         typer.Argument(
             metavar="TYPE",
-            help="For every matrix: f32 f16 bf16 q8_0 q4_0 q4_1 q5_0 q5_1 q2_k q3_k q4_k q5_k q6_k iq4_nl iq4_xs. "
+            help="For every matrix: f32 f16 bf16 q8_0 q4_0 q4_1 q5_0 q5_1 q2_k q3_k q4_k q5_k q6_k iq4_nl iq4_xs w8a8. "
             "Mixed as llama.cpp does: q3_k_s q3_k_m q3_k_l q4_k_s q4_k_m q5_k_s q5_k_m.",
         ),
     ],

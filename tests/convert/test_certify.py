@@ -370,19 +370,20 @@ def test_compare_weights_reads_every_weight_once(tmp_path, monkeypatch):
     assert compare_weights(stored, spec)[1] == math.inf
 
 
-def test_activations_are_rounded_as_the_design_says():
+@pytest.mark.parametrize("block", [32, 64])  # 64: a whole row
+def test_activations_are_rounded_as_the_design_says(block):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((3, 64)).astype(np.float32)
     x[0, 0], x[0, 1:5] = 127.0, (0.5, 1.5, 2.5, -0.5)  # a scale of 1: ties go to the even neighbour
     x[2, :32] = 0
     expected = np.empty_like(x)
-    for row, out in zip(x.reshape(-1, 32), expected.reshape(-1, 32), strict=True):
+    for row, out in zip(x.reshape(-1, block), expected.reshape(-1, block), strict=True):
         amax = np.abs(row).max()
         if amax == 0:
             out[:] = 0
             continue
         out[:] = np.rint(row * (np.float32(127) / amax)) * (amax / np.float32(127))
-    rounded = round_activations(torch.from_numpy(x)).numpy()
+    rounded = round_activations(torch.from_numpy(x), block).numpy()
     assert np.array_equal(rounded, expected)
     assert rounded[0, 1:5].tolist() == [0, 2, 2, 0]
 

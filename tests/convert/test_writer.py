@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import itertools
 import json
 import os
 import resource
@@ -21,6 +22,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFReader, GGUFValueType, TokenType
+from gguf_factory import with_row_scales
 from spec_factory import array_recipe, make_reference, make_resolved
 
 from fixmin_cpp.convert.gguf_file import writer
@@ -117,6 +119,11 @@ def test_not_finite(outtype, bad):
         ("blk.1.ffn_down.weight", (64, 80), "bf16", Type.BF16),
         ("output_norm.weight", (64,), "q8_0", Type.F32),
         ("output.bias", (64,), "f16", Type.F32),
+        ("blk.1.ffn_down.weight", (64, 96), "w8a8", Type.I8),
+        ("blk.0.attn_k.weight", (64, 64), "w8a8", Type.Q8_0),
+        ("token_embd.weight", (100, 64), "w8a8", Type.Q8_0),
+        ("blk.1.ffn_down.weight", (64, 80), "w8a8", Type.F16),
+        ("blk.1.ffn_down.weight", (64, 133_024), "w8a8", Type.F16),
     ],
 )
 def test_choice_of_type(name, shape, outtype, expected):
@@ -134,15 +141,25 @@ def test_file_is_what_gguf_reads(tmp_path, outtype):
     spec, path = resolved.spec, tmp_path / "m.gguf"
     layout = write(path, spec, outtype)
     reader = GGUFReader(path)
-    assert [t.name for t in reader.tensors] == list(spec.tensors)
+    codes = {t.name for t in reader.tensors if t.tensor_type == Type.I8}
+    assert bool(codes) == (outtype == "w8a8")
+    assert ("fixmin.w8a8.version" in reader.fields) == (outtype == "w8a8")
+    expected_names = [[name, f"{name}_scale"] if name in codes else [name] for name in spec.tensors]
+    assert [t.name for t in reader.tensors] == list(itertools.chain(*expected_names))
     assert reader.alignment == 32
     assert path.stat().st_size == layout.header_bytes + layout.data_bytes
     for tensor in reader.tensors:
+        if tensor.name.endswith("_scale"):
+            rows = spec.tensors[tensor.name.removesuffix("_scale")].load()
+            assert np.array_equal(tensor.data, with_row_scales(rows)[1])
+            continue
         source = spec.tensors[tensor.name].load()
         assert tuple(reversed(tensor.shape.tolist())) == source.shape
         assert tensor.data_offset % 32 == 0
         if tensor.tensor_type == Type.F32:
             assert np.array_equal(tensor.data, source)
+        elif tensor.tensor_type == Type.I8:
+            assert np.array_equal(tensor.data, with_row_scales(source)[0])
         elif tensor.tensor_type == Type.F16:
             assert np.array_equal(tensor.data, source.astype(np.float16))
         else:

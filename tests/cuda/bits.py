@@ -17,6 +17,7 @@ from gguf_factory import ALL_BIASES, WEIGHT_TYPES, block_sizes, make_model
 
 from fixmin_cpp import _core
 
+TYPES = (*WEIGHT_TYPES, "W8A8")
 N_TOKENS = 60  # more than tiles of few tokens hold, and two blocks of the cache
 
 #: One case of every option that a kernel knows.
@@ -38,13 +39,20 @@ OPTIONS = {
         embedding_length=60, head_count=3, feed_forward_length=50, vocab_size=77, weight_type="F32"
     ),
     "mixed types": dict(weight_types={"blk.1.attn_q": "F16", "blk.1.ffn_up": "Q4_1", "output": "Q5_0"}),
+    "mixed with W8A8": dict(
+        activation="swiglu",
+        weight_types={"blk.1.attn_k": "W8A8", "blk.1.ffn_gate": "W8A8", "blk.0.ffn_up": "W8A8", "output": "W8A8"},
+    ),
+    "W8A8, learned embedding, rows of an odd number of blocks": dict(
+        code_kind="learned", embedding_length=96, head_count=3, feed_forward_length=160, weight_type="W8A8"
+    ),
 }
 
 
 def cases() -> dict[str, dict]:
     of_types = {}
-    for kind in WEIGHT_TYPES:
-        super_blocks = block_sizes(kind)[0] == 256
+    for kind in TYPES:
+        super_blocks = kind in WEIGHT_TYPES and block_sizes(kind)[0] == 256
         shape = dict(embedding_length=256, feed_forward_length=512, head_count=8) if super_blocks else {}
         of_types[kind] = dict(weight_type=kind, **shape)
     return of_types | {name: {"weight_type": "Q8_0", **options} for name, options in OPTIONS.items()}
@@ -55,7 +63,7 @@ def wide_cases() -> dict[str, dict]:
     multiprocessors of the emulated GPU: launch_product chooses by their number.
     """
     shape = dict(feed_forward_length=512, context_length=256, block_count=1)
-    return {f"{k}, wide": {**options, **shape} for k, options in cases().items() if k in WEIGHT_TYPES}
+    return {f"{k}, wide": {**options, **shape} for k, options in cases().items() if k in TYPES}
 
 
 def digest(logits: np.ndarray) -> str:
@@ -103,7 +111,7 @@ def main() -> None:
             ids = np.random.default_rng(4).integers(0, 100, 250).astype(np.uint32)
             of_device = {device: computed(path, device, "f16", 512, ids) for device in ("cpu", "cuda")}
             found[name] = {"cpu": of_device["cpu"], "cuda": {"512 at a time": of_device["cuda"]}}
-    kernels = [f"{of}_{kind.lower()}" for of in ("few", "many", "floats") for kind in WEIGHT_TYPES]
+    kernels = [f"{of}_{kind.lower()}" for of in ("few", "many", "floats") for kind in TYPES]
     launches = {}
     if context.info["device_name"] == "emulated":
         launches = {name: emulated_state.launches(name) for name in kernels}

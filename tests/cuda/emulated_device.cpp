@@ -20,6 +20,7 @@
 #include "cuda/persistent.cuh"
 #include "cuda/products.cuh"
 #include "cuda/rows.cuh"
+#include "cuda/scaled_rows.cuh"
 #include "error.h"
 
 #define SHOWN extern "C" __attribute__((visibility("default")))
@@ -130,7 +131,7 @@ class EmulatedDevice final : public Device {
         failed_ |= fails(emulated_fail_launch);
         enter();
         const bool wide =
-            kernel >= Kernel::many_q8_0 && kernel <= Kernel::many_iq4_xs && static_cast<const ProductArgs*>(args)->wide;
+            kernel >= Kernel::many_q8_0 && kernel <= Kernel::many_w8a8 && static_cast<const ProductArgs*>(args)->wide;
         ++launches[size_t(kernel)][wide];
         simt::run([&] { kernels[size_t(kernel)](args); }, {grid.x, grid.y}, grid.threads, grid.shared_bytes,
                   grid.at_once);

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "cuda/persistent.cuh"
+#include "cuda/scaled_rows.cuh"
 
 #include "cases.h"
 

@@ -38,10 +38,11 @@ uint32_t any_threads() {
 
 using Blocks = std::vector<ActivationBlock>;  // [rows][length / 32]
 
-Blocks quantized(const Floats& x, uint32_t length) {
+Blocks quantized(const Floats& x, uint32_t length, bool by_row = false) {
     Blocks blocks(x.size() / block_size);
+    const auto quantize = by_row ? cpu.quantize_row : cpu.quantize_activations;
     for (size_t row = 0; row < x.size() / length; ++row)
-        cpu.quantize_activations(x.data() + row * length, length, blocks.data() + row * (length / block_size));
+        quantize(x.data() + row * length, length, blocks.data() + row * (length / block_size));
     return blocks;
 }
 
@@ -92,6 +93,12 @@ struct GpuRows {
 std::vector<std::byte> weights_of(WeightType type, uint32_t n_rows, uint32_t inner) {
     const quant::BlockFormat format = quant::block_format(type);
     std::vector<std::byte> rows(n_rows * quant::row_bytes(type, inner));
+    if (quant::scales_rows(type)) {
+        for (std::byte& b : rows) b = std::byte(int(below(255)) - 127);
+        for (size_t end = rows.size() / n_rows; end <= rows.size(); end += rows.size() / n_rows)
+            std::memcpy(rows.data() + end - sizeof(float), values(1).data(), sizeof(float));
+        return rows;
+    }
     const auto half = [](std::byte* at, float x) {
         const uint16_t bits = quant::f32_to_f16(x);
         std::memcpy(at, &bits, sizeof bits);
@@ -147,7 +154,7 @@ bool products_agree(WeightType type, Tiles of) {
     say("tokens", n_tokens), say("inner", inner);
 
     const Floats x = values(size_t(n_tokens) * inner);
-    const Blocks blocks = floats ? Blocks() : quantized(x, inner);
+    const Blocks blocks = floats ? Blocks() : quantized(x, inner, quant::scales_rows(type));
     GpuRows rows = floats ? GpuRows(1, block_size) : GpuRows(n_tokens, inner, blocks);
     std::vector<std::byte> scratch(kernels::matmul_scratch_bytes(inner, n_tokens));
     const model::Packing packing = cuda::packing();
@@ -185,12 +192,12 @@ bool products_agree(WeightType type, Tiles of) {
     say("accumulate", args.accumulate);
 
     using Function = void(const ProductArgs&);
-    static constexpr Function* few[] = {floats_f32, floats_f16, floats_bf16, few_q8_0,   few_q4_0,
-                                        few_q4_1,   few_q5_0,   few_q5_1,    few_q2_k,   few_q3_k,
-                                        few_q4_k,   few_q5_k,   few_q6_k,    few_iq4_nl, few_iq4_xs};
-    static constexpr Function* many[] = {nullptr,   nullptr,   nullptr,   many_q8_0,   many_q4_0,
-                                         many_q4_1, many_q5_0, many_q5_1, many_q2_k,   many_q3_k,
-                                         many_q4_k, many_q5_k, many_q6_k, many_iq4_nl, many_iq4_xs};
+    static constexpr Function* few[] = {floats_f32, floats_f16, floats_bf16, few_q8_0, few_q4_0, few_q4_1,
+                                        few_q5_0,   few_q5_1,   few_q2_k,    few_q3_k, few_q4_k, few_q5_k,
+                                        few_q6_k,   few_iq4_nl, few_iq4_xs,  few_w8a8};
+    static constexpr Function* many[] = {nullptr,   nullptr,     nullptr,     many_q8_0, many_q4_0, many_q4_1,
+                                         many_q5_0, many_q5_1,   many_q2_k,   many_q3_k, many_q4_k, many_q5_k,
+                                         many_q6_k, many_iq4_nl, many_iq4_xs, many_w8a8};
     const auto number = Kernel(uint32_t(Kernel::floats_f32) + uint32_t(type));  // of a product of few
     const bool has_min = quant::block_format(type).has_min;
     if (floats) {
@@ -198,7 +205,7 @@ bool products_agree(WeightType type, Tiles of) {
         launch(few[uint32_t(type)], number, args, {grid_rows, tiles(n_tokens, tokens)}, float_threads, float_bytes);
     } else if (of == Tiles::few) {
         launch(few[uint32_t(type)], number, args, {grid_rows, tiles(n_tokens, few_tokens(has_min))}, few_threads,
-               few_bytes(has_min, n_tokens));
+               quant::scales_rows(type) ? few_sums_bytes : few_bytes(has_min, n_tokens));
     } else {
         const Index grid{grid_rows, tiles(n_tokens, of == Tiles::wide ? wide_tokens : narrow_tokens)};
         simt::run([&] { many[uint32_t(type)](args); }, {grid.x, grid.y}, many_threads, many_bytes, false);
@@ -237,6 +244,28 @@ bool norm_agrees() {
                         quantizes ? codes.rows() : QuantizedRows{}};
     launch(FIXMIN_KERNEL_NAMED(norm_rows), args, {n, 1}, any_threads(), (length + 2) * sizeof(float));
     return same(expected, out, "result") && (!quantizes || codes == GpuRows(n, length, quantized(expected, length)));
+}
+
+bool rows_in_bytes_agree() {
+    constexpr uint32_t lengths[] = {32, 64, 96, 288, 1024};
+    const uint32_t length = one_of(lengths), n = 1 + below(20), kind = below(6);
+    said = "rows in bytes";
+    say("length", length), say("rows", n), say("kind", kind);
+    Floats x = values(size_t(n) * length);
+    float& one = x[below(uint32_t(x.size()))];
+    if (kind == 0) one = NAN;
+    if (kind == 1) one = -INFINITY;
+    if (kind == 2) std::fill_n(x.data(), length, 1e-38f);
+    GpuRows rows(n, length);
+    const RowsInBytesArgs args{x.data(), length, rows.rows()};
+    launch(FIXMIN_KERNEL_NAMED(quantize_rows), args, {n, 1}, any_threads(), 2 * row_threads / 32 * sizeof(float));
+    GpuRows expected(n, length, quantized(x, length, true));
+    // Of the planes the first is used, and the bits of a NaN are not promised.
+    for (GpuRows* of : {&rows, &expected}) {
+        of->factors.resize(of->plane);
+        for (float& f : of->factors) f = f == f ? f : 0.5f;
+    }
+    return rows == expected;
 }
 
 bool activation_agrees() {
@@ -346,7 +375,7 @@ bool agrees(uint32_t number) {
     if (!products_agree(type, Tiles::few)) return false;
     if (quant::is_quantized(type) && !products_agree(type, Tiles::narrow)) return false;
     if (has_wide_tiles(type) && !products_agree(type, Tiles::wide)) return false;
-    return norm_agrees() && activation_agrees() && codes_agree();
+    return norm_agrees() && activation_agrees() && rows_in_bytes_agree() && codes_agree();
 }
 
 }  // namespace

@@ -8,7 +8,7 @@ import pytest
 pytestmark = pytest.mark.slow  # it compiles the package
 
 BITS = Path(__file__).with_name("bits.py")
-WIDE = ("q8_0", "q4_0", "q4_k", "q6_k")  # has_wide_tiles in csrc/cuda/args.h
+WIDE = ("q8_0", "q4_0", "q4_k", "q6_k", "w8a8")  # has_wide_tiles in csrc/cuda/args.h
 
 
 # Of the orders of threads; in turn, which is seed 0, single kernels run (test_single_kernels.py).
@@ -18,7 +18,7 @@ def test_every_kind_of_model(emulated, tmp_path, seed, step):
     assert done.returncode == 0, done.stderr[-3000:]
     printed = json.loads(done.stdout)
     found = printed["models"]
-    assert len(found) >= 2 * 3 * 26 + 15
+    assert len(found) >= 2 * 3 * 29 + 16
     differ = [
         f"{name}, {how}" for name, one in found.items() for how, bits in one["cuda"].items() if bits != one["cpu"]
     ]
@@ -28,7 +28,7 @@ def test_every_kind_of_model(emulated, tmp_path, seed, step):
     # Every kernel of products ran (-1: there is none of this name).
     ran = {name for name, n in printed["launches"].items() if n > 0}
     assert {name for name in ran if "wide" in name} == {f"many_{kind}, wide" for kind in WIDE}
-    assert len([name for name in ran if "wide" not in name]) == 12 * 2 + 3
+    assert len([name for name in ran if "wide" not in name]) == 13 * 2 + 3
 
 
 def test_a_token_reads_the_weights_once(emulated, tmp_path):

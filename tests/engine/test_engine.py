@@ -49,6 +49,21 @@ HEAD_SIZES = ["plain", *(name for name in OPTIONS if name.startswith("head size"
 KV_TYPES = ("f32", "f16", "q8_0")
 # Those that every type is tried with: each of a type's code paths is in them.
 ALL_TYPES = ["rmsnorm swiglu interleaved rope", "learned"]
+SOME_TYPES = ("Q8_0", "Q4_0", "W8A8")
+# Of the matrices that multiply the same rows some with a scale for each row, some for each block.
+MIXED_WITH_W8A8 = dict(
+    activation="swiglu",
+    weight_type="Q8_0",
+    weight_types={
+        "blk.1.attn_k": "W8A8",
+        "blk.1.ffn_gate": "W8A8",
+        "blk.0.ffn_up": "W8A8",
+        "blk.0.attn_q": "W8A8",
+        "blk.1.attn_output": "W8A8",
+        "blk.1.ffn_down": "F16",
+        "output": "W8A8",
+    },
+)
 # Sizes that are no multiple of anything: only types without blocks can hold them.
 ODD = dict(embedding_length=60, head_count=3, feed_forward_length=50, vocab_size=77)
 
@@ -105,7 +120,7 @@ def test_logits_and_hidden_states_against_float64(model_file, name, kind):
 
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [(kind, name) for name in OPTIONS for kind in (QUANTIZED_TYPES if name in ALL_TYPES else ("Q8_0", "Q4_0"))],
+    [(kind, name) for name in OPTIONS for kind in ((*QUANTIZED_TYPES, "W8A8") if name in ALL_TYPES else SOME_TYPES)],
 )
 def test_quantised_logits_against_float64(model_file, name, kind):
     """The oracle has the file's weights but exact activations: what is left is their rounding to 8 bits."""
@@ -119,6 +134,13 @@ def test_mixed_weight_types(model_file):
     path = model_file(**EVERY_TYPE)
     ids = ids_for(20)
     assert relative(_core.Engine(path).logits(ids), forward(path, ids)) <= 0.03
+
+
+def test_mixed_with_w8a8(model_file):
+    path = model_file(**MIXED_WITH_W8A8)
+    ids = ids_for(20)
+    for n_batch in (1, 512):
+        assert relative(_core.Engine(path, n_batch=n_batch).logits(ids), forward(path, ids)) <= 0.03
 
 
 @pytest.mark.parametrize(("kv_type", "bound"), [("f16", 1e-3), ("q8_0", 0.03)])
@@ -219,13 +241,15 @@ def test_unwritten_cache_never_shows(model_file, kv_type):
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        *((name, kind) for name in ALL_TYPES for kind in WEIGHT_TYPES),
-        *((name, kind) for name in ("plain", "grouped queries") for kind in ("F32", "F16", "BF16", "Q8_0", "Q4_0")),
+        *((name, kind) for name in ALL_TYPES for kind in (*WEIGHT_TYPES, "W8A8")),
+        *((name, kind) for name in ("plain", "grouped queries") for kind in ("F32", "F16", "BF16", *SOME_TYPES)),
         ("mixed", None),
+        ("mixed with W8A8", None),
     ],
 )
 def test_bits_do_not_depend_on_isa_threads_or_chunks(model_file, name, kind):
-    path = model_file(seed=4, **(EVERY_TYPE if name == "mixed" else options_for(kind, name) | dict(weight_type=kind)))
+    mixed = {"mixed": EVERY_TYPE, "mixed with W8A8": MIXED_WITH_W8A8}.get(name)
+    path = model_file(seed=4, **(mixed or options_for(kind, name) | dict(weight_type=kind)))
     ids = ids_for(50)
     digests = {}
     for isa in ISAS:

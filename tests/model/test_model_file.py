@@ -277,3 +277,61 @@ def test_truncated_files(tmp_path):
         original.write_bytes(data[:size])
         with pytest.raises(_core.GGUFError):
             load(original)
+
+
+def set_tensor(name, change):
+    """change(array) -> the array that stands there instead; None: the tensor is missing."""
+
+    def edit(writer):
+        value = change(writer.tensors[0][name].tensor)
+        if value is None:
+            del writer.tensors[0][name]
+        else:
+            writer.tensors[0][name].tensor = value
+
+    return edit
+
+
+def with_value(at, value):
+    def change(array):
+        array = array.copy()
+        array[at] = value
+        return array
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("edit", "error", "message"),
+    [
+        (
+            set_tensor("blk.1.ffn_up.weight_scale", lambda a: None),
+            _core.GGUFError,
+            r"blk.1.ffn_up.weight_scale' is miss",
+        ),
+        (
+            set_tensor("output.weight_scale", with_value(3, np.nan)),
+            _core.GGUFError,
+            "output.weight.*its scales a value",
+        ),
+        (set_tensor("output.weight_scale", with_value(99, np.inf)), _core.GGUFError, "output.weight.*its scales a val"),
+        (set_tensor("blk.1.attn_q.weight", with_value((5, 7), -128)), _core.GGUFError, "blk.1.attn_q.weight.*-128"),
+        (without_key("fixmin.w8a8.version"), _core.GGUFError, "fixmin.w8a8.version"),
+        (set_key("fixmin.w8a8.version", 2), _core.UnsupportedError, "fixmin.w8a8.version is 2; this version runs 1"),
+        (
+            lambda w: w.add_tensor("blk.0.attn_q.weight_scale", np.ones(64, np.float32)),
+            _core.GGUFError,
+            "blk.0.attn_q.weight_scale.*no place",
+        ),
+    ],
+)
+def test_scales_of_rows(tmp_path, edit, error, message):
+    load(make_model(tmp_path / "right.gguf", weight_type="W8A8"))
+    with pytest.raises(error, match=message):
+        load(make_model(tmp_path / "m.gguf", weight_type="W8A8", edit=edit))
+
+
+def test_rows_of_w8a8_that_are_no_whole_blocks(tmp_path):
+    path = make_model(tmp_path / "m.gguf", weight_types={"blk.1.ffn_down": "W8A8"}, feed_forward_length=80)
+    with pytest.raises(_core.UnsupportedError, match=r"blk.1.ffn_down.weight' has rows of 80 bytes; W8A8 needs a mult"):
+        load(path)

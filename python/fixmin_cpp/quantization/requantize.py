@@ -10,22 +10,33 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ggml  # noqa: F401  # by convert.gguf_file.formats: better missed here than halfway
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, LlamaFileType
+from gguf import GGMLQuantizationType, GGUFValueType, LlamaFileType
 from numpy.typing import NDArray
 
 from .. import _core
 from ..arguments import as_bool, as_threads
 from ..atomic_file import AtomicFile, refuse_inputs
-from ..convert.gguf_file.formats import BF16, F16, F32, OUT_TYPES, Q8_0, bits_per_weight
+from ..convert.gguf_file.formats import (
+    BF16,
+    F16,
+    F32,
+    I8,
+    OUT_TYPES,
+    Q8_0,
+    W8A8_KEY,
+    W8A8_VERSION,
+    bits_per_weight,
+    unfit,
+)
 from ..convert.gguf_file.readback import read_gguf
-from ..convert.gguf_file.writer import Layout, Progress, TensorPlan, Value, check_loads
+from ..convert.gguf_file.writer import Layout, Progress, TensorPlan, Value, check_loads, scale_plan
 from ..convert.spec import TensorRecipe
 from ..errors import ArgumentError, ArgumentTypeError, CheckpointError, naming
 from ..state import file_sha256
@@ -128,8 +139,8 @@ def quantize(
         source: a GGUF file of architecture "fixmin", in F32, F16 or BF16 (see allow_requantize).
         target: the file to write, none of those that are read.
         type: a plain type for every matrix (f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, q2_k, q3_k, q4_k, q5_k, q6_k,
-            iq4_nl, iq4_xs), or a mixed recipe of llama.cpp (q3_k_s, q3_k_m, q3_k_l, q4_k_s, q4_k_m, q5_k_s, q5_k_m;
-            q6_k is both). Upper case is the same.
+            iq4_nl, iq4_xs, w8a8), or a mixed recipe of llama.cpp (q3_k_s, q3_k_m, q3_k_l, q4_k_s, q4_k_m, q5_k_s,
+            q5_k_m; q6_k is both). Upper case is the same.
         imatrix: an importance matrix (GGUF) of `fixmin imatrix` or llama-imatrix: columns that meet larger inputs
             are stored more exactly.
         tensor_types: regular expression -> plain type for the matrices whose names contain a match; the first that
@@ -171,7 +182,10 @@ def quantize(
         raise ArgumentError(f"{imatrix}: names no tensor of this model that is quantised")
     codes = _code_plans(source_path)
     metadata = _metadata(source_path, name, imatrix, tensor_types, output_type)
-    layout = Layout([*plans, *codes], metadata)
+    metadata.pop(W8A8_KEY, None)
+    if any(plan.type == I8 for plan in plans):
+        metadata[W8A8_KEY] = Value(W8A8_VERSION, GGUFValueType.UINT32)
+    layout = Layout([*_with_scales(plans, stored.scales), *codes], metadata)
     with AtomicFile(target_path) as file:
         try:
             layout.write(file, {}, threads, progress or (lambda done, total, tensor: None))
@@ -185,7 +199,7 @@ def quantize(
         QuantizedTensor(
             name=plan.name,
             shape=tuple(plan.shape),
-            source_type=stored.types[plan.name].name,
+            source_type=stored.types.get(plan.name, F32).name,  # scales of rows may be new
             type=plan.type.name,
             has_importance=plan.importance is not None,
             note=plan.note,
@@ -224,7 +238,7 @@ class _Chooser:
         wanted, note = self._wanted(name)
         fitting = _fitting(wanted, recipe.shape[-1])
         if fitting != wanted:
-            note = f"rows of {recipe.shape[-1]} do not divide into the {wanted.name} blocks of {_block(wanted)}"
+            note = f"{wanted.name}: {unfit(wanted, recipe.shape[-1])}"
         return TensorPlan(name, recipe.shape, fitting, recipe, note)
 
     def _wanted(self, name: str) -> tuple[GGMLQuantizationType, str | None]:
@@ -239,6 +253,8 @@ class _Chooser:
         else:
             wanted = _recipe_type(self._name, name, self._n_layers)
             note = None if wanted == MIXED[self._name][0] else f"recipe {self._name}"
+        if name == "token_embd.weight" and wanted == I8:
+            return Q8_0, "rows of an embedding are not multiplied"
         if self._folds and name in _FOLDED and bits_per_weight(wanted) < bits_per_weight(Q8_0):
             return Q8_0, "layer 0 is folded at load"
         return wanted, note
@@ -275,13 +291,9 @@ def _recipe_type(recipe: str, name: str, n_layers: int) -> GGMLQuantizationType:
 
 def _fitting(wanted: GGMLQuantizationType, row: int) -> GGMLQuantizationType:
     """The type itself, or what replaces it for rows that do not divide into its blocks."""
-    if row % _block(wanted):
+    if unfit(wanted, row):
         wanted = _FALLBACK.get(wanted, F16)
-    return F16 if row % _block(wanted) else wanted
-
-
-def _block(ggml_type: GGMLQuantizationType) -> int:
-    return GGML_QUANT_SIZES[ggml_type][0]
+    return F16 if unfit(wanted, row) else wanted
 
 
 def _check_requantizing(plans: list[TensorPlan], types: Mapping[str, GGMLQuantizationType], allowed: bool) -> None:
@@ -305,13 +317,21 @@ def _finish(
         return plan
     if plan.type == have:
         return TensorPlan(plan.name, plan.shape, have, _stored_rows(source, plan.name), plan.note, is_stored=True)
-    values = None if plan.type in _FLOATS else importance.get(plan.name)
+    values = None if plan.type in (*_FLOATS, I8) else importance.get(plan.name)
     if values is not None and values.shape != (plan.shape[-1],):
         raise ArgumentError(
             f"the importance matrix has {values.size} columns for {plan.name}, whose rows have {plan.shape[-1]}: "
             "it was made for another model"
         )
     return TensorPlan(plan.name, plan.shape, plan.type, plan.recipe, plan.note, importance=values)
+
+
+def _with_scales(plans: list[TensorPlan], scales: Mapping[str, TensorRecipe]) -> Iterator[TensorPlan]:
+    """Behind each W8A8 matrix its scales; of one that is copied those of the source."""
+    for plan in plans:
+        yield plan
+        if plan.type == I8:
+            yield scale_plan(plan, scales[plan.name] if plan.is_stored else None)
 
 
 def _stored_rows(path: Path, name: str) -> TensorRecipe:
