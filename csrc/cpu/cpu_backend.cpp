@@ -33,6 +33,15 @@ model::Weights load(gguf::GgufFile file, threads::ThreadPool& pool, const std::f
     return model::load_weights(std::move(file), packing, parallel_for, progress);
 }
 
+// As a batch is used they would become resident, and the process could be ended for it.
+uint32_t batch_tokens(uint32_t n_batch, const model::Hyperparams& hp) {
+    const double bytes = double(n_batch) * double(Decoder::bytes_per_token(hp)), memory = threads::memory_bytes();
+    if (bytes <= memory) return n_batch;
+    const auto shown = [](double n) { return std::to_string(uint64_t(n)); };
+    throw OutOfMemory("n_batch is " + std::to_string(n_batch) + ": its buffers take " + shown(bytes) +
+                      " bytes, more than all the memory, " + shown(memory));
+}
+
 }  // namespace
 
 CpuBackend::CpuBackend(gguf::GgufFile file, const model::BackendOptions& options,
@@ -42,7 +51,8 @@ CpuBackend::CpuBackend(gguf::GgufFile file, const model::BackendOptions& options
       team_size_(team_size(pool_.size())),
       weights_(load(std::move(file), pool_, progress)),
       kv_(weights_.hyperparams, options.kv_type, n_kv_blocks(options, weights_.hyperparams, threads::memory_bytes())),
-      decoder_(weights_, kernels_, kv_, options.n_batch, options.n_ctx, pool_.size()) {}
+      decoder_(weights_, kernels_, kv_, batch_tokens(options.n_batch, weights_.hyperparams), options.n_ctx,
+               pool_.size()) {}
 
 bool CpuBackend::forward(const model::Batch& batch) {
     uint32_t end = 0;

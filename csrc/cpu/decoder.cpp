@@ -64,6 +64,12 @@ Decoder::Decoder(const model::Weights& weights, const kernels::Kernels& kernels,
     }
 }
 
+size_t Decoder::bytes_per_token(const model::Hyperparams& hp) {
+    const size_t d = hp.embedding_length, f = hp.feed_forward_length;
+    const size_t floats = 2 * d + hp.qkv_length() + hp.q_length() + f * (hp.activation == Activation::swiglu ? 2 : 1);
+    return floats * sizeof(float) + quantized_bytes(std::max(d, f));
+}
+
 size_t Decoder::buffer_bytes() const {
     const auto bytes = [](const auto&... v) { return (... + (v.size() * sizeof(v[0]))); };
     size_t total = bytes(x_, normed_, quantized_, qkv_, attended_, gate_, up_, cos_, sin_);

@@ -30,6 +30,9 @@ class Decoder {
     Decoder(const model::Weights& weights, const kernels::Kernels& kernels, const KvMemory& kv, uint32_t max_tokens,
             uint32_t n_ctx, uint32_t n_threads);
 
+    /// Of the buffers that a batch of so many tokens takes.
+    static size_t bytes_per_token(const model::Hyperparams& hp);
+
     /// Called by one thread before forward: makes the rotation tables for positions below `end`.
     void prepare_positions(uint32_t end);
 

@@ -129,7 +129,13 @@ const Driver& load_driver() {
     if (loaded && driver.owner != getpid()) throw UnsupportedError(forked);
     if (loaded) return driver;
     void* library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
-    if (!library) throw UnsupportedError("no NVIDIA driver is installed (libcuda.so.1 is not found)");
+    if (!library) {
+        const char* reason = dlerror();
+        const bool is_missing = reason && std::string_view(reason).find("No such file") != std::string_view::npos;
+        throw UnsupportedError(is_missing ? "no NVIDIA driver is installed (libcuda.so.1 is not found)"
+                                          : "the NVIDIA driver cannot be loaded: " +
+                                                std::string(reason ? reason : "libcuda.so.1"));
+    }
     const auto find = [&](auto& function, const char* name) {
         function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(dlsym(library, name));
         if (!function) throw UnsupportedError(std::string("the NVIDIA driver is too old: it lacks ") + name);
@@ -137,7 +143,8 @@ const Driver& load_driver() {
 #define FIXMIN_FIND(name, version, arguments) find(driver.name, #name version);
     FIXMIN_DRIVER_FUNCTIONS(FIXMIN_FIND)
 #undef FIXMIN_FIND
-    driver.cuDriverGetVersion(&driver.version);
+    if (const Result result = driver.cuDriverGetVersion(&driver.version); result != success)
+        throw UnsupportedError("the NVIDIA driver does not tell its version: " + words(driver, result));
     if (driver.version < oldest_driver) {
         throw UnsupportedError("the NVIDIA driver is too old: it supports CUDA " + version_text(driver.version) +
                                ", needed is 12.0");

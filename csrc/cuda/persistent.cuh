@@ -22,8 +22,15 @@ FIXMIN_DEVICE void run_block(Kernel kernel, const std::byte* args, Index block) 
 
 static_assert(row_threads == step_threads && attention_threads == step_threads && few_threads == step_threads);
 
-// A kernel has the registers that its largest part takes: of all types together there would not be enough.
+// A kernel has the registers that its largest part takes: of all types together there would not be enough. It is an
+// eighth of all code, so that it is made for some architectures only (has_run_step in repeated_step.cpp).
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900 || __CUDA_ARCH__ == 1000
+#define FIXMIN_HAS_RUN_STEP 1
+#else
+#define FIXMIN_HAS_RUN_STEP 0
+#endif
 FIXMIN_KERNEL(run_step, StepArgs, step_threads) {
+#if FIXMIN_HAS_RUN_STEP
     after_previous();
     for (uint32_t n = 0; n < args.n_phases; ++n) {
         const Phase phase = args.phases[n];
@@ -33,6 +40,7 @@ FIXMIN_KERNEL(run_step, StepArgs, step_threads) {
         }
         wait_for_grid(args.count);
     }
+#endif
 }
 
 }  // namespace fixmin::cuda

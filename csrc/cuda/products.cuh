@@ -530,11 +530,10 @@ FIXMIN_DEVICE void product_of_many(const ProductArgs& args, Index block, unsigne
     for (uint32_t n = 0; n < N; ++n) {
         for (uint32_t c = 0; c < 2; ++c) {
             for (uint32_t i = 0; i < 2 * M; ++i) {
-                if (n * 2 * tile_tokens + c >= tokens_left || row_of(i) >= rows_left) continue;
-                float value = acc[i / 2][n][i % 2 * 2 + c];
-                if (part.bias) value = value + bias[i];
-                if (args.accumulate) value = out[row_of(i)] + value;
-                out[row_of(i)] = value;
+                const bool is_there = n * 2 * tile_tokens + c < tokens_left && row_of(i) < rows_left;
+                const float before = is_there && args.accumulate ? out[row_of(i)] : 0.0f;
+                const float sum = acc[i / 2][n][i % 2 * 2 + c], value = part.bias ? sum + bias[i] : sum;
+                if (is_there) out[row_of(i)] = args.accumulate ? before + value : value;
             }
             out += size_t(args.out_stride) * (c ? 2 * tile_tokens - 1 : 1);
         }

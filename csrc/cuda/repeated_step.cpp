@@ -25,6 +25,13 @@ bool all_take_part(const Launches& launches) {
     });
 }
 
+// Machine code for 8.0, 9.0 and 10.0 has it, and so the PTX that later ones compile. 8.6 and what else is of generation
+// 8 run code for 8.6 or 8.9.
+bool has_run_step(const DeviceInfo& info) {
+    if (info.compute_major == 8) return info.compute_minor < 6;
+    return info.compute_major > 8 && info.compute_major != 12;
+}
+
 }  // namespace
 
 StepKind step_kind() {
@@ -46,7 +53,7 @@ void RepeatedStep::run() {
 }
 
 bool RepeatedStep::make_persistent(const Launches& launches) {
-    if (!all_take_part(launches)) return false;
+    if (!has_run_step(device_.info()) || !all_take_part(launches)) return false;
     std::vector<Phase> phases;
     std::vector<std::byte> args;
     for (const Launch& one : launches) {

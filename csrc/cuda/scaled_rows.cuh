@@ -172,6 +172,7 @@ FIXMIN_DEVICE void scaled_rows_of_many(const ProductArgs& args, Index block, uns
     const uint32_t panel_of_warp = warp % 4, tile_of_warp = warp / 4;  // the first; others follow by 4 and 2
     int acc[M][N][4] = {};
     uint32_t now = 0, free = ahead;
+#pragma unroll 1
     for (uint32_t pair = 0; pair < pairs; ++pair) {
         wait_for_copies<Stages - 2>();
         __syncthreads();
@@ -209,21 +210,24 @@ FIXMIN_DEVICE void scaled_rows_of_many(const ProductArgs& args, Index block, uns
         weight_scale[i] = reinterpret_cast<const float*>(end)[int(g + i % 2 * 8) - 16];
         if (part.bias && row_of(i) < rows_left) bias[i] = part.bias[first_row + row_of(i)];
     }
+    const uint32_t own_tile = first_tile + tile_of_warp, first_token = own_tile * tile_tokens + 2 * t;
+    const uint32_t tokens_left = args.n_tokens > first_token ? args.n_tokens - first_token : 0;
+    const float* token_scale = args.quantized.factors + (size_t(own_tile) * pairs * tile_tokens + 2 * t) * 2;
+    float* out = part.out + size_t(first_token) * args.out_stride + first_row;
 #pragma unroll
     for (uint32_t n = 0; n < N; ++n) {
-        const uint32_t tile = first_tile + tile_of_warp + n * 2;
         for (uint32_t c = 0; c < 2; ++c) {
-            const uint32_t token = tile * tile_tokens + 2 * t + c;
-            if (token >= args.n_tokens) continue;
-            const float token_scale = args.quantized.factors[(size_t(tile) * pairs * tile_tokens + 2 * t + c) * 2];
-            float* const out = part.out + size_t(token) * args.out_stride + first_row;
+            const bool is_there = n * 2 * tile_tokens + c < tokens_left;
+            const float scale = is_there ? token_scale[c * 2] : 0.0f;
             for (uint32_t i = 0; i < 2 * M; ++i) {
-                if (row_of(i) >= rows_left) continue;
-                float value = scaled_sum(acc[i / 2][n][i % 2 * 2 + c], weight_scale[i], token_scale, bias[i]);
-                if (args.accumulate) value = out[row_of(i)] + value;
-                out[row_of(i)] = value;
+                const bool is_row = is_there && row_of(i) < rows_left;
+                const float before = is_row && args.accumulate ? out[row_of(i)] : 0.0f;
+                const float value = scaled_sum(acc[i / 2][n][i % 2 * 2 + c], weight_scale[i], scale, bias[i]);
+                if (is_row) out[row_of(i)] = args.accumulate ? before + value : value;
             }
+            out += size_t(args.out_stride) * (c ? 2 * tile_tokens - 1 : 1);
         }
+        token_scale += size_t(pairs) * 2 * tile_tokens * 2;
     }
 }
 

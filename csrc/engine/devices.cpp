@@ -13,7 +13,16 @@
 namespace fixmin::engine {
 namespace {
 
-uint32_t gpu_number(const std::string& device) {
+// What is asked for, and by whom.
+struct Wanted {
+    std::string device;
+    const char* said_by = "device";
+
+    std::string words() const { return std::string(said_by) + " " + quoted(device); }
+};
+
+uint32_t gpu_number(const Wanted& wanted) {
+    const std::string& device = wanted.device;
     constexpr std::string_view name = "cuda", numbered = "cuda:";
     if (device == name) return 0;
     uint32_t number = 0;
@@ -22,38 +31,39 @@ uint32_t gpu_number(const std::string& device) {
         const auto [rest, error] = std::from_chars(device.data() + numbered.size(), end, number);
         if (error == std::errc() && rest == end) return number;
     }
-    throw ArgumentError("device is " + quoted(device) + "; known: auto, cpu, cuda, cuda:N");
+    throw ArgumentError(std::string(wanted.said_by) + " is " + quoted(device) + "; known: auto, cpu, cuda, cuda:N");
 }
 
 #ifndef FIXMIN_CUDA
 constexpr const char* no_cuda = "this build has no CUDA: it was made without a compiler for it";
 #endif
 
-std::string wanted_device(const std::string& option) {
-    if (!option.empty()) return option;
+Wanted wanted_device(const std::string& option) {
+    if (!option.empty()) return {option};
     const char* environment = std::getenv("FIXMIN_DEVICE");
-    return environment && *environment ? environment : "cpu";
+    return environment && *environment ? Wanted{environment, "FIXMIN_DEVICE"} : Wanted{"cpu"};
 }
 
 }  // namespace
 
 std::unique_ptr<model::Backend> open_backend(gguf::GgufFile file, const model::BackendOptions& options,
                                              const std::function<void(double)>& progress) {
-    const std::string device = wanted_device(options.device);
+    const Wanted wanted = wanted_device(options.device);
+    const std::string& device = wanted.device;
     if (device == "cpu") return std::make_unique<cpu::CpuBackend>(std::move(file), options, progress);
 #ifdef FIXMIN_CUDA
     std::unique_ptr<cuda::Device> gpu;
     try {
-        gpu = cuda::open_device(device == "auto" ? 0 : gpu_number(device));
-    } catch (const UnsupportedError&) {
-        if (device != "auto") throw;
+        gpu = cuda::open_device(device == "auto" ? 0 : gpu_number(wanted));
+    } catch (const UnsupportedError& error) {
+        if (device != "auto") throw UnsupportedError(wanted.words() + ": " + error.what());
         return std::make_unique<cpu::CpuBackend>(std::move(file), options, progress);
     }
     return std::make_unique<cuda::CudaBackend>(std::move(gpu), std::move(file), options, progress);
 #else
     if (device == "auto") return std::make_unique<cpu::CpuBackend>(std::move(file), options, progress);
-    gpu_number(device);
-    throw UnsupportedError(no_cuda);
+    gpu_number(wanted);
+    throw UnsupportedError(wanted.words() + ": " + no_cuda);
 #endif
 }
 

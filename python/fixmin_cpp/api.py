@@ -201,7 +201,8 @@ def system_info() -> dict[str, Any]:
 
 def _load(path: str, options: LoadOptions) -> Model:
     status = os.stat(path)
-    key = (os.path.realpath(path), status.st_mtime_ns, status.st_size, status.st_ino, options)
+    device = os.environ.get("FIXMIN_DEVICE")  # which counts where options say none
+    key = (os.path.realpath(path), status.st_mtime_ns, status.st_size, status.st_ino, options, device)
     with _cache_lock:  # held while loading, so that two threads do not load the same file twice
         model = _cache.get(key)
         if model is None:

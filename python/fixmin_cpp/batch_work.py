@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from . import _core
 from .arguments import split_prompts
 from .batch_lines import Line, NativeEntry, OpenAIEntry, Settings, parse_line, write_record
-from .errors import ArgumentError, FixminError, naming
+from .errors import ArgumentError, DeviceError, FixminError, naming
 from .generation import Completion, TokenLogprob
 from .load_options import LoadOptions
 from .model import Model
@@ -135,7 +135,7 @@ def answer(model: Model, settings: Settings, line: Line) -> Result:
         entry = parse_line(line)
         body = (_openai if isinstance(entry, OpenAIEntry) else _OUTPUTS[settings.task])(model, settings, entry)
     except FixminError as error:
-        if model.closed:
+        if model.closed or isinstance(error, DeviceError):
             raise  # the line is not to blame
         record, reason = entry.failure(error)
         return Result(line.number, write_record(record), error=reason)

@@ -89,6 +89,8 @@ class FixMinLM(TemplateLM):
         device = options.get("device")
         if device == "cuda:0":
             options["device"] = None
+            device = os.environ.get("FIXMIN_DEVICE") or "cpu"
+            _log.info("device=cuda:0 is what the harness passes by default: %s is used; cuda is a GPU", device)
         elif device is not None and device.partition(":")[0] not in ("auto", "cpu", "cuda"):
             raise UnsupportedError(f"device={device!r}: the native engine runs on the CPU or with CUDA")
         self.model = pretrained if isinstance(pretrained, Model) else Model(pretrained, **options)

@@ -75,8 +75,47 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_a_gpu_that_cannot_be_used(driver, model_path, fails, says):
     found = load(model_path, driver, **fails)
-    assert found["error"] == f"UnsupportedError: {model_path}: {says}"
+    assert found["error"] == f"UnsupportedError: {model_path}: device 'cuda': {says}"
     assert load(model_path, driver, device="auto", **fails)["device"] == "cpu"
+
+
+def test_errors_name_the_environment(driver, model_path):
+    program = "import sys, fixmin_cpp; fixmin_cpp.Model(sys.argv[1])"
+    for device, says in {
+        "cuda:3": "FIXMIN_DEVICE 'cuda:3': there is no GPU cuda:3: the driver shows 1",
+        "gpu": "FIXMIN_DEVICE is 'gpu'; known: auto, cpu, cuda, cuda:N",
+    }.items():
+        env = os.environ | {"LD_LIBRARY_PATH": str(driver), "FIXMIN_DEVICE": device}
+        done = subprocess.run(
+            [sys.executable, "-c", program, model_path], env=env, capture_output=True, text=True, check=False
+        )
+        assert done.stderr.rstrip().endswith(says)
+
+
+def test_a_driver_that_cannot_be_loaded(model_path, tmp_path):
+    (tmp_path / "libcuda.so.1").write_text("no library")
+    found = load(model_path, tmp_path)
+    assert "device 'cuda': the NVIDIA driver cannot be loaded: " in found["error"]
+    assert "libcuda.so.1" in found["error"]
+
+
+def test_a_batch_job_ends_where_the_device_fails(driver, model_path, tmp_path):
+    """And can be taken up: its lines are not to blame."""
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": [1, 2], "max_new_tokens": 2}\n' * 5)
+
+    def run(device: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-m", "fixmin_cpp", "batch", source, out, "-m", model_path, "--device", device]
+        env = os.environ | {"LD_LIBRARY_PATH": str(driver)} | environment
+        return subprocess.run([*command, "--token-ids"], env=env, capture_output=True, text=True, check=False)
+
+    failed = run("cuda", FAKE_LAUNCH="719")
+    assert failed.returncode == 1
+    assert "Fake GPU has failed: failure 719 of the fake" in failed.stderr
+    assert not out.exists()
+    again = run("cpu")
+    assert again.returncode == 0, again.stderr
+    assert [json.loads(line)["error"] for line in out.read_text().splitlines()] == [None] * 5
 
 
 def test_without_a_driver(model_path):
@@ -112,10 +151,19 @@ def test_everything_is_given_back(driver, model_path, tmp_path):
     assert lines.count("load") == lines.count("unload") == 1
 
 
-@pytest.mark.parametrize(("resident", "graphs"), [("1", 0), ("0", 1)])
-def test_one_kernel_for_a_step_where_its_blocks_fit(driver, model_path, tmp_path, resident, graphs):
+@pytest.mark.parametrize(
+    ("resident", "capability", "graphs"), [("1", "90", 0), ("0", "90", 1), ("1", "89", 1), ("1", "80", 0)]
+)
+def test_one_kernel_for_a_step_where_its_blocks_fit(driver, model_path, tmp_path, resident, capability, graphs):
     log = tmp_path / "log"
-    load(model_path, driver, log=str(log), resident=resident, FIXMIN_CUDA_STEP="persistent")
+    load(
+        model_path,
+        driver,
+        log=str(log),
+        resident=resident,
+        capability=capability,
+        FIXMIN_CUDA_STEP="persistent",
+    )
     lines = log.read_text().split("\n")
     assert lines.count("instantiate") == lines.count("destroy instance") == graphs
     assert (lines.count("persistent") > 1) == (graphs == 0)

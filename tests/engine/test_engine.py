@@ -194,6 +194,13 @@ def test_a_cache_larger_than_all_memory(model_file):
             _core.Engine(model_file(), device="cpu", n_kv=n_kv)
 
 
+def test_a_batch_larger_than_all_memory(model_file):
+    with pytest.raises(
+        MemoryError, match=r"n_batch is 2000000000: its buffers take \d+ bytes, more than all the memory"
+    ):
+        _core.Engine(model_file(), device="cpu", n_batch=2_000_000_000)
+
+
 def test_rows_shorter_than_a_block(tmp_path):
     """The division by their quantised size ended the process."""
     path = make_model(tmp_path / "m.gguf", embedding_length=8, head_count=4, feed_forward_length=8)

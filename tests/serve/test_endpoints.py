@@ -126,6 +126,32 @@ def test_health_and_requests_while_loading(served_path: Any, monkeypatch: pytest
     asyncio.run(watch())
 
 
+def test_health_when_the_device_has_failed(served_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fixmin_cpp.serve import generation
+
+    def fail(*_: Any) -> None:
+        raise fixmin_cpp.DeviceError("the GPU has failed")
+
+    async def watch() -> None:
+        app = serve.create_app(serve.ServeSettings(model=str(served_path)))
+        transport = httpx.ASGITransport(app)
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=transport, base_url="http://x") as client,
+        ):
+            while (await client.get("/health")).status_code == 503:
+                await asyncio.sleep(0.01)
+            failing = dict.fromkeys(generation.ANSWERS, fail)
+            monkeypatch.setattr(generation, "ANSWERS", failing)
+            answer = await client.post("/v1/completions", json={"prompt": "the", "max_tokens": 3})
+            assert (answer.status_code, answer.json()["error"]["message"]) == (500, "the GPU has failed")
+            answer = await client.get("/health")
+            assert answer.status_code == 503
+            assert answer.json()["error"]["message"] == "the device has failed: the GPU has failed"
+
+    asyncio.run(watch())
+
+
 def test_every_argument_is_a_field() -> None:
     """What generate() takes can be asked for, but for the two that have other fields."""
     from fixmin_cpp.serve.schemas import BODIES

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from ..errors import ArgumentError, BusyError, ContextLengthError, FixminError, UnsupportedError
+from ..errors import ArgumentError, BusyError, ContextLengthError, DeviceError, FixminError, UnsupportedError
 from ..inspect import describe_code
 from ..model import Model
 from .errors import APIError
@@ -36,6 +36,7 @@ class ModelHost:
         self.settings = settings
         self.progress = 0.0
         self.error: Exception | None = None  # of loading
+        self._device_error: str | None = None
         self.code: dict[str, Any] = {}  # as `fixmin inspect` describes it
         self.n_sequences = 0  # generations that are waiting or running
         self.turns = Turns(settings.n_parallel)
@@ -123,6 +124,9 @@ class ModelHost:
 
     def told(self, error: Exception) -> Exception:
         """`error`, or what clients are told in its place: a closed model is no fault of theirs, nor of the server's."""
+        if isinstance(error, DeviceError):
+            self._device_error = str(error)
+            _log.error("the device has failed, and no request can be answered any more: %s", error)
         mine = isinstance(error, ArgumentError | ContextLengthError | UnsupportedError | BusyError)
         return self._end() if self._closing and isinstance(error, FixminError) and not mine else error
 
@@ -193,7 +197,9 @@ class ModelHost:
                 raise ContextLengthError(f"{name} has {len(text)} characters, but the context holds {n_ctx} tokens")
 
     def require_health(self) -> None:
-        """Raises APIError 503 if requests are not prepared any more."""
+        """Raises APIError 503 if requests are not prepared any more, or their device has failed."""
+        if self._device_error is not None:
+            raise APIError(503, f"the device has failed: {self._device_error}", code=503)
         seconds = self._workers["prepare"].stuck_for
         if seconds > _STUCK:
             raise APIError(503, f"requests have not been prepared for {seconds:.0f} s", code=503)
