@@ -184,7 +184,7 @@ def test_fork(driver, model_path):
     reason = 'this process was forked from one that has used a GPU, and CUDA does not work in it: start it by "spawn"'
     assert done.stdout.splitlines() == [
         f"DeviceError {reason}",
-        f"UnsupportedError {model_path}: {reason}",
+        f"UnsupportedError {model_path}: device 'cuda': {reason}",
         "parent",
     ]
 
@@ -213,4 +213,6 @@ def test_auto_and_numbers_say_which(driver, model_path):
     assert load(model_path, driver, device="auto")["device"] == "cuda"
     assert load(model_path, driver, device="cuda:1", devices="2")["device"] == "cuda:1"
     found = load(model_path, driver, device="cuda:2", devices="2")
-    assert found["error"] == f"UnsupportedError: {model_path}: there is no GPU cuda:2: the driver shows 2"
+    assert (
+        found["error"] == f"UnsupportedError: {model_path}: device 'cuda:2': there is no GPU cuda:2: the driver shows 2"
+    )
