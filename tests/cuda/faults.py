@@ -156,6 +156,7 @@ def test_fork(path: Path) -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     request, loading, parent = done.stdout.splitlines()
-    assert request.startswith("DeviceError this process was forked from one that has used ")
-    assert loading.startswith(f"UnsupportedError {path}: device 'cuda': this process was forked from one that has used ")
+    reason = "this process was forked from one that has used "
+    assert request.startswith(f"DeviceError {reason}")
+    assert loading.startswith(f"UnsupportedError {path}: device 'cuda': {reason}")
     assert parent == "parent"
