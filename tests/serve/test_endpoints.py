@@ -1,8 +1,10 @@
 """The endpoints beside completions, what the schema promises, and that nothing at all gives a 5xx."""
 
 import asyncio
+import contextlib
 import threading
 from collections import Counter
+from collections.abc import AsyncIterator
 from typing import Any
 
 import numpy as np
@@ -90,6 +92,17 @@ def test_page(server: Server) -> None:
     assert "default-src 'none'" in answer.headers["content-security-policy"]
 
 
+@contextlib.asynccontextmanager
+async def in_this_process(path: Any) -> AsyncIterator[tuple[Any, Any]]:
+    """A client of a server that is starting, and its host."""
+    app = serve.create_app(serve.ServeSettings(model=str(path)))
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client,
+    ):
+        yield client, app.state.host
+
+
 def test_health_and_requests_while_loading(served_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process, with a model that takes until it is told to be ready."""
     ready = threading.Event()
@@ -103,13 +116,8 @@ def test_health_and_requests_while_loading(served_path: Any, monkeypatch: pytest
     monkeypatch.setattr("fixmin_cpp.serve.host.Model", slowly)
 
     async def watch() -> None:
-        app = serve.create_app(serve.ServeSettings(model=str(served_path)))
-        transport = httpx.ASGITransport(app)
-        async with (
-            app.router.lifespan_context(app),
-            httpx.AsyncClient(transport=transport, base_url="http://x") as client,
-        ):
-            while app.state.host.progress == 0.0:
+        async with in_this_process(served_path) as (client, host):
+            while host.progress == 0.0:
                 await asyncio.sleep(0.01)
             for path in ("/health", "/v1/models", "/metrics", "/props"):
                 answer = await client.get(path)
@@ -133,12 +141,7 @@ def test_health_when_the_device_has_failed(served_path: Any, monkeypatch: pytest
         raise fixmin_cpp.DeviceError("the GPU has failed")
 
     async def watch() -> None:
-        app = serve.create_app(serve.ServeSettings(model=str(served_path)))
-        transport = httpx.ASGITransport(app)
-        async with (
-            app.router.lifespan_context(app),
-            httpx.AsyncClient(transport=transport, base_url="http://x") as client,
-        ):
+        async with in_this_process(served_path) as (client, _):
             while (await client.get("/health")).status_code == 503:
                 await asyncio.sleep(0.01)
             failing = dict.fromkeys(generation.ANSWERS, fail)
