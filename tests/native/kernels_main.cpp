@@ -159,12 +159,25 @@ void random_weights(WeightType type, Random& random, size_t n, std::byte* out) {
     }
 }
 
+// A row of W8A8: codes from -127 to 127 and a scale.
+void random_scaled_row(Random& random, uint32_t n, std::byte* out) {
+    for (uint32_t i = 0; i < n; ++i) out[i] = std::byte(int(random.bits() % 255) - 127);
+    const float scale = random.value();
+    std::memcpy(out + n, &scale, sizeof scale);
+}
+
 void matmul(WeightType type, uint32_t rows, uint32_t tokens) {
     const uint32_t inner = 512, n_panels = (rows + quant::panel_rows - 1) / quant::panel_rows;
     const size_t row_bytes = quant::row_bytes(type, inner), stride = quant::panel_bytes(type, inner);
     Random random(rows * 100 + tokens);
     std::vector<std::byte> file(rows * row_bytes);
-    for (uint32_t r = 0; r < rows; ++r) random_weights(type, random, inner, file.data() + r * row_bytes);
+    for (uint32_t r = 0; r < rows; ++r) {
+        std::byte* const row = file.data() + r * row_bytes;
+        if (quant::scales_rows(type))
+            random_scaled_row(random, inner, row);
+        else
+            random_weights(type, random, inner, row);
+    }
     const model::Pages panels(n_panels * stride + 8192, "panels");
     for (uint32_t p = 0; p < n_panels; ++p) {
         const uint32_t first = p * quant::panel_rows, n = std::min(quant::panel_rows, rows - first);
@@ -172,7 +185,10 @@ void matmul(WeightType type, uint32_t rows, uint32_t tokens) {
     }
     const Floats x = random.values(size_t(tokens) * inner), bias = random.values(n_panels * quant::panel_rows);
     std::vector<ActivationBlock> blocks(x.size() / quant::block_size);
-    k->quantize_activations(x.data(), uint32_t(x.size()), blocks.data());
+    for (uint32_t t = 0; t < tokens; ++t) {
+        const auto quantize = quant::scales_rows(type) ? k->quantize_row : k->quantize_activations;
+        quantize(x.data() + size_t(t) * inner, inner, blocks.data() + size_t(t) * (inner / quant::block_size));
+    }
     Floats out = random.values(size_t(tokens) * rows);
     std::vector<std::byte> scratch(kernels::matmul_scratch_bytes(inner, tokens));
     k->matmul({type, panels.data(), stride, rows, inner, x.data(), inner, blocks.data(), tokens, bias.data(),

@@ -33,7 +33,7 @@ CORTEX_A76 = ["qemu-aarch64", "-L", "/usr/aarch64-linux-gnu", "-cpu", "cortex-a7
 NEHALEM = ["qemu-x86_64", "-cpu", "Nehalem"]  # no AVX
 HASWELL = ["qemu-x86_64", "-cpu", "Haswell"]  # no AVX-512
 
-TYPES = ["F32", "F16", "BF16", "Q8_0", "Q4_0"]
+TYPES = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "W8A8"]
 MODELS = {
     "layernorm gelu biases": dict(biases=ALL_BIASES, head_count=2),
     "rmsnorm swiglu grouped interleaved": dict(
