@@ -243,12 +243,17 @@ class Loader {
                    size_t row, std::vector<std::byte>& stored) {
         stored.resize((last - first) * row);
         if (!scales) return file_.read(tensor.data.subspan(first * row, stored.size()), stored.data());
+        // Read at once, for each read maps a part of the file; then each scale goes behind its codes.
         constexpr size_t scale = sizeof(float);
-        const size_t codes = row - scale;
-        for (uint32_t r = first; r < last; ++r) {
-            std::byte* to = stored.data() + (r - first) * row;
-            file_.read(tensor.data.subspan(r * codes, codes), to);
-            file_.read(scales->data.subspan(r * scale, scale), to + codes);
+        const size_t n = last - first, codes = row - scale;
+        std::vector<std::byte> apart(n * row);
+        std::byte* const all_scales = apart.data() + n * codes;
+        file_.read(tensor.data.subspan(first * codes, n * codes), apart.data());
+        file_.read(scales->data.subspan(first * scale, n * scale), all_scales);
+        for (size_t r = 0; r < n; ++r) {
+            std::byte* to = stored.data() + r * row;
+            std::copy_n(apart.data() + r * codes, codes, to);
+            std::copy_n(all_scales + r * scale, scale, to + codes);
         }
     }
 
