@@ -40,6 +40,11 @@ void expect(bool condition, const char* what) {
     if (!condition) throw ArgumentError(what);
 }
 
+py::ssize_t n_blocks_of(const Floats& x) {
+    expect(x.ndim() == 1 && x.size() % quant::block_size == 0, "x must be [n], n a multiple of 32");
+    return x.size() / quant::block_size;
+}
+
 const float* data_or_null(const std::optional<Floats>& array, py::ssize_t size, const char* what) {
     if (!array) return nullptr;
     expect(array->size() == size, what);
@@ -72,11 +77,10 @@ class KernelTable {
   public:
     explicit KernelTable(const std::string& isa) : k_(kernels::select(isa)) {}
 
-    py::tuple quantize_activations(const Floats& x, bool by_row) const {
-        expect(x.ndim() == 1 && x.size() % quant::block_size == 0, "x must be [n], n a multiple of 32");
-        const py::ssize_t n_blocks = x.size() / quant::block_size;
+    py::tuple quantize_activations(const Floats& x) const {
+        const py::ssize_t n_blocks = n_blocks_of(x);
         std::vector<ActivationBlock> blocks(static_cast<size_t>(n_blocks));
-        (by_row ? k_.quantize_row : k_.quantize_activations)(x.data(), uint32_t(x.size()), blocks.data());
+        k_.quantize_activations(x.data(), uint32_t(x.size()), blocks.data());
         py::array_t<int8_t> q(x.size());
         py::array_t<float> scale(n_blocks);
         py::array_t<int32_t> sum(n_blocks);
@@ -86,6 +90,17 @@ class KernelTable {
             sum.mutable_at(b) = blocks[b].sum;
         }
         return py::make_tuple(q, scale, sum);
+    }
+
+    py::tuple quantize_row(const Floats& x) const {
+        n_blocks_of(x);
+        std::vector<std::byte> row(kernels::scaled_row_bytes(size_t(x.size())));
+        k_.quantize_row(x.data(), uint32_t(x.size()), row.data());
+        py::array_t<int8_t> q(py::ssize_t(row.size() - 64));
+        std::memcpy(q.mutable_data(), row.data(), row.size() - 64);
+        kernels::RowScale scale;
+        std::memcpy(&scale, row.data() + row.size() - 64, sizeof scale);
+        return py::make_tuple(q, scale.scale, scale.sum);
     }
 
     py::array_t<float> matmul(const std::string& type_name, const Bytes& data, uint32_t rows, const Floats& x,
@@ -105,10 +120,18 @@ class KernelTable {
                                      std::min(quant::panel_rows, rows - first), inner, panels.data() + p * stride),
                    "a weight is not finite");
         }
-        std::vector<ActivationBlock> blocks(size_t(tokens) * (inner / quant::block_size));
-        for (uint32_t t = 0; quant::is_quantized(type) && t < tokens; ++t) {
-            const auto quantize = quant::scales_rows(type) ? k_.quantize_row : k_.quantize_activations;
-            quantize(x.data() + size_t(t) * inner, inner, blocks.data() + size_t(t) * (inner / quant::block_size));
+        std::vector<ActivationBlock> blocks;
+        std::vector<std::byte> scaled_rows;
+        if (quant::scales_rows(type))
+            scaled_rows.resize(tokens * kernels::scaled_row_bytes(inner));
+        else if (quant::is_quantized(type))
+            blocks.resize(size_t(tokens) * (inner / quant::block_size));
+        for (uint32_t t = 0; t < tokens; ++t) {
+            const float* row = x.data() + size_t(t) * inner;
+            if (!scaled_rows.empty())
+                k_.quantize_row(row, inner, scaled_rows.data() + t * kernels::scaled_row_bytes(inner));
+            if (!blocks.empty())
+                k_.quantize_activations(row, inner, blocks.data() + size_t(t) * (inner / quant::block_size));
         }
         std::vector<float> padded_bias;
         if (const float* b = data_or_null(bias, rows, "bias must be [rows]")) {
@@ -123,9 +146,9 @@ class KernelTable {
         const uint32_t step = panels_per_call ? std::min(panels_per_call, n_panels) : n_panels;
         for (uint32_t p = 0; p < n_panels; p += step) {
             const uint32_t first = p * quant::panel_rows, n_rows = std::min(step * quant::panel_rows, rows - first);
-            k_.matmul({type, panels.data() + p * stride, stride, n_rows, inner, x.data(), inner, blocks.data(), tokens,
-                       padded_bias.empty() ? nullptr : padded_bias.data() + first, out.mutable_data() + first, rows,
-                       residual.has_value(), scratch.data(), p > 0, nullptr});
+            k_.matmul({type, panels.data() + p * stride, stride, n_rows, inner, x.data(), inner, blocks.data(),
+                       scaled_rows.data(), tokens, padded_bias.empty() ? nullptr : padded_bias.data() + first,
+                       out.mutable_data() + first, rows, residual.has_value(), scratch.data(), p > 0, nullptr});
         }
         return out;
     }
@@ -240,7 +263,8 @@ void bind_kernels(py::module_& m) {
     py::class_<KernelTable>(m, "Kernels",
                             "Single kernels of one instruction set, for tests; see csrc/kernels/kernels.h.")
         .def(py::init<const std::string&>(), py::arg("isa"))
-        .def("quantize_activations", &KernelTable::quantize_activations, py::arg("x"), py::arg("by_row") = false)
+        .def("quantize_activations", &KernelTable::quantize_activations, py::arg("x"))
+        .def("quantize_row", &KernelTable::quantize_row, py::arg("x"))
         .def("matmul", &KernelTable::matmul, py::arg("type"), py::arg("data"), py::arg("rows"), py::arg("x"),
              py::arg("bias") = py::none(), py::arg("residual") = py::none(), py::arg("panels_per_call") = 0)
         .def("norm", &KernelTable::norm, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("eps"),

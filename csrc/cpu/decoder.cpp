@@ -25,10 +25,18 @@ uint32_t tokens_per_pass(size_t row_bytes) {
     return uint32_t(std::max(cache_bytes / row_bytes / whole * whole, whole));
 }
 
-size_t quantized_bytes(size_t length) { return length / block_size * sizeof(ActivationBlock); }
+// Of a row in 8 bits.
+size_t row_bytes(InBytes in_bytes, size_t length) {
+    if (in_bytes == InBytes::rows) return kernels::scaled_row_bytes(length);
+    return length / block_size * sizeof(ActivationBlock);
+}
+size_t most_row_bytes(size_t length) {
+    return std::max(row_bytes(InBytes::blocks, length), row_bytes(InBytes::rows, length));
+}
 
 size_t matmul_scratch(size_t inner, size_t max_tokens) {
-    return kernels::matmul_scratch_bytes(inner, std::min<size_t>(max_tokens, tokens_per_pass(quantized_bytes(inner))));
+    const uint32_t pass = tokens_per_pass(row_bytes(InBytes::blocks, inner));
+    return kernels::matmul_scratch_bytes(inner, std::min<size_t>(max_tokens, pass));
 }
 
 }  // namespace
@@ -40,7 +48,7 @@ Decoder::Decoder(const model::Weights& weights, const kernels::Kernels& kernels,
     const size_t widest = std::max(d, f);
     x_.resize(t * d);
     normed_.resize(t * d);
-    quantized_.resize(t * (widest / block_size));
+    quantized_.resize(t * most_row_bytes(widest));
     qkv_.resize(t * hp_.qkv_length());
     attended_.resize(t * hp_.q_length());
     up_.resize(t * f);
@@ -58,7 +66,7 @@ Decoder::Decoder(const model::Weights& weights, const kernels::Kernels& kernels,
     read(weights.output);
     for (Private& p : private_) {
         p.row.resize(widest);
-        p.blocks.resize(widest / block_size);
+        p.quantized.resize(most_row_bytes(widest));
         p.scratch.resize(std::max(kernels::attention_scratch_floats(n_ctx, hp_.head_dim) * sizeof(float),
                                   std::max(matmul_scratch(d, t), matmul_scratch(f, t))));
     }
@@ -67,13 +75,13 @@ Decoder::Decoder(const model::Weights& weights, const kernels::Kernels& kernels,
 size_t Decoder::bytes_per_token(const model::Hyperparams& hp) {
     const size_t d = hp.embedding_length, f = hp.feed_forward_length;
     const size_t floats = 2 * d + hp.qkv_length() + hp.q_length() + f * (hp.activation == Activation::swiglu ? 2 : 1);
-    return floats * sizeof(float) + quantized_bytes(std::max(d, f));
+    return floats * sizeof(float) + most_row_bytes(std::max(d, f));
 }
 
 size_t Decoder::buffer_bytes() const {
     const auto bytes = [](const auto&... v) { return (... + (v.size() * sizeof(v[0]))); };
     size_t total = bytes(x_, normed_, quantized_, qkv_, attended_, gate_, up_, cos_, sin_);
-    for (const Private& own : private_) total += bytes(own.row, own.blocks, own.scratch);
+    for (const Private& own : private_) total += bytes(own.row, own.quantized, own.scratch);
     return total;
 }
 
@@ -267,9 +275,11 @@ void Decoder::normalize_row(const Norm& norm, const float* x, float* y) const {
     kernel(x, hp_.embedding_length, hp_.norm_eps, norm.weight.data(), norm.bias_or_null(), y);
 }
 
-void Decoder::quantize(const float* x, uint32_t length, InBytes in_bytes, ActivationBlock* out) const {
-    if (in_bytes == InBytes::blocks) kernels_.quantize_activations(x, length, out);
-    if (in_bytes == InBytes::rows) kernels_.quantize_row(x, length, out);
+// Row t of `rows`.
+void Decoder::quantize(const float* x, uint32_t length, InBytes in_bytes, std::byte* rows, uint32_t t) const {
+    std::byte* const row = rows + t * row_bytes(in_bytes, length);
+    if (in_bytes == InBytes::blocks) kernels_.quantize_activations(x, length, reinterpret_cast<ActivationBlock*>(row));
+    if (in_bytes == InBytes::rows) kernels_.quantize_row(x, length, row);
 }
 
 // Of the residual stream: its first rows, or those that are listed. A single one is prepared by every thread for
@@ -281,14 +291,14 @@ Decoder::Rows Decoder::normalized(const Norm& norm, uint32_t n_tokens, InBytes i
     if (n_tokens == 1) {
         Private& own = private_[team.index];
         normalize_row(norm, x(0), own.row.data());
-        quantize(own.row.data(), d, in_bytes, own.blocks.data());
-        return {own.row.data(), own.blocks.data(), d, in_bytes};
+        quantize(own.row.data(), d, in_bytes, own.quantized.data(), 0);
+        return {own.row.data(), own.quantized.data(), d, in_bytes};
     }
     const auto [begin, end] = team.share(n_tokens);
     for (uint32_t t = begin; t < end; ++t) {
         float* y = normed_.data() + size_t(t) * d;
         normalize_row(norm, x(t), y);
-        quantize(y, d, in_bytes, quantized_.data() + size_t(t) * (d / block_size));
+        quantize(y, d, in_bytes, quantized_.data(), t);
     }
     team.barrier();
     return {normed_.data(), quantized_.data(), d, in_bytes};
@@ -298,13 +308,12 @@ Decoder::Rows Decoder::as_rows(const float* values, uint32_t length, uint32_t n_
     if (in_bytes == InBytes::none) return {values, nullptr, length, in_bytes};
     if (n_tokens == 1) {
         Private& own = private_[team.index];
-        quantize(values, length, in_bytes, own.blocks.data());
-        return {values, own.blocks.data(), length, in_bytes};
+        quantize(values, length, in_bytes, own.quantized.data(), 0);
+        return {values, own.quantized.data(), length, in_bytes};
     }
     const auto [begin, end] = team.share(n_tokens);
-    for (uint32_t t = begin; t < end; ++t) {
-        quantize(values + size_t(t) * length, length, in_bytes, quantized_.data() + size_t(t) * (length / block_size));
-    }
+    for (uint32_t t = begin; t < end; ++t)
+        quantize(values + size_t(t) * length, length, in_bytes, quantized_.data(), t);
     team.barrier();
     return {values, quantized_.data(), length, in_bytes};
 }
@@ -321,8 +330,10 @@ Decoder::Rows Decoder::for_product(const Rows& rows, const Linear& w, uint32_t n
 // widest tiles do. The same matrix, number of tokens and team must be given by all threads.
 template <typename Body>
 void Decoder::for_parts(const Linear& w, uint32_t n_tokens, Team& team, Body body) {
-    const size_t row_bytes = is_quantized(w.type) ? quantized_bytes(w.inner) : w.inner * sizeof(float);
-    const uint32_t tile = tokens_per_pass(row_bytes), n_passes = (n_tokens + tile - 1) / tile;
+    const InBytes in_bytes = read_by(w);
+    const uint32_t tile =
+        tokens_per_pass(in_bytes == InBytes::none ? w.inner * sizeof(float) : row_bytes(in_bytes, w.inner));
+    const uint32_t n_passes = (n_tokens + tile - 1) / tile;
     const uint32_t entry_rows = (n_tokens == 1 ? 1 : 2) * quant::panel_rows;
     const uint32_t n_entries = (w.rows + entry_rows - 1) / entry_rows;
     uint32_t last_pass = n_passes;
@@ -347,9 +358,11 @@ void Decoder::multiply(const Linear& w, const Rows& rows, uint32_t n_tokens, flo
 void Decoder::multiply_part(const Linear& w, const Rows& rows, const Part& part, float* out, size_t out_stride,
                             bool accumulate, Team& team) {
     const size_t t = part.first_token;
+    const std::byte* const quantized =  // of either kind
+        rows.quantized ? rows.quantized + t * row_bytes(rows.in_bytes, rows.length) : nullptr;
     kernels_.matmul({w.type, w.panels + part.first_row / quant::panel_rows * w.panel_stride, w.panel_stride,
                      part.end_row - part.first_row, w.inner, rows.values + t * rows.length, rows.length,
-                     rows.quantized ? rows.quantized + t * (rows.length / block_size) : nullptr, part.n_tokens,
+                     reinterpret_cast<const ActivationBlock*>(quantized), quantized, part.n_tokens,
                      w.bias.empty() ? nullptr : w.bias.data() + part.first_row, out + t * out_stride + part.first_row,
                      out_stride, accumulate, private_[team.index].scratch.data(), part.same_tokens,
                      next_read(w, part, team)});

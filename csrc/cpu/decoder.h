@@ -48,8 +48,8 @@ class Decoder {
   private:
     // What a matrix product reads: rows as float32, and perhaps in 8 bits.
     struct Rows {
-        const float* values;                        // [T][length]
-        const kernels::ActivationBlock* quantized;  // [T][length/32]
+        const float* values;         // [T][length]
+        const std::byte* quantized;  // [T], as in_bytes says
         uint32_t length;
         InBytes in_bytes;
     };
@@ -63,12 +63,12 @@ class Decoder {
 
     // Buffers that one thread uses alone.
     struct Private {
-        Buffer<float> row;                        // [max(D, F)]
-        Buffer<kernels::ActivationBlock> blocks;  // the same in 8 bits
-        Buffer<std::byte> scratch;                // of kernels
+        Buffer<float> row;            // [max(D, F)]
+        Buffer<std::byte> quantized;  // the same in 8 bits
+        Buffer<std::byte> scratch;    // of kernels
     };
 
-    void quantize(const float* x, uint32_t length, InBytes in_bytes, kernels::ActivationBlock* out) const;
+    void quantize(const float* x, uint32_t length, InBytes in_bytes, std::byte* rows, uint32_t t) const;
     Rows normalized(const Norm& norm, uint32_t n_tokens, InBytes in_bytes, Team& team, const uint32_t* rows = nullptr);
     Rows as_rows(const float* values, uint32_t length, uint32_t n_tokens, InBytes in_bytes, Team& team);
     Rows for_product(const Rows& rows, const Linear& w, uint32_t n_tokens, Team& team);
@@ -96,14 +96,14 @@ class Decoder {
     const model::Hyperparams& hp_;
     const kernels::Kernels& kernels_;
     const KvMemory& kv_;
-    Buffer<float> x_;                             // [T][D] residual stream
-    Buffer<float> normed_;                        // [T][D]
-    Buffer<kernels::ActivationBlock> quantized_;  // [T][max(D, F)/32]
-    Buffer<float> qkv_;                           // [T][qkv_length]
-    Buffer<float> attended_;                      // [T][q_length]
-    Buffer<float> gate_, up_;                     // [T][F]
-    std::vector<Private> private_;                // [n_threads]
-    std::vector<float> cos_, sin_;                // [positions][rope_dim/2]
+    Buffer<float> x_;               // [T][D] residual stream
+    Buffer<float> normed_;          // [T][D]
+    Buffer<std::byte> quantized_;   // [T] rows of max(D, F) in 8 bits
+    Buffer<float> qkv_;             // [T][qkv_length]
+    Buffer<float> attended_;        // [T][q_length]
+    Buffer<float> gate_, up_;       // [T][F]
+    std::vector<Private> private_;  // [n_threads]
+    std::vector<float> cos_, sin_;  // [positions][rope_dim/2]
     std::atomic<bool> stopped_ = false;
 };
 

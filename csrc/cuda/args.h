@@ -36,6 +36,7 @@ constexpr bool is_centred(quant::WeightType type) {
     return format.bits > 0 && format.bits < 8 && format.zero == 1 << (format.bits - 1);
 }
 inline constexpr uint32_t float_threads = 256, float_step = 64;  // of float weights
+inline constexpr uint32_t float_thread_tokens = 4, float_tokens = float_threads / 16 * float_thread_tokens;
 inline constexpr size_t float_bytes = 46 << 10;
 
 /// Tokens of a block of the products of few tokens.

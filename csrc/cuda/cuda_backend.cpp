@@ -512,8 +512,7 @@ void CudaBackend::launch_product(WeightType type, ProductArgs args) {
         device_->launch(kernel, {grid.first, grid.second, threads, shared_bytes}, args);
     };
     if (!is_quantized(type)) {
-        const uint32_t tokens = float_threads / 16 * (args.n_tokens > float_threads / 16 ? 4 : 1);
-        return launch(few_kernel(type), blocks(quant::panel_rows, tokens), float_threads, float_bytes);
+        return launch(few_kernel(type), blocks(quant::panel_rows, float_tokens), float_threads, float_bytes);
     }
     const uint64_t n = device_->info().multiprocessors;
     const auto rounds = [&](std::pair<uint32_t, uint32_t> grid) {

@@ -550,9 +550,8 @@ FIXMIN_DEVICE void product_of_many(const ProductArgs& args, Index block, unsigne
 }
 
 // ---- float weights --------------------------------------------------------------------------------------------------
-// A thread for each output, which is one chain, or for 4 of them that share its weights: these are slow on a GPU
-// (docs/cuda.md). Weights and values of float_step positions go through shared memory, those of the next while the
-// chains run.
+// A thread has the outputs of a row for 4 tokens, a chain for each: these are slow on a GPU (docs/cuda.md). Weights and
+// values of float_step positions go through shared memory, those of the next while the chains run.
 
 template <WeightType Type>
 FIXMIN_DEVICE float float_weight(const std::byte* weights, uint32_t i) {
@@ -562,9 +561,9 @@ FIXMIN_DEVICE float float_weight(const std::byte* weights, uint32_t i) {
     return __int_as_float(int(unsigned(half) << 16));
 }
 
-template <WeightType Type, uint32_t Each>
+template <WeightType Type>
 FIXMIN_DEVICE void product_of_floats(const ProductArgs& args, Index block, unsigned char* shared) {
-    constexpr uint32_t groups = float_threads / 16, tokens = groups * Each, element = Type == WeightType::f32 ? 4 : 2;
+    constexpr uint32_t each = float_thread_tokens, tokens = float_tokens, element = Type == WeightType::f32 ? 4 : 2;
     constexpr uint32_t step_bytes = float_step * 16 * element, words = step_bytes / 16;
     constexpr uint32_t value_stride = float_step + 4;  // other banks for the next token
     static_assert(words <= float_threads);
@@ -578,6 +577,7 @@ FIXMIN_DEVICE void product_of_floats(const ProductArgs& args, Index block, unsig
     const ProductPart part = part_of(args, 16, block.x);
     const std::byte* panel = part.panels + size_t(block.x) * args.panel_stride;
     const uint32_t n_words = args.inner * element;  // of 16 bytes, in the panel
+    const uint32_t n_tokens = args.n_tokens - first_token < tokens ? args.n_tokens - first_token : tokens;
 
     int4 weights{};
     const auto load = [&](uint32_t first) {
@@ -586,35 +586,27 @@ FIXMIN_DEVICE void product_of_floats(const ProductArgs& args, Index block, unsig
     };
     load(0);
     after_previous();
-    float acc[Each] = {};
+    float acc[each] = {};
     uint32_t turn = 0;
     for (uint32_t first = 0; first < args.inner; first += float_step, turn ^= 1) {
         Stage& stage = stages[turn];
         if (threadIdx.x < words) reinterpret_cast<int4*>(stage.weights)[threadIdx.x] = weights;
-        for (uint32_t i = threadIdx.x; i < tokens * float_step; i += float_threads) {
+        for (uint32_t i = threadIdx.x; i < n_tokens * float_step; i += float_threads) {
             const uint32_t token = first_token + i / float_step, k = first + i % float_step;
-            if (token < args.n_tokens && k < args.inner)
+            if (k < args.inner)
                 stage.values[i / float_step][i % float_step] = args.values[size_t(token) * args.inner + k];
         }
         __syncthreads();
         load(first + float_step);
         const uint32_t count = args.inner - first < float_step ? args.inner - first : float_step;
-        if (first_token + group * Each >= args.n_tokens) continue;
+        if (group * each >= n_tokens) continue;
 #pragma unroll 4
         for (uint32_t k = 0; k < count; ++k) {
             const float w = float_weight<Type>(stage.weights, k * 16 + r);
-            for (uint32_t i = 0; i < Each; ++i) acc[i] = __fmaf_rn(w, stage.values[group * Each + i][k], acc[i]);
+            for (uint32_t i = 0; i < each; ++i) acc[i] = __fmaf_rn(w, stage.values[group * each + i][k], acc[i]);
         }
     }
-    for (uint32_t i = 0; i < Each; ++i) finish(args, part, first_token + group * Each + i, block.x * 16 + r, acc[i]);
-}
-
-template <WeightType Type>
-FIXMIN_DEVICE void product_of_floats(const ProductArgs& args, Index block, unsigned char* shared) {
-    if (args.n_tokens <= float_threads / 16)
-        product_of_floats<Type, 1>(args, block, shared);
-    else
-        product_of_floats<Type, 4>(args, block, shared);
+    for (uint32_t i = 0; i < each; ++i) finish(args, part, first_token + group * each + i, block.x * 16 + r, acc[i]);
 }
 
 #define FIXMIN_QUANTIZED(name)                                  \

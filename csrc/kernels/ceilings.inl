@@ -60,6 +60,6 @@ void ceiling_multiply(uint64_t rounds) {
     }
 }
 
-constexpr Ceilings ceilings = {ceiling_read, ceiling_multiply, ceiling_chains * ceiling_vectors * 64 * 2};
+constexpr Ceilings ceilings = {ceiling_read, ceiling_multiply, ceiling_chains * ceiling_vectors * 64 * 2, nullptr, 0};
 
 }  // namespace

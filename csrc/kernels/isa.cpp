@@ -20,10 +20,25 @@
 
 namespace fixmin::kernels {
 
-// FIXMIN_ISAS, from CMakeLists.txt: ISA(name) for every instruction set of this build, slowest first.
+// FIXMIN_ISAS, from CMakeLists.txt: for every instruction set of this build, slowest first, ISA(name), or
+// TILES(name, base) if it only multiplies on tiles.
 #define ISA(name) extern const Kernels kernels_##name;
+#define TILES(name, base) extern const TileKernels tiles_##name;
 FIXMIN_ISAS
 #undef ISA
+#undef TILES
+
+namespace {
+
+Kernels with_tiles(const char* name, Kernels kernels, const TileKernels& tiles) {
+    kernels.name = name;
+    kernels.matmul = tiles.matmul;
+    kernels.ceilings.multiply_tiles = tiles.ceiling;
+    kernels.ceilings.tile_operations = tiles.ceiling_operations;
+    return kernels;
+}
+
+}  // namespace
 
 #if defined(__x86_64__)
 namespace {
@@ -138,10 +153,20 @@ std::string cpu_name() { return "unknown"; }
 
 const std::vector<Isa>& isas() {
     static const std::vector<Isa> list = [] {
-        const CpuFeatures cpu = detect();
+        CpuFeatures cpu = detect();
+#ifdef FIXMIN_EMULATED_TILES
+        cpu.amx = true;
+#endif
+#define ISA(name)
+#define TILES(name, base) static const Kernels kernels_##name = with_tiles(#name, kernels_##base, tiles_##name);
+        FIXMIN_ISAS
+#undef ISA
+#undef TILES
 #define ISA(name) Isa{#name, cpu.name, &kernels_##name},
+#define TILES(name, base) ISA(name)
         return std::vector<Isa>{FIXMIN_ISAS};
 #undef ISA
+#undef TILES
     }();
     return list;
 }

@@ -33,6 +33,16 @@ struct ActivationBlock {
     float scaled_sum;  // scale * float(sum)
 };
 
+/// Of a row of n activations in 8 bits with one scale, x ~ scale * q, q in [-127, 127]: its codes, zeros up to a
+/// multiple of 64, and a line of 64 bytes that begins with a RowScale, so that rows of n = 2^k do not fall into the
+/// same sets of a cache.
+static constexpr size_t scaled_row_bytes(size_t n) { return (n + 63) / 64 * 64 + 64; }
+
+struct RowScale {
+    float scale;
+    int32_t sum;  // of all codes
+};
+
 /// out[t][r] (+)= W[r] . activation[t] + bias[r] for every token t and every row r of the panels given.
 struct MatmulArgs {
     quant::WeightType type;
@@ -42,7 +52,8 @@ struct MatmulArgs {
     uint32_t inner;                    // length of a row
     const float* activations;          // [n_tokens][activation_stride]; float weight types
     size_t activation_stride;          // floats
-    const ActivationBlock* quantized;  // [n_tokens][inner / 32]; quantised weight types, of W8A8 by quantize_row
+    const ActivationBlock* quantized;  // [n_tokens][inner / 32]; weight types whose blocks have scales
+    const std::byte* scaled_rows;      // [n_tokens][scaled_row_bytes(inner)], 64-byte aligned; W8A8
     uint32_t n_tokens;
     const float* bias;      // [n_rows rounded up to 16], or null
     float* out;             // [n_tokens][out_stride]
@@ -103,6 +114,10 @@ struct Ceilings {
     void (*multiply)(uint64_t rounds);
 
     uint32_t int8_operations;  // multiplications and additions of 8-bit integers in a round
+
+    /// Likewise of products of tiles, or null where there are none.
+    void (*multiply_tiles)(uint64_t rounds);
+    uint32_t tile_operations;
 };
 
 struct Kernels {
@@ -111,9 +126,9 @@ struct Kernels {
     /// x [n] -> n / 32 blocks. scale = amax/127; q = x * (127/amax) rounded to nearest even.
     void (*quantize_activations)(const float* x, uint32_t n, ActivationBlock* out);
 
-    /// The same with the scale of the whole row in each block, for W8A8: `sum` is that of the row, the other sums are
-    /// not set. A row with a NaN or an infinity is zeros with the scale NaN.
-    void (*quantize_row)(const float* x, uint32_t n, ActivationBlock* out);
+    /// x [n] -> scaled_row_bytes(n), likewise with amax of the whole row. A row with a NaN or an infinity is zeros with
+    /// the scale NaN.
+    void (*quantize_row)(const float* x, uint32_t n, std::byte* out);
 
     void (*matmul)(const MatmulArgs& args);
 
@@ -155,6 +170,13 @@ struct Kernels {
 
     /// What this instruction set can do at best; measured by `fixmin bench` (ceilings.inl).
     Ceilings ceilings;
+};
+
+/// What an instruction set with tiles does otherwise than the one of vectors that it stands on (tiles.inl).
+struct TileKernels {
+    void (*matmul)(const MatmulArgs& args);
+    void (*ceiling)(uint64_t rounds);  // multiply_tiles of Ceilings
+    uint32_t ceiling_operations;
 };
 
 }  // namespace fixmin::kernels

@@ -6,13 +6,7 @@
 
 namespace {
 
-using namespace fixmin::kernels;
-using fixmin::quant::WeightType;
-
-constexpr uint32_t block = fixmin::quant::block_size;
-
-// Bytes that a single token's weights are prefetched ahead (docs/kernels.md).
-constexpr size_t stream_far = 16384, stream_near = 4096;
+#include "kernels/weights.inl"
 
 int32_t read_int32(const int8_t* p) {
     int32_t x;
@@ -131,7 +125,7 @@ void quantize_activations(const float* x, uint32_t n, ActivationBlock* out) {
     }
 }
 
-void quantize_row(const float* x, uint32_t n, ActivationBlock* out) {
+void quantize_row(const float* x, uint32_t n, std::byte* out) {
     VecF top = zero(), poison = zero();
     for (uint32_t i = 0; i < n; i += lanes) {
         const VecF v = load(x + i);
@@ -139,208 +133,22 @@ void quantize_row(const float* x, uint32_t n, ActivationBlock* out) {
         poison = add(poison, sub(v, v));
     }
     const float amax = reduce_max(top), nan_or_0 = reduce_add(poison);
-    const bool empty = nan_or_0 != nan_or_0 || amax < 1e-30f;
+    const bool finite = nan_or_0 == nan_or_0, empty = !finite || amax < 1e-30f;
     const VecF inverse = set1(empty ? 0.0f : 127.0f / amax);
-    const float scale = empty ? nan_or_0 : amax / 127.0f;
-    int32_t sum = 0;
-    for (uint32_t b = 0; b < n / block; ++b, x += block) {
-        VecI q_lo = set1_int(0), q_hi = set1_int(0);
-        if (!empty) q_lo = round_to_int(mul(load(x), inverse)), q_hi = round_to_int(mul(load(x + lanes), inverse));
-        store_int8(out[b].q, q_lo);
-        store_int8(out[b].q + lanes, q_hi);
-        out[b].scale = scale;
-        sum += reduce_add_int(add_int(q_lo, q_hi));
-    }
-    for (uint32_t b = 0; b < n / block; ++b) out[b].sum = sum;
-}
-
-template <int... J>
-struct Indices {};
-using EachVector = Indices<0, 1, 2, 3, 4, 5, 6, 7>;
-
-// Readers give vector J, k = 4J..4J+3 of 16 rows, of a block of 32 codes that is stored in the planes of
-// quant/panels.h.
-
-// 2 to 6 bits: unsigned bytes.
-template <uint32_t Bits>
-struct CodeReader {
-    // Whether the vectors 4..7 may stay in the high nibbles, as 16 times their codes.
-    static constexpr bool high_nibbles = Bits == 4 && dot_q4_takes_any_byte;
-    // Vectors whose products fit 16 bits together: 8 * 2 * 15 * 127, 4 * 2 * 31 * 127, 2 * 2 * 63 * 127 < 2^15.
-    static constexpr uint32_t pair_depth = Bits <= 4 ? 8 : Bits == 5 ? 4 : 2;
-
-    static VecI start(int32_t zero, int32_t activation_sum) { return set1_int(-zero * activation_sum); }
-    static VecI dot(VecI acc, Bytes w, int32_t a) { return dot_q4(acc, w, a); }
-
-    template <int J>
-    static Bytes read(const uint8_t* p) {
-        static_assert(Bits >= 2 && Bits <= 6);
-        constexpr int pair = 2 * (J / 2);  // place of vector J in a plane of 2 bits
-        if constexpr (Bits <= 3) {
-            const Bytes low = bits<pair, 3>(load_bytes(p + 64 * (J % 2)));
-            if constexpr (Bits == 2) return low;
-            return or_bits<J - 2, 4>(low, load_bytes(p + 128));
-        } else {
-            const Bytes low = bits<J / 4 * 4, 15>(load_bytes(p + 64 * (J % 4)));
-            if constexpr (Bits == 4) return low;
-            if constexpr (Bits == 5) return or_bits<J - 4, 16>(low, load_bytes(p + 256));
-            return or_bits<pair - 4, 48>(low, load_bytes(p + 256 + 64 * (J % 2)));
+    auto* q = (int8_t*)out;
+    const size_t line_at = scaled_row_bytes(n) - 64;
+    VecI sum = set1_int(0);
+    if (finite) {
+        for (uint32_t i = 0; i < n; i += lanes) {
+            const VecI codes = round_to_int(mul(load(x + i), inverse));
+            store_int8(q + i, codes);
+            sum = add_int(sum, codes);
         }
     }
-
-    // Only of 4 bits: 16 times vector J, which saves a shift.
-    template <int J>
-    static Bytes read_high(const uint8_t* p) {
-        static_assert(high_nibbles && J >= 4);
-        return bits<0, 0xf0>(load_bytes(p + 64 * (J - 4)));
-    }
-};
-
-// Signed bytes: too large for dot_q4.
-template <>
-struct CodeReader<8> {
-    static constexpr bool high_nibbles = false;
-    static constexpr uint32_t pair_depth = 1;
-
-    static VecI start(int32_t, int32_t activation_sum) { return q8_start(activation_sum); }
-    static VecI dot(VecI acc, Q8Bytes w, int32_t a) { return dot_q8(acc, w, a); }
-
-    template <int J>
-    static Q8Bytes read(const uint8_t* p) {
-        return prepare_q8(flip_signs(load_bytes(p + 64 * J)));
-    }
-};
-
-// quant::iq4_values + 128
-constexpr uint8_t iq4_offset_values[16] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241};
-
-struct TableReader : CodeReader<8> {
-    template <int J>
-    static Q8Bytes read(const uint8_t* p) {
-        return prepare_q8(lookup(iq4_offset_values, CodeReader<4>::read<J>(p)));
-    }
-};
-
-template <uint32_t Bits, bool Table>
-struct ReaderOf {
-    using Type = CodeReader<Bits>;
-};
-template <uint32_t Bits>
-struct ReaderOf<Bits, true> {
-    using Type = TableReader;
-};
-
-// The codes and scales of 32 weights of 16 rows. Codes are unpacked where they are used.
-template <WeightType Type>
-struct WeightBlock {
-    static constexpr auto format = fixmin::quant::block_format(Type);
-    static constexpr auto layout = fixmin::quant::panel_layout(Type);
-    static constexpr uint32_t per_record = layout.record_blocks;
-    static constexpr uint32_t scales_per_record = format.values / format.scale_values;
-    static constexpr bool halves = format.scale_values == 16;
-    using Reader = typename ReaderOf<format.bits, format.table>::Type;
-
-    const uint8_t* planes;
-    VecF d, m;           // of the record
-    VecF scale;          // d, or d * s where 32 weights share s
-    VecF offset;         // m, or m * n likewise
-    VecF half_scale[2];  // s where 16 weights share it
-    VecF half_min[2];    // n
-
-    // Blocks are loaded in their order: d and m come with the first of a record.
-    void load_from(const uint8_t* panel, uint32_t b) {
-        planes = panel + fixmin::quant::codes_at(layout, b);
-        const uint8_t* p = panel + fixmin::quant::scales_at(layout, b);
-        if (b % per_record == 0) d = load_f16((const uint16_t*)p);
-        if (format.has_min && b % per_record == 0) m = load_f16((const uint16_t*)p + lanes);
-        p += (format.has_min ? 4 : 2) * lanes;
-        scale = d;
-        if constexpr (format.has_min) offset = m;
-        if constexpr (Type == WeightType::q2_k) {
-            for (uint32_t h = 0; h < 2; ++h) {
-                const uint8_t* both = p + (b % per_record * 2 + h) * lanes;
-                half_scale[h] = load_uint8<0, 15>(both);
-                half_min[h] = load_uint8<4, 15>(both);
-            }
-        } else if constexpr (halves) {
-            for (uint32_t h = 0; h < 2; ++h)
-                half_scale[h] = load_int8((const int8_t*)p + (b % per_record * 2 + h) * lanes);
-        } else if constexpr (per_record > 1) {
-            const int8_t* s = (const int8_t*)p + b % per_record * lanes;
-            scale = mul(scale, load_int8(s));  // exact
-            if constexpr (format.has_min) offset = mul(offset, load_int8(s + scales_per_record * lanes));
-        }
-    }
-
-    template <int J>
-    auto codes() const {
-        return Reader::template read<J>(planes);
-    }
-    template <int J>
-    auto high_codes() const {
-        return Reader::template read_high<J>(planes);
-    }
-
-    // What scales and mins meet of a block of activations.
-    struct Factors {
-        float scale;
-        float sums[2];  // of the halves, or scaled_sum
-    };
-    static Factors factors_of(const ActivationBlock& a) {
-        if constexpr (halves) return {a.scale, {float(a.half_sum), float(a.sum - a.half_sum)}};
-        return {a.scale, {a.scaled_sum, 0}};
-    }
-
-    // acc + weights . activations, given the dot products of the block, or of its halves. Every value but a_scale *
-    // scale and the results of the last fma of a term is exact.
-    [[gnu::always_inline]] VecF add_dots(VecF acc, const VecI* dots, const Factors& a) const {
-        if constexpr (!halves) {
-            acc = fma(to_float(dots[0]), mul(scale, set1(a.scale)), acc);
-            if constexpr (format.has_min) acc = fma(offset, set1(a.sums[0]), acc);
-        } else {
-            // |s * dot| <= 128 * 32 * 127 * 16 = 2^23 - 2^16, so that even the sum of two is exact in float32.
-            const VecF total = fma(half_scale[1], to_float(dots[1]), mul(half_scale[0], to_float(dots[0])));
-            acc = fma(total, mul(scale, set1(a.scale)), acc);
-            if constexpr (format.has_min) {
-                const VecF low = mul(half_min[0], set1(a.sums[0]));
-                const VecF both = fma(half_min[1], set1(a.sums[1]), low);
-                acc = fma(both, mul(offset, set1(a.scale)), acc);
-            }
-        }
-        return acc;
-    }
-};
-
-// Panels as they come from memory: once, one after the other, and then what the thread reads next, so that memory is
-// never idle between two products.
-class Stream {
-  public:
-    explicit Stream(const MatmulArgs& args) {
-        const uint32_t n_panels = (args.n_rows + lanes - 1) / lanes;
-        end_ = (const uint8_t*)args.panels + n_panels * args.panel_stride;
-        next_ = args.next ? (const uint8_t*)args.next : end_;
-    }
-
-    // What stands at p, a place in the panels or behind them.
-    const uint8_t* after(const uint8_t* p) const { return p < end_ ? p : next_ + (p - end_); }
-
-  private:
-    const uint8_t *end_, *next_;
-};
-
-// Part J of 8 of the lines of `bytes` bytes at `to`. Prefetches wait for one another when there are more of them than a
-// core can have under way, and everything behind them with them: so they are strewn among the products. Inlined,
-// because GCC takes a call that does nothing but prefetch for one that does nothing.
-template <int J, size_t bytes, bool near = false>
-[[gnu::always_inline]] inline void prefetch_part(const uint8_t* to) {
-    constexpr size_t n_lines = (bytes + 63) / 64;
-#pragma GCC unroll 8
-    for (size_t i = n_lines * J / 8; i < n_lines * (J + 1) / 8; ++i) {
-        if constexpr (near)
-            prefetch(to + 64 * i);
-        else
-            prefetch_far(to + 64 * i);
-    }
+    const uint32_t end = finite ? n : 0;
+    __builtin_memset(q + end, 0, line_at - end);
+    const RowScale scale{finite ? (empty ? 0.0f : amax / 127.0f) : nan_or_0, reduce_add_int(sum)};
+    __builtin_memcpy(out + line_at, &scale, sizeof scale);
 }
 
 // P panels times N tokens, block after block. A vector of codes is unpacked once and meets all tokens, a word of
@@ -353,8 +161,7 @@ struct QuantizedTile {
     static constexpr bool lone = P * N == 1;
     static constexpr uint32_t chains = Block::halves || lone ? 2 : 1;
     static constexpr bool high_nibbles = lone && Block::Reader::high_nibbles;
-    // What a block takes with its part of the scales.
-    static constexpr size_t bytes = Block::layout.parcel_bytes / Block::layout.parcel_blocks;
+    static constexpr size_t bytes = Block::bytes;
 
     // panels: P of them, panel_stride bytes apart. rows: [N][n_blocks]. result: [P][N].
     static void multiply(const uint8_t* panels, size_t panel_stride, uint32_t n_blocks, const ActivationBlock* rows,
@@ -470,13 +277,14 @@ struct ScaledRowsTile {
     static constexpr uint32_t chains = lone ? 4 : 1;
     static constexpr size_t bytes = 64 * 8;  // of a block of a panel
 
-    // As QuantizedTile's.
-    static void multiply(const uint8_t* panels, size_t panel_stride, uint32_t n_blocks, const ActivationBlock* rows,
-                         const Stream& stream, VecI* result) {
+    // panels: P of them, panel_stride bytes apart. result: [P][N].
+    static void multiply(const uint8_t* panels, size_t panel_stride, uint32_t n_blocks, const ScaledRows& rows,
+                         uint32_t token, const Stream& stream, VecI* result) {
         VecI sums[P * N * chains];
 #pragma GCC unroll 24
         for (uint32_t i = 0; i < P * N * chains; ++i)
-            sums[i] = i % chains ? set1_int(0) : Reader::start(0, rows[i / chains % N * n_blocks].sum);
+            sums[i] = i % chains ? set1_int(0) : Reader::start(0, rows.scale(token + i / chains % N).sum);
+        const int8_t* codes = rows.codes(token);
         for (uint32_t b = 0; b < n_blocks; ++b) {
             const uint8_t *to_second = nullptr, *to_first = nullptr;
             if constexpr (FromMemory && lone) {
@@ -485,7 +293,8 @@ struct ScaledRowsTile {
             } else if constexpr (FromMemory) {
                 to_second = stream.after(panels + P * (panel_stride + b * bytes));
             }
-            add_products(sums, panels + b * bytes, panel_stride, rows + b, n_blocks, to_second, to_first, EachVector{});
+            add_products(sums, panels + b * bytes, panel_stride, codes + b * block, rows.stride, to_second, to_first,
+                         EachVector{});
         }
 #pragma GCC unroll 24
         for (uint32_t i = 0; i < P * N; ++i) {
@@ -497,24 +306,24 @@ struct ScaledRowsTile {
 
   private:
     template <int... J>
-    [[gnu::always_inline]] static void add_products(VecI* sums, const uint8_t* codes, size_t panel_stride,
-                                                    const ActivationBlock* rows, size_t stride,
-                                                    const uint8_t* to_second, const uint8_t* to_first, Indices<J...>) {
-        (add_product<J>(sums, codes, panel_stride, rows, stride, to_second, to_first), ...);
+    [[gnu::always_inline]] static void add_products(VecI* sums, const uint8_t* weights, size_t panel_stride,
+                                                    const int8_t* codes, size_t stride, const uint8_t* to_second,
+                                                    const uint8_t* to_first, Indices<J...>) {
+        (add_product<J>(sums, weights, panel_stride, codes, stride, to_second, to_first), ...);
     }
     template <int J>
-    [[gnu::always_inline]] static void add_product(VecI* sums, const uint8_t* codes, size_t panel_stride,
-                                                   const ActivationBlock* rows, size_t stride, const uint8_t* to_second,
+    [[gnu::always_inline]] static void add_product(VecI* sums, const uint8_t* weights, size_t panel_stride,
+                                                   const int8_t* codes, size_t stride, const uint8_t* to_second,
                                                    const uint8_t* to_first) {
         if constexpr (FromMemory) prefetch_part<J, P * bytes>(to_second);
         if constexpr (FromMemory && lone) prefetch_part<J, bytes, true>(to_first);
 #pragma GCC unroll 4
         for (uint32_t p = 0; p < P; ++p) {
-            const Q8Bytes w = Reader::read<J>(codes + p * panel_stride);
+            const Q8Bytes w = Reader::read<J>(weights + p * panel_stride);
 #pragma GCC unroll 16
             for (uint32_t c = 0; c < N; ++c) {
                 VecI& sum = sums[(p * N + c) * chains + J % chains];
-                const int8_t* activations = rows[c * stride].q + 4 * J;
+                const int8_t* activations = codes + c * stride + 4 * J;
 #ifdef FIXMIN_DOT_IN_MEMORY
                 if constexpr (P == 1) {
                     sum = dot_in_memory(sum, w, activations);
@@ -573,34 +382,13 @@ void float_tile(const uint8_t* panels, size_t panel_stride, uint32_t inner, cons
     for (uint32_t i = 0; i < P * N; ++i) result[i] = acc[i];
 }
 
-// Bias, residual, store.
-void finish(const MatmulArgs& args, uint32_t token, uint32_t row, VecF value) {
-    const uint32_t valid = args.n_rows - row < lanes ? args.n_rows - row : lanes;
-    float* out = args.out + token * args.out_stride + row;
-    if (args.bias) value = add(value, load(args.bias + row));
-    if (args.accumulate) value = add(load_first(out, valid), value);
-    if (valid == lanes)
-        store(out, value);
-    else
-        store_first(out, value, valid);
-}
-
-// Starts reading where `finish` will write the results of a tile: neighbouring tokens' lie in different pages, where no
-// processor looks ahead by itself.
-[[gnu::always_inline]] inline void prefetch_results(const MatmulArgs& args, uint32_t token, uint32_t n_tokens,
-                                                    uint32_t panel, uint32_t n_panels) {
-    for (uint32_t t = token; t < token + n_tokens; ++t) {
-        for (uint32_t p = panel; p < panel + n_panels; ++p) prefetch(args.out + t * args.out_stride + p * lanes);
-    }
-}
-
 // A tile of P panels and N tokens and its results. Its panels come from memory if its tokens are the first.
 template <uint32_t P, uint32_t N, typename Multiply>
 void tile_at(const MatmulArgs& args, const Multiply& multiply, uint32_t panel, uint32_t token) {
     VecF result[P * N];
     const uint8_t* panels = (const uint8_t*)args.panels + panel * args.panel_stride;
-    if (token == 0)
-        multiply.template run<P, N, true>(panels, token, result);
+    if (has_prefetch && token == 0)
+        multiply.template run<P, N, has_prefetch>(panels, token, result);
     else
         multiply.template run<P, N, false>(panels, token, result);
     for (uint32_t i = 0; i < P * N; ++i) finish(args, token + i % N, (panel + i / N) * lanes, result[i]);
@@ -672,56 +460,39 @@ struct QuantizedMultiply {
     }
 };
 
-#ifdef FIXMIN_AMX
-#include "kernels/amx.inl"
-#endif
-
 template <WeightType Type>
 void quantized_matmul(const MatmulArgs& args) {
-    using Multiply = QuantizedMultiply<Type>;
-    const Multiply multiply{args};
-#ifdef FIXMIN_AMX
-    using Tile = Tiles<Type>;
-    if (args.n_tokens >= Tile::fewest_tokens) {
-        if constexpr (Tile::direct) return tile_matmul<Type, false>(args, multiply);
-        if constexpr (Tile::passes) {  // a single tile of tokens, and perhaps a few that are left over
-            if (args.n_tokens < tile_tokens + fewest_left_tokens) return tile_matmul<Type, false>(args, multiply);
-        }
-        return tile_matmul<Type, !Tile::direct>(args, multiply);
-    }
-#endif
-    for_each_tile(args, multiply);
+    for_each_tile(args, QuantizedMultiply<Type>{args});
 }
 
 struct ScaledRowsMultiply {
-    static constexpr uint32_t panels = matmul_panels, columns = matmul_columns, few_panels = panels;
+    static constexpr uint32_t panels = matmul_panels, columns = matmul_columns_rows, few_panels = panels;
 
     const MatmulArgs& args;
     const Stream stream{args};
+    const ScaledRows rows{args};
 
     template <uint32_t P, uint32_t N, bool FromMemory>
     void run(const uint8_t* first, uint32_t token, VecF* result) const {
         const uint32_t n_blocks = args.inner / block;
-        const ActivationBlock* rows = args.quantized + size_t(token) * n_blocks;
         VecI sums[P * N];
         if constexpr (N == 1) {  // panel after panel
             for (uint32_t p = 0; p < P; ++p) {
                 using One = ScaledRowsTile<1, 1, FromMemory>;
-                One::multiply(first + p * args.panel_stride, args.panel_stride, n_blocks, rows, stream, sums + p);
+                One::multiply(first + p * args.panel_stride, args.panel_stride, n_blocks, rows, token, stream,
+                              sums + p);
             }
         } else {
-            ScaledRowsTile<P, N, FromMemory>::multiply(first, args.panel_stride, n_blocks, rows, stream, sums);
+            ScaledRowsTile<P, N, FromMemory>::multiply(first, args.panel_stride, n_blocks, rows, token, stream, sums);
         }
 #pragma GCC unroll 4
         for (uint32_t p = 0; p < P; ++p) {
             const uint8_t* panel = first + p * args.panel_stride;
             const size_t row = size_t(panel - (const uint8_t*)args.panels) / args.panel_stride * lanes;
-            const VecF scale = load((const float*)(panel + size_t(args.inner) * lanes));
-            const VecF bias = args.bias ? load(args.bias + row) : zero();
+            const RowScales scales(args, panel, uint32_t(row));
 #pragma GCC unroll 16
             for (uint32_t c = 0; c < N; ++c)
-                result[p * N + c] =
-                    fma(to_float(sums[p * N + c]), mul(scale, set1(rows[size_t(c) * n_blocks].scale)), bias);
+                result[p * N + c] = scales.result(sums[p * N + c], rows.scale(token + c).scale);
         }
     }
 };

@@ -14,9 +14,11 @@ struct Bytes {  // 64 bytes of quantised weights
     __m256i lo, hi;
 };
 
+constexpr bool has_prefetch = true;
 constexpr uint32_t matmul_panels = 1;
 constexpr uint32_t matmul_columns = 4;  // 16 registers: 8 hold accumulators
 constexpr uint32_t matmul_columns_float = 6;
+constexpr uint32_t matmul_columns_rows = 6;  // W8A8
 // Of a single query: 16 keys each, a chain of two registers for each; 16 dimensions each, two such chains for each.
 constexpr uint32_t attention_lone_groups = 2, attention_lone_vectors = 2;
 // Of several queries: 8 accumulators.

@@ -16,9 +16,11 @@ struct Bytes {  // 64 bytes of quantised weights
 
 // 12 accumulators, 12 dot products, 2 vectors of weights, temporaries: 32 registers. Two panels, because a load of
 // activations for each product would be more than the load ports give.
+constexpr bool has_prefetch = true;
 constexpr uint32_t matmul_panels = 2;
 constexpr uint32_t matmul_columns = 6;
 constexpr uint32_t matmul_columns_float = 12;
+constexpr uint32_t matmul_columns_rows = 8;  // W8A8
 // Of a single query: 16 keys each, a chain for each; 16 dimensions each, two chains for each. 8 cover the latency of
 // fma.
 constexpr uint32_t attention_lone_groups = 2, attention_lone_vectors = 4;
@@ -122,6 +124,12 @@ Bytes lookup(const uint8_t* table, Bytes index) {
 Bytes exclusive_or(Bytes a, Bytes b) { return {_mm512_xor_si512(a.v, b.v)}; }
 /// Signed bytes to bytes with offset 128, and back.
 Bytes flip_signs(Bytes w) { return exclusive_or(w, {_mm512_set1_epi8(char(0x80))}); }
+
+// Of tiles (tiles.inl):
+inline VecI load_int(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+inline Bytes set1_bytes(uint8_t x) { return {_mm512_set1_epi8(char(x))}; }
+inline Bytes sub_bytes(Bytes a, Bytes b) { return {_mm512_sub_epi8(a.v, b.v)}; }
+inline void store_bytes(uint8_t* p, Bytes x) { _mm512_storeu_si512(p, x.v); }
 
 constexpr uint32_t ceiling_chains = 12;
 /// The compiler must have x in a register here and knows nothing about it afterwards. Costs no instruction.

@@ -18,9 +18,11 @@ struct Bytes {  // 64 bytes of quantised weights
 
 // An accumulator takes four of the 32 registers: 4 of them leave 16 for a row of weights, its products and a broadcast.
 // The quantised tile holds 8 registers of integer sums besides, so 2 is what fits.
+constexpr bool has_prefetch = true;
 constexpr uint32_t matmul_panels = 1;
 constexpr uint32_t matmul_columns = 2;
 constexpr uint32_t matmul_columns_float = 4;
+constexpr uint32_t matmul_columns_rows = 4;  // W8A8
 // Of a single query: 16 keys each, a chain of four registers for each; 16 dimensions each, two such chains for each.
 constexpr uint32_t attention_lone_groups = 2, attention_lone_vectors = 2;
 // Of several queries: 16 accumulators.

@@ -14,9 +14,11 @@ struct Bytes {  // 64 bytes of quantised weights
     uint8_t v[64];
 };
 
+constexpr bool has_prefetch = false;
 constexpr uint32_t matmul_panels = 1;
 constexpr uint32_t matmul_columns = 2;
 constexpr uint32_t matmul_columns_float = 2;
+constexpr uint32_t matmul_columns_rows = 2;  // W8A8
 constexpr uint32_t attention_lone_groups = 2, attention_lone_vectors = 2;
 constexpr uint32_t attention_queries = 4, attention_groups = 1, attention_vectors = 1;
 
@@ -184,6 +186,25 @@ Bytes exclusive_or(Bytes a, Bytes b) {
 Bytes flip_signs(Bytes w) {
     for (int i = 0; i < 64; ++i) w.v[i] ^= 0x80;
     return w;
+}
+
+// Of tiles (tiles.inl):
+inline VecI load_int(const int32_t* p) {
+    VecI out;
+    for (int i = 0; i < 16; ++i) out.v[i] = p[i];
+    return out;
+}
+inline Bytes set1_bytes(uint8_t x) {
+    Bytes out;
+    for (uint8_t& v : out.v) v = x;
+    return out;
+}
+inline Bytes sub_bytes(Bytes a, Bytes b) {
+    for (int i = 0; i < 64; ++i) a.v[i] = uint8_t(a.v[i] - b.v[i]);
+    return a;
+}
+inline void store_bytes(uint8_t* p, Bytes x) {
+    for (int i = 0; i < 64; ++i) p[i] = x.v[i];
 }
 
 constexpr uint32_t ceiling_chains = 2;

@@ -280,8 +280,9 @@ class Kernels:
 
     def __init__(self, isa: str) -> None: ...
     def quantize_activations(
-        self, x: NDArray[np.float32], by_row: bool = False
+        self, x: NDArray[np.float32]
     ) -> tuple[NDArray[np.int8], NDArray[np.float32], NDArray[np.int32]]: ...  # q [n], scale [n/32], sum [n/32]
+    def quantize_row(self, x: NDArray[np.float32]) -> tuple[NDArray[np.int8], float, int]: ...  # q, scale, sum of q
     def matmul(
         self,
         type: str,

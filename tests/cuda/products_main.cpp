@@ -38,11 +38,34 @@ uint32_t any_threads() {
 
 using Blocks = std::vector<ActivationBlock>;  // [rows][length / 32]
 
-Blocks quantized(const Floats& x, uint32_t length, bool by_row = false) {
+Blocks quantized(const Floats& x, uint32_t length) {
     Blocks blocks(x.size() / block_size);
-    const auto quantize = by_row ? cpu.quantize_row : cpu.quantize_activations;
     for (size_t row = 0; row < x.size() / length; ++row)
-        quantize(x.data() + row * length, length, blocks.data() + row * (length / block_size));
+        cpu.quantize_activations(x.data() + row * length, length, blocks.data() + row * (length / block_size));
+    return blocks;
+}
+
+/// Of W8A8, as the CPU's products read them.
+std::vector<std::byte> scaled_rows(const Floats& x, uint32_t length) {
+    const size_t row_bytes = kernels::scaled_row_bytes(length);
+    std::vector<std::byte> rows(x.size() / length * row_bytes);
+    for (size_t row = 0; row < x.size() / length; ++row)
+        cpu.quantize_row(x.data() + row * length, length, rows.data() + row * row_bytes);
+    return rows;
+}
+
+/// The same as blocks, each with the scale and the sum of its row.
+Blocks blocks_of(const std::vector<std::byte>& rows, uint32_t length) {
+    const size_t row_bytes = kernels::scaled_row_bytes(length), n = length / block_size;
+    Blocks blocks(rows.size() / row_bytes * n);
+    for (size_t i = 0; i < blocks.size(); ++i) {
+        const std::byte* const row = rows.data() + i / n * row_bytes;
+        kernels::RowScale scale;
+        std::memcpy(&scale, row + row_bytes - 64, sizeof scale);
+        std::memcpy(blocks[i].q, row + i % n * block_size, block_size);
+        blocks[i].scale = scale.scale;
+        blocks[i].sum = scale.sum;
+    }
     return blocks;
 }
 
@@ -154,7 +177,9 @@ bool products_agree(WeightType type, Tiles of) {
     say("tokens", n_tokens), say("inner", inner);
 
     const Floats x = values(size_t(n_tokens) * inner);
-    const Blocks blocks = floats ? Blocks() : quantized(x, inner, quant::scales_rows(type));
+    const bool scales_rows = quant::scales_rows(type);
+    const auto scaled = scales_rows ? scaled_rows(x, inner) : std::vector<std::byte>();
+    const Blocks blocks = floats ? Blocks() : scales_rows ? blocks_of(scaled, inner) : quantized(x, inner);
     GpuRows rows = floats ? GpuRows(1, block_size) : GpuRows(n_tokens, inner, blocks);
     std::vector<std::byte> scratch(kernels::matmul_scratch_bytes(inner, n_tokens));
     const model::Packing packing = cuda::packing();
@@ -181,8 +206,8 @@ bool products_agree(WeightType type, Tiles of) {
         const Panels own = packed(file, n_rows[p], row_bytes, own_stride, [&](auto* from, uint32_t n, auto* to) {
             return quant::pack_panel(type, from, n, inner, to);
         });
-        cpu.matmul({type, own.get(), own_stride, n_rows[p], inner, x.data(), inner, blocks.data(), n_tokens, bias,
-                    expected.data() + first, stride, args.accumulate, scratch.data(), false, nullptr});
+        cpu.matmul({type, own.get(), own_stride, n_rows[p], inner, x.data(), inner, blocks.data(), scaled.data(),
+                    n_tokens, bias, expected.data() + first, stride, args.accumulate, scratch.data(), false, nullptr});
         panels[p] = packed(file, n_rows[p], row_bytes, args.panel_stride, [&](auto* from, uint32_t n, auto* to) {
             return packing.pack_panel(type, from, n, inner, to);
         });
@@ -201,8 +226,8 @@ bool products_agree(WeightType type, Tiles of) {
     const auto number = Kernel(uint32_t(Kernel::floats_f32) + uint32_t(type));  // of a product of few
     const bool has_min = quant::block_format(type).has_min;
     if (floats) {
-        const uint32_t tokens = float_threads / 16 * (n_tokens > float_threads / 16 ? 4 : 1);
-        launch(few[uint32_t(type)], number, args, {grid_rows, tiles(n_tokens, tokens)}, float_threads, float_bytes);
+        launch(few[uint32_t(type)], number, args, {grid_rows, tiles(n_tokens, float_tokens)}, float_threads,
+               float_bytes);
     } else if (of == Tiles::few) {
         launch(few[uint32_t(type)], number, args, {grid_rows, tiles(n_tokens, few_tokens(has_min))}, few_threads,
                quant::scales_rows(type) ? few_sums_bytes : few_bytes(has_min, n_tokens));

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from emulation import SEARCH_PATH, build, run
+from emulation import EMULATED_GPU, SEARCH_PATH, build, run
 from gguf_factory import make_model
 
 pytestmark = pytest.mark.slow
@@ -25,7 +25,7 @@ N_BARRIERS_OF_ATTENTION = 5
 
 def program(sanitizer: str) -> Path:
     options = ("-DFIXMIN_PYTHON=OFF", "-DFIXMIN_NATIVE_TESTS=ON", f"-DFIXMIN_SANITIZE={sanitizer}")
-    return build(f"emulated-{sanitizer}", "-DCMAKE_BUILD_TYPE=Debug", *options) / "logits_main"
+    return build(f"emulated-{sanitizer}", "-DCMAKE_BUILD_TYPE=Debug", *EMULATED_GPU, *options) / "logits_main"
 
 
 def compute(

@@ -4,10 +4,8 @@ Of the project's those are chosen that reach another part each, and that the emu
 run in the same way; what is about the CPU itself says so by device="cpu".
 """
 
-import re
-
 import pytest
-from emulation import ROOT
+from emulation import ROOT, passed
 
 pytestmark = pytest.mark.slow  # it compiles the package
 
@@ -31,12 +29,6 @@ PROJECT = {
     "serve/test_operation.py": "went_away or cache_holds",
     "convert/test_imatrix.py": "not demo and not oracle",
 }
-
-
-def passed(done):
-    """How many tests did; demands that none failed."""
-    assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-2000:]}"
-    return int(re.search(r"(\d+) passed", done.stdout)[1])
 
 
 @pytest.mark.parametrize("step", ["graph", "persistent"])

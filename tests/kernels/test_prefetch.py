@@ -14,7 +14,7 @@ from fixmin_cpp import _core
 QUANTISED_TYPES = 12
 TILES = 3  # whose panels come from memory: one token, two, and the widest
 LINES = 4  # of a block that a tile fetches, on average at least; 8 were seen
-VECTOR_ISAS = 5  # of x86-64; the scalar kernels prefetch nothing
+VECTOR_ISAS = 4  # of x86-64, which tiles stand on; the scalar kernels prefetch nothing
 
 
 def test_tiles_that_read_memory_prefetch():

@@ -39,7 +39,19 @@ def on_every_isa(call):
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize(
     ("rows", "tokens", "inner"),
-    [(1, 1, 32), (16, 1, 1024), (40, 6, 160), (17, 13, 96), (33, 70, 64), (100, 2, 2048), (48, 49, 32), (16, 3, 8192)],
+    [
+        *(
+            (1, 1, 32),
+            (16, 1, 1024),
+            (40, 6, 160),
+            (17, 13, 96),
+            (33, 70, 64),
+            (100, 2, 2048),
+            (48, 49, 32),
+            (16, 3, 8192),
+        ),
+        *((17, 5, 128), (50, 31, 96), (16, 17, 128), (90, 66, 512), (700, 100, 1024)),
+    ],
 )
 def test_matmul(rows, tokens, inner, with_bias, with_residual):
     rng = np.random.default_rng(rows * 100 + tokens)
@@ -73,13 +85,17 @@ def test_rows_in_bytes():
     rng = np.random.default_rng(0)
     for size in (1e-20, 1.0, 1e30):
         x = (rng.standard_normal(96) * size).astype(np.float32)
-        q, scale, total = TABLES[0].quantize_activations(x, by_row=True)
+        q, scale, total = TABLES[0].quantize_row(x)
         expected, a_scale = in_bytes(x[None])
-        assert np.array_equal(q, expected[0])
+        assert np.array_equal(q[:96], expected[0])
+        assert not q[96:].any()  # up to whole lines of 64 bytes
         assert np.abs(q).max() == 127
-        assert np.array_equal(scale, np.repeat(a_scale, 3))
-        assert np.array_equal(total, np.full(3, q.astype(int).sum()))
-    on_every_isa(lambda k: np.concatenate([a.view(np.uint8) for a in k.quantize_activations(x, by_row=True)]))
+        assert scale == a_scale[0]
+        assert total == q.astype(int).sum()
+        for table in TABLES[1:]:
+            others = table.quantize_row(x)
+            assert np.array_equal(q, others[0])
+            assert (scale, total) == others[1:]
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-38])

@@ -185,14 +185,19 @@ void matmul(WeightType type, uint32_t rows, uint32_t tokens) {
     }
     const Floats x = random.values(size_t(tokens) * inner), bias = random.values(n_panels * quant::panel_rows);
     std::vector<ActivationBlock> blocks(x.size() / quant::block_size);
+    const size_t scaled_bytes = kernels::scaled_row_bytes(inner);
+    const model::Pages scaled(tokens * scaled_bytes, "rows in 8 bits");
     for (uint32_t t = 0; t < tokens; ++t) {
-        const auto quantize = quant::scales_rows(type) ? k->quantize_row : k->quantize_activations;
-        quantize(x.data() + size_t(t) * inner, inner, blocks.data() + size_t(t) * (inner / quant::block_size));
+        const float* row = x.data() + size_t(t) * inner;
+        if (quant::scales_rows(type))
+            k->quantize_row(row, inner, scaled.data() + t * scaled_bytes);
+        else
+            k->quantize_activations(row, inner, blocks.data() + size_t(t) * (inner / quant::block_size));
     }
     Floats out = random.values(size_t(tokens) * rows);
     std::vector<std::byte> scratch(kernels::matmul_scratch_bytes(inner, tokens));
-    k->matmul({type, panels.data(), stride, rows, inner, x.data(), inner, blocks.data(), tokens, bias.data(),
-               out.data(), rows, true, scratch.data(), false, nullptr});
+    k->matmul({type, panels.data(), stride, rows, inner, x.data(), inner, blocks.data(), scaled.data(), tokens,
+               bias.data(), out.data(), rows, true, scratch.data(), false, nullptr});
     print("matmul " + std::string(quant::name(type)) + " " + std::to_string(rows) + " x " + std::to_string(tokens),
           out);
 }

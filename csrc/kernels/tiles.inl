@@ -1,32 +1,58 @@
-// Products of many tokens with quantised weights on AMX tiles. Included by kernels.inl; needs AVX-512 and AMX-INT8.
+// Products of many tokens with quantised weights on AMX tiles: the unit of an instruction set that only multiplies.
+// Where there are fewer tokens than tiles gain from, and for everything but quantised weights, the product is that of
+// the base: the instruction set of vectors that a CPU with tiles has besides.
 //
+// Included by unit.cpp, whose rules hold here too (kernels.inl).
+
+#ifdef FIXMIN_EMULATED_TILES
+#include "emulated_amx.h"
+#else
+#include "kernels/amx.h"
+#endif
+
+namespace {
+
+#include "kernels/weights.inl"
+
+// What tiles leave over: panels first .. first + n - 1, and the tokens from `token` on.
+void leave_to_vectors(const MatmulArgs& args, uint32_t first, uint32_t n, uint32_t token) {
+    if (token == args.n_tokens) return;
+    const uint32_t row = first * lanes, left = args.n_rows - row;
+    MatmulArgs some = args;
+    some.panels += first * args.panel_stride;
+    some.n_rows = left < n * lanes ? left : n * lanes;
+    some.quantized += size_t(token) * (args.inner / block);
+    some.n_tokens -= token;
+    if (some.bias) some.bias += row;
+    some.out += token * args.out_stride + row;
+    some.next = nullptr;
+    base.matmul(some);
+}
+
+// ---- weights whose blocks have scales -------------------------------------------------------------------------------
 // One tile instruction gives the exact dot products of 16 tokens and 16 rows over a block of 32: the same integers as
 // 16 times eight vpdpbusd, so the floats that follow are the same too. A vector loop then scales and adds them, block
 // after block, in the order of every other ISA.
-
-// Tiles: results 0 and 1 (tokens x 16 rows of int32), activations 2 and 3 (tokens x `depth` bytes), weights 4 and
-// 5 (depth / 4 times 4 consecutive k x 16 rows). Depth is 32, or 16 where 16 weights have a scale of their own.
-struct alignas(64) TileConfig {
-    uint8_t palette;
-    uint8_t start_row;
-    uint8_t reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-};
-static_assert(sizeof(TileConfig) == 64);
-// In static memory: GCC 12 believes that _tile_loadconfig reads 8 bytes and drops stores to the others.
-template <uint8_t depth, uint8_t tokens>
-constexpr TileConfig tile_config = {
-    1, 0, {}, {64, 64, depth, depth, 64, 64}, {tokens, tokens, tokens, tokens, depth / 4, depth / 4}};
 
 constexpr uint32_t tile_tokens = matmul_tile_tokens, half_tile = tile_tokens / 2;
 // Fewer tokens than this that whole tiles leave over are faster on vectors (docs/kernels.md).
 constexpr uint32_t fewest_left_tokens = 9;
 
+// Tiles: results 0 and 1 (tokens x 16 rows of int32), activations 2 and 3 (tokens x `depth` bytes), weights 4 and
+// 5 (depth / 4 times 4 consecutive k x 16 rows). Depth is 32, or 16 where 16 weights have a scale of their own.
+void configure_blocks(uint32_t depth, uint32_t tokens) {
+    TileConfig config;
+    for (uint32_t i = 0; i < 6; ++i) {
+        config.row_bytes[i] = uint16_t(i / 2 == 1 ? depth : 64);
+        config.rows[i] = uint8_t(i / 2 == 2 ? depth / 4 : tokens);
+    }
+    tile_configure(config);
+}
+
 template <WeightType Type, int... J>
-[[gnu::always_inline]] inline void store_codes(const WeightBlock<Type>& from, __m512i taken_off, int8_t* to,
+[[gnu::always_inline]] inline void store_codes(const WeightBlock<Type>& from, Bytes taken_off, int8_t* to,
                                                Indices<J...>) {
-    (_mm512_storeu_si512(to + 64 * J, _mm512_sub_epi8(from.template codes<J>().v, taken_off)), ...);
+    (store_bytes((uint8_t*)to + 64 * J, sub_bytes(from.template codes<J>(), taken_off)), ...);
 }
 
 template <auto>
@@ -58,7 +84,7 @@ struct Tiles {
 
     // A panel as signed bytes in the order of the tiles, and its scales as floats.
     static void expand_panel(const uint8_t* panel, uint32_t n_blocks, TileSide to) {
-        const __m512i taken_off = _mm512_set1_epi8(char(code_zero));
+        const Bytes taken_off = set1_bytes(uint8_t(code_zero));
         WeightBlock<Type> from;
         for (uint32_t b = 0; b < n_blocks; ++b, to.values += 512, to.floats += panel_floats * lanes) {
             from.load_from(panel, b);
@@ -100,19 +126,11 @@ struct Tiles {
     // one before is scaled.
     template <int set>
     [[gnu::always_inline]] static void dot(const int8_t* activations, const int8_t* weights, int32_t* dots) {
-        if constexpr (set == 0) {  // the intrinsics take nothing but literals
-            _tile_zero(0);
-            _tile_loadd(2, activations, depth);
-            _tile_loadd(4, weights, 64);
-            _tile_dpbssd(0, 2, 4);
-            _tile_stored(0, dots, 64);
-        } else {
-            _tile_zero(1);
-            _tile_loadd(3, activations, depth);
-            _tile_loadd(5, weights, 64);
-            _tile_dpbssd(1, 3, 5);
-            _tile_stored(1, dots, 64);
-        }
+        tile_zero<set>();
+        tile_load<2 + set>(activations, depth);
+        tile_load<4 + set>(weights, 64);
+        tile_dot<set, 2 + set, 4 + set>();
+        tile_store<set>(dots, 64);
     }
 
     // Where `columns` finds block after block of a panel: as it came from memory, if that is the layout of tiles,
@@ -137,7 +155,7 @@ struct Tiles {
         // Two blocks before its codes are multiplied.
         void prepare(uint32_t b) {
             coming.load_from(panel, b);
-            store_codes<Type>(coming, _mm512_set1_epi8(char(code_zero)), codes[b % 4], EachVector{});
+            store_codes<Type>(coming, set1_bytes(uint8_t(code_zero)), codes[b % 4], EachVector{});
         }
         const int8_t* values(uint32_t b) const { return codes[b % 4]; }
         void load_scales(WeightBlock<Type>& to, uint32_t b) const { to.load_from(panel, b); }
@@ -181,8 +199,7 @@ struct Tiles {
     template <uint32_t N, bool from_memory, typename Source>
     static void columns(Source source, const TileSide& tokens, uint32_t n_blocks, const Stream stream,
                         const uint8_t* ahead, VecF* result) {
-        constexpr size_t bytes = QuantizedTile<Type, 1, 1, true>::bytes, n_lines = (bytes + 63) / 64,
-                         lines = (n_lines + N - 1) / N;
+        constexpr size_t bytes = WeightBlock<Type>::bytes, n_lines = (bytes + 63) / 64, lines = (n_lines + N - 1) / N;
         alignas(64) int32_t dots[2][block / depth * tile_tokens * lanes];
         VecF acc[N];
 #pragma GCC unroll 16
@@ -206,7 +223,7 @@ struct Tiles {
                 }
                 VecI dot[2];
                 for (uint32_t h = 0; h < block / depth; ++h)
-                    dot[h] = {_mm512_load_si512(dots[set] + (h * tile_tokens + c) * lanes)};
+                    dot[h] = load_int(dots[set] + (h * tile_tokens + c) * lanes);
                 typename WeightBlock<Type>::Factors factors{a[c], {}};
                 for (uint32_t i = 1; i < token_floats; ++i) factors.sums[i - 1] = a[i * lanes + c];
                 acc[c] = weights.add_dots(acc[c], dot, factors);
@@ -254,7 +271,7 @@ template <WeightType Type, uint32_t N, bool expands>
 // that results are written to neighbouring places; with the first ones the next panels are fetched. The last tile may
 // have fewer tokens and does the work of 16 all the same; where 8 or fewer are all there are, half of it.
 template <WeightType Type, bool expands>
-void tile_matmul(const MatmulArgs& args, const QuantizedMultiply<Type>& multiply) {
+void tile_matmul(const MatmulArgs& args) {
     using Tile = Tiles<Type>;
     const uint32_t n_blocks = args.inner / block, rest = args.n_tokens % tile_tokens;
     const uint32_t n_tokens = args.n_tokens - (args.n_tokens >= tile_tokens && rest < fewest_left_tokens ? rest : 0);
@@ -274,7 +291,8 @@ void tile_matmul(const MatmulArgs& args, const QuantizedMultiply<Type>& multiply
         Tile::pack_activations(args.quantized + size_t(t) * n_blocks, tokens_of(t), n_blocks, tokens_at(t));
     constexpr bool halved = Tile::fewest_tokens <= half_tile;
     const bool half = halved && n_tokens <= half_tile;
-    _tile_loadconfig(half ? &tile_config<Tile::depth, half_tile> : &tile_config<Tile::depth, tile_tokens>);
+    configure_blocks(Tile::depth, half ? half_tile : tile_tokens);
+    const Stream stream{args};
     const uint32_t n_panels = (args.n_rows + lanes - 1) / lanes;
     // Few tokens meet a panel while it is still in the first-level cache.
     const uint32_t resident = n_tokens < 64 ? 2 : matmul_tile_panels;
@@ -290,8 +308,8 @@ void tile_matmul(const MatmulArgs& args, const QuantizedMultiply<Type>& multiply
                 prefetch_results(args, t, now, first + p, 1);
                 const uint8_t* panel = panels + p * args.panel_stride;
                 const TileSide expanded = expands ? expanded_at(p) : TileSide{};
-                tile_columns<Type, N, expands>(args, panel, expanded, tokens_at(t), t, now, (first + p) * lanes,
-                                               multiply.stream, panel + resident * args.panel_stride);
+                tile_columns<Type, N, expands>(args, panel, expanded, tokens_at(t), t, now, (first + p) * lanes, stream,
+                                               panel + resident * args.panel_stride);
             }
         };
         uint32_t t = 0;
@@ -300,7 +318,202 @@ void tile_matmul(const MatmulArgs& args, const QuantizedMultiply<Type>& multiply
             if (half) run(Constant<half_tile>{}, 0, n_tokens);
         }
         if (t < n_tokens && !half) run(Constant<tile_tokens>{}, t, n_tokens - t);
-        resident_tiles(args, multiply, first, first + n, n_tokens);
+        leave_to_vectors(args, first, n, n_tokens);
     }
-    _tile_release();
+    tile_release();
 }
+
+template <WeightType Type>
+void quantized_matmul(const MatmulArgs& args) {
+    using Tile = Tiles<Type>;
+    if (args.n_tokens < Tile::fewest_tokens) return base.matmul(args);
+    if constexpr (Tile::direct) return tile_matmul<Type, false>(args);
+    if constexpr (Tile::passes) {  // a single tile of tokens, and perhaps a few that are left over
+        if (args.n_tokens < tile_tokens + fewest_left_tokens) return tile_matmul<Type, false>(args);
+    }
+    return tile_matmul<Type, !Tile::direct>(args);
+}
+
+// ---- W8A8: one scale for a row --------------------------------------------------------------------------------------
+// A sum stays in its tile over the whole row, so that what is done once for a block of 32 above is done once for a row.
+
+// Up to 2 x 2 tiles of sums and what becomes of them while the next are summed.
+struct SumTiles {
+    alignas(64) int32_t sums[2][2][tile_tokens][lanes];  // [panel][tile of tokens]
+    uint32_t token, n_tokens = 0, panel, n_panels = 0;
+    uint32_t panels_done = 0, tokens_done = 0;
+};
+
+class ScaledRowsOnTiles {
+  public:
+    explicit ScaledRowsOnTiles(const MatmulArgs& args)
+        : args_(args), depth_(args.inner % 64 ? 32 : 64), n_steps_(args.inner / depth_) {}
+
+    // Panels that stay in the second-level cache while the tokens pass by; few tokens meet a panel while it is in the
+    // first-level cache.
+    void run() {
+        const uint32_t n_panels = (args_.n_rows + lanes - 1) / lanes;
+        constexpr size_t resident_bytes = size_t(1) << 19;
+        const uint32_t many = uint32_t(resident_bytes / (2 * args_.panel_stride) + 1) * 2;
+        const uint32_t resident = args_.n_tokens < 64 ? 2 : many;
+        for (uint32_t first = 0; first < n_panels; first += resident) {
+            const uint32_t end = n_panels - first < resident ? n_panels : first + resident;
+            for (uint32_t token = 0; token < args_.n_tokens; token += 2 * tile_tokens) {
+                const uint32_t left = args_.n_tokens - token, n = left < 2 * tile_tokens ? left : 2 * tile_tokens;
+                configure(n);
+                for (uint32_t panel = first; panel < end; panel += 2)
+                    multiply(token, n, panel, end - panel < 2 ? 1 : 2, resident);
+            }
+        }
+        finish_vectors(UINT32_MAX);
+        tile_release();
+    }
+
+  private:
+    // Tiles: sums 0 and 1 of the first panel, 2 and 3 of the second; activations 4 and 5; weights 6 and 7.
+    void configure(uint32_t n_tokens) {
+        if (n_tokens == configured_) return;
+        configured_ = n_tokens;
+        TileConfig config;
+        const uint32_t tokens[2] = {n_tokens < tile_tokens ? n_tokens : tile_tokens,
+                                    n_tokens > tile_tokens ? n_tokens - tile_tokens : 1};
+        for (uint32_t i = 0; i < 8; ++i) {
+            config.row_bytes[i] = uint16_t(i / 2 == 2 ? depth_ : 64);
+            config.rows[i] = uint8_t(i < 6 ? tokens[i % 2] : depth_ / 4);
+        }
+        tile_configure(config);
+    }
+
+    void multiply(uint32_t token, uint32_t n_tokens, uint32_t panel, uint32_t n_panels, uint32_t resident) {
+        const auto* panels = (const uint8_t*)args_.panels + panel * args_.panel_stride;
+        SumTiles& to = tiles_[turn_];
+        for (uint32_t p = 0; p < n_panels; ++p) prefetch_results(args_, token, n_tokens, panel + p, 1);
+        const uint8_t* ahead = token == 0 ? panels + resident * args_.panel_stride : nullptr;
+        const bool two_tiles = n_tokens > tile_tokens;
+        if (n_panels == 2)
+            two_tiles ? sum<2, 2>(token, panels, ahead, to) : sum<1, 2>(token, panels, ahead, to);
+        else
+            two_tiles ? sum<2, 1>(token, panels, ahead, to) : sum<1, 1>(token, panels, ahead, to);
+        finish_vectors(UINT32_MAX);
+        to.token = token;
+        to.n_tokens = n_tokens;
+        to.panel = panel;
+        to.n_panels = n_panels;
+        to.panels_done = to.tokens_done = 0;
+        turn_ ^= 1;
+    }
+
+    // T tiles of tokens times P panels into the tiles of sums, while the results of the ones before are finished and,
+    // unless `ahead` is null, the panels there are fetched.
+    template <uint32_t T, uint32_t P>
+    void sum(uint32_t token, const uint8_t* panels, const uint8_t* ahead, SumTiles& to) {
+        const size_t stride = rows_.stride, step_bytes = size_t(depth_) * lanes;
+        const int8_t* tokens = rows_.codes(token);
+        const SumTiles& before = tiles_[turn_ ^ 1];
+        const uint32_t each = (before.n_panels * before.n_tokens + n_steps_ - 1) / n_steps_;
+        tile_zero<0>();
+        if constexpr (T == 2) tile_zero<1>();
+        if constexpr (P == 2) tile_zero<2>();
+        if constexpr (T * P == 4) tile_zero<3>();
+        for (uint32_t i = 0; i < n_steps_; ++i) {
+            const int8_t* a = tokens + size_t(i) * depth_;
+            const uint8_t* w = panels + i * step_bytes;
+            tile_load<4>(a, stride);
+            tile_load<6>(w, 64);
+            tile_dot<0, 4, 6>();
+            if constexpr (T == 2) {
+                tile_load<5>(a + tile_tokens * stride, stride);
+                tile_dot<1, 5, 6>();
+            }
+            if constexpr (P == 2) {
+                tile_load<7>(w + args_.panel_stride, 64);
+                tile_dot<2, 4, 7>();
+            }
+            if constexpr (T * P == 4) tile_dot<3, 5, 7>();
+            if (ahead) {
+                const uint8_t* fetched = stream_.after(ahead + P * i * step_bytes);
+                for (size_t at = 0; at < P * step_bytes; at += 64) prefetch_far(fetched + at);
+            }
+            finish_vectors(each);
+        }
+        tile_store<0>(to.sums[0][0], 64);
+        if constexpr (T == 2) tile_store<1>(to.sums[0][1], 64);
+        if constexpr (P == 2) tile_store<2>(to.sums[1][0], 64);
+        if constexpr (T * P == 4) tile_store<3>(to.sums[1][1], 64);
+    }
+
+    // At most n more of the results that were summed before.
+    void finish_vectors(uint32_t n) {
+        SumTiles& from = tiles_[turn_ ^ 1];
+        for (; n && from.panels_done < from.n_panels; ++from.panels_done, from.tokens_done = 0) {
+            const uint32_t p = from.panels_done, panel = from.panel + p, row = panel * lanes;
+            const RowScales scales(args_, (const uint8_t*)args_.panels + panel * args_.panel_stride, row);
+            for (; n && from.tokens_done < from.n_tokens; --n, ++from.tokens_done) {
+                const uint32_t i = from.tokens_done, token = from.token + i;
+                const VecI sums = load_int(from.sums[p][i / tile_tokens][i % tile_tokens]);
+                store_result(args_, token, row, scales.result(sums, rows_.scale(token).scale));
+            }
+            if (from.tokens_done < from.n_tokens) return;
+        }
+    }
+
+    const MatmulArgs& args_;
+    const Stream stream_{args_};
+    const ScaledRows rows_{args_};
+    const uint32_t depth_, n_steps_;  // bytes of a row in a tile; so many make a row
+    SumTiles tiles_[2];
+    uint32_t turn_ = 0, configured_ = 0;
+};
+
+void scaled_rows_matmul(const MatmulArgs& args) {
+    constexpr uint32_t fewest_tokens = 5;
+    if (args.n_tokens < fewest_tokens) return base.matmul(args);
+    ScaledRowsOnTiles(args).run();
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+void matmul(const MatmulArgs& args) {
+    switch (args.type) {
+        case WeightType::f32:
+        case WeightType::f16:
+        case WeightType::bf16: return base.matmul(args);
+        case WeightType::q8_0: return quantized_matmul<WeightType::q8_0>(args);
+        case WeightType::q4_0: return quantized_matmul<WeightType::q4_0>(args);
+        case WeightType::q4_1: return quantized_matmul<WeightType::q4_1>(args);
+        case WeightType::q5_0: return quantized_matmul<WeightType::q5_0>(args);
+        case WeightType::q5_1: return quantized_matmul<WeightType::q5_1>(args);
+        case WeightType::q2_k: return quantized_matmul<WeightType::q2_k>(args);
+        case WeightType::q3_k: return quantized_matmul<WeightType::q3_k>(args);
+        case WeightType::q4_k: return quantized_matmul<WeightType::q4_k>(args);
+        case WeightType::q5_k: return quantized_matmul<WeightType::q5_k>(args);
+        case WeightType::q6_k: return quantized_matmul<WeightType::q6_k>(args);
+        case WeightType::iq4_nl: return quantized_matmul<WeightType::iq4_nl>(args);
+        case WeightType::iq4_xs: return quantized_matmul<WeightType::iq4_xs>(args);
+        case WeightType::w8a8: return scaled_rows_matmul(args);
+    }
+}
+
+// Four products that share two tiles of activations and two of weights, on registers only.
+void ceiling_multiply(uint64_t rounds) {
+    TileConfig config;
+    for (uint32_t i = 0; i < 8; ++i) config.row_bytes[i] = 64, config.rows[i] = 16;
+    tile_configure(config);
+    int8_t bytes[16 * 64];
+    for (uint32_t i = 0; i < sizeof bytes; ++i) bytes[i] = int8_t(i * 37);
+    tile_load<4>(bytes, 64);
+    tile_load<5>(bytes, 64);
+    tile_load<6>(bytes, 64);
+    tile_load<7>(bytes, 64);
+    for (uint64_t r = 0; r < rounds; ++r) {
+        tile_dot<0, 4, 6>();
+        tile_dot<1, 5, 6>();
+        tile_dot<2, 4, 7>();
+        tile_dot<3, 5, 7>();
+    }
+    tile_release();
+}
+
+constexpr TileKernels tile_kernels = {matmul, ceiling_multiply, 4 * 16 * 16 * 64 * 2};
+
+}  // namespace

@@ -1,0 +1,43 @@
+// The instructions of AMX tiles, by number of the tile. Needs AMX-INT8. tests/kernels/emulated_amx.h has the same for
+// any CPU.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace {
+
+struct alignas(64) TileConfig {
+    uint8_t palette = 1;
+    uint8_t start_row = 0;
+    uint8_t reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+};
+static_assert(sizeof(TileConfig) == 64);
+
+// Not the intrinsic: GCC 12 believes that it reads 8 bytes, and drops stores to the others.
+inline void tile_configure(const TileConfig& config) { __asm__ volatile("ldtilecfg %0" : : "m"(config)); }
+inline void tile_release() { __asm__ volatile("tilerelease"); }
+
+// Not the intrinsics, which take nothing but literals.
+
+template <int Tile>
+[[gnu::always_inline]] inline void tile_zero() {
+    __asm__ volatile("tilezero %%tmm%c0" : : "i"(Tile));
+}
+// Memory from p on is what they read or write: else the compiler would move what is stored there before.
+template <int Tile>
+[[gnu::always_inline]] inline void tile_load(const void* p, size_t stride) {
+    __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(stride), "i"(Tile), "m"(*(const uint8_t (*)[])p));
+}
+template <int Tile>
+[[gnu::always_inline]] inline void tile_store(void* p, size_t stride) {
+    __asm__ volatile("tilestored %%tmm%c3, (%1,%2,1)" : "+m"(*(uint8_t (*)[])p) : "r"(p), "r"(stride), "i"(Tile));
+}
+/// Sums += the products of signed bytes, four at a time.
+template <int Sums, int A, int B>
+[[gnu::always_inline]] inline void tile_dot() {
+    __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(Sums), "i"(A), "i"(B));
+}
+
+}  // namespace
