@@ -284,7 +284,7 @@ bool rows_in_bytes_agree() {
     GpuRows rows(n, length);
     const RowsInBytesArgs args{x.data(), length, rows.rows()};
     launch(FIXMIN_KERNEL_NAMED(quantize_rows), args, {n, 1}, any_threads(), 2 * row_threads / 32 * sizeof(float));
-    GpuRows expected(n, length, quantized(x, length, true));
+    GpuRows expected(n, length, blocks_of(scaled_rows(x, length), length));
     // Of the planes the first is used, and the bits of a NaN are not promised.
     for (GpuRows* of : {&rows, &expected}) {
         of->factors.resize(of->plane);
