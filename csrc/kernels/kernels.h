@@ -68,9 +68,10 @@ struct MatmulArgs {
 inline constexpr uint32_t matmul_tile_tokens = 16, matmul_tile_panels = 8;
 inline constexpr uint32_t matmul_tile_floats = 6;  // most that are kept beside 32 bytes: scales, mins, sums
 
-/// Panels and all activations as bytes in the order of tiles.
+/// Panels and all activations as bytes in the order of tiles; or activations as 16-bit integers.
 static constexpr size_t matmul_scratch_bytes(size_t inner, size_t n_tokens) {
-    const size_t row_bytes = inner + inner / quant::block_size * matmul_tile_floats * sizeof(float);
+    const size_t tile_bytes = inner + inner / quant::block_size * matmul_tile_floats * sizeof(float);
+    const size_t wide_bytes = 2 * inner + 64, row_bytes = tile_bytes > wide_bytes ? tile_bytes : wide_bytes;
     const size_t tiles = (n_tokens + matmul_tile_tokens - 1) / matmul_tile_tokens;
     return (matmul_tile_panels * lanes + tiles * matmul_tile_tokens) * row_bytes;
 }

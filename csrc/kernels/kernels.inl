@@ -497,9 +497,74 @@ struct ScaledRowsMultiply {
     }
 };
 
+#ifdef FIXMIN_WIDE_ROWS
+// With activations as 16-bit integers, in scratch. Half a panel at a time, so that the sums of all tokens of a tile
+// stay in registers.
+struct WideRowsMultiply {
+    static constexpr uint32_t panels = 1, columns = 6, few_panels = 1, fewest_tokens = 4;
+
+    const MatmulArgs& args;
+    const Stream stream{args};
+    const ScaledRows rows{args};
+    const size_t stride = args.inner + 32;  // not always the same sets of a cache
+
+    void widen_rows() const {
+        for (uint32_t t = 0; t < args.n_tokens; ++t)
+            widen(rows.codes(t), args.inner, (int16_t*)args.scratch + t * stride);
+    }
+
+    template <uint32_t P, uint32_t N, bool FromMemory>
+    void run(const uint8_t* panel, uint32_t token, VecF* result) const {
+        static_assert(P == 1);
+        const auto* activations = (const int16_t*)args.scratch + token * stride;
+        WideSums halves[2][N];
+        sum<N, FromMemory>(panel, activations, panel + args.panel_stride, halves[0]);
+        sum<N, false>(panel + 32, activations, nullptr, halves[1]);
+        const size_t row = size_t(panel - (const uint8_t*)args.panels) / args.panel_stride * lanes;
+        const RowScales scales(args, panel, uint32_t(row));
+#pragma GCC unroll 6
+        for (uint32_t c = 0; c < N; ++c)
+            result[c] = scales.result(join(halves[0][c], halves[1][c]), rows.scale(token + c).scale);
+    }
+
+    // Of the 8 rows whose first four bytes begin at `weights`, while the panel at `ahead` is fetched.
+    template <uint32_t N, bool FromMemory>
+    void sum(const uint8_t* weights, const int16_t* activations, const uint8_t* ahead, WideSums* out) const {
+        WideSums sums[N];
+        for (uint32_t b = 0; b < args.inner / block; ++b, weights += block * lanes, activations += block)
+            add_block<FromMemory>(sums, weights, activations,
+                                  FromMemory ? stream.after(ahead + b * block * lanes) : nullptr, UpTo<N>{},
+                                  EachVector{});
+#pragma GCC unroll 6
+        for (uint32_t c = 0; c < N; ++c) out[c] = sums[c];
+    }
+
+    // Unrolled by packs: of loops GCC keeps the sums in memory.
+    template <bool FromMemory, int... C, int... J>
+    [[gnu::always_inline]] void add_block(WideSums* sums, const uint8_t* weights, const int16_t* activations,
+                                          const uint8_t* fetched, Indices<C...> tokens, Indices<J...>) const {
+        (add_line<FromMemory>(sums, weights + 64 * J, activations + 4 * J, fetched + 64 * J, tokens), ...);
+    }
+    template <bool FromMemory, int... C>
+    [[gnu::always_inline]] void add_line(WideSums* sums, const uint8_t* weights, const int16_t* activations,
+                                         const uint8_t* fetched, Indices<C...>) const {
+        if constexpr (FromMemory) prefetch_far(fetched);
+        const auto w = WideSums::load(weights);
+        (sums[C].add(w, activations + C * stride), ...);
+    }
+};
+#endif
+
 void scaled_rows_matmul(const MatmulArgs& args) {
     MatmulArgs others = args;
     others.bias = nullptr;  // is in the fused product
+#ifdef FIXMIN_WIDE_ROWS
+    if (args.n_tokens >= WideRowsMultiply::fewest_tokens) {
+        const WideRowsMultiply multiply{args};
+        if (!args.same_tokens) multiply.widen_rows();
+        return for_each_tile(others, multiply);
+    }
+#endif
     for_each_tile(others, ScaledRowsMultiply{args});
 }
 

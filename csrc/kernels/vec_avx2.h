@@ -228,6 +228,42 @@ Pairs multiply_pairs(Bytes w, int32_t a) {
 }
 Pairs add(Pairs a, Pairs b) { return {_mm256_add_epi16(a.lo, b.lo), _mm256_add_epi16(a.hi, b.hi)}; }
 VecI add_pairs(VecI acc, Pairs p) { return {add_pairs(acc.lo, p.lo), add_pairs(acc.hi, p.hi)}; }
+
+#define FIXMIN_WIDE_ROWS
+/// Sums of products of 16 bits, of 8 rows: of the first and of the second two of each four k. Sign, maddubs and madd of
+/// dot_q8 share two ports of many CPUs; of 32 products here two instructions of four do.
+struct WideSums {
+    __m256i first = _mm256_setzero_si256(), second = first;  // rows 0-3, 4-7
+
+    struct Weights {
+        __m256i first, second;
+    };
+    /// 4 signed bytes of each of 8 rows.
+    static Weights load(const uint8_t* p) {
+        return {_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)),
+                _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(p + 16)))};
+    }
+    /// In the 16 registers there is just room for six of these; GCC 12 would keep copies of sums and weights in memory.
+    [[gnu::always_inline]] void add(Weights w, const int16_t* four) {
+        __m256i a = first, b = second, x, y;
+        __asm__(
+            "vpbroadcastq %4, %2\n\t"
+            "vpmaddwd %2, %6, %3\n\t"
+            "vpmaddwd %2, %5, %2\n\t"
+            "vpaddd %3, %1, %1\n\t"
+            "vpaddd %2, %0, %0"
+            : "+x"(a), "+x"(b), "=&x"(x), "=&x"(y)
+            : "m"(*(const int16_t (*)[4])four), "x"(w.first), "x"(w.second));
+        first = a;
+        second = b;
+    }
+    __m256i rows() const { return _mm256_permute4x64_epi64(_mm256_hadd_epi32(first, second), 0xd8); }
+};
+VecI join(const WideSums& lower, const WideSums& upper) { return {lower.rows(), upper.rows()}; }
+void widen(const int8_t* x, uint32_t n, int16_t* to) {
+    for (uint32_t i = 0; i < n; i += 16)
+        _mm256_storeu_si256((__m256i*)(to + i), _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(x + i))));
+}
 #endif
 
 }  // namespace

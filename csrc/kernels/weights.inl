@@ -13,6 +13,16 @@ template <int... J>
 struct Indices {};
 using EachVector = Indices<0, 1, 2, 3, 4, 5, 6, 7>;
 
+// Indices<0 .. N - 1>
+template <int N, int... J>
+struct Counted : Counted<N - 1, N - 1, J...> {};
+template <int... J>
+struct Counted<0, J...> {
+    using Type = Indices<J...>;
+};
+template <int N>
+using UpTo = typename Counted<N>::Type;
+
 // Readers give vector J, k = 4J..4J+3 of 16 rows, of a block of 32 codes that is stored in the planes of
 // quant/panels.h.
 
