@@ -31,7 +31,9 @@ from engines import ENGINES
 from fixmin_cpp import Model, _core
 
 PEER_SEQUENCES = (1, 4, 16, 64)  # of --sequences: 64 take it minutes
-BATCHED = ("fixmin-q8_0", "llama-q8_0", "fixmin-q4_0", "llama-q4_0")
+#: What is measured, and the llama.cpp that it is compared with.
+PEERS = {"q8_0": "llama-q8_0", "w8a8": "llama-q8_0", "q4_0": "llama-q4_0"}
+BATCHED = (*(f"fixmin-{form}" for form in PEERS), "llama-q8_0", "llama-q4_0")
 PROMPT = NEW = 64
 LONG = 512
 
@@ -163,14 +165,12 @@ def markdown(result: dict[str, Any]) -> str:
     if records := result.get("batch"):
         rates = {(r["engine"], r["sequences"]): r for r in records}
         lines += ["", "Generated tokens per second (lowest and highest round):", ""]
-        head = [
-            f"{kind} {form}" for form in ("q8_0", "q4_0") for kind in ("fixmin", "llama.cpp", "ratio", "of prefill")
-        ]
+        head = [f"{kind} {form}" for form in PEERS for kind in ("fixmin", "llama.cpp", "ratio", "of prefill")]
         lines += [f"| requests | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
         for n in sorted({r["sequences"] for r in records}):
             row = [str(n)]
-            for form in ("q8_0", "q4_0"):
-                own, peer = rates[f"fixmin-{form}", n], rates.get((f"llama-{form}", n))
+            for form in PEERS:
+                own, peer = rates[f"fixmin-{form}", n], rates.get((PEERS[form], n))
                 for r in (own, peer):
                     row.append(f"{r['tok_s']:.0f} ({r['range'][0]:.0f}-{r['range'][1]:.0f})" if r else "")
                 row += [f"{own['tok_s'] / peer['tok_s']:.1f}" if peer else "", f"{own['of_prefill']:.2f}"]
@@ -207,7 +207,7 @@ def main() -> None:
     result: dict[str, Any] = {"rounds": arguments.rounds}
     if "batch" in parts:
         result["batch"] = batch(arguments.data, [int(n) for n in arguments.sequences.split(",")], arguments.rounds)
-    for form in ("q8_0", "q4_0"):
+    for form in PEERS:
         path = arguments.data / f"full-{form}.gguf"
         with Model(path, n_threads=2) as model:
             if "lookup" in parts:

@@ -55,11 +55,13 @@ _AVX512 = {"CT2_FORCE_CPU_ISA": "AVX512"}  # it takes AVX2 where it is not told
 
 ENGINES: tuple[Engine, ...] = (
     _fixmin("q8_0"),
+    _fixmin("w8a8"),
     _fixmin("q4_0"),
     _fixmin("q4_k_m"),
     _fixmin("f16", **_F16),
     _fixmin("f32", **_F32),
     _fixmin("q8_0", "avx2"),
+    _fixmin("w8a8", "avx2"),
     _fixmin("q4_0", "avx2"),
     _llama("q8_0"),
     _llama("q4_0"),
@@ -128,7 +130,7 @@ def _own(form: str) -> Step:
 # In the order of their needs. The first ones are all that `make bench` needs to compare with PyTorch.
 OWN_STEPS = (
     Step("full", (), ("{bench}/make_checkpoint.py", "{data}/full", "--variant", "affine")),
-    *(_own(form) for form in ("f32", "f16", "q8_0", "q4_0")),
+    *(_own(form) for form in ("f32", "f16", "q8_0", "w8a8", "q4_0")),
     Step(
         "full-q4_k_m.gguf",
         ("full-f32.gguf",),

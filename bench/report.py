@@ -163,6 +163,7 @@ def markdown(result: dict[str, Any]) -> str:
         names = {
             "read_bytes_s": ("reading from memory", 1e9, "GB/s"),
             "int8_vector_ops": ("8-bit vector products (`fixmin bench`: int8_peak)", 1e12, "TOPS"),
+            "int8_tile_ops": ("8-bit products of tiles (`fixmin bench`: int8_tile_peak)", 1e12, "TOPS"),
             "int8_product_ops": ("8-bit matrix product of PyTorch", 1e12, "TOPS"),
             "bfloat16_product_ops": ("bfloat16 matrix product of PyTorch", 1e12, "TOPS"),
             "float32_product_ops": ("float32 matrix product of PyTorch", 1e12, "TOPS"),

@@ -53,8 +53,14 @@ def prompts(files: dict[str, str], isas: list[str], repeat: int) -> str:
     rows = []
     for name in [*files][:2]:
         reports = [bench(isa, files[name], repeat) for isa in isas]
-        rows.append([name, *(f"{r['prefill_peak_fraction']:.2f} ({r['prefill_tok_s']:,.0f} tok/s)" for r in reports)])
+        rows.append([name, *(f"{shares(r)} ({r['prefill_tok_s']:,.0f} tok/s)" for r in reports)])
     return table(["", *isas], rows)
+
+
+def shares(report: dict[str, Any]) -> str:
+    """Of the peak of vectors, and of that of tiles where there are some."""
+    tiles = report["prefill_tile_peak_fraction"]
+    return f"{report['prefill_peak_fraction']:.2f}" + (f", tiles {tiles:.2f}" if tiles is not None else "")
 
 
 def main() -> None:

@@ -123,6 +123,8 @@ class Ceilings(Fixmin):
             "int8_vector_ops": mean_rate(self.engine.int8_ceiling()),
             "int8_product_ops": self.product(lambda: torch._int_mm(self.bytes8, self.bytes8)),
         }
+        if tiles := self.engine.tile_ceiling():
+            found["int8_tile_ops"] = mean_rate(tiles)
         for name, layer in self.linear.items():
             found[f"{name}_product_ops"] = self.product(lambda layer=layer, name=name: layer(self.inputs[name]))
         return found

@@ -203,6 +203,10 @@ std::vector<double> int8_ceiling(const EngineHandle& handle, uint32_t passes) {
     return ceiling(handle, [=](auto& backend, const auto& stop) { return backend.int8_ceiling(passes, stop); });
 }
 
+std::vector<double> tile_ceiling(const EngineHandle& handle, uint32_t passes) {
+    return ceiling(handle, [=](auto& backend, const auto& stop) { return backend.tile_ceiling(passes, stop); });
+}
+
 std::vector<double> launch_ceiling(const EngineHandle& handle, uint32_t passes) {
     return ceiling(handle, [=](auto& backend, const auto& stop) { return backend.launch_ceiling(passes, stop); });
 }
@@ -307,6 +311,7 @@ void bind_engine(py::module_& m) {
              "Bytes per second that the threads read of n_bytes of memory, in each pass.")
         .def("int8_ceiling", &int8_ceiling, py::arg("passes") = 3,
              "8-bit multiplications and additions per second of the threads, in each pass.")
+        .def("tile_ceiling", &tile_ceiling, py::arg("passes") = 3, "Likewise of AMX tiles; empty where there are none.")
         .def("launch_ceiling", &launch_ceiling, py::arg("passes") = 3,
              "Seconds from one part of a step to the next if neither has any work, in each pass.")
         .def("take_metadata", &EngineHandle::take_metadata, "GgufFile.metadata of what was loaded; empty when taken")

@@ -55,21 +55,29 @@ std::vector<double> CpuBackend::read_ceiling(size_t n_bytes, uint32_t passes, co
 }
 
 std::vector<double> CpuBackend::int8_ceiling(uint32_t passes, const model::Stop& stop) {
+    return multiply_ceiling(kernels_.ceilings.multiply, kernels_.ceilings.int8_operations, passes, stop);
+}
+
+std::vector<double> CpuBackend::tile_ceiling(uint32_t passes, const model::Stop& stop) {
+    if (!kernels_.ceilings.multiply_tiles) return {};
+    return multiply_ceiling(kernels_.ceilings.multiply_tiles, kernels_.ceilings.tile_operations, passes, stop);
+}
+
+std::vector<double> CpuBackend::multiply_ceiling(void (*multiply)(uint64_t), uint32_t operations, uint32_t passes,
+                                                 const model::Stop& stop) {
     // In pieces, as the model's work is shared: else a slow core would lower the ceiling of all.
     constexpr uint32_t pieces = 256;
     const auto run = [&](uint64_t rounds) {
         return seconds([&] {
             pool_.run([&](Team& team) {
-                team.for_pieces(pieces * pool_.size(), [&](uint32_t begin, uint32_t end) {
-                    kernels_.ceilings.multiply(rounds / pieces * (end - begin));
-                });
+                team.for_pieces(pieces * pool_.size(),
+                                [&](uint32_t begin, uint32_t end) { multiply(rounds / pieces * (end - begin)); });
             });
         });
     };
     uint64_t rounds = pieces * 8;
     while (run(rounds) < 0.025) rounds *= 2;
-    return rates(double(rounds) * kernels_.ceilings.int8_operations * pool_.size(), passes, stop,
-                 [&] { return run(rounds); });
+    return rates(double(rounds) * operations * pool_.size(), passes, stop, [&] { return run(rounds); });
 }
 
 std::vector<double> CpuBackend::launch_ceiling(uint32_t passes, const model::Stop& stop) {

@@ -34,6 +34,7 @@ class CpuBackend final : public model::Backend {
     void collect_squares(model::InputSquares* squares) override { squares_ = squares; }
     std::vector<double> read_ceiling(size_t n_bytes, uint32_t passes, const model::Stop& stop) override;
     std::vector<double> int8_ceiling(uint32_t passes, const model::Stop& stop) override;
+    std::vector<double> tile_ceiling(uint32_t passes, const model::Stop& stop) override;
     std::vector<double> launch_ceiling(uint32_t passes, const model::Stop& stop) override;
     const model::Weights& weights() const override { return weights_; }
     quant::KvType kv_type() const override { return kv_.type; }
@@ -42,6 +43,9 @@ class CpuBackend final : public model::Backend {
     model::MemoryUse memory() const override { return {weights_.panels.size(), kv_.bytes(), decoder_.buffer_bytes()}; }
 
   private:
+    std::vector<double> multiply_ceiling(void (*multiply)(uint64_t), uint32_t operations, uint32_t passes,
+                                         const model::Stop& stop);
+
     const kernels::Kernels& kernels_;
     threads::ThreadPool pool_;
     TeamSize team_size_;

@@ -125,6 +125,9 @@ class Backend {
     /// 8-bit multiplications and additions per second of the device, in each of `passes` of about 50 ms.
     virtual std::vector<double> int8_ceiling(uint32_t passes, const Stop& stop) = 0;
 
+    /// Likewise of tiles, where a CPU multiplies those beside its vectors; else empty.
+    virtual std::vector<double> tile_ceiling(uint32_t, const Stop&) { return {}; }
+
     /// Seconds from one part of a step to the next if neither has any work, in each of `passes`: of threads that wait
     /// for each other, of kernels in a graph.
     virtual std::vector<double> launch_ceiling(uint32_t passes, const Stop& stop) = 0;

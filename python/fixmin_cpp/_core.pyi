@@ -242,6 +242,7 @@ class Engine:
     def clear_prefix_cache(self) -> None: ...
     def read_ceiling(self, n_bytes: int, passes: int = 3) -> list[float]: ...  # bytes per second, all threads, per pass
     def int8_ceiling(self, passes: int = 3) -> list[float]: ...  # 8-bit multiplications and additions per second
+    def tile_ceiling(self, passes: int = 3) -> list[float]: ...  # the same of AMX tiles; empty where there are none
     def launch_ceiling(self, passes: int = 3) -> list[float]: ...  # seconds from part to part of a step, without work
     def take_metadata(self) -> dict[str, Any]: ...  # GgufFile.metadata of what was loaded; empty when taken
     @property

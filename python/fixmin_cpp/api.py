@@ -146,6 +146,7 @@ def quantize(
     tensor_types: Mapping[str, str] | None = None,
     output_tensor_type: str | None = None,
     allow_requantize: bool = False,
+    smooth: Prompt | os.PathLike[str] | None = None,
     n_threads: int | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> "QuantizeReport":
@@ -155,7 +156,7 @@ def quantize(
         source: a GGUF file, in F32, F16 or BF16.
         target: the file to write; it appears when it is complete.
         type: a type for every matrix, such as "q8_0" or "q4_k", or a mixed recipe such as "q4_k_m".
-        imatrix, tensor_types, output_tensor_type, allow_requantize, n_threads, progress: see
+        imatrix, tensor_types, output_tensor_type, allow_requantize, smooth, n_threads, progress: see
             fixmin_cpp.quantization.requantize.quantize.
 
     Returns:
@@ -173,6 +174,7 @@ def quantize(
         tensor_types=tensor_types,
         output_tensor_type=output_tensor_type,
         allow_requantize=allow_requantize,
+        smooth=smooth,
         n_threads=n_threads,
         progress=progress,
     )

@@ -64,6 +64,9 @@ class BenchReport:
     prefill_operations_per_token: float  # products and attention
     # operations per second / mean int8 peak before and after the turn: median of the turns
     prefill_peak_fraction: float
+    int8_tile_peak_tops: float | None  # likewise of AMX tiles, where the kernels multiply on them
+    int8_tile_peak_tops_runs: list[float]
+    prefill_tile_peak_fraction: float | None
     # microseconds from one part of a step to the next without any work: of the threads, or of kernels in a CUDA graph
     launch_us: float
     launch_us_runs: list[float]
@@ -76,12 +79,15 @@ class BenchReport:
         depth = f" after {self.depth:,}" if self.depth else ""
         on_gpu = self.device != "cpu"
         where = f"{self.device_name}, {self.isa}" if on_gpu else self.isa
+        tiles = ""
+        if self.int8_tile_peak_tops is not None and self.prefill_tile_peak_fraction is not None:
+            tiles = f", {100 * self.prefill_tile_peak_fraction:.0f} % of {self.int8_tile_peak_tops:.2f} TOPS of tiles"
         held = f", {self.model_bytes / 1e6:,.0f} MB on the GPU" if on_gpu else ""
         return [
             f"{self.file}: {where}, {self.threads} thread{'s' * (self.threads > 1)}, KV cache {self.kv_type}, "
             f"median of {self.repeat} run{'s' * (self.repeat > 1)}",
             f"prefill {self.prefill_tok_s:10,.1f} tok/s {_spread(self.prefill_tok_s_runs)}, {self.n_prompt:,} tokens: "
-            f"{100 * self.prefill_peak_fraction:.0f} % of {self.int8_peak_tops:.2f} TOPS (8-bit integers)",
+            f"{100 * self.prefill_peak_fraction:.0f} % of {self.int8_peak_tops:.2f} TOPS (8-bit integers){tiles}",
             f"decode  {self.decode_tok_s:10,.1f} tok/s {_spread(self.decode_tok_s_runs)}, "
             f"{self.n_generate:,} tokens{depth}: {100 * roofline:.0f} % of {read:.1f} GB/s "
             f"({'cache' if cached else 'memory'}), "
@@ -163,17 +169,18 @@ def bench(
 
         fastest = 0.0
 
-        def ceilings() -> tuple[float, float, float, float]:
+        def ceilings() -> tuple[float, float, float, float, float]:
             nonlocal fastest
             cached = max(bytes_per_token, 4096 * info["n_threads"])
             reads = engine.read_ceiling(buffer, 5)
             fastest = max(fastest, *reads)
             # Means, as the speeds are: a hiccup of the machine is in both.
-            cached_reads, peaks = engine.read_ceiling(cached, 5), engine.int8_ceiling()
-            return mean_rate(reads), mean_rate(cached_reads), mean_rate(peaks), float(np.mean(engine.launch_ceiling()))
+            cached_reads, peaks, tiles = engine.read_ceiling(cached, 5), engine.int8_ceiling(), engine.tile_ceiling()
+            rates = [mean_rate(passes) if passes else 0.0 for passes in (reads, cached_reads, peaks, tiles)]
+            return rates[0], rates[1], rates[2], rates[3], float(np.mean(engine.launch_ceiling()))
 
         tell("ceilings")
-        bounds: list[tuple[float, float, float, float]] = []
+        bounds: list[tuple[float, float, float, float, float]] = []
         prefills: list[float] = []
         decodes: list[float] = []
         for turn in range(repeat + 1):
@@ -190,7 +197,8 @@ def bench(
             rss = resident_bytes()
             bounds.append(ceilings())
 
-    reads, cached_reads, peaks, launches = zip(*bounds, strict=True)
+    reads, cached_reads, peaks, tiles, launches = zip(*bounds, strict=True)
+    has_tiles = min(tiles) > 0
     operations = prefill_operations(info, n_prompt) / n_prompt
     prefill_tok_s, decode_tok_s = float(np.median(prefills)), float(np.median(decodes))
     return BenchReport(
@@ -226,6 +234,9 @@ def bench(
         int8_peak_tops_runs=_scaled(peaks, 1e12),
         prefill_operations_per_token=operations,
         prefill_peak_fraction=share_of(prefills, peaks) * operations,
+        int8_tile_peak_tops=float(np.median(tiles)) / 1e12 if has_tiles else None,
+        int8_tile_peak_tops_runs=_scaled(tiles, 1e12) if has_tiles else [],
+        prefill_tile_peak_fraction=share_of(prefills, tiles) * operations if has_tiles else None,
         launch_us=float(np.median(launches)) * 1e6,
         launch_us_runs=_scaled(launches, 1e-6),
     )

@@ -33,7 +33,7 @@ def data(tmp_path_factory):
     )
     write_checkpoint(folder / "full", config)
     stamp(folder / "full")
-    for form in ("q8_0", "q4_0"):
+    for form in ("q8_0", "w8a8", "q4_0"):
         convert(folder / "full", folder / f"full-{form}.gguf", form, n_threads=1)
         stamp(folder / f"full-{form}.gguf")
     return folder

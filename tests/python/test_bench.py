@@ -89,6 +89,7 @@ def test_ceilings_of_every_isa(bare_model_path, isa):
     for n_bytes in (8192, 12288, 1 << 20):
         assert [rate > 0 for rate in engine.read_ceiling(n_bytes, 2)] == [True] * 2
     assert [rate > 0 for rate in engine.int8_ceiling(1)] == [True]
+    assert [rate > 0 for rate in engine.tile_ceiling(1)] == [True] * (isa == "amx")
     assert [0 < seconds < 1 for seconds in engine.launch_ceiling(2)] == [True] * 2
     with pytest.raises(ArgumentError, match="4096 bytes for each thread"):
         engine.read_ceiling(4096)

@@ -5,12 +5,13 @@ Tensors stream from file to file; the bytes come from `ggml_quantize_chunk`. All
 src/llama-quant.cpp (function llama_tensor_get_type, as of 2025); written here anew, only for what these models have.
 """
 
+import dataclasses
 import json
 import os
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from gguf import GGMLQuantizationType, GGUFValueType, LlamaFileType
 from numpy.typing import NDArray
 
 from .. import _core
-from ..arguments import as_bool, as_threads
+from ..arguments import Prompt, as_bool, as_threads
 from ..atomic_file import AtomicFile, refuse_inputs
 from ..convert.gguf_file.formats import (
     BF16,
@@ -37,10 +38,11 @@ from ..convert.gguf_file.formats import (
 )
 from ..convert.gguf_file.readback import read_gguf
 from ..convert.gguf_file.writer import Layout, Progress, TensorPlan, Value, check_loads, scale_plan
-from ..convert.spec import TensorRecipe
+from ..convert.spec import ModelSpec, TensorRecipe
 from ..errors import ArgumentError, ArgumentTypeError, CheckpointError, naming
 from ..state import file_sha256
 from .imatrix import read_imatrix
+from .smooth import Factors, Smoother, SmoothReport, changed, own_text, search
 
 _T = GGMLQuantizationType
 
@@ -112,6 +114,7 @@ class QuantizeReport:
     types: dict[str, int]  # ggml type -> number of tensors
     tensors: tuple[QuantizedTensor, ...]
     seconds: float
+    smooth: SmoothReport | None = None
 
 
 def quantize(
@@ -123,6 +126,7 @@ def quantize(
     tensor_types: Mapping[str, str] | None = None,
     output_tensor_type: str | None = None,
     allow_requantize: bool = False,
+    smooth: Prompt | os.PathLike[str] | None = None,
     n_threads: int | None = None,
     progress: Progress | None = None,
 ) -> QuantizeReport:
@@ -147,6 +151,10 @@ def quantize(
             matches counts.
         output_tensor_type: plain type of output.weight.
         allow_requantize: also from a quantised source, whose errors then add to the new ones.
+        smooth: only with w8a8: a text (str or token ids), or the path of an importance matrix. Factors, powers of two,
+            move from channels of activations to weights as makes the divergence from the source smallest on the text,
+            or on one that the model has written; in float32 its logits keep their bits. The new file is written some
+            ten times.
         n_threads: threads that quantise; None, 0 or -1: the CPUs of this process.
         progress: called with weights done, weights in all, and the tensor being written.
 
@@ -168,7 +176,9 @@ def quantize(
     allow_requantize = as_bool("allow_requantize", allow_requantize)
     threads = as_threads(n_threads)
     imatrix_path = None if imatrix is None else _as_path("imatrix", imatrix)
-    refuse_inputs(target_path, source_path, imatrix_path)
+    refuse_inputs(target_path, source_path, imatrix_path, *_paths_of(smooth))
+    if smooth is not None and name != "w8a8":
+        raise ArgumentError(f"smooth: is for w8a8, whose rows of activations have one scale; the type is {name}")
     importance = {} if imatrix_path is None else read_imatrix(imatrix_path)
 
     stored = read_gguf(source_path)
@@ -177,15 +187,26 @@ def quantize(
     if unused := [pattern.pattern for pattern, _ in rules if pattern not in chooser.used]:
         raise ArgumentError(f"tensor_types: no matrix of this model has a name that matches {unused[0]!r}")
     _check_requantizing(plans, stored.types, allow_requantize)
-    plans = [_finish(plan, stored.types[plan.name], importance, source_path) for plan in plans]
-    if importance and not any(plan.importance is not None for plan in plans):
-        raise ArgumentError(f"{imatrix}: names no tensor of this model that is quantised")
-    codes = _code_plans(source_path)
     metadata = _metadata(source_path, name, imatrix, tensor_types, output_type)
     metadata.pop(W8A8_KEY, None)
     if any(plan.type == I8 for plan in plans):
         metadata[W8A8_KEY] = Value(W8A8_VERSION, GGUFValueType.UINT32)
-    layout = Layout([*_with_scales(plans, stored.scales), *codes], metadata)
+    codes = _code_plans(source_path)
+
+    def layout_of(spec: ModelSpec, changed: Set[str]) -> Layout:
+        """The tensors of a model that is the source's but for those that are named."""
+        found = [chooser.plan(key, recipe) for key, recipe in spec.tensors.items()]
+        types = {key: kind for key, kind in stored.types.items() if key not in changed}
+        found = [_finish(plan, types.get(plan.name), importance, source_path) for plan in found]
+        if importance and not any(plan.importance is not None for plan in found):
+            raise ArgumentError(f"{imatrix}: names no tensor of this model that is quantised")
+        return Layout([*_with_scales(found, stored.scales), *codes], metadata)
+
+    layout, smoothed = layout_of(stored.spec, set()), None
+    if smooth is not None:
+        layout, smoothed = _smoothed(source_path, target_path, stored.spec, smooth, layout_of, threads)
+        for key, value in _smooth_texts(smooth, smoothed).items():
+            metadata[_PREFIX + key] = Value(value.encode("utf-8", "backslashreplace"), GGUFValueType.STRING)
     with AtomicFile(target_path) as file:
         try:
             layout.write(file, {}, threads, progress or (lambda done, total, tensor: None))
@@ -216,7 +237,44 @@ def quantize(
         types=dict(Counter(tensor.type for tensor in tensors)),
         tensors=tensors,
         seconds=time.perf_counter() - started,
+        smooth=smoothed,
     )
+
+
+# --- factors between activations and weights ---------------------------------------------------------------------
+
+
+def _smoothed(
+    source: Path,
+    target: Path,
+    spec: ModelSpec,
+    smooth: Prompt | os.PathLike[str],
+    layout_of: Callable[[ModelSpec, Set[str]], Layout],
+    threads: int,
+) -> tuple[Layout, SmoothReport]:
+    """The layout of the file with the best factors, and what they changed."""
+    if isinstance(smooth, os.PathLike):
+        text, squares = own_text(source, threads), read_imatrix(smooth)
+    else:
+        text, squares = smooth, None
+
+    def write(path: Path, factors: Factors, smoother: Smoother) -> None:
+        with AtomicFile(path) as file:
+            layout_of(smoother.applied(factors), changed(factors)).write(file, {}, threads, lambda *_: None)
+            file.commit()
+
+    smoother, factors, report = search(source, spec, text, squares, write, target.parent, threads)
+    return layout_of(smoother.applied(factors), changed(factors)), report
+
+
+def _smooth_texts(smooth: Any, report: SmoothReport) -> dict[str, str]:
+    """What the metadata says."""
+    source = Path(smooth).name if isinstance(smooth, os.PathLike) else "a text"
+    return {"smooth": source, "smooth_report": json.dumps(dataclasses.asdict(report))}
+
+
+def _paths_of(value: Any) -> tuple[Path, ...]:
+    return (Path(value),) if isinstance(value, os.PathLike) else ()
 
 
 # --- which type --------------------------------------------------------------------------------------------------
@@ -310,9 +368,9 @@ def _check_requantizing(plans: list[TensorPlan], types: Mapping[str, GGMLQuantiz
 
 
 def _finish(
-    plan: TensorPlan, have: GGMLQuantizationType, importance: Mapping[str, NDArray[np.float32]], source: Path
+    plan: TensorPlan, have: GGMLQuantizationType | None, importance: Mapping[str, NDArray[np.float32]], source: Path
 ) -> TensorPlan:
-    """The plan with how to read its rows, and with its importance."""
+    """The plan with how to read its rows, and with its importance. `have`: the stored type; None: other values."""
     if len(plan.shape) == 1:
         return plan
     if plan.type == have:

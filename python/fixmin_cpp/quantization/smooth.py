@@ -1,0 +1,260 @@
+"""Factors between the channels of activations and the columns of weights (`fixmin quantize ... w8a8 --smooth`).
+
+W8A8 has one scale for a whole row of activations, so a channel that is much larger than the others leaves them few of
+the 127 steps. Where a norm or a linear map stands in front of a product, a factor can be moved from that channel to the
+weights that read it: the map is divided, the columns are multiplied, and the model is the same (SmoothQuant, Xiao et
+al. 2023, arXiv:2211.10438). Here factors are powers of two: dividing and multiplying by them rounds nothing, so that in
+float32 even the logits keep their bits.
+"""
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import _core
+from ..convert.spec import ModelSpec, TensorRecipe
+from ..errors import ArgumentError
+from ..evaluate import Divergence, perplexity
+from ..model import Model
+
+#: How much of the imbalance goes to the weights; what is best differs from model to model, and is measured.
+ALPHAS = (0.25, 0.5, 0.75)
+#: Logits that a measurement keeps on the disk: values, 4 bytes each.
+_MOST_LOGITS = 1 << 26
+_LARGEST_EXPONENT = 30
+
+F32 = NDArray[np.float32]
+#: Of each group powers of two, one for each channel.
+Factors = Sequence[tuple["Group", F32]]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Matrices that read the same channels, and what makes these. Names are those of GGUF tensors.
+
+    `divided`: vectors and rows of matrices, one for each channel; `multiplied`: matrices with the channels as columns.
+    A channel of `divided` is read as `heads_per_kv_head` columns where query heads share a value head.
+    """
+
+    kind: str
+    divided: tuple[str, ...]
+    multiplied: tuple[str, ...]
+    head_dim: int = 0
+    heads_per_kv_head: int = 1
+
+    def columns(self, channels: F32) -> F32:
+        """What the columns of `multiplied` meet, of a value for each channel."""
+        if self.heads_per_kv_head == 1:
+            return channels
+        return np.repeat(channels.reshape(-1, self.head_dim), self.heads_per_kv_head, axis=0).reshape(-1)
+
+    def channels(self, columns: F32) -> F32:
+        """The largest value of the columns of each channel."""
+        if self.heads_per_kv_head == 1:
+            return columns
+        heads = columns.reshape(-1, self.heads_per_kv_head, self.head_dim)
+        return np.ascontiguousarray(heads.max(axis=1)).reshape(-1)
+
+
+@dataclass(frozen=True)
+class SmoothReport:
+    """What was chosen and what it changed, measured on the text: KL(source || quantised), nats per token."""
+
+    n_tokens: int  # that were compared
+    alpha: float | None  # None: no factors, as none made the error smaller
+    kinds: tuple[str, ...]  # of the groups that got factors
+    n_channels: int  # whose factor is not 1
+    kl_before: float
+    kl_after: float
+    top1_before: float  # share of tokens whose most probable successor is the source's
+    top1_after: float
+
+
+def groups(spec: ModelSpec) -> list[Group]:
+    """Where factors can be absorbed exactly. The norm and q, k, v of layer 0 are folded and multiplied with nothing."""
+
+    def there(*names: str) -> tuple[str, ...]:
+        return tuple(name for name in names if name in spec.tensors)
+
+    found = []
+    for layer in range(spec.block_count):
+        p = f"blk.{layer}."
+        if layer > 0 or spec.code.kind == "learned":
+            qkv = there(*(f"{p}attn_{part}.weight" for part in "qkv"))
+            found.append(Group("qkv", there(f"{p}attn_norm.weight", f"{p}attn_norm.bias"), qkv))
+        shared = spec.head_count // spec.head_count_kv
+        head_dim = spec.tensors[f"{p}attn_v.weight"].shape[0] // spec.head_count_kv
+        value = there(f"{p}attn_v.weight", f"{p}attn_v.bias")
+        found.append(Group("attn_output", value, (f"{p}attn_output.weight",), head_dim, shared))
+        reads = there(f"{p}ffn_gate.weight", f"{p}ffn_up.weight")
+        found.append(Group("gate_up", there(f"{p}ffn_norm.weight", f"{p}ffn_norm.bias"), reads))
+        if f"{p}ffn_gate.weight" in spec.tensors:  # act(gate) * up is linear in up
+            found.append(Group("down", there(f"{p}ffn_up.weight", f"{p}ffn_up.bias"), (f"{p}ffn_down.weight",)))
+    if "output.weight" in spec.tensors:
+        found.append(Group("output", there("output_norm.weight", "output_norm.bias"), ("output.weight",)))
+    return found
+
+
+class Smoother:
+    """Factors of a model's groups, from its weights and the mean squares of what they meet."""
+
+    def __init__(self, spec: ModelSpec, squares: Mapping[str, F32]) -> None:
+        self._spec = spec
+        self._imbalances: list[tuple[Group, F32, F32]] = []  # group, log2 of channels, log2 of the largest weights
+        for group in groups(spec):
+            mean_squares = next((squares[name] for name in group.multiplied if name in squares), None)
+            if mean_squares is None:
+                continue
+            columns = np.max([_largest(spec.tensors[name]) for name in group.multiplied], axis=0)
+            if mean_squares.shape != columns.shape:
+                raise ArgumentError(
+                    f"the importance matrix has {mean_squares.size} columns for {group.multiplied[0]}, whose rows have "
+                    f"{columns.size}: it was made for another model"
+                )
+            with np.errstate(divide="ignore"):
+                activations = np.log2(group.channels(np.sqrt(mean_squares)))
+                self._imbalances.append((group, activations, np.log2(group.channels(columns))))
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(group.kind for group, _, _ in self._imbalances))
+
+    def factors(self, alpha: float, kinds: Sequence[str]) -> list[tuple[Group, F32]]:
+        """Of each group of these kinds the powers of two, float32 [channels]; 1 for channels that are always zero."""
+        found = []
+        for group, activations, weights in self._imbalances:
+            if group.kind not in kinds:
+                continue
+            known = np.isfinite(activations) & np.isfinite(weights)
+            exponents = np.zeros_like(activations)
+            exponents[known] = alpha * activations[known] - (1 - alpha) * weights[known]
+            if known.any():
+                exponents[known] -= np.median(exponents[known])
+            exponents = np.clip(np.rint(exponents), -_LARGEST_EXPONENT, _LARGEST_EXPONENT)
+            found.append((group, np.exp2(exponents).astype(np.float32)))
+        return found
+
+    def applied(self, factors: Factors) -> ModelSpec:
+        """The same model with factors moved; `changed` names the tensors."""
+        tensors = dict(self._spec.tensors)
+        for group, values in factors:
+            for name in group.divided:
+                tensors[name] = _divided(tensors[name], values)
+            for name in group.multiplied:
+                tensors[name] = _multiplied(tensors[name], group.columns(values))
+        return dataclasses.replace(self._spec, tensors=tensors)
+
+
+def changed(factors: Factors) -> set[str]:
+    """Names of the tensors that are not those of the source."""
+    return {name for group, _ in factors for name in (*group.divided, *group.multiplied)}
+
+
+def _largest(recipe: TensorRecipe) -> F32:
+    """The largest magnitude of each column; a few rows are in memory at a time."""
+    step = max(1, (1 << 22) // recipe.shape[1])
+    parts = [
+        np.abs(recipe.load_rows(i, min(i + step, recipe.shape[0]))).max(0) for i in range(0, recipe.shape[0], step)
+    ]
+    largest: F32 = np.max(parts, axis=0)
+    return largest
+
+
+def _divided(recipe: TensorRecipe, factors: F32) -> TensorRecipe:
+    def read_rows(start: int, stop: int) -> F32:
+        by = factors[start:stop]
+        return recipe.load_rows(start, stop) / (by if len(recipe.shape) == 1 else by[:, None])
+
+    return dataclasses.replace(recipe, read_rows=read_rows)
+
+
+def _multiplied(recipe: TensorRecipe, factors: F32) -> TensorRecipe:
+    return dataclasses.replace(recipe, read_rows=lambda start, stop: recipe.load_rows(start, stop) * factors)
+
+
+def mean_squares(model: Model, ids: NDArray[np.uint32]) -> dict[str, F32]:
+    """Matrix -> mean squares of what its columns meet, float32 [n], over ids [T] in chunks of 512 at most."""
+    size = min(512, model.info["n_ctx"])
+    with model.native() as engine:
+        squares = _core.InputSquares(engine)
+        for begin in range(0, len(ids), size):
+            if len(chunk := ids[begin : begin + size]) > 1:
+                squares.add(engine, chunk)
+        return {name: (sums / count).astype(np.float32) for name, (sums, count) in squares.sums.items() if count}
+
+
+def own_text(source: Path, n_threads: int) -> NDArray[np.uint32]:
+    """What the model itself writes, ids [T]: a text where there is none. The same at every call."""
+    n_texts, length = 8, 128
+    with Model(source, n_threads=n_threads, device="cpu") as model:
+        starts = np.random.default_rng(0).integers(0, model.info["vocab_size"], (n_texts, 1), dtype=np.uint32)
+        room = min(length, model.info["n_ctx"] - 1)
+        texts = model.generate([list(map(int, s)) for s in starts], max_new_tokens=room, temperature=1.0, seed=0)
+    parts = [np.array([*start, *text.token_ids], dtype=np.uint32) for start, text in zip(starts, texts, strict=True)]
+    return np.concatenate(parts)
+
+
+def search(
+    source: Path,
+    spec: ModelSpec,
+    text: "str | Sequence[int] | NDArray[np.integer]",
+    squares: Mapping[str, F32] | None,
+    write: Callable[[Path, Factors, Smoother], None],
+    folder: Path,
+    n_threads: int,
+) -> tuple[Smoother, list[tuple[Group, F32]], SmoothReport]:
+    """The factors that make the quantised model's divergence from the source smallest.
+
+    Args:
+        text: what both read; its first tokens are compared, as many as 256 MB of logits hold.
+        squares: mean squares of an importance matrix; None: of the text.
+        write: makes the quantised file at a path with such factors.
+        folder: where a file of the new size and the logits have room.
+    """
+    load = {"kv_type": "f32", "n_threads": n_threads, "device": "cpu"}
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".smooth-") as temporary:
+        trial, logits = Path(temporary, "trial.gguf"), Path(temporary, "logits")
+        with Model(source, **load) as model:
+            ids = model.token_ids(text)
+            if len(ids) < 2:
+                raise ArgumentError("smooth: the text must have at least 2 tokens, got 1")
+            smoother = Smoother(spec, mean_squares(model, ids) if squares is None else squares)
+            measured = ids[: max(2, _MOST_LOGITS // spec.vocab_size)]
+            windows = {"ctx": min(512, model.info["n_ctx"], len(measured))}
+            perplexity(model, measured, save_logits=logits, **windows)
+
+        def measure(factors: Factors) -> Divergence:
+            trial.unlink(missing_ok=True)
+            write(trial, factors, smoother)
+            with Model(trial, **load) as model:
+                divergence = perplexity(model, measured, base_logits=logits, **windows).divergence
+            assert divergence is not None
+            return divergence
+
+        before = measure([])
+        best, alpha, kinds = before, None, smoother.kinds
+        for candidate in ALPHAS:
+            found = measure(smoother.factors(candidate, kinds))
+            if found.kl_mean < best.kl_mean:
+                best, alpha = found, candidate
+        for kind in smoother.kinds if alpha is not None else ():  # kinds that are better left alone
+            fewer = tuple(other for other in kinds if other != kind)
+            if fewer and (found := measure(smoother.factors(alpha, fewer))).kl_mean < best.kl_mean:
+                best, kinds = found, fewer
+    factors = [] if alpha is None else smoother.factors(alpha, kinds)
+    report = SmoothReport(
+        n_tokens=len(measured),
+        alpha=alpha,
+        kinds=kinds if alpha is not None else (),
+        n_channels=sum(int((values != 1).sum()) for _, values in factors),
+        kl_before=before.kl_mean,
+        kl_after=best.kl_mean,
+        top1_before=before.top1,
+        top1_after=best.top1,
+    )
+    return smoother, factors, report
