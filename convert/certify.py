@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from .. import _core
 from ..errors import naming
 from ..evaluate import log_softmax
+from ..quantization.smooth import remembered
 from .checkpoint.source import Source
 from .gguf_file.formats import BY_GGML_TYPE, OUT_TYPES
 from .gguf_file.readback import StoredModel, read_gguf
@@ -187,6 +188,7 @@ def certify(
     path = Path(path)
     stored = read_gguf(path)
     outtype = _outtype(stored)
+    resolved = replace(resolved, spec=remembered(stored.metadata, resolved.spec))
     certificate = replace(pending(resolved, outtype), problems=tuple(_differences(stored.spec, resolved.spec)))
     if certificate.problems:
         return certificate  # another function: no figure could mean anything

@@ -14,6 +14,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -23,21 +24,23 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import rich.progress
+from gguf import GGUFValueType
 from rich.console import Console
 from rich.text import Text
 
 from .. import _core
-from ..arguments import as_threads
+from ..arguments import Prompt, as_threads
 from ..errors import CheckpointError
 from ..inspect import printable
+from ..quantization.smooth import EXPONENTS_KEY, Factors, SmoothReport, applied, packed, search, smooth_by
 from .certify import Certificate, OpenRunner, certify, open_engine, pending, verify
 from .checkpoint.source import check_directory
 from .gguf_file.formats import OUT_TYPES
-from .gguf_file.writer import AtomicFile, Layout, Progress, Provenance, check_loads
+from .gguf_file.writer import AtomicFile, Layout, Progress, Provenance, Value, check_loads
 from .observed.torch_threads import torch_threads
 from .overrides import add_options, stated_options
 from .resolve import resolve
-from .spec import Resolved
+from .spec import ModelSpec, Resolved
 
 UNCERTIFIED_SUFFIX = ".uncertified"
 
@@ -64,6 +67,7 @@ class ConversionReport:
     warnings: tuple[str, ...]  # what to know before the file is used
     quantise_s: float  # seconds of reading, quantising and writing, without certification
     certificate: Certificate
+    smooth: SmoothReport | None = None
 
 
 class Reporter:
@@ -127,6 +131,7 @@ def convert(
     *,
     keep_uncertified: bool = False,
     n_threads: int | None = None,
+    smooth: Prompt | os.PathLike[str] | None = None,
     open_runner: OpenRunner = open_engine,
     reporter: Reporter | None = None,
     overrides: Mapping[str, Any] | None = None,
@@ -142,6 +147,8 @@ def convert(
             a folder the file's name is made from the checkpoint's and the type.
         keep_uncertified: keep a file that fails certification, as OUT.uncertified.
         n_threads: threads that quantise; None, 0 or -1: the CPUs of this process.
+        smooth: with w8a8, as in fixmin_cpp.quantization.requantize.quantize. Factors are kept in the file, which is
+            certified with them; a float file and some ten of the new one are written on the way.
         open_runner: opens the file for certification; the native engine by default.
         reporter: what to tell on the way.
         overrides, options: for `resolve`: what the user states, trust_remote_code, map_file, calibrate, allow_missing,
@@ -156,6 +163,8 @@ def convert(
     checkpoint_dir = Path(checkpoint_dir)
     if outtype not in OUT_TYPES:
         raise CheckpointError(f"outtype {outtype!r} is not one of {', '.join(OUT_TYPES)}")
+    if smooth is not None and outtype != "w8a8":
+        raise CheckpointError(f"smooth is for w8a8, whose rows of activations have one scale; the type is {outtype}")
     out = _output_path(None if out is None else Path(out), checkpoint_dir, outtype)
     stated = {name: value for name, value in (overrides or {}).items() if value is not None}
     n_threads = as_threads(n_threads)
@@ -164,7 +173,11 @@ def convert(
         AtomicFile(out) as file,
         resolve(checkpoint_dir, overrides=stated, log=reporter.line, **options) as resolved,
     ):
-        layout = Layout.plan(resolved.spec, outtype, _provenance(checkpoint_dir, resolved, outtype, stated, reporter))
+        provenance = _provenance(checkpoint_dir, resolved, outtype, stated, reporter)
+        layout, smoothed = Layout.plan(resolved.spec, outtype, provenance), None
+        if smooth is not None:
+            reporter.step("smoothing")
+            layout, smoothed = _smoothed(resolved.spec, outtype, provenance, smooth, out.parent, n_threads)
         notes = tuple(f"{t.name} is stored as {t.type.name}: {t.note}" for t in layout.tensors if t.note)
         for note in notes:
             reporter.line(note)
@@ -194,7 +207,36 @@ def convert(
             warnings=resolved.warnings,
             quantise_s=quantise_s,
             certificate=certificate,
+            smooth=smoothed,
         )
+
+
+def _smoothed(
+    spec: ModelSpec,
+    outtype: str,
+    provenance: Provenance,
+    smooth: Prompt | os.PathLike[str],
+    folder: Path,
+    n_threads: int,
+) -> tuple[Layout, SmoothReport]:
+    """The layout of the file with the best factors, which its metadata keeps, and what they changed."""
+
+    def layout(factors: Factors) -> Layout:
+        planned = Layout.plan(applied(spec, factors), outtype, provenance)
+        exponents = packed(spec, factors).tolist()
+        planned.metadata[EXPONENTS_KEY] = Value(exponents, GGUFValueType.ARRAY, GGUFValueType.INT8)
+        return planned
+
+    def write(planned: Layout, path: Path) -> None:
+        with AtomicFile(path) as file:
+            planned.write(file, {}, n_threads)
+            file.commit()
+
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".smooth-") as temporary:
+        floats = Path(temporary, "floats.gguf")
+        write(Layout.plan(spec, "f32", provenance), floats)
+        factors, report = search(floats, spec, smooth, lambda path, f: write(layout(f), path), folder, n_threads)
+    return layout(factors), report
 
 
 def _output_path(out: Path | None, checkpoint_dir: Path, outtype: str) -> Path:
@@ -314,6 +356,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--outtype", choices=tuple(OUT_TYPES), default="q8_0", help="type of the matrices (%(default)s)"
     )
+    parser.add_argument(
+        "--smooth",
+        type=Path,
+        metavar="TEXT",
+        help="with w8a8: move powers of two from channels to weights, as this text (or importance matrix) tells",
+    )
     parser.add_argument("-t", "--threads", type=int, help="threads that quantise; default, 0 or -1: all CPUs")
     parser.add_argument(
         "--keep-uncertified", action="store_true", help=f"keep a file that fails as OUT{UNCERTIFIED_SUFFIX}"
@@ -330,6 +378,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 args.outtype,
                 keep_uncertified=args.keep_uncertified,
                 n_threads=args.threads,
+                smooth=None if args.smooth is None else smooth_by(args.smooth),
                 reporter=reporter,
                 **_resolve_options(args),
             )
@@ -343,6 +392,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     types = ", ".join(f"{count} {name}" for name, count in report.types.items())
     speed = report.n_weights / max(report.quantise_s, 1e-9) / 1e6
     reporter.line(f"{report.n_weights:,} weights in {report.quantise_s:.1f} s ({speed:,.0f} million per second)")
+    if report.smooth is not None:
+        reporter.line(report.smooth.summary())
     for warning in report.warnings:
         reporter.line(f"warning: {warning}")
     reporter.line(f"wrote {report.path} ({report.n_bytes:,} bytes; tensors: {types})")

@@ -80,8 +80,8 @@ def convert(
         outtype: f32, f16, bf16, q8_0, w8a8 or q4_0.
         trust_remote_code: run the Python code of the checkpoint, which could do anything, to see what it computes.
         log: called with a line of text for every step and finding, such as print. None: nothing is told.
-        **options: map_file, calibrate, overrides, allow_missing, allow_unexpected, keep_uncertified, n_threads: see
-            fixmin_cpp.convert.convert.convert.
+        **options: map_file, calibrate, overrides, allow_missing, allow_unexpected, keep_uncertified, n_threads, smooth:
+            see fixmin_cpp.convert.convert.convert.
 
     Returns:
         A ConversionReport: path, sizes, types, the conventions with their origins, and the certificate.
@@ -111,6 +111,7 @@ def convert(
 
 _CONVERT_OPTIONS = (
     *("map_file", "calibrate", "overrides", "allow_missing", "allow_unexpected", "keep_uncertified", "n_threads"),
+    "smooth",
     "open_runner",
 )
 

@@ -552,7 +552,7 @@ def quantize(
                 tensor_types=_tensor_types(tensor_type or []),
                 output_tensor_type=output_tensor_type,
                 allow_requantize=allow_requantize,
-                smooth=None if smooth is None else _smooth_by(smooth),
+                smooth=None if smooth is None else output.extra("quantization.smooth", "quantize").smooth_by(smooth),
                 n_threads=threads,
                 progress=update,
             )
@@ -570,23 +570,7 @@ def quantize(
             "The certificate in it is that of the source file.\n"
         )
         if report.smooth is not None:
-            output.write(f"{_smoothing(report.smooth)}\n")
-
-
-def _smooth_by(path: Path) -> Path | str:
-    """An importance matrix stays a path."""
-    is_gguf = path.is_file() and path.open("rb").read(4) == b"GGUF"
-    return path if is_gguf else read_text(path)
-
-
-def _smoothing(smooth: Any) -> str:
-    figures = (
-        f"KL {smooth.kl_before:.2e} -> {smooth.kl_after:.2e}, "
-        f"top-1 {smooth.top1_before:.4f} -> {smooth.top1_after:.4f} on {smooth.n_tokens} tokens"
-    )
-    if smooth.alpha is None:
-        return f"Smoothing: none, as no factors made the divergence smaller: {figures}."
-    return f"Smoothing: {smooth.n_channels} channels of {', '.join(smooth.kinds)}, alpha {smooth.alpha}: {figures}."
+            output.write(f"{report.smooth.summary()}\n")
 
 
 def _change(tensor: Any) -> str:

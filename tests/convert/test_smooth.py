@@ -6,6 +6,7 @@ from pathlib import Path
 import fixmin_cli
 import numpy as np
 import pytest
+from gguf import GGUFReader
 from gguf_factory import make_model
 from oracle import forward
 
@@ -16,10 +17,11 @@ from fixmin_cpp.convert.convert import convert
 from fixmin_cpp.convert.gguf_file.formats import F32
 from fixmin_cpp.convert.gguf_file.readback import read_gguf
 from fixmin_cpp.convert.gguf_file.writer import Layout, TensorPlan
-from fixmin_cpp.errors import ArgumentError
+from fixmin_cpp.errors import ArgumentError, CheckpointError
+from fixmin_cpp.quantization import smooth
 from fixmin_cpp.quantization.imatrix import collect
 from fixmin_cpp.quantization.requantize import _metadata
-from fixmin_cpp.quantization.smooth import Group, Smoother, groups, mean_squares
+from fixmin_cpp.quantization.smooth import Group, Smoother, applied, groups, mean_squares
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo"
 OUTLIER = 100
@@ -61,7 +63,7 @@ def test_logits_keep_their_bits_in_float32(tmp_path, name):
         smoother = Smoother(spec, squares)
         factors = smoother.factors(0.7, smoother.kinds)
         assert all(len(set(values)) > 2 for _, values in factors)  # not nothing
-        return smoother.applied(factors).tensors
+        return applied(spec, factors).tensors
 
     target = write(source, tmp_path / "moved.gguf", moved)
     assert target.read_bytes() != source.read_bytes()
@@ -111,7 +113,7 @@ def planted(tmp_path_factory):
             if group.kind in ("qkv", "gate_up"):
                 channel = np.ones(spec.embedding_length, np.float32)
                 channel[7] = 1 / OUTLIER
-                found |= Smoother(spec, {}).applied([(group, channel)]).tensors | {
+                found |= applied(spec, [(group, channel)]).tensors | {
                     name: recipe for name, recipe in found.items() if name not in (*group.divided, *group.multiplied)
                 }
         return found
@@ -181,3 +183,40 @@ def test_statistics_are_those_of_the_importance_matrix(tmp_path):
 
     for name, values in read_imatrix(tmp_path / "imatrix.gguf").items():
         np.testing.assert_allclose(found[name], values, rtol=1e-6)
+
+
+def test_converted_with_a_certificate(tmp_path, monkeypatch):
+    """The file keeps its factors, so that the certificate of a conversion and `fixmin verify` know them."""
+    monkeypatch.setattr(smooth, "_LEAST_GAIN", 10.0)  # the demo gains little
+    text = (DEMO / "heldout.txt").read_text(encoding="utf-8")[:4000]
+    path = tmp_path / "out.gguf"
+    report = fixmin_cpp.convert(DEMO / "affine", path, "w8a8", trust_remote_code=True, smooth=text)
+    assert report.certificate.passed
+    assert report.smooth.alpha is not None
+    assert [p.name for p in tmp_path.iterdir()] == ["out.gguf"]
+    exponents = _core.GgufFile(str(path)).metadata["fixmin.smooth.exponents"]
+    assert np.count_nonzero(exponents) == report.smooth.n_channels
+    done = fixmin_cli.fixmin("verify", path, DEMO / "affine", "--trust-remote-code")
+    assert (done.returncode, b": certified" in done.stdout) == (0, True), done.stderr
+    with pytest.raises(ArgumentError, match="has been smoothed"):
+        fixmin_cpp.quantize(path, tmp_path / "again.gguf", "w8a8", smooth=[1, 2, 3], allow_requantize=True)
+    changed = path.read_bytes().replace(b"fixmin.smooth.exponents", b"fixmin.smooth.exponentz")
+    path.write_bytes(changed)  # another model's weights, as far as anyone can tell
+    assert fixmin_cli.fixmin("verify", path, DEMO / "affine", "--trust-remote-code").returncode == 1
+
+
+def test_what_a_conversion_refuses(tmp_path):
+    with pytest.raises(CheckpointError, match="smooth is for w8a8"):
+        fixmin_cpp.convert(DEMO / "affine", tmp_path / "out.gguf", "q8_0", trust_remote_code=True, smooth=[1, 2])
+
+
+def test_factors_that_gain_nothing_are_left_out(tmp_path):
+    source = make_model(tmp_path / "source.gguf", block_count=2)
+    report = fixmin_cpp.quantize(source, tmp_path / "smooth.gguf", "w8a8", smooth=ids_for(60)).smooth
+    fixmin_cpp.quantize(source, tmp_path / "plain.gguf", "w8a8")
+    assert (report.alpha, report.kinds, report.n_channels) == (None, (), 0)
+    assert report.kl_after == report.kl_before
+    assert "none" in report.summary()
+    plain, smoothed = (GGUFReader(tmp_path / name).tensors for name in ("plain.gguf", "smooth.gguf"))
+    for one, other in zip(plain, smoothed, strict=True):
+        assert np.array_equal(one.data, other.data)

@@ -27,8 +27,8 @@ CSRC = {
 }
 # The only file outside of cpu and sampling that sees kernels: it shows single ones to the tests.
 SHOWS_KERNELS = "bindings/bind_kernels.cpp"
-# What kernels of a GPU are compiled with for tests (tests/cuda).
-EMULATOR = "simt_cpu.h"
+# What kernels of a GPU and products on tiles are compiled with for tests (tests/cuda, tests/kernels).
+EMULATORS = {"simt_cpu.h", "emulated_amx.h"}
 
 
 def first_circle(graph: dict[str, set[str]]) -> list[str] | None:
@@ -54,7 +54,7 @@ def includes() -> dict[str, set[str]]:
     for path in sorted((ROOT / "csrc").rglob("*")):
         if path.suffix in (".h", ".cpp", ".inl", ".cu", ".cuh"):
             name = path.relative_to(ROOT / "csrc").as_posix()
-            graph[name] = set(re.findall(r'^\s*#\s*include "([^"]+)"', path.read_text(), re.MULTILINE)) - {EMULATOR}
+            graph[name] = set(re.findall(r'^\s*#\s*include "([^"]+)"', path.read_text(), re.MULTILINE)) - EMULATORS
     return graph
 
 

@@ -42,7 +42,7 @@ from ..convert.spec import ModelSpec, TensorRecipe
 from ..errors import ArgumentError, ArgumentTypeError, CheckpointError, naming
 from ..state import file_sha256
 from .imatrix import read_imatrix
-from .smooth import Factors, Smoother, SmoothReport, changed, own_text, search
+from .smooth import EXPONENTS_KEY, Factors, SmoothReport, applied, changed, search
 
 _T = GGMLQuantizationType
 
@@ -183,6 +183,8 @@ def quantize(
 
     stored = read_gguf(source_path)
     chooser = _Chooser(name, rules, output_type, stored.spec.block_count, stored.spec.code.kind != "learned")
+    if smooth is not None and EXPONENTS_KEY in stored.metadata:
+        raise ArgumentError(f"smooth: {source_path} has been smoothed when it was converted")
     plans = [chooser.plan(key, recipe) for key, recipe in stored.spec.tensors.items()]
     if unused := [pattern.pattern for pattern, _ in rules if pattern not in chooser.used]:
         raise ArgumentError(f"tensor_types: no matrix of this model has a name that matches {unused[0]!r}")
@@ -253,18 +255,17 @@ def _smoothed(
     threads: int,
 ) -> tuple[Layout, SmoothReport]:
     """The layout of the file with the best factors, and what they changed."""
-    if isinstance(smooth, os.PathLike):
-        text, squares = own_text(source, threads), read_imatrix(smooth)
-    else:
-        text, squares = smooth, None
 
-    def write(path: Path, factors: Factors, smoother: Smoother) -> None:
+    def layout(factors: Factors) -> Layout:
+        return layout_of(applied(spec, factors), changed(factors))
+
+    def write(path: Path, factors: Factors) -> None:
         with AtomicFile(path) as file:
-            layout_of(smoother.applied(factors), changed(factors)).write(file, {}, threads, lambda *_: None)
+            layout(factors).write(file, {}, threads)
             file.commit()
 
-    smoother, factors, report = search(source, spec, text, squares, write, target.parent, threads)
-    return layout_of(smoother.applied(factors), changed(factors)), report
+    factors, report = search(source, spec, smooth, write, target.parent, threads)
+    return layout(factors), report
 
 
 def _smooth_texts(smooth: Any, report: SmoothReport) -> dict[str, str]:

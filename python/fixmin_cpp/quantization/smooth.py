@@ -8,25 +8,33 @@ float32 even the logits keep their bits.
 """
 
 import dataclasses
+import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .. import _core
+from ..arguments import Prompt
 from ..convert.spec import ModelSpec, TensorRecipe
-from ..errors import ArgumentError
+from ..errors import ArgumentError, GGUFError
 from ..evaluate import Divergence, perplexity
 from ..model import Model
+from .imatrix import read_imatrix
 
 #: How much of the imbalance goes to the weights; what is best differs from model to model, and is measured.
 ALPHAS = (0.25, 0.5, 0.75)
 #: Logits that a measurement keeps on the disk: values, 4 bytes each.
 _MOST_LOGITS = 1 << 26
+#: What divergence may be left for factors to be worth it: less than this is chance.
+_LEAST_GAIN = 0.95
 _LARGEST_EXPONENT = 30
+#: Of a converted file: `packed`.
+EXPONENTS_KEY = "fixmin.smooth.exponents"
 
 F32 = NDArray[np.float32]
 #: Of each group powers of two, one for each channel.
@@ -73,6 +81,26 @@ class SmoothReport:
     kl_after: float
     top1_before: float  # share of tokens whose most probable successor is the source's
     top1_after: float
+
+    def summary(self) -> str:
+        figures = (
+            f"KL {self.kl_before:.2e} -> {self.kl_after:.2e}, "
+            f"top-1 {self.top1_before:.4f} -> {self.top1_after:.4f} on {self.n_tokens} tokens"
+        )
+        if self.alpha is None:
+            return f"Smoothing: none, as no factors made the divergence smaller: {figures}."
+        return f"Smoothing: {self.n_channels} channels of {', '.join(self.kinds)}, alpha {self.alpha}: {figures}."
+
+
+def smooth_by(path: Path) -> Path | str:
+    """What `--smooth` is given: an importance matrix stays a path. ArgumentError: a text that is not UTF-8. OSError."""
+    data = path.read_bytes()
+    if data[:4] == b"GGUF":
+        return path
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ArgumentError(f"{path}: is not UTF-8 text ({error})") from None
 
 
 def groups(spec: ModelSpec) -> list[Group]:
@@ -139,15 +167,41 @@ class Smoother:
             found.append((group, np.exp2(exponents).astype(np.float32)))
         return found
 
-    def applied(self, factors: Factors) -> ModelSpec:
-        """The same model with factors moved; `changed` names the tensors."""
-        tensors = dict(self._spec.tensors)
-        for group, values in factors:
-            for name in group.divided:
-                tensors[name] = _divided(tensors[name], values)
-            for name in group.multiplied:
-                tensors[name] = _multiplied(tensors[name], group.columns(values))
-        return dataclasses.replace(self._spec, tensors=tensors)
+
+def applied(spec: ModelSpec, factors: Factors) -> ModelSpec:
+    """The same model with factors moved; `changed` names the tensors."""
+    tensors = dict(spec.tensors)
+    for group, values in factors:
+        for name in group.divided:
+            tensors[name] = _divided(tensors[name], values)
+        for name in group.multiplied:
+            tensors[name] = _multiplied(tensors[name], group.columns(values))
+    return dataclasses.replace(spec, tensors=tensors)
+
+
+def packed(spec: ModelSpec, factors: Factors) -> NDArray[np.int8]:
+    """The exponents of all groups of a model one after the other, zeros for those without factors."""
+    found = {group: np.log2(values).astype(np.int8) for group, values in factors}
+    return np.concatenate([found.get(group, np.zeros(_n_channels(spec, group), np.int8)) for group in groups(spec)])
+
+
+def remembered(metadata: Mapping[str, Any], spec: ModelSpec) -> ModelSpec:
+    """The model that a file holds, given what it was made from: with the factors that its metadata has.
+
+    Raises GGUFError if they are not those of such a model.
+    """
+    if (exponents := metadata.get(EXPONENTS_KEY)) is None:
+        return spec
+    exponents = np.asarray(exponents)
+    sizes = [_n_channels(spec, group) for group in groups(spec)]
+    if exponents.dtype != np.int8 or exponents.shape != (sum(sizes),) or abs(exponents).max() > _LARGEST_EXPONENT:
+        raise GGUFError(f"{EXPONENTS_KEY} must be {sum(sizes)} INT8 from -{_LARGEST_EXPONENT} to {_LARGEST_EXPONENT}")
+    parts = np.split(np.exp2(exponents.astype(np.float32)), np.cumsum(sizes)[:-1])
+    return applied(spec, list(zip(groups(spec), parts, strict=True)))
+
+
+def _n_channels(spec: ModelSpec, group: Group) -> int:
+    return spec.tensors[group.divided[0]].shape[0]
 
 
 def changed(factors: Factors) -> set[str]:
@@ -202,21 +256,27 @@ def own_text(source: Path, n_threads: int) -> NDArray[np.uint32]:
 def search(
     source: Path,
     spec: ModelSpec,
-    text: "str | Sequence[int] | NDArray[np.integer]",
-    squares: Mapping[str, F32] | None,
-    write: Callable[[Path, Factors, Smoother], None],
+    smooth: Prompt | os.PathLike[str],
+    write: Callable[[Path, Factors], None],
     folder: Path,
     n_threads: int,
-) -> tuple[Smoother, list[tuple[Group, F32]], SmoothReport]:
+) -> tuple[Factors, SmoothReport]:
     """The factors that make the quantised model's divergence from the source smallest.
 
     Args:
-        text: what both read; its first tokens are compared, as many as 256 MB of logits hold.
-        squares: mean squares of an importance matrix; None: of the text.
+        source: the model as a file of floats.
+        spec: the same.
+        smooth: a text that both read, whose first tokens are compared, as many as 256 MB of logits hold; or an
+            importance matrix, with which it is a text that the model writes.
         write: makes the quantised file at a path with such factors.
         folder: where a file of the new size and the logits have room.
     """
-    load = {"kv_type": "f32", "n_threads": n_threads, "device": "cpu"}
+    text: Prompt
+    if isinstance(smooth, os.PathLike):
+        text, squares = own_text(source, n_threads), read_imatrix(smooth)
+    else:
+        text, squares = smooth, None
+    load: dict[str, Any] = {"kv_type": "f32", "n_threads": n_threads, "device": "cpu"}
     with tempfile.TemporaryDirectory(dir=folder, prefix=".smooth-") as temporary:
         trial, logits = Path(temporary, "trial.gguf"), Path(temporary, "logits")
         with Model(source, **load) as model:
@@ -230,31 +290,31 @@ def search(
 
         def measure(factors: Factors) -> Divergence:
             trial.unlink(missing_ok=True)
-            write(trial, factors, smoother)
+            write(trial, factors)
             with Model(trial, **load) as model:
                 divergence = perplexity(model, measured, base_logits=logits, **windows).divergence
             assert divergence is not None
             return divergence
 
-        before = measure([])
-        best, alpha, kinds = before, None, smoother.kinds
-        for candidate in ALPHAS:
-            found = measure(smoother.factors(candidate, kinds))
-            if found.kl_mean < best.kl_mean:
-                best, alpha = found, candidate
-        for kind in smoother.kinds if alpha is not None else ():  # kinds that are better left alone
+        before, kinds = measure([]), smoother.kinds
+        all_kinds = [(measure(smoother.factors(alpha, kinds)), alpha) for alpha in ALPHAS]
+        best, alpha = min(all_kinds, key=lambda one: one[0].kl_mean)
+        for kind in smoother.kinds:  # which may be better left alone
             fewer = tuple(other for other in kinds if other != kind)
             if fewer and (found := measure(smoother.factors(alpha, fewer))).kl_mean < best.kl_mean:
                 best, kinds = found, fewer
-    factors = [] if alpha is None else smoother.factors(alpha, kinds)
+    gains = best.kl_mean < _LEAST_GAIN * before.kl_mean
+    if not gains:
+        best, kinds = before, ()
+    factors = smoother.factors(alpha, kinds)
     report = SmoothReport(
         n_tokens=len(measured),
-        alpha=alpha,
-        kinds=kinds if alpha is not None else (),
+        alpha=alpha if gains else None,
+        kinds=kinds,
         n_channels=sum(int((values != 1).sum()) for _, values in factors),
         kl_before=before.kl_mean,
         kl_after=best.kl_mean,
         top1_before=before.top1,
         top1_after=best.top1,
     )
-    return smoother, factors, report
+    return factors, report
