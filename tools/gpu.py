@@ -420,7 +420,7 @@ def main() -> int:
     machine = Machine(report, work, arguments.device)
     # Whoever stops this gets what there is: the report is written after each step.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    run_all(machine, ["q8_0"] if arguments.emulated else ["q8_0", "q4_0"])
+    run_all(machine, ["q8_0"] if arguments.emulated else ["q8_0", "w8a8", "q4_0"])
     print((out / "gpu.md").read_text())
     return int(any("failed" in one for one in report.steps.values()))
 

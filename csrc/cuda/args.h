@@ -17,6 +17,7 @@ using quant::KvType;
 inline constexpr uint32_t tile_tokens = 8;
 
 // Threads of a block, and what it has of shared memory, where that does not depend on the model.
+inline constexpr uint32_t row_scale_floats = 16;  // of shared memory: 2 for each warp of row_threads
 inline constexpr uint32_t row_threads = 256, attention_threads = 256;  // of attention: at most
 inline constexpr uint32_t step_threads = 256;                          // as every kernel of a step
 inline constexpr uint32_t ceiling_threads = 256, ceiling_chains = 8;
@@ -107,6 +108,7 @@ struct NormArgs {
     const float *weight, *bias;  // bias may be null
     float* out;                  // [T][length]
     QuantizedRows quantized;     // codes may be null
+    bool scales_rows;            // one scale for a row of `quantized`
 };
 
 /// grid (blocks of 32, tokens / 8): what is between two products of the feed-forward network, and rows in 8 bits.

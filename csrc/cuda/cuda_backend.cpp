@@ -441,17 +441,16 @@ void CudaBackend::feed_forward(uint32_t l, uint32_t n_tokens) {
 // Of the residual stream: its first rows, or those that are listed.
 CudaBackend::Rows CudaBackend::normalized(const Norm& norm, uint32_t n_tokens, InBytes in_bytes, const uint32_t* rows) {
     const uint32_t d = hp_.embedding_length;
-    const QuantizedRows quantized = quantized_rows(in_bytes == InBytes::blocks);
-    device_->launch(Kernel::norm_rows, {n_tokens, 1, row_threads, (d + 2) * sizeof(float)},
+    const QuantizedRows quantized = quantized_rows(in_bytes != InBytes::none);
+    device_->launch(Kernel::norm_rows, {n_tokens, 1, row_threads, (d + row_scale_floats) * sizeof(float)},
                     NormArgs{x_.as<float>(), rows, d, hp_.norm_eps, hp_.rms_norm, on_device(norm.weight),
-                             on_device(norm.bias), normed_.as<float>(), quantized});
-    if (in_bytes == InBytes::rows) return with_row_scales(normed_.as<float>(), d, n_tokens);
+                             on_device(norm.bias), normed_.as<float>(), quantized, in_bytes == InBytes::rows});
     return {normed_.as<float>(), quantized, in_bytes};
 }
 
 CudaBackend::Rows CudaBackend::with_row_scales(const float* values, uint32_t length, uint32_t n_tokens) {
     const QuantizedRows quantized = quantized_rows(true);
-    device_->launch(Kernel::quantize_rows, {n_tokens, 1, row_threads, 2 * row_threads / 32 * sizeof(float)},
+    device_->launch(Kernel::quantize_rows, {n_tokens, 1, row_threads, row_scale_floats * sizeof(float)},
                     RowsInBytesArgs{values, length, quantized});
     return {values, quantized, InBytes::rows};
 }

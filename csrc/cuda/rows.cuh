@@ -77,11 +77,37 @@ FIXMIN_DEVICE void store_quantized(const QuantizedRows& rows, uint32_t token, ui
     store_bytes(rows, token, block, n_blocks, quantize(value));
 }
 
+/// Of a block of threads: a row in 8 bits with one scale, as kernels.inl's quantize_row. shared: [row_scale_floats].
+FIXMIN_DEVICE void quantize_row(const float* x, uint32_t n, const QuantizedRows& to, uint32_t token, float* shared) {
+    constexpr uint32_t warps = row_threads / 32;
+    static_assert(2 * warps <= row_scale_floats);
+    float* const tops = shared;             // [warps]
+    float* const poisons = shared + warps;  // 0, or NaN
+    const uint32_t warp = warp_of_block(), lane = threadIdx.x % 32;
+    float top = 0, poison = 0;
+    for (uint32_t i = threadIdx.x; i < n; i += blockDim.x) {
+        top = lane::max({lane::abs({x[i]}).v}, {top}).v;
+        poison += x[i] - x[i];
+    }
+    top = max_of_warp(top);
+    for (int by = 16; by; by /= 2) poison += __shfl_xor_sync(whole_warp, poison, by);
+    if (lane == 0) tops[warp] = top, poisons[warp] = poison;
+    __syncthreads();
+    for (uint32_t w = 0; w < blockDim.x / 32; ++w) {
+        top = tops[w] > top ? tops[w] : top;
+        poison += poisons[w];
+    }
+    const bool empty = poison != poison || top < 1e-30f;
+    const float inverse = empty ? 0.0f : 127.0f / top, scale = empty ? poison : top / 127.0f;
+    for (uint32_t first = warp * 32; first < n; first += blockDim.x)
+        store_bytes(to, token, first / 32, n / 32, {empty ? 0 : __float2int_rn(x[first + lane] * inverse), scale});
+}
+
 FIXMIN_KERNEL(norm_rows, NormArgs, row_threads) {
     after_previous();
     FIXMIN_SHARED(shared);
     float* const row = reinterpret_cast<float*>(shared);  // [length]
-    float* const stats = row + args.length;               // mean, reciprocal deviation
+    float* const stats = row + args.length;               // mean, reciprocal deviation; then of quantize_row
     const uint32_t token = block.x, n = args.length;
     const float* x = args.x + size_t(args.rows ? args.rows[token] : token) * n;
     for (uint32_t i = threadIdx.x; i < n; i += blockDim.x) row[i] = x[i];
@@ -107,10 +133,13 @@ FIXMIN_KERNEL(norm_rows, NormArgs, row_threads) {
         if (i < n) {
             y = args.bias ? lane::normalized({row[i]}, {mean}, {rstd}, {args.weight[i]}, {args.bias[i]}).v
                           : lane::normalized({row[i]}, {mean}, {rstd}, {args.weight[i]}).v;
-            args.out[size_t(token) * n + i] = y;
+            args.out[size_t(token) * n + i] = row[i] = y;
         }
-        if (args.quantized.codes) store_quantized(args.quantized, token, first / 32, n / 32, y);
+        if (args.quantized.codes && !args.scales_rows) store_quantized(args.quantized, token, first / 32, n / 32, y);
     }
+    if (!args.quantized.codes || !args.scales_rows) return;
+    __syncthreads();  // all have read stats
+    quantize_row(row, n, args.quantized, token, stats);
 }
 
 FIXMIN_DEVICE float activated(ActivateArgs::Function function, float x, float gate) {

@@ -9,33 +9,11 @@
 
 namespace fixmin::cuda {
 
-// grid (tokens): rows in 8 bits with one scale, as kernels.inl's quantize_row.
 FIXMIN_KERNEL(quantize_rows, RowsInBytesArgs, row_threads) {
     after_previous();
     FIXMIN_SHARED(shared);
-    constexpr uint32_t warps = row_threads / 32;
-    float* const tops = reinterpret_cast<float*>(shared);  // [warps]
-    float* const poisons = tops + warps;                   // 0, or NaN
-    const uint32_t token = block.x, n = args.length, warp = warp_of_block(), lane = threadIdx.x % 32;
-    const float* const x = args.values + size_t(token) * n;
-    float top = 0, poison = 0;
-    for (uint32_t i = threadIdx.x; i < n; i += blockDim.x) {
-        top = lane::max({lane::abs({x[i]}).v}, {top}).v;
-        poison += x[i] - x[i];
-    }
-    top = max_of_warp(top);
-    for (int by = 16; by; by /= 2) poison += __shfl_xor_sync(whole_warp, poison, by);
-    if (lane == 0) tops[warp] = top, poisons[warp] = poison;
-    __syncthreads();
-    for (uint32_t w = 0; w < blockDim.x / 32; ++w) {
-        top = tops[w] > top ? tops[w] : top;
-        poison += poisons[w];
-    }
-    const bool empty = poison != poison || top < 1e-30f;
-    const float inverse = empty ? 0.0f : 127.0f / top, scale = empty ? poison : top / 127.0f;
-    for (uint32_t first = warp * 32; first < n; first += blockDim.x)
-        store_bytes(args.quantized, token, first / 32, n / 32,
-                    {empty ? 0 : __float2int_rn(x[first + lane] * inverse), scale});
+    const float* const x = args.values + size_t(block.x) * args.length;
+    quantize_row(x, args.length, args.quantized, block.x, reinterpret_cast<float*>(shared));
 }
 
 FIXMIN_DEVICE float scaled_sum(int sum, float weight_scale, float token_scale, float bias) {

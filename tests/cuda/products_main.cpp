@@ -240,13 +240,25 @@ bool products_agree(WeightType type, Tiles of) {
 
 // ---- rows -----------------------------------------------------------------------------------------------------------
 
+bool same_scaled_rows(GpuRows& rows, const Floats& x, uint32_t length) {
+    GpuRows expected(uint32_t(x.size() / length), length, blocks_of(scaled_rows(x, length), length));
+    // Of the planes the first is used, and the bits of a NaN are not promised.
+    for (GpuRows* of : {&rows, &expected}) {
+        of->factors.resize(of->plane);
+        for (float& f : of->factors) f = f == f ? f : 0.5f;
+    }
+    return rows == expected;
+}
+
 bool norm_agrees() {
     constexpr uint32_t lengths[] = {1, 15, 16, 17, 32, 50, 96, 288, 1024};
     const uint32_t length = one_of(lengths), n = 1 + below(20), n_rows = n + below(5);
     const bool rms = below(2), picks = below(2), quantizes = length % 32 == 0 && below(3);
+    const bool scales_rows = quantizes && below(2);
     const float eps = one_of({0u, 1u}) ? 1e-5f : 0.5f;
     said = rms ? "rms norm" : "layer norm";
-    say("length", length), say("rows", n), say("picked", picks), say("8 bits", quantizes);
+    say("length", length), say("rows", n), say("picked", picks), say("8 bits", quantizes),
+        say("one scale", scales_rows);
     const Floats x = values(size_t(n_rows) * length), weight = values(length), bias = values(length);
     const float* const or_null = below(2) ? bias.data() : nullptr;
     say("bias", or_null != nullptr);
@@ -266,9 +278,13 @@ bool norm_agrees() {
                         weight.data(),
                         or_null,
                         out.data(),
-                        quantizes ? codes.rows() : QuantizedRows{}};
-    launch(FIXMIN_KERNEL_NAMED(norm_rows), args, {n, 1}, any_threads(), (length + 2) * sizeof(float));
-    return same(expected, out, "result") && (!quantizes || codes == GpuRows(n, length, quantized(expected, length)));
+                        quantizes ? codes.rows() : QuantizedRows{},
+                        scales_rows};
+    launch(FIXMIN_KERNEL_NAMED(norm_rows), args, {n, 1}, any_threads(), (length + row_scale_floats) * sizeof(float));
+    if (!same(expected, out, "result")) return false;
+    if (!quantizes) return true;
+    return scales_rows ? same_scaled_rows(codes, expected, length)
+                       : codes == GpuRows(n, length, quantized(expected, length));
 }
 
 bool rows_in_bytes_agree() {
@@ -284,13 +300,7 @@ bool rows_in_bytes_agree() {
     GpuRows rows(n, length);
     const RowsInBytesArgs args{x.data(), length, rows.rows()};
     launch(FIXMIN_KERNEL_NAMED(quantize_rows), args, {n, 1}, any_threads(), 2 * row_threads / 32 * sizeof(float));
-    GpuRows expected(n, length, blocks_of(scaled_rows(x, length), length));
-    // Of the planes the first is used, and the bits of a NaN are not promised.
-    for (GpuRows* of : {&rows, &expected}) {
-        of->factors.resize(of->plane);
-        for (float& f : of->factors) f = f == f ? f : 0.5f;
-    }
-    return rows == expected;
+    return same_scaled_rows(rows, x, length);
 }
 
 bool activation_agrees() {
