@@ -431,9 +431,6 @@ void mix_values(const AttentionArgs& args, uint32_t first_query, uint32_t dim, u
     }
 }
 
-template <uint32_t>
-struct Count {};
-
 // N consecutive queries of one head. Each query's operations do not depend on N.
 template <typename Kv, uint32_t N>
 void attention_tile_of(const AttentionArgs& args, uint32_t first_query) {

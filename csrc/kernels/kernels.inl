@@ -394,6 +394,18 @@ void tile_at(const MatmulArgs& args, const Multiply& multiply, uint32_t panel, u
     for (uint32_t i = 0; i < P * N; ++i) finish(args, token + i % N, (panel + i / N) * lanes, result[i]);
 }
 
+// The panels times the tokens from `token` on, which are fewer than the widest tile has: as many as a tile has that is
+// compiled for it.
+template <typename Multiply, int... N>
+void last_tile(const MatmulArgs& args, const Multiply& multiply, uint32_t first, uint32_t end, uint32_t token,
+               Indices<N...>) {
+    const auto run = [&]<uint32_t n>(Count<n>) {
+        if (n == 0 || args.n_tokens - token != n) return;
+        for (uint32_t panel = first; panel < end; ++panel) tile_at<1, n ? n : 1>(args, multiply, panel, token);
+    };
+    (run(Count<uint32_t(N)>{}), ...);
+}
+
 // The panels first <= i < end, which fit the second-level cache, times the tokens from `token` on.
 template <typename Multiply>
 void resident_tiles(const MatmulArgs& args, const Multiply& multiply, uint32_t first, uint32_t end, uint32_t token) {
@@ -409,6 +421,10 @@ void resident_tiles(const MatmulArgs& args, const Multiply& multiply, uint32_t f
         for (; panel < end; ++panel) {
             for (uint32_t t = token; t < token + columns; ++t) tile_at<1, 1>(args, multiply, panel, t);
         }
+    }
+    if constexpr (requires { typename Multiply::TakesAnyRest; }) {
+        last_tile(args, multiply, first, end, token, UpTo<columns>{});
+        return;
     }
     // Panels that stay in the first-level cache while the last tokens pass by.
     constexpr uint32_t few_panels = Multiply::few_panels, few = 2;
@@ -501,7 +517,8 @@ struct ScaledRowsMultiply {
 // With activations as 16-bit integers, in scratch. Half a panel at a time, so that the sums of all tokens of a tile
 // stay in registers.
 struct WideRowsMultiply {
-    static constexpr uint32_t panels = 1, columns = 6, few_panels = 1, fewest_tokens = 4;
+    static constexpr uint32_t panels = 1, columns = 6, few_panels = 1, fewest_tokens = 3;
+    struct TakesAnyRest;
 
     const MatmulArgs& args;
     const Stream stream{args};

@@ -9,6 +9,8 @@ constexpr uint32_t block = fixmin::quant::block_size;
 // Bytes that a single token's weights are prefetched ahead (docs/kernels.md).
 constexpr size_t stream_far = 16384, stream_near = 4096;
 
+template <uint32_t>
+struct Count {};
 template <int... J>
 struct Indices {};
 using EachVector = Indices<0, 1, 2, 3, 4, 5, 6, 7>;
