@@ -6,15 +6,6 @@
 
 namespace {
 
-struct alignas(64) TileConfig {
-    uint8_t palette = 1;
-    uint8_t start_row = 0;
-    uint8_t reserved[14] = {};
-    uint16_t row_bytes[16] = {};
-    uint8_t rows[16] = {};
-};
-static_assert(sizeof(TileConfig) == 64);
-
 // Not the intrinsic: GCC 12 believes that it reads 8 bytes, and drops stores to the others.
 inline void tile_configure(const TileConfig& config) { __asm__ volatile("ldtilecfg %0" : : "m"(config)); }
 inline void tile_release() { __asm__ volatile("tilerelease"); }

@@ -4,6 +4,20 @@
 //
 // Included by unit.cpp, whose rules hold here too (kernels.inl).
 
+namespace {
+
+// As the instruction reads it: the shapes of all tiles.
+struct alignas(64) TileConfig {
+    uint8_t palette = 1;
+    uint8_t start_row = 0;
+    uint8_t reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+};
+static_assert(sizeof(TileConfig) == 64);
+
+}  // namespace
+
 #ifdef FIXMIN_EMULATED_TILES
 #include "emulated_amx.h"
 #else

@@ -10,14 +10,6 @@
 
 namespace {
 
-struct alignas(64) TileConfig {
-    uint8_t palette = 1;
-    uint8_t start_row = 0;
-    uint8_t reserved[14] = {};
-    uint16_t row_bytes[16] = {};
-    uint8_t rows[16] = {};
-};
-
 struct EmulatedTile {
     uint8_t bytes[16][64];
 };
