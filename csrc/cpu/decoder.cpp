@@ -35,7 +35,8 @@ size_t most_row_bytes(size_t length) {
 }
 
 size_t matmul_scratch(size_t inner, size_t max_tokens) {
-    const uint32_t pass = tokens_per_pass(row_bytes(InBytes::blocks, inner));
+    const uint32_t pass =
+        std::max(tokens_per_pass(row_bytes(InBytes::blocks, inner)), tokens_per_pass(row_bytes(InBytes::rows, inner)));
     return kernels::matmul_scratch_bytes(inner, std::min<size_t>(max_tokens, pass));
 }
 

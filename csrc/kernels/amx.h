@@ -10,7 +10,7 @@ namespace {
 inline void tile_configure(const TileConfig& config) { __asm__ volatile("ldtilecfg %0" : : "m"(config)); }
 inline void tile_release() { __asm__ volatile("tilerelease"); }
 
-// Not the intrinsics, which take nothing but literals.
+// Nor these, which take nothing but literals.
 
 template <int Tile>
 [[gnu::always_inline]] inline void tile_zero() {

@@ -53,7 +53,7 @@ struct MatmulArgs {
     const float* activations;          // [n_tokens][activation_stride]; float weight types
     size_t activation_stride;          // floats
     const ActivationBlock* quantized;  // [n_tokens][inner / 32]; weight types whose blocks have scales
-    const std::byte* scaled_rows;      // [n_tokens][scaled_row_bytes(inner)], 64-byte aligned; W8A8
+    const std::byte* scaled_rows;      // [n_tokens][scaled_row_bytes(inner)]; W8A8
     uint32_t n_tokens;
     const float* bias;      // [n_rows rounded up to 16], or null
     float* out;             // [n_tokens][out_stride]

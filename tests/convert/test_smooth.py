@@ -108,15 +108,9 @@ def planted(tmp_path_factory):
     convert(DEMO / "fixed", folder / "f32.gguf", "f32", trust_remote_code=True)
 
     def tensors(spec):
-        found = dict(spec.tensors)
-        for group in groups(spec):
-            if group.kind in ("qkv", "gate_up"):
-                channel = np.ones(spec.embedding_length, np.float32)
-                channel[7] = 1 / OUTLIER
-                found |= applied(spec, [(group, channel)]).tensors | {
-                    name: recipe for name, recipe in found.items() if name not in (*group.divided, *group.multiplied)
-                }
-        return found
+        channel = np.ones(spec.embedding_length, np.float32)
+        channel[7] = 1 / OUTLIER
+        return applied(spec, [(g, channel) for g in groups(spec) if g.kind in ("qkv", "gate_up")]).tensors
 
     return write(folder / "f32.gguf", folder / "planted.gguf", tensors)
 

@@ -281,6 +281,16 @@ def test_bits_with_every_cache_type_and_head_size(model_file, name, kv_type):
     assert len(set(digests.values())) == 1, digests
 
 
+def test_rows_so_long_that_a_chunk_takes_several_passes(model_file):
+    """W8A8 has smaller rows in 8 bits than the other types, so that more tokens go through a product at once: all have
+    to fit what kernels lay them out in. Wrong memory shows with `make asan`, if not here."""
+    shape = {"embedding_length": 32, "head_count": 1, "feed_forward_length": 8192, "context_length": 512}
+    path = model_file(seed=9, weight_type="W8A8", block_count=1, **shape)
+    ids = ids_for(500)
+    digests = {digest(_core.Engine(path, n_threads=2, n_batch=n).logits(ids)) for n in (48, 512)}
+    assert len(digests) == 1
+
+
 @given(data=st.data())
 def test_logits_of_a_prefix_are_a_prefix_of_the_logits(model_file, data):
     engine = _core.Engine(model_file(weight_type="Q8_0"), n_batch=13, n_threads=1)

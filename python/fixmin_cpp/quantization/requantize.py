@@ -204,8 +204,9 @@ def quantize(
             raise ArgumentError(f"{imatrix}: names no tensor of this model that is quantised")
         return Layout([*_with_scales(found, stored.scales), *codes], metadata)
 
-    layout, smoothed = layout_of(stored.spec, set()), None
-    if smooth is not None:
+    if smooth is None:
+        layout, smoothed = layout_of(stored.spec, set()), None
+    else:
         layout, smoothed = _smoothed(source_path, target_path, stored.spec, smooth, layout_of, threads)
         for key, value in _smooth_texts(smooth, smoothed).items():
             metadata[_PREFIX + key] = Value(value.encode("utf-8", "backslashreplace"), GGUFValueType.STRING)

@@ -273,7 +273,8 @@ def search(
     """
     text: Prompt
     if isinstance(smooth, os.PathLike):
-        text, squares = own_text(source, n_threads), read_imatrix(smooth)
+        squares = read_imatrix(smooth)
+        text = own_text(source, n_threads)
     else:
         text, squares = smooth, None
     load: dict[str, Any] = {"kv_type": "f32", "n_threads": n_threads, "device": "cpu"}
