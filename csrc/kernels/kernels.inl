@@ -548,6 +548,8 @@ struct WideRowsMultiply {
     template <uint32_t N, bool FromMemory>
     void sum(const uint8_t* weights, const int16_t* activations, const uint8_t* ahead, WideSums* out) const {
         WideSums sums[N];
+#pragma GCC unroll 6
+        for (uint32_t c = 0; c < N; ++c) sums[c] = WideSums::zero();
         for (uint32_t b = 0; b < args.inner / block; ++b, weights += block * lanes, activations += block)
             add_block<FromMemory>(sums, weights, activations,
                                   FromMemory ? stream.after(ahead + b * block * lanes) : nullptr, UpTo<N>{},

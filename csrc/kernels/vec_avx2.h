@@ -36,10 +36,13 @@ __m256i first_mask(uint32_t n, int base) {
     const __m256i lane = _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(base));
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(n)), lane);
 }
+// Masked stores, and some masked loads, are slow: mostly all lanes are wanted.
 VecF load_first(const float* p, uint32_t n) {
+    if (n == 16) return load(p);
     return {_mm256_maskload_ps(p, first_mask(n, 0)), _mm256_maskload_ps(p + 8, first_mask(n, 8))};
 }
 void store_first(float* p, VecF x, uint32_t n) {
+    if (n == 16) return store(p, x);
     _mm256_maskstore_ps(p, first_mask(n, 0), x.lo);
     _mm256_maskstore_ps(p + 8, first_mask(n, 8), x.hi);
 }
@@ -233,7 +236,9 @@ VecI add_pairs(VecI acc, Pairs p) { return {add_pairs(acc.lo, p.lo), add_pairs(a
 /// Sums of products of 16 bits, of 8 rows: of the first and of the second two of each four k. Sign, maddubs and madd of
 /// dot_q8 share two ports of many CPUs; of 32 products here two instructions of four do.
 struct WideSums {
-    __m256i first = _mm256_setzero_si256(), second = first;  // rows 0-3, 4-7
+    __m256i first, second;  // rows 0-3, 4-7
+
+    static WideSums zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 
     struct Weights {
         __m256i first, second;

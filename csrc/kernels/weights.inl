@@ -213,7 +213,7 @@ template <int J, size_t bytes, bool near = false>
 }
 
 // Residual, store.
-void store_result(const MatmulArgs& args, uint32_t token, uint32_t row, VecF value) {
+[[gnu::always_inline]] inline void store_result(const MatmulArgs& args, uint32_t token, uint32_t row, VecF value) {
     const uint32_t valid = args.n_rows - row < lanes ? args.n_rows - row : lanes;
     float* out = args.out + token * args.out_stride + row;
     if (args.accumulate) value = add(load_first(out, valid), value);
@@ -223,10 +223,9 @@ void store_result(const MatmulArgs& args, uint32_t token, uint32_t row, VecF val
         store_first(out, value, valid);
 }
 
-// Bias, residual, store.
-void finish(const MatmulArgs& args, uint32_t token, uint32_t row, VecF value) {
-    if (args.bias) value = add(value, load(args.bias + row));
-    store_result(args, token, row, value);
+// Bias, residual, store. By reference: GCC copies arguments in halves, and a load of both waits for them.
+void finish(const MatmulArgs& args, uint32_t token, uint32_t row, const VecF& result) {
+    store_result(args, token, row, args.bias ? add(result, load(args.bias + row)) : result);
 }
 
 // Of W8A8: what the sums of 16 rows meet.
