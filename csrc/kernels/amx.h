@@ -30,5 +30,10 @@ template <int Sums, int A, int B>
 [[gnu::always_inline]] inline void tile_dot() {
     __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(Sums), "i"(A), "i"(B));
 }
+/// Likewise of signed A and unsigned B.
+template <int Sums, int A, int B>
+[[gnu::always_inline]] inline void tile_dot_unsigned() {
+    __asm__ volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(Sums), "i"(A), "i"(B));
+}
 
 }  // namespace

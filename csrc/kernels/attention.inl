@@ -265,6 +265,12 @@ struct Q8Kv {
 #pragma GCC unroll 16
             for (uint32_t i = 0; i < G * N; ++i) result[i] = acc[i];
         }
+
+        // The same on tiles, of the keys of a block: 16 * n_panels of them, from `token` on. out: [N][stride].
+        void tile_scores(const AttentionArgs& args, uint32_t token, uint32_t n_panels, float* out,
+                         size_t stride) const {
+            args.tile_scores({q, n, keys(args.kv, token), key_scales(args.kv, token), n_panels, out, stride});
+        }
     };
 
     // Tokens of one block, 16 * V dimensions from `dim` on, N queries.
@@ -452,6 +458,12 @@ void attention_tile_of(const AttentionArgs& args, uint32_t first_query) {
     constexpr uint32_t groups = N == 1 ? attention_lone_groups : attention_groups;
     static_assert(kv_block_tokens % (groups * lanes) == 0);
     uint32_t token = 0;
+    if constexpr (N == attention_queries && requires { &Kv::template Queries<N>::tile_scores; }) {
+        for (; args.tile_scores && token < stride; token += kv_block_tokens) {
+            const uint32_t n_panels = stride - token < kv_block_tokens ? 1 : kv_block_tokens / lanes;
+            queries.tile_scores(args, token, n_panels, weights + token, stride);
+        }
+    }
     for (; token + groups * lanes <= stride; token += groups * lanes) score(token, Count<groups>{});
     for (; token < stride; token += lanes) score(token, Count<1>{});
     float inverse[N];

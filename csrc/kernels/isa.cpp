@@ -33,6 +33,7 @@ namespace {
 Kernels with_tiles(const char* name, Kernels kernels, const TileKernels& tiles) {
     kernels.name = name;
     kernels.matmul = tiles.matmul;
+    kernels.attention = tiles.attention;
     kernels.ceilings.multiply_tiles = tiles.ceiling;
     kernels.ceilings.tile_operations = tiles.ceiling_operations;
     return kernels;

@@ -86,6 +86,18 @@ struct KvHead {
     const uint32_t* blocks;  // numbers of the sequence's blocks, one per kv_block_tokens tokens
 };
 
+/// Scores of queries, as many as the ISA takes at a time, with the keys of one block of a q8_0 cache whose head size is
+/// a multiple of 32.
+struct TileScores {
+    const ActivationBlock* queries;  // [][n_scales]
+    uint32_t n_scales;
+    const uint8_t* keys;     // [n_panels][n_scales][8][16 keys][4]: codes + 128
+    const uint16_t* scales;  // [n_panels][n_scales][16 keys]
+    uint32_t n_panels;       // 1 or 2
+    float* out;              // [][out_stride]
+    size_t out_stride;
+};
+
 /// Causal attention of n_queries consecutive tokens of one head; the token at `position` sees keys 0..position.
 struct AttentionArgs {
     KvHead kv;
@@ -95,7 +107,8 @@ struct AttentionArgs {
     uint32_t position;  // of the first query
     float* out;         // [n_queries][out_stride]
     size_t out_stride;
-    float* scratch;  // attention_scratch_floats(position + n_queries, head_dim)
+    float* scratch;                                    // attention_scratch_floats(position + n_queries, head_dim)
+    void (*tile_scores)(const TileScores&) = nullptr;  // of an ISA with tiles
 };
 
 inline constexpr uint32_t attention_tile = 8;  // most queries that share a read of the keys and values
@@ -176,6 +189,7 @@ struct Kernels {
 /// What an instruction set with tiles does otherwise than the one of vectors that it stands on (tiles.inl).
 struct TileKernels {
     void (*matmul)(const MatmulArgs& args);
+    void (*attention)(const AttentionArgs& args);
     void (*ceiling)(uint64_t rounds);  // multiply_tiles of Ceilings
     uint32_t ceiling_operations;
 };

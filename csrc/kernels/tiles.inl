@@ -1,6 +1,6 @@
-// Products of many tokens with quantised weights on AMX tiles: the unit of an instruction set that only multiplies.
-// Where there are fewer tokens than tiles gain from, and for everything but quantised weights, the product is that of
-// the base: the instruction set of vectors that a CPU with tiles has besides.
+// Products of many tokens with quantised weights, and with keys in 8 bits, on AMX tiles: the unit of an instruction set
+// that only multiplies. Where there are fewer tokens than tiles gain from, and for everything but quantised weights,
+// the product is that of the base: the instruction set of vectors that a CPU with tiles has besides.
 //
 // Included by unit.cpp, whose rules hold here too (kernels.inl).
 
@@ -508,6 +508,61 @@ void matmul(const MatmulArgs& args) {
     }
 }
 
+// ---- attention ------------------------------------------------------------------------------------------------------
+// With a q8_0 cache scores are exact sums, scaled once for 32 dimensions: keys stand in the cache as tiles want them.
+// Everything else of attention is the base's.
+
+// Tiles: results 0 and 1 (queries x 16 keys), queries 2 (queries x 32 dimensions), keys 3 and 4 (8 times 4 dimensions x
+// 16 keys). Two panels of keys, so that one product runs while the other is scaled.
+void configure_scores() {
+    TileConfig config;
+    for (uint32_t i = 0; i < 5; ++i) {
+        config.row_bytes[i] = uint16_t(i == 2 ? block : 64);
+        config.rows[i] = uint8_t(i < 3 ? attention_queries : block / 4);
+    }
+    tile_configure(config);
+}
+
+void tile_scores(const TileScores& args) {
+    const size_t panel_bytes = size_t(args.n_scales) * block * lanes, panel_scales = size_t(args.n_scales) * lanes;
+    alignas(64) int32_t dots[2][attention_queries][lanes];
+    for (uint32_t b = 0; b < args.n_scales; ++b) {
+        const uint8_t* keys = args.keys + b * block * lanes;
+        tile_load<2>(args.queries[b].q, args.n_scales * sizeof(ActivationBlock));
+        tile_zero<0>();
+        tile_load<3>(keys, 64);
+        tile_dot_unsigned<0, 2, 3>();
+        if (args.n_panels == 2) {
+            tile_zero<1>();
+            tile_load<4>(keys + panel_bytes, 64);
+            tile_dot_unsigned<1, 2, 4>();
+        }
+        tile_store<0>(dots[0][0], 64);
+        if (args.n_panels == 2) tile_store<1>(dots[1][0], 64);
+        for (uint32_t p = 0; p < args.n_panels; ++p) {
+            const VecF scale = load_bf16(args.scales + p * panel_scales + b * lanes);
+            for (uint32_t c = 0; c < attention_queries; ++c) {
+                const ActivationBlock& query = args.queries[c * args.n_scales + b];
+                const VecI sum = add_int(load_int(dots[p][c]), set1_int(-128 * query.sum));  // codes have 128 more
+                float* out = args.out + c * args.out_stride + p * lanes;
+                store(out, fma(to_float(sum), mul(scale, set1(query.scale)), b ? load(out) : zero()));
+            }
+        }
+    }
+}
+
+void attention(const AttentionArgs& args) {
+    if (args.kv.type != KvType::q8_0 || args.kv.head_dim % block || args.n_queries < attention_queries)
+        return base.attention(args);
+    AttentionArgs on_tiles = args;
+    on_tiles.tile_scores = tile_scores;
+    configure_scores();
+    base.attention(on_tiles);
+    tile_release();
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+
 // Four products that share two tiles of activations and two of weights, on registers only.
 void ceiling_multiply(uint64_t rounds) {
     TileConfig config;
@@ -528,6 +583,6 @@ void ceiling_multiply(uint64_t rounds) {
     tile_release();
 }
 
-constexpr TileKernels tile_kernels = {matmul, ceiling_multiply, 4 * 16 * 16 * 64 * 2};
+constexpr TileKernels tile_kernels = {matmul, attention, ceiling_multiply, 4 * 16 * 16 * 64 * 2};
 
 }  // namespace

@@ -67,8 +67,8 @@ void tile_store(void* p, size_t stride) {
                     emulated_config.row_bytes[Tile]);
     }
 }
-template <int Sums, int A, int B>
-void tile_dot() {
+template <int Sums, int A, int B, typename TypeOfB>
+void tile_dot_of() {
     static_assert(Sums != A && Sums != B && A != B, "the processor refuses two equal tiles");
     expect_configured<Sums>();
     expect_configured<A>();
@@ -83,11 +83,20 @@ void tile_dot() {
             uint32_t total = uint32_t(sum);
             for (int k = 0; k < c.row_bytes[A]; ++k) {
                 const int a = int8_t(emulated_tiles[A].bytes[m][k]);
-                total += uint32_t(a * int8_t(emulated_tiles[B].bytes[k / 4][4 * n + k % 4]));
+                total += uint32_t(a * TypeOfB(emulated_tiles[B].bytes[k / 4][4 * n + k % 4]));
             }
             std::memcpy(&emulated_tiles[Sums].bytes[m][4 * n], &total, 4);
         }
     }
+}
+
+template <int Sums, int A, int B>
+void tile_dot() {
+    tile_dot_of<Sums, A, B, int8_t>();
+}
+template <int Sums, int A, int B>
+void tile_dot_unsigned() {
+    tile_dot_of<Sums, A, B, uint8_t>();
 }
 
 }  // namespace

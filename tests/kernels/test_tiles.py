@@ -11,9 +11,9 @@ pytestmark = pytest.mark.slow  # it compiles the package
 
 #: Files in tests/, and what of them: an expression for -k.
 FILES = {
-    "kernels/test_kernels.py": "matmul",
+    "kernels/test_kernels.py": "matmul or attention",
     "kernels/test_scaled_rows.py": "matmul or overflow or nothing or finite",
-    "engine/test_engine.py": "isa or chunk",
+    "engine/test_engine.py": "isa or chunk or cache_type",
 }
 
 
