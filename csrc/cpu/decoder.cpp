@@ -133,7 +133,8 @@ bool Decoder::forward(const Batch& batch, Team& team, InputSquares* all_squares)
 
 void Decoder::project(std::span<const uint32_t> rows, float* logits, Team& team, InputSquares* squares) {
     const uint32_t n = uint32_t(rows.size());
-    const Rows normed = normalized(weights_.output_norm, n, read_by(weights_.output), team, rows.data());
+    const Rows normed =
+        normalized(weights_.output_norm, n, read_by(weights_.output), squares != nullptr, team, rows.data());
     if (squares) add_squares(squares->output, normed.values, n, team);
     multiply(weights_.output, normed, n, logits, hp_.vocab_size, false, team);
 }
@@ -155,7 +156,8 @@ void Decoder::project_qkv(uint32_t l, const Batch& batch, InputSquares::Block* s
         return;
     }
     const Layer& layer = weights_.layers[l];
-    Rows rows = normalized(layer.attn_norm, n_tokens, read_by(layer.q), team);
+    const bool apart = read_by(layer.k) != read_by(layer.q) || read_by(layer.v) != read_by(layer.q);
+    Rows rows = normalized(layer.attn_norm, n_tokens, read_by(layer.q), apart || squares, team);
     if (squares) add_squares(squares->qkv, rows.values, n_tokens, team);
     float* out = qkv_.data();
     for (const Linear* w : {&layer.q, &layer.k, &layer.v}) {
@@ -233,10 +235,10 @@ void Decoder::prefetch_kv(uint32_t l, const Batch& batch, const Team& team) cons
 void Decoder::feed_forward(const Layer& layer, uint32_t n_tokens, InputSquares::Block* squares, Team& team) {
     const bool swiglu = hp_.activation == Activation::swiglu;
     const uint32_t f = hp_.feed_forward_length;
-    Rows rows = normalized(layer.ffn_norm, n_tokens, read_by(swiglu ? layer.gate : layer.up), team);
-    if (squares) add_squares(squares->gate_up, rows.values, n_tokens, team);
     // Of one kind of rows both products of a part are made together.
     const bool apart = swiglu && read_by(layer.gate) != read_by(layer.up);
+    Rows rows = normalized(layer.ffn_norm, n_tokens, read_by(swiglu ? layer.gate : layer.up), apart || squares, team);
+    if (squares) add_squares(squares->gate_up, rows.values, n_tokens, team);
     if (apart) {
         multiply(layer.gate, rows, n_tokens, gate_.data(), f, false, team);
         team.barrier();
@@ -284,8 +286,8 @@ void Decoder::quantize(const float* x, uint32_t length, InBytes in_bytes, std::b
 }
 
 // Of the residual stream: its first rows, or those that are listed. A single one is prepared by every thread for
-// itself: cheaper than a barrier.
-Decoder::Rows Decoder::normalized(const Norm& norm, uint32_t n_tokens, InBytes in_bytes, Team& team,
+// itself: cheaper than a barrier. Where rows are wanted in bytes only, floats do not leave the first-level cache.
+Decoder::Rows Decoder::normalized(const Norm& norm, uint32_t n_tokens, InBytes in_bytes, bool floats_too, Team& team,
                                   const uint32_t* rows) {
     const uint32_t d = hp_.embedding_length;
     const auto x = [&](uint32_t t) { return x_.data() + size_t(rows ? rows[t] : t) * d; };
@@ -295,14 +297,15 @@ Decoder::Rows Decoder::normalized(const Norm& norm, uint32_t n_tokens, InBytes i
         quantize(own.row.data(), d, in_bytes, own.quantized.data(), 0);
         return {own.row.data(), own.quantized.data(), d, in_bytes};
     }
+    const bool in_floats = floats_too || in_bytes == InBytes::none;
     const auto [begin, end] = team.share(n_tokens);
     for (uint32_t t = begin; t < end; ++t) {
-        float* y = normed_.data() + size_t(t) * d;
+        float* y = in_floats ? normed_.data() + size_t(t) * d : private_[team.index].row.data();
         normalize_row(norm, x(t), y);
         quantize(y, d, in_bytes, quantized_.data(), t);
     }
     team.barrier();
-    return {normed_.data(), quantized_.data(), d, in_bytes};
+    return {in_floats ? normed_.data() : nullptr, quantized_.data(), d, in_bytes};
 }
 
 Decoder::Rows Decoder::as_rows(const float* values, uint32_t length, uint32_t n_tokens, InBytes in_bytes, Team& team) {
@@ -362,8 +365,8 @@ void Decoder::multiply_part(const Linear& w, const Rows& rows, const Part& part,
     const std::byte* const quantized =  // of either kind
         rows.quantized ? rows.quantized + t * row_bytes(rows.in_bytes, rows.length) : nullptr;
     kernels_.matmul({w.type, w.panels + part.first_row / quant::panel_rows * w.panel_stride, w.panel_stride,
-                     part.end_row - part.first_row, w.inner, rows.values + t * rows.length, rows.length,
-                     reinterpret_cast<const ActivationBlock*>(quantized), quantized, part.n_tokens,
+                     part.end_row - part.first_row, w.inner, rows.values ? rows.values + t * rows.length : nullptr,
+                     rows.length, reinterpret_cast<const ActivationBlock*>(quantized), quantized, part.n_tokens,
                      w.bias.empty() ? nullptr : w.bias.data() + part.first_row, out + t * out_stride + part.first_row,
                      out_stride, accumulate, private_[team.index].scratch.data(), part.same_tokens,
                      next_read(w, part, team)});

@@ -48,7 +48,7 @@ class Decoder {
   private:
     // What a matrix product reads: rows as float32, and perhaps in 8 bits.
     struct Rows {
-        const float* values;         // [T][length]
+        const float* values;         // [T][length], or null: in bytes only
         const std::byte* quantized;  // [T], as in_bytes says
         uint32_t length;
         InBytes in_bytes;
@@ -69,7 +69,8 @@ class Decoder {
     };
 
     void quantize(const float* x, uint32_t length, InBytes in_bytes, std::byte* rows, uint32_t t) const;
-    Rows normalized(const Norm& norm, uint32_t n_tokens, InBytes in_bytes, Team& team, const uint32_t* rows = nullptr);
+    Rows normalized(const Norm& norm, uint32_t n_tokens, InBytes in_bytes, bool floats_too, Team& team,
+                    const uint32_t* rows = nullptr);
     Rows as_rows(const float* values, uint32_t length, uint32_t n_tokens, InBytes in_bytes, Team& team);
     Rows for_product(const Rows& rows, const Linear& w, uint32_t n_tokens, Team& team);
     void multiply(const Linear& w, const Rows& rows, uint32_t n_tokens, float* out, size_t out_stride, bool accumulate,
