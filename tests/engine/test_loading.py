@@ -13,6 +13,9 @@ from gguf_factory import ALL_BIASES, EVERY_TYPE, make_model
 
 import fixmin_cpp
 
+# Sanitizers take several times the memory and cannot run in a limited address space.
+as_it_runs = pytest.mark.skipif("san.so" in os.environ.get("LD_PRELOAD", ""), reason="make asan has its own memory")
+
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
@@ -136,6 +139,7 @@ print(json.dumps([before, memory(), engine.info["bytes"]]))
 """
 
 
+@as_it_runs
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc is Linux's")
 @pytest.mark.parametrize("kind", ["Q8_0", "F16"])
 def test_resident_memory_after_load(tmp_path, kind):
@@ -200,6 +204,7 @@ print("loaded")
 """
 
 
+@as_it_runs
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_AS as Linux has it")
 @pytest.mark.parametrize(
     ("options", "settings", "what"),
@@ -247,6 +252,7 @@ with fixmin_cpp.Model(sys.argv[1], device="cpu", n_ctx=1024, n_threads=2) as mod
 """
 
 
+@as_it_runs
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc is Linux's")
 def test_score_never_holds_all_logits(tmp_path):
     """A long text takes its keys and values and some rows of logits, not a row for every position."""
