@@ -12,10 +12,8 @@ import difflib
 import json
 import os
 import re
-import signal
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,19 +22,19 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import rich.progress
-from gguf import GGUFValueType
 from rich.console import Console
 from rich.text import Text
 
 from .. import _core
 from ..arguments import Prompt, as_threads
+from ..atomic_file import AtomicFile, refuse_inputs, terminate_cleanly
 from ..errors import CheckpointError
 from ..inspect import printable
-from ..quantization.smooth import EXPONENTS_KEY, Factors, SmoothReport, applied, packed, search, smooth_by
+from ..quantization.smooth import Factors, SmoothReport, applied, read_smooth, search, smooth_by, smooth_metadata
 from .certify import Certificate, OpenRunner, certify, open_engine, pending, verify
 from .checkpoint.source import check_directory
 from .gguf_file.formats import OUT_TYPES
-from .gguf_file.writer import AtomicFile, Layout, Progress, Provenance, Value, check_loads
+from .gguf_file.writer import Layout, Progress, Provenance, check_loads
 from .observed.torch_threads import torch_threads
 from .overrides import add_options, stated_options
 from .resolve import resolve
@@ -166,6 +164,8 @@ def convert(
     if smooth is not None and outtype != "w8a8":
         raise CheckpointError(f"smooth is for w8a8, whose rows of activations have one scale; the type is {outtype}")
     out = _output_path(None if out is None else Path(out), checkpoint_dir, outtype)
+    refuse_inputs(out, smooth if isinstance(smooth, os.PathLike) else None)
+    smooth_prompt = None if smooth is None else read_smooth(smooth)
     stated = {name: value for name, value in (overrides or {}).items() if value is not None}
     n_threads = as_threads(n_threads)
     with (
@@ -175,9 +175,9 @@ def convert(
     ):
         provenance = _provenance(checkpoint_dir, resolved, outtype, stated, reporter)
         layout, smoothed = Layout.plan(resolved.spec, outtype, provenance), None
-        if smooth is not None:
+        if smooth_prompt is not None:
             reporter.step("smoothing")
-            layout, smoothed = _smoothed(resolved.spec, outtype, provenance, smooth, out.parent, n_threads)
+            layout, smoothed = _smoothed(resolved.spec, outtype, provenance, smooth_prompt, out.parent, n_threads)
         notes = tuple(f"{t.name} is stored as {t.type.name}: {t.note}" for t in layout.tensors if t.note)
         for note in notes:
             reporter.line(note)
@@ -193,7 +193,12 @@ def convert(
                 target = file.target.with_name(file.target.name + UNCERTIFIED_SUFFIX)
                 file.commit(target)
                 kept = f" (kept as {target})"
-            raise CertificationError(f"{out}: certification failed; no file was written{kept}", certificate)
+            smoother = "; large channels of activations may be why: try --smooth TEXT"
+            raise CertificationError(
+                f"{out}: certification failed; no file was written{kept}"
+                f"{smoother if outtype == 'w8a8' and smooth is None else ''}",
+                certificate,
+            )
         check_loads(file)
         file.commit()
         return ConversionReport(
@@ -215,17 +220,14 @@ def _smoothed(
     spec: ModelSpec,
     outtype: str,
     provenance: Provenance,
-    smooth: Prompt | os.PathLike[str],
+    smooth: Prompt | Path,
     folder: Path,
     n_threads: int,
 ) -> tuple[Layout, SmoothReport]:
     """The layout of the file with the best factors, which its metadata keeps, and what they changed."""
 
     def layout(factors: Factors) -> Layout:
-        planned = Layout.plan(applied(spec, factors), outtype, provenance)
-        exponents = packed(spec, factors).tolist()
-        planned.metadata[EXPONENTS_KEY] = Value(exponents, GGUFValueType.ARRAY, GGUFValueType.INT8)
-        return planned
+        return Layout.plan(applied(spec, factors), outtype, provenance)
 
     def write(planned: Layout, path: Path) -> None:
         with AtomicFile(path) as file:
@@ -236,7 +238,9 @@ def _smoothed(
         floats = Path(temporary, "floats.gguf")
         write(Layout.plan(spec, "f32", provenance), floats)
         factors, report = search(floats, spec, smooth, lambda path, f: write(layout(f), path), folder, n_threads)
-    return layout(factors), report
+    planned = layout(factors)
+    planned.metadata.update(smooth_metadata(spec, factors, report))
+    return planned, report
 
 
 def _output_path(out: Path | None, checkpoint_dir: Path, outtype: str) -> Path:
@@ -371,7 +375,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--threads must be between -1 and 1024, got {args.threads}")
     reporter = ConsoleReporter(Console(highlight=False))
     try:
-        with _terminate_cleanly():
+        with terminate_cleanly():
             report = convert(
                 args.checkpoint_dir,
                 args.out,
@@ -414,26 +418,3 @@ def verify_main(argv: Sequence[str] | None = None) -> int:
         reporter.line(line)
     reporter.line(f"{args.gguf}: {'certified' if certificate.passed else 'NOT certified'}")
     return 0 if certificate.passed else 1
-
-
-@contextlib.contextmanager
-def _terminate_cleanly() -> Iterator[None]:
-    """SIGTERM, and SIGHUP unless `nohup` has it ignored, as an exception, so that the temporary file is removed.
-
-    Only the main thread may set handlers.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, stop)}
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
-        before[signal.SIGHUP] = signal.signal(signal.SIGHUP, stop)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

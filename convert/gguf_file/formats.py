@@ -209,3 +209,8 @@ def floored(importance: NDArray[np.float32]) -> NDArray[np.float32]:
     if not 1e-10 < mean < 1e10:
         values, mean = values / mean, 1.0
     return np.maximum(values, 1e-6 * mean).astype(np.float32)
+
+
+def shown(kind: GGMLQuantizationType) -> str:
+    """What people call a type of matrix: of signed bytes, which have scales of rows, W8A8."""
+    return "W8A8" if kind == I8 else kind.name

@@ -18,7 +18,7 @@ from ... import _core
 from ...errors import GGUFError, naming
 from ...recognise import refuse_wrong_model
 from ..spec import CodeSpec, ModelSpec, TensorRecipe
-from .formats import F32, SCALE_SUFFIX, row_bytes
+from .formats import F32, SCALE_SUFFIX, W8A8_KEY, W8A8_VERSION, row_bytes
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ def read_gguf(path: str | os.PathLike[str]) -> StoredModel:
         for name in [name for name in recipes if types[name] == GGMLQuantizationType.I8]:
             if (scale := recipes.pop(name + SCALE_SUFFIX, None)) is None or types.pop(name + SCALE_SUFFIX) != F32:
                 raise GGUFError(f"{path}: {name} is of type I8 and {name}{SCALE_SUFFIX} is missing or not F32")
+            _check_scaled(path, name, metadata, scale)
             scales[name] = scale
             recipes[name] = _scaled(recipes[name], scale)
         is_rms = "fixmin.attention.layer_norm_rms_epsilon" in metadata
@@ -136,6 +137,17 @@ def _recipe(path: Path, tensor: _core.GgufTensor, ggml_type: GGMLQuantizationTyp
         return quants.dequantize(raw, ggml_type).reshape(stop - start, *shape[1:])
 
     return TensorRecipe(shape, (tensor.name,), read_rows)
+
+
+def _check_scaled(path: Path, name: str, metadata: Mapping[str, Any], scale: TensorRecipe) -> None:
+    """What the engine refuses too: other rules, and scales that are none."""
+    if (version := metadata.get(W8A8_KEY)) != W8A8_VERSION:
+        raise GGUFError(f"{path}: {W8A8_KEY} is {'missing' if version is None else version}; this version reads 1")
+    values = scale.load()
+    wrong = ~((values >= 0) & (values <= np.finfo(np.float32).max / 127))
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise GGUFError(f"{path}: {name}{SCALE_SUFFIX} has {values[row]} for row {row}, which is no scale")
 
 
 def _scaled(codes: TensorRecipe, scales: TensorRecipe) -> TensorRecipe:

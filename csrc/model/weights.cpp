@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdio>
 #include <string>
 #include <unordered_set>
 
@@ -185,18 +186,6 @@ class Loader {
         return builder.finish();
     }
 
-    // Of W8A8: a file must say by which rules its scales are meant.
-    void check_rules() const {
-        constexpr const char* key = "fixmin.w8a8.version";
-        for (const Job& job : jobs_) {
-            if (!job.scales) continue;
-            if (const uint32_t version = file_.get_u32(key); version != 1) {
-                throw UnsupportedError(std::string(key) + " is " + std::to_string(version) + "; this version runs 1");
-            }
-            return;
-        }
-    }
-
     void refuse_leftovers() const {
         for (const gguf::TensorInfo& tensor : file_.tensors()) {
             if (!used_.contains(tensor.name)) {
@@ -221,9 +210,34 @@ class Loader {
                         " holds a value or scale that is NaN or infinite");
     }
 
+    // Of W8A8: a file must say by which rules its scales are meant.
+    void check_rules() const {
+        constexpr const char* key = "fixmin.w8a8.version";
+        if (const uint32_t version = file_.get_u32(key); version != 1) {
+            throw UnsupportedError(std::string(key) + " is " + std::to_string(version) + "; this version runs 1");
+        }
+    }
+
+    [[noreturn]] void not_usable(const gguf::TensorInfo& tensor, const gguf::TensorInfo* scales) const {
+        if (!scales) not_finite(tensor);
+        std::vector<float> values(scales->data.size() / sizeof(float));
+        file_.read(scales->data, reinterpret_cast<std::byte*>(values.data()));
+        for (size_t row = 0; row < values.size(); ++row) {
+            if (quant::is_row_scale(values[row])) continue;
+            char value[32];
+            std::snprintf(value, sizeof value, "%g", double(values[row]));
+            throw GgufError("tensor '" + scales->name + "' at offset " + std::to_string(scales->offset) + " has " +
+                            value + " for row " + std::to_string(row) +
+                            ": scales are not negative, and 127 times them is finite");
+        }
+        throw GgufError("tensor '" + tensor.name + "' at offset " + std::to_string(tensor.offset) +
+                        " holds a code of -128");
+    }
+
     // Of a matrix of signed bytes, the scales of its rows; null for other types.
     const gguf::TensorInfo* scales_of(const gguf::TensorInfo& tensor) {
         if (tensor.type != gguf::GgmlType::I8) return nullptr;
+        check_rules();
         const gguf::TensorInfo& scales = get(tensor.name + "_scale", tensor.ne[1], 1);
         if (const std::string_view type = gguf::type_traits(scales.type).name; type != "F32") {
             throw GgufError("tensor '" + scales.name + "' has type " + std::string(type) +
@@ -277,11 +291,7 @@ class Loader {
                 }
             }
         });
-        if (!finite && job.scales) {
-            throw GgufError("tensor '" + job.tensor->name + "' at offset " + std::to_string(job.tensor->offset) +
-                            " holds a code of -128, or its scales a value that is NaN or infinite");
-        }
-        if (!finite) not_finite(*job.tensor);
+        if (!finite) not_usable(*job.tensor, job.scales);
     }
 
     void fold_matrix(codes::FoldBuilder& builder, uint32_t first, const gguf::TensorInfo& tensor,
@@ -300,7 +310,7 @@ class Loader {
                 builder.add_rows(first + r, 1, weights.data(), bias.empty() ? nullptr : &bias[r]);
             }
         });
-        if (!finite) not_finite(tensor);
+        if (!finite) not_usable(tensor, scales);
     }
 
     const gguf::GgufFile& file_;
@@ -371,7 +381,6 @@ Weights load_weights(gguf::GgufFile file, const Packing& packing, const Parallel
     weights.output_norm = loader.norm("output_norm", hp.embedding_length, hp.rms_norm);
     loader.linear(weights.output, "output", hp.vocab_size, hp.embedding_length);
     loader.refuse_leftovers();
-    loader.check_rules();
     weights.panels = loader.pack(parallel_for, progress);
     if (hp.code_kind == CodeKind::learned) weights.file.emplace(std::move(file));
     return weights;

@@ -223,7 +223,7 @@ bool pack_scaled_rows(const std::byte* rows, uint32_t n_rows, uint32_t inner, st
     }
     for (uint32_t r = 0; r < n_rows; ++r) {
         const float scale = read<float>(rows + r * row_size + inner);
-        usable &= std::isfinite(scale);
+        usable &= is_row_scale(scale);
         std::memcpy(scales + r * sizeof scale, &scale, sizeof scale);
     }
     return usable;
@@ -275,6 +275,10 @@ bool dequantize_row(WeightType type, const std::byte* row, uint32_t inner, float
             for (uint32_t k = 0; k < inner; ++k) out[k] = bf16_to_f32(read<uint16_t>(row + 2 * k));
             break;
         case WeightType::w8a8:
+            if (!is_row_scale(read<float>(row + inner))) return false;
+            for (uint32_t k = 0; k < inner; ++k) {
+                if (read<int8_t>(row + k) == -128) return false;
+            }
             for (uint32_t k = 0; k < inner; ++k) out[k] = read<float>(row + inner) * float(read<int8_t>(row + k));
             break;
         default: dequantize_blocks(type, row, inner, out); break;

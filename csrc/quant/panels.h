@@ -41,6 +41,8 @@ static constexpr bool is_quantized(WeightType type) { return block_format(type).
 static constexpr bool scales_rows(WeightType type) { return type == WeightType::w8a8; }
 /// Values of a row of such a type, at most: a sum of products of two bytes of -127..127 fits an int32.
 inline constexpr uint32_t max_scaled_row = 133000;
+/// Whether this is a scale of such a row: all weights are finite, and none of another sign than its code.
+static constexpr bool is_row_scale(float scale) { return scale >= 0 && scale <= 3.402823466e+38f / 127; }
 
 /// Where the parts of a panel of a quantised type lie. Without member functions: they would be shared by the units of
 /// all ISAs (kernels.h).
@@ -93,7 +95,7 @@ size_t panel_bytes(WeightType type, uint32_t inner);
 /// `panel` is 64-byte aligned.
 bool pack_panel(WeightType type, const std::byte* rows, uint32_t n_rows, uint32_t inner, std::byte* panel);
 
-/// One row in the file's layout -> `inner` floats. Returns false if one is NaN or infinite.
+/// One row in the file's layout -> `inner` floats. Returns false if one is NaN or infinite, or no weight of its type.
 bool dequantize_row(WeightType type, const std::byte* row, uint32_t inner, float* out);
 
 }  // namespace fixmin::quant

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import signal
 import stat
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,7 +17,7 @@ from numpy.typing import NDArray
 
 from .errors import ArgumentError, CheckpointError
 
-__all__ = ["AtomicFile", "refuse_inputs"]
+__all__ = ["AtomicFile", "refuse_inputs", "terminate_cleanly"]
 
 
 class AtomicFile:
@@ -105,3 +108,26 @@ def _is_same_file(fd: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(fd), os.lstat(path)) and stat.S_ISREG(os.fstat(fd).st_mode)
     except FileNotFoundError:
         return False
+
+
+@contextlib.contextmanager
+def terminate_cleanly() -> Iterator[None]:
+    """SIGTERM, and SIGHUP unless `nohup` has it ignored, as an exception, so that the temporary file is removed.
+
+    Only the main thread may set handlers.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, stop)}
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+        before[signal.SIGHUP] = signal.signal(signal.SIGHUP, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -24,7 +24,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from . import _core
 from . import cli_output as output
 from ._core import __version__
-from .atomic_file import refuse_inputs
+from .atomic_file import refuse_inputs, terminate_cleanly
 from .cli_help import App
 from .cli_options import (
     MACHINE,
@@ -543,7 +543,7 @@ def quantize(
     """
     with output.errors(debug):
         quantizer = output.extra("quantization.requantize", "quantize")
-        with output.bar("quantizing", as_json) as update:
+        with terminate_cleanly(), output.bar("quantizing", as_json) as update:
             report = quantizer.quantize(
                 source,
                 target,

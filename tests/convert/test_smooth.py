@@ -1,6 +1,9 @@
 """`fixmin quantize ... w8a8 --smooth`: the model stays the same in float32, and outliers cost less."""
 
 import json
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import fixmin_cli
@@ -139,7 +142,7 @@ def test_of_an_importance_matrix(planted, tmp_path):
     assert report.kl_after < report.kl_before / 10
     metadata = _core.GgufFile(str(tmp_path / "out.gguf")).metadata
     assert metadata["fixmin.quantize.smooth"] == "imatrix.gguf"
-    assert json.loads(metadata["fixmin.quantize.smooth_report"])["alpha"] == report.alpha
+    assert json.loads(metadata["fixmin.smooth.report"])["alpha"] == report.alpha
 
 
 def test_command_says_what_it_changed(tmp_path):
@@ -151,13 +154,39 @@ def test_command_says_what_it_changed(tmp_path):
     assert b"tokenizer" in done.stderr
     assert not (tmp_path / "o.gguf").exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source.gguf", "text.txt"]
+    done = fixmin_cli.fixmin("quantize", source, ids, "w8a8", "--smooth", ids)
+    assert b"is an input" in done.stderr
+    assert ids.read_text() == "text"
+
+
+def test_text_from_stdin(planted, tmp_path):
+    text = (DEMO / "heldout.txt").read_bytes()[:3000]
+    done = fixmin_cli.fixmin("quantize", planted, tmp_path / "out.gguf", "w8a8", "--smooth", "-", stdin=text)
+    assert (done.returncode, b"that it was not chosen by" in done.stdout) == (0, True), done.stderr
+
+
+def test_terminated(planted, tmp_path):
+    """Nothing is left beside the file that was to be."""
+    arguments = ["quantize", planted, tmp_path / "out.gguf", "w8a8", "--smooth", DEMO / "heldout.txt"]
+    with subprocess.Popen([*fixmin_cli.FIXMIN, *map(str, arguments)], stderr=subprocess.PIPE) as process:
+        deadline = time.monotonic() + fixmin_cli.TIMEOUT
+        while not list(tmp_path.glob(".smooth-*/*")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.terminate()
+        process.communicate(timeout=fixmin_cli.TIMEOUT)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"type": "q8_0", "smooth": [1, 2, 3]}, "is for w8a8"),
-        ({"type": "w8a8", "smooth": [1]}, "at least 2 tokens"),
+        ({"type": "w8a8", "smooth": [1] * 127}, "at least 128 tokens, got 127"),
+        ({"type": "w8a8", "smooth": __file__}, "is the name of a file; give a Path"),
+        ({"type": "w8a8", "smooth": Path(fixmin_cpp._core.__file__)}, "neither UTF-8 text .* nor an importance matrix"),
     ],
 )
 def test_what_is_refused(tmp_path, arguments, message):
@@ -194,19 +223,62 @@ def test_converted_with_a_certificate(tmp_path, monkeypatch):
     assert (done.returncode, b": certified" in done.stdout) == (0, True), done.stderr
     with pytest.raises(ArgumentError, match="has been smoothed"):
         fixmin_cpp.quantize(path, tmp_path / "again.gguf", "w8a8", smooth=[1, 2, 3], allow_requantize=True)
+    metadata = _core.GgufFile(str(path)).metadata
+    assert json.loads(metadata["fixmin.smooth.report"])["kl_after"] == report.smooth.kl_after
     changed = path.read_bytes().replace(b"fixmin.smooth.exponents", b"fixmin.smooth.exponentz")
     path.write_bytes(changed)  # another model's weights, as far as anyone can tell
     assert fixmin_cli.fixmin("verify", path, DEMO / "affine", "--trust-remote-code").returncode == 1
 
 
+def test_quantised_and_verified(tmp_path, monkeypatch):
+    """Also a file of `fixmin quantize` says which factors it has."""
+    monkeypatch.setattr(smooth, "_LEAST_GAIN", 10.0)
+    fixmin_cpp.convert(DEMO / "affine", tmp_path / "f32.gguf", "f32", trust_remote_code=True)
+    text = tmp_path / "text.txt"
+    text.write_text((DEMO / "heldout.txt").read_text(encoding="utf-8")[:4000], encoding="utf-8")
+    path = tmp_path / "out.gguf"
+    report = fixmin_cpp.quantize(tmp_path / "f32.gguf", path, "w8a8", smooth=text).smooth
+    assert report.alpha is not None
+    done = fixmin_cli.fixmin("verify", path, DEMO / "affine", "--trust-remote-code")
+    assert (done.returncode, b": certified" in done.stdout) == (0, True), done.stdout + done.stderr
+    with pytest.raises(ArgumentError, match=r"already quantised \(W8A8\)"):
+        fixmin_cpp.quantize(path, tmp_path / "again.gguf", "q8_0")
+
+
+def test_an_importance_matrix_of_nothing(tmp_path):
+    spec = read_gguf(make_model(tmp_path / "m.gguf", block_count=2)).spec
+    squares = {name: np.zeros(r.shape[-1], np.float32) for name, r in spec.tensors.items() if len(r.shape) == 2}
+    with pytest.raises(ArgumentError, match="no inputs of any matrix"):
+        Smoother(spec, squares)
+
+
+def test_exponents_out_of_range(tmp_path):
+    spec = read_gguf(make_model(tmp_path / "m.gguf", block_count=2)).spec
+    exponents = smooth.packed(spec, [])
+    exponents[3] = -128
+    with pytest.raises(fixmin_cpp.GGUFError, match="from -30 to 30"):
+        smooth.remembered({smooth.EXPONENTS_KEY: exponents}, spec)
+
+
+def test_a_matrix_that_may_change_is_no_copy(tmp_path):
+    source = make_model(tmp_path / "m.gguf", block_count=2, weight_type="W8A8")
+    with pytest.raises(ArgumentError, match="already quantised"):
+        fixmin_cpp.quantize(source, tmp_path / "out.gguf", "w8a8", smooth=ids_for(90) * 3)
+
+
 def test_what_a_conversion_refuses(tmp_path):
     with pytest.raises(CheckpointError, match="smooth is for w8a8"):
         fixmin_cpp.convert(DEMO / "affine", tmp_path / "out.gguf", "q8_0", trust_remote_code=True, smooth=[1, 2])
+    text = tmp_path / "text.txt"
+    text.write_text("text")
+    with pytest.raises(ArgumentError, match="is an input"):
+        fixmin_cpp.convert(DEMO / "affine", text, "w8a8", trust_remote_code=True, smooth=text)
+    assert text.read_text() == "text"
 
 
 def test_factors_that_gain_nothing_are_left_out(tmp_path):
     source = make_model(tmp_path / "source.gguf", block_count=2)
-    report = fixmin_cpp.quantize(source, tmp_path / "smooth.gguf", "w8a8", smooth=ids_for(60)).smooth
+    report = fixmin_cpp.quantize(source, tmp_path / "smooth.gguf", "w8a8", smooth=ids_for(90) * 3).smooth
     fixmin_cpp.quantize(source, tmp_path / "plain.gguf", "w8a8")
     assert (report.alpha, report.kinds, report.n_channels) == (None, (), 0)
     assert report.kl_after == report.kl_before

@@ -309,12 +309,19 @@ def with_value(at, value):
             _core.GGUFError,
             r"blk.1.ffn_up.weight_scale' is miss",
         ),
-        (
-            set_tensor("output.weight_scale", with_value(3, np.nan)),
-            _core.GGUFError,
-            "output.weight.*its scales a value",
+        *(
+            (
+                set_tensor("output.weight_scale", with_value(row, bad)),
+                _core.GGUFError,
+                rf"{shown} for row {row}: scales",
+            )
+            for row, bad, shown in [
+                (3, np.nan, "nan"),
+                (99, np.inf, "inf"),
+                (0, -0.5, "-0.5"),
+                (7, 2.7e36, r"2.7e\+36"),
+            ]
         ),
-        (set_tensor("output.weight_scale", with_value(99, np.inf)), _core.GGUFError, "output.weight.*its scales a val"),
         (set_tensor("blk.1.attn_q.weight", with_value((5, 7), -128)), _core.GGUFError, "blk.1.attn_q.weight.*-128"),
         (without_key("fixmin.w8a8.version"), _core.GGUFError, "fixmin.w8a8.version"),
         (set_key("fixmin.w8a8.version", 2), _core.UnsupportedError, "fixmin.w8a8.version is 2; this version runs 1"),
@@ -329,6 +336,21 @@ def test_scales_of_rows(tmp_path, edit, error, message):
     load(make_model(tmp_path / "right.gguf", weight_type="W8A8"))
     with pytest.raises(error, match=message):
         load(make_model(tmp_path / "m.gguf", weight_type="W8A8", edit=edit))
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (set_key("fixmin.w8a8.version", 2), "fixmin.w8a8.version is 2"),
+        (set_tensor("blk.0.attn_k.weight_scale", with_value(3, -1.0)), "blk.0.attn_k.weight_scale.* -1 for row 3"),
+        (set_tensor("blk.0.attn_k.weight", with_value((5, 7), -128)), "blk.0.attn_k.weight.*-128"),
+    ],
+)
+def test_w8a8_in_the_folded_layer(tmp_path, edit, message):
+    form = {"weight_types": {"blk.0.attn_k": "W8A8"}}
+    load(make_model(tmp_path / "right.gguf", **form))
+    with pytest.raises(_core.FixminError, match=message):
+        load(make_model(tmp_path / "m.gguf", **form, edit=edit))
 
 
 def test_rows_of_w8a8_that_are_no_whole_blocks(tmp_path):

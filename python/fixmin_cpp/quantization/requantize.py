@@ -5,7 +5,6 @@ Tensors stream from file to file; the bytes come from `ggml_quantize_chunk`. All
 src/llama-quant.cpp (function llama_tensor_get_type, as of 2025); written here anew, only for what these models have.
 """
 
-import dataclasses
 import json
 import os
 import re
@@ -34,6 +33,7 @@ from ..convert.gguf_file.formats import (
     W8A8_KEY,
     W8A8_VERSION,
     bits_per_weight,
+    shown,
     unfit,
 )
 from ..convert.gguf_file.readback import read_gguf
@@ -42,7 +42,17 @@ from ..convert.spec import ModelSpec, TensorRecipe
 from ..errors import ArgumentError, ArgumentTypeError, CheckpointError, naming
 from ..state import file_sha256
 from .imatrix import read_imatrix
-from .smooth import EXPONENTS_KEY, Factors, SmoothReport, applied, changed, search
+from .smooth import (
+    EXPONENTS_KEY,
+    Factors,
+    SmoothReport,
+    applied,
+    changed,
+    read_smooth,
+    search,
+    smooth_metadata,
+    string_value,
+)
 
 _T = GGMLQuantizationType
 
@@ -151,10 +161,11 @@ def quantize(
             matches counts.
         output_tensor_type: plain type of output.weight.
         allow_requantize: also from a quantised source, whose errors then add to the new ones.
-        smooth: only with w8a8: a text (str or token ids), or the path of an importance matrix. Factors, powers of two,
-            move from channels of activations to weights as makes the divergence from the source smallest on the text,
-            or on one that the model has written; in float32 its logits keep their bits. The new file is written some
-            ten times.
+        smooth: only with w8a8: a text (str or token ids), or the path (os.PathLike) of one or of an importance matrix,
+            with which the model writes a text. Factors, powers of two, move from channels of activations to weights as
+            makes the divergence from the source smallest on one half of the text, and stay if they gain 5 per cent on
+            the other; in float32 the logits keep their bits. The new file is written some ten times, and logits take
+            up to 256 MB beside it.
         n_threads: threads that quantise; None, 0 or -1: the CPUs of this process.
         progress: called with weights done, weights in all, and the tensor being written.
 
@@ -179,16 +190,17 @@ def quantize(
     refuse_inputs(target_path, source_path, imatrix_path, *_paths_of(smooth))
     if smooth is not None and name != "w8a8":
         raise ArgumentError(f"smooth: is for w8a8, whose rows of activations have one scale; the type is {name}")
+    smooth_prompt = None if smooth is None else read_smooth(smooth)
     importance = {} if imatrix_path is None else read_imatrix(imatrix_path)
 
     stored = read_gguf(source_path)
     chooser = _Chooser(name, rules, output_type, stored.spec.block_count, stored.spec.code.kind != "learned")
     if smooth is not None and EXPONENTS_KEY in stored.metadata:
-        raise ArgumentError(f"smooth: {source_path} has been smoothed when it was converted")
+        raise ArgumentError(f"smooth: {source_path} has been smoothed already")
     plans = [chooser.plan(key, recipe) for key, recipe in stored.spec.tensors.items()]
     if unused := [pattern.pattern for pattern, _ in rules if pattern not in chooser.used]:
         raise ArgumentError(f"tensor_types: no matrix of this model has a name that matches {unused[0]!r}")
-    _check_requantizing(plans, stored.types, allow_requantize)
+    _check_requantizing(plans, stored.types, allow_requantize, changes=smooth is not None)
     metadata = _metadata(source_path, name, imatrix, tensor_types, output_type)
     metadata.pop(W8A8_KEY, None)
     if any(plan.type == I8 for plan in plans):
@@ -204,12 +216,13 @@ def quantize(
             raise ArgumentError(f"{imatrix}: names no tensor of this model that is quantised")
         return Layout([*_with_scales(found, stored.scales), *codes], metadata)
 
-    if smooth is None:
+    if smooth_prompt is None:
         layout, smoothed = layout_of(stored.spec, set()), None
     else:
-        layout, smoothed = _smoothed(source_path, target_path, stored.spec, smooth, layout_of, threads)
-        for key, value in _smooth_texts(smooth, smoothed).items():
-            metadata[_PREFIX + key] = Value(value.encode("utf-8", "backslashreplace"), GGUFValueType.STRING)
+        layout, factors, smoothed = _smoothed(source_path, target_path, stored.spec, smooth_prompt, layout_of, threads)
+        name_of_text = Path(smooth).name if isinstance(smooth, os.PathLike) else "a text"
+        metadata[f"{_PREFIX}smooth"] = string_value(name_of_text)
+        metadata.update(smooth_metadata(stored.spec, factors, smoothed))
     with AtomicFile(target_path) as file:
         try:
             layout.write(file, {}, threads, progress or (lambda done, total, tensor: None))
@@ -223,8 +236,8 @@ def quantize(
         QuantizedTensor(
             name=plan.name,
             shape=tuple(plan.shape),
-            source_type=stored.types.get(plan.name, F32).name,  # scales of rows may be new
-            type=plan.type.name,
+            source_type=shown(stored.types.get(plan.name, F32)),  # scales of rows may be new
+            type=shown(plan.type),
             has_importance=plan.importance is not None,
             note=plan.note,
         )
@@ -251,11 +264,11 @@ def _smoothed(
     source: Path,
     target: Path,
     spec: ModelSpec,
-    smooth: Prompt | os.PathLike[str],
+    smooth: Prompt | Path,
     layout_of: Callable[[ModelSpec, Set[str]], Layout],
     threads: int,
-) -> tuple[Layout, SmoothReport]:
-    """The layout of the file with the best factors, and what they changed."""
+) -> tuple[Layout, Factors, SmoothReport]:
+    """The layout of the file with the best factors, these, and what they changed."""
 
     def layout(factors: Factors) -> Layout:
         return layout_of(applied(spec, factors), changed(factors))
@@ -266,13 +279,7 @@ def _smoothed(
             file.commit()
 
     factors, report = search(source, spec, smooth, write, target.parent, threads)
-    return layout(factors), report
-
-
-def _smooth_texts(smooth: Any, report: SmoothReport) -> dict[str, str]:
-    """What the metadata says."""
-    source = Path(smooth).name if isinstance(smooth, os.PathLike) else "a text"
-    return {"smooth": source, "smooth_report": json.dumps(dataclasses.asdict(report))}
+    return layout(factors), factors, report
 
 
 def _paths_of(value: Any) -> tuple[Path, ...]:
@@ -356,12 +363,16 @@ def _fitting(wanted: GGMLQuantizationType, row: int) -> GGMLQuantizationType:
     return F16 if unfit(wanted, row) else wanted
 
 
-def _check_requantizing(plans: list[TensorPlan], types: Mapping[str, GGMLQuantizationType], allowed: bool) -> None:
+def _check_requantizing(
+    plans: list[TensorPlan], types: Mapping[str, GGMLQuantizationType], allowed: bool, changes: bool
+) -> None:
+    """changes: a matrix may get other values, so that one of the same type is not a copy."""
     for plan in plans:
         have = types[plan.name]
-        if len(plan.shape) > 1 and have not in _FLOATS and have != plan.type and not allowed:
+        if len(plan.shape) > 1 and have not in _FLOATS and (changes or have != plan.type) and not allowed:
             raise ArgumentError(
-                f"{plan.name} is already quantised ({have.name}): its errors would add to those of {plan.type.name}. "
+                f"{plan.name} is already quantised ({shown(have)}): its errors would add to those of "
+                f"{shown(plan.type)}. "
                 "Start from an F32, F16 or BF16 file, or allow it (--allow-requantize)"
             )
 

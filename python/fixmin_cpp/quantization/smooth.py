@@ -8,18 +8,25 @@ float32 even the logits keep their bits.
 """
 
 import dataclasses
+import errno
+import json
 import os
+import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gguf import GGUFValueType
 from numpy.typing import NDArray
 
 from .. import _core
 from ..arguments import Prompt
+from ..convert.gguf_file.writer import Value
 from ..convert.spec import ModelSpec, TensorRecipe
 from ..errors import ArgumentError, GGUFError
 from ..evaluate import Divergence, perplexity
@@ -28,13 +35,16 @@ from .imatrix import read_imatrix
 
 #: How much of the imbalance goes to the weights; what is best differs from model to model, and is measured.
 ALPHAS = (0.25, 0.5, 0.75)
-#: Logits that a measurement keeps on the disk: values, 4 bytes each.
+#: Logits that measurements keep on the disk: values, 4 bytes each.
 _MOST_LOGITS = 1 << 26
+#: With fewer tokens, chance decides.
+_FEWEST_TOKENS = 128
 #: What divergence may be left for factors to be worth it: less than this is chance.
 _LEAST_GAIN = 0.95
 _LARGEST_EXPONENT = 30
-#: Of a converted file: `packed`.
+#: Of a smoothed file: `packed`, and the report as JSON.
 EXPONENTS_KEY = "fixmin.smooth.exponents"
+REPORT_KEY = "fixmin.smooth.report"
 
 F32 = NDArray[np.float32]
 #: Of each group powers of two, one for each channel.
@@ -71,36 +81,57 @@ class Group:
 
 @dataclass(frozen=True)
 class SmoothReport:
-    """What was chosen and what it changed, measured on the text: KL(source || quantised), nats per token."""
+    """What was chosen and what it changed: KL(source || quantised), nats per token, on text it was not chosen by."""
 
-    n_tokens: int  # that were compared
-    alpha: float | None  # None: no factors, as none made the error smaller
+    n_tokens: int  # that were predicted and compared
+    alpha: float | None  # None: no factors, as the best gained too little
     kinds: tuple[str, ...]  # of the groups that got factors
     n_channels: int  # whose factor is not 1
     kl_before: float
     kl_after: float
+    kl_best: float  # with the best factors, also if they were left out
     top1_before: float  # share of tokens whose most probable successor is the source's
     top1_after: float
 
     def summary(self) -> str:
-        figures = (
-            f"KL {self.kl_before:.2e} -> {self.kl_after:.2e}, "
-            f"top-1 {self.top1_before:.4f} -> {self.top1_after:.4f} on {self.n_tokens} tokens"
-        )
         if self.alpha is None:
-            return f"Smoothing: none, as no factors made the divergence smaller: {figures}."
-        return f"Smoothing: {self.n_channels} channels of {', '.join(self.kinds)}, alpha {self.alpha}: {figures}."
+            return (
+                f"Smoothing: none, as the best factors changed KL from {self.kl_before:.2e} to {self.kl_best:.2e} "
+                f"on {self.n_tokens} tokens: less than {100 * (1 - _LEAST_GAIN):.0f} % may be chance."
+            )
+        return (
+            f"Smoothing: {self.n_channels} channels of {', '.join(self.kinds)}, alpha {self.alpha}: "
+            f"KL {self.kl_before:.2e} -> {self.kl_after:.2e}, top-1 {self.top1_before:.4f} -> {self.top1_after:.4f} "
+            f"on {self.n_tokens} tokens that it was not chosen by."
+        )
 
 
-def smooth_by(path: Path) -> Path | str:
-    """What `--smooth` is given: an importance matrix stays a path. ArgumentError: a text that is not UTF-8. OSError."""
-    data = path.read_bytes()
-    if data[:4] == b"GGUF":
+def smooth_by(path: Path) -> str | Path:
+    """What `--smooth` is given, "-" for a text from stdin. ArgumentError: that is not UTF-8."""
+    if str(path) != "-":
         return path
+    return _decoded(sys.stdin.buffer.read() if sys.stdin else b"", "stdin")
+
+
+def read_smooth(smooth: Prompt | os.PathLike[str]) -> Prompt | Path:
+    """A text, or the path of an importance matrix, of either or of the path of a text.
+
+    Raises ArgumentError for a file that is neither, or where the name of a file stands for a text. OSError.
+    """
+    if not isinstance(smooth, os.PathLike):
+        if isinstance(smooth, str) and os.path.isfile(smooth):
+            raise ArgumentError(f"smooth: {smooth!a} is the name of a file; give a Path, or the text itself")
+        return smooth
+    path = Path(smooth)
+    data = path.read_bytes()
+    return path if data[:4] == b"GGUF" else _decoded(data, str(path))
+
+
+def _decoded(data: bytes, name: str) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ArgumentError(f"{path}: is not UTF-8 text ({error})") from None
+        raise ArgumentError(f"{name}: is neither UTF-8 text ({error}) nor an importance matrix") from None
 
 
 def groups(spec: ModelSpec) -> list[Group]:
@@ -147,6 +178,8 @@ class Smoother:
             with np.errstate(divide="ignore"):
                 activations = np.log2(group.channels(np.sqrt(mean_squares)))
                 self._imbalances.append((group, activations, np.log2(group.channels(columns))))
+        if not any(np.isfinite(activations).any() for _, activations, _ in self._imbalances):
+            raise ArgumentError("the importance matrix has no inputs of any matrix that could be smoothed")
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -194,10 +227,28 @@ def remembered(metadata: Mapping[str, Any], spec: ModelSpec) -> ModelSpec:
         return spec
     exponents = np.asarray(exponents)
     sizes = [_n_channels(spec, group) for group in groups(spec)]
-    if exponents.dtype != np.int8 or exponents.shape != (sum(sizes),) or abs(exponents).max() > _LARGEST_EXPONENT:
+    if (
+        exponents.dtype != np.int8
+        or exponents.shape != (sum(sizes),)
+        or np.abs(exponents.astype(int)).max() > _LARGEST_EXPONENT
+    ):
         raise GGUFError(f"{EXPONENTS_KEY} must be {sum(sizes)} INT8 from -{_LARGEST_EXPONENT} to {_LARGEST_EXPONENT}")
     parts = np.split(np.exp2(exponents.astype(np.float32)), np.cumsum(sizes)[:-1])
     return applied(spec, list(zip(groups(spec), parts, strict=True)))
+
+
+def smooth_metadata(spec: ModelSpec, factors: Factors, report: SmoothReport) -> dict[str, Value]:
+    """What a file says of its smoothing: factors, without which nobody could compare it with a checkpoint, if it has
+    any."""
+    found = {REPORT_KEY: string_value(json.dumps(dataclasses.asdict(report)))}
+    if report.alpha is not None:
+        exponents = packed(spec, factors).tolist()
+        found[EXPONENTS_KEY] = Value(exponents, GGUFValueType.ARRAY, GGUFValueType.INT8)
+    return found
+
+
+def string_value(text: str) -> Value:
+    return Value(text.encode("utf-8", "backslashreplace"), GGUFValueType.STRING)
 
 
 def _n_channels(spec: ModelSpec, group: Group) -> int:
@@ -256,7 +307,7 @@ def own_text(source: Path, n_threads: int) -> NDArray[np.uint32]:
 def search(
     source: Path,
     spec: ModelSpec,
-    smooth: Prompt | os.PathLike[str],
+    smooth: Prompt | Path,
     write: Callable[[Path, Factors], None],
     folder: Path,
     n_threads: int,
@@ -266,56 +317,76 @@ def search(
     Args:
         source: the model as a file of floats.
         spec: the same.
-        smooth: a text that both read, whose first tokens are compared, as many as 256 MB of logits hold; or an
-            importance matrix, with which it is a text that the model writes.
+        smooth: a text that both read, of whose first tokens, as many as 256 MB of logits hold, one half chooses factors
+            and the other one says what they gain; or the path of an importance matrix, with which it is a text that the
+            model writes.
         write: makes the quantised file at a path with such factors.
         folder: where a file of the new size and the logits have room.
+
+    Raises ArgumentError for a text of fewer than 128 tokens, OSError where there is no room.
     """
     text: Prompt
-    if isinstance(smooth, os.PathLike):
+    if isinstance(smooth, Path):
         squares = read_imatrix(smooth)
         text = own_text(source, n_threads)
     else:
         text, squares = smooth, None
     load: dict[str, Any] = {"kv_type": "f32", "n_threads": n_threads, "device": "cpu"}
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".smooth-") as temporary:
-        trial, logits = Path(temporary, "trial.gguf"), Path(temporary, "logits")
+    with ExitStack() as stack:
         with Model(source, **load) as model:
-            ids = model.token_ids(text)
-            if len(ids) < 2:
-                raise ArgumentError("smooth: the text must have at least 2 tokens, got 1")
-            smoother = Smoother(spec, mean_squares(model, ids) if squares is None else squares)
-            measured = ids[: max(2, _MOST_LOGITS // spec.vocab_size)]
-            windows = {"ctx": min(512, model.info["n_ctx"], len(measured))}
-            perplexity(model, measured, save_logits=logits, **windows)
+            ids = np.asarray(model.token_ids(text), np.uint32)
+            if len(ids) < _FEWEST_TOKENS:
+                raise ArgumentError(f"smooth: the text must have at least {_FEWEST_TOKENS} tokens, got {len(ids)}")
+            n = min(len(ids), max(_FEWEST_TOKENS, _MOST_LOGITS // spec.vocab_size))
+            chooses, tells = ids[: n // 2], ids[n // 2 : n]
+            if squares is None:
+                squares = mean_squares(model, np.concatenate([chooses, ids[n:]]))
+            smoother = Smoother(spec, squares)
+            _require_space(folder, 4 * n * spec.vocab_size + source.stat().st_size)
+            temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder, prefix=".smooth-")))
+            windows = {"ctx": min(512, model.info["n_ctx"], len(chooses))}
+            logits = [temporary / "chooses", temporary / "tells"]
+            for half, saved in zip((chooses, tells), logits, strict=True):
+                perplexity(model, half, save_logits=saved, **windows)
 
-        def measure(factors: Factors) -> Divergence:
+        def measure(factors: Factors, half: NDArray[np.uint32], base_logits: Path) -> tuple[Divergence, int]:
+            trial = temporary / "trial.gguf"
             trial.unlink(missing_ok=True)
             write(trial, factors)
             with Model(trial, **load) as model:
-                divergence = perplexity(model, measured, base_logits=logits, **windows).divergence
-            assert divergence is not None
-            return divergence
+                found = perplexity(model, half, base_logits=base_logits, **windows)
+            assert found.divergence is not None
+            return found.divergence, found.n_scored
 
-        before, kinds = measure([]), smoother.kinds
-        all_kinds = [(measure(smoother.factors(alpha, kinds)), alpha) for alpha in ALPHAS]
-        best, alpha = min(all_kinds, key=lambda one: one[0].kl_mean)
+        def choose(alpha: float, kinds: Sequence[str]) -> float:
+            return measure(smoother.factors(alpha, kinds), chooses, logits[0])[0].kl_mean
+
+        kinds = smoother.kinds
+        least, alpha = min((choose(alpha, kinds), alpha) for alpha in ALPHAS)
         for kind in smoother.kinds:  # which may be better left alone
             fewer = tuple(other for other in kinds if other != kind)
-            if fewer and (found := measure(smoother.factors(alpha, fewer))).kl_mean < best.kl_mean:
-                best, kinds = found, fewer
+            if fewer and (kl := choose(alpha, fewer)) < least:
+                least, kinds = kl, fewer
+        before, n_tokens = measure([], tells, logits[1])
+        best, _ = measure(smoother.factors(alpha, kinds), tells, logits[1])
     gains = best.kl_mean < _LEAST_GAIN * before.kl_mean
-    if not gains:
-        best, kinds = before, ()
+    kinds, after = (kinds, best) if gains else ((), before)
     factors = smoother.factors(alpha, kinds)
     report = SmoothReport(
-        n_tokens=len(measured),
+        n_tokens=n_tokens,
         alpha=alpha if gains else None,
         kinds=kinds,
         n_channels=sum(int((values != 1).sum()) for _, values in factors),
         kl_before=before.kl_mean,
-        kl_after=best.kl_mean,
+        kl_after=after.kl_mean,
+        kl_best=best.kl_mean,
         top1_before=before.top1,
-        top1_after=best.top1,
+        top1_after=after.top1,
     )
     return factors, report
+
+
+def _require_space(folder: Path, n_bytes: int) -> None:
+    if (free := shutil.disk_usage(folder).free) < n_bytes:
+        text = f"smoothing needs {n_bytes / 1e6:,.0f} MB for a while, of which {free / 1e6:,.0f} MB are free"
+        raise OSError(errno.ENOSPC, text, str(folder))
