@@ -266,6 +266,7 @@ bool pack_panel(WeightType type, const std::byte* rows, uint32_t n_rows, uint32_
 }
 
 bool dequantize_row(WeightType type, const std::byte* row, uint32_t inner, float* out) {
+    bool usable = true;
     switch (type) {
         case WeightType::f32: std::memcpy(out, row, size_t(inner) * 4); break;
         case WeightType::f16:
@@ -274,18 +275,20 @@ bool dequantize_row(WeightType type, const std::byte* row, uint32_t inner, float
         case WeightType::bf16:
             for (uint32_t k = 0; k < inner; ++k) out[k] = bf16_to_f32(read<uint16_t>(row + 2 * k));
             break;
-        case WeightType::w8a8:
-            if (!is_row_scale(read<float>(row + inner))) return false;
+        case WeightType::w8a8: {
+            const float scale = read<float>(row + inner);
+            usable = is_row_scale(scale);
             for (uint32_t k = 0; k < inner; ++k) {
-                if (read<int8_t>(row + k) == -128) return false;
+                const int8_t code = read<int8_t>(row + k);
+                usable &= code != -128;
+                out[k] = scale * float(code);
             }
-            for (uint32_t k = 0; k < inner; ++k) out[k] = read<float>(row + inner) * float(read<int8_t>(row + k));
             break;
+        }
         default: dequantize_blocks(type, row, inner, out); break;
     }
-    bool finite = true;
-    for (uint32_t k = 0; k < inner; ++k) finite &= std::isfinite(out[k]);
-    return finite;
+    for (uint32_t k = 0; k < inner; ++k) usable &= std::isfinite(out[k]);
+    return usable;
 }
 
 }  // namespace fixmin::quant
