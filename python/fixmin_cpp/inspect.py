@@ -135,20 +135,27 @@ def _is_plain(char: str) -> bool:
 
 
 def _totals(tensors: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Weights and bytes of all tensors and by type. Bits per weight count matrices only: vectors are always F32."""
+    """Weights and bytes of all tensors and by type. Bits per weight count matrices only, with what scales of rows take:
+    other vectors are always F32. Scales are no weights."""
     types: dict[str, dict[str, int]] = {}
     for tensor in tensors:
         entry = types.setdefault(tensor["type"], {"tensors": 0, "weights": 0, "bytes": 0})
         entry["tensors"] += 1
-        entry["weights"] += math.prod(tensor["shape"])
+        entry["weights"] += 0 if _is_scale(tensor) else math.prod(tensor["shape"])
         entry["bytes"] += tensor["bytes"]
     matrices = [t for t in tensors if len(t["shape"]) > 1]
     weights = sum(math.prod(t["shape"]) for t in matrices)
+    n_bytes = sum(t["bytes"] for t in tensors if len(t["shape"]) > 1 or _is_scale(t))
     return {
         "weights": sum(entry["weights"] for entry in types.values()),
-        "bits_per_weight": 8 * sum(t["bytes"] for t in matrices) / weights if weights else None,
+        "bits_per_weight": 8 * n_bytes / weights if weights else None,
         "types": types,
     }
+
+
+def _is_scale(tensor: Mapping[str, Any]) -> bool:
+    """Whether a tensor holds the scales of a W8A8 matrix."""
+    return bool(tensor["name"].endswith(".weight_scale"))
 
 
 def summarise(tensors: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -258,3 +258,10 @@ def test_absurd_width(tmp_path, width):
     assert "defect" in describe(path)["code"]
     with pytest.raises(GGUFError):
         describe(path, ["0"])
+
+
+def test_scales_of_rows_are_no_weights(tmp_path):
+    plain, scaled = (make_model(tmp_path / f"{kind}.gguf", weight_type=kind) for kind in ("F32", "W8A8"))
+    found = [describe(path)["file"] for path in (plain, scaled)]
+    assert found[0]["weights"] == found[1]["weights"]
+    assert found[1]["bits_per_weight"] > 8
