@@ -513,7 +513,7 @@ void matmul(const MatmulArgs& args) {
 // Everything else of attention is the base's.
 
 // Tiles: results 0 and 1 (queries x 16 keys), queries 2 (queries x 32 dimensions), keys 3 and 4 (8 times 4 dimensions x
-// 16 keys). Two panels of keys, so that one product runs while the other is scaled.
+// 16 keys). The products of two panels of keys do not wait for each other.
 void configure_scores() {
     TileConfig config;
     for (uint32_t i = 0; i < 5; ++i) {
