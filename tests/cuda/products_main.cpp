@@ -4,6 +4,7 @@
 // program with 1.
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <cstdlib>
 #include <memory>
 #include <string>
@@ -118,8 +119,10 @@ std::vector<std::byte> weights_of(WeightType type, uint32_t n_rows, uint32_t inn
     std::vector<std::byte> rows(n_rows * quant::row_bytes(type, inner));
     if (quant::scales_rows(type)) {
         for (std::byte& b : rows) b = std::byte(int(below(255)) - 127);
-        for (size_t end = rows.size() / n_rows; end <= rows.size(); end += rows.size() / n_rows)
-            std::memcpy(rows.data() + end - sizeof(float), values(1).data(), sizeof(float));
+        for (size_t end = rows.size() / n_rows; end <= rows.size(); end += rows.size() / n_rows) {
+            const float scale = std::fabs(values(1)[0]);
+            std::memcpy(rows.data() + end - sizeof scale, &scale, sizeof scale);
+        }
         return rows;
     }
     const auto half = [](std::byte* at, float x) {
@@ -157,8 +160,10 @@ Panels packed(const std::vector<std::byte>& rows, uint32_t n_rows, size_t row_by
     Panels panels(static_cast<std::byte*>(std::aligned_alloc(64, (n * stride + 63) / 64 * 64)));
     std::memset(panels.get(), 0xff, n * stride);  // what is not written would show
     for (uint32_t i = 0; i < n; ++i) {
-        if (!pack(rows.data() + i * 16 * row_bytes, std::min(16u, n_rows - i * 16), panels.get() + i * stride))
+        if (!pack(rows.data() + i * 16 * row_bytes, std::min(16u, n_rows - i * 16), panels.get() + i * stride)) {
+            std::fprintf(stderr, "a drawn row is refused%s\n", said.c_str());
             std::abort();
+        }
     }
     return panels;
 }
