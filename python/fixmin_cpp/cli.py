@@ -25,7 +25,24 @@ from . import _core
 from . import cli_output as output
 from ._core import __version__
 from .atomic_file import refuse_inputs, terminate_cleanly
-from .cli_help import App
+from .cli_app import (
+    CLUSTER,
+    FORWARD,
+    INPUT,
+    JOB,
+    MAKE,
+    MEASURE,
+    RUN,
+    All,
+    Debug,
+    Escape,
+    File,
+    Json,
+    Model,
+    Prompt,
+    Text,
+    app,
+)
 from .cli_options import (
     MACHINE,
     from_argv,
@@ -45,47 +62,6 @@ from .serve_options import SERVE_FIELDS
 
 __all__ = ["app", "main"]
 
-app = App(
-    name="fixmin",
-    help="Language models without an input embedding table: convert, run and inspect them.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-# Commands whose arguments are parsed where they are implemented.
-_FORWARD: dict[str, Any] = {
-    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
-    "add_help_option": False,
-}
-_MAKE, _RUN, _MEASURE = "Make a file", "Run a model", "Look and measure"
-_INPUT, _JOB, _CLUSTER = "Input and output", "The job", "On Ray (needs fixmin-cpp[ray])"
-
-_Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-_All = Annotated[bool, typer.Option("--all", help="Show everything, not a summary.")]
-_Model = Annotated[
-    Path, typer.Option("-m", "--model", metavar="FILE.gguf", help="File of the model.", rich_help_panel=MACHINE)
-]
-_Prompt = Annotated[
-    str | None,
-    typer.Option("-p", "--prompt", metavar="TEXT", help="The text. Default, or -: stdin.", rich_help_panel=_INPUT),
-]
-_File = Annotated[
-    Path | None,
-    typer.Option(
-        "-f", "--file", help="Read the text from a file (without its last newline; -: stdin).", rich_help_panel=_INPUT
-    ),
-]
-_Text = Annotated[Path, typer.Option("-f", "--file", help="Text, UTF-8; -: stdin.")]
-_Escape = Annotated[
-    bool,
-    typer.Option(
-        "--escape/--no-escape",
-        help=r"Read \n, \t, \r, \" and \\ in --prompt, --stop and --choice as the characters they stand for.",
-        rich_help_panel=_INPUT,
-    ),
-]
-
 
 def main() -> None:
     """The command, once it has been imported (fixmin_command)."""
@@ -101,30 +77,30 @@ def _root(
         raise typer.Exit
 
 
-@app.command(**_FORWARD, rich_help_panel=_MAKE)
+@app.command(**FORWARD, rich_help_panel=MAKE)
 def convert(context: typer.Context) -> None:
     """Convert a Hugging Face checkpoint to GGUF and certify the result (needs fixmin-cpp[convert])."""
     _forward(context, "main")
 
 
-@app.command(**_FORWARD, rich_help_panel=_MAKE)
+@app.command(**FORWARD, rich_help_panel=MAKE)
 def verify(context: typer.Context) -> None:
     """Certify a GGUF file against its checkpoint again (needs fixmin-cpp[convert])."""
     _forward(context, "verify_main")
 
 
-@app.command(rich_help_panel=_MEASURE)
+@app.command(rich_help_panel=MEASURE)
 def tokenize(
     model: Annotated[
         Path,
         typer.Option("-m", "--model", metavar="FILE.gguf", help="File with the tokenizer. Nothing else of it is read."),
     ],
-    prompt: _Prompt = None,
-    file: _File = None,
-    escape: _Escape = True,
+    prompt: Prompt = None,
+    file: File = None,
+    escape: Escape = True,
     ids: Annotated[bool, typer.Option("--ids", help="Print the ids alone, in one line.")] = False,
-    as_json: _Json = False,
-    debug: _Debug = False,
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Show the tokens of a text: a line for each, with its id and the text that it stands for.
 
@@ -150,16 +126,16 @@ def tokenize(
             output.note(f"{len(token_ids):,} tokens")
 
 
-@app.command(rich_help_panel=_MEASURE)
+@app.command(rich_help_panel=MEASURE)
 @with_load_options(before="quiet")
 def score(
-    model: _Model,
-    prompt: _Prompt = None,
-    file: _File = None,
-    escape: _Escape = True,
+    model: Model,
+    prompt: Prompt = None,
+    file: File = None,
+    escape: Escape = True,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No table of the tokens.")] = False,
-    as_json: _Json = False,
-    debug: _Debug = False,
+    as_json: Json = False,
+    debug: Debug = False,
     **options: Any,
 ) -> None:
     """Show how probable the model finds a text: its perplexity, and each token's probability and rank.
@@ -191,7 +167,7 @@ def score(
         )
 
 
-@app.command(rich_help_panel=_MEASURE)
+@app.command(rich_help_panel=MEASURE)
 def inspect(
     file: Annotated[Path, typer.Argument(metavar="FILE.gguf", help="File of any architecture.")],
     tokens: Annotated[
@@ -203,9 +179,9 @@ def inspect(
             help="Show the code of these ids or of the tokens of this text; repeatable.",
         ),
     ] = None,
-    everything: _All = False,
-    as_json: _Json = False,
-    debug: _Debug = False,
+    everything: All = False,
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Show a GGUF file: hyper-parameters, the code and its matrix, certificate, tensors.
 
@@ -220,20 +196,20 @@ def inspect(
         )
 
 
-@app.command(rich_help_panel=_RUN)
+@app.command(rich_help_panel=RUN)
 @with_load_options(before="debug")
 @with_options(before="debug")
 def generate(
-    model: _Model,
-    prompt: _Prompt = None,
-    file: _File = None,
-    escape: _Escape = True,
+    model: Model,
+    prompt: Prompt = None,
+    file: File = None,
+    escape: Escape = True,
     stream: Annotated[
-        bool, typer.Option("--stream/--no-stream", help="Print text as it is generated.", rich_help_panel=_INPUT)
+        bool, typer.Option("--stream/--no-stream", help="Print text as it is generated.", rich_help_panel=INPUT)
     ] = True,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No timings on stderr.", rich_help_panel=_INPUT)] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.", rich_help_panel=_INPUT)] = False,
-    debug: _Debug = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No timings on stderr.", rich_help_panel=INPUT)] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.", rich_help_panel=INPUT)] = False,
+    debug: Debug = False,
     **options: Any,
 ) -> None:
     """Continue a prompt. The text goes to stdout, timings to stderr.
@@ -298,46 +274,46 @@ def _summary(completion: Any, *, sampled: bool) -> str:
     )
 
 
-@app.command(rich_help_panel=_RUN)
+@app.command(rich_help_panel=RUN)
 @with_load_options(before="quiet", without=["n_parallel"], rare=True)
 @with_options(before="debug")
 def batch(
     source: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="One JSON object per line.")],
     target: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="One record per line of input, in its order.")],
-    model: _Model,
+    model: Model,
     task: Annotated[
-        str, typer.Option(help="generate, score (log-probabilities) or embed (mean state).", rich_help_panel=_JOB)
+        str, typer.Option(help="generate, score (log-probabilities) or embed (mean state).", rich_help_panel=JOB)
     ] = "generate",
     token_ids: Annotated[
-        bool, typer.Option("--token-ids", help="Write the ids of generated tokens too.", rich_help_panel=_JOB)
+        bool, typer.Option("--token-ids", help="Write the ids of generated tokens too.", rich_help_panel=JOB)
     ] = False,
     n_parallel: Annotated[
-        int, typer.Option("--parallel", help="Lines that a model works on at a time.", rich_help_panel=_JOB)
+        int, typer.Option("--parallel", help="Lines that a model works on at a time.", rich_help_panel=JOB)
     ] = 64,
     fail_fast: Annotated[
-        bool, typer.Option("--fail-fast", help="End at the first bad line.", rich_help_panel=_JOB)
+        bool, typer.Option("--fail-fast", help="End at the first bad line.", rich_help_panel=JOB)
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Start again, whatever OUT.jsonl holds.", rich_help_panel=_JOB)
+        bool, typer.Option("--overwrite", help="Start again, whatever OUT.jsonl holds.", rich_help_panel=JOB)
     ] = False,
     ray: Annotated[
         str | None,
         typer.Option(
-            metavar="ADDRESS", help="Run on a Ray cluster: auto, HOST:PORT, or local.", rich_help_panel=_CLUSTER
+            metavar="ADDRESS", help="Run on a Ray cluster: auto, HOST:PORT, or local.", rich_help_panel=CLUSTER
         ),
     ] = None,
     ray_actors: Annotated[
-        int | None, typer.Option(help="Models in the cluster. Default: one per node, or GPU.", rich_help_panel=_CLUSTER)
+        int | None, typer.Option(help="Models in the cluster. Default: one per node, or GPU.", rich_help_panel=CLUSTER)
     ] = None,
     ray_lines: Annotated[
-        int | None, typer.Option(help="Lines of a Ray task. Default: 4 times --parallel.", rich_help_panel=_CLUSTER)
+        int | None, typer.Option(help="Lines of a Ray task. Default: 4 times --parallel.", rich_help_panel=CLUSTER)
     ] = None,
     ray_gpus: Annotated[
-        float | None, typer.Option(help="GPUs of each model. Default: 1 with --device cuda.", rich_help_panel=_CLUSTER)
+        float | None, typer.Option(help="GPUs of each model. Default: 1 with --device cuda.", rich_help_panel=CLUSTER)
     ] = None,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Neither progress nor a summary.")] = False,
-    as_json: _Json = False,
-    debug: _Debug = False,
+    as_json: Json = False,
+    debug: Debug = False,
     **options: Any,
 ) -> None:
     """Answer every line of a file by a line of another one. A job that was ended goes on when it is started again.
@@ -377,7 +353,7 @@ def batch(
             output.report(dataclasses.asdict(report), as_json)
 
 
-@app.command(rich_help_panel=_RUN)
+@app.command(rich_help_panel=RUN)
 @with_environment("quiet", "debug")
 @with_serve_options(before="api_key_file")
 def serve(
@@ -393,7 +369,7 @@ def serve(
         LogFormat, typer.Option(case_sensitive=False, help="json: an object per line.")
     ] = LogFormat.text,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="The same as --log-level warning.")] = False,
-    debug: _Debug = False,
+    debug: Debug = False,
     **options: Any,
 ) -> None:
     """Serve a model to OpenAI's clients and to a browser (needs fixmin-cpp[serve]). docs/serving.md describes it.
@@ -434,10 +410,10 @@ def _keys_of(path: Path | None) -> tuple[str, ...]:
     return keys
 
 
-@app.command(rich_help_panel=_MEASURE)
+@app.command(rich_help_panel=MEASURE)
 @with_load_options(before="everything", without=["n_ctx"])
 def bench(
-    model: _Model,
+    model: Model,
     prompt: Annotated[
         int | None, typer.Option("-p", "--prompt", help="Tokens of a prefill. Default: 512, or what fits the context.")
     ] = None,
@@ -446,9 +422,9 @@ def bench(
     ] = None,
     depth: Annotated[int, typer.Option("-d", "--depth", help="Tokens in the context before decoding begins.")] = 0,
     repeat: Annotated[int, typer.Option("-r", "--repeat", help="How often prefill and decode take turns.")] = 5,
-    everything: _All = False,
-    as_json: _Json = False,
-    debug: _Debug = False,
+    everything: All = False,
+    as_json: Json = False,
+    debug: Debug = False,
     **options: Any,
 ) -> None:
     """Measure prefill and decode, and how much of the machine that is.
@@ -500,7 +476,7 @@ def bench(
             output.write("".join(line + "\n" for line in report.summary()))
 
 
-@app.command(rich_help_panel=_MAKE)
+@app.command(rich_help_panel=MAKE)
 def quantize(
     source: Annotated[Path, typer.Argument(metavar="IN.gguf", help="F32, F16 or BF16 file of the model.")],
     target: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="File to write; appears when it is complete.")],
@@ -533,9 +509,9 @@ def quantize(
     threads: Annotated[
         int | None, typer.Option("-t", "--threads", help="Default, 0 or -1: the CPUs of this process.")
     ] = None,
-    everything: _All = False,
-    as_json: _Json = False,
-    debug: _Debug = False,
+    everything: All = False,
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Write a model in another number format (needs fixmin-cpp[quantize]).
 
@@ -579,20 +555,20 @@ def _change(tensor: Any) -> str:
     return change + note
 
 
-@app.command(rich_help_panel=_MAKE)
+@app.command(rich_help_panel=MAKE)
 @with_load_options(before="as_json", without=["n_ctx", "kv_type"])
 def imatrix(
     model: Annotated[
         Path, typer.Option("-m", "--model", metavar="FILE.gguf", help="File of the model, best in F32 or F16.")
     ],
-    file: _Text,
+    file: Text,
     out: Annotated[
         Path,
         typer.Option("-o", "--out", metavar="OUT.gguf", help="File to write, for `fixmin quantize --imatrix`."),
     ],
     ctx: Annotated[int | None, typer.Option("-c", "--ctx", help="Tokens of a chunk. Default: 512 at most.")] = None,
-    as_json: _Json = False,
-    debug: _Debug = False,
+    as_json: Json = False,
+    debug: Debug = False,
     **options: Any,
 ) -> None:
     """Collect how large the inputs of every matrix are over a text (needs fixmin-cpp[quantize]).
@@ -611,11 +587,11 @@ def imatrix(
         output.report({**dataclasses.asdict(report), "path": str(report.path)}, as_json)
 
 
-@app.command(rich_help_panel=_MEASURE)
+@app.command(rich_help_panel=MEASURE)
 @with_load_options(before="base_kv_type", without=["n_ctx"])
 def perplexity(
-    model: _Model,
-    file: _Text,
+    model: Model,
+    file: Text,
     ctx: Annotated[int | None, typer.Option("-c", "--ctx", help="Tokens of a window. Default: the model's.")] = None,
     stride: Annotated[
         int | None, typer.Option(help="Tokens from one window to the next. Default: ctx, without overlap.")
@@ -629,8 +605,8 @@ def perplexity(
     base_kv_type: Annotated[
         str | None, typer.Option(help="The base model's. Default: the same.", rich_help_panel=MACHINE)
     ] = None,
-    as_json: _Json = False,
-    debug: _Debug = False,
+    as_json: Json = False,
+    debug: Debug = False,
     **options: Any,
 ) -> None:
     """Perplexity of a text, and the divergence from another model's predictions.
@@ -669,8 +645,8 @@ def perplexity(
         output.report(facts, as_json)
 
 
-@app.command(rich_help_panel=_MEASURE)
-def info(as_json: _Json = False, debug: _Debug = False) -> None:
+@app.command(rich_help_panel=MEASURE)
+def info(as_json: Json = False, debug: Debug = False) -> None:
     """Show the CPU, the instruction sets, the GPUs and the versions that this installation uses."""
     from .api import system_info
 

@@ -111,9 +111,10 @@ PYTHON = (
     {"model"},
     {"evaluate", "hf", "lm_eval", "lm_eval_model", "benchmark", "inspect", "logs"},
     {"convert", "quantization", "openai_api"},
-    {"batch_lines", "batch_output", "batch_work", "batch_ray", "batch", "serve"},
+    {"export", "rewrap"},
+    {"batch_lines", "batch_output", "batch_work", "batch_ray", "batch", "serve", "compare"},
     {"api"},
-    {"cli", "cli_help", "cli_options", "cli_output", "__main__"},
+    {"cli", "cli_app", "cli_compare", "cli_export", "cli_help", "cli_hub", "cli_options", "cli_output", "__main__"},
 )
 CONVERT = (
     {"spec"},
