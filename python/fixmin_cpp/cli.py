@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from . import _core
+from . import cli_hub as _cli_hub  # noqa: F401  # its commands
 from . import cli_output as output
 from ._core import __version__
 from .atomic_file import refuse_inputs, terminate_cleanly
@@ -93,7 +94,7 @@ def verify(context: typer.Context) -> None:
 def tokenize(
     model: Annotated[
         Path,
-        typer.Option("-m", "--model", metavar="FILE.gguf", help="File with the tokenizer. Nothing else of it is read."),
+        typer.Option("-m", "--model", metavar="MODEL", help="File with the tokenizer. Nothing else of it is read."),
     ],
     prompt: Prompt = None,
     file: File = None,
@@ -111,7 +112,7 @@ def tokenize(
 
     with output.errors(debug):
         text = read_prompt(prompt, file, escape)
-        _, tokenizer = read_tokenizer(model)
+        _, tokenizer = read_tokenizer(output.locate(model, quiet=ids or as_json).path)
         token_ids = tokenizer.encode(text)
         pieces = [tokenizer.token_piece(i) for i in token_ids]
         if as_json:
@@ -191,8 +192,9 @@ def inspect(
 
     with output.errors(debug):
         console = output.Stdout(highlight=False, emoji=False)
+        found = output.locate(file, quiet=as_json).path
         render(
-            file, [from_argv(text) for text in tokens or []], as_json=as_json, all_tensors=everything, console=console
+            found, [from_argv(text) for text in tokens or []], as_json=as_json, all_tensors=everything, console=console
         )
 
 
@@ -239,7 +241,7 @@ def generate(
                     output.write(f"--- {i + 1} of {len(answers)}, seed {each.seed} ---\n")
                 output.write("\n" if one and stream else each.text + "\n")
                 if not quiet:
-                    output.note(_summary(each, sampled=arguments.get("temperature", 0.0) > 0))
+                    output.note(output.summary(each, sampled=arguments.get("temperature", 0.0) > 0))
             if not quiet:
                 _tell_without_effect(arguments)
 
@@ -263,15 +265,6 @@ def _stream(model: Any, text: str, arguments: dict[str, Any], *, show: bool) -> 
             if show:
                 output.write(piece.text)
     return pieces.completion
-
-
-def _summary(completion: Any, *, sampled: bool) -> str:
-    t = completion.timings
-    return (
-        f"{t.n_prompt} prompt tokens ({t.prefill_tok_s:,.0f}/s), "
-        f"{t.n_generated} new ({t.decode_tok_s:,.1f}/s), finish {completion.finish_reason}"
-        + (f", seed {completion.seed}" if sampled else "")
-    )
 
 
 @app.command(rich_help_panel=RUN)
@@ -325,6 +318,7 @@ def batch(
     from .batch import run_batch
 
     with output.errors(debug):
+        model = output.locate(model, quiet=quiet or as_json).path
         load = load_options(options)
         arguments = read_options(options, escape=True)
         seed = arguments.pop("seed", 0)
@@ -392,7 +386,8 @@ def serve(
         options |= {name: tuple(options[name] or ()) for name, row in SERVE_FIELDS.items() if row.default == ()}
         options["api_keys"] += _keys_of(api_key_file)
         template = None if chat_template is None else read_text(chat_template)
-        settings = package.ServeSettings(model=str(model), chat_template=template, **options)
+        found = output.locate(model, quiet=quiet)
+        settings = package.ServeSettings(model=str(found.path), chat_template=template, **options)
         package.run(settings)
         if any(thread.name.startswith("fixmin-") and thread.daemon for thread in threading.enumerate()):
             # Threads that cannot be interrupted must not meet an interpreter that is being taken down.
@@ -460,6 +455,7 @@ def bench(
     from .benchmark import bench as measure
 
     with output.errors(debug):
+        model = output.locate(model, quiet=as_json).path
         with output.status(as_json) as tell:
             report = measure(
                 model,

@@ -34,7 +34,6 @@ app = App(
     name="fixmin",
     help="Language models without an input embedding table: convert, run and inspect them.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 # Commands whose arguments are parsed where they are implemented.
@@ -49,7 +48,14 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 All = Annotated[bool, typer.Option("--all", help="Show everything, not a summary.")]
 Model = Annotated[
-    Path, typer.Option("-m", "--model", metavar="FILE.gguf", help="File of the model.", rich_help_panel=MACHINE)
+    Path,
+    typer.Option(
+        "-m",
+        "--model",
+        metavar="MODEL",
+        help="GGUF file, checkpoint folder, or OWNER/NAME[@REVISION][:TYPE] of the Hugging Face hub.",
+        rich_help_panel=MACHINE,
+    ),
 ]
 Prompt = Annotated[
     str | None,

@@ -19,10 +19,27 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from .errors import FixminError
+from .hub import Code, Found
 from .inspect import printable
 from .progress import bar as _terminal_bar
 
-__all__ = ["Stdout", "bar", "errors", "extra", "guarded", "json_pieces", "load", "note", "report", "status", "write"]
+__all__ = [
+    "Stdout",
+    "bar",
+    "colored",
+    "errors",
+    "extra",
+    "guarded",
+    "json_pieces",
+    "load",
+    "locate",
+    "note",
+    "painted",
+    "report",
+    "status",
+    "summary",
+    "write",
+]
 
 # Import names of what an extra of this package installs. A test compares them with pyproject.toml.
 EXTRAS = {
@@ -32,9 +49,11 @@ EXTRAS = {
     "serve": ("fastapi", "uvicorn", "h11", "prometheus_client", "jinja2", "llguidance", "starlette", "pydantic"),
     "ray": ("ray",),
     "hub": ("huggingface_hub",),
+    "run": ("prompt_toolkit",),
     "eval": ("lm_eval", "typing_extensions"),
     "bench": ("matplotlib",),
 }
+_MOST_FILES = 20  # of a checkpoint's code that are shown before it runs
 _PATIENCE = 0.4  # seconds after which a line says what takes so long, where no bar can be seen
 
 
@@ -165,10 +184,64 @@ def extra(module: str, name: str) -> Any:
     return importlib.import_module(f".{module}", __package__)
 
 
-def load(path: Path, *, quiet: bool = False, **settings: Any) -> Any:
+def locate(model: str | os.PathLike[str], *, quiet: bool = False, **selection: Any) -> Found:
+    """The file of a model, by hub.find: what is no file may be converted first, after a question if code runs then."""
+    from .hub import find
+
+    selection = {"trust_remote_code": _confirm, **selection}
+    if quiet or not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # before huggingface_hub is imported
+    return find(model, log=None if quiet else _tell, **selection)
+
+
+_SHOWN = ("converting", "certified", "warning", "the hub", "another process")
+
+
+def _tell(line: str) -> None:
+    """Of a conversion's lines those that everybody wants to see; `fixmin convert` shows them all."""
+    if line.startswith(_SHOWN):
+        note(printable(line))
+
+
+def _confirm(code: Code) -> bool:
+    """Shows what would run and asks. Without a terminal nobody can say yes."""
+    if sys.stdin is None or not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return False
+    lines = code.lines()
+    more = len(lines) - _MOST_FILES
+    note(f"{code.where} comes with Python code. Converting runs it, and it could do anything that you can do:", "bold")
+    for line in [*lines[:_MOST_FILES], *([f"and {more} more"] if more > 0 else [])]:
+        print(f"  {printable(line)}", file=sys.stderr, flush=True)  # not broken at the width of the terminal
+    return typer.confirm("Run it?", default=False, err=True)
+
+
+def colored(wanted: bool | None) -> bool:
+    """Whether to colour stdout: as wanted, or if it is a terminal that has colours and nobody minds (NO_COLOR)."""
+    if wanted is not None:
+        return wanted
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") not in (None, "", "dumb")
+
+
+def painted(text: str, color: bool) -> str:
+    """What a model wrote, in its colour."""
+    return f"\x1b[32m{text}\x1b[0m" if color and text else text
+
+
+def summary(completion: Any, *, sampled: bool) -> str:
+    """Tokens, speed and end of a completion, and its seed if chance had a part in it."""
+    t = completion.timings
+    return (
+        f"{t.n_prompt} prompt tokens ({t.prefill_tok_s:,.0f}/s), "
+        f"{t.n_generated} new ({t.decode_tok_s:,.1f}/s), finish {completion.finish_reason}"
+        + (f", seed {completion.seed}" if sampled else "")
+    )
+
+
+def load(model: Path, *, quiet: bool = False, **settings: Any) -> Any:
     """The model, with a progress bar if someone is watching; in a pipe with a line if it takes a while."""
     from .model import Model
 
+    path = locate(model, quiet=quiet).path
     if quiet:
         return Model(path, **settings)
     if not sys.stderr.isatty():

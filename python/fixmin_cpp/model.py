@@ -24,6 +24,7 @@ from .constrain import Compiler
 from .errors import ArgumentError, ArgumentTypeError, ContextLengthError, FixminError, UnsupportedError, naming
 from .generation import Completion, OnToken, Plan
 from .generation_options import DEFAULT_BREAKERS, GenerationOptions, candidate_counts
+from .hub import find
 from .load_options import LOAD_FIELDS, LoadArguments, LoadOptions
 from .progress import bar
 from .recognise import refuse_wrong_model
@@ -117,6 +118,46 @@ class Model:
             self._info["n_threads"],
             self._info["isa"],
         )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | os.PathLike[str],
+        dtype: str | None = None,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        trust_remote_code: bool = False,
+        local_files_only: bool = False,
+        log: Callable[[str], object] | None = None,
+        progress: Callable[[float], object] | None = None,
+        **options: "Unpack[LoadArguments]",
+    ) -> "Model":
+        """A model by its name: a repository of the Hugging Face hub, a checkpoint folder or a GGUF file.
+
+        What is not GGUF yet is converted and certified once, by a process of its own, and kept in a cache
+        (`fixmin cache list`).
+
+        >>> Model.from_pretrained("owner/name", "q8_0", trust_remote_code=True)
+
+        Args:
+            model, dtype, revision, token, trust_remote_code, local_files_only, log: see fixmin_cpp.hub.find. dtype is
+                "q8_0" where the model has none yet.
+            progress, **options: see Model.
+
+        Raises:
+            What fixmin_cpp.hub.find and Model() raise.
+        """
+        found = find(
+            model,
+            dtype=dtype,
+            revision=revision,
+            token=token,
+            trust_remote_code=as_bool("trust_remote_code", trust_remote_code),
+            local_files_only=local_files_only,
+            log=log,
+        )
+        return cls(found.path, progress=progress, **options)
 
     # --- generation ------------------------------------------------------------------------------------------------
 

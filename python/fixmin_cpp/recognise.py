@@ -8,7 +8,14 @@ from pathlib import Path
 
 from .errors import GGUFError
 
-__all__ = ["describe_content", "describe_no_file", "describe_path", "describe_wrong_model", "refuse_wrong_model"]
+__all__ = [
+    "describe_content",
+    "describe_no_file",
+    "describe_path",
+    "describe_wrong_model",
+    "hub_id",
+    "refuse_wrong_model",
+]
 
 _LFS = b"version https://git-lfs.github.com/spec/"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -104,8 +111,8 @@ def describe_wrong_model(path: str | os.PathLike[str]) -> str | None:
         if path.suffix in (".safetensors", ".bin", ".pt", ".pth"):
             return f"weights of a checkpoint, not a GGUF file; convert its folder: fixmin convert {path.parent}"
         return describe_content(path, "gguf")
-    if not path.exists() and (hint := _download(path)) is not None:
-        return f"there is no such file; if this is a model of the Hugging Face hub: {hint}, then convert it"
+    if not path.exists() and _download(path) is not None:
+        return f"there is no such file; if this is a model of the Hugging Face hub: fixmin run {hub_id(str(path))}"
     return None
 
 
@@ -117,8 +124,16 @@ def refuse_wrong_model(path: str | os.PathLike[str]) -> None:
         raise kind(f"{os.fspath(path)}: {reason}")
 
 
+def hub_id(text: str) -> str | None:
+    """OWNER/NAME of the Hugging Face hub, from that, hf.co/OWNER/NAME or the address; None if it looks like a path."""
+    text = text.rstrip("/")
+    name = re.sub(r"^(https?:/+)?(www\.)?(huggingface\.co|hf\.co)/", "", text)
+    if not _HUB_ID.fullmatch(name) or name.endswith((".gguf", ".safetensors")):
+        return None
+    return None if name == text and Path(text).parent.is_dir() else name
+
+
 def _download(path: Path) -> str | None:
     """How to fetch what looks like OWNER/NAME of the hub, or an address of it; None if it does not."""
-    text = re.sub(r"^https?:/+(www\.)?(huggingface\.co|hf\.co)/", "", str(path)).removeprefix("hf.co/")
-    named = _HUB_ID.fullmatch(text) and not path.parent.is_dir() and path.suffix not in (".gguf", ".safetensors")
-    return f"hf download {text} --local-dir {text.split('/')[1]}" if named else None
+    name = hub_id(str(path))
+    return None if name is None else f"hf download {name} --local-dir {name.split('/')[1]}"

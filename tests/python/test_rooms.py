@@ -105,7 +105,7 @@ def imported(name: str, path: Path, known: Iterable[str]) -> set[str]:
 # package itself and the two ways into the converter, stands above them all.
 PYTHON = (
     {"_core", "errors", "progress", "atomic_file", "arguments"},
-    {"fields", "json_schema", "tokenizer", "text", "constrain", "state", "recognise"},
+    {"fields", "json_schema", "tokenizer", "text", "constrain", "state", "recognise", "hub"},
     {"sampling_fields", "load_options", "serve_options", "generation_options"},
     {"generation", "running", "beam"},
     {"model"},
@@ -114,7 +114,18 @@ PYTHON = (
     {"export", "rewrap"},
     {"batch_lines", "batch_output", "batch_work", "batch_ray", "batch", "serve", "compare"},
     {"api"},
-    {"cli", "cli_app", "cli_compare", "cli_export", "cli_help", "cli_hub", "cli_options", "cli_output", "__main__"},
+    {
+        "cli",
+        "cli_app",
+        "cli_compare",
+        "cli_export",
+        "cli_help",
+        "cli_hub",
+        "cli_options",
+        "cli_output",
+        "cli_session",
+        "__main__",
+    },
 )
 CONVERT = (
     {"spec"},
