@@ -47,6 +47,15 @@ class FixMinConfig(PretrainedConfig):
     """
 
     model_type = "fixmin"
+    # How engines split the model: over tensors (the input or the output of a projection) and over layers.
+    base_model_tp_plan = {  # noqa: RUF012
+        **{f"layers.*.{name}": "colwise" for name in ("attn_q", "attn_k", "attn_v", "ffn_gate", "ffn_up")},
+        **{f"layers.*.{name}": "rowwise" for name in ("attn_output", "ffn_down")},
+    }
+    base_model_pp_plan = {  # noqa: RUF012
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "output_norm": (["hidden_states"], ["hidden_states"]),
+    }
     keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012 - the base class declares it as a plain attribute
 
     def __init__(

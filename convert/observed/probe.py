@@ -486,7 +486,7 @@ def _tie_output(model: nn.Module, missing: list[str], file_name: dict[str, str])
         output, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
         return missing
-    if output is None or embedding is None:
+    if output is None or getattr(embedding, "weight", None) is None:
         return missing
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter is output.weight and name in missing and output.weight.shape == embedding.weight.shape:

@@ -90,6 +90,12 @@ def verify(context: typer.Context) -> None:
     _forward(context, "verify_main")
 
 
+@app.command(**FORWARD, rich_help_panel=MAKE)
+def rewrap(context: typer.Context) -> None:
+    """Write a checkpoint with PyTorch code that has a KV cache and runs in vLLM (needs fixmin-cpp[convert])."""
+    _forward(context, "rewrap_main")
+
+
 @app.command(rich_help_panel=MEASURE)
 def tokenize(
     model: Annotated[
@@ -654,7 +660,7 @@ def info(as_json: Json = False, debug: Debug = False) -> None:
 
 
 def _forward(context: typer.Context, name: str) -> None:
-    """Runs a command of fixmin_cpp.convert.convert, which parses its own arguments."""
+    """Runs a command of fixmin_cpp.convert.command_line, which parses its own arguments."""
     arguments = list(context.args)
     debug = "--debug" in arguments
     if debug:
@@ -664,7 +670,7 @@ def _forward(context: typer.Context, name: str) -> None:
             output.note("starting the converter ...")
         else:
             tell("starting the converter: PyTorch and transformers take some seconds")
-        code = getattr(output.extra("convert.convert", "convert"), name)(arguments)
+        code = getattr(output.extra("convert.command_line", "convert"), name)(arguments)
     raise typer.Exit(code or 0)
 
 

@@ -19,7 +19,8 @@ import fixmin_cpp
 from fixmin_cpp import _core
 from fixmin_cpp.convert import convert as module
 from fixmin_cpp.convert.certify import open_engine
-from fixmin_cpp.convert.convert import CertificationError, ConsoleReporter, convert, main, verify_main
+from fixmin_cpp.convert.command_line import main, verify_main
+from fixmin_cpp.convert.convert import CertificationError, ConsoleReporter, convert
 from fixmin_cpp.convert.gguf_file.formats import OUT_TYPES
 from fixmin_cpp.errors import CheckpointError
 

@@ -111,7 +111,7 @@ PYTHON = (
     {"model"},
     {"evaluate", "hf", "lm_eval", "lm_eval_model", "benchmark", "inspect", "logs"},
     {"convert", "quantization", "openai_api"},
-    {"export", "rewrap"},
+    {"export"},
     {"batch_lines", "batch_output", "batch_work", "batch_ray", "batch", "serve", "compare"},
     {"api"},
     {
@@ -133,7 +133,8 @@ CONVERT = (
     {"observed", "stated"},
     {"resolve"},
     {"certify"},
-    {"convert"},
+    {"convert", "rewrap"},
+    {"command_line"},
 )
 WAYS_IN = {"fixmin_cpp", "fixmin_cpp.convert", "fixmin_cpp.convert.hf_to_gguf"}
 

@@ -153,7 +153,7 @@ def test_fixed_code_is_the_bits_of_the_id(width):
     vocab_size = 2**width - (1 if width > 1 else 0)  # not a power of two where there is a choice
     code = TokenCode(FixMinConfig(vocab_size=vocab_size, code_width=width))
     ids = torch.arange(vocab_size) if width <= 16 else torch.randint(0, vocab_size, (5000,))
-    bits = code(ids)
+    bits = code.codes(ids)
     assert not list(code.buffers())  # computed, not looked up
     assert bits.shape == (len(ids), width)
     assert_array_equal((bits.numpy() << np.arange(width)).sum(-1), ids.numpy())
@@ -169,7 +169,7 @@ def test_table_made_from_an_affine_map_gives_the_same_logits(make_model):
     fill_code(affine)
     table = make_model(code_kind="table")
     table.load_state_dict({n: t for n, t in affine.state_dict().items() if "code" not in n}, strict=False)
-    table.model.code.table.copy_(affine.model.code(torch.arange(300)))
+    table.model.code.table.copy_(affine.model.code.codes(torch.arange(300)))
     with torch.no_grad():
         assert torch.equal(affine(ids_of(9)).logits, table(ids_of(9)).logits)
 
@@ -178,7 +178,7 @@ def test_identity_map_is_the_fixed_code():
     config = {"vocab_size": 4096}
     fixed, affine = TokenCode(FixMinConfig(**config)), TokenCode(FixMinConfig(code_kind="affine", **config))
     ids = torch.arange(4096)
-    assert torch.equal(fixed(ids), affine(ids))
+    assert torch.equal(fixed.codes(ids), affine.codes(ids))
 
 
 def test_lift_tile_and_interleave():

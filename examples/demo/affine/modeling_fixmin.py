@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_fixmin import FixMinConfig
 
@@ -33,7 +34,7 @@ CACHE_FIELD = next(f.name for f in dataclasses.fields(CausalLMOutputWithPast) if
 
 
 class TokenCode(nn.Module):
-    """Token ids [...] -> codes [..., K] of 0 and 1 (int64).
+    """Token ids [...] -> vectors x [..., D] (float32), in the place of an embedding table.
 
     What a kind needs beside the id is a buffer stored with the weights, never something made in the constructor:
     transformers builds models on the meta device, where nothing can be computed.
@@ -41,7 +42,7 @@ class TokenCode(nn.Module):
 
     def __init__(self, config: FixMinConfig) -> None:
         super().__init__()
-        self.kind, self.width = config.code_kind, config.code_width
+        self.config, self.kind, self.width = config, config.code_kind, config.code_width
         if self.kind == "affine":
             self.register_buffer("matrix", torch.eye(self.width, dtype=torch.uint8))  # A [K, K]
             self.register_buffer("shift", torch.zeros(self.width, dtype=torch.uint8))  # b [K]
@@ -49,6 +50,10 @@ class TokenCode(nn.Module):
             self.register_buffer("table", torch.zeros(config.vocab_size, self.width, dtype=torch.uint8))  # [V, K]
 
     def forward(self, ids: Tensor) -> Tensor:
+        return lift(self.codes(ids), self.config, torch.float32)
+
+    def codes(self, ids: Tensor) -> Tensor:
+        """Ids [...] -> codes [..., K] of 0 and 1 (int64)."""
         if self.kind == "table":
             return self.table[ids].long()
         code = (ids[..., None] >> torch.arange(self.width, device=ids.device)) & 1  # c [..., K]
@@ -88,10 +93,27 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, config: FixMinConfig) -> Tensor:
     return torch.cat((turned.to(x.dtype), rest), dim=-1)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """softmax(q·kᵀ·scale + mask)·v: q [B, H, T, d], k and v [B, H, S, d], mask [B, 1, T, S] -> [B, H, T, d]."""
-    scores = q @ k.transpose(-1, -2) * scale + mask
-    return torch.softmax(scores, dim=-1) @ v
+def eager_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **others: Any,
+) -> tuple[Tensor, Tensor]:
+    """softmax(q·kᵀ·scaling + mask)·v, as transformers calls it: implementation "eager".
+
+    query [B, H, T, d], key and value [B, G, S, d], mask [B, 1, T, S] -> [B, T, H, d], and the weights [B, H, T, S].
+    """
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)  # [B, H, S, d]
+    scores = query @ key.transpose(-1, -2) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = torch.softmax(scores, dim=-1)
+    return (weights @ value).transpose(1, 2), weights
 
 
 def causal_mask(positions: int, past: int, padding: Tensor | None, like: Tensor) -> Tensor:
@@ -114,11 +136,18 @@ def make_norm(config: FixMinConfig) -> nn.Module:
 
 
 class FixMinBlock(nn.Module):
-    """One pre-norm transformer block, [B, T, D] -> [B, T, D]."""
+    """One pre-norm transformer block, [B, T, D] -> [B, T, D].
+
+    Its attention is what `config._attn_implementation` names among transformers' ALL_ATTENTION_FUNCTIONS. Engines that
+    have one of their own (vLLM, SGLang) put it there, and read layer_idx, scaling and is_causal.
+    """
+
+    is_causal = True
 
     def __init__(self, config: FixMinConfig, layer: int) -> None:
         super().__init__()
-        self.config, self.layer = config, layer
+        self.config, self.layer_idx, self.scaling = config, layer, config.scale
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         width, hidden = config.hidden_size, config.intermediate_size
         kv_width = config.num_key_value_heads * config.head_dim
         self.attn_norm = make_norm(config)
@@ -132,81 +161,36 @@ class FixMinBlock(nn.Module):
         self.ffn_up = nn.Linear(width, hidden, bias=config.mlp_bias)
         self.ffn_down = nn.Linear(hidden, width, bias=config.mlp_bias)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
-        x = x + self.attend(self.attn_norm(x), cos, sin, mask, cache)
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Cache | None, **others: Any
+    ) -> Tensor:
+        q, k, v = self.project(self.attn_norm(x), cos, sin, cache)
+        implementation = self.config._attn_implementation or "eager"
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
+        y = attention(self, q, k, v, mask, scaling=self.scaling, **others)[0]  # [B, T, H, d]
+        x = x + self.attn_output(y.reshape(*x.shape[:2], -1))
         return x + self.feed_forward(self.ffn_norm(x))
 
-    def attend(self, h: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
-        config = self.config
-        heads = (*h.shape[:2], -1, config.head_dim)
+    def project(self, h: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None) -> tuple[Tensor, Tensor, Tensor]:
+        """h [B, T, D] -> q [B, H, T, d], and k and v [B, G, S, d] with those of the cache before them."""
+        heads = (*h.shape[:2], -1, self.config.head_dim)
         q = self.attn_q(h).view(heads).transpose(1, 2)  # [B, H, T, d]
         k = self.attn_k(h).view(heads).transpose(1, 2)  # [B, G, T, d]
         v = self.attn_v(h).view(heads).transpose(1, 2)  # [B, G, T, d]
-        q, k = rotate(q, cos, sin, config), rotate(k, cos, sin, config)
+        q, k = rotate(q, cos, sin, self.config), rotate(k, cos, sin, self.config)
         if cache is not None:
-            past = int(cache.get_seq_length(self.layer))
+            past = int(cache.get_seq_length(self.layer_idx))
             length = past + h.shape[1]  # S
             # The static cache of transformers 5.0 is told the places; later releases count, and ignore this.
-            k, v = cache.update(k, v, self.layer, {"cache_position": torch.arange(past, length, device=h.device)})
+            k, v = cache.update(k, v, self.layer_idx, {"cache_position": torch.arange(past, length, device=h.device)})
             k, v = k[:, :, :length], v[:, :, :length]  # [B, G, S, d]: a static cache returns its empty places too
-        group = config.num_attention_heads // config.num_key_value_heads
-        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)  # [B, H, S, d]
-        if mask is None:
-            # Only for attn_implementation "sdpa": PyTorch's fused kernel, the fair opponent of a benchmark.
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, scale=config.scale)
-        else:
-            y = attention(q, k, v, mask, config.scale)
-        return self.attn_output(y.transpose(1, 2).flatten(2))
+        return q, k, v
 
     def feed_forward(self, h: Tensor) -> Tensor:
         if self.config.activation == "swiglu":
             return self.ffn_down(F.silu(self.ffn_gate(h)) * self.ffn_up(h))
         approximate = "tanh" if self.config.activation == "gelu_tanh" else "none"
         return self.ffn_down(F.gelu(self.ffn_up(h), approximate=approximate))
-
-
-class FixMinModel(nn.Module):
-    """Everything below `lm_head`: codes, blocks and the last norm."""
-
-    def __init__(self, config: FixMinConfig) -> None:
-        super().__init__()
-        self.config = config
-        if config.code_kind == "learned":
-            self.token_embd = nn.Embedding(config.vocab_size, config.hidden_size)
-        else:
-            self.code = TokenCode(config)
-        self.layers = nn.ModuleList([FixMinBlock(config, layer) for layer in range(config.num_hidden_layers)])
-        self.output_norm = make_norm(config)
-
-    def embed(self, ids: Tensor) -> Tensor:
-        """Ids [B, T] -> the vectors x [B, T, D] that enter the first block."""
-        if self.config.code_kind == "learned":
-            return self.token_embd(ids)
-        return lift(self.code(ids), self.config, self.output_norm.weight.dtype)
-
-    def forward(
-        self, ids: Tensor, padding: Tensor | None, positions: Tensor | None, cache: Cache | None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Return the normed output [B, T, D] and the input of every block, each [B, T, D]."""
-        past = 0 if cache is None else int(cache.get_seq_length())
-        length = ids.shape[1]
-        if positions is None:
-            positions = torch.arange(past, past + length, device=ids.device)[None]  # [1, T]
-        if padding is not None and padding.shape != (len(ids), past + length):
-            raise ValueError(
-                f"attention_mask must have the shape {[len(ids), past + length]} (rows, tokens of cache and call), "
-                f"got {list(padding.shape)}"
-            )
-        x = self.embed(ids)
-        cos, sin = rope_tables(positions, self.config)
-        plain = padding is None or bool(padding.all())
-        fused = self.config._attn_implementation == "sdpa" and plain and (past == 0 or length == 1)
-        mask = None if fused else causal_mask(length, past, None if plain else padding, x)
-        inputs = []
-        for block in self.layers:
-            inputs.append(x)
-            x = block(x, cos, sin, mask, cache)
-        return self.output_norm(x), inputs
 
 
 def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
@@ -240,19 +224,14 @@ def next_token_loss(logits: Tensor, labels: Tensor, n_items: Tensor | int | None
     return loss if n_items is None else loss / n_items
 
 
-class FixMinForCausalLM(PreTrainedModel, GenerationMixin):
-    """The model with its output projection, as Hugging Face expects it."""
+class FixMinPreTrainedModel(PreTrainedModel):
+    """What transformers, and engines that run models of transformers, are told of the two classes below."""
 
     config_class = FixMinConfig
     base_model_prefix = "model"
     _no_split_modules = ("FixMinBlock",)
     _supports_sdpa = True
-
-    def __init__(self, config: FixMinConfig) -> None:
-        super().__init__(config)
-        self.model = FixMinModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
-        self.post_init()
+    _supports_attention_backend = True
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -262,9 +241,112 @@ class FixMinForCausalLM(PreTrainedModel, GenerationMixin):
         if getattr(module, "bias", None) is not None:
             nn.init.zeros_(module.bias)
 
-    def get_input_embeddings(self) -> nn.Module | None:
-        """The embedding table of kind "learned"; None for the others, which have none."""
-        return getattr(self.model, "token_embd", None)
+
+class FixMinModel(FixMinPreTrainedModel):
+    """Everything below `lm_head`: codes, blocks and the last norm."""
+
+    def __init__(self, config: FixMinConfig) -> None:
+        super().__init__(config)
+        if config.code_kind == "learned":
+            self.token_embd = nn.Embedding(config.vocab_size, config.hidden_size)
+        else:
+            self.code = TokenCode(config)
+        self.layers = nn.ModuleList([FixMinBlock(config, layer) for layer in range(config.num_hidden_layers)])
+        self.output_norm = make_norm(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """What makes vectors [B, T, D] of ids [B, T]: a table for kind "learned", else a computation."""
+        return self.token_embd if self.config.code_kind == "learned" else self.code
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        if self.config.code_kind != "learned":
+            raise ValueError("codes are computed: there is no input embedding to replace")
+        self.token_embd = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cache: Cache | None = None,
+        **others: Any,
+    ) -> BaseModelOutputWithPast | tuple:
+        """The normed output [B, T, D].
+
+        Args, Raises: as in FixMinForCausalLM.forward; inputs_embeds [B, T, D] in the place of input_ids.
+
+        Returns:
+            last_hidden_state [B, T, D], the cache (under the name that this release of transformers has for it) and,
+            if asked for, hidden_states: the input of every block and the normed output.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give input_ids or inputs_embeds, and not both")
+        x = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        x = x.to(self.output_norm.weight.dtype)
+        cache = one_cache(cache, past_key_values)
+        # No argument of its own: transformers warns of models that have one.
+        if (places := others.pop("cache_position", None)) is not None:
+            check_places(places, 0 if cache is None else int(cache.get_seq_length()), x.shape[1])
+        refuse_unknown(others)
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and cache is None:
+            cache = DynamicCache()
+        past, length = 0 if cache is None else int(cache.get_seq_length()), x.shape[1]
+        if position_ids is None:
+            position_ids = torch.arange(past, past + length, device=x.device)[None]  # [1, T]
+        mask = self.mask(attention_mask, past, x)
+        cos, sin = rope_tables(position_ids, self.config)
+        inputs = []
+        for block in self.layers:
+            inputs.append(x)
+            x = block(x, cos, sin, mask, cache)
+        x = self.output_norm(x)
+        output = BaseModelOutputWithPast(
+            last_hidden_state=x,
+            hidden_states=(*inputs, x) if output_hidden_states else None,
+            **{CACHE_FIELD: cache if use_cache else None},
+        )
+        return output if return_dict is not False else output.to_tuple()
+
+    def mask(self, padding: Tensor | None, past: int, x: Tensor) -> Tensor | None:
+        """What the implementation of attention takes: padding [B, S] and x [B, T, D] -> a mask, or None."""
+        length = x.shape[1]
+        if padding is not None and padding.shape != (len(x), past + length):
+            raise ValueError(
+                f"attention_mask must have the shape {[len(x), past + length]} (rows, tokens of cache and call), "
+                f"got {list(padding.shape)}"
+            )
+        plain = padding is None or bool(padding.all())
+        implementation = self.config._attn_implementation or "eager"
+        if implementation not in ("eager", "sdpa"):  # those know that a model of this kind looks back only
+            return None if plain else padding
+        if implementation == "sdpa" and plain and (past == 0 or length == 1):
+            return None  # PyTorch's fused kernel, the fair opponent of a benchmark
+        return causal_mask(length, past, None if plain else padding, x)
+
+
+class FixMinForCausalLM(FixMinPreTrainedModel, GenerationMixin):
+    """The model with its output projection, as Hugging Face expects it."""
+
+    def __init__(self, config: FixMinConfig) -> None:
+        super().__init__(config)
+        self.model = FixMinModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """That of the model below."""
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
@@ -316,28 +398,28 @@ class FixMinForCausalLM(PreTrainedModel, GenerationMixin):
             ValueError: both names of the cache; a mask or places that do not fit the tokens; labels together with
                 logits_to_keep.
         """
-        cache = one_cache(cache, past_key_values)
-        # No argument of its own: transformers warns of models that have one.
-        if (places := others.pop("cache_position", None)) is not None:
-            check_places(places, 0 if cache is None else int(cache.get_seq_length()), input_ids.shape[1])
-        refuse_unknown(others)
         if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise ValueError("labels need the logits of all positions: leave out logits_to_keep")
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
-        if use_cache and cache is None:
-            cache = DynamicCache()
-        x, inputs = self.model(input_ids, attention_mask, position_ids, cache)
+        below = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            one_cache(cache, past_key_values),
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            **others,
+        )
         kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep, None)
-        logits = self.lm_head(x[:, kept])
+        logits = self.lm_head(below.last_hidden_state[:, kept])
         loss = None if labels is None else next_token_loss(logits, labels, num_items_in_batch)
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            hidden_states=(*inputs, x) if output_hidden_states else None,
-            **{CACHE_FIELD: cache if use_cache else None},
+            hidden_states=below.hidden_states,
+            **{CACHE_FIELD: below[CACHE_FIELD] if CACHE_FIELD in below else None},
         )
         return output if return_dict is not False else output.to_tuple()
 
 
+FixMinModel.register_for_auto_class("AutoModel")
 FixMinForCausalLM.register_for_auto_class("AutoModelForCausalLM")
