@@ -29,6 +29,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_fixmin import FixMinConfig
 
+FOR_ATTENTION = ("attention_instances", "forward_batch")  # what engines hand through to attention of their own
 # transformers calls the cache "cache" from 5.24 on and "past_key_values" before, where it passes and where it reads it.
 CACHE_FIELD = next(f.name for f in dataclasses.fields(CausalLMOutputWithPast) if f.name in ("cache", "past_key_values"))
 
@@ -43,6 +44,7 @@ class TokenCode(nn.Module):
     def __init__(self, config: FixMinConfig) -> None:
         super().__init__()
         self.config, self.kind, self.width = config, config.code_kind, config.code_width
+        self.num_embeddings, self.embedding_dim = config.vocab_size, config.hidden_size  # as of an nn.Embedding
         if self.kind == "affine":
             self.register_buffer("matrix", torch.eye(self.width, dtype=torch.uint8))  # A [K, K]
             self.register_buffer("shift", torch.zeros(self.width, dtype=torch.uint8))  # b [K]
@@ -260,9 +262,12 @@ class FixMinModel(FixMinPreTrainedModel):
         return self.token_embd if self.config.code_kind == "learned" else self.code
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        if self.config.code_kind != "learned":
-            raise ValueError("codes are computed: there is no input embedding to replace")
-        self.token_embd = value
+        """For kind "learned". Codes stay: SGLang puts a table of its own in the place of every embedding, and would
+        have nothing to load into it. ValueError: one of another size."""
+        if self.config.code_kind == "learned":
+            self.token_embd = value
+        elif getattr(value, "num_embeddings", None) != self.config.vocab_size:
+            raise ValueError("codes are computed: there is no input embedding to replace or to resize")
 
     def forward(
         self,
@@ -293,6 +298,7 @@ class FixMinModel(FixMinPreTrainedModel):
         # No argument of its own: transformers warns of models that have one.
         if (places := others.pop("cache_position", None)) is not None:
             check_places(places, 0 if cache is None else int(cache.get_seq_length()), x.shape[1])
+        for_attention = {name: others.pop(name) for name in FOR_ATTENTION if name in others}
         refuse_unknown(others)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
@@ -306,7 +312,7 @@ class FixMinModel(FixMinPreTrainedModel):
         inputs = []
         for block in self.layers:
             inputs.append(x)
-            x = block(x, cos, sin, mask, cache)
+            x = block(x, cos, sin, mask, cache, **for_attention)
         x = self.output_norm(x)
         output = BaseModelOutputWithPast(
             last_hidden_state=x,
@@ -400,11 +406,12 @@ class FixMinForCausalLM(FixMinPreTrainedModel, GenerationMixin):
         """
         if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise ValueError("labels need the logits of all positions: leave out logits_to_keep")
+        cache = one_cache(cache, past_key_values)
         below = self.model(
             input_ids,
             attention_mask,
             position_ids,
-            one_cache(cache, past_key_values),
+            cache,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             **others,

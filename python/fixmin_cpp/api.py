@@ -16,6 +16,7 @@ from . import _core
 from .arguments import Prompt, as_bool, as_path, as_threads
 from .errors import ArgumentTypeError
 from .generation import Completion
+from .hub import find
 from .load_options import LOAD_FIELDS, LoadOptions
 from .model import Model
 
@@ -46,7 +47,8 @@ def generate(
     other settings load a new one. clear_cache() frees them. Safe to call from several threads.
 
     Args:
-        path: a GGUF file.
+        path: a GGUF file, or what else fixmin_cpp.hub.find takes: a checkpoint folder or a repository of the Hugging
+            Face hub, which is converted once.
         prompt: text, token ids, or a list of those: see Model.generate.
         **arguments: those of Model (n_threads, n_ctx, kv_type, n_kv, ...) go there, all others to Model.generate.
 
@@ -202,7 +204,9 @@ def system_info() -> dict[str, Any]:
     }
 
 
-def _load(path: str, options: LoadOptions) -> Model:
+def _load(name: str, options: LoadOptions) -> Model:
+    path = os.fspath(find(name).path)
+    path = os.fspath(find(path).path)
     status = os.stat(path)
     device = os.environ.get("FIXMIN_DEVICE")  # which counts where options say none
     key = (os.path.realpath(path), status.st_mtime_ns, status.st_size, status.st_ino, options, device)

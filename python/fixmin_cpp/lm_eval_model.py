@@ -58,7 +58,7 @@ class FixMinLM(TemplateLM):
     results do not depend on batch_size.
 
     Args:
-        pretrained: the GGUF file, or a loaded Model.
+        pretrained: the GGUF file or another name of a model (fixmin_cpp.hub.find), or a loaded Model.
         max_length: tokens that the model sees at most; what is longer loses its beginning. None: n_ctx.
         max_gen_toks: tokens to generate where a task does not say. None: 256, or half of max_length if that is less.
         add_bos_token: whether a text gets the special tokens that the tokenizer knows of; None: what it says itself.
@@ -93,7 +93,7 @@ class FixMinLM(TemplateLM):
             _log.info("device=cuda:0 is what the harness passes by default: %s is used; cuda is a GPU", device)
         elif device is not None and device.partition(":")[0] not in ("auto", "cpu", "cuda"):
             raise UnsupportedError(f"device={device!r}: the native engine runs on the CPU or with CUDA")
-        self.model = pretrained if isinstance(pretrained, Model) else Model(pretrained, **options)
+        self.model = pretrained if isinstance(pretrained, Model) else Model.from_pretrained(pretrained, **options)
         info = self.model.info
         if not info["tokenizer"] or info["eos_token_id"] is None:
             lacks = "end-of-text token" if info["tokenizer"] else "tokenizer"

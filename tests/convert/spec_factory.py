@@ -93,7 +93,7 @@ def make_resolved(model: FixMinForCausalLM, own_code: bool = True, **changes) ->
 
     @torch.inference_mode()
     def first_input(ids: NDArray) -> NDArray[np.float32]:
-        return model.model.embed(torch.from_numpy(ids.astype(np.int64))[None])[0].numpy()
+        return model.get_input_embeddings()(torch.from_numpy(ids.astype(np.int64))[None])[0].numpy()
 
     spec = ModelSpec(**{**fields, **changes})
     return Resolved(spec, NoSource(), logits if own_code else None, first_input if own_code else None)

@@ -46,7 +46,8 @@ def test_conversion(kind: str, tmp_path: Path) -> None:
     model.save_pretrained(folder)
     for path in REFERENCE.glob("*_fixmin.py"):
         shutil.copy(path, folder)
-    code = (folder / "modeling_fixmin.py").read_text(encoding="utf-8")
+    text = (folder / "modeling_fixmin.py").read_text(encoding="utf-8")
+    below, name, code = text.partition("class FixMinForCausalLM")
     for pattern, new in EDITS[kind]:
         before, code = code, re.sub(pattern, new, code)
         assert code != before, pattern
@@ -55,7 +56,7 @@ def test_conversion(kind: str, tmp_path: Path) -> None:
             "attention_mask: Tensor | None = None,\n        position_ids: Tensor | None = None,\n",
             "attention_mask,\n        position_ids,\n",
         )
-    (folder / "modeling_fixmin.py").write_text(code, encoding="utf-8")
+    (folder / "modeling_fixmin.py").write_text(below + name + code, encoding="utf-8")
     report = convert(folder, tmp_path / "out.gguf", "f32", trust_remote_code=True, n_threads=1)
     assert report.certificate.passed
     got = oracle.forward(tmp_path / "out.gguf", ids[0].numpy())

@@ -324,7 +324,7 @@ def test_outputs(make_model):
     states = out.hidden_states
     assert len(states) == 3
     assert {state.shape for state in states} == {(2, 8, 36)}
-    assert torch.equal(states[0], model.model.embed(ids))
+    assert torch.equal(states[0], model.get_input_embeddings()(ids))
     assert not any(torch.equal(a, b) for a, b in pairwise(states))
     assert torch.equal(model.lm_head(states[-1]), out.logits)
     log_p = torch.log_softmax(out.logits[:, :-1], -1).gather(-1, ids[:, 1:, None])
