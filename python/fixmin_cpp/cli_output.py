@@ -34,6 +34,7 @@ EXTRAS = {
     "hub": ("huggingface_hub",),
     "eval": ("lm_eval", "typing_extensions"),
     "bench": ("matplotlib",),
+    "compare": ("datasets", "lm_eval", "typing_extensions", "matplotlib"),
 }
 _PATIENCE = 0.4  # seconds after which a line says what takes so long, where no bar can be seen
 
