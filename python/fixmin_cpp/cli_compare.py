@@ -19,7 +19,8 @@ TEXT, SPEED, TASKS, CHECKPOINTS = "The held-out text", "Speed", "Tasks (needs fi
 @with_load_options(before="as_json", without=["n_ctx"])
 def compare(
     models: Annotated[
-        list[Path], typer.Argument(metavar="MODEL...", help="GGUF files, or folders of checkpoints. The first is the base.")
+        list[Path],
+        typer.Argument(metavar="MODEL...", help="GGUF files, or folders of checkpoints. The first is the base."),
     ],
     out: Annotated[
         Path, typer.Option("-o", "--out", metavar="DIR", help="Folder for results; what it has is used again.")
@@ -50,7 +51,9 @@ def compare(
     ] = "f32",
     trust_remote_code: Annotated[
         bool,
-        typer.Option("--trust-remote-code", help="Run the code of checkpoints, as convert.", rich_help_panel=CHECKPOINTS),
+        typer.Option(
+            "--trust-remote-code", help="Run the code of checkpoints, as convert.", rich_help_panel=CHECKPOINTS
+        ),
     ] = False,
     speed: Annotated[
         bool, typer.Option("--speed/--no-speed", help="Measure it: all models are in memory.", rich_help_panel=SPEED)
@@ -74,9 +77,7 @@ def compare(
     include_path: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Tasks of your own, as YAML.", rich_help_panel=TASKS)
     ] = None,
-    limit: Annotated[
-        int | None, typer.Option(help="Documents of a task. Default: all.", rich_help_panel=TASKS)
-    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Documents of a task. Default: all.", rich_help_panel=TASKS)] = None,
     num_fewshot: Annotated[
         int | None, typer.Option(help="Examples before a question. Default: the task's.", rich_help_panel=TASKS)
     ] = None,

@@ -1,6 +1,6 @@
 """Models beside each other on one held-out text: `fixmin compare`, and what it is made of.
 
-    found = compare(["fixed/", "affine.gguf", "learned/"], Path("heldout.txt").read_text(), "out", trust_remote_code=True)
+    found = compare(["fixed.gguf", "affine.gguf", "learned.gguf"], Path("heldout.txt").read_text(), "out")
     print(markdown(found))
 
 Data flows `models`, `corpus` -> `measure`, `tasks` -> `comparison` -> `report`; `results` says what is found, `store`

@@ -1,6 +1,7 @@
 """The whole comparison: models, text, measurements, each kept in a folder as soon as it is there."""
 
 import math
+import os
 import platform
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -17,24 +18,21 @@ from ..model import Model
 from .corpus import Mixture, mixed_text
 from .measure import measure_speed, score_text
 from .models import distinct_names, read_facts, resolve_model
-from .results import PAPER, Comparison, Figure, ModelFacts, Row, Speed, TaskScore, TextFacts, TextScore
+from .results import PAPER, Comparison, Figure, ModelFacts, Row, Speed, TaskScore, TextFacts, TextScore, ratio
 from .results import difference as paired_difference
-from .results import ratio
 from .store import Store
 from .tasks import load_tasks, run_task
 
 if TYPE_CHECKING:
-    import os
-
     from typing_extensions import Unpack  # in typing from Python 3.11
 
 __all__ = ["compare"]
 
 
 def compare(
-    models: "Sequence[str | os.PathLike[str]]",
+    models: Sequence[str | os.PathLike[str]],
     text: str | Mixture,
-    out: "str | os.PathLike[str]" = "compare",
+    out: str | os.PathLike[str] = "compare",
     *,
     text_name: str = "text",
     outtype: str = "f32",
@@ -119,9 +117,7 @@ def compare(
     wanted = load_tasks(tasks, include_path)
     scores = [measured.text(one, content, about, ctx, max_windows) for one in facts]
     speeds = measured.speed(n_prompt, n_generate, repeat) if speed else [None] * len(facts)
-    answers = [
-        [score for task in wanted for score in measured.task(one, task, limit, num_fewshot)] for one in facts
-    ]
+    answers = [[score for task in wanted for score in measured.task(one, task, limit, num_fewshot)] for one in facts]
     return Comparison(
         rows=[_row(*parts, first=scores[0]) for parts in zip(facts, scores, speeds, answers, strict=True)],
         text=about,
@@ -151,9 +147,7 @@ class _Measured:
         # Threads and device change no bit of a result; the type of the cache does.
         self._bits = {"kv_type": session.load.get("kv_type", "f16"), "version": _core.__version__}
 
-    def text(
-        self, facts: ModelFacts, content: str, about: TextFacts, ctx: int, max_windows: int | None
-    ) -> TextScore:
+    def text(self, facts: ModelFacts, content: str, about: TextFacts, ctx: int, max_windows: int | None) -> TextScore:
         key = {**self._bits, "model": facts.sha256, "text": about.sha256, "ctx": ctx, "max_windows": max_windows}
         saved = self._store.load("text", key)
         if saved is not None and "ids_sha256" in saved:  # the whole of it
@@ -164,7 +158,7 @@ class _Measured:
 
     def speed(self, n_prompt: int | None, n_generate: int | None, repeat: int) -> list[Speed]:
         """Of all models together: turns of one alone would be no comparison."""
-        settings = {"n_prompt": n_prompt, "n_generate": n_generate, "repeat": repeat}
+        settings: dict[str, Any] = {"n_prompt": n_prompt, "n_generate": n_generate, "repeat": repeat}
         key = {**self._bits, **settings, "models": [one.sha256 for one in self._facts]}
         key["machine"] = _machine(self._session.load)
         saved = self._store.load("speed", key)
@@ -188,9 +182,7 @@ class _Measured:
             return run_task(task, model, self._store, key, limit=limit, num_fewshot=num_fewshot)
 
 
-def _row(
-    facts: ModelFacts, score: TextScore, speed: Speed | None, tasks: list[TaskScore], *, first: TextScore
-) -> Row:
+def _row(facts: ModelFacts, score: TextScore, speed: Speed | None, tasks: list[TaskScore], *, first: TextScore) -> Row:
     nll = ratio(score.window_nll, score.window_tokens)
     value = math.exp(nll.value) if nll.value < 700 else math.inf
     bits = ratio(score.window_nll, score.window_bytes)
@@ -212,8 +204,8 @@ def _notes(facts: list[ModelFacts], scores: list[TextScore], streamed: bool) -> 
     others = [one.name for one, score in zip(facts, scores, strict=True) if score.ids_sha256 != scores[0].ids_sha256]
     if others:
         notes.append(
-            f"{', '.join(others)}: the text has other tokens than for {facts[0].name}, so perplexities per token cannot "
-            "be compared; bits per byte can."
+            f"{', '.join(others)}: the text has other tokens than for {facts[0].name}, so perplexities per token "
+            "cannot be compared; bits per byte can."
         )
     if len({one.types for one in facts}) > 1:
         notes.append("The models have different weight types, which differ in quality and speed.")
@@ -234,7 +226,7 @@ def _machine(load: dict[str, Any]) -> dict[str, Any]:
         "cpu": found["cpu"],
         "isa": found["isa"],
         "threads": load.get("n_threads") or found["default_threads"],
-        "device": load.get("device") or "default",
+        "device": load.get("device") or os.environ.get("FIXMIN_DEVICE") or "cpu",
         "platform": platform.machine(),
         "version": _core.__version__,
     }

@@ -45,7 +45,7 @@ class Mixture:
 
     @classmethod
     def parse(cls, names: str, n_tokens: int, seed: int = 0, skip: int = 0) -> "Mixture":
-        """"fineweb-edu+cosmopedia" -> a Mixture. ArgumentError: an unknown name, or a number below 1 (seed, skip: 0)."""
+        """Of names joined by +. ArgumentError: an unknown name, or n_tokens below 1, seed or skip below 0."""
         split = tuple(names.split("+"))
         for name in split:
             if name not in SOURCES:
@@ -78,7 +78,9 @@ def mixed_text(
             for name, stream in streams.items():
                 text = next(stream, None)
                 if text is None:
-                    raise FixminError(f"{name} ended after {counts[name]} documents: n_tokens must be at most {n_tokens}")
+                    raise FixminError(
+                        f"{name} ended after {counts[name]} documents: n_tokens must be at most {n_tokens}"
+                    )
                 documents.append(text)
                 counts[name] += 1
                 n_tokens += len(tokenizer.encode(text, parse_special=False)) + 1

@@ -59,7 +59,7 @@ def score_text(
             tell(f"{model.path}: {len(losses)} of {len(parts)} windows")
             last = time.monotonic()
     sizes = _bytes_of(model, ids, text)
-    score = TextScore(
+    found = TextScore(
         ctx=ctx,
         n_tokens=len(ids),
         ids_sha256=hashlib.sha256(ids.tobytes()).hexdigest(),
@@ -67,8 +67,8 @@ def score_text(
         window_tokens=[part.end - part.scored for part in parts],
         window_bytes=[float(sizes[part.scored : part.end].sum()) for part in parts],
     )
-    store.save("text", key, asdict(score))
-    return score
+    store.save("text", key, asdict(found))
+    return found
 
 
 def _bytes_of(model: Model, ids: NDArray[np.uint32], text: str) -> NDArray[np.float64]:

@@ -45,12 +45,9 @@ def resolve_model(
 def distinct_names(given: Sequence[Path]) -> list[str]:
     """A name for each model: of its file or folder, with a number where two are alike."""
     names = [path.resolve().name.removesuffix(".gguf") for path in given]
-    seen: Counter[str] = Counter()
-    for i, name in enumerate(names):
-        seen[name] += 1
-        if names.count(name) > 1:
-            names[i] = f"{name} ({seen[name]})"
-    return names
+    return [
+        name if names.count(name) == 1 else f"{name} ({names[: i + 1].count(name)})" for i, name in enumerate(names)
+    ]
 
 
 def read_facts(path: Path, source: str, name: str) -> ModelFacts:

@@ -16,10 +16,10 @@ from .store import write_text
 __all__ = ["csv_table", "latex", "markdown", "plot", "write_report"]
 
 _PAPER_CAPTION = (
-    "Mean held-out validation perplexity of the published models after some 17 billion tokens, three seeds (arXiv "
+    "“Paper's model”: of another model than the row's unless that is the published one, and on another text. Mean "
+    "held-out validation perplexity of the published models after some 17 billion tokens, three seeds (arXiv "
     f"2605.09751): fixed {PAPER['fixed']:.2f}, affine {PAPER['affine']:.2f} (a slightly shorter run), learned "
-    f"{PAPER['learned']:.2f}. There, runs that differ in their seed alone lie {PAPER_SEED_VARIATION} % apart. Another "
-    "text, and of these checkpoints only the published ones are these models: a reference, not a target."
+    f"{PAPER['learned']:.2f}. Perplexities vary by {PAPER_SEED_VARIATION} % from seed to seed there."
 )
 
 
@@ -60,7 +60,7 @@ def _cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
         "of the input": lambda row: f"{row.facts.n_input_parameters:,}",
         "MB": lambda row: f"{row.facts.file_bytes / 1e6:,.1f}",
         "perplexity": lambda row: _show(row.perplexity),
-        "paper": lambda row: "" if row.paper_perplexity is None else f"{row.paper_perplexity:.2f}",
+        "paper's model": lambda row: "" if row.paper_perplexity is None else f"{row.paper_perplexity:.2f}",
         "bits per byte": lambda row: _show(row.bits_per_byte),
         "from the first": lambda row: "" if row.against_first is None else _show(row.against_first.percent, "%"),
         "prefill tok/s": lambda row: "" if row.speed is None else f"{row.speed.prefill_tok_s:,.0f}",
@@ -102,19 +102,19 @@ def _caption(comparison: Comparison) -> list[str]:
         f"Text: {text.name}, {text.n_bytes:,} bytes, SHA-256 {text.sha256[:12]}…; {windows} windows of "
         f"{comparison.settings['ctx']} tokens, each read from an empty context, every token but the first scored "
         f"({sum(row.text.window_tokens):,} for {row.facts.name}).",
-        "± is one standard error with windows as the samples. “From the first”: by how much per cent the perplexity "
-        "differs from the first model's; the losses of both are subtracted window by window before the error is taken, "
-        "so it tells models apart that the errors of the perplexities do not. It is about this text alone: what another "
-        "seed in training would change is not in it.",
+        "± is one standard error with windows as the samples. “From the first”: by how many per cent the perplexity "
+        "differs from the first model's. The losses of both are subtracted window by window before the error is "
+        "taken, so that it tells models apart that the errors of the perplexities do not. All errors are about this "
+        "text alone: what another seed in training would change is not in them.",
     ]
     if any(row.paper_perplexity for row in comparison.rows):
-        lines.append(f"“Paper”: {_PAPER_CAPTION}")
+        lines.append(_PAPER_CAPTION)
     if any(row.speed for row in comparison.rows):
         speed = next(row.speed for row in comparison.rows if row.speed)
         lines.append(
             f"Speed: median of {len(speed.decode_tok_s_runs)} turns in which the models alternated; a prefill of "
             f"{speed.n_prompt} tokens, {speed.n_generate} tokens decoded one by one. {machine['cpu']}, "
-            f"{machine['isa']}, {machine['threads']} threads, device {machine['device']}."
+            f"{machine['isa']}, device {machine['device']}, threads: {machine['threads']}."
         )
     if any(row.tasks for row in comparison.rows):
         limit = comparison.settings["limit"]
@@ -133,7 +133,8 @@ def markdown(comparison: Comparison) -> str:
 
 
 def _markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *([_escape_markdown(cell) for cell in row] for row in rows)]
+    lines = [[_escape_markdown(cell) for cell in line] for line in [heads, *rows]]
+    lines.insert(1, ["---", *["---:"] * (len(heads) - 1)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -153,8 +154,8 @@ def csv_table(comparison: Comparison) -> str:
             **_pair("perplexity", row.perplexity),
             "paper_perplexity": row.paper_perplexity,
             **_pair("bits_per_byte", row.bits_per_byte),
-            **_pair("nll_from_first", far and far.nll),
-            **_pair("percent_from_first", far and far.percent),
+            **_pair("nll_from_first", None if far is None else far.nll),
+            **_pair("percent_from_first", None if far is None else far.percent),
             "prefill_tok_s": speed and speed.prefill_tok_s,
             "decode_tok_s": speed and speed.decode_tok_s,
         }
@@ -170,25 +171,39 @@ def csv_table(comparison: Comparison) -> str:
 
 
 def _pair(name: str, figure: Figure | None) -> dict[str, float | None]:
-    return {name: figure and figure.value, f"{name}_error": figure and figure.error}
+    return (
+        {name: None, f"{name}_error": None} if figure is None else {name: figure.value, f"{name}_error": figure.error}
+    )
 
 
-_LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "…": r"\dots{}"}
-_LATEX |= {letter: f"\\{letter}" for letter in "&%$#_{}"} | {"“": "``", "”": "''", "<": r"$<$", ">": r"$>$", "|": r"$|$"}
+_LATEX = {letter: f"\\{letter}" for letter in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}"}
+_LATEX |= {"^": r"\textasciicircum{}", "±": r"$\pm$", "…": r"\dots{}", "“": "``", "”": "''"}
+_LATEX |= {letter: f"${letter}$" for letter in "<>|"}
+_LATEX_DOCUMENT = r"""\documentclass{article}
+\usepackage[utf8]{inputenc}
+\usepackage[T1]{fontenc}
+\usepackage[a4paper,landscape,margin=15mm]{geometry}
+\pagestyle{empty}
+\setlength{\parindent}{0pt}
+\begin{document}
+{\scriptsize
+%s}
+
+\medskip
+
+%s
+\end{document}
+"""
 
 
 def latex(comparison: Comparison, whole: bool = True) -> str:
-    """The tables with plain rules, so that no package is needed; `whole`: as a document, with the captions."""
+    """The tables with plain rules, which need no package; `whole`: as a document, with the captions."""
     tables = [_latex_table(*_cells(comparison))]
     if any(row.tasks for row in comparison.rows):
         tables.append(_latex_table(*_task_cells(comparison)))
     body = "\n\n\\medskip\n\n".join(tables)
-    if not whole:
-        return body + "\n"
     captions = "\n\n".join(_escape_latex(line) for line in _caption(comparison))
-    begin = "\\documentclass[a4paper]{article}\n\\usepackage[utf8]{inputenc}\n\\pagestyle{empty}\n\\begin{document}\n"
-    # The table is wider than a column of text: small type, and it may stand in the margins.
-    return f"{begin}\\noindent\\hspace*{{-3cm}}{{\\scriptsize\n{body}}}\n\n\\medskip\n\n{captions}\n\\end{{document}}\n"
+    return _LATEX_DOCUMENT % (body, captions) if whole else body + "\n"
 
 
 def _latex_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -198,7 +213,8 @@ def _latex_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _escape_latex(text: str) -> str:
-    return "".join(_LATEX.get(letter, letter) for letter in _one_line(text))
+    """Letters that LaTeX may not have, of other scripts, become question marks."""
+    return "".join(_LATEX.get(letter, letter if letter <= "\xff" else "?") for letter in _one_line(text))
 
 
 def _one_line(text: str) -> str:
@@ -222,37 +238,37 @@ _STYLE = {"fixed": ("#0072b2", "o"), "affine": ("#d55e00", "^"), "learned": ("#7
 
 
 def plot(comparison: Comparison, targets: Sequence[Path]) -> None:
-    """Panels beside each other: perplexity, difference from the first, parameters, speed, tasks; those that there are.
+    """Panels beside each other: perplexity, difference from the first, parameters, speed, tasks, the paper's models.
 
-    ModuleNotFoundError: matplotlib is not installed.
+    Those that there is something for. ModuleNotFoundError: matplotlib is not installed.
     """
     from matplotlib.figure import Figure as Canvas  # without pyplot: nothing of the process is changed
 
     rows = comparison.rows
-    panels: list[Callable[[Any, Sequence[Row]], None]] = [_draw_perplexity]
-    if any(row.against_first for row in rows):
-        panels.append(_draw_difference)
-    panels.append(_draw_parameters)
-    if any(row.speed for row in rows):
-        panels.append(_draw_speed)
-    if any(row.tasks for row in rows):
-        panels.append(_draw_tasks)
-    figure = Canvas(figsize=(3.1 * len(panels), 3.4), layout="constrained")
+    wanted = {
+        _draw_perplexity: True,
+        _draw_difference: any(row.against_first for row in rows),
+        _draw_parameters: True,
+        _draw_speed: any(row.speed for row in rows),
+        _draw_tasks: any(row.tasks for row in rows),
+        _draw_paper: any(row.paper_perplexity for row in rows),
+    }
+    panels = [draw for draw, there in wanted.items() if there]
+    figure = Canvas(figsize=(2.6 * len(panels), 3.2), layout="constrained")
     for axes, draw in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        draw(axes, rows)
+        names = [_short(row.facts.name) for row in rows]
+        axes.set_xticks(range(len(rows)), names, rotation=0 if max(map(len, names)) < 9 else 30)
+        axes.set_xlim(-0.6, len(rows) - 0.4)
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
-        if draw is not _draw_tasks:
-            names = [_short(row.facts.name) for row in rows]
-            axes.set_xticks(range(len(rows)), names, rotation=0 if max(map(len, names)) < 9 else 30)
-            axes.set_xlim(-0.6, len(rows) - 0.4)
+        draw(axes, rows)
     for target in targets:
-        figure.savefig(target, dpi=110)
+        figure.savefig(target, dpi=100)
 
 
 def _short(name: str) -> str:
-    text = _one_line(name).replace("$", r"\$")
-    return text if len(text) <= 20 else text[:19] + "…"
+    text = _one_line(name)
+    return (text if len(text) <= 20 else text[:19] + "…").replace("$", r"\$")
 
 
 def _style(row: Row) -> dict[str, Any]:
@@ -260,67 +276,75 @@ def _style(row: Row) -> dict[str, Any]:
     return {"color": colour, "marker": marker}
 
 
+def _title(axes: Any, title: str, below: str = "") -> None:
+    axes.set_title(title + (f"\n{below}" if below else ""), fontsize=9)
+
+
+def _points(axes: Any, rows: Sequence[Row], figures: Sequence[Figure | None]) -> None:
+    for i, (row, figure) in enumerate(zip(rows, figures, strict=True)):
+        if figure is not None:
+            axes.errorbar(i, figure.value, figure.error, capsize=4, ls="", **_style(row))
+
+
 def _draw_perplexity(axes: Any, rows: Sequence[Row]) -> None:
-    for i, row in enumerate(rows):
-        axes.errorbar(i, row.perplexity.value, row.perplexity.error, capsize=4, ls="", **_style(row))
-    axes.set_title("held-out perplexity")
+    _points(axes, rows, [row.perplexity for row in rows])
+    _title(axes, "held-out perplexity", "± standard error")
 
 
 def _draw_difference(axes: Any, rows: Sequence[Row]) -> None:
-    """With the published models' differences where the first one's variant is among them."""
-    base = rows[0].paper_perplexity
+    """In grey: what only another seed changes, by the paper, where the models are of its kinds."""
+    _points(axes, rows, [None if row.against_first is None else row.against_first.percent for row in rows])
     axes.axhline(0, color="black", lw=0.8)
-    for i, row in enumerate(rows):
-        if row.against_first is not None:
-            percent = row.against_first.percent
-            axes.errorbar(i - 0.1, percent.value, percent.error, capsize=4, ls="", **_style(row))
-        if base and row.paper_perplexity and i:
-            far = 100 * (row.paper_perplexity / base - 1)
-            label = f"paper's models; grey:\n±{PAPER_SEED_VARIATION} %, its seeds"
-            label = label if "paper" not in axes.get_legend_handles_labels()[1] and i == 1 else ""
-            axes.plot(i + 0.1, far, ls="", mfc="none", **_style(row), label=label)
-    if base and any(row.paper_perplexity for row in rows[1:]):
-        axes.axhspan(-PAPER_SEED_VARIATION, PAPER_SEED_VARIATION, color="#e8e8e8", zorder=0)
-        axes.legend(fontsize=7, loc="lower left")
-    axes.set_title(f"from {_short(rows[0].facts.name)}, %")
+    below = "paired, ± standard error"
+    if rows[0].paper_perplexity:
+        axes.axhspan(-PAPER_SEED_VARIATION, PAPER_SEED_VARIATION, color="#ececec", zorder=0)
+        below = f"grey: ±{PAPER_SEED_VARIATION} %, other seeds in the paper"
+    _title(axes, f"difference from {_short(rows[0].facts.name)}, %", below)
 
 
 def _draw_parameters(axes: Any, rows: Sequence[Row]) -> None:
     """In millions, those of the input on top."""
     for i, row in enumerate(rows):
-        inputs = row.facts.n_input_parameters / 1e6
-        rest = row.facts.n_parameters / 1e6 - inputs
-        axes.bar(i, rest, 0.6, color=_style(row)["color"])
-        axes.bar(i, inputs, 0.6, rest, color="white", edgecolor=_style(row)["color"], hatch="///")
-        axes.annotate(f"{rest + inputs:,.3g}", (i, rest + inputs), ha="center", va="bottom", fontsize=8)
-    axes.margins(y=0.12)
-    axes.set_title("parameters, millions\n(hatched: of the input)", fontsize=10)
+        inputs, total = row.facts.n_input_parameters / 1e6, row.facts.n_parameters / 1e6
+        axes.bar(i, total - inputs, 0.6, color=_style(row)["color"])
+        axes.bar(i, inputs, 0.6, total - inputs, color="white", edgecolor=_style(row)["color"], hatch="///")
+        axes.annotate(f"{total:,.3g}", (i, total), ha="center", va="bottom", fontsize=8)
+    axes.set_ylim(0, 1.15 * max(row.facts.n_parameters for row in rows) / 1e6)
+    _title(axes, "parameters, millions", "hatched: of the input")
 
 
 def _draw_speed(axes: Any, rows: Sequence[Row]) -> None:
     """Decoding, with the fastest and the slowest turn."""
     for i, row in enumerate(rows):
         if row.speed is not None:
-            runs = row.speed.decode_tok_s_runs
-            spread = [[row.speed.decode_tok_s - min(runs)], [max(runs) - row.speed.decode_tok_s]]
-            axes.errorbar(i, row.speed.decode_tok_s, spread, capsize=4, ls="", **_style(row))
+            value, runs = row.speed.decode_tok_s, row.speed.decode_tok_s_runs
+            axes.errorbar(i, value, [[value - min(runs)], [max(runs) - value]], capsize=4, ls="", **_style(row))
     axes.set_ylim(bottom=0)
-    axes.set_title("decode, tok/s\n(bars: slowest and fastest turn)", fontsize=10)
+    _title(axes, "decode, tokens per second", "bars: slowest and fastest turn")
 
 
 def _draw_tasks(axes: Any, rows: Sequence[Row]) -> None:
     """Accuracies: of each task the normalised one where there is one."""
-    wanted: dict[str, str] = {}
+    metrics: dict[str, str] = {}
     for score in (score for row in rows for score in row.tasks):
-        if score.metric in ("acc_norm", "exact_match") or score.metric == "acc":
-            wanted[score.task] = "acc_norm" if wanted.get(score.task) == "acc_norm" else score.metric
+        if score.metric == "acc_norm" or (score.metric in ("acc", "exact_match") and score.task not in metrics):
+            metrics[score.task] = score.metric
     for i, row in enumerate(rows):
-        shift = 0.15 * (i - (len(rows) - 1) / 2)
         for score in row.tasks:
-            if wanted.get(score.task) == score.metric:
-                x = list(wanted).index(score.task) + shift
+            if metrics.get(score.task) == score.metric:
+                x = list(metrics).index(score.task) + 0.15 * (i - (len(rows) - 1) / 2)
                 axes.errorbar(x, score.figure.value, score.figure.error, capsize=3, ls="", **_style(row))
-    names = [f"{_short(task)}\n{metric}" for task, metric in wanted.items()]
-    axes.set_xticks(range(len(wanted)), names, fontsize=8)
+    names = [f"{_short(task)}\n{metric}" for task, metric in metrics.items()]
+    axes.set_xticks(range(len(metrics)), names, fontsize=8, rotation=0)
+    axes.set_xlim(-0.6, len(metrics) - 0.4)
     axes.set_ylim(0, 1)
-    axes.set_title("tasks")
+    _title(axes, "tasks", "colours as beside, ± standard error")
+
+
+def _draw_paper(axes: Any, rows: Sequence[Row]) -> None:
+    """The published figures by themselves, hollow: they are of other models than the rows, and of another text."""
+    for i, row in enumerate(rows):
+        if row.paper_perplexity is not None:
+            axes.plot(i, row.paper_perplexity, ls="", mfc="none", **_style(row))
+    axes.set_ylim(2.2, 2.6)
+    _title(axes, "in the paper: its models, its text", "mean perplexity of three seeds")

@@ -23,7 +23,9 @@ class Task:
         try:
             leaves = manager.load(name)["tasks"]
         except KeyError as error:
-            raise ArgumentError(f"lm-evaluation-harness knows no task {name!r}: `lm_eval ls tasks` lists them") from error
+            raise ArgumentError(
+                f"lm-evaluation-harness knows no task {name!r}: `lm_eval ls tasks` lists them"
+            ) from error
         self.fingerprint = fingerprint([_asked(task) for _, task in sorted(leaves.items())])
 
 
