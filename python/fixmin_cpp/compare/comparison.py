@@ -1,5 +1,6 @@
 """The whole comparison: models, text, measurements, each kept in a folder as soon as it is there."""
 
+import functools
 import math
 import os
 import platform
@@ -21,7 +22,7 @@ from .models import distinct_names, read_facts, resolve_model
 from .results import PAPER, Comparison, Figure, ModelFacts, Row, Speed, TaskScore, TextFacts, TextScore, ratio
 from .results import difference as paired_difference
 from .store import Store
-from .tasks import load_tasks, run_task
+from .tasks import Task, load_tasks, run_task
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # in typing from Python 3.11
@@ -88,10 +89,10 @@ def compare(
     if num_fewshot is not None:
         as_int("num_fewshot", num_fewshot, 0, MAX_INT32)
     load = LoadOptions.check(options).given()
-    given = [Path(model) for model in models]
-    for path in given:
-        path.stat()  # before anything takes long
-    folder = Path(out)
+    if isinstance(text, str) and not text.strip():
+        raise ArgumentError(f"{text_name} is empty")
+    wanted = load_tasks(tasks, include_path)  # what is not there ends the run before anything takes long
+    given, folder = [Path(model) for model in models], Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     names, store = distinct_names(given), Store(folder)
     facts = []
@@ -99,25 +100,17 @@ def compare(
         file = resolve_model(path, folder, outtype=outtype, trust_remote_code=trust_remote_code, tell=tell)
         facts.append(read_facts(file, str(path), name))
 
-    session = _Session(load, tell)
-    if isinstance(text, Mixture):
-        with session.model(facts[0]) as first:
-            content, source = mixed_text(text, first.require_tokenizer(), _separator(first), folder, tell)
-        text_name = " + ".join(text.names)
-    else:
-        content, source = text, {}
-    if not content.strip():
-        raise ArgumentError(f"{text_name} is empty")
+    content, source = (text, {}) if isinstance(text, str) else mixed_text(text, Path(facts[0].path), folder, tell)
+    text_name = text_name if isinstance(text, str) else " + ".join(text.names)
     data = content.encode()
     about = TextFacts(text_name, sha256(data).hexdigest(), len(data), source)
     n_ctx = min(one.n_ctx for one in facts)
     ctx = n_ctx if ctx is None else as_int("ctx", ctx, 2, n_ctx)
 
-    measured = _Measured(session, store, facts)
-    wanted = load_tasks(tasks, include_path)
+    measured = _Measured(store, facts, load, tell)
     scores = [measured.text(one, content, about, ctx, max_windows) for one in facts]
     speeds = measured.speed(n_prompt, n_generate, repeat) if speed else [None] * len(facts)
-    answers = [[score for task in wanted for score in measured.task(one, task, limit, num_fewshot)] for one in facts]
+    answers = [measured.tasks(one, wanted, limit, num_fewshot) for one in facts]
     return Comparison(
         rows=[_row(*parts, first=scores[0]) for parts in zip(facts, scores, speeds, answers, strict=True)],
         text=about,
@@ -128,58 +121,54 @@ def compare(
     )
 
 
-class _Session:
-    """Loads models, one at a time or all."""
-
-    def __init__(self, load: dict[str, Any], tell: Callable[[str], None]) -> None:
-        self.load, self.tell = load, tell
-
-    def model(self, facts: ModelFacts) -> Model:
-        self.tell(f"loading {facts.path}")
-        return Model(facts.path, **self.load)
-
-
 class _Measured:
     """Measurements, taken from the store where it has them."""
 
-    def __init__(self, session: _Session, store: Store, facts: list[ModelFacts]) -> None:
-        self._session, self._store, self._facts = session, store, facts
+    def __init__(
+        self, store: Store, facts: list[ModelFacts], load: dict[str, Any], tell: Callable[[str], None]
+    ) -> None:
+        self._store, self._facts, self._load, self._tell = store, facts, load, tell
         # Threads and device change no bit of a result; the type of the cache does.
-        self._bits = {"kv_type": session.load.get("kv_type", "f16"), "version": _core.__version__}
+        self._bits = {"kv_type": load.get("kv_type", "f16"), "version": _core.__version__}
+
+    def _model(self, facts: ModelFacts) -> Model:
+        self._tell(f"loading {facts.path}")
+        return Model(facts.path, **self._load)
 
     def text(self, facts: ModelFacts, content: str, about: TextFacts, ctx: int, max_windows: int | None) -> TextScore:
         key = {**self._bits, "model": facts.sha256, "text": about.sha256, "ctx": ctx, "max_windows": max_windows}
         saved = self._store.load("text", key)
         if saved is not None and "ids_sha256" in saved:  # the whole of it
             return TextScore(**saved)
-        with self._session.model(facts) as model:
-            self._session.tell(f"perplexity of {facts.name}")
-            return score_text(model, content, ctx, max_windows, self._store, key, self._session.tell)
+        with self._model(facts) as model:
+            self._tell(f"perplexity of {facts.name}")
+            return score_text(model, content, ctx, max_windows, self._store, key, self._tell)
 
     def speed(self, n_prompt: int | None, n_generate: int | None, repeat: int) -> list[Speed]:
         """Of all models together: turns of one alone would be no comparison."""
         settings: dict[str, Any] = {"n_prompt": n_prompt, "n_generate": n_generate, "repeat": repeat}
         key = {**self._bits, **settings, "models": [one.sha256 for one in self._facts]}
-        key["machine"] = _machine(self._session.load)
+        key["machine"] = _machine(self._load)
         saved = self._store.load("speed", key)
         if saved is None:
             with ExitStack() as stack:
-                models = [stack.enter_context(self._session.model(one)) for one in self._facts]
-                found = measure_speed(models, tell=self._session.tell, **settings)
+                models = [stack.enter_context(self._model(one)) for one in self._facts]
+                found = measure_speed(models, tell=self._tell, **settings)
             saved = [asdict(one) for one in found]
             self._store.save("speed", key, saved)
         return [Speed(**one) for one in saved]
 
-    def task(self, facts: ModelFacts, task: Any, limit: int | None, num_fewshot: int | None) -> list[TaskScore]:
-        key = {**self._bits, "model": facts.sha256}
+    def tasks(
+        self, facts: ModelFacts, wanted: list[Task], limit: int | None, num_fewshot: int | None
+    ) -> list[TaskScore]:
+        """Of all tasks, in their order. The model is loaded for the first one that is not there yet."""
+        key, scores = {**self._bits, "model": facts.sha256}, []
         with ExitStack() as stack:
-
-            def model() -> Model:
-                loaded = stack.enter_context(self._session.model(facts))
-                self._session.tell(f"{task.name} of {facts.name}")
-                return loaded
-
-            return run_task(task, model, self._store, key, limit=limit, num_fewshot=num_fewshot)
+            model = functools.cache(lambda: stack.enter_context(self._model(facts)))
+            for task in wanted:
+                self._tell(f"{task.name} of {facts.name}")
+                scores += run_task(task, model, self._store, key, limit=limit, num_fewshot=num_fewshot)
+        return scores
 
 
 def _row(facts: ModelFacts, score: TextScore, speed: Speed | None, tasks: list[TaskScore], *, first: TextScore) -> Row:
@@ -212,11 +201,6 @@ def _notes(facts: list[ModelFacts], scores: list[TextScore], streamed: bool) -> 
     if streamed:
         notes.append("Nothing says that the models were not trained on some of the streamed documents.")
     return notes
-
-
-def _separator(model: Model) -> str:
-    """What stands between documents: the end-of-text token, or an empty line."""
-    return "\n\n" if model.eos_token_id is None else model.decode(model.eos_token_id)
 
 
 def _machine(load: dict[str, Any]) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArgumentError, FixminError
-from ..tokenizer import TextTokenizer
-from .store import Store, write_text
+from ..tokenizer import end_of_text_ids, read_tokenizer
+from .store import Store, fingerprint, write_text
 
 __all__ = ["SOURCES", "Mixture", "Source", "mixed_text"]
 
@@ -55,20 +55,23 @@ class Mixture:
         return cls(split, n_tokens, seed, skip)
 
 
-def mixed_text(
-    mixture: Mixture, tokenizer: TextTokenizer, separator: str, folder: Path, tell: Callable[[str], None]
-) -> tuple[str, dict[str, Any]]:
+def mixed_text(mixture: Mixture, model: Path, folder: Path, tell: Callable[[str], None]) -> tuple[str, dict[str, Any]]:
     """The text of a mixture, which stays in folder/heldout.txt, and what it was made of.
 
     Args:
-        tokenizer: counts the tokens. separator: stands between documents.
+        model: a GGUF file, whose tokenizer counts the tokens and whose end-of-text token stands between documents (an
+            empty line, if the file names none).
 
     Raises:
         FixminError: a data set cannot be reached, or ends before there are enough tokens.
     """
+    metadata, tokenizer = read_tokenizer(model)
+    end = end_of_text_ids(metadata, tokenizer.copy().get_vocab_size())
+    separator = tokenizer.decode(end[:1]) if end else "\n\n"
     store = Store(folder)
-    tokens = {"tokenizer": tokenizer.copy().to_str(), "separator": separator}
-    key = {"mixture": asdict(mixture), "sources": [asdict(SOURCES[name]) for name in mixture.names], **tokens}
+    sources = {name: asdict(SOURCES[name]) for name in mixture.names}
+    key = {"mixture": asdict(mixture), "sources": sources, "separator": separator}
+    key["tokenizer"] = fingerprint(tokenizer.copy().to_str())
     saved = store.load("corpus", key)
     if saved is None:
         documents: list[str] = []
@@ -88,7 +91,6 @@ def mixed_text(
         saved = {"text": separator.join(documents), "documents": counts}
         store.save("corpus", key, saved)
     write_text(folder / "heldout.txt", saved["text"])
-    sources = {name: asdict(SOURCES[name]) for name in mixture.names}
     return saved["text"], {**asdict(mixture), "documents": saved["documents"], "sources": sources}
 
 

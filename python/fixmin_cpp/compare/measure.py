@@ -48,18 +48,22 @@ def score_text(
     saved = store.load("text", key) or {"window_nll": []}
     losses: list[float] = saved["window_nll"][: len(parts)]
     last = time.monotonic()
-    while len(losses) < len(parts):
-        some = parts[len(losses) : len(losses) + _WINDOWS_AT_A_TIME]
-        for score in model.score([ids[part.begin : part.end] for part in some]):
-            losses.append(-float(score.logprobs.astype(np.float64).sum()))
-        if not np.isfinite(losses[-1]):
-            raise FixminError(f"{model.path}: log-probabilities are not finite on this text")
-        if time.monotonic() - last > _SAVE_SECONDS:
-            store.save("text", key, {"window_nll": losses})
-            tell(f"{model.path}: {len(losses)} of {len(parts)} windows")
-            last = time.monotonic()
+    try:
+        while len(losses) < len(parts):
+            some = parts[len(losses) : len(losses) + _WINDOWS_AT_A_TIME]
+            scores = model.score([ids[part.begin : part.end] for part in some])
+            found = [-float(score.logprobs.astype(np.float64).sum()) for score in scores]
+            if not np.isfinite(found).all():
+                raise FixminError(f"{model.path}: log-probabilities are not finite on this text")
+            losses += found
+            if time.monotonic() - last > _SAVE_SECONDS:
+                store.save("text", key, {"window_nll": losses})
+                tell(f"{model.path}: {len(losses)} of {len(parts)} windows")
+                last = time.monotonic()
+    finally:  # also at Ctrl-C and SIGTERM
+        store.save("text", key, {"window_nll": losses})
     sizes = _bytes_of(model, ids, text)
-    found = TextScore(
+    result = TextScore(
         ctx=ctx,
         n_tokens=len(ids),
         ids_sha256=hashlib.sha256(ids.tobytes()).hexdigest(),
@@ -67,8 +71,8 @@ def score_text(
         window_tokens=[part.end - part.scored for part in parts],
         window_bytes=[float(sizes[part.scored : part.end].sum()) for part in parts],
     )
-    store.save("text", key, asdict(found))
-    return found
+    store.save("text", key, asdict(result))
+    return result
 
 
 def _bytes_of(model: Model, ids: NDArray[np.uint32], text: str) -> NDArray[np.float64]:
