@@ -299,7 +299,7 @@ def test_figures_are_shown_with_two_digits_of_the_error():
     cases = {(2.13163, 0.0497): "2.132 ± 0.050", (1234.5, 56.7): "1234 ± 57", (0.5, 0.0): "0.5", (2.0, None): "2"}
     for (value, error), shown in cases.items():
         assert report._show(Figure(value, error)) == shown
-    assert report._show(Figure(-1.5, 0.21), "%") == "-1.50 ± 0.21 %"
+    assert report._show(Figure(-1.5, 0.21), "%") == "−1.50 ± 0.21 %"
     assert report._show(Figure(math.inf, None)) == "inf"
 
 

@@ -89,9 +89,9 @@ def _show(figure: Figure, unit: str = "") -> str:
     if not math.isfinite(figure.value):
         return "inf"
     if not figure.error or not math.isfinite(figure.error):
-        return f"{figure.value:{sign}.4g}{tail}"
+        return f"{figure.value:{sign}.4g}{tail}".replace("-", "−")
     places = max(0, 1 - math.floor(math.log10(figure.error)))
-    return f"{figure.value:{sign}.{places}f} ± {figure.error:.{places}f}{tail}"
+    return f"{figure.value:{sign}.{places}f} ± {figure.error:.{places}f}{tail}".replace("-", "−")
 
 
 def _caption(comparison: Comparison) -> list[str]:
@@ -112,7 +112,7 @@ def _caption(comparison: Comparison) -> list[str]:
     if any(row.speed for row in comparison.rows):
         speed = next(row.speed for row in comparison.rows if row.speed)
         lines.append(
-            f"Speed: median of {len(speed.decode_tok_s_runs)} turns in which the models alternated; a prefill of "
+            f"Speed: median of the turns in which the models alternated ({len(speed.decode_tok_s_runs)}); a prefill of "
             f"{speed.n_prompt} tokens, {speed.n_generate} tokens decoded one by one. {machine['cpu']}, "
             f"{machine['isa']}, device {machine['device']}, threads: {machine['threads']}."
         )
@@ -177,11 +177,10 @@ def _pair(name: str, figure: Figure | None) -> dict[str, float | None]:
 
 
 _LATEX = {letter: f"\\{letter}" for letter in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}"}
-_LATEX |= {"^": r"\textasciicircum{}", "±": r"$\pm$", "…": r"\dots{}", "“": "``", "”": "''"}
+_LATEX |= {"^": r"\textasciicircum{}", "±": r"$\pm$", "…": r"\dots{}", "“": "``", "”": "''", "−": "$-$"}
 _LATEX |= {letter: f"${letter}$" for letter in "<>|"}
 _LATEX_DOCUMENT = r"""\documentclass{article}
 \usepackage[utf8]{inputenc}
-\usepackage[T1]{fontenc}
 \usepackage[a4paper,landscape,margin=15mm]{geometry}
 \pagestyle{empty}
 \setlength{\parindent}{0pt}
