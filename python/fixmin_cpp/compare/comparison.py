@@ -209,7 +209,7 @@ def _machine(load: dict[str, Any]) -> dict[str, Any]:
     return {
         "cpu": found["cpu"],
         "isa": found["isa"],
-        "threads": load.get("n_threads") or found["default_threads"],
+        "threads": max(load.get("n_threads") or 0, 0) or found["default_threads"],
         "device": load.get("device") or os.environ.get("FIXMIN_DEVICE") or "cpu",
         "platform": platform.machine(),
         "version": _core.__version__,
