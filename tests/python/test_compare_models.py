@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+import sys
 from dataclasses import replace
 from functools import partialmethod
 from pathlib import Path
@@ -345,10 +346,7 @@ def test_all_files_and_the_plot(tried, tmp_path):
 
 
 def test_without_matplotlib_there_is_a_table(found, tmp_path, monkeypatch):
-    def missing(*arguments: Any) -> None:
-        raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
-
-    monkeypatch.setattr(report, "plot", missing)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert {path.suffix for path in write_report(found, tmp_path)} == {".md", ".csv", ".tex", ".json"}
 
 
@@ -473,6 +471,22 @@ def test_tasks_of_the_harness(paths, tmp_path, monkeypatch):
             run()
     with pytest.raises(ArgumentError, match="knows no task 'quizz'"):
         compare(paths[:1], TEXT, tmp_path / "out", speed=False, tasks=["quizz"], include_path=tasks)
+
+
+@pytest.mark.external
+@pytest.mark.filterwarnings("ignore")
+def test_the_questions_of_the_demo(monkeypatch):
+    pytest.importorskip("datasets")
+    folder = Path(__file__).parents[2] / "examples" / "demo" / "tasks"
+    monkeypatch.syspath_prepend(folder)
+    import capitals
+
+    documents = list(capitals.dataset()["test"])
+    assert len(documents) > 150
+    assert documents == list(capitals.dataset()["test"])
+    answers = {one["country"]: one["choices"][one["answer"]] for one in documents}
+    assert (answers["France"], answers["Kenya"]) == (" Paris", " Nairobi")
+    assert all(len(set(one["choices"])) == 4 for one in documents)
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------

@@ -41,8 +41,10 @@ def write_report(comparison: Comparison, out: Path) -> list[Path]:
     try:
         plot(comparison, pictures)
     except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
+        if (error.name or "").partition(".")[0] != "matplotlib":
             raise
+        for picture in pictures:  # of an earlier run
+            picture.unlink(missing_ok=True)
         pictures = []
     return [*(out / name for name in files), *pictures]
 
