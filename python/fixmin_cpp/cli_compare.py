@@ -20,7 +20,7 @@ TEXT, SPEED, TASKS, CHECKPOINTS = "The held-out text", "Speed", "Tasks (needs fi
 def compare(
     models: Annotated[
         list[Path],
-        typer.Argument(metavar="MODEL...", help="GGUF files, or folders of checkpoints. The first is the base."),
+        typer.Argument(metavar="MODEL", help="GGUF files, or folders of checkpoints. The first is the base."),
     ],
     out: Annotated[
         Path, typer.Option("-o", "--out", metavar="DIR", help="Folder for results; what it has is used again.")
