@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from . import _core
 from .arguments import MAX_INT32, as_int
@@ -165,7 +166,6 @@ def bench(
             )
         bytes_per_token = decode_bytes(info, first, n_generate)
         ids = np.random.default_rng(0).integers(0, info["vocab_size"], max(n_prompt, first)).astype(np.uint32)
-        params = _core.SamplingParams(max_new_tokens=n_generate + 1)
 
         fastest = 0.0
 
@@ -185,12 +185,7 @@ def bench(
         decodes: list[float] = []
         for turn in range(repeat + 1):
             tell(f"run {turn} of {repeat}" if turn else "warm-up")
-            start = time.perf_counter()
-            engine.logits(ids[:n_prompt], last=True, prefix_cache=False)
-            prefill = n_prompt / (time.perf_counter() - start)
-            request = engine.submit(ids[:first], params)
-            request.wait(1 << 62, math.inf)
-            decode = n_generate / request.result()["decode_s"]
+            prefill, decode = timed_turn(engine, ids[:n_prompt], ids[:first], n_generate)
             if turn:
                 prefills.append(prefill)
                 decodes.append(decode)
@@ -240,6 +235,21 @@ def bench(
         launch_us=float(np.median(launches)) * 1e6,
         launch_us_runs=_scaled(launches, 1e-6),
     )
+
+
+def timed_turn(
+    engine: _core.Engine, prompt: NDArray[np.uint32], before: NDArray[np.uint32], n_generate: int
+) -> tuple[float, float]:
+    """Tokens per second of a prefill of `prompt`, and of n_generate tokens decoded greedily one by one after `before`.
+
+    The prefill is from an empty context to the last token's logits.
+    """
+    start = time.perf_counter()
+    engine.logits(prompt, last=True, prefix_cache=False)
+    prefill = len(prompt) / (time.perf_counter() - start)
+    request = engine.submit(before, _core.SamplingParams(max_new_tokens=n_generate + 1))
+    request.wait(1 << 62, math.inf)
+    return prefill, n_generate / request.result()["decode_s"]
 
 
 def mean_rate(rates: Sequence[float]) -> float:

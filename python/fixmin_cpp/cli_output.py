@@ -52,6 +52,7 @@ EXTRAS = {
     "run": ("prompt_toolkit",),
     "eval": ("lm_eval", "typing_extensions"),
     "bench": ("matplotlib",),
+    "compare": ("datasets", "lm_eval", "typing_extensions", "matplotlib"),
 }
 _MOST_FILES = 20  # of a checkpoint's code that are shown before it runs
 _PATIENCE = 0.4  # seconds after which a line says what takes so long, where no bar can be seen

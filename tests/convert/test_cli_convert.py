@@ -17,7 +17,8 @@ from spec_factory import make_reference, save_checkpoint
 
 import fixmin_cpp
 from fixmin_cpp import _core
-from fixmin_cpp.convert import convert as module
+from fixmin_cpp.convert import command_line as module
+from fixmin_cpp.convert import convert as converter
 from fixmin_cpp.convert.certify import open_engine
 from fixmin_cpp.convert.command_line import main, verify_main
 from fixmin_cpp.convert.convert import CertificationError, ConsoleReporter, convert
@@ -225,7 +226,7 @@ def test_options_reach_resolve(checkpoint, tmp_path, monkeypatch):
         seen.update(options)
         raise CheckpointError("seen")
 
-    monkeypatch.setattr(module, "resolve", stop)
+    monkeypatch.setattr(converter, "resolve", stop)
     arguments = [
         "--lift",
         "tile",

@@ -1,4 +1,4 @@
-"""The notebook runs from top to bottom, in a kernel of its own, and says what it promises."""
+"""The notebooks run from top to bottom, in a kernel of their own, and say what they promise."""
 
 from pathlib import Path
 
@@ -10,18 +10,27 @@ pytest.importorskip("ipykernel")
 pytest.importorskip("matplotlib")
 pytest.importorskip("torch")
 
-NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "quickstart.ipynb"
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+LINES = {
+    "quickstart": ("certified: True", " London", "NumPy and the engine agree: True", "layer 0 is the tiled code: True"),
+    "studies": ("V = 4,096, K = 12", "random A and b", "affine bits of ids"),
+}
+
+
+def test_every_notebook_is_run() -> None:
+    assert {path.stem for path in NOTEBOOKS.glob("*.ipynb")} == LINES.keys()
 
 
 @pytest.mark.external
 @pytest.mark.filterwarnings("ignore")
-def test_quickstart(tmp_path: Path) -> None:
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
+@pytest.mark.parametrize("name", LINES)
+def test_notebook(name: str) -> None:
+    notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
     nbformat.validate(notebook)
-    client = nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(NOTEBOOK.parent)}})
+    client = nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(NOTEBOOKS)}})
     client.execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     text = "".join(output.get("text", "") for output in outputs)
-    for line in ("certified: True", " London", "NumPy and the engine agree: True", "layer 0 is the tiled code: True"):
+    for line in LINES[name]:
         assert line in text
     assert any("image/png" in output.get("data", {}) for output in outputs)
