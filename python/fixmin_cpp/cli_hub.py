@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from . import cli_output as output
-from .atomic_file import terminate_cleanly
-from .cli_app import INPUT, MEASURE, RUN, Debug, Escape, Json, app
+from .atomic_file import refuse_inputs, terminate_cleanly
+from .cli_app import INPUT, MAKE, MEASURE, RUN, Debug, Escape, Json, app
 from .cli_help import App
 from .cli_options import from_argv, load_options, read_options, read_prompt, with_load_options, with_options
 from .errors import ArgumentError
@@ -211,3 +211,32 @@ def _shown(m: CachedModel) -> str:
     commit = f"@{m.commit[:12]}" if m.commit else ""
     made = time.strftime("%Y-%m-%d %H:%M", time.localtime(m.made))
     return f"{m.source}{commit}:{m.dtype}  {m.n_bytes / 1e6:,.1f} MB  {made}  {m.path}"
+
+
+# --- what the hub shows -------------------------------------------------------------------------------------------
+
+
+@app.command(rich_help_panel=MAKE)
+def card(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE.gguf ...", help="All GGUF files of the repository.")],
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", metavar="README.md", help="File to write. Default: stdout.")
+    ] = None,
+    repository: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="Where the files will lie.")] = None,
+    base_model: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="The checkpoint on the hub.")] = None,
+    license: Annotated[str | None, typer.Option(metavar="NAME", help="Of the weights, as apache-2.0.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Write the README.md of a hub repository of GGUF files, with the figures of their certificates."""
+    from .card import card as text_of
+
+    with output.errors(debug):
+        text = text_of(files, repository=repository, base_model=base_model, license=license)
+        if out is None:
+            output.write(text)
+            return
+        refuse_inputs(out, *files)
+        if out.exists():
+            raise ArgumentError(f"{out} exists: name another file")
+        out.write_text(text, encoding="utf-8")
+        output.note(f"wrote {out}")

@@ -7,6 +7,7 @@ The converter runs in a process of its own: PyTorch's memory is given back, and 
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import importlib
@@ -98,8 +99,8 @@ def find(
 
     Args:
         model: a GGUF file, which is returned as it is; a checkpoint folder; or a repository of the hub, as OWNER/NAME,
-            hf.co/OWNER/NAME or its address, with :TYPE and @REVISION behind it if wanted: "owner/name@main:q4_0". A
-            repository of GGUF files has the one of the type taken.
+            hf.co/OWNER/NAME or its address, with @REVISION and :TYPE behind it if wanted: "owner/name@main:q4_0". A
+            repository of GGUF files has the one of the type taken, or the one named in the place of the type.
         dtype: type of the matrices: f32, f16, bf16, q8_0 (the default), w8a8, q4_0, or one that `fixmin quantize` has.
         revision: branch, tag or commit of a repository. Default: its main branch.
         token: for repositories that need one; None: what `hf auth login` has stored, or HF_TOKEN. False: none.
@@ -124,8 +125,7 @@ def find(
     else:
         repository, of_name = _split(text, dtype, revision)
         if repository is None:
-            reason = describe_wrong_model(text) or "there is no such file or folder, and it is no OWNER/NAME of the hub"
-            raise FileNotFoundError(f"{text}: {reason}")
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), text)
         hub = _Hub(repository, of_name["revision"] or "main", token, local_files_only, tell)
         found = _from_hub(hub, _checked_type(of_name["dtype"]), trust_remote_code, tell)
     found.seconds["look"] = time.monotonic() - begin - sum(found.seconds.values())
@@ -137,7 +137,7 @@ def _checked_type(dtype: str | None) -> str:
         return "q8_0"
     if not isinstance(dtype, str):
         raise ArgumentTypeError(f"dtype must be a str, got {type(dtype).__name__}")
-    if not _TYPE.fullmatch(dtype.lower()):
+    if not _TYPE.fullmatch(dtype.lower()) and not dtype.endswith(".gguf"):
         raise ArgumentError(f"dtype must be a type such as q8_0, got {dtype!r}")
     return dtype.lower()
 
@@ -171,7 +171,7 @@ def _from_folder(
 ) -> Found:
     if revision is not None:
         raise ArgumentError(f"revision is {revision!r}, but {folder} is a folder, which has none")
-    if not (folder / "config.json").is_file():
+    if dtype.endswith(".gguf") or not (folder / "config.json").is_file():
         path = _of_type({p.name for p in folder.glob("*.gguf")}, dtype)
         if path is None:
             raise CheckpointError(f"{folder}: {describe_wrong_model(folder)}, and no checkpoint: it has no config.json")
@@ -292,7 +292,7 @@ def _from_hub(hub: _Hub, dtype: str, trust: bool | Consent, tell: Callable[[str]
 
     begin = time.monotonic()
     small = hub.fetch(_SMALL)
-    if not (small / "config.json").is_file():  # files of GGUF, perhaps
+    if dtype.endswith(".gguf") or not (small / "config.json").is_file():  # files of GGUF, perhaps
         names = set(hub.files) or {p.name for p in small.glob("*.gguf")}
         name = _of_type({n for n in names if n.endswith(".gguf")}, dtype)
         if name is None:
@@ -320,9 +320,11 @@ def _of_type(names: set[str], dtype: str) -> str | None:
     """Of the names of GGUF files the one of a type, or the only one; None: there is none. ArgumentError: several."""
     if not names:
         return None
-    matching = [n for n in sorted(names) if re.search(rf"[-_.]{re.escape(dtype)}\.gguf$", n, re.IGNORECASE)]
-    if len(matching) != 1 and len(names) != 1:
-        raise ArgumentError(f"dtype is {dtype}, and the files are {', '.join(sorted(names)[:8])}: name one of them")
+    named = [n for n in names if n.lower() == dtype]
+    matching = named or [n for n in sorted(names) if re.search(rf"[-_.]{re.escape(dtype)}\.gguf$", n, re.IGNORECASE)]
+    if len(matching) != 1 and (len(names) != 1 or dtype.endswith(".gguf")):
+        files = ", ".join(sorted(names)[:8])
+        raise ArgumentError(f"dtype is {dtype}, and the files are {files}: name one of them, as in :{min(names)}")
     return matching[0] if matching else next(iter(names))
 
 

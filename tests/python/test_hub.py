@@ -126,7 +126,7 @@ def test_a_file_is_taken_as_it_is(model_path, cache):
 
 def test_what_is_nothing(tmp_path, cache):
     for wrong in (tmp_path / "none.gguf", tmp_path / "no" / "folder"):
-        with pytest.raises(FileNotFoundError, match="no such file"):
+        with pytest.raises(FileNotFoundError, match="No such file"):
             hub.find(wrong)
     with pytest.raises(CheckpointError, match=r"no checkpoint: it has no config\.json"):
         hub.find(tmp_path)
@@ -149,6 +149,7 @@ def test_files_of_gguf(server, cache, model_path, long_model_path):
     failed = fixmin("run", "o/two:q4_0", "ab")
     assert failed.returncode == 1
     assert b"dtype is q4_0, and the files are x-F32.gguf, x-Q8_0.gguf" in failed.stderr
+    assert Path(fixmin("pull", "o/two:x-F32.gguf", "-q").stdout.decode().strip()).read_bytes() == large
     assert left_in(cache) == []
 
 

@@ -12,6 +12,7 @@ pytest.importorskip("torch")
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 LINES = {
+    "colab": ("Answer: London", "passed: True against the checkpoint's own code", "compared: fixed 2."),
     "quickstart": ("certified: True", " London", "NumPy and the engine agree: True", "layer 0 is the tiled code: True"),
     "studies": ("V = 4,096, K = 12", "random A and b", "affine bits of ids"),
 }
@@ -24,7 +25,8 @@ def test_every_notebook_is_run() -> None:
 @pytest.mark.external
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", LINES)
-def test_notebook(name: str) -> None:
+def test_notebook(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FIXMIN_CACHE", str(tmp_path / "cache"))
     notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
     nbformat.validate(notebook)
     client = nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(NOTEBOOKS)}})

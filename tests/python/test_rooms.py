@@ -109,7 +109,7 @@ PYTHON = (
     {"sampling_fields", "load_options", "serve_options", "generation_options"},
     {"generation", "running", "beam"},
     {"model"},
-    {"evaluate", "hf", "lm_eval", "lm_eval_model", "benchmark", "inspect", "logs"},
+    {"evaluate", "hf", "lm_eval", "lm_eval_model", "benchmark", "inspect", "logs", "card"},
     {"convert", "quantization", "openai_api"},
     {"export"},
     {"batch_lines", "batch_output", "batch_work", "batch_ray", "batch", "serve", "compare"},
