@@ -21,7 +21,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from . import _core
+from . import _core, cli_export  # noqa: F401  # registers its command
 from . import cli_output as output
 from ._core import __version__
 from .atomic_file import refuse_inputs, terminate_cleanly
