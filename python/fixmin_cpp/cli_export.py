@@ -34,9 +34,7 @@ def export(
     ] = True,
     allow_token_differences: Annotated[
         bool,
-        typer.Option(
-            "--allow-token-differences", help="Write a file too whose tokenizer gives ordinary text other ids."
-        ),
+        typer.Option("--allow-token-differences", help="Also a file whose tokenizer gives ordinary text other ids."),
     ] = False,
     threads: Annotated[
         int | None, typer.Option("-t", "--threads", help="Default, 0 or -1: the CPUs of this process.")
@@ -54,9 +52,13 @@ def export(
         if ollama and modelfile is None:
             modelfile = out.parent / "Modelfile"
         with terminate_cleanly(), output.status(as_json) as tell:
+            told = -1
 
             def update(done: int, total: int, tensor: str) -> None:
-                tell(f"writing {100 * done // max(total, 1)} %")
+                nonlocal told
+                if (tenth := 10 * done // max(total, 1)) != told:
+                    told = tenth
+                    tell(f"writing {10 * tenth} %")
 
             report = exporter.export(
                 model,

@@ -24,6 +24,33 @@ from ..errors import UnsupportedError
 _UNUSED, _NORMAL, _CONTROL, _DEFINED, _UNKNOWN = (
     int(TokenType[kind]) for kind in ("UNUSED", "NORMAL", "CONTROL", "USER_DEFINED", "UNKNOWN")
 )
+#: Texts at whose tokens llama.cpp ends, whatever a file says of them (src/llama-vocab.cpp, special_eog_ids).
+ENDS = frozenset(
+    [
+        "<|eot_id|>",
+        "<|im_end|>",
+        "<|end|>",
+        "<|return|>",
+        "<|call|>",
+        "<|flush|>",
+        "<|calls|>",
+        "<end_of_turn>",
+        "<|endoftext|>",
+        "</s>",
+        "<|eom_id|>",
+        "<EOT>",
+        "_<EOT>",
+        "[EOT]",
+        "[EOS]",
+        "<|end_of_text|>",
+        "<end_of_utterance>",
+        "<eos>",
+        "<turn|>",
+        "<|tool_response>",
+        "[e~[",
+        "<｜end▁of▁sentence｜>",
+    ]
+)
 # First byte of every character from U+10000 to U+3FFFF, among them nearly all emoji.
 _FOUR_BYTES = 0xF0
 
@@ -67,6 +94,11 @@ class LlamaTokenizer:
                 ids.extend(self._word(word))
         return ids
 
+    @property
+    def unused(self) -> int | None:
+        """An id that stands for no text, if there is one."""
+        return next((i for i, kind in enumerate(self.types) if kind == _UNUSED), None)
+
     # Ids of a text, and of two equal texts the last: llama.cpp's map is filled in order.
     @cached_property
     def _ids(self) -> dict[str, int]:
@@ -81,7 +113,8 @@ class LlamaTokenizer:
 
     @cached_property
     def _specials(self) -> list[tuple[str, int]]:
-        found = [(t, i) for i, t in enumerate(self.tokens) if self.types[i] in (_CONTROL, _DEFINED, _UNKNOWN)]
+        kinds = (_CONTROL, _DEFINED, _UNKNOWN)
+        found = [(t, i) for i, t in enumerate(self.tokens) if self.types[i] in kinds or t in ENDS]
         return sorted(found, key=lambda entry: len(entry[0].encode()), reverse=True)
 
     def _split_specials(self, text: str) -> list[str | int]:

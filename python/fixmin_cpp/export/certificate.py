@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 
 from ..convert.gguf_file.formats import BY_GGML_TYPE, bits_per_weight
 from ..convert.gguf_file.readback import StoredModel
-from ..convert.spec import ModelSpec, TensorRecipe
+from ..convert.spec import ModelSpec
 from ..evaluate import log_softmax
 from ..model import Model
 from ..tokenizer import TextTokenizer
 from .bpe import LlamaTokenizer
 from .corpus import Sample, corpus, tokens_as_text
-from .graph import FileWeights, gelu_erf, gelu_tanh, logits
+from .graph import Weights, gelu_erf, gelu_tanh, logits
 
 _FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
 _FUNCTION_TOLERANCE = 1e-4
@@ -99,18 +99,10 @@ class Certificate:
         }
 
 
-@dataclass(frozen=True)
-class PlannedWeights:
-    """Of an export before anything is rounded."""
-
-    keys: dict[str, Any]
-    tensors: dict[str, TensorRecipe]
-
-
 def certify(
     source: Path,
     stored: StoredModel,
-    planned: PlannedWeights,
+    planned: Weights,
     exported: Path,
     lowest: GGMLQuantizationType,
     progress: Callable[[str], None] = lambda step: None,
@@ -131,7 +123,7 @@ def certify(
     gelus = [own] if own is gelu_tanh else [own, gelu_tanh]
     meant = logits(planned, prompts, gelus)
     progress("computing what llama.cpp would, from the file")
-    (found,) = logits(FileWeights(exported), prompts)
+    (found,) = logits(Weights.of_file(exported), prompts)
     gelu_error = None if spec.activation == "swiglu" else _worst(meant[-1], meant[0])
     kl, top1 = _beside(truth, found)
     floats = all(stored.types[f"{name}.weight"] in _FLOATS for name in _matrices(spec))

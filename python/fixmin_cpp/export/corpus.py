@@ -94,11 +94,13 @@ def corpus(tokens: Sequence[str], specials: Sequence[str]) -> list[Sample]:
     samples.append(Sample("Digits", tuple(_digits(rng))))
     samples.append(Sample("White space", tuple(_spaced(rng))))
     samples.append(Sample("Emoji", tuple(_emoji(rng))))
+    samples.append(Sample("Every token of several characters", tuple(t for t in tokens if len(t) > 1)))
     samples.append(Sample("All tokens mixed", tuple(_strung(rng, [t for t in tokens if t], 200))))
     everything = [_letters(rng, [(0x20, 0xD7FF), (0xF900, 0xFFFD)]) for _ in range(_LETTERS)]
     samples.append(Sample("Random, U+0020 to U+FFFD", tuple(everything), ordinary=False))
-    planes = [_letters(rng, [(0x10000, 0x10FFFF)]) for _ in range(_LETTERS)]
-    samples.append(Sample("Random, U+10000 to U+10FFFF", tuple(planes), ordinary=False))
+    for first, last in ((0x10000, 0x3FFFF), (0x40000, 0x10FFFF)):
+        drawn = [_letters(rng, [(first, last)]) for _ in range(_LETTERS)]
+        samples.append(Sample(f"Random, U+{first:X} to U+{last:X}", tuple(drawn), ordinary=False))
     private = [_letters(rng, [(0xE000, 0xF8FF), (0x61, 0x7A)]) for _ in range(_LETTERS)]
     samples.append(Sample("Private use", tuple(private), ordinary=False))
     named = [text for name in specials for text in (name, f"a{name}b", f"\n {name} {name}{name}.")]

@@ -34,7 +34,7 @@ class Fold:
     def of(cls, gain: F32, norm_bias: F32, shift: float = SHIFT) -> "Fold":
         """For the gain and the bias [D] of the last LayerNorm."""
         g = gain.astype(np.float64)
-        # p is |g|, so that W' has the magnitude of W, but kept off zero, where W∘(g/p) would lose nothing and d/p burst.
+        # |g|, so that W' has the magnitude of W, but kept off zero, where d/p would burst.
         p = np.maximum(np.abs(g), np.median(np.abs(g)) / 4)
         p[p == 0] = 1
         p = p.astype(np.float32)

@@ -6,8 +6,9 @@ add, in how they rotate, and in whether q, k and v are one matrix; everything el
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from gguf import GGMLQuantizationType
@@ -30,23 +31,22 @@ def gelu_tanh(x: F64) -> F64:
 
 def gelu_erf(x: F64) -> F64:
     """The GELU that its name stands for."""
-    return 0.5 * x * (1 + _erf(x / math.sqrt(2)).astype(np.float64))
+    return 0.5 * x * (1 + np.asarray(_erf(x / math.sqrt(2)), np.float64))
 
 
-class Weights(Protocol):
+@dataclass(frozen=True)
+class Weights:
     """Keys and tensors of an exported model."""
 
     keys: dict[str, Any]
     tensors: dict[str, TensorRecipe]
 
-
-class FileWeights:
-    """Of a GGUF file on the disk."""
-
-    def __init__(self, path: Path) -> None:
+    @classmethod
+    def of_file(cls, path: Path) -> "Weights":
+        """What a GGUF file holds."""
         file = _core.GgufFile(str(path))
-        self.keys = file.metadata
-        self.tensors = {t.name: tensor_recipe(path, t, GGMLQuantizationType[t.type]) for t in file.tensors}
+        recipes = {t.name: tensor_recipe(path, t, GGMLQuantizationType[t.type]) for t in file.tensors}
+        return cls(file.metadata, recipes)
 
 
 def logits(
@@ -126,9 +126,8 @@ class _Graph:
 
     def _angles(self, length: int) -> tuple[F64, F64]:
         half = self.key("rope.dimension_count") // 2
-        angles = np.arange(length)[:, None, None] * float(self.key("rope.freq_base")) ** (
-            -np.arange(half) / max(half, 1)
-        )
+        frequencies = float(self.key("rope.freq_base")) ** (-np.arange(half) / max(half, 1))
+        angles = np.arange(length)[:, None, None] * frequencies
         return np.cos(angles), np.sin(angles)
 
     def _rotated(self, x: F64) -> F64:
@@ -146,10 +145,8 @@ class _Graph:
         heads, kv_heads = self.key("attention.head_count"), self.key("attention.head_count_kv")
         mixed = []
         for part in self._slices:
-            q, k, v = (
-                x[part].reshape(part.stop - part.start, n, -1)
-                for x, n in zip(qkv, (heads, kv_heads, kv_heads), strict=True)
-            )
+            n = part.stop - part.start
+            q, k, v = (x[part].reshape(n, h, -1) for x, h in zip(qkv, (heads, kv_heads, kv_heads), strict=True))
             q, k = self._rotated(q), self._rotated(k)
             k, v = (x.repeat(heads // kv_heads, axis=1) for x in (k, v))
             scores = np.einsum("thd,shd->hts", q, k) / math.sqrt(q.shape[-1])

@@ -1,10 +1,11 @@
-"""A fixmin file as one that unmodified llama.cpp, and what is built on it, runs (`fixmin export`; docs/llama_cpp.md)."""
+"""A fixmin file as one that unmodified llama.cpp, and what is built on it, runs (docs/llama_cpp.md)."""
 
 import json
 import os
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,16 +25,16 @@ from ..quantization.requantize import MIXED, PLAIN, TYPES
 from ..state import file_sha256
 from ..tokenizer import TextTokenizer, end_of_text_ids
 from .architecture import QKV, Architecture, choose
-from .bpe import LlamaTokenizer, from_tokenizer_json
+from .bpe import ENDS, LlamaTokenizer, from_tokenizer_json
 from .certificate import (
     Certificate,
-    PlannedWeights,
     SampleResult,
     certify,
     compare_tokens,
     token_figures,
     token_problems,
 )
+from .graph import Weights
 from .programs import lines, modelfile
 from .tensors import ExportTensor, export_tensors
 
@@ -46,6 +47,8 @@ _PREFIX = "fixmin.export."
 # Kept from the source, with all of general.* that does not speak of how its tensors are stored.
 _KEPT = ("fixmin.convert.tool", "fixmin.convert.source", "fixmin.convert.sha256", "tokenizer.chat_template")
 _STORAGE = ("general.architecture", "general.alignment", "general.file_type", "general.quantization_version")
+# What llama.cpp takes for the end of a text of a "gpt2" tokenizer that names none.
+_DEFAULT_END = 11
 # Without a template llama-server's chat takes ChatML's, which these models never saw.
 _PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
@@ -142,7 +145,7 @@ def export(
                 "--allow-token-differences writes the file nevertheless"
             )
     folded = "output.bias" in spec.tensors and not architecture.output_bias
-    notes = _notes(spec, architecture, tensors, tokens, stored.metadata)
+    notes = _notes(spec, tensors, tokens, words, stored.metadata)
     keys = {
         **_kept(source),
         **_architecture_keys(spec, architecture),
@@ -151,12 +154,14 @@ def export(
         **_export_keys(source, folded, notes, tokens),
     }
     layout = Layout([t.plan for t in tensors], keys, architecture=architecture.name)
-    planned = PlannedWeights(
+    planned = Weights(
         {"general.architecture": architecture.name, **{key: value.value for key, value in keys.items()}},
         {t.name: t.values for t in tensors},
     )
     lowest = min((t.plan.type for t in tensors if _is_weight(t)), key=bits_per_weight)
-    with AtomicFile(target) as file:
+    with ExitStack() as files:
+        file = files.enter_context(AtomicFile(target))
+        text = None if beside is None else files.enter_context(AtomicFile(beside))
         try:
             layout.metadata.update(_figures(None, spec))
             layout.write(file, {}, threads, progress or (lambda done, total, tensor: None))
@@ -167,10 +172,10 @@ def export(
             raise CheckpointError(f"{target} was not written: {'; '.join(certificate.problems)}")
         layout.metadata.update(_figures(certificate, spec))
         layout.rewrite_header(file, {})
-        file.commit()
-    if beside is not None:
-        with AtomicFile(beside) as text:
+        if text is not None and beside is not None:
             text.write(modelfile(target, beside.parent, spec.context_length).encode())
+        file.commit()
+        if text is not None:
             text.commit()
     return ExportReport(
         path=target,
@@ -195,16 +200,14 @@ def export(
 
 def _notes(
     spec: ModelSpec,
-    architecture: Architecture,
     tensors: list[ExportTensor],
     tokens: tuple[SampleResult, ...] | None,
+    words: LlamaTokenizer | None,
     metadata: Mapping[str, Any],
 ) -> list[str]:
     notes = []
     if spec.activation == "gelu":
-        notes.append(
-            "llama.cpp computes GELU by its formula with tanh, from a table in F16; the model's is that of erf"
-        )
+        notes.append("GELU is that of erf; llama.cpp computes the formula with tanh, from a table in F16")
     if twice := [t.name for t in tensors if t.rounds_twice]:
         which = twice[0] if len(twice) == 1 else f"{len(twice)} matrices"
         notes.append(f"{which}: computed from quantised weights and quantised again; an F32 or F16 source avoids that")
@@ -213,8 +216,17 @@ def _notes(
     elif any(result.n_different for result in tokens):
         shares = [f"{r.name} {r.n_different} of {r.n_texts}" for r in tokens if r.n_different]
         notes.append(f"texts with other token ids than by the model's own tokenizer: {', '.join(shares)}")
-    if len(ends := end_of_text_ids(metadata, spec.vocab_size)) > 3:
+    return notes + ([] if words is None else _end_notes(words, end_of_text_ids(metadata, spec.vocab_size)))
+
+
+def _end_notes(words: LlamaTokenizer, ends: tuple[int, ...]) -> list[str]:
+    notes = []
+    if len(ends) > 3:
         notes.append(f"{len(ends)} ids end a text, llama.cpp is told three: {', '.join(map(str, ends[:3]))}")
+    if more := [f"{text} ({i})" for i, text in enumerate(words.tokens) if text in ENDS and i not in ends[:3]]:
+        notes.append(f"llama.cpp ends a text at {', '.join(more)} too, by the name")
+    if not ends and words.unused is None:
+        notes.append(f"no id ends a text; llama.cpp then takes {_DEFAULT_END} for one")
     return notes
 
 
@@ -301,7 +313,8 @@ def _tokenizer_keys(words: LlamaTokenizer | None, metadata: Mapping[str, Any], v
         return {"tokenizer.ggml.model": _text("none")}
     ids = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "padding", "unknown")}
     # Any of the three ends a text.
-    ids.update(zip(("eos", "eot", "eom"), end_of_text_ids(metadata, vocab_size), strict=False))
+    ends = end_of_text_ids(metadata, vocab_size)
+    ids.update(zip(("eos", "eot", "eom"), ends or (words.unused,), strict=False))
     keys = {
         "tokenizer.ggml.model": _text("gpt2"),
         "tokenizer.ggml.pre": _text(words.pre),

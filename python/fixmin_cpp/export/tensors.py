@@ -190,7 +190,8 @@ def code_table(spec: ModelSpec) -> ExportTensor:
     values = TensorRecipe(shape, (), rows)
     unit = q4_0_unit(code.values)
     if unit is None or spec.embedding_length % 32:
-        exact = all(float(np.float16(v)) == v for v in np.float32(code.values))
+        pair = np.asarray(code.values, np.float32)
+        exact = np.array_equal(pair.astype(np.float16), pair)
         return ExportTensor(values, TensorPlan("token_embd.weight", shape, F16 if exact else F32, values))
     blocks = TensorRecipe(shape, (), lambda start, stop: _q4_0_blocks(code, rows(start, stop), unit))
     return ExportTensor(values, TensorPlan("token_embd.weight", shape, Q4_0, blocks, is_stored=True))
@@ -198,7 +199,7 @@ def code_table(spec: ModelSpec) -> ExportTensor:
 
 def q4_0_unit(values: tuple[float, float]) -> float | None:
     """A binary16 number of which both values are a multiple from -8 to 7; None if there is none."""
-    pair = np.float32(values).astype(np.float64)
+    pair = np.asarray(values, np.float32).astype(np.float64)
     for steps in range(1, 9):
         for value in pair:
             for unit in (value / steps, -value / steps):
