@@ -112,10 +112,11 @@ def choose(spec: ModelSpec, *, keeps_qkv_apart: bool = False) -> Architecture:
     """
     order = sorted(ARCHITECTURES, key=lambda a: a.fuses_qkv and keeps_qkv_apart)
     found = {a: list(a.obstacles(spec)) for a in order}
-    best = min(order, key=lambda a: len(found[a]))
+    # What a model is made of says more about which is near than how many details fit.
+    best = min(order, key=lambda a: (a.norm != spec.norm, spec.activation not in a.activations, len(found[a])))
     if found[best]:
         raise UnsupportedError(
-            f"no architecture of llama.cpp computes this model; the nearest, {best.name}, lacks "
-            + "; ".join(found[best])
+            f"no architecture of llama.cpp computes a model with {spec.norm} and {spec.activation} like this one; "
+            f"the nearest, {best.name}, lacks {'; '.join(found[best])}"
         )
     return best
