@@ -29,7 +29,7 @@ help:
 	@echo 'make lock       write the newest versions of all packages into requirements/'
 	@echo 'make emulators  install what tests of other CPUs need (qemu, a cross compiler; they are skipped without it)'
 	@echo 'make browser    install chromium, which tests of the playground need (they are skipped without it)'
-	@echo 'make llama-cpp  llama.cpp itself, compiled from its source on PyPI, for tests of exported files (20 minutes of two cores)'
+	@echo 'make llama-cpp  llama.cpp itself, compiled from its source on PyPI, for tests of exported files (18 minutes of a core)'
 	@echo 'make asan       tests of the C++ code with the address and undefined-behaviour sanitizers; make tsan: data races'
 	@echo 'make setup      install only, what all of this needs (into $(VENV))'
 	@echo 'make lint       formatting, static checks and types'
@@ -185,7 +185,7 @@ browser:
 # benchmarks have. -fno-dse: see bench/peers/llama.txt. No TLS and no web page, which would be fetched.
 LLAMA         := out/llama.cpp
 LLAMA_PACKAGE := $(shell sed -n 's/^\(llama-cpp-python==[^ ]*\).*/\1/p' bench/peers/llama.txt)
-LLAMA_NAMES   := llama-server llama-cli llama-completion llama-tokenize
+LLAMA_NAMES   := llama-server llama-cli llama-completion
 llama-cpp: $(LLAMA)/bin/llama-server
 $(LLAMA)/bin/llama-server: bench/peers/llama.txt | $(STAMP)/build-tools
 	rm -rf $(LLAMA) && mkdir -p $(LLAMA)/source $(LLAMA)/bin

@@ -112,15 +112,19 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return export(source, folder / "llama.gguf", outtype="q8_0").path
 
 
-def test_llama_completion_answers(exported: Path) -> None:
-    program = llama_peer.program("llama-completion")
+def test_llama_cli_answers(exported: Path) -> None:
+    """Not llama-completion, which ends without its last words where the machine is busy."""
+    program = llama_peer.program("llama-cli")
     for question, answer in QUESTIONS.items():
-        options = ["-n", "3", "--temp", "0", "-no-cnv", "--no-display-prompt", "-t", "2"]
         done = subprocess.run(
-            [program, "-m", exported, "-p", question, *options], capture_output=True, text=True, timeout=300
+            [program, "-m", exported, "-p", question, "-n", "3", "--temp", "0", "-st", "-t", "1"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
         assert done.returncode == 0, done.stderr[-2000:]
-        assert done.stdout.startswith(answer)
+        assert answer in done.stdout.partition("Answer:")[2]
 
 
 @contextlib.contextmanager
@@ -133,7 +137,7 @@ def server(model: Path) -> Iterator[Callable[[str, dict[str, Any]], Any]]:
     base = f"http://127.0.0.1:{port}"
     log = open(model.with_suffix(".log"), "wb")  # noqa: SIM115
     process = subprocess.Popen(
-        [program, "-m", model, "--port", str(port), "-t", "2", "-np", "1"], stdout=log, stderr=log
+        [program, "-m", model, "--port", str(port), "-t", "1", "-np", "1"], stdout=log, stderr=log
     )
 
     def post(path: str, body: dict[str, Any]) -> Any:

@@ -32,6 +32,7 @@ ENDS = frozenset(
         *("<end_of_utterance>", "<turn|>", "<|tool_response>", "<｜end▁of▁sentence｜>", "[e~["),
     }
 )
+_NO_COUNTERPART = "for which llama.cpp has no counterpart (--no-tokenizer exports the model without it)"
 # First byte of every character from U+10000 to U+3FFFF, among them nearly all emoji.
 _FOUR_BYTES = 0xF0
 
@@ -199,9 +200,6 @@ def _splitting(pre: Any) -> tuple[bool, str]:
         detail = " that puts a space first" if pre["type"] == "ByteLevel" else ""
         raise UnsupportedError(f"the tokenizer splits text by {pre['type']}{detail}, {_NO_COUNTERPART}")
     return True, "gpt-2" if pre.get("use_regex", True) else "superbpe"
-
-
-_NO_COUNTERPART = "for which llama.cpp has no counterpart (--no-tokenizer exports the model without it)"
 
 
 def _refuse(data: Mapping[str, Any], model: Mapping[str, Any]) -> None:

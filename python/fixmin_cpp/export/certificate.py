@@ -160,11 +160,8 @@ def type_tolerance(kind: GGMLQuantizationType) -> float:
     return 0.1 if bits > 6 else 0.25 if bits > 5 else 0.5 if bits > 4 else 1.0
 
 
-def compare_tokens(
-    own: TextTokenizer, exported: LlamaTokenizer, unknown: int | None, progress: Callable[[str], None] = lambda s: None
-) -> list[SampleResult]:
+def compare_tokens(own: TextTokenizer, exported: LlamaTokenizer, unknown: int | None) -> list[SampleResult]:
     """Ids of the corpus by the model's own tokenizer and by what llama.cpp is told. unknown: the id of no character."""
-    progress("comparing token ids")
     names = set(own.control_tokens.values())
     vocab = {i: own.token_bytes(i) for i in range(own.backend.get_vocab_size()) if i not in names}
     samples = corpus(tokens_as_text(vocab), list(own.control_tokens))

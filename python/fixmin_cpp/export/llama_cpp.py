@@ -134,16 +134,7 @@ def export(
     spec = stored.spec
     architecture = choose(spec, keeps_qkv_apart=_types_differ(stored, name))
     tensors = export_tensors(source, stored, architecture, name)
-    own = TextTokenizer.from_metadata(stored.metadata) if wants_tokenizer else None
-    words = None if own is None else from_tokenizer_json(json.loads(stored.metadata[_JSON_KEY]), spec.vocab_size)
-    tokens = None
-    if own is not None and words is not None:
-        tokens = tuple(compare_tokens(own, words, _unknown_id(stored.metadata), tell))
-        if (problems := token_problems(tokens)) and not allow:
-            raise UnsupportedError(
-                f"{source}: llama.cpp's tokenizer would give other ids ({'; '.join(problems)}); "
-                "--allow-token-differences writes the file nevertheless"
-            )
+    words, tokens = _tokenizer(source, stored, allow, tell) if wants_tokenizer else (None, None)
     folded = "output.bias" in spec.tensors and not architecture.output_bias
     notes = _notes(spec, tensors, tokens, words, stored.metadata)
     keys = {
@@ -154,24 +145,10 @@ def export(
         **_export_keys(source, folded, notes, tokens),
     }
     layout = Layout([t.plan for t in tensors], keys, architecture=architecture.name)
-    planned = Weights(
-        {"general.architecture": architecture.name, **{key: value.value for key, value in keys.items()}},
-        {t.name: t.values for t in tensors},
-    )
-    lowest = min((t.plan.type for t in tensors if _is_weight(t)), key=bits_per_weight)
     with ExitStack() as files:
         file = files.enter_context(AtomicFile(target))
         text = None if beside is None else files.enter_context(AtomicFile(beside))
-        try:
-            layout.metadata.update(_figures(None, spec))
-            layout.write(file, {}, threads, progress or (lambda done, total, tensor: None))
-        except CheckpointError as error:
-            raise CheckpointError(f"{source}: {error}") from error
-        certificate = certify(source, stored, planned, file.path, lowest, tell)
-        if certificate.problems:
-            raise CheckpointError(f"{target} was not written: {'; '.join(certificate.problems)}")
-        layout.metadata.update(_figures(certificate, spec))
-        layout.rewrite_header(file, {})
+        certificate = _written(file, layout, source, stored, tensors, threads, progress, tell)
         if text is not None and beside is not None:
             text.write(modelfile(target, beside.parent, spec.context_length).encode())
         file.commit()
@@ -193,6 +170,53 @@ def export(
         commands=lines(target, spec.context_length, beside),
         seconds=time.perf_counter() - started,
     )
+
+
+def _tokenizer(
+    source: Path, stored: StoredModel, allow: bool, tell: Callable[[str], None]
+) -> tuple[LlamaTokenizer | None, tuple[SampleResult, ...] | None]:
+    """What llama.cpp is told, and how it fares; None if the model has no tokenizer."""
+    own = TextTokenizer.from_metadata(stored.metadata)
+    if own is None:
+        return None, None
+    data = json.loads(stored.metadata[_JSON_KEY])
+    words = from_tokenizer_json(data, stored.spec.vocab_size)
+    unknown = data["model"].get("unk_token")
+    tell("comparing token ids")
+    tokens = tuple(compare_tokens(own, words, data["model"]["vocab"].get(unknown)))
+    if (problems := token_problems(tokens)) and not allow:
+        raise UnsupportedError(
+            f"{source}: llama.cpp's tokenizer would give other ids ({'; '.join(problems)}); "
+            "--allow-token-differences writes the file nevertheless"
+        )
+    return words, tokens
+
+
+def _written(
+    file: AtomicFile,
+    layout: Layout,
+    source: Path,
+    stored: StoredModel,
+    tensors: list[ExportTensor],
+    threads: int,
+    progress: Progress | None,
+    tell: Callable[[str], None],
+) -> Certificate:
+    """Writes the file, measures it, and writes what was measured into it. CheckpointError beyond a limit."""
+    layout.metadata.update(_figures(None, stored.spec))
+    try:
+        layout.write(file, {}, threads, progress or (lambda done, total, tensor: None))
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from error
+    keys = {"general.architecture": layout.architecture, **{k: value.value for k, value in layout.metadata.items()}}
+    planned = Weights(keys, {t.name: t.values for t in tensors})
+    lowest = min((t.plan.type for t in tensors if _is_weight(t)), key=bits_per_weight)
+    certificate = certify(source, stored, planned, file.path, lowest, tell)
+    if certificate.problems:
+        raise CheckpointError(f"{file.target} was not written: {'; '.join(certificate.problems)}")
+    layout.metadata.update(_figures(certificate, stored.spec))
+    layout.rewrite_header(file, {})
+    return certificate
 
 
 # --- what differs ------------------------------------------------------------------------------------------------
@@ -241,12 +265,6 @@ def _types_differ(stored: StoredModel, outtype: str | None) -> bool:
 def _is_weight(tensor: ExportTensor) -> bool:
     """Not the table of codes, which is exact in any type."""
     return len(tensor.plan.shape) > 1 and tensor.name != "token_embd.weight"
-
-
-def _unknown_id(metadata: Mapping[str, Any]) -> int | None:
-    model = json.loads(metadata[_JSON_KEY])["model"]
-    name = model.get("unk_token")
-    return model["vocab"].get(name) if isinstance(name, str) else None
 
 
 # --- keys --------------------------------------------------------------------------------------------------------
