@@ -133,7 +133,7 @@ def token_rows(path: Path) -> Iterator[tuple[str, int, int, int]]:
         found = dict(zip(texts, llama_peer.token_ids(out, texts), strict=True))
     model = own.backend.token_to_id("<unk>")
     for sample in samples:
-        result = compare_sample(sample, own.encode, found.__getitem__, model, own.decode)
+        result = compare_sample(sample, own, found.__getitem__, model)
         yield result.name, result.n_texts, result.n_different, result.n_unknown_different
 
 

@@ -333,6 +333,16 @@ def test_differences_in_ordinary_text_are_refused_unless_allowed(tmp_path: Path)
     assert {r.name: r.n_different for r in report.tokens}["Names of special tokens"] > 0  # "<unk>" is no text any more
 
 
+def test_texts_of_unknown_characters_are_counted_apart(tmp_path: Path) -> None:
+    """Of letters that the model does not know llama.cpp may make something else, but not of those that it knows."""
+    report = export(write_model(tmp_path / "in.gguf", concatenating()), tmp_path / "out.gguf")
+    assert report.tokens is not None
+    found = {result.name: result for result in report.tokens}
+    assert found["Cyrillic"].n_different == found["Cyrillic"].n_unknown_different == found["Cyrillic"].n_unknown > 0
+    assert found["Latin"].n_unknown < found["Latin"].n_texts
+    assert all(result.rate == 0 for result in report.tokens if result.ordinary)
+
+
 def test_tokenizer_keys(tmp_path: Path) -> None:
     source = write_model(tmp_path / "in.gguf", concatenating())
     report = export(source, tmp_path / "out.gguf")
@@ -428,6 +438,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert [path.name for path in tmp_path.iterdir()] == ["in.gguf"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
     folder = tmp_path / "new"

@@ -165,21 +165,17 @@ def compare_tokens(own: TextTokenizer, exported: LlamaTokenizer, unknown: int | 
     names = set(own.control_tokens.values())
     vocab = {i: own.token_bytes(i) for i in range(own.backend.get_vocab_size()) if i not in names}
     samples = corpus(tokens_as_text(vocab), list(own.control_tokens))
-    return [compare_sample(sample, own.encode, exported.encode, unknown, own.decode) for sample in samples]
+    return [compare_sample(sample, own, exported.encode, unknown) for sample in samples]
 
 
 def compare_sample(
-    sample: Sample,
-    own: Callable[[str], Sequence[int]],
-    other: Callable[[str], Sequence[int]],
-    unknown: int | None,
-    decode: Callable[[Sequence[int]], str],
+    sample: Sample, own: TextTokenizer, other: Callable[[str], Sequence[int]], unknown: int | None
 ) -> SampleResult:
-    """own, other: text -> ids. A text is unknown that has unknown ids or does not come back."""
+    """other: text -> ids. A text counts as unknown that has the unknown id, or whose tokens do not spell it."""
     different, strange, strange_different = [], 0, 0
     for text in sample.texts:
-        ids = list(own(text))
-        is_strange = unknown in ids or decode(ids) != text
+        ids = own.encode(text)
+        is_strange = unknown in ids or b"".join(map(own.token_bytes, ids)) != text.encode()
         is_different = ids != list(other(text))
         strange += is_strange
         strange_different += is_strange and is_different
