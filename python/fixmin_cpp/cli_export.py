@@ -101,7 +101,7 @@ def _lines(report: Any, everything: bool) -> list[str]:
         shown = [r for r in report.tokens if everything or r.n_different]
         for r in shown:
             strange = f"; {r.n_unknown_different} of them with unknown characters" if r.n_unknown_different else ""
-            example = f", such as {r.example[:40]!a}" if r.example else ""
+            example = f", such as {r.example[:12]!a}" if r.example else ""
             lines.append(f"  {r.name}: {r.n_different} of {r.n_texts}{strange}{example}")
     if report.folded:
         lines.append("the bias of the output projection is folded into the last norm and the matrix")
