@@ -14,7 +14,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 from gguf import TokenType
@@ -73,8 +73,15 @@ class LlamaTokenizer:
                 ids.append(part)
                 continue
             for word in self._words(part):
-                ids.extend(self._word(word))
+                if word not in self._seen:
+                    self._seen[word] = self._word(word)
+                ids.extend(self._seen[word])
         return ids
+
+    @cached_property
+    def _seen(self) -> dict[str, list[int]]:
+        """Ids of words that have come up: all of them, since a certificate's texts are few."""
+        return {}
 
     @property
     def unused(self) -> int | None:
@@ -121,8 +128,7 @@ class LlamaTokenizer:
                 if word:
                     yield as_letters(word)
 
-    @lru_cache(maxsize=1 << 14)  # noqa: B019 - lives as long as an export
-    def _word(self, word: str) -> tuple[int, ...]:
+    def _word(self, word: str) -> list[int]:
         ids: list[int] = []
         for symbol in self._merged(word):
             if (known := self._ids.get(symbol)) is not None:
@@ -130,7 +136,7 @@ class LlamaTokenizer:
             else:  # byte by byte of what the letters are in UTF-8: of these only ASCII can be a token
                 singles = (self._ids.get(chr(byte)) for byte in symbol.encode() if byte < 0x80)
                 ids.extend(i for i in singles if i is not None)
-        return tuple(ids)
+        return ids
 
     def _merged(self, word: str) -> list[str]:
         """Symbols after all merges: always the one of lowest rank, of several the first."""

@@ -66,7 +66,7 @@ class ExportReport:
     types: dict[str, int]  # ggml type -> number of tensors
     folded: bool  # the output projection had a bias
     notes: tuple[str, ...]  # what differs from the source
-    certificate: Certificate | None
+    certificate: Certificate
     tokens: tuple[SampleResult, ...] | None  # None: no tokenizer
     modelfile: Path | None
     commands: dict[str, str]  # program -> what to type
