@@ -19,7 +19,7 @@ CXX_ALL := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl'
 
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help setup demo test test-all test-newest test-oldest lock emulators browser test-emulated asan tsan lint format bench bench-peers gpu gpu-wheels clean distclean
+.PHONY: help setup demo test test-all test-newest test-oldest lock emulators browser llama-cpp test-emulated asan tsan lint format bench bench-peers gpu gpu-wheels clean distclean
 
 help:
 	@echo 'make demo       install, convert and certify the demo checkpoints, generate text'
@@ -29,6 +29,7 @@ help:
 	@echo 'make lock       write the newest versions of all packages into requirements/'
 	@echo 'make emulators  install what tests of other CPUs need (qemu, a cross compiler; they are skipped without it)'
 	@echo 'make browser    install chromium, which tests of the playground need (they are skipped without it)'
+	@echo 'make llama-cpp  llama.cpp itself, compiled from its source on PyPI, for tests of exported files (18 minutes of a core)'
 	@echo 'make asan       tests of the C++ code with the address and undefined-behaviour sanitizers; make tsan: data races'
 	@echo 'make setup      install only, what all of this needs (into $(VENV))'
 	@echo 'make lint       formatting, static checks and types'
@@ -179,6 +180,23 @@ browser:
 	else \
 	    echo 'note: tests of the playground will be skipped; on Debian: sudo apt-get install chromium'; \
 	fi
+
+# llama.cpp's own programs, for the tests of exported files: the source that llama-cpp-python brings, in the version that the
+# benchmarks have. -fno-dse: see bench/peers/llama.txt. No TLS and no web page, which would be fetched.
+LLAMA         := out/llama.cpp
+LLAMA_PACKAGE := $(shell sed -n 's/^\(llama-cpp-python==[^ ]*\).*/\1/p' bench/peers/llama.txt)
+LLAMA_NAMES   := llama-server llama-cli llama-completion
+llama-cpp: $(LLAMA)/bin/llama-server
+$(LLAMA)/bin/llama-server: bench/peers/llama.txt | $(STAMP)/build-tools
+	rm -rf $(LLAMA) && mkdir -p $(LLAMA)/source $(LLAMA)/bin
+	$(PIP) download --no-deps --no-build-isolation --no-binary :all: -d $(LLAMA) '$(LLAMA_PACKAGE)'
+	tar -xzf $(LLAMA)/*.tar.gz -C $(LLAMA)/source --strip-components=1
+	$(BIN)/cmake -S $(LLAMA)/source/vendor/llama.cpp -B $(LLAMA)/build -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+	    -DCMAKE_BUILD_TYPE=Release -DCMAKE_C_FLAGS=-fno-dse -DCMAKE_CXX_FLAGS=-fno-dse -DBUILD_SHARED_LIBS=OFF \
+	    -DLLAMA_OPENSSL=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF
+	$(BIN)/cmake --build $(LLAMA)/build --parallel $(or $(filter-out 0,$(JOBS)),1) --target $(LLAMA_NAMES)
+	cp $(addprefix $(LLAMA)/build/bin/,$(LLAMA_NAMES)) $(LLAMA)/bin
+	rm -rf $(LLAMA)/build $(LLAMA)/source $(LLAMA)/*.tar.gz
 
 # The tests of what is native on older CPUs, a quarter of an hour each or more; tests/native has the short form. PyTorch stays out: it takes
 # minutes to import there, and what it is compared with (tests/oracle.py) is not native.

@@ -45,7 +45,7 @@ def read_gguf(path: str | os.PathLike[str]) -> StoredModel:
             raise GGUFError(f"{path}: architecture {metadata.get('general.architecture')!a}, expected 'fixmin'")
         keys = _Keys(path, metadata)
         types = {t.name: GGMLQuantizationType[t.type] for t in file.tensors}
-        recipes = {t.name: _recipe(path, t, types[t.name]) for t in file.tensors if t.name != "token_code.weight"}
+        recipes = {t.name: tensor_recipe(path, t, types[t.name]) for t in file.tensors if t.name != "token_code.weight"}
         scales = {}
         for name in [name for name in recipes if types[name] == GGMLQuantizationType.I8]:
             if (scale := recipes.pop(name + SCALE_SUFFIX, None)) is None or types.pop(name + SCALE_SUFFIX) != F32:
@@ -118,7 +118,7 @@ def _code(keys: _Keys, file: _core.GgufFile) -> CodeSpec:
     return CodeSpec("table", table=np.unpackbits(packed, axis=1, bitorder="little")[:, :width], **lift)
 
 
-def _recipe(path: Path, tensor: _core.GgufTensor, ggml_type: GGMLQuantizationType) -> TensorRecipe:
+def tensor_recipe(path: Path, tensor: _core.GgufTensor, ggml_type: GGMLQuantizationType) -> TensorRecipe:
     """Rows of a stored tensor, dequantised."""
     shape, offset = tuple(tensor.shape), tensor.offset
     # Any element of a vector may be asked for, so it must be stored in a type without blocks.

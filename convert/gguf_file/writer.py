@@ -323,6 +323,7 @@ class Layout:
     tensors: list[TensorPlan]
     metadata: dict[str, Value]
     header_bytes: int = field(default=0)  # length of everything before the tensor data, padding included
+    architecture: str = ARCHITECTURE
 
     @classmethod
     def plan(cls, spec: ModelSpec, outtype: str, provenance: Provenance) -> Layout:
@@ -410,7 +411,7 @@ class Layout:
         """Magic, metadata and tensor table, padded to where the data begins."""
         with tempfile.TemporaryDirectory(prefix="fixmin-") as folder:
             path = Path(folder, "header.gguf")
-            writer = GGUFWriter(path, ARCHITECTURE)
+            writer = GGUFWriter(path, self.architecture)
             for key, value in {**self.metadata, **_fixed_size(certificate)}.items():
                 if value.type != GGUFValueType.ARRAY or value.value:  # GGUFWriter has no empty arrays
                     writer.add_key_value(key, value.value, value.type, value.element)

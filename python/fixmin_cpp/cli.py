@@ -21,7 +21,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from . import _core, cli_compare, cli_hub  # noqa: F401 - they register their commands
+from . import _core, cli_compare, cli_export, cli_hub  # noqa: F401 - they register their commands
 from . import cli_output as output
 from ._core import __version__
 from .atomic_file import refuse_inputs, terminate_cleanly

@@ -194,7 +194,7 @@ def quantize(
     importance = {} if imatrix_path is None else read_imatrix(imatrix_path)
 
     stored = read_gguf(source_path)
-    chooser = _Chooser(name, rules, output_type, stored.spec.block_count, stored.spec.code.kind != "learned")
+    chooser = Chooser(name, rules, output_type, stored.spec.block_count, stored.spec.code.kind != "learned")
     if smooth is not None and EXPONENTS_KEY in stored.metadata:
         raise ArgumentError(f"smooth: {source_path} has been smoothed already")
     plans = [chooser.plan(key, recipe) for key, recipe in stored.spec.tensors.items()]
@@ -289,7 +289,7 @@ def _paths_of(value: Any) -> tuple[Path, ...]:
 # --- which type --------------------------------------------------------------------------------------------------
 
 
-class _Chooser:
+class Chooser:
     """The type of each tensor, in the order: stated by name, output, recipe, floor of the folded layer, fallback."""
 
     def __init__(
@@ -387,7 +387,7 @@ def _finish(
     if len(plan.shape) == 1:
         return plan
     if plan.type == have:
-        return TensorPlan(plan.name, plan.shape, have, _stored_rows(source, plan.name), plan.note, is_stored=True)
+        return TensorPlan(plan.name, plan.shape, have, stored_rows(source, plan.name), plan.note, is_stored=True)
     values = None if plan.type in (*_FLOATS, I8) else importance.get(plan.name)
     if values is not None and values.shape != (plan.shape[-1],):
         raise ArgumentError(
@@ -405,7 +405,7 @@ def _with_scales(plans: list[TensorPlan], scales: Mapping[str, TensorRecipe]) ->
             yield scale_plan(plan, scales[plan.name] if plan.is_stored else None)
 
 
-def _stored_rows(path: Path, name: str) -> TensorRecipe:
+def stored_rows(path: Path, name: str) -> TensorRecipe:
     """The rows of a tensor as bytes, read with plain reads: mapped pages would count as resident memory."""
     tensor = next(t for t in _core.GgufFile(str(path)).tensors if t.name == name)
     shape, offset = tuple(tensor.shape), tensor.offset
@@ -424,7 +424,7 @@ def _stored_rows(path: Path, name: str) -> TensorRecipe:
 def _code_plans(path: Path) -> list[TensorPlan]:
     """The table of codes, if there is one: not a matrix of weights."""
     names = [t.name for t in _core.GgufFile(str(path)).tensors if t.name == "token_code.weight"]
-    recipes = [_stored_rows(path, name) for name in names]
+    recipes = [stored_rows(path, name) for name in names]
     return [TensorPlan(r.sources[0], r.shape, GGMLQuantizationType.I8, r, is_stored=True) for r in recipes]
 
 
