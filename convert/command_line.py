@@ -169,10 +169,17 @@ def rewrap_main(argv: Sequence[str] | None = None) -> int:
     )
     _add_resolve_options(parser)
     parser.add_argument("-o", "--out", type=Path, required=True, help="folder to write; it must not exist")
+    parser.add_argument(
+        "--fold-bias",
+        action="store_true",
+        help="leave the output projection without a bias, as SGLang needs it: fold that into the last LayerNorm",
+    )
     args = parser.parse_args(argv)
     reporter = ConsoleReporter(Console(highlight=False))
     with terminate_cleanly():
-        report = rewrap(args.checkpoint_dir, args.out, log=reporter.line, **_resolve_options(args))
+        report = rewrap(
+            args.checkpoint_dir, args.out, fold_bias=args.fold_bias, log=reporter.line, **_resolve_options(args)
+        )
     for line in report.lines():
         reporter.line(line)
     return 0

@@ -29,6 +29,7 @@ from ..reference.configuration_fixmin import FixMinConfig
 from ..reference.modeling_fixmin import FixMinForCausalLM
 from .certify import make_prompts
 from .checkpoint.source import check_directory
+from .fold import Fold
 from .observed.torch_threads import torch_threads
 from .resolve import resolve
 from .spec import ModelSpec, Resolved
@@ -72,6 +73,7 @@ def rewrap(
     checkpoint_dir: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
+    fold_bias: bool = False,
     log: Callable[[str], object] | None = None,
     overrides: Mapping[str, Any] | None = None,
     **options: Any,
@@ -83,6 +85,8 @@ def rewrap(
     Args:
         checkpoint_dir: as for `convert`.
         out: the folder to write; it must not exist, or be empty.
+        fold_bias: leave the output projection without a bias, which some engines do not know: it goes into the last
+            LayerNorm and the matrix (fold.py), whose new values need float32.
         log: told what is found.
         overrides, options: for `resolve`: what the user states, trust_remote_code, map_file, calibrate, allow_missing,
             allow_unexpected.
@@ -107,7 +111,7 @@ def rewrap(
         folder = Path(temporary, out.name)
         folder.mkdir()
         tell("writing the weights ...")
-        config = _config(resolved.spec)
+        config = _config(resolved.spec, fold_bias)
         dtype = _write_weights(folder, resolved, config)
         _write_config(folder, config, dtype, resolved)
         _write_the_rest(folder, checkpoint_dir, resolved.spec)
@@ -128,7 +132,7 @@ def rewrap(
         )
 
 
-def _config(spec: ModelSpec) -> FixMinConfig:
+def _config(spec: ModelSpec, fold_bias: bool = False) -> FixMinConfig:
     """The configuration of the reference model for all of a spec, code and output projection included."""
     config = reference_config(spec)
     code = spec.code
@@ -140,7 +144,13 @@ def _config(spec: ModelSpec) -> FixMinConfig:
             config.code_kind = "fixed"
     if code.kind != "learned":
         config.code_lift, config.code_values = code.lift, [float(v) for v in code.values]
-    config.lm_head_bias = "output.bias" in spec.tensors
+    config.lm_head_bias = "output.bias" in spec.tensors and not fold_bias
+    if fold_bias and "output.bias" in spec.tensors:
+        if spec.norm != "layernorm":
+            raise CheckpointError(
+                "fold_bias: a bias can be folded into a LayerNorm only, and the last norm is an RMSNorm"
+            )
+        config.norm_bias = True
     config.bos_token_id, config.pad_token_id = spec.bos_token_id, spec.pad_token_id
     ends = spec.eos_token_ids
     config.eos_token_id = ends[0] if len(ends) == 1 else list(ends) or None
@@ -165,10 +175,22 @@ def _tensors(spec: ModelSpec, config: FixMinConfig) -> Iterator[tuple[str, Tenso
         **{"model.code.matrix": spec.code.matrix, "model.code.shift": spec.code.shift},
         **{"model.code.table": spec.code.table},
     }
+    folded: dict[str, Callable[[], NDArray[Any]]] = {}
+    if "output.bias" in spec.tensors and not config.lm_head_bias:
+        beta = spec.tensors.get("output_norm.bias")
+        gain = spec.tensors["output_norm.weight"].load()
+        fold = Fold.of(gain, np.zeros_like(gain) if beta is None else beta.load())
+        folded["model.output_norm.weight"] = lambda: fold.new_gain.astype(np.float32)
+        folded["model.output_norm.bias"] = lambda: fold.new_bias.astype(np.float32)
+        folded["lm_head.weight"] = lambda: fold.rows(
+            spec.tensors["output.weight"].load(), spec.tensors["output.bias"].load()
+        )
     for name, shape in _parameters(config):
         recipe = spec.tensors.get(_gguf_name(name))
         if name in codes:
             values: NDArray[Any] = np.asarray(codes[name], np.uint8)
+        elif name in folded:
+            values = folded[name]()
         elif recipe is not None:
             values = recipe.load()
         elif name.endswith(".bias"):

@@ -12,13 +12,16 @@ torch = pytest.importorskip("torch")
 import zoo  # noqa: E402
 from fixmin_cli import fixmin  # noqa: E402
 from safetensors import safe_open  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 
 from fixmin_cpp.convert import rewrap as module  # noqa: E402
 from fixmin_cpp.convert.rewrap import rewrap  # noqa: E402
 from fixmin_cpp.errors import CheckpointError  # noqa: E402
+from fixmin_cpp.reference import modeling_fixmin as modeling  # noqa: E402
 
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo"
+HEAD_BIAS = (("config.vocab_size, bias=False", "config.vocab_size, bias=True"),)
 # Unlike each other in code, norm, activation, rotation, heads, biases, layout of files and type.
 STYLES = (
     "bochkov_tile",
@@ -106,6 +109,58 @@ def test_torch_compile(rewrapped):
     ids = torch.arange(20)[None]
     with torch.inference_mode():
         assert torch.allclose(compiled(ids).logits, model(ids).logits, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_no_bias_at_the_output(tmp_path):
+    report = rewrap(DEMO / "affine", tmp_path / "out", fold_bias=True, trust_remote_code=True)
+    assert report.logit_error <= 1e-5
+    assert report.dtype == "float32"
+    model = own(tmp_path / "out")
+    assert model.lm_head.bias is None
+    ids = torch.arange(100, 160)[None]
+    with torch.inference_mode():
+        got, expected = model(ids).logits, own(DEMO / "affine").eval()(ids).logits
+    assert torch.norm(got - expected) <= 1e-5 * torch.norm(expected)
+    zoo.make_checkpoint(zoo.Style(zoo.STYLES["llama"].author, {}, edits=HEAD_BIAS), tmp_path / "rms")
+    with pytest.raises(CheckpointError, match="into a LayerNorm only"):
+        rewrap(tmp_path / "rms", tmp_path / "no", fold_bias=True, trust_remote_code=True)
+
+
+@pytest.mark.slow
+def test_what_sglang_asks(rewrapped):
+    """The steps of its Transformers back end that touch the model: attention of its own, told by module and arguments;
+    a table in the place of the input embedding."""
+    seen = []
+
+    def attention(module, query, key, value, attention_mask, scaling=None, attention_instances=None, **others):
+        seen.append((module.layer_idx, attention_instances, others["forward_batch"]))
+        return modeling.eager_attention(
+            module, query, key, value, modeling.causal_mask(query.shape[2], 0, None, query), scaling
+        )
+
+    model = AutoModel.from_pretrained(rewrapped, trust_remote_code=True, dtype=torch.float32)
+    assert model._supports_attention_backend
+    ids = torch.arange(100, 120)[None]
+    with torch.inference_mode():
+        expected = model(ids).last_hidden_state
+        ALL_ATTENTION_FUNCTIONS["of_a_test"] = attention
+        model.config._attn_implementation = "of_a_test"
+        embedding = model.get_input_embeddings()
+        model.set_input_embeddings(torch.nn.Embedding(embedding.num_embeddings, embedding.embedding_dim))
+        got = model(
+            input_ids=ids,
+            inputs_embeds=None,
+            use_cache=False,
+            position_ids=torch.arange(20)[None],
+            return_dict=False,
+            forward_batch="batch",
+            attention_instances={0: "a"},
+        )[0]
+    assert torch.allclose(got, expected, atol=1e-5)
+    assert seen == [(layer, {0: "a"}, "batch") for layer in range(6)]
+    with pytest.raises(ValueError, match="no input embedding to replace or to resize"):
+        model.set_input_embeddings(torch.nn.Embedding(7, embedding.embedding_dim))
 
 
 @pytest.mark.slow

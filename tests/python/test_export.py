@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from toy_models import byte_level, concatenating, write_model
 
+from fixmin_cpp.convert import fold
 from fixmin_cpp.errors import ArgumentError, ArgumentTypeError, CheckpointError, UnsupportedError
-from fixmin_cpp.export import certificate, fold, graph, tensors
+from fixmin_cpp.export import certificate, graph, tensors
 from fixmin_cpp.export.bpe import LlamaTokenizer, from_tokenizer_json
 from fixmin_cpp.export.llama_cpp import OUT_TYPES, export
 from fixmin_cpp.quantization.requantize import quantize

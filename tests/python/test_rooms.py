@@ -128,7 +128,7 @@ PYTHON = (
     },
 )
 CONVERT = (
-    {"spec"},
+    {"spec", "fold"},
     {"overrides", "streaming", "checkpoint", "gguf_file"},
     {"observed", "stated"},
     {"resolve"},

@@ -13,6 +13,7 @@ import numpy as np
 from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
+from ..convert.fold import Fold
 from ..convert.gguf_file.formats import F16, F32, I8, Q4_0, bits_per_weight
 from ..convert.gguf_file.readback import StoredModel
 from ..convert.gguf_file.writer import TensorPlan
@@ -20,7 +21,6 @@ from ..convert.spec import CodeSpec, ModelSpec, TensorRecipe
 from ..errors import ArgumentError
 from ..quantization.requantize import Chooser, stored_rows
 from .architecture import QKV, Architecture
-from .fold import Fold
 
 _FLOATS = (F32, F16, GGMLQuantizationType.BF16)
 
