@@ -15,7 +15,12 @@ __all__ = ["export"]
 
 @app.command(rich_help_panel=MAKE)
 def export(
-    model: Annotated[Path, typer.Argument(metavar="MODEL.gguf", help="File of the model, best in F32 or F16.")],
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MODEL", help="GGUF file, best in F32 or F16; or a checkpoint folder or a repository of the hub."
+        ),
+    ],
     out: Annotated[
         Path, typer.Option("-o", "--out", metavar="OUT.gguf", help="File to write; appears when it is complete.")
     ],
@@ -49,6 +54,8 @@ def export(
     """
     with output.errors(debug):
         exporter = output.extra("export.llama_cpp", "quantize")
+        if not model.is_file():  # float32: what is folded is then rounded once
+            model = output.locate(model, quiet=as_json, dtype="f32").path
         if ollama and modelfile is None:
             modelfile = out.parent / "Modelfile"
         with terminate_cleanly(), output.status(as_json) as tell:
