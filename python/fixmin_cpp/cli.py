@@ -391,8 +391,8 @@ def serve(
         options |= {name: tuple(options[name] or ()) for name, row in SERVE_FIELDS.items() if row.default == ()}
         options["api_keys"] += _keys_of(api_key_file)
         template = None if chat_template is None else read_text(chat_template)
-        found = output.locate(model, quiet=quiet)
-        settings = package.ServeSettings(model=str(found.path), chat_template=template, **options)
+        settings = package.ServeSettings(model=str(model), chat_template=template, **options)
+        settings = dataclasses.replace(settings, model=str(output.locate(model, quiet=quiet).path))
         package.run(settings)
         if any(thread.name.startswith("fixmin-") and thread.daemon for thread in threading.enumerate()):
             # Threads that cannot be interrupted must not meet an interpreter that is being taken down.

@@ -112,7 +112,8 @@ def describe_wrong_model(path: str | os.PathLike[str]) -> str | None:
             return f"weights of a checkpoint, not a GGUF file; convert its folder: fixmin convert {path.parent}"
         return describe_content(path, "gguf")
     if not path.exists() and _download(path) is not None:
-        return f"there is no such file; if this is a model of the Hugging Face hub: fixmin run {hub_id(str(path))}"
+        name = hub_id(str(path))
+        return f"there is no such file; a model of the Hugging Face hub? Model.from_pretrained, or fixmin run {name}"
     return None
 
 

@@ -152,7 +152,7 @@ def test_what_is_given_in_the_place_of_a_model(tmp_path: Path, make, message: st
 
 def test_other_names_in_the_place_of_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match="hf download owner/name --local-dir name"):
+    with pytest.raises(FileNotFoundError, match="fixmin run owner/name"):
         Model("owner/name")
     Path("model.safetensors").touch()
     with pytest.raises(GGUFError, match="weights of a checkpoint"):

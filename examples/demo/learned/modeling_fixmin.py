@@ -404,6 +404,8 @@ class FixMinForCausalLM(FixMinPreTrainedModel, GenerationMixin):
             ValueError: both names of the cache; a mask or places that do not fit the tokens; labels together with
                 logits_to_keep.
         """
+        if others.get("inputs_embeds") is not None:
+            raise TypeError("forward() does not take inputs_embeds")
         if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise ValueError("labels need the logits of all positions: leave out logits_to_keep")
         cache = one_cache(cache, past_key_values)
