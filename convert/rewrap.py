@@ -74,7 +74,7 @@ def rewrap(
     out: str | os.PathLike[str],
     *,
     fold_bias: bool = False,
-    log: Callable[[str], object] | None = None,
+    log: Callable[[str], None] | None = None,
     overrides: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> RewrapReport:
@@ -95,7 +95,7 @@ def rewrap(
         CheckpointError: the checkpoint cannot be resolved; `out` exists; the result computes something else.
         OSError: the disk is full, the folder not writable.
     """
-    tell = log or (lambda line: None)
+    tell: Callable[[str], None] = log or (lambda line: None)
     checkpoint_dir, out = Path(checkpoint_dir), Path(out)
     check_directory(checkpoint_dir)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):

@@ -172,10 +172,10 @@ def _from_folder(
     if revision is not None:
         raise ArgumentError(f"revision is {revision!r}, but {folder} is a folder, which has none")
     if dtype.endswith(".gguf") or not (folder / "config.json").is_file():
-        path = _of_type({p.name for p in folder.glob("*.gguf")}, dtype)
-        if path is None:
+        name = _of_type({p.name for p in folder.glob("*.gguf")}, dtype)
+        if name is None:
             raise CheckpointError(f"{folder}: {describe_wrong_model(folder)}, and no checkpoint: it has no config.json")
-        return Found(folder / path, str(folder))
+        return Found(folder / name, str(folder))
     resolved = folder.resolve()
     facts = []
     for path in sorted({*(p for p in resolved.iterdir() if p.is_file()), *_python_files(resolved)}):
