@@ -100,6 +100,8 @@ def rewrap(
     check_directory(checkpoint_dir)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise CheckpointError(f"{out}: exists; name a folder that does not, or is empty")
+    if out.resolve().is_relative_to(checkpoint_dir.resolve()):
+        raise CheckpointError(f"{out}: lies in the checkpoint's folder, which is not changed; name another place")
     if not out.absolute().parent.is_dir():
         raise CheckpointError(f"{out.parent}: there is no such folder to write {out.name} to")
     stated = {name: value for name, value in (overrides or {}).items() if value is not None}
@@ -114,6 +116,8 @@ def rewrap(
         config = _config(resolved.spec, fold_bias)
         dtype = _write_weights(folder, resolved, config)
         _write_config(folder, config, dtype, resolved)
+        for path in folder.glob("*.safetensors"):  # which their library makes readable by their owner alone
+            path.chmod((folder / "config.json").stat().st_mode)
         _write_the_rest(folder, checkpoint_dir, resolved.spec)
         tell("comparing with the original ...")
         against, error, tokens = _compare(folder, resolved)

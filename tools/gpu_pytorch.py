@@ -54,7 +54,7 @@ class StaticStep(torch.nn.Module):
         config = self.config
         cos, sin = self.cos[position][None, None], self.sin[position][None, None]
         seen = (self.places <= position)[None, None, None]
-        x = self.model.model.embed(ids)
+        x = self.model.get_input_embeddings()(ids).to(self.model.dtype)
         for layer, block in enumerate(self.model.model.layers):
             h = block.attn_norm(x)
             heads = (*h.shape[:2], -1, config.head_dim)

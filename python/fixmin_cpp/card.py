@@ -88,6 +88,11 @@ def _plain(text: Any) -> str:
     return re.sub(r"[`*_|<>\[\]{}#:&\\]", " ", printable(str(text), 100)).strip()
 
 
+def _file_name(d: dict[str, Any]) -> str:
+    """As it can stand between backticks, in a table."""
+    return re.sub("[`|]", " ", printable(Path(d["file"]["path"]).name))
+
+
 def _what(d: dict[str, Any], base_model: str | None) -> str:
     m, code = d["metadata"], d["code"]
     kind = code.get("kind")
@@ -125,7 +130,7 @@ def _files(own: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> s
     rows = [_row(("file", "weights", "size", "bits per weight", "for")), _row(["---"] * 5)]
     for d, program in [*((d, _PROJECT) for d in own), *((d, "llama.cpp, Ollama, LM Studio") for d in others)]:
         bits = d["file"]["bits_per_weight"]
-        cells = (f"`{Path(d['file']['path']).name}`", _type(d), f"{d['file']['bytes'] / 1e6:,.1f} MB")
+        cells = (f"`{_file_name(d)}`", _type(d), f"{d['file']['bytes'] / 1e6:,.1f} MB")
         rows.append(_row((*cells, "" if bits is None else f"{bits:.2f}", program)))
     return "\n".join(rows)
 
@@ -139,7 +144,7 @@ _FIGURES = (
 
 
 def _certificate(own: Sequence[dict[str, Any]]) -> str:
-    named = [(Path(d["file"]["path"]).name, d["certificate"], d["quantized"]) for d in own]
+    named = [(_file_name(d), d["certificate"], d["quantized"]) for d in own]
     rows = [_row(("file", *(title for _, title in _FIGURES), "tokens")), _row(["---"] * (len(_FIGURES) + 2))]
     notes = []
     for name, certificate, quantized in named:

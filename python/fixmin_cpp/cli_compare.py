@@ -93,7 +93,7 @@ def compare(
     has; a model, text or setting that has changed is measured again. docs/compare.md says what the errors mean.
     """
     if (text is None) == (dataset is None):
-        raise typer.BadParameter("give --text FILE or --dataset NAMES")
+        raise typer.BadParameter("give --text FILE or --dataset NAMES" + (", not both" if text is not None else ""))
     with output.errors(debug), terminate_cleanly():
         comparison = output.extra("compare", "compare")
         held_out = read_text(text) if text is not None else comparison.Mixture.parse(dataset, n_tokens, seed, skip)

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 
 from . import cli_output as output
@@ -58,7 +59,8 @@ def export(
             model = output.locate(model, quiet=as_json, dtype="f32").path
         if ollama and modelfile is None:
             modelfile = out.parent / "Modelfile"
-        with terminate_cleanly(), output.status(as_json) as tell:
+        # A damaged file may hold numbers that are none: the certificate says so.
+        with terminate_cleanly(), output.status(as_json) as tell, np.errstate(all="ignore"):
             told = -1
 
             def update(done: int, total: int, tensor: str) -> None:

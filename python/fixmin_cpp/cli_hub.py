@@ -1,5 +1,6 @@
 """Commands that take a model by its name: run, pull, and the cache of what they have converted."""
 
+import glob
 import json
 import sys
 import time
@@ -25,7 +26,7 @@ _PHASES = ("look", "download", "convert", "load", "prompt", "answer")
 def _names(incomplete: str) -> list[str]:
     """For the shell: models that have been converted before, and files."""
     known = {m.source for m in cached_models()}
-    paths = [f"{path}/" if path.is_dir() else str(path) for path in Path().glob(f"{incomplete}*")]
+    paths = [f"{path}/" if Path(path).is_dir() else path for path in glob.glob(f"{glob.escape(incomplete)}*")]
     return sorted(name for name in (*known, *paths) if name.startswith(incomplete))
 
 
@@ -66,6 +67,9 @@ def run(
     prompt: Annotated[
         str | None, typer.Argument(metavar="[PROMPT]", help="The text; -: stdin. Default on a terminal: a session.")
     ] = None,
+    given: Annotated[
+        str | None, typer.Option("-p", "--prompt", help="The same as PROMPT.", rich_help_panel=INPUT)
+    ] = None,
     dtype: _Dtype = None,
     revision: _Revision = None,
     trust_remote_code: _Trust = False,
@@ -97,7 +101,10 @@ def run(
     """
     with output.errors(debug):
         load, arguments = load_options(options), read_options(options, escape)
-        on_terminal = sys.stdin is not None and sys.stdin.isatty()
+        if prompt is not None and given is not None:
+            raise typer.BadParameter("give PROMPT or --prompt, not both")
+        prompt = given if prompt is None else prompt
+        on_terminal = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
         session = interactive or (prompt is None and file is None and on_terminal)
         if session and not on_terminal:
             raise typer.BadParameter("--interactive needs a terminal")
@@ -202,8 +209,7 @@ def remove(
     with output.errors(debug):
         if bool(names) == everything:
             raise ArgumentError("name the models, or give --all")
-        chosen = [str(m.path) for m in cached_models()] if everything else [from_argv(name) for name in names or []]
-        for m in remove_cached(chosen):
+        for m in remove_cached(None if everything else [from_argv(name) for name in names or []]):
             output.write(f"removed {_shown(m)}\n")
 
 

@@ -216,7 +216,15 @@ def _confirm(code: Code) -> bool:
     note(f"{code.where} comes with Python code. Converting runs it, and it could do anything that you can do:", "bold")
     for line in [*lines[:_MOST_FILES], *([f"and {more} more"] if more > 0 else [])]:
         print(f"  {printable(line)}", file=sys.stderr, flush=True)  # not broken at the width of the terminal
-    return typer.confirm("Run it?", default=False, err=True)
+    while True:
+        print("Run it? [y/N]: ", end="", file=sys.stderr, flush=True)
+        try:
+            answer = input().strip().lower()
+        except EOFError:
+            print(file=sys.stderr)
+            return False
+        if answer in ("", "n", "no", "y", "yes"):
+            return answer.startswith("y")
 
 
 def colored(wanted: bool | None) -> bool:

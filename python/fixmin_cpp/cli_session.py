@@ -21,13 +21,16 @@ from . import cli_output as output
 from .cli_options import unescape
 from .errors import ArgumentError, ContextLengthError, FixminError
 from .inspect import printable
-from .sampling_fields import FIELDS
+from .sampling_fields import FIELDS, Breakers, Choices, Text, Texts
 
 __all__ = ["Session", "shown"]
 
 _N_PROBS = 10  # tokens that /probs shows
+_SETTINGS = tuple(name for name in FIELDS if name not in ("logprobs", "prompt_logprobs"))  # which nothing would show
+_TEXTS = (Text, Texts, Choices, Breakers, Any)  # types of settings whose values are taken as they are typed
 _HELP = """\
-A base model continues text: what you type is added to the text, and the model goes on.
+A base model continues text: what you type is added to the text on a line of its own, or, if it begins with a space, on
+the line that is there, and the model goes on.
 Enter sends; Alt-Enter, or Escape and Enter, begins a new line; an empty line lets the model go on.
 Ctrl-C stops the model; Ctrl-D, or /bye, ends the session.
 
@@ -100,7 +103,7 @@ class Session:
             output.note(f"error: {printable(' '.join(str(error).split()))}", "bold red")
 
     def _completer(self) -> Completer:
-        names = [f"/set {name}" for name in FIELDS]
+        names = [f"/set {name}" for name in _SETTINGS]
         words = [*self._commands, "/bye", *names]
         return WordCompleter(words, sentence=True)
 
@@ -112,6 +115,7 @@ class Session:
     def take(self, line: str) -> None:
         """A line: a command, or text to continue. FixminError, ValueError: what is wrong with it."""
         name, _, rest = line.strip().partition(" ")
+        name = name.lower()
         if re.fullmatch(r"/[a-z]+", name):
             if name not in self._commands:
                 raise ArgumentError(f"there is no command {name}: /help lists them")
@@ -122,7 +126,7 @@ class Session:
     def _continue(self, text: str) -> None:
         if not text and not self._ids:
             return
-        if text and self._ids and not self._model.decode(self._ids).endswith("\n"):
+        if text and self._ids and text[0] != " " and not self._model.decode(self._ids).endswith("\n"):
             text = "\n" + text
         new = self._model.encode(text, parse_special=self._arguments.get("parse_special", True)) if text else []
         ids = self._ids + new
@@ -141,6 +145,8 @@ class Session:
             ends = {"length": "the limit of new tokens: an empty line goes on", "cancelled": "stopped"}
             timings = completion.timings
             how = ends.get(completion.finish_reason, completion.finish_reason)
+            if completion.finish_reason == "length" and len(self._ids) >= self._model.n_ctx:
+                how = "the context is full: /reset begins a new text"
             output.note(f"[{timings.n_generated} tokens, {timings.decode_tok_s:,.1f}/s; {how}]")
 
     def _set(self, rest: str) -> None:
@@ -151,16 +157,18 @@ class Session:
             given = [f"{key} = {value!r}" for key, value in self._arguments.items()]
             self._say("\n".join(given) or "nothing is set: docs/sampling.md has the defaults")
             return
-        if name not in FIELDS:
-            raise ArgumentError(f"there is no setting {name!r}: one of {', '.join(FIELDS)}")
+        if name not in _SETTINGS:
+            raise ArgumentError(f"there is no setting {name!r}: one of {', '.join(_SETTINGS)}")
         if not value.strip():
             self._arguments.pop(name, None)
             self._say(f"{name} is what it is by default, {FIELDS[name].default!r}")
             return
-        read = _value(unescape(value.strip()) if self._escape else value.strip())
-        if FIELDS[name].check is not None:
-            FIELDS[name].checked(name, read, self._model.vocab_size)
-        self._arguments[name] = read
+        read: Any = unescape(value.strip()) if self._escape else value.strip()
+        if FIELDS[name].kind not in _TEXTS or read.startswith("["):
+            read = _value(read)
+        trial = {**self._arguments, name: read}
+        self._model.prepare(self._ids or [0], trial)  # it is refused here, and not with the next text
+        self._arguments = trial
         self._say(f"{name} = {read!r}")
 
     def _codes(self, text: str) -> None:

@@ -9,6 +9,7 @@ The converter runs in a process of its own: PyTorch's memory is given back, and 
 import contextlib
 import errno
 import fcntl
+import glob
 import hashlib
 import importlib
 import json
@@ -27,16 +28,39 @@ from typing import Any
 from .arguments import as_bool, as_path
 from .atomic_file import AtomicFile
 from .errors import ArgumentError, ArgumentTypeError, CheckpointError
-from .recognise import describe_content, describe_wrong_model, hub_id
+from .recognise import describe_no_file, describe_wrong_model, hub_id
 
 __all__ = ["CachedModel", "Code", "Found", "cache_folder", "cached_models", "find", "remove_cached"]
 
-_CONVERTED = ("f32", "f16", "bf16", "q8_0", "w8a8", "q4_0")  # what the converter writes; others are quantised from f32
-_TYPE = re.compile(r"[a-z][a-z0-9_]{1,15}")
+_CONVERTED = ("f32", "f16", "bf16", "q8_0", "w8a8", "q4_0")  # what the converter writes
+# What is quantised from float32 then: all else that `fixmin quantize` has.
+_QUANTISED = tuple(
+    [
+        "q4_1",
+        "q5_0",
+        "q5_1",
+        "q2_k",
+        "q3_k",
+        "q4_k",
+        "q5_k",
+        "q6_k",
+        "iq4_nl",
+        "iq4_xs",
+        "q3_k_s",
+        "q3_k_m",
+        "q3_k_l",
+        "q4_k_s",
+        "q4_k_m",
+        "q5_k_s",
+        "q5_k_m",
+    ]
+)
+DTYPES = (*_CONVERTED, *_QUANTISED)
 # What of a repository is a checkpoint: everything that is small, and of the weights safetensors or else PyTorch's.
 _SMALL = ("*.json", "*.py", "*.txt", "*.model", "*.jinja", "*.safetensors.index.json")
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _ERROR_LINES = 12  # of a failed conversion's output that are shown
+_NAME = 80  # characters of a model's name in names of files and folders
 _CONVERT = "import sys; sys.path[:] = [p for p in sys.path if p]; from fixmin_command import main; main()"
 
 
@@ -73,7 +97,7 @@ class CachedModel:
     """A converted model in the cache."""
 
     source: str  # OWNER/NAME, or the folder of the checkpoint
-    revision: str | None  # as asked for: a branch, a tag, a commit
+    revisions: tuple[str, ...]  # as asked for: branches, tags, commits
     commit: str | None
     dtype: str
     made: float  # seconds since 1970
@@ -120,11 +144,21 @@ def find(
     if os.path.isfile(text):
         _refuse_selection(dtype, revision, text)
         return Found(Path(text), text)
+    if (no_file := describe_no_file(Path(text))) and not os.path.isdir(text):
+        raise OSError(f"{text}: {no_file}")
+    of_folder = re.fullmatch(r"(.+):([^:/]+)", text)
+    if of_folder and not os.path.isdir(text) and os.path.isdir(of_folder[1]):
+        text, dtype = of_folder[1], _agreed("dtype", of_folder[2], dtype, text)
     if os.path.isdir(text):
         found = _from_folder(Path(text), _checked_type(dtype), revision, trust_remote_code, tell)
     else:
         repository, of_name = _split(text, dtype, revision)
         if repository is None:
+            if hub_id(f"hf.co/{text}"):
+                raise FileNotFoundError(
+                    f"{text}: there is no such file in the folder {os.path.dirname(text)}; a repository of the hub is "
+                    f"hf.co/{text}"
+                )
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), text)
         hub = _Hub(repository, of_name["revision"] or "main", token, local_files_only, tell)
         found = _from_hub(hub, _checked_type(of_name["dtype"]), trust_remote_code, tell)
@@ -137,8 +171,10 @@ def _checked_type(dtype: str | None) -> str:
         return "q8_0"
     if not isinstance(dtype, str):
         raise ArgumentTypeError(f"dtype must be a str, got {type(dtype).__name__}")
-    if not _TYPE.fullmatch(dtype.lower()) and not dtype.endswith(".gguf"):
-        raise ArgumentError(f"dtype must be a type such as q8_0, got {dtype!r}")
+    if dtype.endswith(".gguf"):  # the name of a file
+        return dtype
+    if dtype.lower() not in DTYPES:
+        raise ArgumentError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     return dtype.lower()
 
 
@@ -151,16 +187,22 @@ def _refuse_selection(dtype: str | None, revision: str | None, path: str) -> Non
 
 def _split(text: str, dtype: str | None, revision: str | None) -> tuple[str | None, dict[str, str | None]]:
     """OWNER/NAME[@REVISION][:TYPE] as the repository, or None, and what it names or the arguments say."""
+    text = re.sub(r"^(https?:/+[^/]+/[^/]+/[^/]+)/tree/([^/]+)/?$", r"\1@\2", text)  # as a browser shows it
     match = re.fullmatch(r"(?P<name>(?:https?:/+)?[^:@]+)(?:@(?P<revision>[^:@]+))?(?::(?P<dtype>[^:@/]+))?/?", text)
     name = None if match is None else hub_id(match["name"])
     if match is None or name is None:
         return None, {}
     named = {}
     for key, given in (("dtype", dtype), ("revision", revision)):
-        if match[key] is not None and given is not None and match[key].lower() != given.lower():
-            raise ArgumentError(f"{key} is {given!r} and {text!r} names {match[key]!r}")
-        named[key] = match[key] or given
+        named[key] = _agreed(key, match[key], given, text)
     return name, named
+
+
+def _agreed(key: str, named: str | None, given: str | None, text: str) -> str | None:
+    """What a name says or an argument. ArgumentError: they differ."""
+    if named is not None and given is not None and named.lower() != given.lower():
+        raise ArgumentError(f"{key} is {given!r} and {text!r} names {named!r}")
+    return named or given
 
 
 # --- a folder ---------------------------------------------------------------------------------------------------
@@ -184,7 +226,7 @@ def _from_folder(
             facts.append((path.relative_to(resolved).as_posix(), status.st_size, status.st_mtime_ns))
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
     place = hashlib.sha256(os.fsencode(resolved)).hexdigest()[:12]
-    entry = _Entry(cache_folder() / "models" / f"{resolved.name}--{place}" / key, resolved.name, dtype)
+    entry = _Entry(cache_folder() / "models" / f"{resolved.name[:_NAME]}--{place}" / key, resolved.name, dtype)
     found = Found(entry.path, str(folder))
     if entry.complete():
         return found
@@ -242,8 +284,13 @@ class _Hub:
                 "give a token (`hf auth login`, or HF_TOKEN)"
             ) from error
         except self._unreached as error:
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            if status is not None and status < 500 and status != 429:
+                token = "; is the token right (`hf auth login`, HF_TOKEN)?" if status in (401, 403) else ""
+                raise OSError(f"{self.name}: the hub refused the request with HTTP status {status}{token}") from error
             self.offline = True
-            self.reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            said = f"it answers with HTTP status {status}" if status else f"{type(error).__name__}: {error}"
+            self.reason = " ".join(said.split())
             tell(f"the hub could not be reached ({self.reason}): looking into the caches")
             return
         self.commit = info.sha
@@ -275,7 +322,7 @@ class _Hub:
     def missing(self) -> str:
         """Why there is nothing without the network."""
         why = getattr(self, "reason", "no network is to be used")
-        return f"revision {self.revision} is in no cache on this machine, and the hub was not asked ({why})"
+        return f"revision {self.revision} is in no cache on this machine, and the hub gives no answer ({why})"
 
 
 def _from_hub(hub: _Hub, dtype: str, trust: bool | Consent, tell: Callable[[str], object]) -> Found:
@@ -297,7 +344,7 @@ def _from_hub(hub: _Hub, dtype: str, trust: bool | Consent, tell: Callable[[str]
         name = _of_type({n for n in names if n.endswith(".gguf")}, dtype)
         if name is None:
             raise CheckpointError(f"{hub.name}: has neither a config.json nor a GGUF file: it is no model")
-        found.path, found.commit = hub.fetch([name]) / name, hub.commit
+        found.path, found.commit = hub.fetch([glob.escape(name)]) / name, hub.commit
         found.seconds["download"] = time.monotonic() - begin
         return found
     commit = small.name
@@ -320,7 +367,7 @@ def _of_type(names: set[str], dtype: str) -> str | None:
     """Of the names of GGUF files the one of a type, or the only one; None: there is none. ArgumentError: several."""
     if not names:
         return None
-    named = [n for n in names if n.lower() == dtype]
+    named = [n for n in names if n == dtype]
     matching = named or [n for n in sorted(names) if re.search(rf"[-_.]{re.escape(dtype)}\.gguf$", n, re.IGNORECASE)]
     if len(matching) != 1 and (len(names) != 1 or dtype.endswith(".gguf")):
         files = ", ".join(sorted(names)[:8])
@@ -369,7 +416,9 @@ def _asked(folder: Path, where: str, trust: bool | Consent) -> bool:
 
 def _is_noted(consents: Path, digest: str) -> bool:
     try:
-        return any(line.split(" ")[0] == digest for line in consents.read_text(encoding="utf-8").splitlines())
+        return any(
+            line.split(" ")[0] == digest for line in consents.read_text(encoding="utf-8", errors="replace").splitlines()
+        )
     except FileNotFoundError:
         return False
 
@@ -386,11 +435,11 @@ def _convert(entry: "_Entry", folder: Path, trusted: bool, found: Found, tell: C
     try:
         _run(
             ["convert", folder, "-o", converted, "--outtype", outtype, *(["--trust-remote-code"] if trusted else [])],
-            folder,
+            found.source,
             tell,
         )
         if converted != entry.path:
-            _run(["quantize", converted, entry.path, entry.dtype], folder, tell)
+            _run(["quantize", converted, entry.path, entry.dtype], found.source, tell)
     finally:
         if converted != entry.path:
             converted.unlink(missing_ok=True)
@@ -398,7 +447,7 @@ def _convert(entry: "_Entry", folder: Path, trusted: bool, found: Found, tell: C
     found.seconds["convert"] = time.monotonic() - begin
 
 
-def _run(arguments: Sequence[str | Path], folder: Path, tell: Callable[[str], object]) -> None:
+def _run(arguments: Sequence[str | Path], model: str, tell: Callable[[str], object]) -> None:
     """A command of this package in a process of its own, whose lines are told. Ends with this one's Ctrl-C."""
     lines: list[str] = []
     command = [sys.executable, "-c", _CONVERT, *map(str, arguments)]
@@ -421,7 +470,7 @@ def _run(arguments: Sequence[str | Path], folder: Path, tell: Callable[[str], ob
     if code:
         said = [line for line in lines if line.startswith("error: ")] or lines[-_ERROR_LINES:]
         ended = f"signal {-code}" if code < 0 else f"exit code {code}"
-        raise CheckpointError(f"{folder}: the conversion failed ({ended}): {' | '.join(said).removeprefix('error: ')}")
+        raise CheckpointError(f"{model}: the conversion failed ({ended}): {' | '.join(said).removeprefix('error: ')}")
 
 
 # --- the cache --------------------------------------------------------------------------------------------------
@@ -439,104 +488,129 @@ class _Entry:
 
     def __init__(self, folder: Path, name: str, dtype: str) -> None:
         self.folder, self.dtype = folder, dtype
-        self.path = folder / f"{name}-{dtype.upper()}.gguf"
+        self.path = folder / f"{name[:_NAME]}-{dtype.upper()}.gguf"
         self._facts = self.path.with_suffix(".json")
 
     def complete(self) -> bool:
         """Whether it can be used."""
-        return self._facts.is_file() and self.path.is_file() and describe_content(self.path, "gguf") is None
+        return _facts(self._facts) is not None
 
     @contextlib.contextmanager
     def writing(self, tell: Callable[[str], object]) -> Iterator[bool]:
-        """Waits until nobody else writes it; whether it is still to be written. An empty folder does not stay."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lock = self.folder / ".lock"
+        """Waits until nobody else writes it; whether it is still to be written. What is incomplete does not stay."""
+        # Beside the models and never removed: whoever waits for a lock must wait for the one that others take.
+        lock = cache_folder() / "locks" / hashlib.sha256(os.fsencode(self.path)).hexdigest()[:16]
+        lock.parent.mkdir(parents=True, exist_ok=True)
         with open(lock, "w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 tell("another process converts this model: waiting for it")
                 fcntl.flock(file, fcntl.LOCK_EX)
+            needed = not self.complete()
+            if needed:
+                self.folder.mkdir(parents=True, exist_ok=True)
             try:
-                yield not self.complete()
+                yield needed
             finally:
                 if not self.complete():
                     for path in (self._facts, self.path, self.path.with_name(f".{self.path.name}.partial")):
                         path.unlink(missing_ok=True)
-                lock.unlink(missing_ok=True)
-                for folder in (self.folder, self.folder.parent):
-                    with contextlib.suppress(OSError):  # it holds other types, or other commits
-                        folder.rmdir()
+                    _remove_empty(self.folder)
 
     def finish(self, source: str, revision: str | None, commit: str | None) -> None:
         """The file is there and certified."""
-        facts = {"source": source, "revisions": [revision] if revision else [], "commit": commit, "dtype": self.dtype}
-        self._write({**facts, "made": time.time()})
+        made = time.time()
+        seen = {revision: made} if revision else {}
+        self._write({"source": source, "commit": commit, "dtype": self.dtype, "made": made, "seen": seen})
 
     def note(self, revision: str) -> None:
         """The hub says that this is the revision now: so it is, without a network, until the hub says otherwise."""
-        facts = json.loads(self._facts.read_text(encoding="utf-8"))
-        if revision in facts["revisions"] and facts["seen"][revision] > time.time() - 3600:
-            return
-        facts["revisions"] = sorted({*facts["revisions"], revision})
-        facts.setdefault("seen", {})[revision] = time.time()
-        self._write(facts)
+        facts = _facts(self._facts)
+        if facts is not None and facts["seen"].get(revision, 0.0) < time.time() - 3600:
+            facts["seen"][revision] = time.time()
+            self._write(facts)
 
     def _write(self, facts: dict[str, Any]) -> None:
-        facts.setdefault("seen", {r: facts["made"] for r in facts["revisions"]})
         with AtomicFile(self._facts) as file:
-            file.write(json.dumps(facts, indent=1).encode())
+            file.write(json.dumps({**facts, "n_bytes": self.path.stat().st_size}, indent=1).encode())
             file.commit()
+
+
+def _facts(path: Path) -> dict[str, Any] | None:
+    """Of a model in the cache; None if they, or the file, are not as they were written."""
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        good = (
+            isinstance(facts["source"], str)
+            and isinstance(facts["commit"], str | None)
+            and isinstance(facts["dtype"], str)
+            and isinstance(facts["made"], float)
+            and all(isinstance(when, float) for when in facts["seen"].values())
+            and path.with_suffix(".gguf").stat().st_size == facts["n_bytes"]
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return facts if good else None
+
+
+def _remove_empty(folder: Path) -> None:
+    """A folder of the cache and the one around it, unless they hold something."""
+    for one in (folder, folder.parent):
+        with contextlib.suppress(OSError):
+            one.rmdir()
 
 
 def _newest(root: Path, revision: str, dtype: str) -> CachedModel | None:
     """What was the revision, or begins with that commit, when the hub was asked last."""
     known = [m for m in cached_models(root) if m.dtype == dtype]
-    seen = {m.path: json.loads(m.path.with_suffix(".json").read_text())["seen"].get(revision, 0.0) for m in known}
-    named = [m for m in known if seen[m.path]] or [
-        m for m in known if len(revision) >= 7 and (m.commit or "").startswith(revision)
-    ]
+    seen = {m.path: (_facts(m.path.with_suffix(".json")) or {"seen": {}})["seen"].get(revision, 0.0) for m in known}
+    named = [m for m in known if seen[m.path]] or [m for m in known if _is_commit(m, revision)]
     return max(named, key=lambda m: seen[m.path], default=None)
+
+
+def _is_commit(model: CachedModel, revision: str) -> bool:
+    return len(revision) >= 7 and model.commit is not None and model.commit.startswith(revision)
 
 
 def cached_models(folder: Path | None = None) -> list[CachedModel]:
     """The converted models in the cache, newest last. What is not complete is left out."""
     found = []
-    for facts_path in (folder or cache_folder() / "models").rglob("*.json"):
-        path = facts_path.with_suffix(".gguf")
-        try:
-            facts = json.loads(facts_path.read_text(encoding="utf-8"))
-            revisions = ", ".join(facts["revisions"]) or None
+    for path in (folder or cache_folder() / "models").rglob("*.json"):
+        facts = _facts(path)
+        if facts is not None:
             found.append(
                 CachedModel(
-                    *(facts["source"], revisions, facts["commit"], facts["dtype"], float(facts["made"])),
-                    *(path.stat().st_size, path),
+                    source=facts["source"],
+                    revisions=tuple(sorted(facts["seen"])),
+                    commit=facts["commit"],
+                    dtype=facts["dtype"],
+                    made=facts["made"],
+                    n_bytes=facts["n_bytes"],
+                    path=path.with_suffix(".gguf"),
                 )
             )
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
     return sorted(found, key=lambda m: m.made)
 
 
-def remove_cached(names: Sequence[str]) -> list[CachedModel]:
-    """Removes converted models: of a repository, a folder, NAME:TYPE, NAME@COMMIT, or a file in the cache.
+def remove_cached(names: Sequence[str] | None) -> list[CachedModel]:
+    """Removes converted models: of a repository, a folder, NAME:TYPE, NAME@REVISION, or a file in the cache.
 
-    A model that runs keeps its file until it ends. Returns what was removed. ArgumentError: a name that the cache has
-    not; nothing is removed then.
+    A model that runs keeps its file until it ends. names: None: all, and what is damaged too. Returns what was removed.
+    ArgumentError: a name that the cache has not; nothing is removed then.
     """
     known = cached_models()
-    chosen: dict[Path, CachedModel] = {}
-    for name in names:
+    chosen: dict[Path, CachedModel] = {m.path: m for m in known} if names is None else {}
+    for name in names or ():
         matching = [m for m in known if _is_meant(m, name)]
         if not matching:
             raise ArgumentError(f"{name!r} is not in the cache: `fixmin cache list` shows what is")
         chosen |= {m.path: m for m in matching}
-    for path in chosen:
+    paths = [*chosen, *((cache_folder() / "models").rglob("[!.]*.gguf") if names is None else ())]
+    for path in paths:
         path.with_suffix(".json").unlink(missing_ok=True)  # first: from here on it is not complete
         path.unlink(missing_ok=True)
-        for folder in (path.parent, path.parent.parent):
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+        _remove_empty(path.parent)
     return list(chosen.values())
 
 
@@ -550,7 +624,7 @@ def _is_meant(model: CachedModel, name: str) -> bool:
     return (
         (hub_id(wanted) or wanted) == model.source
         and (dtype is None or dtype.lower() == model.dtype)
-        and (revision is None or (model.commit or "").startswith(revision) or revision in (model.revision or ""))
+        and (revision is None or revision in model.revisions or _is_commit(model, revision))
     )
 
 

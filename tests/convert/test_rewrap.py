@@ -92,6 +92,7 @@ def test_demo_is_itself(rewrapped):
             config.pop(key)
     assert after == before
     assert json.loads((rewrapped / "config.json").read_text())["auto_map"]["AutoModel"] == "modeling_fixmin.FixMinModel"
+    assert len({path.stat().st_mode for path in rewrapped.iterdir()}) == 1
 
 
 @pytest.mark.slow
@@ -181,6 +182,9 @@ def test_refusals(tmp_path, monkeypatch):
     for out, message in ((DEMO, "exists; name a folder that does not"), (tmp_path / "no" / "out", "no such folder")):
         with pytest.raises(CheckpointError, match=message):
             rewrap(DEMO / "fixed", out)
+    for inside in (DEMO / "fixed" / "new", DEMO / "fixed" / ".." / "fixed" / "new"):
+        with pytest.raises(CheckpointError, match="lies in the checkpoint's folder"):
+            rewrap(DEMO / "fixed", inside)
     with pytest.raises(CheckpointError, match="no such checkpoint directory"):
         rewrap(tmp_path / "nothing", tmp_path / "out")
     assert fixmin("rewrap", DEMO / "fixed").returncode == 2

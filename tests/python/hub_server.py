@@ -20,6 +20,7 @@ class Hub:
         self.commits: dict[tuple[str, str], dict[str, bytes]] = {}  # (repository, commit) -> files
         self.gated: set[str] = set()
         self.requests: list[str] = []  # method and path
+        self.refuses: int | None = None  # HTTP status of every answer
         self.breaks_after: int | None = None  # bytes of a file's body, from there on the connection is closed
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -57,6 +58,9 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             path = unquote(self.path.partition("?")[0])
             hub.requests.append(f"{self.command} {path}")
             parts = path.strip("/").split("/")
+            if hub.refuses is not None:
+                self._answer(hub.refuses, b"{}")
+                return
             if parts[:2] == ["api", "models"] and parts[4:5] == ["tree"]:
                 self._tree("/".join(parts[2:4]), parts[5])
             elif parts[:2] == ["api", "models"]:

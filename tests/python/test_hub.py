@@ -80,7 +80,7 @@ def faked(model_path, tmp_path, cache) -> Faked:
 
 
 def left_in(cache: Path) -> list[str]:
-    return sorted(p.name for p in cache.rglob("*") if p.is_file())
+    return sorted(p.name for p in cache.rglob("*") if p.is_file() and p.parent.name != "locks")
 
 
 # --- names ----------------------------------------------------------------------------------------------------------
@@ -130,8 +130,25 @@ def test_what_is_nothing(tmp_path, cache):
             hub.find(wrong)
     with pytest.raises(CheckpointError, match=r"no checkpoint: it has no config\.json"):
         hub.find(tmp_path)
-    with pytest.raises(ArgumentError, match="dtype must be a type"):
-        hub.find(tmp_path, dtype="../../x")
+    for wrong in ("../../x", "nope"):  # before anything takes long
+        with pytest.raises(ArgumentError, match=r"dtype must be one of f32, .*, got"):
+            hub.find(tmp_path, dtype=wrong)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="a pipe or device"):
+        hub.find(tmp_path / "pipe")
+
+
+def test_types_are_those_of_quantize():
+    from fixmin_cpp.quantization.requantize import TYPES
+
+    assert sorted(hub.DTYPES) == sorted(TYPES)
+
+
+def test_a_folder_hides_a_repository(tmp_path, cache, monkeypatch):
+    (tmp_path / "owner").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"a repository of the hub is hf\.co/owner/name"):
+        hub.find("owner/name")
 
 
 # --- the hub --------------------------------------------------------------------------------------------------------
@@ -150,6 +167,8 @@ def test_files_of_gguf(server, cache, model_path, long_model_path):
     assert failed.returncode == 1
     assert b"dtype is q4_0, and the files are x-F32.gguf, x-Q8_0.gguf" in failed.stderr
     assert Path(fixmin("pull", "o/two:x-F32.gguf", "-q").stdout.decode().strip()).read_bytes() == large
+    server.add("o/odd", "main", {"x[1]*-Q8_0.gguf": small})
+    assert fixmin("run", "o/odd", "ab", "-n", "4", "-q").stdout == wanted
     assert left_in(cache) == []
 
 
@@ -200,7 +219,7 @@ def test_converted_once(server, faked, cache):
     assert unreached.stdout.strip() == paths[2]
     assert "the hub could not be reached" in unreached.stderr
     failed = faked("pull", "o/m@v7", "--offline")
-    assert "revision v7 is in no cache on this machine, and the hub was not asked" in failed.stderr
+    assert "revision v7 is in no cache on this machine, and the hub gives no answer" in failed.stderr
     assert server.requests == []
     assert len(faked.conversions()) == 3
 
@@ -231,7 +250,7 @@ def test_killed_in_the_middle(server, model_path, tmp_path, cache):
             time.sleep(0.05)
         time.sleep(0.2)
         os.killpg(process.pid, signal.SIGKILL)
-    assert left_in(cache) == [".lock", ".m-Q8_0.gguf.partial"]
+    assert left_in(cache) == [".m-Q8_0.gguf.partial"]
     assert fixmin("cache", "list").stdout == b""
     assert Faked(model_path, tmp_path / "more")("pull", "o/m").returncode == 0
     assert left_in(cache) == ["m-Q8_0.gguf", "m-Q8_0.json"]
@@ -401,15 +420,16 @@ def test_cache_commands(server, faked, cache):
         ("o/m", commits[0], "f16"),
         ("o/n", commits[1], "q8_0"),
     ]
-    assert all(m["n_bytes"] == Path(m["path"]).stat().st_size and m["revision"] == "main" for m in listed)
+    assert all(m["n_bytes"] == Path(m["path"]).stat().st_size and m["revisions"] == ["main"] for m in listed)
     assert [line.split("  ")[0] for line in fixmin("cache", "list").stdout.decode().splitlines()] == [
         f"o/m@{commits[0][:12]}:q8_0",
         f"o/m@{commits[0][:12]}:f16",
         f"o/n@{commits[1][:12]}:q8_0",
     ]
-    failed = fixmin("cache", "rm", "o/m:f16", "o/none")
-    assert failed.returncode == 1
-    assert b"'o/none' is not in the cache" in failed.stderr
+    for wrong in ("o/none", "o/m@ai", f"o/m@{commits[0][:3]}", "o/m:f32"):
+        failed = fixmin("cache", "rm", "o/m:f16", wrong)
+        assert failed.returncode == 1
+        assert f"'{wrong}' is not in the cache".encode() in failed.stderr
     assert len(hub.cached_models()) == 3
     assert fixmin("cache", "rm", "o/m:f16").returncode == 0
     assert fixmin("cache", "rm", f"hf.co/o/n@{commits[1][:8]}").returncode == 0
@@ -418,6 +438,56 @@ def test_cache_commands(server, faked, cache):
     assert fixmin("cache", "rm", "--all").returncode == 0
     assert left_in(cache) == []
     assert list((cache / "models").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_damaged_entries_are_made_again(server, faked, cache):
+    server.add("o/m", "main", {"config.json": CONFIG, "model.safetensors": b"1"})
+    path = Path(faked("pull", "o/m", "-q").stdout.strip())
+    facts = path.with_suffix(".json")
+    whole = json.loads(facts.read_text())
+    for n, damage in enumerate(("", "[]", "null", json.dumps({**whole, "seen": {"main": "x"}}), None), 2):
+        if damage is None:
+            os.truncate(path, 100)
+        else:
+            facts.write_text(damage)
+        assert fixmin("cache", "list").stdout == b""
+        done = faked("pull", "o/m", "-q")
+        assert done.returncode == 0, done.stderr
+        assert len(faked.conversions()) == n
+    facts.write_text("")
+    assert fixmin("cache", "rm", "--all").returncode == 0
+    assert not path.exists()
+    (cache / "trusted").write_bytes(b"\xff\n")
+    server.add("o/code", "main", with_code("1"))
+    assert "was not run" in faked("pull", "o/code").stderr
+
+
+@pytest.mark.slow
+def test_who_waits_for_one_that_is_interrupted_converts(server, model_path, tmp_path, cache):
+    server.add("o/m", "main", {"config.json": CONFIG, "model.safetensors": b"1"})
+    slow = Faked(model_path, tmp_path / "runs", seconds=60)
+    with subprocess.Popen([*slow.command, "pull", "o/m"], start_new_session=True, stderr=subprocess.PIPE) as first:
+        while not slow.conversions():
+            time.sleep(0.05)
+        quick = Faked(model_path, tmp_path / "more")
+        command = [*quick.command, "pull", "o/m"]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as second:
+            assert "waiting for it" in second.stderr.readline()
+            os.killpg(first.pid, signal.SIGINT)
+            first.communicate(timeout=TIMEOUT)
+            out, _ = second.communicate(timeout=TIMEOUT)
+    assert second.returncode == 0
+    assert Path(out.strip()).is_file()
+
+
+@pytest.mark.parametrize(("status", "message"), [(401, "is the token right"), (403, "is the token right"), (503, "")])
+def test_a_hub_that_refuses(server, cache, status, message):
+    server.refuses = status
+    failed = fixmin("run", "o/m", "ab")
+    assert failed.returncode == 1
+    assert f"HTTP status {status}" in failed.stderr.decode()
+    assert message in failed.stderr.decode()
 
 
 # --- all of it ------------------------------------------------------------------------------------------------------

@@ -39,6 +39,16 @@ def test_the_text_grows(letters_model, capsysbinary):
     one.take("/reset")
     one.take("/text")
     assert capsysbinary.readouterr().out == b"(empty)\n"
+    one.take("ab")
+    one.take(" cd")  # which goes on in the line
+    one.take("/text")
+    assert b"\n" not in capsysbinary.readouterr().out.splitlines(keepends=True)[-1][:-1]
+
+
+def test_a_full_context_is_said(letters_model, capfd):
+    one = session(letters_model, {"max_new_tokens": -1, "ignore_eos": True}, quiet=False)
+    one.take("ab")
+    assert "the context is full: /reset begins a new text" in capfd.readouterr().err
 
 
 def test_settings(letters_model, capsysbinary):
@@ -59,10 +69,19 @@ def test_settings(letters_model, capsysbinary):
         "/set nothing 3": "there is no setting 'nothing'",
         "/set top_k x": "top_k must be an integer",
         "/set temperature -1": "temperature must be",
+        "/set logprobs 3": "there is no setting 'logprobs'",
         "/sett x": "there is no command /sett",
     }.items():
         with pytest.raises(fixmin_cpp.FixminError, match=message):
             one.take(line)
+    one.take("/set stop 5")  # a text, whatever it looks like
+    assert b"stop = '5'" in capsysbinary.readouterr().out
+    one.take("/set stop \\n")
+    one.take("/set regex [a-e]+")
+    with pytest.raises(fixmin_cpp.FixminError, match="only one of"):
+        one.take("/set grammar x")  # which is then not set
+    one.take("/set regex")
+    capsysbinary.readouterr()
     one.take("ab")  # they count
     wanted = letters_model.generate("ab", seed=7, top_k=3, stop="\n")
     assert capsysbinary.readouterr().out.decode() == shown(wanted.text) + "\n"

@@ -130,6 +130,14 @@ def export(
         if beside.resolve() == target.resolve():
             raise ArgumentError(f"{beside} is to be the model: give the Modelfile another name")
 
+    for path in (target, beside):
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+            why = "is a folder" if path.is_dir() else "there is no such folder to write it to"
+            raise ArgumentError(f"{path}: {why}")
+    if beside is not None and beside.exists():
+        made = modelfile(target, beside.parent, 1).splitlines()[0]
+        if beside.read_bytes().splitlines()[:1] != [made.encode()]:
+            raise ArgumentError(f"{beside} exists, and is not of this file: give another one with --modelfile")
     stored = read_gguf(source)
     spec = stored.spec
     architecture = choose(spec, keeps_qkv_apart=_types_differ(stored, name))
