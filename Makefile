@@ -101,7 +101,7 @@ SOURCE_ONLY := ggml-python rouge-score sqlitedict word2number
 lock: $(STAMP)/dev
 	$(LOCK) pyproject.toml requirements/build.in requirements/torch.in --extra dev -o requirements/dev.txt
 	$(LOCK) pyproject.toml requirements/build.in requirements/torch.in --extra test -c requirements/dev.txt -o requirements/test.txt
-	$(LOCK) pyproject.toml requirements/build.in requirements/torch.in --extra convert -c requirements/dev.txt -o requirements/demo.txt
+	$(LOCK) pyproject.toml requirements/build.in requirements/torch.in --extra run -c requirements/dev.txt -o requirements/demo.txt
 	$(LOCK) requirements/build.in -c requirements/dev.txt -o requirements/build.txt
 	for python in 3.10 3.11 3.12 3.13; do for cpu in x86_64 aarch64; do \
 	    echo "checking CPython $$python on $$cpu"; \
