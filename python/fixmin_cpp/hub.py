@@ -88,7 +88,6 @@ class Found:
     path: Path
     source: str  # the file or folder as given, or OWNER/NAME
     commit: str | None = None  # of a repository
-    converted: bool = False  # now; not taken from the cache
     seconds: dict[str, float] = field(default_factory=dict)  # of each phase: look, download, convert
 
 
@@ -443,7 +442,6 @@ def _convert(entry: "_Entry", folder: Path, trusted: bool, found: Found, tell: C
     finally:
         if converted != entry.path:
             converted.unlink(missing_ok=True)
-    found.converted = True
     found.seconds["convert"] = time.monotonic() - begin
 
 

@@ -89,8 +89,9 @@ def describe_path(path: Path) -> str:
         if path.suffix in (".safetensors", ".bin", ".json", ".py"):
             return f"a file: give the folder that holds it with config.json, {path.parent}"
         return "a file, not a folder with a checkpoint"
-    if (hint := _download(path)) is not None:
-        return f"there is no such folder; if this is a model of the Hugging Face hub: {hint}"
+    if (name := hub_id(str(path))) is not None:
+        fetch = f"hf download {name} --local-dir {name.split('/')[1]}"
+        return f"there is no such folder; if this is a model of the Hugging Face hub: {fetch}"
     return "there is no such checkpoint directory"
 
 
@@ -111,8 +112,7 @@ def describe_wrong_model(path: str | os.PathLike[str]) -> str | None:
         if path.suffix in (".safetensors", ".bin", ".pt", ".pth"):
             return f"weights of a checkpoint, not a GGUF file; convert its folder: fixmin convert {path.parent}"
         return describe_content(path, "gguf")
-    if not path.exists() and _download(path) is not None:
-        name = hub_id(str(path))
+    if not path.exists() and (name := hub_id(str(path))) is not None:
         return f"there is no such file; a model of the Hugging Face hub? Model.from_pretrained, or fixmin run {name}"
     return None
 
@@ -132,9 +132,3 @@ def hub_id(text: str) -> str | None:
     if not _HUB_ID.fullmatch(name) or name.endswith((".gguf", ".safetensors")):
         return None
     return None if name == text and Path(text).parent.is_dir() else name
-
-
-def _download(path: Path) -> str | None:
-    """How to fetch what looks like OWNER/NAME of the hub, or an address of it; None if it does not."""
-    name = hub_id(str(path))
-    return None if name is None else f"hf download {name} --local-dir {name.split('/')[1]}"
