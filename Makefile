@@ -19,7 +19,8 @@ CXX_ALL := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl'
 
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help setup demo test test-all test-newest test-oldest lock emulators browser llama-cpp test-emulated asan tsan lint format bench bench-peers gpu gpu-wheels clean distclean
+.PHONY: help setup demo test test-all test-newest test-oldest lock emulators browser llama-cpp test-emulated asan tsan fuzzers fuzz \
+        fuzz-coverage soak lint format bench bench-peers gpu gpu-wheels clean distclean
 
 help:
 	@echo 'make demo       install, convert and certify the demo checkpoints, generate text'
@@ -31,6 +32,8 @@ help:
 	@echo 'make browser    install chromium, which tests of the playground need (they are skipped without it)'
 	@echo 'make llama-cpp  llama.cpp itself, compiled from its source on PyPI, for tests of exported files (18 minutes of a core)'
 	@echo 'make asan       tests of the C++ code with the address and undefined-behaviour sanitizers; make tsan: data races'
+	@echo 'make fuzz       all fuzzers, MINUTES=5 each (ONLY="gguf scheduler": some of them); make fuzz-coverage: what they reach'
+	@echo 'make soak       an hour of mixed requests against one process and one server (MINUTES=60)'
 	@echo 'make setup      install only, what all of this needs (into $(VENV))'
 	@echo 'make lint       formatting, static checks and types'
 	@echo 'make format     apply the formatting'
@@ -229,6 +232,33 @@ asan tsan: $(STAMP)/dev
 	ASAN_OPTIONS=detect_leaks=0 TSAN_OPTIONS='halt_on_error=1 die_after_fork=0' PYTHONPATH=$(CURDIR)/build/$@/site \
 	LD_PRELOAD="$$(echo $$(for file in $(RUNTIME_$@); do g++ -print-file-name=$$file; done))" \
 	    $(PYTEST) -p no:cacheprovider $(QUICK) $(TESTS_$@) $(ARGS)
+
+# Coverage-guided fuzzers (tests/fuzz/README.md): libFuzzer with the same sanitizers, which only clang has. Two kernels are
+# enough, a slow and a fast one.
+CLANG          := clang++-19
+CLANG_PACKAGES := clang-19 libclang-rt-19-dev llvm-19
+FUZZERS = $(BIN)/cmake -S . -B $(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DCMAKE_CXX_COMPILER=$(CLANG) \
+    -DCMAKE_BUILD_TYPE=Debug -DFIXMIN_PYTHON=OFF -DFIXMIN_CUDA=OFF -DFIXMIN_FUZZERS=ON '-DFIXMIN_ONLY_ISAS=scalar;avx2' $(2) \
+    && $(BIN)/cmake --build $(1)
+fuzzers: $(STAMP)/dev
+	@if command -v $(CLANG) >/dev/null; then \
+	    echo '$(CLANG) is installed'; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    echo 'installing $(CLANG_PACKAGES)'; \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(CLANG_PACKAGES); \
+	else \
+	    echo 'error: $(CLANG) is missing; on Debian: sudo apt-get install $(CLANG_PACKAGES)' >&2; exit 1; \
+	fi
+	$(call FUZZERS,build/fuzz,-DFIXMIN_SANITIZE=address$(comma)undefined$(comma)fuzzer-no-link)
+fuzz: fuzzers
+	$(BIN)/python tests/fuzz/run.py build/fuzz --minutes $(or $(MINUTES),5) --only $(ONLY) $(ARGS)
+fuzz-coverage: fuzzers
+	$(call FUZZERS,build/fuzz-coverage,-DCMAKE_CXX_FLAGS='-fprofile-instr-generate -fcoverage-mapping -O1')
+	$(BIN)/python tests/fuzz/coverage.py build/fuzz-coverage --llvm $(subst clang++,,$(CLANG))
+comma := ,
+
+soak: $(STAMP)/dev
+	$(BIN)/python tests/python/soak_hour.py --minutes $(or $(MINUTES),60)
 
 # mypy sees the package as it is installed, with the converter and the reference inside.
 TYPED := build/typed

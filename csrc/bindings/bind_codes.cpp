@@ -149,15 +149,14 @@ CArray<float> optional_vector(const std::optional<py::array>& array, const char*
     return result;
 }
 
-std::unique_ptr<FoldBuilder> make_builder(int64_t rows, const py::array& norm_weight,
-                                          const std::optional<py::array>& norm_bias, float eps, bool rms, int64_t width,
-                                          const std::string& kind, std::pair<float, float> values) {
+FoldBuilder make_builder(int64_t rows, const py::array& norm_weight, const std::optional<py::array>& norm_bias,
+                         float eps, bool rms, int64_t width, const std::string& kind, std::pair<float, float> values) {
     const auto gamma = checked<float>(norm_weight, "norm_weight", 1);
     const auto beta = optional_vector(norm_bias, "norm_bias");
     const Lift lift = Lift::make(codes::parse_lift_kind(kind), checked_u32(width, "width"),
                                  checked_u32(gamma.size(), "norm_weight length"), values.first, values.second);
     const codes::FoldNorm norm{as_span(gamma), as_span(beta), eps, rms};
-    return std::make_unique<FoldBuilder>(checked_u32(rows, "rows"), norm, lift);
+    return FoldBuilder(checked_u32(rows, "rows"), norm, lift);
 }
 
 void add_rows(FoldBuilder& builder, int64_t row_begin, const py::array& weight, const std::optional<py::array>& bias) {
@@ -227,8 +226,8 @@ void bind_codes(py::module_& m) {
         .def_property_readonly("sum", [](const FoldedProjection& f) { return copied(f.sum(), {f.rows()}); })
         .def_property_readonly("constant", [](const FoldedProjection& f) { return copied(f.constant(), {f.rows()}); });
 
-    py::class_<FoldBuilder>(m, "FoldBuilder", "A FoldedProjection from blocks of rows.")
-        .def(py::init(&make_builder), py::arg("rows"), py::arg("norm_weight"), py::arg("norm_bias").none(true),
+    py::class_<FoldBuilder> builder(m, "FoldBuilder", "A FoldedProjection from blocks of rows.");
+    def_init(builder, &make_builder, py::arg("rows"), py::arg("norm_weight"), py::arg("norm_bias").none(true),
              py::arg("eps"), py::arg("rms"), py::arg("width"), py::arg("lift"), py::arg("values"))
         .def("add_rows", &add_rows, py::arg("row_begin"), py::arg("weight"), py::arg("bias").none(true))
         .def("finish", &FoldBuilder::finish);

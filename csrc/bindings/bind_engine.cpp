@@ -265,35 +265,37 @@ void bind_engine(py::module_& m) {
     py::class_<EngineHandle> engine(m, "Engine", "A loaded model and its worker threads.");
     bind_request(m, engine);
     engine
-        .def(py::init([](const std::string& path, uint32_t n_threads, uint32_t n_ctx, const std::string& kv_type,
-                         uint32_t n_batch, const std::optional<std::string>& isa, uint32_t n_kv,
-                         std::optional<uint32_t> kv_contexts, std::optional<double> kv_memory_share,
-                         uint32_t n_parallel, const std::optional<std::string>& device, const py::object& progress) {
-                 if (n_batch == 0) throw ArgumentError("n_batch must be at least 1");
-                 if (n_threads > 1024) throw ArgumentError("n_threads must be at most 1024");
-                 if (n_parallel == 0) throw ArgumentError("n_parallel must be at least 1");
-                 if (kv_contexts == 0u) throw ArgumentError("kv_contexts must be at least 1");
-                 if (kv_memory_share && !(*kv_memory_share > 0 && *kv_memory_share <= 1))
-                     throw ArgumentError("kv_memory_share must be above 0 and at most 1");
-                 engine::EngineOptions options;
-                 options.n_parallel = n_parallel;
-                 model::BackendOptions& backend = options.backend;
-                 backend.n_ctx = n_ctx;
-                 backend.n_batch = n_batch;
-                 backend.kv_type = parse_kv_type(kv_type);
-                 backend.n_kv = n_kv;
-                 // A share that is asked for is a size of its own.
-                 if (kv_contexts || kv_memory_share) backend.kv_contexts = kv_contexts.value_or(UINT32_MAX);
-                 if (kv_memory_share) backend.kv_memory_share = *kv_memory_share;
-                 backend.device = device.value_or("");
-                 backend.n_threads = n_threads;
-                 backend.isa = isa.value_or("");
-                 return std::make_unique<EngineHandle>(path, options, progress);
-             }),
-             py::arg("path"), py::kw_only(), py::arg("n_threads") = 0, py::arg("n_ctx") = 0, py::arg("kv_type") = "f16",
-             py::arg("n_batch") = 512, py::arg("isa") = py::none(), py::arg("n_kv") = 0,
-             py::arg("kv_contexts") = py::none(), py::arg("kv_memory_share") = py::none(), py::arg("n_parallel") = 256,
-             py::arg("device") = py::none(), py::arg("progress") = py::none())
+        .def(
+            "__init__",
+            [](py::detail::value_and_holder& object, const std::string& path, uint32_t n_threads, uint32_t n_ctx,
+               const std::string& kv_type, uint32_t n_batch, const std::optional<std::string>& isa, uint32_t n_kv,
+               std::optional<uint32_t> kv_contexts, std::optional<double> kv_memory_share, uint32_t n_parallel,
+               const std::optional<std::string>& device, const py::object& progress) {
+                if (n_batch == 0) throw ArgumentError("n_batch must be at least 1");
+                if (n_threads > 1024) throw ArgumentError("n_threads must be at most 1024");
+                if (n_parallel == 0) throw ArgumentError("n_parallel must be at least 1");
+                if (kv_contexts == 0u) throw ArgumentError("kv_contexts must be at least 1");
+                if (kv_memory_share && !(*kv_memory_share > 0 && *kv_memory_share <= 1))
+                    throw ArgumentError("kv_memory_share must be above 0 and at most 1");
+                engine::EngineOptions options;
+                options.n_parallel = n_parallel;
+                model::BackendOptions& backend = options.backend;
+                backend.n_ctx = n_ctx;
+                backend.n_batch = n_batch;
+                backend.kv_type = parse_kv_type(kv_type);
+                backend.n_kv = n_kv;
+                // A share that is asked for is a size of its own.
+                if (kv_contexts || kv_memory_share) backend.kv_contexts = kv_contexts.value_or(UINT32_MAX);
+                if (kv_memory_share) backend.kv_memory_share = *kv_memory_share;
+                backend.device = device.value_or("");
+                backend.n_threads = n_threads;
+                backend.isa = isa.value_or("");
+                construct(object, std::make_unique<EngineHandle>()).open(path, options, progress);
+            },
+            py::detail::is_new_style_constructor(), py::arg("path"), py::kw_only(), py::arg("n_threads") = 0,
+            py::arg("n_ctx") = 0, py::arg("kv_type") = "f16", py::arg("n_batch") = 512, py::arg("isa") = py::none(),
+            py::arg("n_kv") = 0, py::arg("kv_contexts") = py::none(), py::arg("kv_memory_share") = py::none(),
+            py::arg("n_parallel") = 256, py::arg("device") = py::none(), py::arg("progress") = py::none())
         .def_property_readonly("info", &info)
         .def("codes", &codes, py::arg("ids"), "uint8 [T, K]")
         .def("logits", &logits, py::arg("ids"), py::arg("last") = false, py::arg("prefix_cache") = true,
@@ -334,13 +336,17 @@ void bind_engine(py::module_& m) {
         .def("lease", &EngineHandle::lease, "The same engine for one call: close() ends what it runs, not its memory.")
         .def("close", &EngineHandle::close, "Ends all requests; frees the model once running calls have returned.");
 
-    py::class_<cpu::TeamSize>(m, "TeamSize", "How many threads take a step; see csrc/cpu/team_size.h. For tests.")
-        .def(py::init<uint32_t>(), py::arg("most"))
+    py::class_<cpu::TeamSize> team_size(m, "TeamSize",
+                                        "How many threads take a step; see csrc/cpu/team_size.h. For tests.");
+    def_init(
+        team_size, [](uint32_t most) { return cpu::TeamSize(most); }, py::arg("most"))
         .def("choose", &cpu::TeamSize::choose, py::arg("n_tokens"), py::arg("work_ns"))
         .def("record", &cpu::TeamSize::record, py::arg("elapsed_ns"));
 
-    py::class_<InputSquares>(m, "InputSquares", "Sums of squared inputs of every matrix product: an importance matrix.")
-        .def(py::init<const EngineHandle&>(), py::arg("engine"))
+    py::class_<InputSquares> squares(m, "InputSquares",
+                                     "Sums of squared inputs of every matrix product: an importance matrix.");
+    def_init(
+        squares, [](const EngineHandle& engine) { return InputSquares(engine); }, py::arg("engine"))
         .def("add", &InputSquares::add, py::arg("engine"), py::arg("ids"),
              "Runs ids [T] from an empty context; returns float32 [T-1], log-probabilities of ids[1:]")
         .def_property_readonly("sums", &InputSquares::sums, "tensor name -> (float64 [inputs], tokens)");

@@ -167,11 +167,11 @@ void bind_gguf(py::module_& m) {
         .def_readonly("offset", &gguf::TensorInfo::offset, "Of the data, in bytes from the start of the file.")
         .def_property_readonly("n_bytes", [](const gguf::TensorInfo& tensor) { return tensor.data.size(); });
 
-    py::class_<PyGgufFile>(m, "GgufFile",
-                           "A validated GGUF file. Raises GGUFError for anything malformed, OSError if the "
-                           "path cannot be opened.\n\n"
-                           "Tensors are read when they are asked for; GGUFError if the file was cut meanwhile.")
-        .def(py::init(&open_file), py::arg("path"))
+    py::class_<PyGgufFile> file(m, "GgufFile",
+                                "A validated GGUF file. Raises GGUFError for anything malformed, OSError if the "
+                                "path cannot be opened.\n\n"
+                                "Tensors are read when they are asked for; GGUFError if the file was cut meanwhile.");
+    def_init(file, &open_file, py::arg("path"))
         .def_static("from_bytes", &parse_bytes, py::arg("data"), "Parses the content of a file; keeps `data` alive.")
         .def_property_readonly("version", [](const PyGgufFile& self) { return self.file.version(); })
         .def_property_readonly("alignment", [](const PyGgufFile& self) { return self.file.alignment(); })

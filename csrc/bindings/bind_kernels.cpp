@@ -260,9 +260,10 @@ void bind_kernels(py::module_& m) {
           "uint8 bytes in the file's layout -> float32 [rows, inner]");
     m.def("packed_bytes", &packed_bytes, py::arg("type"), py::arg("rows"), py::arg("inner"),
           "Bytes of rows x inner weights in memory");
-    py::class_<KernelTable>(m, "Kernels",
-                            "Single kernels of one instruction set, for tests; see csrc/kernels/kernels.h.")
-        .def(py::init<const std::string&>(), py::arg("isa"))
+    py::class_<KernelTable> table(m, "Kernels",
+                                  "Single kernels of one instruction set, for tests; see csrc/kernels/kernels.h.");
+    def_init(
+        table, [](const std::string& isa) { return KernelTable(isa); }, py::arg("isa"))
         .def("quantize_activations", &KernelTable::quantize_activations, py::arg("x"))
         .def("quantize_row", &KernelTable::quantize_row, py::arg("x"))
         .def("matmul", &KernelTable::matmul, py::arg("type"), py::arg("data"), py::arg("rows"), py::arg("x"),

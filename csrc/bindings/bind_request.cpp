@@ -65,12 +65,14 @@ class PythonMask : public engine::TokenMask {
 /// A request as Python holds it. An engine that goes away ends its requests first.
 class RequestHandle {
   public:
-    explicit RequestHandle(std::shared_ptr<engine::Request> request) : request_(std::move(request)) {}
-    RequestHandle(RequestHandle&&) = default;
+    RequestHandle() = default;
+    RequestHandle(const RequestHandle&) = delete;
     ~RequestHandle() {
         // In a forked child: its lock may be held, its condition waited for, by threads that are not there.
         if (request_ && !here()) new std::shared_ptr(std::move(request_));
     }
+
+    void hold(std::shared_ptr<engine::Request> request) { request_ = std::move(request); }
 
     uint64_t number() const { return request_->number; }
     void cancel() const { request_->cancel(); }
@@ -161,11 +163,10 @@ class RequestHandle {
 // Nothing in Python can change them, so that they need not be copied.
 using Params = std::shared_ptr<sampling::SamplingParams>;
 
-RequestHandle submit(const EngineHandle& handle, const Ids& ids, const Params& params, std::optional<uint64_t> seed,
-                     const py::object& mask, int32_t n_logprobs, int32_t n_prompt_logprobs, bool prefix_cache,
-                     uint32_t n_draft, double timeout_s, const RequestHandle* after,
-                     const std::shared_ptr<engine::Mailbox>& mailbox, uint32_t first_row,
-                     std::optional<uint32_t> next) {
+py::object submit(const EngineHandle& handle, const Ids& ids, const Params& params, std::optional<uint64_t> seed,
+                  const py::object& mask, int32_t n_logprobs, int32_t n_prompt_logprobs, bool prefix_cache,
+                  uint32_t n_draft, double timeout_s, const RequestHandle* after,
+                  const std::shared_ptr<engine::Mailbox>& mailbox, uint32_t first_row, std::optional<uint32_t> next) {
     const auto engine = handle.get();
     engine::RequestOptions options;
     options.sampling = params;
@@ -181,14 +182,20 @@ RequestHandle submit(const EngineHandle& handle, const Ids& ids, const Params& p
     if (!(timeout_s >= 0)) throw ArgumentError("timeout_s must be 0 or more");
     options.first_row = first_row;
     options.next = next;
-    return RequestHandle(engine->submit(id_span(ids), std::move(options), mailbox));
+    // Before there is a request: nobody could cancel one without a handle.
+    py::object object = registered<RequestHandle>();
+    object.cast<RequestHandle&>().hold(engine->submit(id_span(ids), std::move(options), mailbox));
+    return object;
 }
 
 }  // namespace
 
 void bind_request(py::module_& m, py::class_<EngineHandle>& engine) {
     py::class_<engine::Mailbox, std::shared_ptr<engine::Mailbox>>(m, "Mailbox", "Says which requests have news.")
-        .def(py::init<>())
+        .def(
+            "__init__",
+            [](py::detail::value_and_holder& object) { construct(object, std::make_shared<engine::Mailbox>()); },
+            py::detail::is_new_style_constructor())
         .def("wait", &engine::Mailbox::wait, py::arg("timeout_s"), py::call_guard<py::gil_scoped_release>(),
              "Numbers of requests with new tokens or at their end; empty after timeout_s or close().")
         .def("close", &engine::Mailbox::close);

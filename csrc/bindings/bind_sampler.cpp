@@ -58,20 +58,20 @@ class ParamsClass {
   public:
     explicit ParamsClass(py::module_& m)
         : class_(m, "SamplingParams", "How the next token is chosen; see csrc/sampling/sampling_params.h.") {
-        class_.def(py::init([setters = setters_](const py::kwargs& given) {
-            auto params = std::make_shared<SamplingParams>();
+        const auto make = [setters = setters_](py::detail::value_and_holder& object, const py::kwargs& given) {
+            SamplingParams& params = construct(object, std::make_shared<SamplingParams>());
             for (const auto& [key, value] : given) {
                 const auto name = key.cast<std::string>();
                 const auto setter = setters->find(name);
                 if (setter == setters->end()) throw py::type_error("SamplingParams has no '" + name + "'");
                 try {
-                    setter->second(*params, value);
+                    setter->second(params, value);
                 } catch (const py::cast_error&) {
                     throw py::type_error("SamplingParams cannot hold the " + name + " that was given");
                 }
             }
-            return params;
-        }));
+        };
+        class_.def("__init__", make, py::detail::is_new_style_constructor());
     }
 
     template <typename T>
@@ -129,13 +129,15 @@ void bind_sampler(py::module_& m) {
     bind_params(m);
 
     // Keeps the GIL: a step takes microseconds, and a sampler is no object for several threads.
-    py::class_<Sampler>(m, "Sampler", "Chooses the tokens of one request from logits; see csrc/sampling/sampler.h.")
-        .def(py::init([](const std::shared_ptr<SamplingParams>& params, const std::vector<uint32_t>& prompt_ids,
-                         const std::optional<std::string>& isa) {
-                 return Sampler(params, {}, prompt_ids, sampling::kernels_of(isa.value_or("")));
-             }),
-             py::arg("params").none(false), py::arg("prompt_ids") = std::vector<uint32_t>(),
-             py::arg("isa") = py::none())
+    py::class_<Sampler> sampler(m, "Sampler",
+                                "Chooses the tokens of one request from logits; see csrc/sampling/sampler.h.");
+    def_init(
+        sampler,
+        [](const std::shared_ptr<SamplingParams>& params, const std::vector<uint32_t>& prompt_ids,
+           const std::optional<std::string>& isa) {
+            return Sampler(params, {}, prompt_ids, sampling::kernels_of(isa.value_or("")));
+        },
+        py::arg("params").none(false), py::arg("prompt_ids") = std::vector<uint32_t>(), py::arg("isa") = py::none())
         .def(
             "sample",
             [](Sampler& self, const Logits& logits, uint64_t step, const std::optional<Words>& allowed) {

@@ -3,7 +3,10 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <memory>
 #include <string>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "gguf/gguf_file.h"
@@ -15,6 +18,47 @@ namespace fixmin::bindings {
 template <typename T>
 pybind11::array_t<T> array(const std::vector<T>& values) {
     return pybind11::array_t<T>(pybind11::ssize_t(values.size()), values.data());
+}
+
+// Objects of Python, made without what pybind11 does when there is no memory to enter one in its tables: it destroys
+// what it was given twice, or never, or ends the process (tests/faults).
+
+/// An empty T, to be filled afterwards: nothing is lost with it.
+template <typename T>
+pybind11::object registered() {
+    return pybind11::cast(new T(), pybind11::return_value_policy::take_ownership);
+}
+
+/// In a constructor: makes `value` the object's own. Holder: of the class, std::unique_ptr<T> or std::shared_ptr<T>.
+template <typename Holder>
+typename Holder::element_type& construct(pybind11::detail::value_and_holder& object, Holder value) {
+    constexpr bool shared = std::is_copy_constructible_v<Holder>;
+    typename Holder::element_type* const raw = value.get();
+    object.value_ptr() = raw;
+    try {
+        object.type->init_instance(object.inst, shared ? &value : nullptr);
+    } catch (...) {
+        object.value_ptr() = nullptr;  // it is still `value`'s
+        throw;
+    }
+    if constexpr (!shared) value.release();
+    return *raw;
+}
+
+/// In place of def(py::init(make)) where the class has no other holder: `make`, which captures nothing, returns a T.
+template <typename Class, typename Make, typename... Extra>
+Class& def_init(Class& of, Make make, const Extra&... extra) {
+    using T = typename Class::type;
+    const auto define = [&]<typename R, typename... Args>(R (*function)(Args...)) {
+        of.def(
+            "__init__",
+            [function](pybind11::detail::value_and_holder& object, Args... args) {
+                construct(object, std::unique_ptr<T>(new T(function(std::forward<Args>(args)...))));
+            },
+            pybind11::detail::is_new_style_constructor(), extra...);
+    };
+    define(+make);
+    return of;
 }
 
 /// "f32", "f16", "q8_0"; anything else throws ArgumentError.

@@ -74,7 +74,10 @@ void compute(F f) {
 /// An Engine that can be closed: calls and leases hold references of their own, so the memory outlives them.
 class EngineHandle {
   public:
-    EngineHandle(const std::string& path, const engine::EngineOptions& options, const py::object& progress) {
+    /// To be opened: see registered().
+    EngineHandle() = default;
+
+    void open(const std::string& path, const engine::EngineOptions& options, const py::object& progress) {
         Interruption interruption;
         bool refused = false;
         const auto report = [&](double fraction) {
@@ -110,15 +113,24 @@ class EngineHandle {
     }
 
     /// Of the file that was loaded, whatever its path names by now; empty the second time.
-    py::dict take_metadata() { return std::exchange(metadata_, py::dict()); }
+    py::object take_metadata() {
+        py::object taken = std::exchange(metadata_, py::object());
+        return taken ? taken : py::dict();
+    }
     std::shared_ptr<const gguf::Source> source() const {
         check_open();
         return source_;
     }
 
     /// The same engine; closing this one ends what the lease began, and the lease keeps the memory.
-    std::unique_ptr<EngineHandle> lease() const {
-        return std::unique_ptr<EngineHandle>(new EngineHandle(get(), source_));
+    py::object lease() const {
+        const auto engine = get();
+        py::object object = registered<EngineHandle>();
+        EngineHandle& handle = object.cast<EngineHandle&>();
+        handle.engine_ = engine;
+        handle.source_ = source_;
+        handle.owner_ = false;
+        return object;
     }
 
     /// Ends the requests, whose masks need the GIL while the engine's thread ends, and lets go of the file.
@@ -143,11 +155,8 @@ class EngineHandle {
     }
 
   private:
-    EngineHandle(std::shared_ptr<engine::Engine> engine, std::shared_ptr<const gguf::Source> source)
-        : engine_(std::move(engine)), source_(std::move(source)), owner_(false) {}
-
     void check_open() const {
-        if (closed_) throw ArgumentError("the engine is closed");
+        if (closed_ || !engine_) throw ArgumentError("the engine is closed");
     }
     std::string with_path(const std::string& what) const {
         return what.starts_with(source_->path()) ? what : source_->path() + ": " + what;
@@ -182,8 +191,8 @@ class EngineHandle {
 
     std::shared_ptr<engine::Engine> engine_;
     std::shared_ptr<const gguf::Source> source_;
-    py::dict metadata_;
-    const bool owner_ = true;
+    py::object metadata_;
+    bool owner_ = true;
     bool closed_ = false;
 };
 

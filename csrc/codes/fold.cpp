@@ -48,11 +48,13 @@ void FoldBuilder::add_rows(uint32_t row_begin, uint32_t n_rows, const float* wei
         throw ArgumentError("fold: rows " + std::to_string(row_begin) + " + " + std::to_string(n_rows) +
                             " lie outside the " + std::to_string(rows) + " rows of the projection");
     }
+    // All of them or, if one is refused, none.
+    const auto begin = row_added_.begin() + row_begin, end = begin + n_rows;
+    if (const auto twice = std::find(begin, end, uint8_t{1}); twice != end)
+        throw ArgumentError("fold: row " + std::to_string(twice - row_added_.begin()) + " was added twice");
+    std::fill(begin, end, uint8_t{1});
     for (uint32_t r = 0; r < n_rows; ++r) {
         const uint32_t row = row_begin + r;
-        if (std::exchange(row_added_[row], uint8_t{1})) {
-            throw ArgumentError("fold: row " + std::to_string(row) + " was added twice");
-        }
         fold_row(row, weights + size_t{r} * fold_.lift_.embedding_length, bias ? bias[r] : 0.0);
     }
 }

@@ -20,6 +20,15 @@ constexpr uint32_t max_draft = 31;
 
 constexpr const char* closed = "the model was closed";
 
+// Blocks that have a user as long as this exists.
+struct Used {
+    KvPool& pool;
+    std::vector<uint32_t> blocks;
+    ~Used() {
+        for (const uint32_t block : blocks) pool.remove_user(block);
+    }
+};
+
 // What was left open, from the file.
 EngineOptions completed(EngineOptions options, const gguf::GgufFile& file) {
     const uint32_t context_length = model::read_hyperparams(file).context_length;
@@ -174,7 +183,8 @@ EngineStats Engine::stats() const {
     return shared_->stats;
 }
 
-// The engine's thread.
+// The engine's thread. Nothing may be thrown out of it, which would end the process: what needs memory is either inside
+// a `try` or has it beforehand (tests/faults).
 void Engine::serve() {
     Shared& shared = *shared_;
     for (bool idle = false;;) {
@@ -212,7 +222,7 @@ void Engine::serve() {
 
 // Nothing arrives any more.
 void Engine::end_everything() {
-    std::deque<std::shared_ptr<Job>> jobs;
+    std::list<std::shared_ptr<Job>> jobs;
     {
         const std::lock_guard lock(shared_->mutex);
         scheduler_->add(shared_->arrived);
@@ -220,7 +230,13 @@ void Engine::end_everything() {
     }
     scheduler_->end_all();
     tell_ended();
-    for (const auto& job : jobs) job->ended.set_exception(std::make_exception_ptr(Error(closed)));
+    for (const auto& job : jobs) {
+        try {
+            throw Error(closed);
+        } catch (...) {  // that, or that there is no memory for it
+            job->ended.set_exception(std::current_exception());
+        }
+    }
 }
 
 // Who hears of an end finds it in the statistics.
@@ -360,14 +376,12 @@ std::vector<std::byte> Engine::export_prefix(std::span<const uint32_t> ids, cons
     exclusively(
         [&](const model::Backend& backend, const Stop&) {
             // Whole blocks only: the rest of another would be what somebody else left there.
-            const PrefixCache::Match known = scheduler_->prefix_cache().find(ids);
-            const size_t size = block_bytes();
-            bytes.resize(known.blocks.size() * size);
-            for (size_t i = 0; i < known.blocks.size(); ++i) {
-                backend.read_block(known.blocks[i], bytes.data() + i * size);
-                kv_.remove_user(known.blocks[i]);
-            }
+            PrefixCache::Match known = scheduler_->prefix_cache().find(ids);
             if (known.n_more) kv_.remove_user(known.more);
+            const Used used{kv_, std::move(known.blocks)};
+            const size_t size = block_bytes();
+            bytes.resize(used.blocks.size() * size);
+            for (size_t i = 0; i < used.blocks.size(); ++i) backend.read_block(used.blocks[i], bytes.data() + i * size);
         },
         stop);
     return bytes;
@@ -383,13 +397,13 @@ void Engine::import_prefix(std::span<const uint32_t> ids, std::span<const std::b
         [&](model::Backend& backend, const Stop&) {
             PrefixCache& cache = scheduler_->prefix_cache();
             if (!cache.evict(uint32_t(n))) throw ArgumentError("the cache has no room for these keys and values");
-            std::vector<uint32_t> taken;
+            Used taken{kv_, {}};
+            taken.blocks.reserve(n);
             for (size_t i = 0; i < n; ++i) {
-                taken.push_back(kv_.take());
-                backend.write_block(taken.back(), blocks.data() + i * size);
+                taken.blocks.push_back(kv_.take());
+                backend.write_block(taken.blocks.back(), blocks.data() + i * size);
             }
-            cache.insert(ids, taken);
-            for (const uint32_t block : taken) kv_.remove_user(block);
+            cache.insert(ids, taken.blocks);
         },
         stop);
 }

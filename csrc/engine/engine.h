@@ -3,9 +3,9 @@
 #include <sys/types.h>
 
 #include <condition_variable>
-#include <deque>
 #include <functional>
 #include <future>
+#include <list>
 #include <memory>
 #include <mutex>
 #include <span>
@@ -86,7 +86,7 @@ class Engine {
         std::mutex mutex;
         std::condition_variable changed;
         Sequences arrived;
-        std::deque<std::shared_ptr<Job>> jobs;
+        std::list<std::shared_ptr<Job>> jobs;
         EngineStats stats;
         bool quit = false;
     };

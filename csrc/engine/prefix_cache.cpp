@@ -18,43 +18,45 @@ uint32_t common_length(std::span<const uint32_t> a, std::span<const uint32_t> b)
 
 PrefixCache::Match PrefixCache::find(std::span<const uint32_t> ids) {
     Match match;
+    match.blocks.reserve(ids.size() / kv_block_tokens);
+    Tokens tokens;
+    tokens.reserve(kv_block_tokens);
+    // From here on nothing is allocated: every user that is added is one of the match's.
     Node* node = &root_;
-    std::vector<Node*> path;
     while (ids.size() >= kv_block_tokens) {
-        const auto child = node->children.find(Tokens(ids.begin(), ids.begin() + kv_block_tokens));
-        if (child == node->children.end()) break;
-        node = child->second.get();
-        path.push_back(node);
+        tokens.assign(ids.begin(), ids.begin() + kv_block_tokens);
+        const auto next = node->children.find(tokens);
+        if (next == node->children.end()) break;
+        node = next->second.get();
         pool_.add_user(node->block);
         match.blocks.push_back(node->block);
         ids = ids.subspan(kv_block_tokens);
     }
     // Of the children that begin like the rest, neighbours of its place in the order have the longest common part.
     if (!ids.empty() && !node->children.empty()) {
-        const Tokens rest(ids.begin(), ids.begin() + std::min<size_t>(ids.size(), kv_block_tokens));
-        auto child = node->children.lower_bound(rest);
+        tokens.assign(ids.begin(), ids.begin() + std::min<size_t>(ids.size(), kv_block_tokens));
+        const auto next = node->children.lower_bound(tokens);
         Node* best = nullptr;
-        const auto consider = [&](Node* candidate) {
-            const uint32_t n = common_length(rest, candidate->tokens);
+        const auto consider = [&](Node& candidate) {
+            const uint32_t n = common_length(tokens, *candidate.tokens);
             if (n <= match.n_more) return;
-            best = candidate;
+            best = &candidate;
             match.n_more = n;
-            match.more = candidate->block;
+            match.more = candidate.block;
         };
-        if (child != node->children.end()) consider(child->second.get());
-        if (child != node->children.begin()) consider(std::prev(child)->second.get());
+        if (next != node->children.end()) consider(*next->second);
+        if (next != node->children.begin()) consider(*std::prev(next)->second);
         if (best) {
             pool_.add_user(match.more);
-            path.push_back(best);
+            node = best;
         }
     }
-    for (size_t i = path.size(); i-- > 0;) touch(*path[i]);
+    touch_path(node);
     return match;
 }
 
-void PrefixCache::insert(std::span<const uint32_t> ids, std::span<const uint32_t> blocks) {
+void PrefixCache::insert(std::span<const uint32_t> ids, std::span<const uint32_t> blocks) noexcept try {
     Node* node = &root_;
-    std::vector<Node*> path;
     for (const uint32_t block : blocks) {
         if (ids.empty()) break;
         Tokens tokens(ids.begin(), ids.begin() + std::min<size_t>(ids.size(), kv_block_tokens));
@@ -63,29 +65,43 @@ void PrefixCache::insert(std::span<const uint32_t> ids, std::span<const uint32_t
         if (next != node->children.end() && common_length(tokens, next->first) == tokens.size()) {
             // The same tokens, or a node that begins with these, the last of a sequence.
             node = next->second.get();
-            path.push_back(node);
-            continue;
+        } else {
+            Node* shorter = nullptr;  // the same sequence when it was shorter
+            if (next != node->children.begin()) {
+                Node& before = *std::prev(next)->second;
+                if (common_length(tokens, *before.tokens) == before.tokens->size()) shorter = &before;
+            }
+            Node& longer = add_child(*node, std::move(tokens), block);
+            if (shorter) remove(*shorter);
+            node = &longer;
         }
-        if (next != node->children.begin()) {  // the same sequence when it was shorter
-            Node& shorter = *std::prev(next)->second;
-            if (common_length(tokens, shorter.tokens) == shorter.tokens.size()) remove(shorter);
-        }
-        auto& child = node->children[tokens];
-        child = std::make_unique<Node>();
-        child->parent = node;
-        child->tokens = std::move(tokens);
-        child->block = block;
-        child->place = order_.insert(order_.end(), child.get());
-        pool_.add_user(block);
-        ++n_nodes_;
-        node = child.get();
-        path.push_back(node);
     }
-    for (size_t i = path.size(); i-- > 0;) touch(*path[i]);
+    touch_path(node);
+} catch (const std::bad_alloc&) {
 }
 
-// Parents are touched after their children: in this order a node stands before the one above it.
-void PrefixCache::touch(Node& node) { order_.splice(order_.end(), order_, node.place); }
+PrefixCache::Node& PrefixCache::add_child(Node& parent, Tokens tokens, uint32_t block) {
+    auto made = std::make_unique<Node>();
+    Node& node = *made;
+    node.parent = &parent;
+    node.block = block;
+    const auto place = order_.insert(parent.parent ? parent.place : order_.end(), &node);
+    node.place = place;
+    try {
+        node.tokens = &parent.children.try_emplace(std::move(tokens), std::move(made)).first->first;
+    } catch (...) {
+        order_.erase(place);
+        throw;
+    }
+    pool_.add_user(block);
+    ++n_nodes_;
+    return node;
+}
+
+// Parents after their children: in this order a node stands before the one above it.
+void PrefixCache::touch_path(Node* node) {
+    for (; node->parent; node = node->parent) order_.splice(order_.end(), order_, node->place);
+}
 
 bool PrefixCache::evict(uint32_t n_free) {
     for (auto it = order_.begin(); it != order_.end() && pool_.n_free() < n_free;) {
@@ -103,7 +119,8 @@ void PrefixCache::remove(Node& node) {
     pool_.remove_user(node.block);
     order_.erase(node.place);
     --n_nodes_;
-    node.parent->children.erase(Tokens(node.tokens));
+    auto& siblings = node.parent->children;
+    siblings.erase(siblings.find(*node.tokens));
 }
 
 }  // namespace fixmin::engine

@@ -26,12 +26,13 @@ class PrefixCache {
         uint32_t n_more = 0;           // tokens that follow them, at the start of the block `more`
         uint32_t more = 0;
     };
-    /// The longest part of `ids` from their start that is here. The caller has become a user of all blocks returned.
+    /// The longest part of `ids` from their start that is here. The caller has become a user of all blocks returned, or
+    /// of none if there is no memory for the answer: std::bad_alloc.
     Match find(std::span<const uint32_t> ids);
 
     /// Keeps the blocks of a sequence whose keys and values of `ids` have been computed. What is known already is not
-    /// taken twice.
-    void insert(std::span<const uint32_t> ids, std::span<const uint32_t> blocks);
+    /// taken twice. Without memory for the nodes fewer are kept: nobody depends on it.
+    void insert(std::span<const uint32_t> ids, std::span<const uint32_t> blocks) noexcept;
 
     /// Frees blocks until the pool has n_free free ones. False if nothing is left that can be freed before.
     bool evict(uint32_t n_free);
@@ -43,13 +44,14 @@ class PrefixCache {
     using Tokens = std::vector<uint32_t>;
     struct Node {
         Node* parent = nullptr;
-        Tokens tokens;  // kv_block_tokens, or fewer: then it has no children
+        const Tokens* tokens = nullptr;  // its key: kv_block_tokens of them, or fewer: then it has no children
         uint32_t block = 0;
         std::map<Tokens, std::unique_ptr<Node>> children;
         std::list<Node*>::iterator place;  // in order_
     };
 
-    void touch(Node& node);
+    void touch_path(Node* node);
+    Node& add_child(Node& parent, Tokens tokens, uint32_t block);
     void remove(Node& node);
 
     KvPool& pool_;

@@ -21,10 +21,28 @@ Mailbox::~Mailbox() {
     if (owner_ != getpid()) state_.release();
 }
 
-void Mailbox::post(uint64_t request) {
+void Mailbox::expect() {
+    if (owner_ != getpid()) return;
     const std::lock_guard lock(state_->mutex);
-    state_->news.insert(request);
-    state_->changed.notify_one();
+    State& state = *state_;
+    const size_t room = state.news.size() + state.n_expected + 1;
+    if (state.news.capacity() < room) state.news.reserve(2 * room);
+    ++state.n_expected;
+}
+
+void Mailbox::forget() noexcept {
+    if (owner_ != getpid()) return;
+    const std::lock_guard lock(state_->mutex);
+    --state_->n_expected;
+}
+
+void Mailbox::post(uint64_t request, bool ended) noexcept {
+    const std::lock_guard lock(state_->mutex);
+    State& state = *state_;
+    // Few requests run at a time, and the last one to post is often one of the last before.
+    if (std::find(state.news.rbegin(), state.news.rend(), request) == state.news.rend()) state.news.push_back(request);
+    state.n_expected -= ended;
+    state.changed.notify_one();
 }
 
 std::vector<uint64_t> Mailbox::wait(double timeout_s) {
@@ -32,8 +50,9 @@ std::vector<uint64_t> Mailbox::wait(double timeout_s) {
     std::unique_lock lock(state_->mutex);
     state_->changed.wait_until(lock, after(Clock::now(), std::min(timeout_s, 1e6)),
                                [&] { return state_->closed || !state_->news.empty(); });
-    const std::vector<uint64_t> news(state_->news.begin(), state_->news.end());
-    state_->news.clear();
+    std::vector<uint64_t> news(state_->news);
+    state_->news.clear();  // keeps its memory
+    std::ranges::sort(news);
     return news;
 }
 
@@ -42,6 +61,15 @@ void Mailbox::close() {
     const std::lock_guard lock(state_->mutex);
     state_->closed = true;
     state_->changed.notify_all();
+}
+
+Request::Request(uint64_t number, RequestOptions options, std::shared_ptr<Mailbox> mailbox)
+    : number(number), options(std::move(options)), mailbox_(std::move(mailbox)) {
+    if (mailbox_) mailbox_->expect();
+}
+
+Request::~Request() {
+    if (mailbox_ && !ended_) mailbox_->forget();  // it was never submitted
 }
 
 bool Request::wait(size_t n_seen, double timeout_s) {
@@ -63,11 +91,17 @@ Request::News Request::read(size_t from) const {
 void Request::push(uint32_t id, sampling::TopLogprobs logprobs) {
     {
         const std::lock_guard lock(mutex_);
-        generated_.push_back(id);
-        if (options.n_logprobs >= 0) logprobs_.push_back(std::move(logprobs));
+        const bool logged = options.n_logprobs >= 0;
+        if (logged) logprobs_.push_back(std::move(logprobs));
+        try {
+            generated_.push_back(id);
+        } catch (...) {
+            if (logged) logprobs_.pop_back();  // a reader finds one for each token
+            throw;
+        }
         changed_.notify_all();
     }
-    if (mailbox_) mailbox_->post(number);
+    if (mailbox_) mailbox_->post(number, false);
 }
 
 void Request::end_prompt(std::vector<sampling::TopLogprobs> logprobs, bool read) {
@@ -76,14 +110,14 @@ void Request::end_prompt(std::vector<sampling::TopLogprobs> logprobs, bool read)
     prompt_ = read ? Prompt::read : Prompt::given_up;
 }
 
-void Request::end(RequestResult result) {
+void Request::end(RequestResult result) noexcept {
     {
         const std::lock_guard lock(mutex_);
         result_ = std::move(result);
         ended_ = true;
         changed_.notify_all();
     }
-    if (mailbox_) mailbox_->post(number);
+    if (mailbox_) mailbox_->post(number, true);
 }
 
 }  // namespace fixmin::engine

@@ -11,7 +11,6 @@
 #include <memory>
 #include <mutex>
 #include <optional>
-#include <set>
 #include <utility>
 #include <vector>
 
@@ -79,7 +78,11 @@ class Mailbox {
   public:
     Mailbox();
     ~Mailbox();
-    void post(uint64_t request);
+    /// One more request that may post, until it says that it has ended: memory for its news, so that post() needs none.
+    void expect();
+    void post(uint64_t request, bool ended) noexcept;
+    /// One that was expected will not post.
+    void forget() noexcept;
     /// Numbers of requests with news since the last call; waits for the first until the timeout. Empty once closed.
     std::vector<uint64_t> wait(double timeout_s);
     void close();
@@ -88,7 +91,8 @@ class Mailbox {
     struct State {
         std::mutex mutex;
         std::condition_variable changed;
-        std::set<uint64_t> news;
+        std::vector<uint64_t> news;  // each request once
+        size_t n_expected = 0;       // that have not ended; there is room for all of them behind `news`
         bool closed = false;
     };
     const pid_t owner_;
@@ -111,8 +115,9 @@ struct RequestResult {
 /// to it.
 class Request {
   public:
-    Request(uint64_t number, RequestOptions options, std::shared_ptr<Mailbox> mailbox)
-        : number(number), options(std::move(options)), mailbox_(std::move(mailbox)) {}
+    Request(uint64_t number, RequestOptions options, std::shared_ptr<Mailbox> mailbox);
+    ~Request();
+    Request(const Request&) = delete;
 
     const uint64_t number;  // of this request in its engine
     const RequestOptions options;
@@ -145,7 +150,7 @@ class Request {
     void push(uint32_t id, sampling::TopLogprobs logprobs);
     /// The first call counts: all scores once the prompt has been read, or those that are there at the end.
     void end_prompt(std::vector<sampling::TopLogprobs> logprobs, bool read);
-    void end(RequestResult result);
+    void end(RequestResult result) noexcept;
 
   private:
     enum class Prompt { unread, read, given_up };

@@ -38,6 +38,9 @@ void Scheduler::admit_waiting() {
 // Gives the sequence blocks for all its tokens, known ones where the prefix cache has them.
 bool Scheduler::admit(Sequence& sequence) {
     const auto ids = sequence.ids();
+    // Memory first: what is taken from the pool has a place then.
+    sequence.blocks.reserve(blocks_for(ids.size()));
+    step_.copies.reserve(step_.copies.size() + 1);
     PrefixCache::Match known = cache_.find(ids.first(sequence.n_reusable()));
     const uint32_t n_known = uint32_t(known.blocks.size());
     // One more for each that is running: else the next step might have to send this one back.
@@ -51,7 +54,7 @@ bool Scheduler::admit(Sequence& sequence) {
         for (const uint32_t block : known.blocks) pool_.remove_user(block);
         return false;
     }
-    sequence.blocks = std::move(known.blocks);
+    sequence.blocks.assign(known.blocks.begin(), known.blocks.end());
     sequence.n_kept = n_known;
     while (sequence.blocks.size() < blocks_for(ids.size())) sequence.blocks.push_back(pool_.take());
     if (known.n_more) {
@@ -69,14 +72,18 @@ bool Scheduler::admit(Sequence& sequence) {
 // last.
 bool Scheduler::reserve(Sequence& sequence, uint32_t n_positions) {
     while (sequence.blocks.size() < blocks_for(n_positions)) {
-        if (cache_.evict(1)) {
-            sequence.blocks.push_back(pool_.take());
-            continue;
-        }
+        if (take_block(sequence)) continue;
         const bool itself = &running_.back() == &sequence;
         preempt_last();
         if (itself) return false;
     }
+    return true;
+}
+
+bool Scheduler::take_block(Sequence& sequence) {
+    if (!cache_.evict(1)) return false;
+    sequence.blocks.push_back(0);  // its place, before it is taken
+    sequence.blocks.back() = pool_.take();
     return true;
 }
 
@@ -156,9 +163,10 @@ void Scheduler::plan_decoding(uint32_t& rows_left) {
 // Nobody is sent back for a guess.
 void Scheduler::draft(Sequence& sequence, uint32_t rows_left) {
     const uint32_t n = uint32_t(sequence.ids().size());
-    sequence.begin_step(std::min(limits_.n_ctx - n + 1, rows_left) - 1);
-    while (sequence.blocks.size() < blocks_for(n + sequence.drafts().size()) && cache_.evict(1))
-        sequence.blocks.push_back(pool_.take());
+    const bool copies = sequence.options().hidden && sequence.n_computed() < sequence.n_prompt();
+    sequence.begin_step(copies ? 0 : std::min(limits_.n_ctx - n + 1, rows_left) - 1);
+    while (sequence.blocks.size() < blocks_for(n + sequence.drafts().size()) && take_block(sequence)) {
+    }
     sequence.limit_drafts(uint32_t(sequence.blocks.size()) * kv_block_tokens - n);
 }
 
@@ -174,8 +182,11 @@ void Scheduler::plan_prompts(uint32_t rows_left) {
         Sequence& sequence = *prompts[i];
         uint32_t n = std::min(sequence.n_unknown(), fair);
         const RequestOptions& options = sequence.options();
-        if (options.hidden && sequence.n_computed() < options.first_row)
-            n = std::min(n, options.first_row - sequence.n_computed());
+        if (options.hidden && sequence.n_computed() < sequence.n_prompt()) {
+            // Rows whose hidden states are copied out have chunks of their own.
+            const bool before = sequence.n_computed() < options.first_row;
+            n = std::min(n, (before ? options.first_row : sequence.n_prompt()) - sequence.n_computed());
+        }
         sequence.begin_step(0);
         rows_left -= n;
         add_chunk(sequence, n);

@@ -65,7 +65,7 @@ class Scheduler {
     };
 
     /// What to compute next; no tokens if there is nothing to do, but perhaps copies. Starts waiting sequences if
-    /// `admit`.
+    /// `admit`. Throws std::bad_alloc: then end_all() has to follow.
     const Step& plan(bool admit);
 
     /// Whether all sequences of the planned step have been given up. Called between layers.
@@ -90,6 +90,7 @@ class Scheduler {
     void admit_waiting();
     bool admit(Sequence& sequence);
     bool reserve(Sequence& sequence, uint32_t n_positions);
+    bool take_block(Sequence& sequence);
     void preempt_last();
     void release(Sequence& sequence);
     void plan_decoding(uint32_t& rows_left);

@@ -357,7 +357,7 @@ void GgufFile::map() {
     void* base = mmap(nullptr, size, PROT_READ, MAP_PRIVATE, source_->fd(), 0);
     if (base == MAP_FAILED) {
         if (errno == ENOMEM) throw OutOfMemory("the system gives no " + std::to_string(size) + " bytes for the file");
-        throw std::system_error(errno, std::generic_category(), "mmap");
+        throw std::system_error(errno, std::generic_category(), source_->path());
     }
     mapping_ = {static_cast<std::byte*>(base), Unmap{size}};
     bytes_ = {mapping_.get(), size};

@@ -174,14 +174,18 @@ class Loader {
 
     codes::FoldedProjection fold(const Hyperparams& hp, const ParallelFor& parallel_for) {
         const Norm n = norm("blk.0.attn_norm", hp.embedding_length, hp.rms_norm);
+        const auto rows_of = [&](const std::string& part) { return part == "attn_q" ? hp.q_length() : hp.kv_length(); };
+        // All three are found before memory for their fold is taken: lengths are only a claim of the file.
+        std::vector<std::pair<const gguf::TensorInfo*, std::vector<float>>> parts;
+        for (const std::string part : {"attn_q", "attn_k", "attn_v"}) {
+            const gguf::TensorInfo& tensor = get("blk.0." + part + ".weight", hp.embedding_length, rows_of(part));
+            parts.emplace_back(&tensor, vector("blk.0." + part + ".bias", rows_of(part)));
+        }
         codes::FoldBuilder builder(hp.qkv_length(), {n.weight, n.bias, hp.norm_eps, hp.rms_norm}, hp.lift);
         uint32_t first = 0;
-        for (const char* part : {"attn_q", "attn_k", "attn_v"}) {
-            const std::string name = std::string("blk.0.") + part;
-            const uint32_t rows = first == 0 ? hp.q_length() : hp.kv_length();
-            fold_matrix(builder, first, get(name + ".weight", hp.embedding_length, rows), vector(name + ".bias", rows),
-                        parallel_for);
-            first += rows;
+        for (const auto& [tensor, bias] : parts) {
+            fold_matrix(builder, first, *tensor, bias, parallel_for);
+            first += uint32_t(tensor->ne[1]);
         }
         return builder.finish();
     }

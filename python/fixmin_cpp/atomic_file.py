@@ -17,7 +17,16 @@ from numpy.typing import NDArray
 
 from .errors import ArgumentError, CheckpointError
 
-__all__ = ["AtomicFile", "refuse_inputs", "terminate_cleanly"]
+__all__ = ["AtomicFile", "naming", "refuse_inputs", "terminate_cleanly"]
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """What goes wrong with a descriptor (a disk that is full, say) names the file that its reader knows."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
 
 class AtomicFile:
@@ -73,21 +82,20 @@ class AtomicFile:
 
     def write(self, data: bytes | NDArray[np.uint8]) -> None:
         """Append bytes. A full disk gives an OSError that names the file that was to be."""
-        try:
+        with naming(self.target):
             self.file.write(data if isinstance(data, bytes) else data.data.cast("B"))
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.target)) from error
 
     def commit(self, target: Path | None = None) -> None:
         """Put everything on the disk and give it its name (or `target`, in the same folder), replacing what had it."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        os.replace(self.path, target or self.target)
-        folder = os.open(self.target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        with naming(self.target):
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            os.replace(self.path, target or self.target)
+            folder = os.open(self.target.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
         self._close()
 
     def _close(self) -> None:

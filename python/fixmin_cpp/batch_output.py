@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .atomic_file import AtomicFile
+from .atomic_file import AtomicFile, naming
 from .batch_lines import InputFile, Line, read_record
 from .errors import ArgumentError, FixminError
 from .state import file_sha256
@@ -107,18 +107,21 @@ class OutputFile:
                 n_errors += record[1]
                 end += len(data)
                 number, offset = line.number, line.end
-        os.ftruncate(self._fd, end)
+        with naming(self.path):
+            os.ftruncate(self._fd, end)
         return Resumed(n_records, n_errors, number + 1, offset)
 
     def append(self, record: bytes) -> None:
         """Writes a record, its line feed included."""
-        n_written = os.write(self._fd, record)
+        with naming(self.path):
+            n_written = os.write(self._fd, record)
         if n_written != len(record):  # a full disk; the next run cuts the torn line off
             raise FixminError(f"{self.path}: {n_written} of {len(record)} bytes could be written; is the disk full?")
 
     def finish(self) -> None:
         """Puts everything on the disk; the job is done."""
-        os.fsync(self._fd)
+        with naming(self.path):
+            os.fsync(self._fd)
         if os.fstat(self._fd).st_size > 0:
             self._write(self.done, output=file_sha256(self.path))
         self.sidecar.unlink(missing_ok=True)

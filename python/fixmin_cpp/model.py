@@ -509,9 +509,10 @@ class Model:
         path = as_path("path", path)
         with self.native() as engine:
             ids, blocks = read_state(path, self.file_sha256(), self._info)
+            ids = as_token_ids(f"{path}: token ids", ids, self._vocab_size)
             n = len(blocks) // self._info["kv_block_bytes"] * self._info["kv_block_tokens"]
             if n:
-                engine.import_prefix(as_token_ids("token ids", ids[:n], self._vocab_size), blocks)
+                engine.import_prefix(ids[:n], blocks)
         return ids.tolist()
 
     def file_sha256(self) -> str:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -304,10 +305,11 @@ class Dispatcher:
         self.closed = True
         self._mailbox.close()
 
-    def tell(self, numbers: list[int]) -> None:
-        """Passes news on to the event loops."""
+    def tell(self, numbers: list[int] | None) -> None:
+        """Passes news on to the event loops; None: there may be news of any."""
         with self._lock:
-            known = [self._listeners[n] for n in numbers if n in self._listeners]
+            all_numbers = list(self._listeners) if numbers is None else numbers
+            known = [self._listeners[n] for n in all_numbers if n in self._listeners]
         for loop, listener in known:
             try:
                 loop.call_soon_threadsafe(listener)
@@ -320,7 +322,11 @@ class Dispatcher:
 
 def _dispatch(dispatcher: "weakref.ref[Dispatcher]", mailbox: _core.Mailbox) -> None:
     while threading.main_thread().is_alive():  # else the interpreter waits for this thread before it ends
-        numbers = mailbox.wait(0.2)
+        try:
+            numbers = mailbox.wait(0.2)
+        except MemoryError:  # this thread has to go on: the others would wait for ever
+            numbers = None
+            time.sleep(0.01)
         target = dispatcher()
         if target is None or (target.closed and not numbers):
             return

@@ -61,13 +61,17 @@ void check_values(const GgufFile& file) {
             }
         }
         require(file.find(entry.key) == &entry, "every key is found");
-        try_get([&] { g_sum = g_sum + file.get_u32(entry.key); });
-        try_get([&] { require(std::isfinite(file.get_f32(entry.key)), "get_f32 is finite"); });
-        try_get([&] { read_bytes(std::span(file.get_string(entry.key))); });
-        try_get([&] { read_bytes(file.get_u8_array(entry.key)); });
-        try_get([&] {
-            for (const float x : file.get_f32_array(entry.key)) require(std::isfinite(x), "arrays are finite");
-        });
+        // One of them for each key: under the sanitizers an exception takes as long as the rest.
+        switch ((entry.offset + file.key_values().size()) % 5) {
+            case 0: try_get([&] { g_sum = g_sum + file.get_u32(entry.key); }); break;
+            case 1: try_get([&] { require(std::isfinite(file.get_f32(entry.key)), "get_f32 is finite"); }); break;
+            case 2: try_get([&] { read_bytes(std::span(file.get_string(entry.key))); }); break;
+            case 3: try_get([&] { read_bytes(file.get_u8_array(entry.key)); }); break;
+            default:
+                try_get([&] {
+                    for (const float x : file.get_f32_array(entry.key)) require(std::isfinite(x), "arrays are finite");
+                });
+        }
     }
 }
 

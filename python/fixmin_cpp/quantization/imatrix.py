@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from .. import _core
 from ..arguments import Prompt, as_int
-from ..atomic_file import AtomicFile, refuse_inputs
+from ..atomic_file import AtomicFile, naming, refuse_inputs
 from ..errors import ArgumentError, GGUFError
 from ..model import Model
 from ..recognise import refuse_wrong_model
@@ -101,7 +101,7 @@ def write_imatrix(
     chunk_size: int,
 ) -> None:
     """sums: tensor name -> (sums of squares [n], number of inputs)."""
-    with contextlib.closing(GGUFWriter(path, "imatrix")) as writer:
+    with naming(path), contextlib.closing(GGUFWriter(path, "imatrix")) as writer:
         writer.add_type("imatrix")
         if datasets:
             writer.add_array("imatrix.datasets", list(datasets))
