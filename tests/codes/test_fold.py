@@ -197,6 +197,8 @@ def test_builder_refuses_missing_repeated_and_foreign_rows():
         builder.finish()
     with pytest.raises(ValueError, match="row 1 was added twice"):
         builder.add_rows(1, rows, None)
+    builder.add_rows(2, rows, None)  # the call that was refused has added none of its rows
+    builder.finish()
     for begin in (3, 5, 2**32 - 1):
         with pytest.raises(ValueError, match="lie outside the 4 rows"):
             make().add_rows(begin, rows, None)

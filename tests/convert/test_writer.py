@@ -400,6 +400,20 @@ def test_second_writer_is_refused_and_leaves_the_first_alone(tmp_path):
     assert (tmp_path / "m.gguf").read_bytes() == b"first"
 
 
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_disk_that_is_full_at_last_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with AtomicFile(tmp_path / "m.gguf") as file:
+        file.write(b"x")
+        monkeypatch.setattr(os, call, full)
+        with pytest.raises(OSError, match="No space left on device") as caught:
+            file.commit()
+    assert caught.value.filename == str(tmp_path / "m.gguf")
+    assert not list(tmp_path.iterdir())
+
+
 def test_symbolic_link_is_written_through(tmp_path):
     (tmp_path / "real").mkdir()
     link = tmp_path / "m.gguf"

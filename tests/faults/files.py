@@ -2,9 +2,9 @@
 
     python files.py WORK FOLDER [STEP]     with the shim loaded; every STEP-th call only (1: all)
 
-WORK is quantize, convert, state, batch, imatrix, export or rewrap. After each fault: an error that says what, or death; under
-the name of the output the old file, the whole new one or nothing; and the same work done again gives the right output. The
-process that has imported everything is forked for each of them. Prints what was done as JSON.
+WORK is quantize, convert, state, batch, imatrix, export or rewrap. After each fault: an error that says what, or
+death; under the name of the output the old file, the whole new one or nothing; and the same work done again gives the
+right output. The process that has imported everything is forked for each of them. Prints what was done as JSON.
 """
 
 import contextlib
@@ -24,11 +24,11 @@ from typing import Any
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS), str(TESTS / "python"), str(TESTS / "convert")]
 
-from injected import Action, Faults, Kind
-from toy_models import concatenating, write_model
+from injected import Action, Faults, Kind  # noqa: E402
+from toy_models import concatenating, write_model  # noqa: E402
 
-import fixmin_cpp
-from fixmin_cpp import _core
+import fixmin_cpp  # noqa: E402
+from fixmin_cpp import _core  # noqa: E402
 
 CLEAR = (OSError, MemoryError, fixmin_cpp.FixminError)
 #: What a call that fails says.

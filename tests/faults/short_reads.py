@@ -1,6 +1,7 @@
 """Reads that give fewer bytes than asked for: python short_reads.py FOLDER, with the shim loaded.
 
-A model, a saved state, the input and output of a batch job: the same results as without. Prints how many reads were cut.
+A model, a saved state, the input and output of a batch job: the same results as without. Prints how many reads were
+cut.
 """
 
 import sys
@@ -9,12 +10,12 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS), str(TESTS / "python")]
 
-import numpy as np
-from batch_jobs import mixed_lines, records, run_job, write_lines
-from injected import Faults, Kind
-from toy_models import concatenating, write_model
+import numpy as np  # noqa: E402
+from batch_jobs import mixed_lines, records, run_job, write_lines  # noqa: E402
+from injected import Faults, Kind  # noqa: E402
+from toy_models import concatenating, write_model  # noqa: E402
 
-import fixmin_cpp
+import fixmin_cpp  # noqa: E402
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def _plain(folder: Path) -> None:
-    """Makes the package importable from a folder: Atheris sees nothing of what an editable installation's loader loads."""
+    """Makes the package importable from a folder: what an editable installation's loader loads Atheris does not see."""
     import fixmin_cpp
     import fixmin_cpp.convert
     import fixmin_cpp.reference

@@ -2,8 +2,8 @@
 
     python tests/fuzz/planted.py BUILD [--minutes 5] [--only gguf]
 
-plants each in a copy of the source, builds that fuzzer (BUILD is what `make fuzzers` has built) and runs it from nothing: without
-the kept inputs. Prints how long it took to find the mistake.
+plants each in a copy of the source, builds that fuzzer (BUILD is what `make fuzzers` has built) and runs it from
+nothing: without the kept inputs. Prints how long it took to find the mistake.
 """
 
 import argparse
@@ -31,7 +31,7 @@ PLANTED = {
     "scheduler": (
         "engine/scheduler.cpp",
         "        pool_.remove_user(known.more);\n    }\n    if (sequence.start(",
-        "        pool_.remove_user(known.more);\n        pool_.remove_user(known.more);\n    }\n    if (sequence.start(",
+        "        pool_.remove_user(known.more), pool_.remove_user(known.more);\n    }\n    if (sequence.start(",
     ),
     # An id that does not exist.
     "codes": (

@@ -1,4 +1,5 @@
-"""Any bytes as the body of any of the server's addresses: an answer, or a refusal in OpenAI's form that says what is wrong.
+"""Any bytes as the body of any of the server's addresses: an answer, or a refusal in OpenAI's form that says what is
+wrong.
 
     python tests/fuzz/requests_fuzz.py FOLDER... [libFuzzer's options]
 

@@ -2,9 +2,9 @@
 
     python tests/fuzz/run.py BUILD [--minutes 5] [--only gguf scheduler] [--jobs 2] [--keep]
 
-`make fuzz MINUTES=5 ONLY="gguf scheduler"` builds them before. Every fuzzer starts from corpus/NAME.zip, and goes on after a
-find until its time is over. Inputs of interest stay in out/fuzz/NAME, finds in out/fuzz/finds; --keep puts the smallest set of
-inputs that reaches the same into corpus/NAME.zip.
+`make fuzz MINUTES=5 ONLY="gguf scheduler"` builds them before. Every fuzzer starts from corpus/NAME.zip, and goes on
+after a find until its time is over. Inputs of interest stay in out/fuzz/NAME, finds in out/fuzz/finds; --keep puts the
+smallest set of inputs that reaches the same into corpus/NAME.zip.
 """
 
 import argparse

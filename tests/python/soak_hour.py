@@ -1,10 +1,11 @@
-"""Mixed requests for an hour, against one process and against one server: python soak_hour.py [--minutes 60] [--part process]
+"""Mixed requests for an hour against one process and one server: python soak_hour.py [--minutes 60] [--part process]
 
-Every request is one of a few hundred whose answers were computed alone beforehand. In the process threads and an event loop
-generate, stream and leave, cancel, run out of time, follow constraints, guess tokens, score, save and load states, forget,
-and fork; the cache is so small that requests wait and are sent back. The server gets honest clients, and between them such as
-send rubbish, send slowly, read slowly, or vanish. An honest answer that is another one than alone is wrong; one that does not
-come is lost. Prints what was done, and the memory of each quarter, as JSON; the exit code is 1 if an answer was wrong or lost.
+Every request is one of a few hundred whose answers were computed alone beforehand. In the process threads and an event
+loop generate, stream and leave, cancel, run out of time, follow constraints, guess tokens, score, save and load
+states, forget, and fork; the cache is so small that requests wait and are sent back. The server gets honest clients,
+and between them such as send rubbish, send slowly, read slowly, or vanish. An honest answer that is another one than
+alone is wrong; one that does not come is lost. Prints what was done, and the memory of each quarter, as JSON; the exit
+code is 1 if an answer was wrong or lost.
 """
 
 import argparse
@@ -25,9 +26,9 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "serve")]
 
-from toy_models import concatenating, write_model
+from toy_models import concatenating, write_model  # noqa: E402
 
-import fixmin_cpp
+import fixmin_cpp  # noqa: E402
 
 PROMPTS = [
     "the abc the abc the abc",
@@ -246,7 +247,7 @@ class Clients:
         self.answers: list[str] = []
         with fixmin_cpp.Model(path, n_threads=1) as alone:
             for prompt, options in catalogue(120, 2):
-                # What both take as it is given: they have defaults of their own, and OpenAI's penalties count otherwise.
+                # What both take as it is given: defaults differ, and OpenAI's penalties count otherwise.
                 options.pop("presence_penalty", None)
                 options = {"temperature": 0.0, "top_k": 40, "top_p": 0.9, "min_p": 0.0, **options}
                 body = {("max_tokens" if key == "max_new_tokens" else key): value for key, value in options.items()}
