@@ -221,9 +221,11 @@ def distribution(logits, p, history=(), step=0, allowed=None):
     return cut.ids, softmax(cut.x / t), cut.margin
 
 
-def mirostat_keep(x, p, mu):
-    """How many of the logits x (falling) mirostat keeps, and how near the limit is."""
+def mirostat_keep(x, p, mu, vocab_size=None):
+    """How many of the logits x (falling) mirostat keeps, and how near the limit is. vocab_size: of all, those of x."""
     t = p["temperature"]
+    if len(x) == 1:
+        return 1, math.inf
     if p["mirostat"] == 2:
         surprise = -np.log2(softmax(x / t))
         return max(1, int((surprise <= mu).sum())), np.abs(surprise - mu).min()
@@ -231,5 +233,5 @@ def mirostat_keep(x, p, mu):
     steps, falls = np.log((rank + 1) / rank), (x[: len(rank)] - x[1 : len(rank) + 1]) / t
     zipf = float((steps * falls).sum() / (steps**2).sum())
     epsilon = zipf - 1
-    k = (epsilon * 2**mu / (1 - len(x) ** -epsilon)) ** (1 / zipf)
+    k = (epsilon * 2**mu / (1 - float(vocab_size or len(x)) ** -epsilon)) ** (1 / zipf)
     return min(max(1, int(k)), len(x)), abs(k - round(k))

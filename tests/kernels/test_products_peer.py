@@ -24,7 +24,13 @@ LARGEST = float(np.finfo(np.float32).max)
 EMPTY = np.float32(1e-30)  # blocks of activations below it are zero
 
 #: Where the codes of a type with minima stand in a block: all zero, the minimum alone is left.
-CODES = {"Q4_1": slice(4, 20), "Q5_1": slice(4, 24), "Q2_K": slice(16, 80), "Q4_K": slice(16, 144), "Q5_K": slice(16, 176)}
+CODES = {
+    "Q4_1": slice(4, 20),
+    "Q5_1": slice(4, 24),
+    "Q2_K": slice(16, 80),
+    "Q4_K": slice(16, 144),
+    "Q5_K": slice(16, 176),
+}
 #: Scales and minima in binary16: none, the smallest denormal and normal numbers, usual and the largest ones.
 SCALES = [0.0, -0.0, 2.0**-24, -(2.0**-24), 2.0**-14, 1e-3, -1e-3, 0.02, -0.5, 1.0, 300.0, -65504.0, 65504.0]
 
