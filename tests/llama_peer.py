@@ -91,7 +91,7 @@ def program(name: str) -> Path:
     return path
 
 
-# llama.cpp's samplers. A task: the samplers by name with their arguments, tokens that they have accepted, rows of logits.
+# A task: samplers by name with their arguments, tokens that they have accepted, rows of logits.
 _SAMPLERS = """
 import ctypes, json, math, sys
 import llama_cpp.llama_cpp as C

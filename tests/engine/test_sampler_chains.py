@@ -1,7 +1,7 @@
 """Whole chains of the sampler over several steps against the definitions in float64 (sampling_oracle.py).
 
-Parameters, masks, prompts and rows are drawn. What is compared: the tokens that are left, their probabilities and order,
-and the token that the documented random number of the step stands for.
+Parameters, masks, prompts and rows are drawn. What is compared: the tokens that are left, their probabilities and
+order, and the token that the documented random number of the step stands for.
 """
 
 import math

@@ -1,7 +1,7 @@
 """Products of quantised weights against gguf.quants: any shape, any blocks, activations of any size.
 
-The peer: weights by gguf.quants.dequantize, activations rounded as docs/numerics.md says (written here in NumPy), and their
-product in float64. The bound is what the roundings of docs/numerics.md can add up to, term by term; nothing is measured.
+The peer: weights by gguf.quants.dequantize, activations rounded as docs/numerics.md says (written here in NumPy), and
+their product in float64. The bound is what the roundings of docs/numerics.md can add up to, not what was measured.
 """
 
 from dataclasses import dataclass
@@ -153,9 +153,9 @@ def test_products_are_those_of_gguf(kind, case):
     w, pieces = dequantized(kind, data), parts(kind, data)
     codes, scales = rounded(x)
     exact = (codes * scales) @ w.T
-    # Of a block of 32: the weights were rounded twice, the factor in front of its sum once or twice, and each of its one
-    # or two fma rounds a sum that is no larger than all that is added up. A factor below float32's normal numbers is
-    # wrong by TINY, times the largest sum of a block.
+    # Of a block of 32: the peer's weights were rounded twice, the factor in front of its sum once or twice, and each of
+    # its one or two fma rounds a sum that is no larger than all that is added up. A factor below float32's normal
+    # numbers is wrong by TINY, times the largest sum of a block.
     n_fma = inner // 32 * 2
     sizes = np.abs(codes * scales) @ pieces.T
     bound = (n_fma + 8) * U * sizes + n_fma * TINY * 2.0**25
