@@ -18,6 +18,7 @@ INF = math.inf
 some_ids = st.lists(st.integers(0, 40), max_size=4)
 shares = st.floats(0.03125, 1.0, width=32)
 flat = st.sampled_from
+BIASES = flat([-INF, -2.5, 0.75, 4.0])
 
 CHAIN = {
     "top_n_sigma": st.floats(0.125, 3.0, width=32),
@@ -42,7 +43,8 @@ SINGLE = {
     "dry_allowed_length": st.integers(0, 4),
     "dry_penalty_last_n": flat([-1, 0, 3, 12]),
     "dry_sequence_breakers": st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=3), max_size=2),
-    "logit_bias": st.dictionaries(st.integers(0, 40), flat([-INF, -2.5, 0.75, 4.0]), max_size=3),
+    # Often of tokens that came up before: what a penalty makes of a logit depends on what a bias made of it.
+    "logit_bias": st.dictionaries(st.one_of(st.integers(0, 5), st.integers(0, 40)), BIASES, max_size=6),
     "banned_ids": some_ids,
     "allowed_ids": st.one_of(st.just([]), st.lists(st.integers(0, 40), min_size=5, max_size=30)),
     "stop_ids": some_ids,
@@ -54,6 +56,7 @@ MIROSTAT = {
     "mirostat_eta": st.floats(0.0, 1.0, width=32),
 }
 temperatures = flat([0.25, 0.8125, 1.0, 1.75])
+bases = flat([{}, dict(top_k=0, top_p=1.0, min_p=0.0)])  # what is on by default, and nothing
 
 
 def row(size, seed, scale):
@@ -150,15 +153,18 @@ prompts = st.lists(st.integers(0, 5), max_size=24)
 
 @settings(max_examples=400)
 @given(
-    chain=st.fixed_dictionaries({"temperature": temperatures}, optional=CHAIN | SINGLE),
+    chain=st.fixed_dictionaries({"temperature": temperatures}, optional=SINGLE),
+    base=bases,
+    truncations=st.lists(flat(sorted(CHAIN)), max_size=5, unique=True),
     size=sizes,
     seed=seeds,
     scale=scales,
     prompt=prompts,
     data=st.data(),
 )
-def test_a_chain_is_that_of_the_definitions(chain, size, seed, scale, prompt, data):
-    follow(chain, size, seed, scale, prompt, data)
+def test_a_chain_is_that_of_the_definitions(chain, base, truncations, size, seed, scale, prompt, data):
+    drawn = {name: data.draw(CHAIN[name], label=name) for name in truncations}
+    follow(chain | base | drawn, size, seed, scale, prompt, data)
 
 
 @settings(max_examples=250)
