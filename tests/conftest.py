@@ -25,8 +25,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Tests in subfolders can `import oracle` and `import gguf_factory`.
 sys.path.insert(0, str(Path(__file__).parent))
 
-# Tests never time anything: hypothesis would fail an example that is slow because the machine is busy.
-settings.register_profile("fixmin", deadline=None)
+# Tests never time anything: hypothesis would fail an example that is slow because the machine is busy. The examples are
+# the same in every run; `pytest --hypothesis-profile=search` draws others, and remembers what failed in .hypothesis.
+settings.register_profile("fixmin", deadline=None, derandomize=True, database=None)
+settings.register_profile("search", deadline=None)
 settings.load_profile("fixmin")
 
 

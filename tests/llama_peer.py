@@ -89,3 +89,85 @@ def program(name: str) -> Path:
     if not path.exists():
         pytest.skip(f"no {path} (FIXMIN_LLAMA_CPP, make llama-cpp)")
     return path
+
+
+# A task: samplers by name with their arguments, tokens that they have accepted, rows of logits.
+_SAMPLERS = """
+import ctypes, json, math, sys
+import llama_cpp.llama_cpp as C
+answers = sys.stdout.fileno()
+model = C.llama_model_load_from_file(sys.argv[1].encode(), MODEL)
+vocab = C.llama_model_get_vocab(model)
+
+def made(name, arguments, n_vocab):
+    if name == "penalties":
+        arguments = [n_vocab, *arguments]
+    elif name == "mirostat":
+        arguments = [n_vocab, *arguments]
+    elif name == "dry":
+        texts = [text.encode() for text in arguments[-1]]
+        arguments = [vocab, *arguments[:-1], (ctypes.c_char_p * len(texts))(*texts), len(texts)]
+    elif name == "logit_bias":
+        pairs = arguments[0]
+        arguments = [n_vocab, len(pairs), (C.llama_logit_bias * len(pairs))(*map(tuple, pairs))]
+    return getattr(C, "llama_sampler_init_" + name)(*arguments)
+
+for line in sys.stdin:
+    task = json.loads(line)
+    n_vocab = len(task["rows"][0])
+    samplers = [made(name, arguments, n_vocab) for name, *arguments in task["samplers"]]
+    for one in samplers:
+        for token in task["accepted"]:
+            C.llama_sampler_accept(one, token)
+    steps = []
+    for row in task["rows"]:
+        tokens = (C.llama_token_data * n_vocab)(*((i, x, 0.0) for i, x in enumerate(row)))
+        array = C.llama_token_data_array(tokens, n_vocab, -1, False)
+        for one in samplers:
+            C.llama_sampler_apply(one, ctypes.byref(array))
+        left = [(array.data[i].id, array.data[i].logit) for i in range(array.size)]
+        drawn = left[array.selected][0] if array.selected >= 0 else None
+        steps.append({"left": [one for one in left if one[1] > -math.inf], "drawn": drawn})
+        if drawn is not None:
+            for one in samplers:
+                C.llama_sampler_accept(one, drawn)
+    for one in samplers:
+        C.llama_sampler_free(one)
+    print(json.dumps(steps), flush=True)
+""".replace("MODEL", "(lambda p: (setattr(p, 'vocab_only', True), p)[1])(C.llama_model_default_params())")
+
+
+class Samplers:
+    """llama.cpp's samplers in a process of their own, with the vocabulary of a file that llama.cpp reads."""
+
+    def __init__(self, model: Path) -> None:
+        self._process = subprocess.Popen(
+            [PYTHON, "-c", _SAMPLERS, model],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def __enter__(self) -> "Samplers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate(timeout=60)
+
+    def __call__(
+        self, samplers: Sequence[Sequence[object]], rows: Sequence[NDArray[np.float32]], accepted: Sequence[int] = ()
+    ) -> list[tuple[dict[int, float], int | None]]:
+        """For each row: the logits by id of the tokens that are left, and the one that was drawn, if one was.
+
+        Args:
+            samplers: each its name behind llama_sampler_init_ and its arguments, without the vocabulary or its size.
+            accepted: tokens before.
+        """
+        task = {"samplers": samplers, "rows": [row.tolist() for row in rows], "accepted": list(map(int, accepted))}
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(json.dumps(task), file=self._process.stdin, flush=True)
+        line = self._process.stdout.readline()
+        assert line, f"llama.cpp ended with {self._process.wait(60)} at {samplers}"
+        return [({i: x for i, x in one["left"]}, one["drawn"]) for one in json.loads(line)]

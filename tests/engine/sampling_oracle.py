@@ -221,15 +221,21 @@ def distribution(logits, p, history=(), step=0, allowed=None):
     return cut.ids, softmax(cut.x / t), cut.margin
 
 
-def mirostat_keep(x, p, mu):
-    """How many of the logits x (falling) mirostat keeps, and how near the limit is."""
-    t = p["temperature"]
-    if p["mirostat"] == 2:
-        surprise = -np.log2(softmax(x / t))
-        return max(1, int((surprise <= mu).sum())), np.abs(surprise - mu).min()
+def mirostat_limit(x, p, mu, vocab_size=None):
+    """The k of mirostat 1 before it is rounded and bounded. vocab_size: of all logits, those of x if None."""
     rank = np.arange(1, min(100, len(x)))
-    steps, falls = np.log((rank + 1) / rank), (x[: len(rank)] - x[1 : len(rank) + 1]) / t
+    steps, falls = np.log((rank + 1) / rank), (x[: len(rank)] - x[1 : len(rank) + 1]) / p["temperature"]
     zipf = float((steps * falls).sum() / (steps**2).sum())
     epsilon = zipf - 1
-    k = (epsilon * 2**mu / (1 - len(x) ** -epsilon)) ** (1 / zipf)
-    return min(max(1, int(k)), len(x)), abs(k - round(k))
+    return (epsilon * 2**mu / (1 - float(vocab_size or len(x)) ** -epsilon)) ** (1 / zipf)
+
+
+def mirostat_keep(x, p, mu, vocab_size=None):
+    """How many of the logits x (falling) mirostat keeps, and how near the limit is."""
+    if len(x) == 1:
+        return 1, math.inf
+    if p["mirostat"] == 2:
+        surprise = -np.log2(softmax(x / p["temperature"]))
+        return max(1, int((surprise <= mu).sum())), np.abs(surprise - mu).min()
+    k = mirostat_limit(x, p, mu, vocab_size)
+    return min(max(1, int(k)), len(x)), abs(k - round(k)) if k < len(x) + 1 else k - len(x)

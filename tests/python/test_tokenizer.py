@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from toy_models import SPECIALS, byte_fallback, byte_level, concatenating
+from tokenizers import AddedToken, Tokenizer, decoders
+from toy_models import SPECIALS, byte_fallback, byte_level, concatenating, pieces, whole_words
 
 from fixmin_cpp.errors import ArgumentTypeError
 from fixmin_cpp.tokenizer import TextTokenizer
@@ -117,26 +117,6 @@ def test_where_tokens_have_no_fixed_text_the_bytes_are_those_of_the_token_alone(
 
 
 # --- names of special tokens in a text -----------------------------------------------------------------------------
-
-
-def whole_words() -> Tokenizer:
-    """Of a kind whose model itself knows special tokens' names."""
-    words = [*SPECIALS, "a", "b", "<", ">", "s", "/"]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_special_tokens(SPECIALS)
-    return tokenizer
-
-
-def pieces() -> Tokenizer:
-    """Like T5's: scores for pieces, special tokens among them."""
-    scored = [(name, 0.0) for name in SPECIALS] + [(letter, -2.0) for letter in "\u2581ab</s>kpadunt"]
-    tokenizer = Tokenizer(models.Unigram(scored, unk_id=3))
-    tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse()])
-    tokenizer.add_special_tokens(SPECIALS[:3])
-    return tokenizer
 
 
 def demo() -> Tokenizer:

@@ -6,7 +6,7 @@ from typing import Any
 
 from gguf import GGUFWriter
 from gguf_factory import make_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 SPECIALS = ["<pad>", "<s>", "</s>", "<unk>"]
 
@@ -58,6 +58,26 @@ def byte_fallback() -> Tokenizer:
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
+    tokenizer.add_special_tokens(SPECIALS[:3])
+    return tokenizer
+
+
+def whole_words() -> Tokenizer:
+    """Of a kind whose model itself knows special tokens' names."""
+    words = [*SPECIALS, "a", "b", "<", ">", "s", "/"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(SPECIALS)
+    return tokenizer
+
+
+def pieces() -> Tokenizer:
+    """Like T5's: scores for pieces, special tokens among them."""
+    scored = [(name, 0.0) for name in SPECIALS] + [(letter, -2.0) for letter in "\u2581ab</s>kpadunt"]
+    tokenizer = Tokenizer(models.Unigram(scored, unk_id=3))
+    tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse()])
     tokenizer.add_special_tokens(SPECIALS[:3])
     return tokenizer
 

@@ -124,6 +124,7 @@ def test_health_and_requests_while_loading(served_path: Any, monkeypatch: pytest
                 assert answer.status_code == 503
                 assert answer.json()["progress"] == 0.25
                 assert answer.json()["error"]["type"] == "unavailable_error"
+                assert answer.json()["error"]["code"] == "model_loading"  # a text, as OpenAI's are
             assert (await client.post("/v1/completions", json={"prompt": "a"})).status_code == 503
             ready.set()
             while (await client.get("/health")).status_code == 503:

@@ -34,7 +34,7 @@ class Refusal:
     status: int  # of HTTP
     message: str
     param: str | None = None  # the field that is wrong
-    code: str | int | None = None
+    code: str | None = None
 
     def __post_init__(self) -> None:
         if len(self.message) > _MAX_MESSAGE:

@@ -103,7 +103,7 @@ class _Error(BaseModel):
     message: str
     type: str
     param: str | None
-    code: str | int | None
+    code: str | None
 
 
 class Error(BaseModel):

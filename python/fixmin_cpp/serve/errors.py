@@ -30,7 +30,7 @@ class APIError(Exception):
         message: str,
         *,
         param: str | None = None,
-        code: str | int | None = None,
+        code: str | None = None,
         headers: Mapping[str, str] | None = None,
         **extra: Any,
     ) -> None:

@@ -120,7 +120,7 @@ class ModelHost:
 
     @staticmethod
     def _end() -> APIError:
-        return APIError(503, "the server is shutting down", code=503)
+        return APIError(503, "the server is shutting down", code="shutting_down")
 
     def told(self, error: Exception) -> Exception:
         """`error`, or what clients are told in its place: a closed model is no fault of theirs, nor of the server's."""
@@ -136,9 +136,10 @@ class ModelHost:
         if self._closing:
             raise self._end()
         if self.error is not None:
-            raise APIError(503, "the model could not be loaded: the server's log says why", code=503)
+            raise APIError(503, "the model could not be loaded: the server's log says why", code="model_not_loaded")
         if self._model is None:
-            raise APIError(503, "the model is loading", code=503, headers={"Retry-After": "1"}, progress=self.progress)
+            headers = {"Retry-After": "1"}
+            raise APIError(503, "the model is loading", code="model_loading", headers=headers, progress=self.progress)
         return self._model
 
     def require_room(self, n: int = 1) -> None:
@@ -199,10 +200,10 @@ class ModelHost:
     def require_health(self) -> None:
         """Raises APIError 503 if requests are not prepared any more, or their device has failed."""
         if self._device_error is not None:
-            raise APIError(503, f"the device has failed: {self._device_error}", code=503)
+            raise APIError(503, f"the device has failed: {self._device_error}", code="device_failed")
         seconds = self._workers["prepare"].stuck_for
         if seconds > _STUCK:
-            raise APIError(503, f"requests have not been prepared for {seconds:.0f} s", code=503)
+            raise APIError(503, f"requests have not been prepared for {seconds:.0f} s", code="not_preparing")
 
     def token_text(self, token_id: int) -> str:
         """Text of one token by itself; special tokens spelled out."""
