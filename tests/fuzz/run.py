@@ -123,7 +123,8 @@ def keep(build: Path, name: str) -> int:
         sources = [OUT / name, OUT / "seeds" / name, HERE / "seeds" / name]
         folders = [str(source) for source in sources if source.is_dir()]
         options = ["-set_cover_merge=1", f"-max_len={FUZZERS[name]}", "-detect_leaks=0"]
-        subprocess.run([*command(build, name), *options, folder, *folders], capture_output=True, check=True)
+        merge = [*command(build, name), *options, folder, *folders]
+        subprocess.run(merge, env=os.environ | SANITIZER, capture_output=True, check=True)
         return pack(name, Path(folder))
 
 
