@@ -113,7 +113,8 @@ class Recipe {
         count("fixmin.code.width", width_);
         string("fixmin.code.lift", input_.flag() && d_ % width_ == 0 ? "interleave" : "tile");
         const float values[] = {input_.flag() ? -1.0f : 0.0f, 1.0f};
-        keys.push_back({"fixmin.code.values", ValueType::array, array(ValueType::f32, 2, raw(values))});
+        keys.push_back(
+            {"fixmin.code.values", ValueType::array, array(ValueType::f32, 2, raw(values[0]) + raw(values[1]))});
         if (kind_ == "table") {
             const uint32_t bytes = codes::packed_row_bytes(width_);
             std::string rows;

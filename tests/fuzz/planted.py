@@ -70,7 +70,7 @@ def find(build: Path, name: str, minutes: float) -> str:
         )
         changed = Path(folder, "changed.o")
         command = [compiler, *flags.split(), f"-I{tree / 'csrc'}", "-c", str(place), "-o", str(changed)]
-        subprocess.run(command, check=True)
+        subprocess.run(command, check=True, capture_output=True)
         (own,) = (build / "CMakeFiles" / f"{name}_fuzz.dir").rglob(f"{name}_fuzz.cpp.o")
         program = Path(folder, "fuzzer")
         link = [
