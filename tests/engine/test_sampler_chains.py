@@ -151,7 +151,7 @@ scales = flat([0.5, 3.0, 8.0])
 prompts = st.lists(st.integers(0, 5), max_size=24)
 
 
-@settings(max_examples=400)
+@settings(max_examples=300)
 @given(
     chain=st.fixed_dictionaries({"temperature": temperatures}, optional=SINGLE),
     base=bases,
@@ -167,7 +167,7 @@ def test_a_chain_is_that_of_the_definitions(chain, base, truncations, size, seed
     follow(chain | base | drawn, size, seed, scale, prompt, data)
 
 
-@settings(max_examples=250)
+@settings(max_examples=200)
 @given(
     chain=st.fixed_dictionaries({"temperature": temperatures} | MIROSTAT, optional=SINGLE),
     others=st.fixed_dictionaries({}, optional=CHAIN),
@@ -182,7 +182,7 @@ def test_mirostat_takes_the_place_of_truncations(chain, others, size, seed, scal
     follow(chain | others, size, seed, scale, prompt, data)
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(
     chain=st.fixed_dictionaries({"temperature": st.just(0.0)}, optional=SINGLE),
     others=st.fixed_dictionaries({}, optional=CHAIN),
