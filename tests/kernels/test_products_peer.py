@@ -139,7 +139,7 @@ def check(got: np.ndarray, exact: np.ndarray, bound: np.ndarray, sizes: np.ndarr
 
 
 @pytest.mark.parametrize("kind", QUANTIZED_TYPES)
-@settings(max_examples=80, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(case=cases)
 # Tiles of AMX are 16 rows and 16 tokens; what is left over goes other ways.
 @example(case=Case(33, 3, 33, 1, (0.02,), (1.0,), False))
@@ -163,7 +163,7 @@ def test_products_are_those_of_gguf(kind, case):
 
 
 @pytest.mark.parametrize("kind", FLOAT_TYPES)
-@settings(max_examples=80, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(case=cases)
 def test_products_of_floats(kind, case):
     rng = np.random.default_rng(case.seed)

@@ -136,8 +136,8 @@ texts = st.one_of(
     st.lists(st.sampled_from([*WORDS, *NAMES]), max_size=8).map(" ".join),
 )
 unnamed = texts.map(lambda text: text.replace("<", "("))  # no name of a special token
-many = settings(max_examples=120, suppress_health_check=[HealthCheck.too_slow])
-some = settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+many = settings(max_examples=80, suppress_health_check=[HealthCheck.too_slow])
+some = settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 
 
 @kinds
