@@ -552,7 +552,7 @@ struct WideRowsMultiply {
         for (uint32_t c = 0; c < N; ++c) sums[c] = WideSums::zero();
         for (uint32_t b = 0; b < args.inner / block; ++b, weights += block * lanes, activations += block)
             add_block<FromMemory>(sums, weights, activations,
-                                  FromMemory ? stream.after(ahead + b * block * lanes) : nullptr, UpTo<N>{},
+                                  FromMemory ? stream.after(ahead + b * block * lanes) : weights, UpTo<N>{},
                                   EachVector{});
 #pragma GCC unroll 6
         for (uint32_t c = 0; c < N; ++c) out[c] = sums[c];

@@ -35,9 +35,9 @@ def test_every_allocation_fails_in_turn(shim: Path, tmp_path: Path, work: str) -
     done = run(shim, "allocations.py", work, tmp_path)
     assert done
     for name, counts in done.items():
-        if not name.startswith("thread"):
-            assert counts["n_faults"] >= 2, (name, counts)
-            assert counts["n_errors"] >= 1, (name, counts)
+        assert counts["n_faults"] >= 2, (name, counts)
+    if work == "load":  # of the others errors are answers
+        assert all(counts["n_errors"] >= 1 for counts in done.values()), done
 
 
 @pytest.mark.slow

@@ -82,13 +82,13 @@ class Recipe {
         const uint32_t head_dim = d_ / heads_;
         string("general.architecture", "fixmin");
         count("fixmin.vocab_size", vocab_);
-        count("fixmin.context_length", 1 + input.below(80));
+        count("fixmin.context_length", 80 - input.below(80));
         count("fixmin.embedding_length", d_);
         count("fixmin.block_count", layers_);
         count("fixmin.feed_forward_length", f_);
         count("fixmin.attention.head_count", heads_);
         count("fixmin.attention.head_count_kv", kv_heads_);
-        count("fixmin.rope.dimension_count", std::min(head_dim, 2 * input.below(64)));
+        count("fixmin.rope.dimension_count", head_dim - std::min(head_dim, 2 * input.below(64)));
         real("fixmin.attention.scale", input.flag() ? input.real() : 0.25f);
         real(rms_ ? "fixmin.attention.layer_norm_rms_epsilon" : "fixmin.attention.layer_norm_epsilon", 1e-5f);
         real("fixmin.rope.freq_base", input.flag() ? input.real() : 10000.0f);

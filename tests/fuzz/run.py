@@ -12,6 +12,7 @@ import concurrent.futures
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -118,10 +119,14 @@ def fuzz(build: Path, name: str, seconds: float) -> Result:
 
 
 def keep(build: Path, name: str) -> int:
-    """The smallest set of inputs that reaches what all reach becomes the corpus."""
+    """The smallest set of inputs that reaches what all reach becomes the corpus; in Python all of interest."""
     with tempfile.TemporaryDirectory() as folder:
         sources = [OUT / name, OUT / "seeds" / name, HERE / "seeds" / name]
         folders = [str(source) for source in sources if source.is_dir()]
+        if name in PYTHON:  # Atheris cannot start itself again for a merge
+            for file in (file for source in folders for file in Path(source).iterdir()):
+                shutil.copy(file, folder)
+            return pack(name, Path(folder))
         options = ["-set_cover_merge=1", f"-max_len={FUZZERS[name]}", "-detect_leaks=0"]
         merge = [*command(build, name), *options, folder, *folders]
         subprocess.run(merge, env=os.environ | SANITIZER, capture_output=True, check=True)

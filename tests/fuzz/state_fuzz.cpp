@@ -21,7 +21,7 @@ Engine& engine_of(uint32_t kv_type) {
     static Engine* engines[std::size(quant::all_kv_types)] = {};
     Engine*& engine = engines[kv_type];
     if (!engine) {
-        const uint8_t choices[] = {1, 0, 1, 0, 0, 62, 0, 0, 0, 255, 0, 79};  // of model_recipe.h; zeros after them
+        const uint8_t choices[] = {1, 0, 1, 0, 0, 62, 0, 0, 0, 255};  // of model_recipe.h; zeros after them
         Input input(choices, sizeof choices);
         static const std::string file = written(fuzz::Recipe(input));
         gguf::GgufFile parsed = gguf::GgufFile::parse(std::as_bytes(std::span(file)));

@@ -64,7 +64,7 @@ def kept(name: str, folder: Path) -> list[Path]:
         for file in more.glob("*"):
             shutil.copy(file, folder / f"{more.parent.name}-{file.name}")
     files = list(folder.iterdir())
-    assert len(files) >= 20, f"{name}: {len(files)} inputs"
+    assert len(files) >= 10, f"{name}: {len(files)} inputs"
     return files
 
 
