@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -223,7 +224,10 @@ def _write_shards(folder: Path, spec: ModelSpec, config: FixMinConfig, dtype: to
 
     def write() -> None:
         paths.append(folder / f"shard-{len(paths)}")
-        save_file(shards.pop(), str(paths[-1]), metadata={"format": "pt"})
+        try:
+            save_file(shards.pop(), str(paths[-1]), metadata={"format": "pt"})
+        except SafetensorError as error:  # which is all that it says of a full disk
+            raise OSError(f"{folder.name}: the weights cannot be written: {error}") from error
         shards.append({})
 
     for name, tensor in _tensors(spec, config):
