@@ -2,10 +2,11 @@
 
     python tools/wheels.py dist --pythons python3.10 python3.11 python3.12 python3.13
 
-Everything is compiled by zig c++ (the package ziglang), which brings the headers and symbols of an older glibc for both
-processors, and links libc++ statically. The kernels for GPUs are compiled once, where nvcc is found, and stand in all
-wheels: --cuda ON makes their absence an error, --cuda OFF leaves them out. auditwheel gives the wheels their names and
-says what they need of a system. The same commit gives the same bytes, in whatever folder: docs/wheels.md.
+zig c++ (the package ziglang) brings the headers and symbols of an older glibc for both processors, and links libc++
+statically; the kernels, which need no library, are compiled by g++ and Debian's g++-aarch64-linux-gnu. Those for GPUs are
+compiled once, where nvcc is found, and stand in all wheels: --cuda ON makes their absence an error, --cuda OFF leaves them
+out. auditwheel gives the wheels their names and says what they need of a system. The same commit and tools give the same
+bytes, in whatever folder: docs/wheels.md.
 """
 
 import argparse
@@ -94,34 +95,39 @@ def unpacked(sdist: Path, work: Path) -> Path:
     return folder
 
 
-def fatbin(python: Path, source: Path, work: Path, cuda: str, env: dict[str, str]) -> Path | None:
-    """The kernels for GPUs, compiled once for all wheels; None without them."""
-    if cuda == "OFF":
-        return None
-    folder, cmake = work / "gpu", python.parent / "cmake"
+def parts(
+    python: Path, processor: str, source: Path, work: Path, cuda: str, env: dict[str, str]
+) -> tuple[Path, Path | None]:
+    """What is compiled once for all wheels of a processor: its kernels, by g++, and if nvcc is there those for GPUs.
+
+    GCC's are faster than clang's (docs/wheels.md), and need no more of a system than memcpy and fmaf.
+    """
+    folder, cmake = work / f"kernels-{processor}", python.parent / "cmake"
     run(cmake, "-S", source, "-B", folder, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={python.parent / 'ninja'}",
-        "-DFIXMIN_PYTHON=OFF", f"-DFIXMIN_CUDA={cuda}", env=env)  # fmt: skip
-    targets = subprocess.run([cmake, "--build", folder, "--target", "help"], capture_output=True, text=True).stdout
-    if "kernels.fatbin" not in targets:
-        return None
-    run(cmake, "--build", folder, "--target", "kernels.fatbin", env=env)
-    return folder / "kernels.fatbin"
+        "-DCMAKE_SYSTEM_NAME=Linux", f"-DCMAKE_SYSTEM_PROCESSOR={processor}",
+        f"-DCMAKE_CXX_COMPILER={processor}-linux-gnu-g++", f"-DCMAKE_CXX_FLAGS=-ffile-prefix-map={source}=.",
+        "-DCMAKE_BUILD_TYPE=Release", "-DFIXMIN_PYTHON=OFF", f"-DFIXMIN_CUDA={cuda}", env=env)  # fmt: skip
+    listed = subprocess.run([cmake, "--build", folder, "--target", "help"], capture_output=True, text=True).stdout
+    targets = [name for name in ("fixmin_kernels", "kernels.fatbin") if name in listed]
+    run(cmake, "--build", folder, "--target", *targets, env=env)
+    return folder, folder / "kernels.fatbin" if "kernels.fatbin" in targets else None
 
 
 def wheel(
-    python: Path, tag: str, processor: str, source: Path, work: Path, kernels: Path | None, env: dict[str, str]
+    python: Path, tag: str, processor: str, source: Path, work: Path, kernels: Path, fatbin: Path | None, env: dict[str, str]
 ) -> Path:
     settings = {
         "build-dir": str(work / f"build-{tag}-{processor}"),
         "wheel.reproducible": "true",
         "install.strip": "false",  # the linker does: strip knows this machine's processor only
-        "cmake.define.CMAKE_MODULE_LINKER_FLAGS": "-s",
+        "cmake.define.CMAKE_MODULE_LINKER_FLAGS": f"-s -Wl,--version-script={source}/cmake/exports.map",
         "cmake.define.CMAKE_TOOLCHAIN_FILE": str(source / "cmake/zig.cmake"),
         "cmake.define.CMAKE_CXX_FLAGS": f"-ffile-prefix-map={source}=.",
         "cmake.define.FIXMIN_ZIG": str(ZIG),
         "cmake.define.FIXMIN_TARGET": f"{processor}-linux-gnu.{GLIBC}",
-        "cmake.define.FIXMIN_CUDA": "ON" if kernels else "OFF",
-        "cmake.define.FIXMIN_CUDA_FATBIN": str(kernels or ""),
+        "cmake.define.FIXMIN_KERNELS": str(kernels),
+        "cmake.define.FIXMIN_CUDA": "ON" if fatbin else "OFF",
+        "cmake.define.FIXMIN_CUDA_FATBIN": str(fatbin or ""),
     }
     # How Python itself and setuptools are told that they compile for another machine; the backend reads the same.
     target = {
@@ -132,7 +138,8 @@ def wheel(
     repaired = work / f"repaired-{tag}-{processor}"
     shutil.rmtree(repaired, ignore_errors=True)
     run(sys.executable, "-m", "auditwheel", "repair", "--plat", f"manylinux_{GLIBC.replace('.', '_')}_{processor}",
-        "--wheel-dir", repaired, raw, env=env | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"})  # fmt: skip
+        "--only-plat", "--wheel-dir", repaired, raw,
+        env=env | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"})  # fmt: skip
     (file,) = repaired.iterdir()
     return file
 
@@ -158,14 +165,17 @@ def main() -> None:
     sdist = build("sdist", any_python, ROOT, work / "sdist", {}, env)
     files = [sdist]
     source = unpacked(sdist, work)
-    kernels = fatbin(any_python, source, work, options.cuda, env)
+    fatbin = None
     for processor in options.processors:
+        # The first time the kernels for GPUs too: they do not depend on the processor.
+        kernels, made = parts(any_python, processor, source, work, "OFF" if fatbin else options.cuda, env)
+        fatbin = fatbin or made
         for tag, python in tools.items():
-            files.append(wheel(python, tag, processor, source, work, kernels, env))
+            files.append(wheel(python, tag, processor, source, work, kernels, fatbin, env))
     for file in files:
         shutil.copy(file, out / file.name)
         run(sys.executable, "-m", "auditwheel", "show", out / file.name) if file.suffix == ".whl" else None
-    print("Kernels for GPUs:", "in every wheel" if kernels else "in none: nvcc is not found, or --cuda OFF")
+    print("Kernels for GPUs:", "in every wheel" if fatbin else "in none: nvcc is not found, or --cuda OFF")
     for file in files:
         print(f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.stat().st_size:>9}  {file.name}")
 
