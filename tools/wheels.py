@@ -19,10 +19,7 @@ import sys
 import tarfile
 from pathlib import Path
 
-import ziglang
-
 ROOT = Path(__file__).resolve().parents[1]
-ZIG = Path(ziglang.__file__).parent / "zig"
 #: What PyTorch and NumPy ask for by now, so that an older one would serve nobody.
 GLIBC = "2.28"
 PROCESSORS = ("x86_64", "aarch64")
@@ -33,6 +30,12 @@ from scikit_build_core import build
 hook, folder, settings = sys.argv[1:]
 getattr(build, "build_" + hook)(folder, json.loads(settings))
 """
+
+
+def zig() -> Path:
+    import ziglang  # by far the largest of the tools: imported where it is needed
+
+    return Path(ziglang.__file__).parent / "zig"
 
 
 def run(*command: object, **options: object) -> None:
@@ -86,6 +89,21 @@ def build(hook: str, python: Path, source: Path, out: Path, settings: dict[str, 
     return file
 
 
+def exported(work: Path) -> Path:
+    """What is or would be committed, alone: a backend that looks through .venv and build takes minutes."""
+    listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode != 0:
+        return ROOT  # an unpacked sdist
+    tree = work / "tree"
+    shutil.rmtree(tree, ignore_errors=True)
+    for name in filter(None, listed.stdout.split("\0")):
+        if (ROOT / name).is_file():
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, tree / name)
+    return tree
+
+
 def unpacked(sdist: Path, work: Path) -> Path:
     source = work / "source"
     shutil.rmtree(source, ignore_errors=True)
@@ -123,7 +141,7 @@ def wheel(
         "cmake.define.CMAKE_MODULE_LINKER_FLAGS": f"-s -Wl,--version-script={source}/cmake/exports.map",
         "cmake.define.CMAKE_TOOLCHAIN_FILE": str(source / "cmake/zig.cmake"),
         "cmake.define.CMAKE_CXX_FLAGS": f"-ffile-prefix-map={source}=.",
-        "cmake.define.FIXMIN_ZIG": str(ZIG),
+        "cmake.define.FIXMIN_ZIG": str(zig()),
         "cmake.define.FIXMIN_TARGET": f"{processor}-linux-gnu.{GLIBC}",
         "cmake.define.FIXMIN_KERNELS": str(kernels),
         "cmake.define.FIXMIN_CUDA": "ON" if fatbin else "OFF",
@@ -162,7 +180,7 @@ def main() -> None:
 
     tools = {tag: builder(path, work / tag) for path, tag in pythons}
     any_python = tools[pythons[0][1]]
-    sdist = build("sdist", any_python, ROOT, work / "sdist", {}, env)
+    sdist = build("sdist", any_python, exported(work), work / "sdist", {}, env)
     files = [sdist]
     source = unpacked(sdist, work)
     fatbin = None
