@@ -64,8 +64,10 @@ def environment() -> dict[str, str]:
         if git.returncode != 0:
             raise SystemExit("outside of a git repository SOURCE_DATE_EPOCH must say what time files have")
         env["SOURCE_DATE_EPOCH"] = git.stdout.strip()
+    env.setdefault("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 1))
     # What a user has set for compilers of his own must not get in.
-    return {name: value for name, value in env.items() if name not in ("CXX", "CXXFLAGS", "CPPFLAGS", "LDFLAGS", "CMAKE_ARGS")}
+    own = ("CXX", "CXXFLAGS", "CPPFLAGS", "LDFLAGS", "CMAKE_ARGS")
+    return {name: value for name, value in env.items() if name not in own}
 
 
 def builder(python: str, work: Path) -> Path:
@@ -131,14 +133,28 @@ def parts(
     return folder, folder / "kernels.fatbin" if "kernels.fatbin" in targets else None
 
 
+def unwinder(processor: str) -> str:
+    """libgcc_s, which every glibc needs for pthread_exit. By that CPython up to 3.13 ends a thread that comes back from
+    native code too late; the unwinder that zig would link cannot read what this one has written: SIGSEGV."""
+    command = [f"{processor}-linux-gnu-g++", "-print-file-name=libgcc_s.so.1"]
+    return str(Path(subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()).resolve())
+
+
 def wheel(
-    python: Path, tag: str, processor: str, source: Path, work: Path, kernels: Path, fatbin: Path | None, env: dict[str, str]
+    python: Path,
+    tag: str,
+    processor: str,
+    source: Path,
+    work: Path,
+    kernels: Path,
+    fatbin: Path | None,
+    env: dict[str, str],
 ) -> Path:
     settings = {
         "build-dir": str(work / f"build-{tag}-{processor}"),
         "wheel.reproducible": "true",
         "install.strip": "false",  # the linker does: strip knows this machine's processor only
-        "cmake.define.CMAKE_MODULE_LINKER_FLAGS": f"-s -Wl,--version-script={source}/cmake/exports.map",
+        "cmake.define.CMAKE_MODULE_LINKER_FLAGS": f"-s -Wl,--version-script={source}/cmake/exports.map {unwinder(processor)}",
         "cmake.define.CMAKE_TOOLCHAIN_FILE": str(source / "cmake/zig.cmake"),
         "cmake.define.CMAKE_CXX_FLAGS": f"-ffile-prefix-map={source}=.",
         "cmake.define.FIXMIN_ZIG": str(zig()),
@@ -173,7 +189,9 @@ def main() -> None:
 
     found = {python: described(python) for python in options.pythons}
     if missing := [python for python in found if found[python] is None]:
-        raise SystemExit(f"these start no Python: {', '.join(missing)}. Name others (PYTHONS=... of make; paths will do)")
+        raise SystemExit(
+            f"these start no Python: {', '.join(missing)}. Name others (PYTHONS=... of make; paths will do)"
+        )
     pythons = [description for description in found.values() if description is not None]
     out, work, env = options.out.resolve(), options.work.resolve(), environment()
     out.mkdir(parents=True, exist_ok=True)
