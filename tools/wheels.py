@@ -3,10 +3,10 @@
     python tools/wheels.py dist --pythons python3.10 python3.11 python3.12 python3.13
 
 zig c++ (the package ziglang) brings the headers and symbols of an older glibc for both processors, and links libc++
-statically; the kernels, which need no library, are compiled by g++ and Debian's g++-aarch64-linux-gnu. Those for GPUs are
-compiled once, where nvcc is found, and stand in all wheels: --cuda ON makes their absence an error, --cuda OFF leaves them
-out. auditwheel gives the wheels their names and says what they need of a system. The same commit and tools give the same
-bytes, in whatever folder: docs/wheels.md.
+statically; the kernels, which need no library, are compiled by g++ and Debian's g++-aarch64-linux-gnu. Those for GPUs
+are compiled once, where nvcc is found, and stand in all wheels: --cuda ON makes their absence an error, --cuda OFF
+leaves them out. auditwheel gives the wheels their names and says what they need of a system. The same commit and tools
+give the same bytes, in whatever folder: docs/wheels.md.
 """
 
 import argparse
@@ -150,11 +150,12 @@ def wheel(
     fatbin: Path | None,
     env: dict[str, str],
 ) -> Path:
+    link = f"-s -Wl,--version-script={source}/cmake/exports.map {unwinder(processor)}"
     settings = {
         "build-dir": str(work / f"build-{tag}-{processor}"),
         "wheel.reproducible": "true",
         "install.strip": "false",  # the linker does: strip knows this machine's processor only
-        "cmake.define.CMAKE_MODULE_LINKER_FLAGS": f"-s -Wl,--version-script={source}/cmake/exports.map {unwinder(processor)}",
+        "cmake.define.CMAKE_MODULE_LINKER_FLAGS": link,
         "cmake.define.CMAKE_TOOLCHAIN_FILE": str(source / "cmake/zig.cmake"),
         "cmake.define.CMAKE_CXX_FLAGS": f"-ffile-prefix-map={source}=.",
         "cmake.define.FIXMIN_ZIG": str(zig()),

@@ -83,17 +83,12 @@ def test_a_wheel_is_the_same_twice_and_says_what_it_contains(tmp_path: Path) -> 
             pytest.skip(f"{program} is not installed")
     made = []
     for name in ("a", "b"):
-        command = [
-            sys.executable,
-            ROOT / "tools/wheels.py",
-            tmp_path / name / "dist",
-            "--work",
-            tmp_path / name / "work",
-        ]
+        folder = tmp_path / name
+        command = [sys.executable, ROOT / "tools/wheels.py", folder / "dist", "--work", folder / "work"]
         command += ["--pythons", sys.executable, "--processors", "x86_64", "--cuda", "OFF"]
-        env = os.environ | {f"ZIG_{kind}_CACHE_DIR": str(tmp_path / name / "cache") for kind in ("GLOBAL", "LOCAL")}
+        env = os.environ | {f"ZIG_{kind}_CACHE_DIR": str(folder / "cache") for kind in ("GLOBAL", "LOCAL")}
         subprocess.run(command, check=True, capture_output=True, env=env)
-        made += list((tmp_path / name / "dist").glob("*.whl"))
+        made += list((folder / "dist").glob("*.whl"))
     assert len(made) == 2
     assert made[0].read_bytes() == made[1].read_bytes()
     with zipfile.ZipFile(made[0]) as archive:
