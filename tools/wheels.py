@@ -151,8 +151,10 @@ def wheel(
     env: dict[str, str],
 ) -> Path:
     link = f"-s -Wl,--version-script={source}/cmake/exports.map {unwinder(processor)}"
+    folder = work / f"build-{tag}-{processor}"
+    shutil.rmtree(folder, ignore_errors=True)  # zig keeps what it has compiled, and CMake what it was killed in
     settings = {
-        "build-dir": str(work / f"build-{tag}-{processor}"),
+        "build-dir": str(folder),
         "wheel.reproducible": "true",
         "install.strip": "false",  # the linker does: strip knows this machine's processor only
         "cmake.define.CMAKE_MODULE_LINKER_FLAGS": link,
