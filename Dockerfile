@@ -20,7 +20,7 @@ RUN apt-get update \
     && apt-get install -y --no-install-recommends g++ $(command -v pip >/dev/null || echo python3-venv python3-dev) \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /source
-COPY pyproject.toml CMakeLists.txt README.md LICENSE ./
+COPY pyproject.toml CMakeLists.txt README.md LICENSE THIRD_PARTY_LICENSES.md ./
 COPY cmake cmake
 COPY csrc csrc
 COPY python python

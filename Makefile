@@ -20,7 +20,7 @@ CXX_ALL := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl'
 .DELETE_ON_ERROR:
 .SUFFIXES:
 .PHONY: help setup demo test test-all test-newest test-oldest lock emulators browser llama-cpp test-emulated asan tsan fuzzers fuzz \
-        fuzz-coverage soak lint format bench bench-peers gpu gpu-wheels clean distclean
+        fuzz-coverage soak lint format bench bench-peers gpu gpu-wheels wheels clean distclean
 
 help:
 	@echo 'make demo       install, convert and certify the demo checkpoints, generate text'
@@ -40,6 +40,7 @@ help:
 	@echo 'make bench      speed at the published size (random weights) beside PyTorch and the peers that are there'
 	@echo 'make bench-peers  environments and model files of llama.cpp, ik_llama.cpp, OpenVINO, CTranslate2 (20 GB of disk)'
 	@echo 'make gpu        everything that only a GPU can show, in nine minutes: same bits, sanitizers, speed'
+	@echo 'make wheels     sdist and wheels of a release, for Linux on x86-64 and aarch64 (PYTHONS="python3.12": of some)'
 	@echo 'make clean      remove what was built and generated; distclean: $(VENV) too'
 
 # --- installation ----------------------------------------------------------------------------------------------------
@@ -106,6 +107,7 @@ lock: $(STAMP)/dev
 	$(LOCK) pyproject.toml requirements/build.in requirements/torch.in --extra test -c requirements/dev.txt -o requirements/test.txt
 	$(LOCK) pyproject.toml requirements/build.in requirements/torch.in --extra run -c requirements/dev.txt -o requirements/demo.txt
 	$(LOCK) requirements/build.in -c requirements/dev.txt -o requirements/build.txt
+	$(LOCK) requirements/wheels.in -c requirements/dev.txt -o requirements/wheels.txt
 	for python in 3.10 3.11 3.12 3.13; do for cpu in x86_64 aarch64; do \
 	    echo "checking CPython $$python on $$cpu"; \
 	    $(COMPILE) requirements/dev.txt --no-deps --python-version $$python --python-platform $$cpu-manylinux_2_31 \
@@ -294,6 +296,12 @@ gpu:
 	PYTHON='$(PYTHON)' tools/gpu.sh $(ARGS) $(or $(OUT),out/gpu)
 gpu-wheels: $(STAMP)/dev
 	tools/gpu.sh --wheels
+
+# What a release consists of, in dist (docs/wheels.md). PYTHONS: interpreters of the versions to build for, by name or path.
+PYTHONS ?= python3.10 python3.11 python3.12 python3.13
+wheels: $(STAMP)/build-tools emulators requirements/wheels.txt
+	$(LOCKED) -r requirements/wheels.txt
+	$(BIN)/python tools/wheels.py $(or $(OUT),dist) --pythons $(PYTHONS) $(ARGS)
 
 clean:
 	rm -rf build dist out .pytest_cache .hypothesis .ruff_cache .mypy_cache

@@ -16,14 +16,16 @@ template <int Tile>
 [[gnu::always_inline]] inline void tile_zero() {
     __asm__ volatile("tilezero %%tmm%c0" : : "i"(Tile));
 }
-// Memory from p on is what they read or write: else the compiler would move what is stored there before.
+// Memory from p on is what they read or write: else the compiler would move what is stored there before. Clang takes no
+// array without a size for that.
+using FromHereOn = uint8_t[size_t(1) << 40];
 template <int Tile>
 [[gnu::always_inline]] inline void tile_load(const void* p, size_t stride) {
-    __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(stride), "i"(Tile), "m"(*(const uint8_t (*)[])p));
+    __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(stride), "i"(Tile), "m"(*(const FromHereOn*)p));
 }
 template <int Tile>
 [[gnu::always_inline]] inline void tile_store(void* p, size_t stride) {
-    __asm__ volatile("tilestored %%tmm%c3, (%1,%2,1)" : "+m"(*(uint8_t (*)[])p) : "r"(p), "r"(stride), "i"(Tile));
+    __asm__ volatile("tilestored %%tmm%c3, (%1,%2,1)" : "+m"(*(FromHereOn*)p) : "r"(p), "r"(stride), "i"(Tile));
 }
 /// Sums += the products of signed bytes, four at a time.
 template <int Sums, int A, int B>
