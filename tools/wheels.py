@@ -151,10 +151,9 @@ def wheel(
     env: dict[str, str],
 ) -> Path:
     link = f"-s -Wl,--version-script={source}/cmake/exports.map {unwinder(processor)}"
-    folder = work / f"build-{tag}-{processor}"
-    shutil.rmtree(folder, ignore_errors=True)  # zig keeps what it has compiled, and CMake what it was killed in
     settings = {
-        "build-dir": str(folder),
+        # One for all Pythons: the backend configures it anew for each, and what is not theirs stays compiled.
+        "build-dir": str(work / f"build-{processor}"),
         "wheel.reproducible": "true",
         "install.strip": "false",  # the linker does: strip knows this machine's processor only
         "cmake.define.CMAKE_MODULE_LINKER_FLAGS": link,
@@ -209,6 +208,7 @@ def main() -> None:
         # The first time the kernels for GPUs too: they do not depend on the processor.
         kernels, made = parts(any_python, processor, source, work, "OFF" if fatbin else options.cuda, env)
         fatbin = fatbin or made
+        shutil.rmtree(work / f"build-{processor}", ignore_errors=True)
         for tag, python in tools.items():
             files.append(wheel(python, tag, processor, source, work, kernels, fatbin, env))
     for file in files:
