@@ -173,9 +173,10 @@ def wheel(
     raw = build("wheel", python, source, work / f"wheel-{tag}-{processor}", settings, env | target)
     repaired = work / f"repaired-{tag}-{processor}"
     shutil.rmtree(repaired, ignore_errors=True)
-    run(sys.executable, "-m", "auditwheel", "repair", "--plat", f"manylinux_{GLIBC.replace('.', '_')}_{processor}",
-        "--only-plat", "--wheel-dir", repaired, raw,
-        env=env | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"})  # fmt: skip
+    # With the oldest name that is true of it; asked for one, auditwheel knows those of this machine's processor only.
+    search = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+    command = [sys.executable, "-m", "auditwheel", "repair", "--only-plat", "--wheel-dir", repaired, raw]
+    run(*command, env=env | {"PATH": search})
     (file,) = repaired.iterdir()
     return file
 
