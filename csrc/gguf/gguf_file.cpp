@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <cfloat>
 #include <cmath>
 #include <limits>
 #include <numeric>
@@ -318,7 +317,8 @@ constexpr auto name_of = [](const TensorInfo& tensor) -> std::string_view { retu
 
 float to_finite_f32(const KeyValue& entry, double value) {
     // NaN fails the comparison too.
-    if (!(std::abs(value) <= FLT_MAX)) fail_value(entry, std::to_string(value) + " is not a finite f32");
+    if (!(std::abs(value) <= std::numeric_limits<float>::max()))
+        fail_value(entry, std::to_string(value) + " is not a finite f32");
     return static_cast<float>(value);
 }
 
