@@ -127,7 +127,9 @@ def keep(build: Path, name: str) -> int:
             for file in (file for source in folders for file in Path(source).iterdir()):
                 shutil.copy(file, folder)
             return pack(name, Path(folder))
-        options = ["-set_cover_merge=1", f"-max_len={FUZZERS[name]}", "-detect_leaks=0"]
+        # An input that ends a fuzzer is left out of the merge, and written down once more.
+        prefix = f"-artifact_prefix={OUT}/finds/{name}-"
+        options = ["-set_cover_merge=1", f"-max_len={FUZZERS[name]}", "-detect_leaks=0", prefix]
         merge = [*command(build, name), *options, folder, *folders]
         subprocess.run(merge, env=os.environ | SANITIZER, capture_output=True, check=True)
         return pack(name, Path(folder))
