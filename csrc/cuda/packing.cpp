@@ -51,7 +51,8 @@ bool pack_panel(quant::WeightType type, const std::byte* rows, uint32_t n_rows, 
     const quant::PanelLayout layout = quant::panel_layout(type);
     for (uint32_t b = 0; b < inner / quant::block_size; ++b) {
         std::byte* const codes = panel + quant::codes_at(layout, b);
-        if (is_centred(type)) turn_signs(codes, bits);
+        const bool unsigned_bytes = quant::scales_rows(type) && quant::scaled_row_offset == 128;
+        if (is_centred(type) || unsigned_bytes) turn_signs(codes, bits);
         if (bits >= 4) order_by_lanes(codes, bits == 8 ? 8 : 4);
     }
     return true;

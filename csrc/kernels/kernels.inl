@@ -272,7 +272,7 @@ struct QuantizedTile {
 // not matter, so a lone pair has chains of its own, which do not wait for each other.
 template <uint32_t P, uint32_t N, bool FromMemory>
 struct ScaledRowsTile {
-    using Reader = CodeReader<8>;
+    static constexpr bool with_offset = fixmin::quant::scaled_row_offset == 128;
     static constexpr bool lone = P * N == 1;
     static constexpr uint32_t chains = lone ? 4 : 1;
     static constexpr size_t bytes = 64 * 8;  // of a block of a panel
@@ -283,7 +283,7 @@ struct ScaledRowsTile {
         VecI sums[P * N * chains];
 #pragma GCC unroll 24
         for (uint32_t i = 0; i < P * N * chains; ++i)
-            sums[i] = i % chains ? set1_int(0) : Reader::start(0, rows.scale(token + i / chains % N).sum);
+            sums[i] = i % chains ? set1_int(0) : q8_start(rows.scale(token + i / chains % N).sum);
         const int8_t* codes = rows.codes(token);
         for (uint32_t b = 0; b < n_blocks; ++b) {
             const uint8_t *to_second = nullptr, *to_first = nullptr;
@@ -319,7 +319,8 @@ struct ScaledRowsTile {
         if constexpr (FromMemory && lone) prefetch_part<J, bytes, true>(to_first);
 #pragma GCC unroll 4
         for (uint32_t p = 0; p < P; ++p) {
-            const Q8Bytes w = Reader::read<J>(weights + p * panel_stride);
+            const Bytes stored = load_bytes(weights + p * panel_stride + 64 * J);
+            const Q8Bytes w = prepare_q8(with_offset ? stored : flip_signs(stored));
 #pragma GCC unroll 16
             for (uint32_t c = 0; c < N; ++c) {
                 VecI& sum = sums[(p * N + c) * chains + J % chains];
@@ -330,7 +331,7 @@ struct ScaledRowsTile {
                     continue;
                 }
 #endif
-                sum = Reader::dot(sum, w, read_int32(activations));
+                sum = dot_q8(sum, w, read_int32(activations));
             }
         }
     }
@@ -540,8 +541,11 @@ struct WideRowsMultiply {
         const size_t row = size_t(panel - (const uint8_t*)args.panels) / args.panel_stride * lanes;
         const RowScales scales(args, panel, uint32_t(row));
 #pragma GCC unroll 6
-        for (uint32_t c = 0; c < N; ++c)
-            result[c] = scales.result(join(halves[0][c], halves[1][c]), rows.scale(token + c).scale);
+        for (uint32_t c = 0; c < N; ++c) {
+            const RowScale its = rows.scale(token + c);
+            const VecI sums = without_offset(join(halves[0][c], halves[1][c]), its.sum);
+            result[c] = scales.result(sums, its.scale);
+        }
     }
 
     // Of the 8 rows whose first four bytes begin at `weights`, while the panel at `ahead` is fetched.

@@ -351,6 +351,8 @@ void quantized_matmul(const MatmulArgs& args) {
 // ---- W8A8: one scale for a row --------------------------------------------------------------------------------------
 // A sum stays in its tile over the whole row, so that what is done once for a block of 32 above is done once for a row.
 
+static_assert(fixmin::quant::scaled_row_offset == 128, "weights are unsigned bytes");
+
 // Up to 2 x 2 tiles of sums and what becomes of them while the next are summed.
 struct SumTiles {
     alignas(64) int32_t sums[2][2][tile_tokens][lanes];  // [panel][tile of tokens]
@@ -434,16 +436,16 @@ class ScaledRowsOnTiles {
             const uint8_t* w = panels + i * step_bytes;
             tile_load<4>(a, stride);
             tile_load<6>(w, 64);
-            tile_dot<0, 4, 6>();
+            tile_dot_unsigned<0, 4, 6>();
             if constexpr (T == 2) {
                 tile_load<5>(a + tile_tokens * stride, stride);
-                tile_dot<1, 5, 6>();
+                tile_dot_unsigned<1, 5, 6>();
             }
             if constexpr (P == 2) {
                 tile_load<7>(w + args_.panel_stride, 64);
-                tile_dot<2, 4, 7>();
+                tile_dot_unsigned<2, 4, 7>();
             }
-            if constexpr (T * P == 4) tile_dot<3, 5, 7>();
+            if constexpr (T * P == 4) tile_dot_unsigned<3, 5, 7>();
             if (ahead) {
                 const uint8_t* fetched = stream_.after(ahead + P * i * step_bytes);
                 for (size_t at = 0; at < P * step_bytes; at += 64) prefetch_far(fetched + at);
@@ -464,8 +466,9 @@ class ScaledRowsOnTiles {
             const RowScales scales(args_, (const uint8_t*)args_.panels + panel * args_.panel_stride, row);
             for (; n && from.tokens_done < from.n_tokens; --n, ++from.tokens_done) {
                 const uint32_t i = from.tokens_done, token = from.token + i;
+                const RowScale its = rows_.scale(token);
                 const VecI sums = load_int(from.sums[p][i / tile_tokens][i % tile_tokens]);
-                store_result(args_, token, row, scales.result(sums, rows_.scale(token).scale));
+                store_result(args_, token, row, scales.result(without_offset(sums, its.sum), its.scale));
             }
             if (from.tokens_done < from.n_tokens) return;
         }

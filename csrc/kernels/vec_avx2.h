@@ -243,10 +243,10 @@ struct WideSums {
     struct Weights {
         __m256i first, second;
     };
-    /// 4 signed bytes of each of 8 rows.
+    /// 4 unsigned bytes of each of 8 rows.
     static Weights load(const uint8_t* p) {
-        return {_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)),
-                _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(p + 16)))};
+        return {_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p)),
+                _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)(p + 16)))};
     }
     /// In the 16 registers there is just room for six of these; GCC 12 would keep copies of sums and weights in memory.
     [[gnu::always_inline]] void add(Weights w, const int16_t* four) {

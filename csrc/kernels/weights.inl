@@ -241,6 +241,11 @@ struct RowScales {
     }
 };
 
+// A sum of products of weights as they are stored, as one of weights.
+inline VecI without_offset(VecI sums, int32_t activation_sum) {
+    return add_int(sums, set1_int(int32_t(-uint32_t(fixmin::quant::scaled_row_offset) * uint32_t(activation_sum))));
+}
+
 // Rows of activations of W8A8.
 struct ScaledRows {
     const uint8_t* first;

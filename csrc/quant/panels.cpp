@@ -210,7 +210,11 @@ bool pack_quantized(WeightType type, const std::byte* rows, uint32_t n_rows, uin
 bool pack_scaled_rows(const std::byte* rows, uint32_t n_rows, uint32_t inner, std::byte* panel) {
     const size_t row_size = row_bytes(WeightType::w8a8, inner);
     std::byte* const scales = panel + size_t(inner) * panel_rows;
-    if (n_rows < panel_rows) std::memset(panel, 0, panel_bytes(WeightType::w8a8, inner));
+    if (n_rows < panel_rows) {
+        std::memset(panel, scaled_row_offset, size_t(inner) * panel_rows);
+        std::memset(scales, 0, panel_rows * sizeof(float));
+    }
+    constexpr uint32_t offset = scaled_row_offset * 0x01010101u;  // 128 is added to each byte as it is taken off
     bool usable = true;
     for (uint32_t k = 0; k < inner; k += 4) {
         if (k % block_size == 0) prefetch_written(panel + k * panel_rows, block_size * panel_rows);
@@ -218,7 +222,8 @@ bool pack_scaled_rows(const std::byte* rows, uint32_t n_rows, uint32_t inner, st
             const uint32_t word = read<uint32_t>(rows + r * row_size + k);
             usable &=
                 ((word ^ 0x80808080u) - 0x01010101u & ~(word ^ 0x80808080u) & 0x80808080u) == 0;  // no byte is 0x80
-            std::memcpy(panel + (k * panel_rows + r * 4), &word, 4);
+            const uint32_t stored = word ^ offset;
+            std::memcpy(panel + (k * panel_rows + r * 4), &stored, 4);
         }
     }
     for (uint32_t r = 0; r < n_rows; ++r) {

@@ -6,7 +6,7 @@
 //   float types      [inner][16] elements
 //   quantised types  parcels: a record of scales, then the codes of its values, 64 * bits bytes for every 32 of them;
 //                    or two records and the codes of both, where a record is not a multiple of 64 bytes
-//   W8A8             codes only, then the scales [16] in float32
+//   W8A8             codes only, with scaled_row_offset, then the scales [16] in float32
 //
 // Codes of a block of 32 are 8 vectors of 64 bytes, vector j holding k = 4j..4j+3 of each row. They are stored as
 // planes of 8, 4, 2 or 1 bits, in this order (5 bits are a plane of 4 and one of 1):
@@ -41,6 +41,13 @@ static constexpr bool is_quantized(WeightType type) { return block_format(type).
 static constexpr bool scales_rows(WeightType type) { return type == WeightType::w8a8; }
 /// Values of a row of such a type, at most: a sum of products of two bytes of -127..127 fits an int32.
 inline constexpr uint32_t max_scaled_row = 133000;
+/// What the bytes of such a row have added in panels, so that no kernel has to: vpdpbusd and tdpbsud multiply bytes
+/// without a sign by bytes with one; sdot and smull take two with a sign.
+#if defined(__x86_64__) || defined(_M_X64)
+inline constexpr uint8_t scaled_row_offset = 128;
+#else
+inline constexpr uint8_t scaled_row_offset = 0;
+#endif
 /// Whether this is a scale of such a row: all weights are finite, and none of another sign than its code.
 static constexpr bool is_row_scale(float scale) { return scale >= 0 && scale <= 3.402823466e+38f / 127; }
 
