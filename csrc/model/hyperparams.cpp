@@ -94,6 +94,11 @@ std::string_view name(CodeKind kind) { return code_kinds[size_t(kind)]; }
 std::string_view name(numerics::RopeStyle style) { return rope_styles[size_t(style)]; }
 
 Hyperparams read_hyperparams(const gguf::GgufFile& file) {
+    // Other parts than the first have these keys alone.
+    if (const uint32_t n = file.has("split.count") ? file.get_u32("split.count") : 1; n > 1) {
+        throw GgufError("the file is one of " + std::to_string(n) +
+                        " parts of a model (split.count); join them first: llama-gguf-split --merge");
+    }
     constexpr std::string_view architectures[] = {"fixmin"};
     read_name(file, "general.architecture", architectures);
     Hyperparams hp;

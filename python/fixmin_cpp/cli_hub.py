@@ -193,7 +193,7 @@ def list_cache(as_json: Json = False, debug: Debug = False) -> None:
         for m in models:
             output.write(f"{_shown(m)}\n")
         total = sum(m.n_bytes for m in models)
-        output.note(f"{len(models)} models, {total / 1e6:,.1f} MB, in {cache_folder()}")
+        output.note(f"{len(models)} model{'s' * (len(models) != 1)}, {total / 1e6:,.1f} MB, in {cache_folder()}")
 
 
 @_cache.command("rm")

@@ -69,6 +69,13 @@ def test_missing_key(tmp_path, key):
         load(path)
 
 
+def test_part_of_a_split_model(tmp_path):
+    path = make_model(tmp_path / "m-00001-of-00002.gguf", edit=lambda writer: writer.add_uint16("split.count", 2))
+    with pytest.raises(_core.GGUFError, match=r"one of 2 parts of a model \(split\.count\); join them first"):
+        load(path)
+    load(make_model(tmp_path / "whole.gguf", edit=lambda writer: writer.add_uint16("split.count", 1)))
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
