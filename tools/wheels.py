@@ -150,10 +150,14 @@ def wheel(
     fatbin: Path | None,
     env: dict[str, str],
 ) -> Path:
+    # One for all Pythons, configured anew for each; what is not theirs stays compiled. The backend would delete that
+    # too, did it know that it served another one last.
+    folder = work / f"build-{processor}"
+    for name in (".skbuild-info.json", "CMakeCache.txt"):
+        (folder / name).unlink(missing_ok=True)
     link = f"-s -Wl,--version-script={source}/cmake/exports.map {unwinder(processor)}"
     settings = {
-        # One for all Pythons: the backend configures it anew for each, and what is not theirs stays compiled.
-        "build-dir": str(work / f"build-{processor}"),
+        "build-dir": str(folder),
         "wheel.reproducible": "true",
         "install.strip": "false",  # the linker does: strip knows this machine's processor only
         "cmake.define.CMAKE_MODULE_LINKER_FLAGS": link,
