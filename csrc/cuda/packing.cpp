@@ -21,10 +21,11 @@ void order_by_lanes(std::byte* codes, uint32_t vectors) {
     std::memcpy(codes, to, vectors * sizeof(uint32_t) * quant::panel_rows);
 }
 
-// The highest bit of each code lies in the last plane, which begins at one of 4, 2 or 1 bits of a code.
+// The highest bit of each code lies in the last plane, which begins at one of 8, 4, 2 or 1 bits of a code.
 void turn_signs(std::byte* codes, uint32_t bits) {
     const uint32_t plane = bits & -bits, first = (bits - plane) * 64;
-    const std::byte signs{plane == 4 ? uint8_t(0x88) : plane == 2 ? uint8_t(0xaa) : uint8_t(0xff)};
+    // 80, 88, aa, ff
+    const std::byte signs{uint8_t(0xff / ((1u << plane) - 1) << (plane - 1))};
     for (uint32_t i = 0; i < plane * 64; ++i) codes[first + i] ^= signs;
 }
 
