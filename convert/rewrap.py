@@ -8,6 +8,7 @@ has one, and what vLLM and SGLang ask of a model.
 
 import json
 import os
+import re
 import shutil
 import tempfile
 import warnings
@@ -115,7 +116,13 @@ def rewrap(
         folder.mkdir()
         tell("writing the weights ...")
         config = _config(resolved.spec, fold_bias)
-        dtype = _write_weights(folder, resolved, config)
+        try:
+            dtype = _write_weights(folder, resolved, config)
+        except SafetensorError as error:  # which is all that its library says of a full disk
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(out)) from error
         _write_config(folder, config, dtype, resolved)
         for path in folder.glob("*.safetensors"):  # which their library makes readable by their owner alone
             path.chmod((folder / "config.json").stat().st_mode)
@@ -224,10 +231,7 @@ def _write_shards(folder: Path, spec: ModelSpec, config: FixMinConfig, dtype: to
 
     def write() -> None:
         paths.append(folder / f"shard-{len(paths)}")
-        try:
-            save_file(shards.pop(), str(paths[-1]), metadata={"format": "pt"})
-        except SafetensorError as error:  # which is all that it says of a full disk
-            raise OSError(f"{folder.name}: the weights cannot be written: {error}") from error
+        save_file(shards.pop(), str(paths[-1]), metadata={"format": "pt"})
         shards.append({})
 
     for name, tensor in _tensors(spec, config):

@@ -2,6 +2,10 @@
 #pragma once
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <stdlib.h>  // defines __GLIBC__
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 
 #include <chrono>
 #include <memory>
@@ -69,6 +73,16 @@ void compute(F f) {
     }
     interruption.rethrow();
     if (cancelled) throw Error("the computation was cancelled");
+}
+
+/// Frees the engine unless others have it. Then gives freed memory back to the system: a tokenizer and an engine leave
+/// holes behind each other in glibc's heap, which otherwise grows with every model that is opened and closed.
+inline void let_go_of(std::shared_ptr<engine::Engine>& engine) {
+    [[maybe_unused]] const bool last = engine.use_count() == 1;
+    engine.reset();
+#ifdef __GLIBC__
+    if (last) malloc_trim(0);
+#endif
 }
 
 /// An Engine that can be closed: calls and leases hold references of their own, so the memory outlives them.
@@ -170,7 +184,7 @@ class EngineHandle {
             engine_.reset();
             std::thread([last = std::move(last), stop]() mutable {
                 if (stop) last->stop();
-                last.reset();
+                let_go_of(last);
             }).detach();
             return;
         }
@@ -180,7 +194,7 @@ class EngineHandle {
         }
         engine_.reset();
         const py::gil_scoped_release release;
-        last.reset();
+        let_go_of(last);
     }
 
     // With the GIL held.

@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeVar, get_origin
+from typing import Annotated, Any, BinaryIO, NamedTuple, TypeVar, get_origin
 
 import typer
 
@@ -189,18 +189,32 @@ def read_options(values: Mapping[str, Any], escape: bool) -> dict[str, Any]:
     return arguments
 
 
+#: Of a text, bytes: a device or a pipe that never ends is not read until memory is gone.
+MOST_TEXT = 1 << 30
+
+
 def read_text(file: Path) -> str:
-    """The text of a file, of stdin for "-". ValueError: it is not UTF-8. OSError."""
+    """The text of a file, of stdin for "-". ValueError: it is not UTF-8, or longer than MOST_TEXT. OSError."""
     if str(file) == "-":
         return read_stdin()
-    return decode(file.read_bytes(), str(file))
+    with file.open("rb") as opened:
+        return _read(opened, str(file))
 
 
 def read_stdin() -> str:
-    """All of stdin as text. ValueError: it is not UTF-8."""
+    """All of stdin as text. ValueError: as of read_text."""
     if sys.stdin is None:
         raise typer.BadParameter("stdin is closed: there is nothing to read")  # type: ignore[unreachable]
-    return decode(sys.stdin.buffer.read(), "stdin")
+    return _read(sys.stdin.buffer, "stdin")
+
+
+def _read(file: BinaryIO, source: str) -> str:
+    data = bytearray()
+    while piece := file.read(1 << 20):
+        data += piece
+        if len(data) > MOST_TEXT:
+            raise ValueError(f"{source}: the text has more than {MOST_TEXT:,} bytes, the most that is read")
+    return decode(bytes(data), source)
 
 
 def read_prompt(prompt: str | None, file: Path | None, escape: bool) -> str:

@@ -1,7 +1,10 @@
 """Checkpoints by many authors, written once more with the reference model as their code: the same function."""
 
+import errno
 import json
 import logging
+import re
+import resource
 import shutil
 from pathlib import Path
 
@@ -204,3 +207,17 @@ def test_what_differs_is_not_kept(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=r"differs from the checkpoint's own code by .*nothing is kept"):
         rewrap(tmp_path / "checkpoint", tmp_path / "out", trust_remote_code=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint"]
+
+
+@pytest.mark.slow
+def test_a_disk_that_takes_no_more_names_the_folder(tmp_path):
+    """What safetensors says of it is an error of its own class, with the system's number in its text."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))
+    try:
+        with pytest.raises(OSError, match=re.escape(str(tmp_path / "out"))) as found:
+            rewrap(DEMO / "fixed", tmp_path / "out", trust_remote_code=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (found.value.errno, found.value.filename) == (errno.EFBIG, str(tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []

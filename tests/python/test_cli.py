@@ -25,7 +25,7 @@ from sampled import sampled
 from typer.testing import CliRunner
 
 import fixmin_cpp
-from fixmin_cpp import GenerationArguments
+from fixmin_cpp import GenerationArguments, cli_options
 from fixmin_cpp.cli import app
 from fixmin_cpp.cli_options import OPTIONS
 from fixmin_cpp.cli_output import EXTRAS
@@ -256,6 +256,16 @@ def test_debug_shows_the_traceback(model_path):
     result = fixmin("generate", "-m", model_path, "-p", "", "--debug")
     assert result.returncode == 1
     assert b"Traceback" in result.stderr
+
+
+def test_text_that_never_ends(monkeypatch):
+    monkeypatch.setattr(cli_options, "MOST_TEXT", 3_000_000)
+    with pytest.raises(ValueError, match=r"^/dev/zero: the text has more than 3,000,000 bytes"):
+        cli_options.read_text(Path("/dev/zero"))
+    with open("/dev/zero", encoding="latin-1") as endless:
+        monkeypatch.setattr(sys, "stdin", endless)
+        with pytest.raises(ValueError, match=r"^stdin: the text has more than 3,000,000 bytes"):
+            cli_options.read_stdin()
 
 
 def test_input_that_is_not_utf8(model_path):
