@@ -118,11 +118,11 @@ def rewrap(
         config = _config(resolved.spec, fold_bias)
         try:
             dtype = _write_weights(folder, resolved, config)
-        except SafetensorError as error:  # which is all that its library says of a full disk
-            number = re.search(r"os error (\d+)", str(error))
+        except SafetensorError as refused:  # which is all that its library says of a full disk
+            number = re.search(r"os error (\d+)", str(refused))
             if number is None:
                 raise
-            raise OSError(int(number[1]), os.strerror(int(number[1])), str(out)) from error
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(out)) from refused
         _write_config(folder, config, dtype, resolved)
         for path in folder.glob("*.safetensors"):  # which their library makes readable by their owner alone
             path.chmod((folder / "config.json").stat().st_mode)
