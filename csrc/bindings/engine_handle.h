@@ -2,18 +2,18 @@
 #pragma once
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
-#include <stdlib.h>  // defines __GLIBC__
-#ifdef __GLIBC__
-#include <malloc.h>
-#endif
 
 #include <chrono>
+#include <cstdlib>  // defines __GLIBC__
 #include <memory>
 #include <set>
 #include <span>
 #include <string>
 #include <thread>
 #include <utility>
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 
 #include "bindings/bindings.h"
 #include "engine/engine.h"
