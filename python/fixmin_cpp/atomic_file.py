@@ -108,7 +108,8 @@ def refuse_inputs(target: str | os.PathLike[str], *inputs: str | os.PathLike[str
     """ArgumentError if the file to write is one of those that are read: what it holds would be lost."""
     for path in inputs:
         if path is not None and os.path.exists(path) and os.path.exists(target) and os.path.samefile(path, target):
-            raise ArgumentError(f"{os.fspath(target)} is an input, {os.fspath(path)}: give the output another name")
+            other = "" if os.fspath(path) == os.fspath(target) else f", {os.fspath(path)}"
+            raise ArgumentError(f"{os.fspath(target)} is an input{other}: give the output another name")
 
 
 def _is_same_file(fd: int, path: Path) -> bool:

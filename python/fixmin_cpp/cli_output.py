@@ -172,7 +172,8 @@ def _missing_package(error: BaseException) -> str | None:
         error = error.__cause__ or error.__context__ or Exception()  # transformers wraps the one that matters
     for name in (*_wanted, *EXTRAS):
         if found in EXTRAS[name]:
-            return f"this command needs the Python package {found!r}: pip install 'fixmin-cpp[{name}]'"
+            install = f"pip install 'fixmin-cpp[{name}]', or '.[{name}]' in its source folder"
+            return f"this command needs the Python package {found!r}: {install}"
     return None
 
 

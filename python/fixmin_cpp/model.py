@@ -483,7 +483,8 @@ class Model:
             file and cache type makes them known; the rest is computed when it is needed.
 
         Raises:
-            ArgumentError: it is the file of the model. OSError: it cannot be written.
+            ArgumentError: it is the file of the model. CheckpointError: it is a folder or a device. OSError: it cannot
+                be written.
         """
         path = as_path("path", path)
         refuse_inputs(path, self.path)

@@ -659,6 +659,7 @@ def test_the_output_is_none_of_the_inputs(model_path, tmp_path, what):
         ):
             code, errors = invoke(*command)
             assert (code, len(errors), "is an input" in errors[0]) == (1, 1, True), (command, errors)
+            assert errors[0].count(str(tmp_path)) == (2 if out is link else 1)  # both names, if there are two
     with fixmin_cpp.Model(model) as loaded, pytest.raises(fixmin_cpp.ArgumentError, match="is an input"):
         loaded.save_state(model, "a cat")
     assert (model.read_bytes(), text.read_bytes()) == before

@@ -524,23 +524,29 @@ def test_a_checkpoint_is_converted_once(tmp_path, monkeypatch):
 def test_refused(paths, tmp_path):
     bare = make_model(tmp_path / "bare.gguf")
     (tmp_path / "text.gguf").write_text("no model")
-    for models, text, options, error, message in (
-        ([], TEXT, {}, ArgumentError, "at least one"),
-        ([tmp_path / "none.gguf"], TEXT, {}, OSError, "none.gguf"),
-        ([tmp_path / "text.gguf"], TEXT, {}, FixminError, "text.gguf"),
-        ([bare], TEXT, {}, FixminError, "holds no tokenizer"),
-        (paths, " \n", {}, ArgumentError, "is empty"),
-        (paths, "the cat", {}, ArgumentError, "at least two windows of 64"),
-        (paths, TEXT, {"ctx": 65}, ArgumentError, "ctx must be between 2 and 64"),
-        (paths, TEXT, {"max_windows": 0}, ArgumentError, "max_windows"),
-        (paths, TEXT, {"repeat": 0}, ArgumentError, "repeat"),
-        (paths, TEXT, {"n_prompt": 65}, ArgumentError, "do not fit the context of 64"),
-        (paths, TEXT, {"limit": 0}, ArgumentError, "limit"),
-        (paths, TEXT, {"n_ctx": 32}, ArgumentError, "ctx says how long"),
-        (paths, TEXT, {"kv_type": "f8"}, ArgumentError, "kv_type"),
+    for number, (models, text, options, error, message) in enumerate(
+        (
+            ([], TEXT, {}, ArgumentError, "at least one"),
+            ([tmp_path / "none.gguf"], TEXT, {}, OSError, "none.gguf"),
+            ([tmp_path / "text.gguf"], TEXT, {}, FixminError, "text.gguf"),
+            ([bare], TEXT, {}, FixminError, "holds no tokenizer"),
+            (paths, " \n", {}, ArgumentError, "is empty"),
+            (paths, "the cat", {}, ArgumentError, "at least two windows of 64"),
+            (paths, TEXT, {"ctx": 65}, ArgumentError, "ctx must be between 2 and 64"),
+            (paths, TEXT, {"max_windows": 0}, ArgumentError, "max_windows"),
+            (paths, TEXT, {"repeat": 0}, ArgumentError, "repeat"),
+            (paths, TEXT, {"n_prompt": 65}, ArgumentError, "do not fit the context of 64"),
+            (paths, TEXT, {"limit": 0}, ArgumentError, "limit"),
+            (paths, TEXT, {"n_ctx": 32}, ArgumentError, "ctx says how long"),
+            (paths, TEXT, {"kv_type": "f8"}, ArgumentError, "kv_type"),
+        )
     ):
+        out = tmp_path / f"out{number}"
         with pytest.raises(error, match=message):
-            compare(models, text, tmp_path / "out", **options)
+            compare(models, text, out, **options)
+        assert out.exists() == ("n_prompt" in options)  # seen to be wrong after the texts, whose scores are kept
+    with pytest.raises(NotADirectoryError, match=r"text\.gguf"):
+        compare(paths, TEXT, tmp_path / "text.gguf")
 
 
 def test_command(paths, tmp_path):

@@ -1,5 +1,6 @@
 """The whole comparison: models, text, measurements, each kept in a folder as soon as it is there."""
 
+import errno
 import functools
 import math
 import os
@@ -56,7 +57,7 @@ def compare(
     Args:
         models: GGUF files, or folders of checkpoints, which are converted first. Differences are from the first one.
         text: the held-out text, or a Mixture to stream it from (needs fixmin-cpp[compare] and a network).
-        out: folder, made if it is not there, for conversions and for parts of the result.
+        out: folder for parts of the result, made with the first of them if it is not there.
         text_name: of the text, for the captions.
         outtype, trust_remote_code: of conversions, as in fixmin_cpp.convert(). F32: the paper's weights are floats.
         ctx: tokens of a window, read from an empty context; None: the shortest context of the models.
@@ -93,7 +94,8 @@ def compare(
         raise ArgumentError(f"{text_name} is empty")
     wanted = load_tasks(tasks, include_path)  # what is not there ends the run before anything takes long
     given, folder = [Path(model) for model in models], Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
+    if folder.exists() and not folder.is_dir():  # known now, not after the first measurement
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
     names, store = distinct_names(given), Store(folder)
     facts = []
     for path, name in zip(given, names, strict=True):

@@ -20,7 +20,6 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder / "parts"
-        self._folder.mkdir(parents=True, exist_ok=True)
 
     def load(self, kind: str, key: dict[str, Any]) -> Any:
         """The value that was saved last under the key, or None. A damaged file counts as none."""
@@ -60,7 +59,8 @@ def _digest(file: Any) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a file in one step."""
+    """Replaces a file in one step. Its folder is made: none is left behind by what fails before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with AtomicFile(path) as file:
         file.write(text.encode())
         file.commit()
