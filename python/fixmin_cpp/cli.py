@@ -32,6 +32,7 @@ from .cli_app import (
     JOB,
     MAKE,
     MEASURE,
+    MODEL_HELP,
     RUN,
     All,
     Debug,
@@ -356,7 +357,7 @@ def batch(
 @with_environment("quiet", "debug")
 @with_serve_options(before="api_key_file")
 def serve(
-    model: Annotated[Path, typer.Argument(metavar="MODEL.gguf", help="GGUF file.")],
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
     api_key_file: Annotated[Path | None, typer.Option(help="Keys, one a line; empty lines do not count.")] = None,
     chat_template: Annotated[
         Path | None, typer.Option(help="Jinja file. Default: Question/Answer, for base models.")

@@ -18,6 +18,7 @@ __all__ = [
     "JOB",
     "MAKE",
     "MEASURE",
+    "MODEL_HELP",
     "RUN",
     "All",
     "Debug",
@@ -41,6 +42,7 @@ FORWARD: dict[str, Any] = {
     "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
     "add_help_option": False,
 }
+MODEL_HELP = "GGUF file, checkpoint folder, or OWNER/NAME[@REVISION][:TYPE] of the Hugging Face hub."
 MAKE, RUN, MEASURE = "Make a file", "Run a model", "Look and measure"
 INPUT, JOB, CLUSTER = "Input and output", "The job", "On Ray (needs fixmin-cpp[ray])"
 
@@ -53,7 +55,7 @@ Model = Annotated[
         "-m",
         "--model",
         metavar="MODEL",
-        help="GGUF file, checkpoint folder, or OWNER/NAME[@REVISION][:TYPE] of the Hugging Face hub.",
+        help=MODEL_HELP,
         rich_help_panel=MACHINE,
     ),
 ]

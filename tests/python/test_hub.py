@@ -224,6 +224,27 @@ def test_converted_once(server, faked, cache):
     assert len(faked.conversions()) == 3
 
 
+def test_serve_takes_a_name(server, faked, tmp_path):
+    httpx = pytest.importorskip("httpx")
+    pytest.importorskip("fixmin_cpp.serve")
+    server.add("o/m", "main", {"config.json": CONFIG, "model.safetensors": b"1"})
+    address = tmp_path / "socket"
+    with subprocess.Popen([*faked.command, "serve", "o/m", "--uds", address], stderr=subprocess.PIPE) as process:
+        try:
+            deadline = time.monotonic() + TIMEOUT
+            while not address.exists() and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.05)
+            transport = httpx.HTTPTransport(uds=str(address))
+            with httpx.Client(transport=transport, base_url="http://x", timeout=30) as client:
+                answer = client.post("/v1/completions", json={"prompt": "ab", "max_tokens": 2})
+        finally:
+            process.send_signal(signal.SIGTERM)
+            said = process.communicate(timeout=TIMEOUT)[1].decode()
+    assert (answer.status_code, process.returncode) == (200, 0), said
+    assert answer.json()["usage"]["completion_tokens"] == 2
+    assert len(faked.conversions()) == 1
+
+
 def test_converted_without_a_network_from_what_was_downloaded(server, faked):
     server.add("o/m", "main", {"config.json": CONFIG, "model.safetensors": b"1"})
     faked("pull", "o/m", "-q")
