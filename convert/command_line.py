@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
-from ..atomic_file import terminate_cleanly
+from ..atomic_file import naming, terminate_cleanly
 from ..inspect import printable
 from ..quantization.smooth import smooth_by
 from .certify import verify
@@ -72,7 +72,8 @@ class _Parser(argparse.ArgumentParser):
         self.error(f"no such option: {option}" + (f" (did you mean {meant[0]}?)" if meant else ""))
 
     def print_help(self, file: Any = None) -> None:
-        print(self.format_help(), end="", file=file or sys.stdout, flush=True)
+        with naming("stdout"):
+            print(self.format_help(), end="", file=file or sys.stdout, flush=True)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {printable(message)}\n{self.prog} --help shows how to use it\n")

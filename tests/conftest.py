@@ -22,6 +22,10 @@ os.environ["RAY_enable_open_telemetry"] = "0"  # noqa: SIM112 - as Ray spells it
 # other. Read when it is imported, here and in processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Streams are buffered, as a user has them, also where a machine for tests says otherwise: what cannot be written is
+# then seen when a process ends.
+os.environ.pop("PYTHONUNBUFFERED", None)
+
 # Tests in subfolders can `import oracle` and `import gguf_factory`.
 sys.path.insert(0, str(Path(__file__).parent))
 

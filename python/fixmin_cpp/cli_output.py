@@ -11,13 +11,14 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from .atomic_file import naming
 from .errors import FixminError
 from .hub import Code, Found
 from .inspect import printable
@@ -65,6 +66,11 @@ class Stdout(Console):
     def on_broken_pipe(self) -> None:
         raise  # the BrokenPipeError that is being handled
 
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As Console's. OSError: it names stdout."""
+        with naming("stdout"):
+            super().print(*objects, **options)
+
 
 def guarded(run: Callable[[], object]) -> None:
     """Runs the whole program: errors that reach this far, also those of writing help, end it with a line and a code."""
@@ -75,13 +81,15 @@ def guarded(run: Callable[[], object]) -> None:
     try:
         with errors(debug=False):
             try:
-                run()
+                with naming("stdout"):  # commands have errors() of their own: what is left is help and the like
+                    run()
             except SystemExit as end:  # what typer ends with
                 code = end.code
                 if type(sys.stdout).__name__ == "PacifyFlushWrapper":  # how it ends if the reader of help goes away
                     code = 141
     except typer.Exit as end:
         code = end.exit_code
+    _discard(sys.stderr)
     sys.exit(code)
 
 
@@ -118,9 +126,10 @@ def errors(debug: bool, tell: Callable[[str], object] | None = None) -> Iterator
     """Turns exceptions into a line on stderr and an exit code. `tell`: writes the line in another form."""
     try:
         yield
-        sys.stdout.flush()
+        with naming("stdout"):
+            sys.stdout.flush()
     except BrokenPipeError:
-        _discard_stdout()
+        _discard(sys.stdout)
         raise typer.Exit(141) from None
     except KeyboardInterrupt:
         note("interrupted")
@@ -136,16 +145,16 @@ def errors(debug: bool, tell: Callable[[str], object] | None = None) -> Iterator
             tell(_one_line(error))
         with contextlib.suppress(OSError):
             sys.stdout.flush()
-        _discard_stdout()
+        _discard(sys.stdout)
         raise typer.Exit(1) from None
 
 
-def _discard_stdout() -> None:
-    """Python flushes stdout once more when it ends: lets that write go nowhere if it cannot go anywhere else."""
+def _discard(stream: TextIO) -> None:
+    """Python flushes its streams once more when it ends: lets that write go nowhere if it cannot go anywhere else."""
     with contextlib.suppress(OSError, ValueError):
-        sys.stdout.flush()
+        stream.flush()
         return
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _one_line(error: Exception) -> str:
@@ -333,14 +342,10 @@ def report(facts: Mapping[str, Any], as_json: bool) -> None:
 
 def write(text: str) -> None:
     """To stdout at once, as UTF-8 whatever the locale says; file names of other bytes as these."""
-    try:
+    with naming("stdout"):
         sys.stdout.flush()
         sys.stdout.buffer.write(text.encode("utf-8", "surrogateescape"))
         sys.stdout.buffer.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, "stdout") from None
 
 
 def note(text: str, style: str = "dim") -> None:
