@@ -22,9 +22,11 @@ os.environ["RAY_enable_open_telemetry"] = "0"  # noqa: SIM112 - as Ray spells it
 # other. Read when it is imported, here and in processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Streams are buffered, as a user has them, also where a machine for tests says otherwise: what cannot be written is
-# then seen when a process ends.
+# As a user has them, also where a machine for tests says otherwise: streams are buffered, so that what cannot be
+# written is seen when a process ends, and imports leave a __pycache__.
 os.environ.pop("PYTHONUNBUFFERED", None)
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # Tests in subfolders can `import oracle` and `import gguf_factory`.
 sys.path.insert(0, str(Path(__file__).parent))

@@ -8,11 +8,9 @@ modules are imported under a package of their own and forgotten, and the registr
 import contextlib
 import importlib
 import inspect
-import itertools
 import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -26,12 +24,11 @@ from ..checkpoint.own_code import library_class, local_reference, needs_trust, o
 from ..checkpoint.source import Source, is_no_weight, some
 from .containment import contained, random_state
 from .memory import InitialValuesUsed, Unwritten, give_back, map_weights
+from .own_modules import PACKAGE, forget_modules, import_package
 from .tape import Tape, model_tensors
 
 Log = Callable[[str], None]
 
-_counter = itertools.count()
-_PACKAGE = "fixmin_checkpoint_"  # and a number: the package as which a checkpoint's files are imported
 _WRAPPERS = ("_orig_mod.", "module.")  # left in names by torch.compile and DistributedDataParallel
 
 
@@ -197,7 +194,7 @@ class OwnModel:
         """Forget the model and the modules of its code."""
         self.model = nn.Module()
         self._call_style, self._tap = None, (None, None)  # they hold the model too
-        _forget_modules(self.source.directory)
+        forget_modules(self.source.directory)
         self.put_back()
 
 
@@ -259,7 +256,7 @@ def load_own_model(source: Source, log: Log) -> OwnModel:
         own.put_back, own.log = put_back, log
         return own
     except BaseException:
-        _forget_modules(source.directory)
+        forget_modules(source.directory)
         raise
     finally:
         put_back()
@@ -291,7 +288,7 @@ def _advice(error: BaseException, source: Source) -> str:
 
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith(("transformers", "fixmin_")):
         package = error.name.split(".")[0]
-        if (source.directory / f"{package}.py").is_file() or error.name.startswith(_PACKAGE):
+        if (source.directory / f"{package}.py").is_file() or error.name.startswith(PACKAGE):
             return ""
         return f" It imports the package {package}, which is not installed: pip install {package}."
     text, origin = str(error), _origin(error)
@@ -548,7 +545,7 @@ def _constructor(source: Source) -> Callable[[], nn.Module]:
             raise CheckpointError("no code for this checkpoint: neither in its directory nor in transformers")
         model_class = getattr(transformers, name)
         return lambda: model_class(_config(model_class.config_class, fields))
-    package = _import_package(source.directory)
+    package = import_package(source.directory)
     model_class = _named(importlib.import_module(f"{package}.{own[0]}"), own)
     for ancestor in model_class.__mro__:
         # transformers 4 listed the names of tied weights; transformers 5 wants a mapping and trips over a list.
@@ -579,26 +576,6 @@ def _config(config_class: Any, fields: dict[str, Any]) -> Any:
     return config_class(**{k: v for k, v in fields.items() if k in accepted})
 
 
-def _import_package(directory: Path) -> str:
-    """Make the directory importable as a package with a name of its own."""
-    importlib.invalidate_caches()
-    package = ModuleType(f"{_PACKAGE}{next(_counter)}")
-    package.__path__ = [str(directory.resolve())]
-    package.__file__ = str(directory.resolve() / "__init__.py")
-    sys.modules[package.__name__] = package
-    # Files that name each other without a dot. Taken off the path again by `_unregistered`.
-    sys.path.append(str(directory.resolve()))
-    return package.__name__
-
-
-def _forget_modules(directory: Path) -> None:
-    root = directory.resolve()
-    for name, module in list(sys.modules.items()):
-        file = getattr(module, "__file__", None)
-        if isinstance(file, str) and Path(file).parent == root:
-            del sys.modules[name]
-
-
 @contextlib.contextmanager
 def _unregistered() -> Iterator[None]:
     """Undo what imported code registers in transformers, so that the next checkpoint may register it again."""
@@ -613,11 +590,9 @@ def _unregistered() -> Iterator[None]:
     ]
     before = [dict(m) for m in mappings]
     path = list(sys.path)
-    write_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # leave no __pycache__ in the checkpoint
     try:
         yield
     finally:
-        sys.dont_write_bytecode = write_bytecode
         sys.path[:] = path
         for mapping, content in zip(mappings, before, strict=True):
             mapping.clear()

@@ -1,6 +1,8 @@
 """Resolving with the checkpoint's own code: what is reported, what is refused, and that nothing is left behind."""
 
+import importlib.util
 import json
+import py_compile
 import sys
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import zoo  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from sampled import sampled  # noqa: E402
 
+from fixmin_cpp.convert.observed.own_modules import forget_modules, import_package  # noqa: E402
 from fixmin_cpp.convert.overrides import OVERRIDES  # noqa: E402
 from fixmin_cpp.convert.resolve import resolve  # noqa: E402
 from fixmin_cpp.convert.streaming import reference_logits  # noqa: E402
@@ -171,6 +174,38 @@ def test_nothing_stays_imported_or_seeded(checkpoint: Path) -> None:
     assert not [m for m in left if str(checkpoint) in str(getattr(m, "__file__", ""))]
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_what_runs_is_what_stands_in_the_files(checkpoint: Path, tmp_path: Path) -> None:
+    """And not bytecode beside them that says of itself that it is valid."""
+    (tmp_path / "other.py").write_text("raise SystemExit('the bytecode ran')\n")
+    for source in checkpoint.glob("*.py"):
+        py_compile.compile(
+            str(tmp_path / "other.py"),
+            importlib.util.cache_from_source(str(source)),
+            invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
+        )
+    hooks = list(sys.path_hooks)
+    with resolve(checkpoint, trust_remote_code=True) as resolved:
+        assert resolved.spec.code.lift == "interleave"
+    assert sys.path_hooks == hooks
+    assert [path for path in sys.path_importer_cache if path.startswith(str(checkpoint))] == []
+
+
+def test_libraries_below_a_checkpoint_are_none_of_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library, own = tmp_path / "venv" / "library", tmp_path / "own"
+    for folder in (library, own):
+        folder.mkdir(parents=True)
+    monkeypatch.syspath_prepend(str(library))
+    try:
+        import_package(tmp_path)
+        loaders = [dict(sys.path_hooks[0](str(folder))._loaders) for folder in (tmp_path, own)]
+        assert [set(suffixes) for suffixes in loaders] == [{".py"}, {".py"}]
+        with pytest.raises(ImportError):
+            sys.path_hooks[0](str(library))
+    finally:
+        forget_modules(tmp_path)
+        sys.path.remove(str(tmp_path))
 
 
 def test_a_map_can_say_everything(tmp_path: Path) -> None:

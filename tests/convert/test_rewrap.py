@@ -6,6 +6,7 @@ import logging
 import re
 import resource
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -210,8 +211,9 @@ def test_what_differs_is_not_kept(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_disk_that_takes_no_more_names_the_folder(tmp_path):
+def test_a_disk_that_takes_no_more_names_the_folder(tmp_path, monkeypatch):
     """What safetensors says of it is an error of its own class, with the system's number in its text."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # it would be cut off, and damaged from then on
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))
     try:

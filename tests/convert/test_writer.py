@@ -467,7 +467,8 @@ _CHILD = """
 
 def child(target: Path, pause: float, **options) -> subprocess.Popen:
     code = textwrap.dedent(_CHILD).format(path=sys.path, target=str(target), pause=pause)
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, **options)
+    # -B: where files may have 30 kB only, Python would cut the bytecode of libraries off and find it damaged later.
+    return subprocess.Popen([sys.executable, "-B", "-c", code], stdout=subprocess.PIPE, text=True, **options)
 
 
 def test_failing_write_leaves_nothing(tmp_path):

@@ -23,6 +23,7 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(shim: Path, program: str, *arguments: object) -> Any:
     environment = os.environ | {"LD_PRELOAD": str(shim), "TOKENIZERS_PARALLELISM": "false"}
+    environment |= {"PYTHONDONTWRITEBYTECODE": "1"}  # else its writes fail too, and libraries are damaged from then on
     command = [sys.executable, str(HERE / program), *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500, check=False)
     assert done.returncode == 0, done.stderr[-4000:]

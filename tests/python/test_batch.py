@@ -337,6 +337,7 @@ def test_a_full_disk(model_path, tmp_path, out):
     command = [*FIXMIN, "batch", str(source), str(out), "-m", str(model_path), "-t", "1", "-q"]
     result = subprocess.run(
         command,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},  # it would be cut off, and damaged from then on
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
         capture_output=True,
         timeout=TIMEOUT,

@@ -123,9 +123,11 @@ def imported(directory: Path, stem: str) -> Iterator[ModuleType]:
     root = ModuleType(package)
     root.__path__ = [str(directory)]
     sys.modules[package] = root
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # of files that are changed within a second
     try:
         yield importlib.import_module(f"{package}.{stem}")
     finally:
+        sys.dont_write_bytecode = before
         for name in [n for n in sys.modules if n == package or n.startswith(package + ".")]:
             del sys.modules[name]
 

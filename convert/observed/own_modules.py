@@ -1,0 +1,76 @@
+"""Imports of the Python files that come with a checkpoint, and how they are forgotten.
+
+They are compiled from their source every time. A `__pycache__` beside them is neither read nor written, and compiled
+modules are not found: what runs is what whoever consented to it was shown, and the folder stays as it is.
+"""
+
+import importlib
+import itertools
+import sys
+from collections.abc import Callable
+from importlib.machinery import SOURCE_SUFFIXES, FileFinder, SourceFileLoader
+from pathlib import Path
+from types import CodeType, ModuleType
+
+__all__ = ["PACKAGE", "forget_modules", "import_package"]
+
+PACKAGE = "fixmin_checkpoint_"  # and a number: the name of a checkpoint's package
+_counter = itertools.count()
+_hooks: dict[Path, Callable[[str], FileFinder]] = {}  # of the folders whose modules are not forgotten yet
+
+
+class _FromSource(SourceFileLoader):
+    def get_code(self, fullname: str) -> CodeType:
+        path = self.get_filename(fullname)
+        return self.source_to_code(self.get_data(path), path)  # type: ignore[no-any-return]
+
+
+def import_package(directory: Path) -> str:
+    """Makes the directory importable as a package, whose name it returns, and its files by names without a dot too.
+
+    The caller takes it off sys.path again.
+    """
+    root = directory.resolve()
+    package = ModuleType(f"{PACKAGE}{next(_counter)}")
+    package.__path__ = [str(root)]
+    package.__file__ = str(root / "__init__.py")
+    sys.modules[package.__name__] = package
+    sys.path.append(str(root))
+    if root not in _hooks:
+
+        def finder(path: str) -> FileFinder:
+            if not _is_of(root, path):
+                raise ImportError(f"{path} belongs to no checkpoint")  # the next hook is asked
+            return FileFinder(path, (_FromSource, SOURCE_SUFFIXES))
+
+        _hooks[root] = finder
+        sys.path_hooks.insert(0, finder)
+    _forget_finders(root)
+    importlib.invalidate_caches()
+    return package.__name__
+
+
+def forget_modules(directory: Path) -> None:
+    """What was imported from the directory is not there any more."""
+    root = directory.resolve()
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if isinstance(file, str) and Path(file).parent == root:
+            del sys.modules[name]
+    hook = _hooks.pop(root, None)
+    if hook is not None:
+        sys.path_hooks.remove(hook)
+        _forget_finders(root)
+
+
+def _is_of(root: Path, path: str) -> bool:
+    """Whether a folder is the checkpoint's: an environment of libraries may lie below it, as in a project's folder."""
+    if not Path(path).is_relative_to(root):
+        return False
+    entries = [Path(entry) for entry in sys.path if Path(path).is_relative_to(entry)]
+    return all(root.is_relative_to(entry) for entry in entries)
+
+
+def _forget_finders(root: Path) -> None:
+    for path in [path for path in sys.path_importer_cache if _is_of(root, path)]:
+        del sys.path_importer_cache[path]
