@@ -9,6 +9,7 @@ import signal
 import stat
 import threading
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO
 
@@ -40,7 +41,7 @@ class AtomicFile:
     def __init__(self, target: str | os.PathLike[str]) -> None:
         # Through a symbolic link the file it names is replaced, not the link.
         self.target = Path(os.path.realpath(target))
-        self.path = self.target.with_name(f".{self.target.name}.partial")
+        self.path = self.target.with_name(_partial(self.target.name))
         self._file: BinaryIO | None = None
 
     def __enter__(self) -> AtomicFile:
@@ -110,6 +111,12 @@ def refuse_inputs(target: str | os.PathLike[str], *inputs: str | os.PathLike[str
         if path is not None and os.path.exists(path) and os.path.exists(target) and os.path.samefile(path, target):
             other = "" if os.fspath(path) == os.fspath(target) else f", {os.fspath(path)}"
             raise ArgumentError(f"{os.fspath(target)} is an input{other}: give the output another name")
+
+
+def _partial(name: str) -> str:
+    """The name of the file beside it, which must not be too long where this one just fits."""
+    partial = f".{name}.partial"
+    return partial if len(os.fsencode(partial)) <= 255 else f".{sha256(os.fsencode(name)).hexdigest()}.partial"
 
 
 def _is_same_file(fd: int, path: Path) -> bool:

@@ -252,7 +252,7 @@ def read_record(data: bytes) -> tuple[int, bool] | None:
             number, failed = int(record["id"].removeprefix(_OPENAI_ID)), record["response"]["status_code"] != 200
         else:
             number, failed = record["line"], record["error"] is not None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return (number, failed) if data.endswith(b"\n") else None
 

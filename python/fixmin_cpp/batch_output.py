@@ -165,7 +165,7 @@ class OutputFile:
             raise ArgumentError(
                 f"{self.path} exists and is not the beginning of a job: give another name, or overwrite it"
             ) from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ArgumentError(f"{path} is damaged ({error}): overwrite the output to start again") from None
         if not isinstance(before, dict):
             raise ArgumentError(f"{path} is damaged (no object): overwrite the output to start again")

@@ -341,7 +341,7 @@ def _open_logits(path: Path, about: dict[str, Any]) -> NDArray[np.float32]:
         raise ArgumentError(f"{path} is not a file of logits that this program has saved")
     try:
         found = json.loads(header[len(_MAGIC) :])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ArgumentError(f"{path} is damaged: its header is not JSON") from error
     for key, value in about.items():
         if not isinstance(found, dict) or found.get(key) != value:

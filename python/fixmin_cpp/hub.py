@@ -547,7 +547,7 @@ def _facts(path: Path) -> dict[str, Any] | None:
             and all(isinstance(when, float) for when in facts["seen"].values())
             and path.with_suffix(".gguf").stat().st_size == facts["n_bytes"]
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return facts if good else None
 

@@ -72,6 +72,8 @@ def read_state(
         ArgumentError: the file is no such file, is damaged, or belongs to another model or cache type.
     """
     name = os.fspath(path)
+    if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would wait for its writer
+        raise ArgumentError(f"{name} is not a saved state: it is no file")
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         start = file.read(16)
@@ -114,7 +116,7 @@ def _header(name: str, raw: bytes) -> dict[str, Any]:
         for key, kind in kinds.items():
             if type(header[key]) is not kind:
                 raise TypeError(key)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArgumentError(f"{name} is damaged: its header cannot be read ({error!r})") from None
     return header
 

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from .tokenizer import TextTokenizer
+from .tokenizer import TextTokenizer, decoding
 
 __all__ = ["IncrementalDecoder", "StopStrings", "TextAssembler"]
 
@@ -53,15 +53,16 @@ class IncrementalDecoder:
             return ""
         self._ids.append(token_id)
         self._n_pending += 1
-        try:
-            text = self._stream.step(self._tokenizer.backend, token_id)
-        except Exception as error:  # DecodeStream raises no narrower type
-            if "Invalid prefix" not in str(error):
-                raise
-            unsaid = self._ids[-self._n_pending :]
-            self._restart([])
-            self._ids, self._n_pending = unsaid, len(unsaid)
-            text = self._stream.step(self._tokenizer.backend, unsaid)
+        with decoding():
+            try:
+                text = self._stream.step(self._tokenizer.backend, token_id)
+            except Exception as error:  # DecodeStream raises no narrower type
+                if "Invalid prefix" not in str(error):
+                    raise
+                unsaid = self._ids[-self._n_pending :]
+                self._restart([])
+                self._ids, self._n_pending = unsaid, len(unsaid)
+                text = self._stream.step(self._tokenizer.backend, unsaid)
         if text is None:
             return ""
         self._n_pending = 0

@@ -1,11 +1,13 @@
 """The tokenizer that a GGUF file carries: the whole tokenizer.json under `tokenizer.huggingface.json`."""
 
+import contextlib
 import json
+import math
 import os
 import re
 import secrets
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -13,19 +15,22 @@ import numpy as np
 
 from . import _core
 from .arguments import as_unicode
-from .errors import GGUFError, UnsupportedError, naming
+from .errors import ArgumentError, FixminError, GGUFError, UnsupportedError, naming
 from .recognise import refuse_wrong_model
+from .tokenizer_growth import growth
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["EOS_IDS_KEY", "TextTokenizer", "as_piece", "end_of_text_ids", "read_tokenizer"]
+__all__ = ["EOS_IDS_KEY", "TextTokenizer", "as_piece", "decoding", "end_of_text_ids", "read_tokenizer"]
 
 _JSON_KEY = "tokenizer.huggingface.json"
 _EOS_KEY = "tokenizer.ggml.eos_token_id"
 EOS_IDS_KEY = "fixmin.eos_token_ids"  # all of them, where there are several
 _BOS_KEY = "tokenizer.ggml.bos_token_id"
 _MAX_SEQUENCES = 64  # strings whose sequences of tokens are kept
+_ORDINARY_GROWTH = 256  # bytes that no known tokenizer makes of one
+_MOST_GROWN = 1 << 26  # bytes that one which grows faster may make of a text; tokenizers takes 16 times as much
 
 
 class TextTokenizer:
@@ -52,6 +57,12 @@ class TextTokenizer:
             name: i for i in sorted(self.special_ids | ends) if (name := tokenizer.id_to_token(i))
         }
         self._single_words = {token.content for token in added.values() if token.single_word}
+        parts = (tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder)
+        # As they are pickled: all of the tokenizer as JSON would take a tenth of a second.
+        *before, after = (1 if part is None else growth(json.loads(part.__getstate__())) for part in parts)
+        self._growth = math.prod(before)
+        if after > _ORDINARY_GROWTH:
+            raise GGUFError(f"its decoder may make {after:,} bytes of one")
         self._sequences: dict[str, list[list[int]]] = {}
 
     @classmethod
@@ -68,8 +79,14 @@ class TextTokenizer:
             tokenizer = Tokenizer.from_str(text)
             ids = (metadata.get(key) for key in (_BOS_KEY, _EOS_KEY))
             bos_id, eos_id = (i if isinstance(i, int) and 0 <= i < 2**32 else None for i in ids)
-            return cls(tokenizer, bos_id=bos_id, eos_id=eos_id)
-        except Exception as error:  # tokenizers raises plain Exception
+            made = cls(tokenizer, bos_id=bos_id, eos_id=eos_id)
+            made.decode([0])
+            with contextlib.suppress(ArgumentError):  # a vocabulary of whole words may have no "a"
+                made.encode("a")
+            return made
+        except BaseException as error:  # tokenizers raises plain Exception
+            if not _is_of_tokenizers(error):
+                raise
             raise GGUFError(f"{_JSON_KEY} is not a tokenizer that this version of tokenizers reads: {error}") from error
 
     def copy(self) -> "Tokenizer":
@@ -84,10 +101,12 @@ class TextTokenizer:
         parse_special: whether the name of a special token in the text, such as "</s>", stands for that token. False:
         it is text like any other. Tokens that a tokenizer has beside its vocabulary but does not call special always
         are found. name: of `text` in errors.
+
+        Raises:
+            ArgumentError: the tokenizer cannot read this text. GGUFError: any text, since it panics.
         """
         as_unicode(name, text)
-        backend = self.backend if parse_special else self._plain
-        return backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return self._encode(self.backend if parse_special else self._plain, text, add_special_tokens, name)
 
     def encode_template(self, text: str, letters: Mapping[int, str]) -> list[int]:
         """Token ids of what a template has made, with its special tokens read as such.
@@ -99,7 +118,21 @@ class TextTokenizer:
         as_unicode("messages", text)
         if self._names is not None:
             text = self._names.sub(lambda match: self._secret_names[match[0]], text)
-        return self._plain.encode(text.translate(letters), add_special_tokens=False).ids
+        return self._encode(self._plain, text.translate(letters), False, "messages")
+
+    def _encode(self, backend: "Tokenizer", text: str, add_special_tokens: bool, name: str) -> list[int]:
+        if self._growth > _ORDINARY_GROWTH and self._growth * len(text.encode()) > _MOST_GROWN:
+            raise ArgumentError(
+                f"{name}: the model's tokenizer may make {self._growth:,} bytes of each of its {len(text.encode()):,}"
+            )
+        try:
+            return backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except Exception as error:  # tokenizers raises plain Exception
+            raise ArgumentError(f"{name}: the model's tokenizer cannot read it: {error}") from error
+        except BaseException as error:
+            if not _is_of_tokenizers(error):
+                raise
+            raise GGUFError(f"the model's tokenizer fails: {error}") from error
 
     @cached_property
     def _secret_names(self) -> dict[str, str]:
@@ -138,13 +171,15 @@ class TextTokenizer:
         return Tokenizer.from_str(json.dumps(data))
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        """Text of `ids`; ids that the tokenizer does not know have none."""
-        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        """Text of `ids`; ids that the tokenizer does not know have none. GGUFError: the tokenizer fails."""
+        with decoding():
+            return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     @cached_property
     def token_texts(self) -> list[str]:
         """Text of every id by itself, [V]."""
-        return [self.backend.decode([i], skip_special_tokens=False) for i in range(self.backend.get_vocab_size())]
+        with decoding():
+            return [self.backend.decode([i], skip_special_tokens=False) for i in range(self.backend.get_vocab_size())]
 
     @cached_property
     def spelling(self) -> "list[_Step] | None":
@@ -199,6 +234,24 @@ class TextTokenizer:
                 break
             found.append(token_id)
         return found
+
+
+def _is_of_tokenizers(error: BaseException) -> bool:
+    """Exception is the only type of its errors, and of its panics (in Rust) only the name is known."""
+    return isinstance(error, Exception) or type(error).__module__ == "pyo3_runtime"
+
+
+@contextlib.contextmanager
+def decoding() -> Iterator[None]:
+    """What tokenizers raises while it makes text of ids becomes a GGUFError: no ids are wrong for it."""
+    try:
+        yield
+    except FixminError:
+        raise
+    except BaseException as error:
+        if not _is_of_tokenizers(error):
+            raise
+        raise GGUFError(f"the model's tokenizer fails: {error}") from error
 
 
 def as_piece(data: bytes) -> str | bytes:

@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import os
 import re
+import struct
 import threading
 
 import numpy as np
@@ -333,6 +335,7 @@ def test_a_saved_state_is_not_computed_again(model_path, saved):
         (lambda b: b[:8] + b"\x02" + b[9:], "version 2"),
         (lambda b: b[:12] + b"\xff\xff\xff\x7f" + b[16:], "damaged"),
         (lambda b: b[:16] + b"[" + b[17:], "damaged"),
+        (lambda b: b[:12] + struct.pack("<I", 60_000) + b"[" * 60_000, "damaged"),
         (lambda b: b.replace(b'"n_tokens": 50', b'"n_tokens": 5e'), "damaged"),
         (lambda b: b.replace(b'"n_blocks": 1', b'"n_blocks": 2'), "does not fit"),
         (lambda b: b.replace(b'"kv_type": "f16"', b'"kv_type": "f32"'), "another model or cache"),
@@ -343,6 +346,20 @@ def test_a_damaged_state_is_refused(model, saved, tmp_path, damage, message):
     path.write_bytes(damage(saved[0].read_bytes()))
     with pytest.raises(ArgumentError, match=message):
         model.load_state(path)
+
+
+def test_a_state_may_have_any_name_that_a_file_may_have(model, tmp_path):
+    for name in ("n" * 255, "é" * 127):
+        model.save_state(tmp_path / name, "a cat sat")
+        model.load_state(tmp_path / name)
+    assert sorted(map(len, os.listdir(tmp_path))) == [127, 255]
+
+
+def test_a_pipe_is_no_state(model, tmp_path):
+    """Opening it would wait until somebody writes."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ArgumentError, match="pipe is not a saved state: it is no file"):
+        model.load_state(tmp_path / "pipe")
 
 
 def test_a_state_of_another_model_is_refused(letters_model, bare_model, saved):

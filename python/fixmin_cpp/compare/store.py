@@ -26,7 +26,7 @@ class Store:
         path, key = self._place(kind, key)
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
         return found.get("value") if isinstance(found, dict) and found.get("key") == key else None
 
