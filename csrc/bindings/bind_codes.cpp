@@ -115,7 +115,7 @@ py::array_t<uint8_t> codes_of(const CodeMap& map, const py::array& ids) {
     const size_t width = map.width();
     py::array_t<uint8_t> bits({n_tokens, width});
     uint8_t* out = bits.mutable_data();
-    const py::gil_scoped_release release;
+    const WithoutGil released;
     const std::vector<uint32_t> words = map.codes(as_span(checked_ids));
     for (size_t t = 0; t < n_tokens; ++t) codes::unpack_bits(words[t], {out + t * width, width});
     return bits;
@@ -135,7 +135,7 @@ py::array_t<float> lift_codes(const py::array& code_bits, int64_t embedding_leng
     const std::vector<uint32_t> words = pack_rows(bits);
     py::array_t<float> x({words.size(), size_t{lift.embedding_length}});
     float* out = x.mutable_data();
-    const py::gil_scoped_release release;
+    const WithoutGil released;
     for (size_t t = 0; t < words.size(); ++t) lift.apply(words[t], out + t * lift.embedding_length);
     return x;
 }
@@ -200,7 +200,7 @@ py::array_t<float> apply_fold(const FoldedProjection& fold, const py::array& cod
     const std::vector<uint32_t> words = words_for(fold, code_bits);
     py::array_t<float> y({words.size(), size_t{fold.rows()}});
     float* out = y.mutable_data();
-    const py::gil_scoped_release release;
+    const WithoutGil released;
     for (size_t t = 0; t < words.size(); ++t) fold.apply(words[t], out + t * fold.rows());
     return y;
 }

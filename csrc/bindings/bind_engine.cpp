@@ -327,7 +327,7 @@ void bind_engine(py::module_& m) {
                 const uint64_t size = source->size();
                 std::string bytes(std::min<uint64_t>(n, size - std::min(offset, size)), 0);
                 {
-                    const py::gil_scoped_release release;
+                    const WithoutGil released;
                     source->read(offset, std::as_writable_bytes(std::span(bytes)));
                 }
                 return py::bytes(bytes);

@@ -35,7 +35,7 @@ PyGgufFile open_file(const py::object& path) {
 PyGgufFile parse_bytes(const py::bytes& data) {
     const std::string_view text = data;
     const auto parse = [&text] {
-        py::gil_scoped_release release;
+        const WithoutGil released;
         return gguf::GgufFile::parse(std::as_bytes(std::span(text)));
     };
     return {data, parse()};
@@ -117,7 +117,7 @@ py::array tensor_data(const py::object& self, const std::string& name) {
         if (!owner) throw py::error_already_set();
         auto* const out = reinterpret_cast<std::byte*>(PyBytes_AS_STRING(owner.ptr()));
         {
-            const py::gil_scoped_release release;
+            const WithoutGil released;
             file.read(tensor->data, out);
         }
         data = out;
@@ -143,7 +143,7 @@ void translate_system_error(std::exception_ptr raised) {
 }  // namespace
 
 gguf::GgufFile open_gguf(const std::string& path) {
-    const py::gil_scoped_release release;
+    const WithoutGil released;
     return gguf::GgufFile::open(path);
 }
 

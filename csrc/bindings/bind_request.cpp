@@ -53,7 +53,7 @@ class PythonMask : public engine::TokenMask {
   private:
     struct Calling {
         ~Calling() { calling_a_mask = before; }
-        const py::gil_scoped_acquire gil;
+        const WithGil gil;
         const bool before = std::exchange(calling_a_mask, true);
     };
     using Words = py::array_t<uint32_t, py::array::c_style>;
@@ -84,7 +84,7 @@ class RequestHandle {
         const auto until = std::chrono::steady_clock::now() + std::chrono::duration<double>(std::min(timeout_s, 1e6));
         bool news = false;
         {
-            const py::gil_scoped_release release;
+            const WithoutGil released;
             while (!(news = request_->wait(n_seen, 0.02)) && !interruption() &&
                    std::chrono::steady_clock::now() < until) {
             }
@@ -196,7 +196,7 @@ void bind_request(py::module_& m, py::class_<EngineHandle>& engine) {
             "__init__",
             [](py::detail::value_and_holder& object) { construct(object, std::make_shared<engine::Mailbox>()); },
             py::detail::is_new_style_constructor())
-        .def("wait", &engine::Mailbox::wait, py::arg("timeout_s"), py::call_guard<py::gil_scoped_release>(),
+        .def("wait", &engine::Mailbox::wait, py::arg("timeout_s"), py::call_guard<WithoutGil>(),
              "Numbers of requests with new tokens or at their end; empty after timeout_s or close().")
         .def("close", &engine::Mailbox::close);
 

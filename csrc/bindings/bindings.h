@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "bindings/gil.h"
 #include "gguf/gguf_file.h"
 #include "quant/kv_format.h"
 

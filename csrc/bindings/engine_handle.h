@@ -42,7 +42,7 @@ class Interruption {
         const auto now = std::chrono::steady_clock::now();
         if (now - asked_ < std::chrono::milliseconds(20)) return raised_;
         asked_ = now;
-        const py::gil_scoped_acquire gil;
+        const WithGil gil;
         raised_ = raised_ || PyErr_CheckSignals() != 0;
         asked_ = std::chrono::steady_clock::now();  // a handler may take its time
         return raised_;
@@ -64,7 +64,7 @@ void compute(F f) {
     Interruption interruption;
     bool cancelled = false;
     {
-        const py::gil_scoped_release release;
+        const WithoutGil released;
         try {
             f([&] { return interruption(); });
         } catch (const model::Cancelled&) {
@@ -97,7 +97,7 @@ class EngineHandle {
         const auto report = [&](double fraction) {
             if (interruption()) throw model::Cancelled();
             if (progress.is_none()) return;
-            const py::gil_scoped_acquire gil;
+            const WithGil gil;
             refused = progress(fraction).is(py::bool_(false));
             if (refused) throw model::Cancelled();
         };
@@ -105,7 +105,7 @@ class EngineHandle {
         source_ = file.source();
         metadata_ = metadata(file);
         {
-            const py::gil_scoped_release release;
+            const WithoutGil released;
             try {
                 engine_ = std::make_shared<engine::Engine>(std::move(file), options, report);
             } catch (const model::Cancelled&) {
@@ -189,11 +189,11 @@ class EngineHandle {
             return;
         }
         {
-            const py::gil_scoped_release release;
+            const WithoutGil released;
             if (stop) last->stop();
         }
         engine_.reset();
-        const py::gil_scoped_release release;
+        const WithoutGil released;
         let_go_of(last);
     }
 

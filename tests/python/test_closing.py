@@ -200,6 +200,37 @@ def test_in_a_signal_handler(long_model_path, call, then):
     assert (result.returncode, result.stdout.split(), result.stderr) == (0, [end], "")
 
 
+DAEMONS = """
+import sys, threading, time, fixmin_cpp
+model, call = fixmin_cpp.Model(sys.argv[1]), sys.argv[2]
+ids = [[i % 7 for i in range(1000)]] * 8
+calls = {
+    "score": lambda: model.score(ids),
+    "generate": lambda: model.generate(ids, max_new_tokens=3, ignore_eos=True),
+    "stream": lambda: list(model.stream("a", max_new_tokens=20, ignore_eos=True)),
+    "logits": lambda: model.logits(ids[0][:50]),
+    "open": lambda: fixmin_cpp.Model(sys.argv[1]),
+}
+def work():
+    while True:
+        try:
+            calls[call]()
+        except fixmin_cpp.FixminError:
+            pass  # it is closed at the end
+for _ in range(3):
+    threading.Thread(target=work, daemon=True).start()
+time.sleep(0.3)
+"""
+
+
+@pytest.mark.parametrize("call", ["score", "generate", "stream", "logits", "open"])
+def test_daemon_threads_in_the_middle_of_calls_end_with_the_process(long_model_path, call):
+    """CPython ends them when they ask for the GIL, which was an abort of the process, about every second time."""
+    for _ in range(4):
+        result = python(DAEMONS, long_model_path, call)
+        assert (result.returncode, result.stdout) == (0, ""), result.stderr
+
+
 FORK = """
 import asyncio, os, sys, threading, warnings, fixmin_cpp
 warnings.simplefilter("ignore")
