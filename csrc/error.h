@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <system_error>
 
 namespace fixmin {
 
@@ -35,6 +36,22 @@ class ArgumentError : public Error {
 /// A GPU has failed; what runs on it ends.  Python: DeviceError.
 class DeviceError : public Error {
     using Error::Error;
+};
+
+/// The system refuses something of a file.  Python: OSError with errno, strerror and filename.
+class FileError : public std::runtime_error {
+  public:
+    FileError(int code, const std::string& path, std::string_view note = {})
+        : FileError(code, path, std::generic_category().message(code).append(note)) {}
+    int code() const { return code_; }
+    std::string_view path() const { return std::string_view(what()).substr(0, path_size_); }
+    std::string_view reason() const { return std::string_view(what()).substr(path_size_ + 2); }
+
+  private:
+    FileError(int code, const std::string& path, const std::string& reason)
+        : std::runtime_error(path + ": " + reason), code_(code), path_size_(path.size()) {}
+    int code_;
+    size_t path_size_;
 };
 
 /// Memory that the system does not give, with what it was for.  Python: MemoryError.

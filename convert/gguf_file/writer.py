@@ -32,7 +32,7 @@ from gguf import GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType, GG
 from gguf.utility import size_label
 from numpy.typing import NDArray
 
-from ...atomic_file import AtomicFile
+from ...atomic_file import AtomicFile, naming
 from ...errors import CheckpointError, GGUFError, UnsupportedError
 from ...inspect import CERTIFICATE_PREFIX
 from ...tokenizer import EOS_IDS_KEY
@@ -374,16 +374,18 @@ class Layout:
                 if is_last:
                     file.write(bytes(_pad(tensor.n_bytes) - tensor.n_bytes))
                 progress(done, self.n_weights, tensor.name)
-        file.file.flush()
+        with naming(file.target):
+            file.file.flush()
 
     def rewrite_header(self, file: AtomicFile, certificate: Mapping[str, bool | int | float]) -> None:
         """Replace the figures of the certificate in a file that `write` has written."""
         header = self._header(certificate)
         if len(header) != self.header_bytes:
             raise ValueError(f"the header changed from {self.header_bytes} to {len(header)} bytes")
-        file.file.seek(0)
-        file.file.write(header)
-        file.file.flush()
+        with naming(file.target):
+            file.file.seek(0)
+            file.file.write(header)
+            file.file.flush()
 
     def _quantised(self, pool: ThreadPoolExecutor, window: int) -> Iterator[tuple[TensorPlan, NDArray[np.uint8], bool]]:
         """All chunks in file order with whether they end their tensor; at most `window` are waiting at a time.
@@ -417,7 +419,7 @@ class Layout:
                     writer.add_key_value(key, value.value, value.type, value.element)
             for tensor in self.tensors:
                 writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.n_bytes, tensor.type)
-            with contextlib.closing(writer):
+            with naming(path), contextlib.closing(writer):
                 writer.write_header_to_file()
                 writer.write_kv_data_to_file()
                 writer.write_ti_data_to_file()

@@ -8,7 +8,6 @@
 #include <span>
 #include <string>
 #include <string_view>
-#include <system_error>
 #include <variant>
 
 #include "bindings/bindings.h"
@@ -127,15 +126,16 @@ py::array tensor_data(const py::object& self, const std::string& name) {
     return array;
 }
 
-/// std::system_error as the OSError that Python's own open() would raise (FileNotFoundError,
-/// IsADirectoryError, ...).
-void translate_system_error(std::exception_ptr raised) {
+/// FileError as the OSError that Python's own open() would raise (FileNotFoundError, IsADirectoryError, ...).
+void translate_file_error(std::exception_ptr raised) {
     try {
         if (raised) std::rethrow_exception(raised);
-    } catch (const std::system_error& error) {
-        const auto message = py::reinterpret_steal<py::object>(PyUnicode_DecodeFSDefault(error.what()));
-        if (!message) return;  // the decoding error is set
-        const auto args = py::make_tuple(error.code().value(), message);
+    } catch (const FileError& error) {
+        const std::string_view path = error.path();
+        const auto name =
+            py::reinterpret_steal<py::object>(PyUnicode_DecodeFSDefaultAndSize(path.data(), py::ssize_t(path.size())));
+        if (!name) return;  // the decoding error is set
+        const auto args = py::make_tuple(error.code(), py::str(error.reason()), name);
         PyErr_SetObject(PyExc_OSError, args.ptr());
     }
 }
@@ -156,7 +156,7 @@ py::dict metadata(const gguf::GgufFile& file) {
 }
 
 void bind_gguf(py::module_& m) {
-    py::register_local_exception_translator(&translate_system_error);
+    py::register_local_exception_translator(&translate_file_error);
 
     py::class_<gguf::TensorInfo>(m, "GgufTensor", "One tensor's entry in a GgufFile.")
         .def_readonly("name", &gguf::TensorInfo::name)

@@ -10,7 +10,6 @@
 #include <cmath>
 #include <limits>
 #include <numeric>
-#include <system_error>
 #include <type_traits>
 #include <utility>
 
@@ -357,7 +356,7 @@ void GgufFile::map() {
     void* base = mmap(nullptr, size, PROT_READ, MAP_PRIVATE, source_->fd(), 0);
     if (base == MAP_FAILED) {
         if (errno == ENOMEM) throw OutOfMemory("the system gives no " + std::to_string(size) + " bytes for the file");
-        throw std::system_error(errno, std::generic_category(), source_->path());
+        throw FileError(errno, source_->path());
     }
     mapping_ = {static_cast<std::byte*>(base), Unmap{size}};
     bytes_ = {mapping_.get(), size};
@@ -380,17 +379,17 @@ int64_t nanoseconds(const struct stat& status) {
 
 // Without O_NONBLOCK the opening of a named pipe would wait for a writer.
 Source::Source(const std::string& path) : path_(path), fd_(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)) {
-    if (fd_ < 0) throw std::system_error(errno, std::generic_category(), path);
+    if (fd_ < 0) throw FileError(errno, path);
     struct stat status{};
     int error = fstat(fd_, &status) != 0 ? errno : 0;
-    std::string what = path;
+    std::string_view note;
     if (!error && !S_ISREG(status.st_mode)) {
         error = S_ISDIR(status.st_mode) ? EISDIR : EINVAL;
-        what += ": not a regular file";
+        note = " (not a regular file)";
     }
     if (error) {
         close(fd_);
-        throw std::system_error(error, std::generic_category(), what);
+        throw FileError(error, path, note);
     }
     size_ = uint64_t(status.st_size);
     modified_ns_ = nanoseconds(status);
@@ -407,7 +406,7 @@ void Source::read(uint64_t offset, std::span<std::byte> out) const {
     for (size_t done = 0; done < out.size();) {
         const ssize_t n = pread(fd_, out.data() + done, out.size() - done, off_t(offset + done));
         if (n < 0 && errno == EINTR) continue;
-        if (n < 0) throw std::system_error(errno, std::generic_category(), path_);
+        if (n < 0) throw FileError(errno, path_);
         if (n == 0) {
             throw GgufError(path_ + ": the file was cut while it was in use: it had " + std::to_string(size_) +
                             " bytes and ends at byte " + std::to_string(offset + done));

@@ -86,7 +86,7 @@ struct TensorInfo {
 /// The open file behind a GgufFile: the same bytes even when its path names another file by now.
 class Source {
   public:
-    /// Throws std::system_error if it cannot be opened or is not a regular file.
+    /// Throws FileError if it cannot be opened or is not a regular file.
     explicit Source(const std::string& path);
     ~Source();
     Source(const Source&) = delete;
@@ -97,7 +97,7 @@ class Source {
     uint64_t size() const noexcept { return size_; }
     /// Whether it has been written to, or cut, since it was opened.
     bool changed() const noexcept;
-    /// Fills `out` from byte `offset` on. Throws GgufError if the file has become shorter, std::system_error. Unlike a
+    /// Fills `out` from byte `offset` on. Throws GgufError if the file has become shorter, FileError. Unlike a
     /// mapping this never raises SIGBUS.
     void read(uint64_t offset, std::span<std::byte> out) const;
 
@@ -111,7 +111,7 @@ class Source {
 class GgufFile {
   public:
     /// Maps the file at `path` and validates it.
-    /// Throws std::system_error if it cannot be opened or mapped or is not a regular file, GgufError, which names the
+    /// Throws FileError if it cannot be opened or mapped or is not a regular file, GgufError, which names the
     /// path, if it is malformed.
     static GgufFile open(const std::string& path);
 

@@ -72,7 +72,8 @@ class AtomicFile:
             # Removed while still locked, so that this cannot remove the file of a run that starts now.
             with contextlib.suppress(FileNotFoundError):
                 self.path.unlink()
-            self._close()
+            with contextlib.suppress(OSError):  # what could not be written before cannot be written now
+                self._close()
 
     @property
     def file(self) -> BinaryIO:
@@ -101,8 +102,8 @@ class AtomicFile:
 
     def _close(self) -> None:
         if self._file is not None:
-            self._file.close()
-            self._file = None
+            file, self._file = self._file, None
+            file.close()
 
 
 def refuse_inputs(target: str | os.PathLike[str], *inputs: str | os.PathLike[str] | None) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from . import cli_output as output
-from .atomic_file import refuse_inputs, terminate_cleanly
+from .atomic_file import AtomicFile, refuse_inputs, terminate_cleanly
 from .cli_app import INPUT, MAKE, MEASURE, RUN, Debug, Escape, Json, app
 from .cli_help import App
 from .cli_options import from_argv, load_options, read_options, read_prompt, with_load_options, with_options
@@ -244,5 +244,7 @@ def card(
         refuse_inputs(out, *files)
         if out.exists():
             raise ArgumentError(f"{out} exists: name another file")
-        out.write_text(text, encoding="utf-8")
+        with AtomicFile(out) as file:
+            file.write(text.encode())
+            file.commit()
         output.note(f"wrote {out}")

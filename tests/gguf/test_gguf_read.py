@@ -246,8 +246,11 @@ def open_descriptors() -> list[str]:
 
 
 def test_paths_that_cannot_be_opened(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="absent"):
+    with pytest.raises(FileNotFoundError, match="absent") as absent:
         _core.GgufFile(str(tmp_path / "absent.gguf"))
+    with pytest.raises(FileNotFoundError) as builtin:
+        open(tmp_path / "absent.gguf")
+    assert (absent.value.args, absent.value.filename) == (builtin.value.args, str(builtin.value.filename))
     with pytest.raises(IsADirectoryError):
         _core.GgufFile(str(tmp_path))
     with pytest.raises(OSError, match="not a regular file"):

@@ -420,6 +420,26 @@ def test_streams_that_are_closed_or_full(model, model_path, tmp_path, command, c
     assert "Traceback" not in errors
 
 
+@pytest.mark.parametrize(
+    ("kilobytes", "command"),
+    [
+        (1, "card $M -o $OUT"),
+        (1, "perplexity -m $M -f $TEXT --save-logits $OUT"),
+        (1, "imatrix -m $M -f $TEXT -o $OUT"),
+        (30, "quantize $M $OUT q8_0"),  # enough for the header, which it makes elsewhere
+    ],
+)
+def test_a_file_that_cannot_grow_is_named_and_gone(model_path, tmp_path, kilobytes, command):
+    """As on a full disk. What Python would write of its own, bytecode, would be cut off too."""
+    (tmp_path / "text").write_text("a cat sat on the mat " * 40)
+    out = tmp_path / "made" / "out"
+    out.parent.mkdir()
+    env = {**os.environ, "M": str(model_path), "TEXT": str(tmp_path / "text"), "OUT": str(out)}
+    result = shell(f"ulimit -f {kilobytes}; fixmin {command}", env=env | {"PYTHONDONTWRITEBYTECODE": "1"})
+    assert result.stderr.decode().splitlines()[-1] == f"error: {out}: File too large"
+    assert (result.returncode, os.listdir(out.parent)) == (1, [])
+
+
 def test_what_is_written_to_a_closed_stdout_does_not_land_in_a_file(model_path, tmp_path):
     """The number 1 is free then, and the first file that is opened would get it."""
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"

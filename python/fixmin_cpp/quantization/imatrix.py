@@ -80,7 +80,8 @@ def collect(
             if progress is not None:
                 progress(done + 1, len(chunks))
         sums = squares.sums
-        write_imatrix(file.path, sums, [dataset] if dataset else [], len(chunks), size)
+        with naming(file.target):
+            write_imatrix(file.path, sums, [dataset] if dataset else [], len(chunks), size)
         file.commit()
     nll = -float(np.concatenate(logprobs).mean(dtype=np.float64))
     return ImatrixReport(
