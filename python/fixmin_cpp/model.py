@@ -626,6 +626,8 @@ class Model:
             given = self.require_tokenizer().encode(text, parse_special=special, name=name)
         elif isinstance(text, int):
             raise ArgumentTypeError(f"{name} must be a str or token ids, got {text!r}")
+        elif isinstance(text, list | tuple) and text and all(isinstance(part, str | list | tuple) for part in text):
+            raise ArgumentTypeError(f"{name} must be one text, as a str or its token ids, got a list of {len(text)}")
         ids = as_token_ids(name, given, self._vocab_size)
         if room is not None and len(ids) > self._n_ctx - room:
             holds = f"the context holds {self._n_ctx}" + (", the answer included" if room > 0 else "")

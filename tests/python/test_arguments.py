@@ -443,7 +443,7 @@ PROMPTS = [
     (["a", ""], ArgumentError, r"prompt\[1\] is empty"),
     (["a", []], ArgumentError, r"prompt\[1\] is empty"),
     (["a", [1, 300]], ArgumentError, r"prompt\[1\]\[1\] is 300"),
-    ([["a"]], ArgumentTypeError, r"prompt\[0\]\[0\] must be an integer"),
+    ([["a"]], ArgumentTypeError, r"prompt\[0\] must be one text"),
     (None, ArgumentTypeError, "got NoneType None"),
     (5, ArgumentTypeError, "got int 5"),
     (b"abc", ArgumentTypeError, "got bytes"),
@@ -660,3 +660,10 @@ def test_devices_on_ray(monkeypatch):
     for gpus in (-1, 1.5):
         with pytest.raises(ArgumentError, match=f"ray_gpus.*{gpus}"):
             on_ray("cuda", gpus)
+
+
+@pytest.mark.parametrize("texts", [["a", "b"], [[1, 2], [3]], ("a", [1])])
+def test_one_text_where_a_list_of_them_means_nothing(model, texts):
+    for call in (model.logits, lambda text: model.hidden_states(text, 0), model.codes, model.beam_search):
+        with pytest.raises(ArgumentTypeError, match=f"must be one text, .* got a list of {len(texts)}"):
+            call(texts)
