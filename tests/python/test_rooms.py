@@ -105,7 +105,7 @@ def imported(name: str, path: Path, known: Iterable[str]) -> set[str]:
 # package itself and the two ways into the converter, stands above them all.
 PYTHON = (
     {"_core", "errors", "progress", "atomic_file", "arguments"},
-    {"fields", "json_schema", "tokenizer", "text", "constrain", "state", "recognise", "hub"},
+    {"fields", "json_schema", "tokenizer_growth", "tokenizer", "text", "constrain", "state", "recognise", "hub"},
     {"sampling_fields", "load_options", "serve_options", "generation_options"},
     {"generation", "running", "beam"},
     {"model"},

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -159,12 +160,76 @@ def test_large_bodies_are_413(strict: Server) -> None:
     assert works(strict)
 
 
+@pytest.mark.parametrize(
+    "request_",
+    [
+        b"Content-Length: 10000000\r\n\r\n",
+        b"Connection: close\r\nContent-Length: 10000000\r\n\r\n",
+        b"Transfer-Encoding: chunked\r\n\r\n" + (b"10000\r\n" + b" " * 0x10000 + b"\r\n") * 70,
+        b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n" + (b"10000\r\n" + b" " * 0x10000 + b"\r\n") * 70,
+    ],
+)
+def test_too_large_bodies_are_not_waited_for(served_path: Path, start: Start, request_: bytes) -> None:
+    """Whose end never comes."""
+    with start(served_path, "--read-timeout", "1000") as server:
+        head, _, body = answer_to(server, HEAD + request_).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 413")
+        assert b"connection: close" in head.lower()
+        assert "larger than 4194304 bytes" in json.loads(body)["error"]["message"]
+        assert works(server)
+        until(lambda: " path=/v1/completions status=413 " in server.log.read_text())
+
+
+def test_who_is_still_sending_sees_why_it_is_refused(server: Server) -> None:
+    """The connection is not reset under what it sends."""
+    for head, sent, status in (
+        (HEAD + b"Content-Length: 20000000\r\n\r\n", b" " * 20_000_000, 413),
+        (b"GET / HTTP/1.1\r\nX: ", b"a" * 5_000_000, 431),
+        (b"GET / HTTP/1.1\r\n", b"X: a\r\n" * 200_000, 431),
+        (b"no HTTP\r\n\r\n", b" " * 5_000_000, 400),
+    ):
+        with connected(server) as raw:
+            raw.sendall(head)
+            raw.sendall(sent)
+            received = b""
+            while data := raw.recv(65536):
+                received += data
+        assert received.startswith(b"HTTP/1.1 %d " % status)
+        assert json.loads(received.partition(b"\r\n\r\n")[2])["error"]["type"] == "invalid_request_error"
+    assert works(server)
+
+
+def test_two_lengths_are_refused(server: Server) -> None:
+    """What a proxy may take for another request is no request here."""
+    body = b'{"prompt":"the","max_tokens":1}'
+    chunked = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+    next_one = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    for names in (
+        b"Content-Length: %d\r\nTransfer-Encoding: chunked\r\n\r\n",
+        b"transfer-encoding: chunked\r\ncontent-length: %d\r\n\r\n",
+    ):
+        received = answer_to(server, HEAD + names % len(body) + chunked + next_one)
+        assert received.startswith(b"HTTP/1.1 400 ")
+        assert received.count(b"HTTP/1.1") == 1
+        assert b"Transfer-Encoding" in received
+
+
 def test_slow_requests_are_ended(strict: Server) -> None:
     begin = time.monotonic()
     assert answer_to(strict, *[bytes([byte]) for byte in HEAD], pause=0.05).startswith(b"HTTP/1.1 408")
     slow_body = HEAD + b"Content-Length: 1000\r\n\r\n"
-    assert answer_to(strict, slow_body, b'{"prompt"').startswith(b"HTTP/1.1 408")
-    assert answer_to(strict) == b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+    for parts in ((slow_body, b'{"prompt"'), ()):
+        head, _, body = answer_to(strict, *parts).partition(b"\r\n\r\n")
+        lines = head.split(b"\r\n")
+        assert lines[0] == b"HTTP/1.1 408 Request Timeout"
+        assert {b"connection: close", b"content-length: %d" % len(body)} < set(lines)
+        assert "not arrived within 1 s" in json.loads(body)["error"]["message"]
+    with connected(strict) as raw:  # not the first one of its connection
+        raw.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /he")
+        received = b""
+        while data := raw.recv(65536):
+            received += data
+    assert re.findall(rb"HTTP/1.1 (\d+) ", received) == [b"200", b"408"]
     assert time.monotonic() - begin < 30
     assert works(strict)
 

@@ -1,5 +1,6 @@
 """Lines on stderr: what they say of requests, and that clients cannot write them."""
 
+import contextlib
 import json
 import os
 import re
@@ -314,8 +315,72 @@ def test_options_that_contradict_or_are_none() -> None:
 
 def test_quiet(served_path: Path, start: Start) -> None:
     command = [sys.executable, "-c", "from fixmin_cpp.cli import main; main()", "serve", str(served_path)]
-    ran = subprocess.Popen([*command, "--uds", "q", "-q"], stderr=subprocess.PIPE, cwd=served_path.parent)
+    ran: Any = subprocess.Popen([*command, "--uds", "q", "-q"], stderr=subprocess.PIPE, cwd=served_path.parent)
     until((served_path.parent / "q").exists)
     ran.send_signal(signal.SIGTERM)
     assert ran.communicate(timeout=30)[1] == b""
     assert ran.returncode == 0
+
+
+@contextlib.contextmanager
+def unread(model: Path, folder: Path, *options: str, before: str = "") -> Iterator[Any]:
+    """A process whose log goes into a pipe that nobody reads yet, and a client of it."""
+    command = [sys.executable, "-c", before + "\nfrom fixmin_cpp.cli import main; main()", "serve", str(model)]
+    path = folder / "s"
+    ran: Any = subprocess.Popen([*command, "--uds", str(path), *options], stderr=subprocess.PIPE)
+    try:
+        until(path.exists)
+        with httpx.Client(base_url="http://x", timeout=30, transport=httpx.HTTPTransport(uds=str(path))) as client:
+            until(lambda: client.get("/health").status_code == 200)
+            yield ran, client
+    finally:
+        ran.kill()
+        ran.wait()
+        ran.stderr.close()
+
+
+def test_a_log_that_nobody_reads_stops_nothing(served_path: Path, tmp_path: Path) -> None:
+    with unread(served_path, tmp_path, "--log-level", "trace") as (ran, client):
+        for _ in range(300):
+            assert client.get("/health").status_code == 200
+        assert client.post("/v1/completions", json=BODY).status_code == 200
+        ran.send_signal(signal.SIGTERM)
+        assert ran.wait(60) == 0
+
+
+@pytest.mark.parametrize("most", [4 << 20, 1 << 14])
+def test_a_log_that_is_read_late_has_every_line_or_says_how_many_not(
+    served_path: Path, tmp_path: Path, most: int
+) -> None:
+    """A pipe takes 65,536 bytes."""
+    before = f"import fixmin_cpp.serve.log_lines as log_lines\nlog_lines._MOST = {most}"
+    n = 600
+    with unread(served_path, tmp_path, "--log-format", "json", before=before) as (ran, client):
+        for i in range(n):
+            assert client.get("/health", headers={"X-Request-ID": f"h{i}"}).status_code == 200
+        lines = [json.loads(ran.stderr.readline())]
+        while lines[-1].get("request_id") not in (f"h{n - 1}", "after"):
+            lines.append(json.loads(ran.stderr.readline()))
+            if "missing" in lines[-1]["message"]:  # it has room again
+                client.get("/health", headers={"X-Request-ID": "after"})
+        ran.send_signal(signal.SIGTERM)
+        lines += map(json.loads, ran.communicate(timeout=60)[1].splitlines())
+        assert ran.returncode == 0
+    assert "Finished server process" in lines[-1]["message"]
+    numbers = [int(line["request_id"][1:]) for line in lines if line.get("request_id", "").startswith("h")]
+    lost = [line["lines"] for line in lines if "missing" in line["message"]]
+    if most > 1 << 20:
+        assert (numbers, lost) == (list(range(n)), [])
+    else:
+        assert numbers == list(range(len(numbers)))  # the pipe's and as many as may wait, then the first that fits
+        assert len(lost) == 1
+        assert len(numbers) + lost[0] == n
+
+
+def test_a_log_that_ends_stops_nothing(served_path: Path, tmp_path: Path) -> None:
+    with unread(served_path, tmp_path) as (ran, client):
+        ran.stderr.close()
+        for _ in range(3):
+            assert client.get("/health").status_code == 200
+        ran.send_signal(signal.SIGTERM)
+        assert ran.wait(60) == 0

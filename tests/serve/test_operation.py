@@ -5,7 +5,10 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +36,15 @@ def _running(server: Server, n: int) -> None:
     until(lambda: server.metric("llamacpp:requests_processing") >= n)
 
 
-def test_past_the_shutdown_timeout_everybody_is_told(long_path: Path, start: Start) -> None:
-    with start(long_path, "--shutdown-timeout", "1") as server:
-        whole, answers = _in_thread(lambda: server.post("/v1/completions", LONG))
-        stream, streams = _in_thread(lambda: server.post("/v1/completions", {**LONG, "stream": True}))
-        _running(server, 2)
-        server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(40) == 0
-        whole.join(10)
-        stream.join(10)
+def _everybody_is_told(server: Server, ask_for_the_end: Callable[[], None]) -> None:
+    """One whole answer and one stream are running when the end comes."""
+    whole, answers = _in_thread(lambda: server.post("/v1/completions", LONG))
+    stream, streams = _in_thread(lambda: server.post("/v1/completions", {**LONG, "stream": True}))
+    _running(server, 2)
+    ask_for_the_end()
+    assert server.process.wait(40) == 0
+    whole.join(10)
+    stream.join(10)
     assert answers[0].status_code == 503
     error = answers[0].json()["error"]
     assert "shutting down" in error["message"]
@@ -53,6 +56,40 @@ def test_past_the_shutdown_timeout_everybody_is_told(long_path: Path, start: Sta
     assert "Traceback" not in log
     for status in (503, 200):  # a stream has begun well
         assert len(re.findall(f" path=/v1/completions status={status} .* finish_reason=abort$", log, re.MULTILINE)) == 1
+
+
+def test_past_the_shutdown_timeout_everybody_is_told(long_path: Path, start: Start) -> None:
+    with start(long_path, "--shutdown-timeout", "1") as server:
+        _everybody_is_told(server, lambda: server.process.send_signal(signal.SIGTERM))
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_at_a_second_signal_everybody_is_told(long_path: Path, start: Start, first: signal.Signals) -> None:
+    with start(long_path, "--shutdown-timeout", "1000") as server:
+
+        def ask() -> None:
+            server.process.send_signal(first)
+            until(lambda: "Shutting down" in server.log.read_text())
+            server.process.send_signal(signal.SIGINT)
+            server.process.send_signal(signal.SIGINT)  # somebody may be impatient
+
+        _everybody_is_told(server, ask)
+
+
+@pytest.mark.parametrize(("raised", "code"), [("Panic('no such letter')", 1), ("SystemExit(7)", 7)])
+def test_whatever_ends_the_loading_ends_the_server(served_path: Path, raised: str, code: int) -> None:
+    """What a library in Rust raises in a panic is no Exception."""
+    before = (
+        "import fixmin_cpp.serve.host as host\nclass Panic(BaseException): pass\n"
+        f"def load(*_, **__): raise {raised}\nhost.Model = load\nfrom fixmin_cpp.cli import main; main()"
+    )
+    command = [sys.executable, "-c", before, "serve", str(served_path), "--port", "0"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ran.returncode == code, ran.stderr
+    if code == 1:
+        assert "ERROR the model cannot be loaded: Panic: no such letter\n" in ran.stderr
+        assert "could not be loaded: Panic: no such letter" in ran.stderr.splitlines()[-1]
+        assert "Traceback" not in ran.stderr
 
 
 def test_busy_preparation_does_not_keep_a_process(served_path: Path, start: Start) -> None:
@@ -129,6 +166,56 @@ def test_half_closed_client_gets_its_answer(long_server: Server, version: str, s
             answer += part
     assert b"HTTP/1.1 200" in answer
     assert (b"data: [DONE]" if stream else b'"finish_reason":"length"') in answer
+
+
+def _completion(own_id: int, **fields: Any) -> bytes:
+    body = json.dumps({"prompt": "the", "max_tokens": 30, "ignore_eos": True, **fields}).encode()
+    return (
+        f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        f"X-Request-ID: {own_id}\r\nContent-Length: {len(body)}\r\n\r\n"
+    ).encode() + body
+
+
+def _all_answers(server: Server, data: bytes) -> bytes:
+    """To a client that ends its side as soon as it has sent everything."""
+    url = httpx.URL(server.url)
+    with socket.create_connection((url.host, url.port), timeout=60) as connection:
+        connection.sendall(data)
+        connection.shutdown(socket.SHUT_WR)
+        answer = b""
+        while part := connection.recv(65536):
+            answer += part
+    return answer
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("n", [2, 3, 20])
+def test_half_closed_client_gets_all_its_answers(server: Server, n: int, stream: bool) -> None:
+    """Of requests that it has sent one behind the other, in their order."""
+    answer = _all_answers(server, b"".join(_completion(i, stream=stream) for i in range(n)))
+    assert answer.count(b"HTTP/1.1 200") == answer.count(b'"finish_reason":"length"') == n
+    assert [int(own_id) for own_id in re.findall(rb"x-request-id: (\d+)\r\n", answer)] == list(range(n))
+
+
+def test_half_closed_client_with_more_than_is_read_ahead(server: Server) -> None:
+    long = "the" * 10_000
+    answer = _all_answers(server, b"".join(_completion(i, user=long) for i in range(10)))
+    assert [int(own_id) for own_id in re.findall(rb"x-request-id: (\d+)\r\n", answer)] == list(range(10))
+
+
+def test_half_closed_client_that_has_not_sent_all(server: Server) -> None:
+    """What is whole is answered, and the rest can't come any more."""
+    answer = _all_answers(server, _completion(0) + _completion(1) + _completion(2)[:-5])
+    assert answer.count(b'"finish_reason":"length"') == 2
+    assert answer.count(b"HTTP/1.1 200") == 2
+    until(server.idle)
+
+
+def test_half_closed_client_is_not_asked_before_its_time(served_path: Path, start: Start) -> None:
+    """Whether it is still there; most answers are quicker."""
+    patient = "import fixmin_cpp.serve.protocol as protocol\nprotocol._PROBES = (1000.0, 1000.0)"
+    with start(served_path, before=patient) as server:
+        assert _all_answers(server, _completion(0)).startswith(b"HTTP/1.1 200 OK\r\n")
 
 
 def test_cache_holds_all_that_run(served_path: Path, start: Start) -> None:

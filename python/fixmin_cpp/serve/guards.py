@@ -23,6 +23,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 _PUBLIC = ("/health", "/v1/health", "/", "/docs")
 
 _PATIENCE = 8  # bodies of the largest size that are read and forgotten
+_CLOSE = {"Connection": "close"}
 _GONE = 499  # as nginx counts them
 _FACTS = "fixmin.facts"  # of a scope
 _REQUEST_ID = re.compile(rb"[!-~]{1,128}")
@@ -132,11 +133,11 @@ class Guard:
             if b"host" in headers or scope.get("http_version") != "1.0":  # which no browser speaks
                 self._check_host(headers.get(b"host", b""))
             self._check_key(path, headers.get(b"authorization", b""))
-            self._check_length(headers.get(b"content-length", b"0"))
+            self._check_length(headers)
             if scope["method"] == "POST":
                 _check_kind(headers)
         except APIError as error:
-            if b"expect" not in headers:  # who waits for leave sends nothing
+            if b"expect" not in headers and error.headers != _CLOSE:  # who waits for leave sends nothing
                 await self._take_the_rest(receive)
             return await error.response()(scope, receive, send)
         counted = _Counted(receive, send, self._max_body_bytes)
@@ -144,7 +145,6 @@ class Guard:
             await self._app(scope, counted.receive, counted.send)
         except _TooLargeError:
             if not counted.answered:
-                await self._take_the_rest(receive)
                 await self._too_large().response()(scope, receive, send)
 
     async def _take_the_rest(self, receive: Receive) -> None:
@@ -177,13 +177,18 @@ class Guard:
                 headers={"WWW-Authenticate": "Bearer"},
             )
 
-    def _check_length(self, length: bytes) -> None:
+    def _check_length(self, headers: Mapping[bytes, bytes]) -> None:
+        length = headers.get(b"content-length", b"0")
+        if b"content-length" in headers and b"transfer-encoding" in headers:
+            # RFC 9112, 6.3: a proxy that believes the other one takes what follows for another request
+            raise APIError(400, "Content-Length and Transfer-Encoding contradict each other", headers=_CLOSE)
         # Servers refuse lengths that are no numbers; one too long to be read as such is too large.
         if len(length) > 18 or (length.isdigit() and int(length) > self._max_body_bytes):
             raise self._too_large()
 
     def _too_large(self) -> APIError:
-        return APIError(413, f"the body is larger than {self._max_body_bytes} bytes")
+        # The answer comes at once, however long the body; the rest of it is none of a next request.
+        return APIError(413, f"the body is larger than {self._max_body_bytes} bytes", headers=_CLOSE)
 
 
 def _plain(scope: Scope) -> Scope:

@@ -57,10 +57,12 @@ class ModelHost:
     async def _load(self) -> None:
         try:
             self._model = await asyncio.to_thread(self._open)
-        except Exception as error:
-            self.error = error
+        except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of a library in Rust is no Exception, and must not be waited out
+            self.error = error if isinstance(error, Exception) else FixminError(f"{type(error).__name__}: {error}")
             if not self._closing:
-                _log.error("the model cannot be loaded: %s", error)
+                _log.error("the model cannot be loaded: %s", self.error)
                 if self._on_failure is not None:
                     self._on_failure()
 

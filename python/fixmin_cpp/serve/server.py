@@ -7,18 +7,15 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from types import FrameType
 
-import h11
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..errors import FixminError
-from ..logs import Facts
 from .app import create_app
-from .errors import APIError
 from .host import ModelHost
-from .metrics import Metrics
+from .log_lines import never_waiting
+from .protocol import protocol
 from .settings import ServeSettings
 from .sockets import listening
 
@@ -26,13 +23,13 @@ __all__ = ["run"]
 
 _log = logging.getLogger(__name__)
 
-_PROBES = 0.2, 5.0  # seconds until a client that ended its side is asked whether it is there, and between later times
 _CUT_OFF = 2.0  # seconds after the shutdown's timeout in which clients may take what is left for them
-_TIMEOUT = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 
 
 def run(settings: ServeSettings) -> None:
     """Serves until SIGINT or SIGTERM; then nothing new is taken and what runs gets settings.shutdown_timeout to end.
+
+    A SIGINT after that ends what runs at once. Meanwhile log lines to stderr wait for nobody.
 
     Raises:
         ArgumentError: settings.root_path cannot be told from the server's own paths, or chat_template is no template.
@@ -46,7 +43,7 @@ def run(settings: ServeSettings) -> None:
     app = create_app(settings, on_failure=stop, hosts=settings.hosts)
     config = uvicorn.Config(
         app,
-        http=_protocol(settings, app.state.metrics),
+        http=protocol(settings, app.state.metrics),
         ws="none",
         lifespan="on",
         log_config=None,
@@ -56,7 +53,7 @@ def run(settings: ServeSettings) -> None:
         forwarded_allow_ips=None if settings.uds is None else "*",  # who may connect is a proxy on this machine
     )
     server = _Server(config, settings, app.state.host)
-    with _signals_end_well(stop), listening(settings) as (listener, server.address):
+    with never_waiting(), _signals_end_well(stop), listening(settings) as (listener, server.address):
         server.run(sockets=[listener])
     error = app.state.host.error
     if error is not None:
@@ -72,6 +69,7 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._settings = settings
         self._host = host
+        self._timers: list[asyncio.TimerHandle] = []
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -83,17 +81,28 @@ class _Server(uvicorn.Server):
                 self.should_exit = False
                 asyncio.get_running_loop().call_soon(setattr, self, "should_exit", True)
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Called by a signal, in the middle of anything."""
+        if self.should_exit and sig == signal.SIGINT:  # uvicorn would leave, and answer nobody
+            asyncio.get_running_loop().call_soon_threadsafe(self._end_in, 0.0)
+        else:
+            super().handle_exit(sig, frame)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        loop = asyncio.get_running_loop()
-        timers = [
-            loop.call_later(self._settings.shutdown_timeout, self._host.stop),
-            loop.call_later(self._settings.shutdown_timeout + _CUT_OFF, self._cut_off),
-        ]
+        self._end_in(self._settings.shutdown_timeout)
         try:
             await super().shutdown(sockets)
         finally:
-            for timer in timers:
+            for timer in self._timers:
                 timer.cancel()
+
+    def _end_in(self, seconds: float) -> None:
+        """Those that run then are told that they come too late, and cut off if they do not take that."""
+        loop = asyncio.get_running_loop()
+        self._timers += [
+            loop.call_later(seconds, self._host.stop),
+            loop.call_later(seconds + _CUT_OFF, self._cut_off),
+        ]
 
     def _cut_off(self) -> None:
         for connection in list(self.server_state.connections):
@@ -113,115 +122,3 @@ def _signals_end_well(stop: Callable[[], None]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _protocol(settings: ServeSettings, metrics: Metrics) -> type[asyncio.Protocol]:
-    """uvicorn's HTTP/1.1, which by itself waits for ever for a request that comes byte by byte, or for a reader that
-    takes nothing, drops who has sent all it wants to, and has a form of its own for refusals."""
-    read_timeout, write_timeout = settings.read_timeout, settings.write_timeout
-    full = APIError(
-        503,
-        f"{settings.max_connections} connections are open, and no more are taken: try again later",
-        code="too_many_connections",
-        headers={"Connection": "close", "Retry-After": "1"},
-    ).response()
-
-    class Protocol(H11Protocol):
-        _reading: asyncio.TimerHandle | None = None
-        _writing: asyncio.TimerHandle | None = None
-        _probing: asyncio.Handle | None = None
-
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            metrics.open_connections.set(len(self.connections))
-            if len(self.connections) > settings.max_connections:
-                metrics.refused_connections.inc()
-                _log.warning(
-                    "connection refused %s",
-                    Facts(connections=len(self.connections) - 1, max_connections=settings.max_connections),
-                )
-                self.app = full
-            self._watch_request()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._stop_reading()
-            if self._probing is not None:
-                self._probing.cancel()
-            self.resume_writing()
-            super().connection_lost(exc)
-            metrics.open_connections.set(len(self.connections))
-
-        def eof_received(self) -> bool:  # type: ignore[override]  # asyncio's protocols may say so
-            """Whether the connection stays open: a client may end its side once it has asked."""
-            cycle = self.cycle
-            if cycle is None or cycle.response_complete or cycle.more_body:
-                return False
-            cycle.keep_alive = False
-            self._probing = self.loop.call_soon(self._probe, _PROBES[0])
-            return True
-
-        def _probe(self, then: float) -> None:
-            """One that has gone altogether looks the same, until it is sent something."""
-            cycle = self.cycle
-            if self.transport.is_closing() or cycle.response_complete:
-                return
-            if cycle.response_started:  # an empty line means nothing between events, nor between JSON's numbers
-                self.transport.write(self.conn.send(h11.Data(data=b"\n")))
-            elif cycle.scope["http_version"] == "1.1":
-                self.transport.write(self.conn.send(h11.InformationalResponse(status_code=100, headers=[])))
-            self._probing = self.loop.call_later(then, self._probe, _PROBES[1] if then == _PROBES[0] else then)
-
-        def data_received(self, data: bytes) -> None:
-            if self.conn.their_state in (h11.IDLE, h11.DONE) and not self.conn.trailing_data[0]:
-                data = data.lstrip(b"\r\n")  # some clients end a body with a line that does not belong to it
-            if data:  # for h11 nothing is the end, after which uvicorn would look for events for ever
-                super().data_received(data)
-            self._watch_request()
-
-        def send_400_response(self, msg: str) -> None:
-            answer = APIError(400, "this is no HTTP that can be read", headers={"Connection": "close"}).response()
-            if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-                self.transport.write(
-                    self.conn.send(h11.Response(status_code=400, headers=answer.raw_headers, reason=b"Bad Request"))
-                )
-                self.transport.write(self.conn.send(h11.Data(data=bytes(answer.body))))
-            self.transport.close()
-
-        def on_response_complete(self) -> None:
-            rest = self.conn.trailing_data[0]
-            if lines := len(rest) - len(rest.lstrip(b"\r\n")):  # came with the body; h11 has no other way to drop them
-                self.conn._receive_buffer.maybe_extract_at_most(lines)
-            super().on_response_complete()
-            self._watch_request()
-
-        def _watch_request(self) -> None:
-            """A clock runs from a request's first byte (of the first one: from the connection) to its last."""
-            state = self.conn.their_state
-            begun = self.cycle is None or bool(self.conn.trailing_data[0]) or state is h11.SEND_BODY
-            if not begun or state not in (h11.IDLE, h11.SEND_BODY) or self.transport.is_closing():
-                self._stop_reading()
-            elif self._reading is None:
-                self._reading = self.loop.call_later(read_timeout, self._too_slow)
-
-        def _too_slow(self) -> None:
-            if self.cycle is None or not self.cycle.response_started:
-                self.transport.write(_TIMEOUT)
-            self.transport.close()
-
-        def _stop_reading(self) -> None:
-            if self._reading is not None:
-                self._reading.cancel()
-                self._reading = None
-
-        def pause_writing(self) -> None:
-            super().pause_writing()
-            if self._writing is None:
-                self._writing = self.loop.call_later(write_timeout, self.transport.abort)
-
-        def resume_writing(self) -> None:
-            super().resume_writing()
-            if self._writing is not None:
-                self._writing.cancel()
-                self._writing = None
-
-    return Protocol
