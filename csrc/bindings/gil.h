@@ -7,7 +7,7 @@
 #include <pybind11/pybind11.h>
 
 #include <optional>
-#ifdef __unix__
+#if defined(__unix__) || defined(__APPLE__)
 #include <unistd.h>
 #endif
 
@@ -20,7 +20,7 @@ class Asking {
     Asking(const Asking&) = delete;
     void answered() { waiting_ = false; }
     ~Asking() {
-#ifdef __unix__
+#if defined(__unix__) || defined(__APPLE__)
         while (waiting_) pause();
 #endif
     }
