@@ -318,6 +318,7 @@ def make_prompts(spec: ModelSpec) -> list[NDArray[np.uint32]]:
         from tokenizers import Tokenizer
 
         tokenizer = Tokenizer.from_file(str(spec.tokenizer_json))
+        tokenizer.no_truncation()  # as where the file is used; what tokenizer.json says of it may even panic
         tokenizer.no_padding()
         limit = min(_TEXT_IDS, spec.context_length)
         texts = [np.array(tokenizer.encode(t, add_special_tokens=False).ids[:limit], dtype=np.uint32) for t in _TEXTS]
@@ -423,8 +424,9 @@ def _worst_error(ours: Sequence[NDArray[np.float32]], truth: Sequence[NDArray[np
     for a, b in zip(ours, truth, strict=True):
         if a.shape != b.shape:
             return math.inf
-        difference, norm = float(np.linalg.norm(a - b)), float(np.linalg.norm(b))
-        worst = _max(worst, difference / norm if norm > 0 else math.inf if difference else 0.0)
+        with np.errstate(over="ignore"):  # beside a norm that overflows, any difference would look small
+            difference, norm = float(np.linalg.norm(a - b)), float(np.linalg.norm(b))
+        worst = _max(worst, difference / norm if 0 < norm < math.inf else math.inf if difference else 0.0)
     return worst
 
 

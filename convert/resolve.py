@@ -75,10 +75,14 @@ def resolve(
     except BaseException:
         source.close()
         raise
-    for name, (value, origin) in resolved.spec.conventions.items():
-        tell(f"{name} = {_short(value)} ({origin})")
-    _check_tokenizer(resolved)
-    _check_codes(resolved)
+    try:
+        for name, (value, origin) in resolved.spec.conventions.items():
+            tell(f"{name} = {_short(value)} ({origin})")
+        _check_tokenizer(resolved)
+        _check_codes(resolved)
+    except BaseException:
+        source.close()
+        raise
     for text in source.warnings:
         tell(f"warning: {text}")
     resolved.report, resolved.warnings = report, tuple(source.warnings)
@@ -88,14 +92,10 @@ def resolve(
 def _check_tokenizer(resolved: Resolved) -> None:
     """A warning if texts can have ids that the model does not have. CheckpointError for an unreadable tokenizer."""
     path, size = resolved.spec.tokenizer_json, resolved.spec.vocab_size
-    if path is None:
+    tokenizer = resolved.source.tokenizer()
+    if path is None or tokenizer is None:
         return
-    from tokenizers import Tokenizer
-
-    try:
-        beyond = [token for token, i in Tokenizer.from_file(str(path)).get_vocab().items() if i >= size]
-    except Exception as error:  # tokenizers raises plain Exception
-        raise CheckpointError(f"{path}: not a tokenizer.json of the tokenizers library: {error}") from error
+    beyond = [token for token, i in tokenizer.get_vocab().items() if i >= size]
     if beyond:
         resolved.source.warn(
             f"{path.name} has {len(beyond)} tokens beyond the {size} of the model ({some(sorted(beyond), 3)}): texts "

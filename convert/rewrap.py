@@ -128,7 +128,14 @@ def rewrap(
             path.chmod((folder / "config.json").stat().st_mode)
         _write_the_rest(folder, checkpoint_dir, resolved.spec)
         tell("comparing with the original ...")
-        against, error, tokens = _compare(folder, resolved)
+        try:
+            against, error, tokens = _compare(folder, resolved)
+        except CheckpointError:
+            raise
+        except (TypeError, ValueError) as wrong:
+            if not (folder / "generation_config.json").is_file():
+                raise
+            raise CheckpointError(f"generation_config.json: transformers does not take it: {wrong}") from wrong
         if not error <= TOLERANCE:
             raise CheckpointError(
                 f"{out}: what was written differs from {against} by {error:.2g} (limit {TOLERANCE:g}); nothing is kept"
@@ -282,13 +289,18 @@ def _write_config(folder: Path, config: FixMinConfig, dtype: torch.dtype, resolv
 def _write_the_rest(folder: Path, checkpoint_dir: Path, spec: ModelSpec) -> None:
     """The tokenizer, read as tokenizer.json has it, and files that belong to the model."""
     for pattern in _KEPT:
-        for path in checkpoint_dir.glob(pattern):
+        for path in filter(Path.is_file, checkpoint_dir.glob(pattern)):
             shutil.copyfile(path, folder / path.name)
     if spec.tokenizer_json is None:
         return
     shutil.copyfile(spec.tokenizer_json, folder / "tokenizer.json")
     stated = checkpoint_dir / "tokenizer_config.json"
-    settings = json.loads(stated.read_text(encoding="utf-8")) if stated.is_file() else {}
+    try:
+        settings = json.loads(stated.read_text(encoding="utf-8")) if stated.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{stated}: not valid JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{stated}: expected a JSON object")
     settings.pop("auto_map", None)  # a class of the checkpoint's own code
     settings["tokenizer_class"] = _TOKENIZER_CLASS
     settings.setdefault("model_max_length", spec.context_length)

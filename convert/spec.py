@@ -6,13 +6,15 @@ reads the values lazily, so a spec of a 2 GB checkpoint costs kilobytes until it
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ..errors import CheckpointError
 
 F32 = NDArray[np.float32]
 Bits = NDArray[np.uint8]
@@ -83,6 +85,32 @@ class TensorRecipe:
     def load(self) -> F32:
         """The whole tensor, float32, of `shape`."""
         return self.load_rows(0, self.shape[0])
+
+
+def check_shapes(tensors: Mapping[str, TensorRecipe], blocks: int, vocab_size: int, width: int) -> None:
+    """CheckpointError, with both shapes, for a tensor in another shape than the model needs, or that it does not have.
+
+    The sizes of keys and values and of the feed-forward layer are those of block 0. width: embedding length.
+    """
+    kv, inner = (
+        tensors[name].shape[axis] if name in tensors and len(tensors[name].shape) == 2 else 0
+        for name, axis in (("blk.0.attn_k.weight", 0), ("blk.0.ffn_down.weight", 1))
+    )
+    block: dict[str, tuple[int, ...]] = {
+        **{"attn_norm": (width,), "ffn_norm": (width,), "attn_q": (width, width), "attn_output": (width, width)},
+        **{"attn_k": (kv, width), "attn_v": (kv, width), "ffn_up": (inner, width), "ffn_gate": (inner, width)},
+        "ffn_down": (width, inner),
+    }
+    needed = {"output_norm": (width,), "output": (vocab_size, width), "token_embd": (vocab_size, width)}
+    needed |= {f"blk.{i}.{role}": shape for i in range(blocks) for role, shape in block.items()}
+    for name, recipe in tensors.items():
+        stem, _, kind = name.rpartition(".")
+        where = f"{name} ({' + '.join(recipe.sources)})" if recipe.sources else name
+        if stem not in needed or kind not in ("weight", "bias") or name == "token_embd.bias":
+            raise CheckpointError(f"{where}: the file format has no tensor of this name")
+        shape = needed[stem] if kind == "weight" else needed[stem][:1]
+        if recipe.shape != shape:
+            raise CheckpointError(f"{where} has the shape {recipe.shape}, but the model needs {shape}")
 
 
 @dataclass

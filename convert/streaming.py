@@ -99,7 +99,8 @@ def step_errors(
 
 
 def _ratio(difference: Tensor, size: Tensor) -> NDArray[np.float32]:
-    """difference / size, and 0 where nothing differs, even of nothing."""
+    """difference / size, 0 where nothing differs, even of nothing, and infinity where the size overflows."""
+    size = torch.where(size.isinf(), 0.0, size)
     return torch.where(difference == 0, 0.0, difference / size).numpy()
 
 

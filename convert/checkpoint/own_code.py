@@ -53,7 +53,7 @@ def own_class(source: Source) -> tuple[str, str] | None:
     for key in AUTO_MODELS:
         if found := local_reference(source.directory, auto_map.get(key)):
             return found
-    for architecture in source.config.get("architectures") or []:
+    for architecture in _architectures(source):
         for path in sorted(source.directory.glob("[!.]*.py")):
             with contextlib.suppress(SyntaxError, UnicodeDecodeError):
                 body = ast.parse(path.read_text(encoding="utf-8")).body
@@ -62,20 +62,28 @@ def own_class(source: Source) -> tuple[str, str] | None:
     return None
 
 
+def _architectures(source: Source) -> list[str]:
+    names = source.config.get("architectures")
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+
+
 def local_reference(directory: Path, reference: Any) -> tuple[str, str] | None:
     """ "module.Class" or "repository--module.Class" of auto_map, if the module lies in the directory."""
     reference = reference[0] if isinstance(reference, (list, tuple)) and reference else reference
     if not isinstance(reference, str) or "." not in reference:
         return None
     module, _, name = reference.split("--")[-1].rpartition(".")
-    return (module, name) if (directory / (module.replace(".", "/") + ".py")).is_file() else None
+    with contextlib.suppress(OSError):  # names that no file can have
+        if (directory / (module.replace(".", "/") + ".py")).is_file():
+            return module, name
+    return None
 
 
 def library_class(source: Source) -> str | None:
     """The architecture, if transformers itself has it."""
     import transformers
 
-    for name in source.config.get("architectures") or []:
-        if isinstance(name, str) and name.endswith(("ForCausalLM", "LMHeadModel")) and hasattr(transformers, name):
+    for name in _architectures(source):
+        if name.endswith(("ForCausalLM", "LMHeadModel")) and hasattr(transformers, name):
             return name
     return None

@@ -17,7 +17,7 @@ import numpy as np
 from ...errors import CheckpointError
 from ..spec import TensorRecipe
 from .recipes import gather, stored_ref
-from .source import Source, hyper, is_no_weight, some
+from .source import Source, context_lengths, hyper, is_no_weight, some
 
 
 def leftovers_error(source: Source, names: Iterable[str], why: str) -> CheckpointError:
@@ -57,8 +57,8 @@ def read_map(source: Source, path: str | os.PathLike[str] | None) -> Map:
         return result
     try:
         text = Path(path).read_text(encoding="utf-8")
-        pairs = list(json.loads(text).items()) if text.lstrip().startswith("{") else _map_lines(text)
-    except (OSError, ValueError, AttributeError) as error:
+        pairs = _map_object(text) if text.lstrip().startswith("{") else _map_lines(text)
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"--map {path}: {error}") from None
     for left, right in pairs:
         for i in range(len(source.tensors)) if "{i}" in left + right else [0]:
@@ -71,14 +71,25 @@ def read_map(source: Source, path: str | os.PathLike[str] | None) -> Map:
                     break
                 name = gguf if words == ["ignore"] else " ".join(words[:1])
                 raise CheckpointError(f"--map {path}: the checkpoint has no tensor {name!r}")
-            first, end = 0, None
-            if "rows" in words:
-                match = re.fullmatch(r"(\d+):(\d+)", words[words.index("rows") + 1]) if words[-1] != "rows" else None
-                if match is None:
-                    raise CheckpointError(f"--map {path}: {gguf}: expected 'rows FIRST:END'")
-                first, end = int(match[1]), int(match[2])
-            result.places[gguf] = (words[0], "T" in words[1:], first, end)
+            match = re.fullmatch(r"(T ?)?(rows (\d{1,18}):(\d{1,18}) ?)?(T ?)?", " ".join(words[1:]))
+            if match is None or (match[1] and match[5]):
+                said = " ".join(words[1:])
+                raise CheckpointError(
+                    f"--map {path}: {gguf}: expected 'T' or 'rows FIRST:END' after {words[0]}, not {said!r}"
+                )
+            if gguf in result.places:
+                raise CheckpointError(f"--map {path}: {gguf} has two places")
+            first, end = (int(match[3]), int(match[4])) if match[2] else (0, None)
+            result.places[gguf] = (words[0], bool(match[1] or match[5]), first, end)
     return result
+
+
+def _map_object(text: str) -> list[tuple[str, str]]:
+    pairs = json.loads(text, object_pairs_hook=list)
+    for name, value in pairs:
+        if not isinstance(value, str):
+            raise ValueError(f"{name}: {value!r} is not 'CHECKPOINT_NAME'")
+    return pairs
 
 
 def _map_lines(text: str) -> list[tuple[str, str]]:
@@ -166,9 +177,11 @@ def assign_roles(source: Source, mapping: Map, vocab_size: int | None, transpose
     ignored = dict.fromkeys(mapping.ignored, "--map")
     mapped = {name for name, *_ in mapping.places.values()}
     names = []
+    lengths = set(context_lengths(source.config).values())  # a causal mask is as long as the context
     for name, tensor in source.tensors.items():
-        small = len(tensor.shape) >= 2 and tensor.shape[-1] == tensor.shape[-2] and tensor.shape[-1] > 1
-        values = source.read_raw(name) if small and tensor.size == tensor.shape[-1] ** 2 else None
+        square = len(tensor.shape) >= 2 and tensor.shape[-1] == tensor.shape[-2] and tensor.shape[-1] > 1
+        square = square and tensor.size == tensor.shape[-1] ** 2
+        values = source.read_raw(name) if square and (not lengths or tensor.shape[-1] in lengths) else None
         if name not in ignored and is_no_weight(name, values):
             ignored[name] = "a mask or a table of positions"
         elif name not in ignored and name not in mapped and source.allow_unexpected(name):
@@ -177,11 +190,11 @@ def assign_roles(source: Source, mapping: Map, vocab_size: int | None, transpose
             names.append(name)
     if not mapping.places:
         names += complete_blocks(source, names)
-    placed = {int(m[1]) for gguf in mapping.places if (m := re.match(r"blk\.(\d+)\.", gguf))}
+    placed = {int(m[1]) for gguf in mapping.places if (m := re.match(r"blk\.(\d{1,9})\.", gguf))}
     try:
         blocks_at, rest = split_blocks(source, names)
     except CheckpointError:
-        if not placed:
+        if not placed or placed != set(range(len(placed))):
             raise
         blocks_at, rest = [{} for _ in range(max(placed) + 1)], names  # the map says it all
     width = model_width(source, blocks_at[0], mapping)
@@ -374,7 +387,8 @@ def block_roles(
         else:
             roles[role] = part
     options: dict[str, list[tuple[str, dict[str, Part]]]] = {}
-    left = _by_shape(source, roles, unnamed, width, transposed, options)
+    left = [name for name in block.values() if not source.tensors[name].shape]  # a scale, which the format lacks
+    left += _by_shape(source, roles, unnamed, width, transposed, options)
     left += _norm_roles(source, roles, vectors, block, width, options)
     return roles, options, left
 

@@ -35,7 +35,8 @@ _DTYPES = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1",
     "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "|u1", "BOOL": "|b1", "C64": "<c8",
 }  # fmt: skip
-_FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = ("F64", "F32", "F16", "BF16")
+_MAX_DIMS = 32  # dimensions of an array in NumPy 1
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
 _CHUNK = 1 << 22  # elements of a tensor looked at together
 
@@ -113,16 +114,17 @@ def check_numbers(config: Mapping[str, Any]) -> None:
         if value is None:
             wrong = [s for s in _HYPER[key] if config.get(s) is not None]
             if wrong:
-                raise CheckpointError(f"config.json: {wrong[0]} is {_shown(config[wrong[0]])}, which is no number")
+                raise CheckpointError(f"config.json: {wrong[0]} is {shown(config[wrong[0]])}, which is no number")
             continue
         whole = key not in _COUNTS or value == value // 1
         above = value > 0 or (value == 0 and key in ("norm_eps", "rope_dim"))
         if not (above and value < 1 << 31 and whole):  # NaN fails too
             wanted = "a positive number" if key in _MEASURES else f"a whole number from {int(key != 'rope_dim')} on"
-            raise CheckpointError(f"config.json: {spelling(config, key)} is {_shown(value)}, but must be {wanted}")
+            raise CheckpointError(f"config.json: {spelling(config, key)} is {shown(value)}, but must be {wanted}")
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value of a file, short, for messages."""
     text = reprlib.repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -132,13 +134,21 @@ def context_length(config: Mapping[str, Any]) -> tuple[int, str] | None:
     value = hyper(config, "context_length")
     if value is not None and value >= 1:
         return int(value), spelling(config, "context_length")
-    for key, value in config.items():
-        plain = isinstance(value, int) and not isinstance(value, bool) and value > 1
-        if plain and (re.search(r"ctx|context|seq|pos|block_?size|window", key, re.IGNORECASE) or key == "T"):
-            return value, key
-    return None
+    return next(((value, key) for key, value in context_lengths(config).items()), None)
 
 
+def context_lengths(config: Mapping[str, Any]) -> dict[str, int]:
+    """Every number under a key that may speak of the length of the context."""
+    return {
+        key: value
+        for key, value in config.items()
+        if type(value) is int
+        and value > 1
+        and (key in (*_HYPER["context_length"], "T") or _CONTEXT_KEY.search(key) is not None)
+    }
+
+
+_CONTEXT_KEY = re.compile(r"ctx|context|seq|pos|block_?size|window", re.IGNORECASE)
 _NO_WEIGHT = re.compile(
     r"(^|[._])(inv_freqs?|freqs?(_cis)?|rotary|rope|(cos|sin)(_(cached?|table|emb))?|masked_bias|mask|causal_mask|"
     r"attn_mask|tril|triu|position_ids|positions|num_batches_tracked)([._]|$)"
@@ -153,7 +163,8 @@ def is_no_weight(name: str, values: NDArray[Any] | None = None) -> bool:
         return False
     square = values.reshape(values.shape[-1], -1)
     below, above = np.tril(np.ones(square.shape, bool)), np.triu(np.ones(square.shape, bool), 1)
-    return len(np.unique(square[below])) == 1 and len(np.unique(square[above])) == 1
+    inside, outside = np.unique(square[below]), np.unique(square[above])
+    return len(inside) == len(outside) == 1 and bool(inside[0] == inside[0] != outside[0])
 
 
 @dataclass(frozen=True)
@@ -177,7 +188,7 @@ class StoredTensor:
 
     @property
     def is_float(self) -> bool:
-        return self.dtype in _FLOATS
+        return self.dtype in FLOATS
 
 
 @dataclass
@@ -236,6 +247,7 @@ class Source:
         self._filled: dict[str, F32] = {}  # tensors that no file holds, see `fill`
         self._tokenizer: Path | None = None
         self._tokenizer_known = False
+        self._parsed: Any = None  # a tokenizers.Tokenizer
         self.files = self._find_files()
         for path, expected in self.files.items():
             self._read_header(path, expected)
@@ -277,13 +289,22 @@ class Source:
         return np.left_shift(part.astype("<u4"), np.uint32(16), out=np.empty(part.shape, "<u4")).view("<f4")
 
     def read(self, name: str, view: Callable[[NDArray[Any]], NDArray[Any]] = lambda a: a) -> F32:
-        """The same as float32. CheckpointError if a weight is NaN or infinite."""
+        """The same as float32. CheckpointError if a weight is NaN, infinite or complex."""
+        self.check_real(name)
         with np.errstate(over="ignore"):  # float64 beyond float32
             part = self.read_raw(name, view).astype(np.float32, copy=False)
         if not np.isfinite(part).all():
             self.check_finite(name)
             raise CheckpointError(f"tensor {name} holds NaN or infinity")
         return part
+
+    def check_real(self, name: str) -> None:
+        """CheckpointError for a tensor of complex numbers, of which a conversion would leave the real parts."""
+        tensor = self.tensors[name]
+        if tensor.dtype == "C64":
+            raise CheckpointError(
+                f"tensor {name} {tensor.shape} ({tensor.file.name}) has type C64: complex weights are not read"
+            )
 
     def check_finite(self, name: str) -> None:
         """CheckpointError that names the first element of a tensor that is no finite float32."""
@@ -331,6 +352,20 @@ class Source:
                 )
         return self._tokenizer
 
+    def tokenizer(self) -> Any | None:
+        """`tokenizer_json` as a tokenizers.Tokenizer. CheckpointError for a file that is none."""
+        path = self.tokenizer_json()
+        if path is not None and self._parsed is None:
+            from tokenizers import Tokenizer
+
+            try:
+                self._parsed = Tokenizer.from_file(str(path))
+            except Exception as error:  # tokenizers raises plain Exception
+                raise CheckpointError(f"{path}: not a tokenizer.json of the tokenizers library: {error}") from error
+            self._parsed.no_truncation()  # as where the file is used; what tokenizer.json says of it may even panic
+            self._parsed.no_padding()
+        return self._parsed
+
     def special_ids(self, vocab_size: int) -> dict[str, Any]:
         """Ids of the tokens that begin, end and pad a text, each below vocab_size, as fields of a ModelSpec.
 
@@ -361,10 +396,8 @@ class Source:
             config = self.config if file == "config.json" else self._json(file, {})
             text = config.get(f"{kind}_token")
             text = text.get("content") if isinstance(text, dict) else text
-            if isinstance(text, str) and (path := self.tokenizer_json()) is not None:
-                from tokenizers import Tokenizer
-
-                found = Tokenizer.from_file(str(path)).token_to_id(text)
+            if isinstance(text, str) and (tokenizer := self.tokenizer()) is not None:
+                found = tokenizer.token_to_id(text)
                 if found is not None and found >= vocab_size:
                     self.warn(
                         f"{kind}_token {text!r} ({file}) is id {found}, which the model of {vocab_size} ids lacks"
@@ -476,7 +509,14 @@ class Source:
             names = files.setdefault(self.directory / file, set())
             assert names is not None
             names.add(name)
-        missing = sorted(path.name for path in files if not _is_there(path))
+        try:
+            missing = sorted(path.name for path in files if not _is_there(path))
+        except OSError as error:  # names that no file can have
+            name = Path(error.filename).name
+            names = next((names for path, names in files.items() if path.name == name), None)
+            raise CheckpointError(
+                f"{index}: the file of {some(sorted(names or ()), 3)}, {shown(name)}: {error.strerror}"
+            ) from None
         if missing:
             raise CheckpointError(f"{index.name} names files that are not there: {some(missing)}")
         if not files:
@@ -486,6 +526,12 @@ class Source:
     def _read_header(self, path: Path, expected: set[str] | None) -> None:
         tensors = self._bin_header(path) if path.suffix == ".bin" else self._safetensors_header(path)
         names = set(tensors)
+        for name, tensor in tensors.items():
+            if len(tensor.shape) > _MAX_DIMS:
+                raise CheckpointError(f"{path.name}: tensor {name} has {len(tensor.shape)} dimensions")
+            # An array without elements has strides too, which must be numbers of 64 bits.
+            if math.prod(max(n, 1) for n in tensor.shape) >= 1 << 59:
+                raise CheckpointError(f"{path.name}: tensor {name} has shape {tensor.shape}")
         if expected is not None and not expected <= names:
             raise CheckpointError(f"{path.name} lacks tensors its index names: {some(sorted(expected - names))}")
         twice = sorted(names & set(self.tensors))
@@ -572,9 +618,24 @@ class Source:
             torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
             torch.bool: "BOOL", torch.complex64: "C64",
         }  # fmt: skip
+        size = path.stat().st_size
         for name, tensor in state.items():
+            if not isinstance(name, str):
+                raise CheckpointError(f"{path.name}: a tensor's name is {shown(name)}, which is no text")
             if tensor.dtype not in names:
                 raise CheckpointError(f"{path.name}: tensor {name} has type {tensor.dtype}, which is not supported")
+            if tensor.is_nested or tensor.layout != torch.strided:
+                layout = "nested" if tensor.is_nested else str(tensor.layout)
+                raise CheckpointError(f"{path.name}: tensor {name} is stored as {layout}, which is not supported")
+            if tensor.device.type != "cpu":
+                raise CheckpointError(f"{path.name}: tensor {name} was saved without its values ({tensor.device})")
+            n_bytes = tensor.numel() * tensor.element_size()
+            if n_bytes > max(size, tensor.untyped_storage().nbytes()):
+                raise CheckpointError(
+                    f"{path.name}: tensor {name} {tuple(tensor.shape)} has {n_bytes} bytes, more than the file, which "
+                    f"has {size}: a view of few numbers (expand)? Save its .contiguous()"
+                )
+            state[name] = tensor.detach().resolve_conj().resolve_neg()
         self._bin.update(state)
         return {n: StoredTensor(n, names[t.dtype], tuple(t.shape), path, -1) for n, t in state.items()}
 
@@ -585,7 +646,7 @@ class Source:
         if tensor.offset < 0:
             import torch
 
-            value = self._bin[tensor.name].detach()
+            value = self._bin[tensor.name]
             return value.view(torch.int16).numpy().view("<u2") if tensor.dtype == "BF16" else value.numpy()
         dtype = np.dtype(_DTYPES[tensor.dtype])
         if tensor.size == 0:

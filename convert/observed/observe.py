@@ -15,7 +15,7 @@ from ..checkpoint.recipes import Ref, constant, gather
 from ..checkpoint.roles import Map, leftovers_error, mapped_recipes, read_map
 from ..checkpoint.source import Source, context_length, hyper, is_no_weight
 from ..overrides import OVERRIDES, option
-from ..spec import Activation, CodeSpec, ModelSpec, Resolved, TensorRecipe
+from ..spec import Activation, CodeSpec, ModelSpec, Resolved, TensorRecipe, check_shapes
 from .attention import Hints
 from .confirm import confirm
 from .conventions import Block, Interpretation, Norm, Reader
@@ -53,6 +53,12 @@ class _Observation:
         self.conventions["context_length"] = (context, origin)
         self.length = min(_PROMPT_TOKENS, context)
         first = own.logits(np.arange(min(4, context)))
+        if not np.isfinite(first).all():
+            at = tuple(int(i) for i in np.argwhere(~np.isfinite(first))[0])
+            raise CheckpointError(
+                f"the checkpoint's code gives a logit that is no finite number: {first[at]} for token {at[1]}, behind "
+                f"the tokens 0 to {at[0]}"
+            )
         if not np.array_equal(first, own.logits(np.arange(min(4, context)))):
             raise CheckpointError(
                 "the checkpoint's code gives different logits each time it is run (random numbers, dropout in "
@@ -199,6 +205,7 @@ class _Observation:
             self.tell(f"{name}: values as the checkpoint's code computes them from the files")
         origins = found.sources
         width = found.head.x.shape[1]
+        check_shapes(tensors, len(found.blocks), vocab_size, width)
         count = len(found.attention.heads.q)
         self.conventions |= {
             "embedding_length": (width, "shapes"),
@@ -329,7 +336,9 @@ class _Observation:
                 )
                 continue
             if not in_model:
-                if not is_no_weight(name) and not any(p.search(name) for p in ignorable):
+                if is_no_weight(name) or any(p.search(name) for p in ignorable):
+                    self.tell(f"tensor {name} {self.source.tensors[name].shape}: ignored, the code does not know it")
+                else:
                     open_names.append(name)
                 continue
             reason = (

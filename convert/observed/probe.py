@@ -381,7 +381,7 @@ def _filled(model: nn.Module, source: Source, first_draw: dict[str, Tensor], log
     mapped = map_weights(model, source, file_name)
     for name, stored in file_name.items():
         if name not in mapped:
-            state[name].copy_(torch.from_numpy(source.read_raw(stored)))
+            _copy(source, stored, state[name])
     loaded = {state[name].data_ptr() for name in file_name}
     if missing and getattr(getattr(model, "config", None), "tie_word_embeddings", False):
         missing = _tie_output(model, missing, file_name)
@@ -395,6 +395,20 @@ def _filled(model: nn.Module, source: Source, first_draw: dict[str, Tensor], log
                 "what the model computes differs from run to run"
             )
     return OwnModel(model, source, file_name, log)
+
+
+def _copy(source: Source, stored: str, target: Tensor) -> None:
+    """Fill a tensor of the model. _FinalError for values that its type would change otherwise than by rounding."""
+    values = torch.from_numpy(source.read_raw(stored))
+    whole = not (target.is_floating_point() or target.is_complex() or is_no_weight(stored))
+    if (values.is_complex() and not target.is_complex()) or (
+        whole and not torch.equal(values.to(target.dtype).to(values.dtype), values)
+    ):
+        raise _FinalError(
+            f"tensor {stored} {tuple(values.shape)} has type {source.tensors[stored].dtype} and values that are lost "
+            f"as {target.dtype}, which the checkpoint's code has there"
+        )
+    target.copy_(values)
 
 
 def _check_missing(

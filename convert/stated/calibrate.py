@@ -30,16 +30,14 @@ class Losses:
     """Per-token losses of the model on a text, for any choice of items; computed by reference/, one block at a time."""
 
     def __init__(self, source: Source, files: Files, path: str | os.PathLike[str], context: int) -> None:
-        tokenizer = source.tokenizer_json()
+        tokenizer = source.tokenizer()
         if tokenizer is None:
             raise CheckpointError("--calibrate needs the checkpoint's tokenizer.json")
-        from tokenizers import Tokenizer
-
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             raise CheckpointError(f"--calibrate {path}: {error}") from None
-        ids = np.array(Tokenizer.from_file(str(tokenizer)).encode(text, add_special_tokens=False).ids, dtype=np.int64)
+        ids = np.array(tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
         size = min(_WINDOW, context)
         if len(ids) < 2 * size:
             raise CheckpointError(f"--calibrate {path}: {len(ids)} tokens; at least {2 * size} are needed")

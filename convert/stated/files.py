@@ -10,12 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import CheckpointError
+from ...inspect import gf2_rank
 from ..checkpoint.codes import MAX_WIDTH, recover_code
 from ..checkpoint.recipes import Ref, constant, gather, stored_ref
 from ..checkpoint.roles import Part, Roles, assign_roles, mapped_recipes, read_map
-from ..checkpoint.source import Source, check_numbers, context_length, hyper, spelling
+from ..checkpoint.source import Source, check_numbers, context_length, hyper, shown, some, spelling
 from ..overrides import OVERRIDES, option
-from ..spec import Bits, CodeSpec, Lift, ModelSpec, TensorRecipe
+from ..spec import Bits, CodeSpec, Lift, ModelSpec, TensorRecipe, check_shapes
 
 
 @dataclass
@@ -40,6 +41,23 @@ _BIASES = {
     "norm_bias": ("attn_norm", "ffn_norm", "output_norm"),
 }
 
+# What config.json of our reference model may say. Elsewhere these keys may mean anything: what is not understood there
+# is a question left open.
+_OURS: dict[str, tuple[Any, ...]] = {
+    "norm_type": OVERRIDES["norm"].choices,
+    "activation": OVERRIDES["activation"].choices,
+    "rope_style": OVERRIDES["rope_style"].choices,
+    "code_lift": OVERRIDES["lift"].choices,
+    "code_kind": ("fixed", "affine", "table", "learned"),
+    **dict.fromkeys((*_BIASES, "tie_word_embeddings"), (True, False)),
+}
+# Kind of a code of the reference model -> its tensors, as roles and names. b is looked for where A is.
+_CODE_TENSORS = {
+    "affine": {"matrix": "model.code.matrix"},
+    "table": {"code_table": "model.code.table"},
+    "learned": {"token_embd": "model.token_embd.weight"},
+}
+
 
 class Files:
     """The roles, the items, and the spec for each choice of values."""
@@ -58,7 +76,31 @@ class Files:
         self.special = source.special_ids(self.vocab_size)
         # Checkpoints of our own reference model document their conventions in config.json.
         self.ours = self.config.get("model_type") == "fixmin"
+        if self.ours:
+            self._check_ours()
         self._check_declared()
+
+    def _check_ours(self) -> None:
+        """CheckpointError if config.json of our reference model says what that does not know, or the files belie."""
+        for key, allowed in _OURS.items():
+            value = self.config.get(key)
+            if value is not None and (type(value), value) not in [(type(a), a) for a in allowed]:
+                wanted = ", ".join(map(_text, allowed))
+                raise CheckpointError(f"config.json: {key} is {shown(value)}, which is not one of {wanted}")
+        values = self.config.get("code_values")
+        if values is not None and not OVERRIDES["values"].allows(values):
+            raise CheckpointError(f"config.json: code_values is {shown(values)}, but must be two finite numbers")
+        kind, top = self.config.get("code_kind"), self.roles.top
+        if kind is None or "affine" in self.stated:
+            return
+        needed = _CODE_TENSORS.get(kind, {})
+        for role in {r for roles in _CODE_TENSORS.values() for r in roles} - set(needed):
+            if role in top:
+                raise CheckpointError(f"config.json: code_kind is {kind}, but the files hold {top[role].weight}")
+        for role, name in needed.items():
+            mapped = role == "token_embd" and "token_embd.weight" in self.mapped
+            if role not in top and not mapped and not (kind == "affine" and self.source.allow_missing(name)):
+                raise CheckpointError(f"no tensor was found for {name}, but config.json: code_kind is {kind}")
 
     def _check_declared(self) -> None:
         """CheckpointError if config.json speaks of layers or biases that the files do not hold."""
@@ -76,6 +118,8 @@ class Files:
             parts = [part for role, part in (*first.items(), *top.items()) if role in roles]
             if self.config.get(key) is True and parts and not any(part.bias for part in parts):
                 lacking.append((f"{roles[0]}.bias", f"config.json: {key} is true"))
+            if self.ours and self.config.get(key) is False and (biases := [p.bias for p in parts if p.bias]):
+                raise CheckpointError(f"config.json: {key} is false, but the files hold {biases[0]}")
         width = self.config.get("hidden_size")
         if width is not None and width != self.width:
             raise CheckpointError(f"config.json: hidden_size is {width}, but the tensors have {self.width}")
@@ -122,7 +166,17 @@ class Files:
                 f"config.json: {spelling(self.config, 'vocab_size')} is {declared}, but the output projection has rows "
                 f"for {rows} tokens"
             )
-        return rows if declared is None else int(declared)
+        if declared is None or declared == rows:
+            return rows
+        size, tokenizer = int(declared), self.source.tokenizer()
+        beyond = [t for t, i in tokenizer.get_vocab().items() if size <= i < rows] if tokenizer is not None else []
+        if beyond:  # so these rows are no padding
+            raise CheckpointError(
+                f"config.json: {spelling(self.config, 'vocab_size')} is {size}, but the output projection has rows for "
+                f"{rows} tokens, and tokenizer.json has {len(beyond)} of those beyond ({some(sorted(beyond), 3)})"
+            )
+        self.source.warn(f"of {rows} rows of the output projection the first {size} are used, as config.json says")
+        return size
 
     # Items ------------------------------------------------------------------------------------------------------
 
@@ -189,6 +243,8 @@ class Files:
         parts = [p for b in self.roles.blocks for r, p in b.items() if r.endswith("_norm")]
         settled = None
         if any(p.bias for p in parts):
+            if self.ours and self.config.get("norm_type") == "rmsnorm":
+                raise CheckpointError("config.json: norm_type is rmsnorm, which has no bias, but the files hold biases")
             settled = ("layernorm", "norms have biases")
         elif self.config.get("norm_type") in ("layernorm", "rmsnorm"):
             settled = (self.config["norm_type"], "config.json, norm_type")
@@ -262,6 +318,9 @@ class Files:
     def _code_items(self) -> list[Item]:
         """Items of the code; sets `self.code` to a function of a state."""
         top = self.roles.top
+        if "token_embd.weight" in self.mapped:
+            self.code: Callable[[State], CodeSpec] = lambda state: CodeSpec("learned")
+            return [Item("code", [("learned", "learned")], "--map")]
         if "token_embd" in top:
             return self._embedding_items(top["token_embd"].weight)
         if "code_table" in top and "affine" not in self.stated:
@@ -270,14 +329,24 @@ class Files:
 
     def _embedding_items(self, name: str) -> list[Item]:
         ref = self._matrix(Part(name), self._out_first(name))
+        self._check_rows(name, ref.shape)
 
         def rows(ids: NDArray[np.int64]) -> Any:
             return ref.rows(slice(int(ids[0]), int(ids[-1]) + 1))
 
         code = recover_code(rows, self.vocab_size, 4096)
-        self.code: Callable[[State], CodeSpec] = lambda state: code or CodeSpec("learned")
+        self.code = lambda state: code or CodeSpec("learned")
         kind = "learned" if code is None else code.kind
         return [Item("code", [(kind, kind)], f"rows of tensor {name}")]
+
+    def _check_rows(self, name: str, shape: tuple[int, ...]) -> None:
+        if shape[0] < self.vocab_size:
+            raise CheckpointError(f"tensor {name} has {shape[0]} rows, but there are {self.vocab_size} token ids")
+
+    def _bits(self, name: str) -> NDArray[Any]:
+        """A stored tensor of a code, in its type, which may be an integer."""
+        self.source.check_real(name)
+        return self.source.read_raw(name)
 
     def _out_first(self, name: str) -> bool:
         """Whether a top-level matrix is stored [width, V] and has to be transposed to have a row per token."""
@@ -285,7 +354,10 @@ class Files:
         return shape[1] != self.width
 
     def _table_items(self, name: str) -> list[Item]:
-        table = self.source.read_raw(name).astype(np.float64)[: self.vocab_size]
+        self._check_rows(name, self.source.tensors[name].shape)
+        table = self._bits(name).astype(np.float64)[: self.vocab_size]
+        if len(np.unique(table)) != 2:
+            raise CheckpointError(f"tensor {name}: the codes of the {self.vocab_size} ids hold one value, not two")
         low, high = sorted(np.unique(table).tolist())
         codes = (table == high).astype(np.uint8)
         if codes.shape[1] > MAX_WIDTH:
@@ -311,7 +383,7 @@ class Files:
         """Values of a 0 bit and a 1 bit. `stored`: those of a table; the code may change them on the way."""
         declared = self.config.get("code_values")
         settled = None
-        if isinstance(declared, list) and len(declared) == 2:
+        if isinstance(declared, list) and OVERRIDES["values"].allows(declared):
             settled = (tuple(declared), "config.json, code_values")
         elif self.ours:
             settled = (stored, "config.json: the format of the reference model")
@@ -323,9 +395,12 @@ class Files:
         for key in ("code_lift", "lift"):
             if self.config.get(key) in ("tile", "interleave"):
                 settled = (self.config[key], f"config.json, {key}")
-        if width == self.width or self.width % width:
+        if settled is None and (width == self.width or self.width % width):
             settled = ("tile", f"{width} bits do not divide the width {self.width}, or are as many")
-        return self._item("lift", None, settled=settled)
+        item = self._item("lift", None, settled=settled)
+        if item.options[0][1] == "interleave" and self.width % width:
+            raise CheckpointError(f"lift: interleave ({item.origin}), but {width} bits do not divide {self.width}")
+        return item
 
     def _affine_items(self) -> list[Item]:
         matrix, shift, origin = self._affine()
@@ -360,21 +435,26 @@ class Files:
         """(A, b, where from): stated, stored, or in config.json; None if there is none."""
         stated = self.stated.get("affine")
         if stated is not None:
-            a, b = (np.load(x) if isinstance(x, (str, os.PathLike)) else np.asarray(x) for x in stated)
-            return _checked(a, b, "given with --affine")
+            return self._checked(_loaded(stated[0]), _loaded(stated[1]), "given with --affine")
         top = self.roles.top
         if "matrix" in top:
-            a = self.source.read_raw(top["matrix"].weight)
-            b = self.source.read_raw(top["shift"].weight) if "shift" in top else np.zeros(len(a))
+            a = self._bits(top["matrix"].weight)
+            if "shift" not in top:
+                self._check_no_shift(top["matrix"].weight)
+            b = self._bits(top["shift"].weight) if "shift" in top else np.zeros(len(a))
             names = top["matrix"].weight + (f", {top['shift'].weight}" if "shift" in top else "; no shift is stored")
-            return _checked(a, b, f"tensors {names}")
+            return self._checked(a, b, f"tensors {names}")
         lists = {k: np.asarray(v) for k, v in self.config.items() if _is_bits(v)}
         matrices = {k: v for k, v in lists.items() if v.ndim == 2 and v.shape[0] == v.shape[1]}
-        if len(matrices) == 1:
-            key, a = next(iter(matrices.items()))
-            shifts = {k: v for k, v in lists.items() if v.shape == a.shape[:1]}
-            name, b = next(iter(shifts.items())) if len(shifts) == 1 else ("no shift", np.zeros(len(a)))
-            return _checked(a, b, f"config.json, {key}, {name}")
+        shifts = {k: v for k, v in lists.items() if any(v.shape == a.shape[:1] for a in matrices.values())}
+        if len(matrices) > 1 or len(shifts) > 1:
+            raise CheckpointError(
+                f"config.json: {', '.join([*matrices, *shifts])} could each be a part of the code: give --affine "
+                "A.npy b.npy"
+            )
+        for key, a in matrices.items():
+            name, b = next(iter(shifts.items()), ("no shift", np.zeros(len(a))))
+            return self._checked(a, b, f"config.json, {key}, {name}")
         hints = [k for k in self.config if any(w in k.lower() for w in ("affine", "recod", "seed", "permut"))]
         if hints and not self.ours:
             raise CheckpointError(
@@ -382,6 +462,36 @@ class Files:
                 "the matrix and the shift: give --affine A.npy b.npy"
             )
         return None, None, "no table, matrix or shift is stored"
+
+    def _check_no_shift(self, matrix: str) -> None:
+        """CheckpointError for A without b where b is promised: in our reference model, or by a key of config.json."""
+        hints = [k for k in self.config if any(w in k.lower() for w in ("affine", "shift", "xor"))]
+        if not (self.ours or hints):
+            return
+        name = matrix[: matrix.rfind(".") + 1] + "shift"
+        if not self.source.allow_missing(name):
+            why = "config.json: code_kind" if self.ours else f"config.json: {', '.join(hints)}"
+            raise CheckpointError(
+                f"no tensor was found for {name}, but there is {matrix} and {why} speaks of an affine code: give "
+                f"--allow-missing {name} if the shift is zero, or --affine A.npy b.npy"
+            )
+        self.source.warn(f"not in the files, so filled with 0: {name} (--allow-missing)")
+
+    def _checked(self, a: Any, b: Any, origin: str) -> tuple[Bits, Bits, str]:
+        good = a.ndim == 2 and a.shape[0] == a.shape[1] <= MAX_WIDTH and b.shape == a.shape[:1]
+        good = good and a.dtype.kind in "biuf" and b.dtype.kind in "biuf"
+        if not good or not set(np.unique(a)) | set(np.unique(b)) <= {0, 1}:
+            raise CheckpointError(
+                f"{origin}: A {a.shape} and b {b.shape} are no square 0/1 matrix and 0/1 vector of its size"
+            )
+        declared = self.config.get("code_width") if self.ours else None
+        if len(a) < (self.vocab_size - 1).bit_length() or declared not in (None, len(a)):
+            said = "" if declared is None else f", and config.json says code_width {declared}"
+            raise CheckpointError(f"{origin}: codes of {len(a)} bits for {self.vocab_size} token ids{said}")
+        a, b = a.astype(np.uint8), b.astype(np.uint8)
+        if gf2_rank(list(a.T)) < len(a):
+            raise CheckpointError(f"{origin}: A is singular over GF(2), so that ids would share their codes")
+        return a, b, origin
 
     # Tensors ----------------------------------------------------------------------------------------------------
 
@@ -391,8 +501,13 @@ class Files:
             return stored_ref(self.source, part.weight, shape[::-1], lambda a: a.T)
         return stored_ref(self.source, part.weight, shape)
 
-    def _vector(self, name: str) -> Ref:
-        return stored_ref(self.source, name, self.source.tensors[name].shape)
+    def _vector(self, name: str, size: int) -> Ref:
+        tensor = self.source.tensors[name]
+        if tensor.shape != (size,):
+            raise CheckpointError(
+                f"tensor {name} ({tensor.file.name}) has the shape {tensor.shape}, but the model needs {(size,)}"
+            )
+        return stored_ref(self.source, name, tensor.shape)
 
     def spec(self, state: State) -> ModelSpec:
         """The model for one choice of all items."""
@@ -417,15 +532,24 @@ class Files:
             if name in self.roles.top:
                 part = self.roles.top[name]
                 flip = self._out_first(part.weight) if name == "output" else False
-                ref = self._matrix(part, flip) if name == "output" else self._vector(part.weight)
+                ref = self._matrix(part, flip) if name == "output" else self._vector(part.weight, self.width)
                 kept = np.arange(self.vocab_size) if name == "output" else None
                 tensors[f"{name}.weight"] = gather([ref], kept)
                 if part.bias:
-                    tensors[f"{name}.bias"] = gather([self._vector(part.bias)], kept)
+                    tensors[f"{name}.bias"] = gather([self._vector(part.bias, ref.shape[0])], kept)
         tensors |= self.mapped
         self._complete(tensors, len(blocks))
         head_count = int(state["n_head"])
         kv = tensors["blk.0.attn_k.weight"].shape[0] * head_count / self.width
+        if kv != int(kv):
+            raise CheckpointError(
+                f"{' + '.join(tensors['blk.0.attn_k.weight'].sources)}: {tensors['blk.0.attn_k.weight'].shape[0]} rows "
+                f"of keys are no whole heads of {self.width // head_count}"
+            )
+        inner = tensors["blk.0.ffn_down.weight"].shape[1]
+        for key, seen in (("num_key_value_heads", kv), ("intermediate_size", inner)) if self.ours else ():
+            if self.config.get(key) not in (None, seen):
+                raise CheckpointError(f"config.json: {key} is {self.config[key]}, but the tensors have {seen:g}")
         if kv != int(self.stated.get("n_head_kv", kv)):
             raise CheckpointError(f"--n-head-kv {self.stated['n_head_kv']}: the shapes say {kv:g}")
         return ModelSpec(
@@ -433,7 +557,7 @@ class Files:
             context_length=int(state["context_length"]),
             embedding_length=self.width,
             block_count=len(blocks),
-            feed_forward_length=tensors["blk.0.ffn_down.weight"].shape[1],
+            feed_forward_length=inner,
             head_count=head_count,
             head_count_kv=tensors["blk.0.attn_k.weight"].shape[0] // (self.width // head_count),
             attention_scale=float(state["attention_scale"]),
@@ -458,20 +582,27 @@ class Files:
         self, out: dict[str, TensorRecipe], prefix: str, block: dict[str, Part], transposed: bool, state: State
     ) -> None:
         def put(role: str, part: Part, rows: NDArray[np.int64] | None = None) -> None:
-            if role.endswith("_norm"):
-                out[f"{prefix}{role}.weight"] = gather([self._vector(part.weight)])
-            else:
-                out[f"{prefix}{role}.weight"] = gather([self._matrix(part, transposed)], rows)
+            norm = role.endswith("_norm")
+            ref = self._vector(part.weight, self.width) if norm else self._matrix(part, transposed)
+            out[f"{prefix}{role}.weight"] = gather([ref], rows)
             if part.bias:
-                out[f"{prefix}{role}.bias"] = gather([self._vector(part.bias)], rows)
+                out[f"{prefix}{role}.bias"] = gather([self._vector(part.bias, ref.shape[0])], rows)
 
         for role, part in block.items():
             shape = self.source.tensors[part.weight].shape
             outputs = shape[-1] if transposed else shape[0]
             if role == "attn_qkv":
-                for letter, rows in self._fused(outputs, state["qkv_order"], int(state["n_head"])).items():
+                fused = self._fused(outputs, state["qkv_order"], int(state["n_head"]))
+                if sorted(np.concatenate(list(fused.values())).tolist()) != list(range(outputs)):
+                    raise CheckpointError(
+                        f"tensor {part.weight} {shape}: its {outputs} outputs are no queries, keys and values of "
+                        f"{state['n_head']} heads in the order {state['qkv_order']}"
+                    )
+                for letter, rows in fused.items():
                     put(f"attn_{letter}", part, rows)
             elif role == "ffn_gate_up":
+                if outputs % 2:
+                    raise CheckpointError(f"tensor {part.weight} {shape}: gate and up of different sizes")
                 half = np.arange(outputs // 2)
                 first, second = state["gate_up_order"].split("_")
                 put(f"ffn_{first}", part, half)
@@ -506,26 +637,24 @@ class Files:
         norms = [f"blk.{i}.{r}" for i in range(blocks) for r in ("attn_norm", "ffn_norm")]
         for name in [*norms, "output_norm"]:
             tensors.setdefault(f"{name}.weight", constant((self.width,), 1.0))
+        check_shapes(tensors, blocks, self.vocab_size, self.width)
         gains = np.concatenate([tensors[f"{name}.weight"].load() for name in norms])
         if (gains < 0).mean() > 0.1:
             raise CheckpointError(
                 "the gains of the norms lie around zero: they seem to be stored as their distance from one, or for "
                 "another kind of norm; only the checkpoint's code (--trust-remote-code) can tell"
             )
-        for name in wanted:
-            out, inner = tensors[name].shape
-            if (out if name.endswith(("ffn_down.weight", "attn_output.weight")) else inner) != self.width:
-                raise CheckpointError(f"{name}: {tensors[name].sources} has shape {tensors[name].shape} (out, in)")
 
 
-def _checked(a: Any, b: Any, origin: str) -> tuple[Bits, Bits, str]:
-    a, b = np.asarray(a), np.asarray(b)
-    good = a.ndim == 2 and a.shape[0] == a.shape[1] <= MAX_WIDTH and b.shape == a.shape[:1]
-    if not good or not set(np.unique(a)) | set(np.unique(b)) <= {0, 1}:
-        raise CheckpointError(
-            f"{origin}: A {a.shape} and b {b.shape} are no square 0/1 matrix and 0/1 vector of its size"
-        )
-    return a.astype(np.uint8), b.astype(np.uint8), origin
+def _loaded(value: Any) -> NDArray[Any]:
+    """An array, or the path of a .npy file, which is mapped: its header may promise any size."""
+    try:
+        array = np.load(value, mmap_mode="r") if isinstance(value, (str, os.PathLike)) else np.asarray(value)
+    except (OSError, ValueError, EOFError, MemoryError, SyntaxError) as error:
+        raise CheckpointError(f"--affine {shown(value)}: {error}") from None
+    if not isinstance(array, np.ndarray):
+        raise CheckpointError(f"--affine {shown(value)}: is no .npy file of one array")
+    return array
 
 
 def _is_bits(value: Any) -> bool:

@@ -249,7 +249,7 @@ def test_paths_that_cannot_be_opened(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="absent") as absent:
         _core.GgufFile(str(tmp_path / "absent.gguf"))
     with pytest.raises(FileNotFoundError) as builtin:
-        open(tmp_path / "absent.gguf")
+        (tmp_path / "absent.gguf").open()
     assert (absent.value.args, absent.value.filename) == (builtin.value.args, str(builtin.value.filename))
     with pytest.raises(IsADirectoryError):
         _core.GgufFile(str(tmp_path))
