@@ -177,11 +177,12 @@ def assign_roles(source: Source, mapping: Map, vocab_size: int | None, transpose
     ignored = dict.fromkeys(mapping.ignored, "--map")
     mapped = {name for name, *_ in mapping.places.values()}
     names = []
-    lengths = set(context_lengths(source.config).values())  # a causal mask is as long as the context
+    # A causal mask is as long as the context or longer; a matrix of the code is much smaller.
+    least = min(context_lengths(source.config).values(), default=0)
     for name, tensor in source.tensors.items():
         square = len(tensor.shape) >= 2 and tensor.shape[-1] == tensor.shape[-2] and tensor.shape[-1] > 1
         square = square and tensor.size == tensor.shape[-1] ** 2
-        values = source.read_raw(name) if square and (not lengths or tensor.shape[-1] in lengths) else None
+        values = source.read_raw(name) if square and tensor.shape[-1] >= least else None
         if name not in ignored and is_no_weight(name, values):
             ignored[name] = "a mask or a table of positions"
         elif name not in ignored and name not in mapped and source.allow_unexpected(name):

@@ -7,7 +7,7 @@ modules are not found: what runs is what whoever consented to it was shown, and 
 import importlib
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.machinery import SOURCE_SUFFIXES, FileFinder, SourceFileLoader
 from pathlib import Path
 from types import CodeType, ModuleType
@@ -31,6 +31,8 @@ def import_package(directory: Path) -> str:
     The caller takes it off sys.path again.
     """
     root = directory.resolve()
+    # What is on the path before the checkpoint's code runs, an environment in a project's folder, is not its own.
+    libraries = [path for entry in sys.path if root in (path := Path(entry).resolve()).parents]
     package = ModuleType(f"{PACKAGE}{next(_counter)}")
     package.__path__ = [str(root)]
     package.__file__ = str(root / "__init__.py")
@@ -39,13 +41,13 @@ def import_package(directory: Path) -> str:
     if root not in _hooks:
 
         def finder(path: str) -> FileFinder:
-            if not _is_of(root, path):
+            if not _is_of(root, libraries, path):
                 raise ImportError(f"{path} belongs to no checkpoint")  # the next hook is asked
             return FileFinder(path, (_FromSource, SOURCE_SUFFIXES))
 
         _hooks[root] = finder
         sys.path_hooks.insert(0, finder)
-    _forget_finders(root)
+    _forget_finders(root, libraries)
     importlib.invalidate_caches()
     return package.__name__
 
@@ -60,17 +62,15 @@ def forget_modules(directory: Path) -> None:
     hook = _hooks.pop(root, None)
     if hook is not None:
         sys.path_hooks.remove(hook)
-        _forget_finders(root)
+        _forget_finders(root, [])
 
 
-def _is_of(root: Path, path: str) -> bool:
-    """Whether a folder is the checkpoint's: an environment of libraries may lie below it, as in a project's folder."""
-    if not Path(path).is_relative_to(root):
-        return False
-    entries = [Path(entry) for entry in sys.path if Path(path).is_relative_to(entry)]
-    return all(root.is_relative_to(entry) for entry in entries)
+def _is_of(root: Path, libraries: Sequence[Path], path: str) -> bool:
+    """Whether a folder is the checkpoint's, by whatever spelling."""
+    place = Path(path).resolve()
+    return place.is_relative_to(root) and not any(place.is_relative_to(library) for library in libraries)
 
 
-def _forget_finders(root: Path) -> None:
-    for path in [path for path in sys.path_importer_cache if _is_of(root, path)]:
+def _forget_finders(root: Path, libraries: Sequence[Path]) -> None:
+    for path in [path for path in sys.path_importer_cache if _is_of(root, libraries, path)]:
         del sys.path_importer_cache[path]

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import os
 import re
 import secrets
@@ -17,7 +16,7 @@ from . import _core
 from .arguments import as_unicode
 from .errors import ArgumentError, FixminError, GGUFError, UnsupportedError, naming
 from .recognise import refuse_wrong_model
-from .tokenizer_growth import growth
+from .tokenizer_growth import growth, steps
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -30,6 +29,7 @@ EOS_IDS_KEY = "fixmin.eos_token_ids"  # all of them, where there are several
 _BOS_KEY = "tokenizer.ggml.bos_token_id"
 _MAX_SEQUENCES = 64  # strings whose sequences of tokens are kept
 _ORDINARY_GROWTH = 256  # bytes that no known tokenizer makes of one
+_NO_WORDS: dict[str, Any] = {"vocab": {}, "merges": []}
 _MOST_GROWN = 1 << 26  # bytes that one which grows faster may make of a text; tokenizers takes 16 times as much
 
 
@@ -57,11 +57,8 @@ class TextTokenizer:
             name: i for i in sorted(self.special_ids | ends) if (name := tokenizer.id_to_token(i))
         }
         self._single_words = {token.content for token in added.values() if token.single_word}
-        parts = (tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder)
-        # As they are pickled: all of the tokenizer as JSON would take a tenth of a second.
-        *before, after = (1 if part is None else growth(json.loads(part.__getstate__())) for part in parts)
-        self._growth = math.prod(before)
-        if after > _ORDINARY_GROWTH:
+        self._growth = growth(_stated(tokenizer.normalizer)) * growth(_stated(tokenizer.pre_tokenizer))
+        if (after := growth(_stated(tokenizer.decoder))) > _ORDINARY_GROWTH:
             raise GGUFError(f"its decoder may make {after:,} bytes of one")
         self._sequences: dict[str, list[list[int]]] = {}
 
@@ -121,18 +118,32 @@ class TextTokenizer:
         return self._encode(self._plain, text.translate(letters), False, "messages")
 
     def _encode(self, backend: "Tokenizer", text: str, add_special_tokens: bool, name: str) -> list[int]:
-        if self._growth > _ORDINARY_GROWTH and self._growth * len(text.encode()) > _MOST_GROWN:
-            raise ArgumentError(
-                f"{name}: the model's tokenizer may make {self._growth:,} bytes of each of its {len(text.encode()):,}"
-            )
         try:
+            if self._growth > _ORDINARY_GROWTH:
+                self._refuse_growth(text, name)
             return backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except FixminError:
+            raise
         except Exception as error:  # tokenizers raises plain Exception
             raise ArgumentError(f"{name}: the model's tokenizer cannot read it: {error}") from error
         except BaseException as error:
             if not _is_of_tokenizers(error):
                 raise
             raise GGUFError(f"the model's tokenizer fails: {error}") from error
+
+    def _refuse_growth(self, text: str, name: str) -> None:
+        """ArgumentError for a text of which too much would be made. Normalizes it step by step, as far as is safe."""
+        n_before = n = len(text.encode())
+        most = max(_MOST_GROWN, _ORDINARY_GROWTH * n)
+        for step in steps(_stated(self.backend.normalizer)):
+            n *= growth(step)
+            if n > most:
+                break
+            alone = {"version": "1.0", "normalizer": step, "added_tokens": [], "model": {"type": "BPE", **_NO_WORDS}}
+            text = self.backend.from_str(json.dumps(alone)).normalizer.normalize_str(text)
+            n = len(text.encode())
+        if n * growth(_stated(self.backend.pre_tokenizer)) > most:
+            raise ArgumentError(f"{name}: the model's tokenizer may make {n:,} bytes of its {n_before:,}")
 
     @cached_property
     def _secret_names(self) -> dict[str, str]:
@@ -234,6 +245,11 @@ class TextTokenizer:
                 break
             found.append(token_id)
         return found
+
+
+def _stated(part: Any) -> Any:
+    """A part of a tokenizer as tokenizer.json has it. As it is pickled: the whole would take a tenth of a second."""
+    return None if part is None else json.loads(part.__getstate__())
 
 
 def _is_of_tokenizers(error: BaseException) -> bool:

@@ -7,26 +7,50 @@ the process without memory. What this module says is an upper bound, not what a 
 import base64
 import binascii
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-__all__ = ["growth"]
+__all__ = ["growth", "steps"]
 
 
 def growth(part: Any) -> int:
     """Bytes that a normalizer, pre_tokenizer or decoder of a tokenizer.json makes of a byte, at most.
 
-    1 for what it does not know: those of Unicode's forms and of case grow by small factors, and only once.
+    A byte that one step of a sequence has put there grows in a later one only if that looks for its letter. So this is
+    the largest product along steps that can follow each other so.
     """
+    most: list[tuple[int, set[str] | None]] = []  # for each step so far: up to it, and the letters that it puts there
+    for step in steps(part):
+        sought, put = _letters(step)
+        before = [n for n, letters in most if sought is None or letters is None or sought & letters]
+        most.append((_of_step(step) * max(before, default=1), put))
+    return max((n for n, _ in most), default=1)
+
+
+def steps(part: Any) -> Iterator[Any]:
+    """The parts that are no sequences, one after the other."""
+    if isinstance(part, Mapping) and part.get("type") == "Sequence":
+        for name in ("normalizers", "pretokenizers", "decoders"):
+            for each in part.get(name) or ():
+                yield from steps(each)
+    elif part is not None:
+        yield part
+
+
+def _letters(step: Any) -> tuple[set[str] | None, set[str] | None]:
+    """What a step looks for and what it puts in its place; None: it may be any letter."""
+    pattern = step.get("pattern") if isinstance(step, Mapping) and step.get("type") == "Replace" else None
+    if not isinstance(pattern, Mapping):
+        return None, None
+    text, content = pattern.get("String"), step.get("content")
+    return set(text) if isinstance(text, str) else None, set(content) if isinstance(content, str) else None
+
+
+def _of_step(part: Any) -> int:
+    """1 for what it does not know: those of Unicode's forms and of case grow by small factors, and only once."""
     if not isinstance(part, Mapping):
         return 1
     kind = part.get("type")
-    if kind == "Sequence":
-        product = 1
-        for name in ("normalizers", "pretokenizers", "decoders"):
-            for each in part.get(name) or ():
-                product *= growth(each)
-        return product
     if kind == "Replace":
         return _of_replacement(part.get("pattern"), part.get("content"))
     if kind in ("Prepend", "Metaspace"):

@@ -192,6 +192,28 @@ def test_what_runs_is_what_stands_in_the_files(checkpoint: Path, tmp_path: Path)
     assert [path for path in sys.path_importer_cache if path.startswith(str(checkpoint))] == []
 
 
+def test_what_runs_of_a_subfolder_is_what_stands_in_its_files(checkpoint: Path, tmp_path: Path) -> None:
+    """That the code puts on sys.path, by a link too. And no bytecode is left there."""
+    (source,) = checkpoint.glob("*.py")
+    (tmp_path / "link").symlink_to(checkpoint)
+    (tmp_path / "other.py").write_text("raise SystemExit('the bytecode ran')\n")
+    for name in ("lib", "clean"):
+        (checkpoint / name).mkdir()
+        (checkpoint / name / f"helper_{name}.py").write_text("VALUE = 1\n")
+    py_compile.compile(
+        str(tmp_path / "other.py"),
+        importlib.util.cache_from_source(str(checkpoint / "lib" / "helper_lib.py")),
+        invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
+    )
+    paths = [str(checkpoint / "clean"), str(tmp_path / "link" / "lib")]
+    header = f"import sys\nsys.path[:0] = {paths}\nimport helper_lib, helper_clean\n"
+    future, rest = "from __future__ import annotations\n", source.read_text()
+    source.write_text((future if future in rest else "") + header + rest.replace(future, ""))
+    with resolve(checkpoint, trust_remote_code=True) as resolved:
+        assert resolved.spec.code.lift == "interleave"
+    assert not (checkpoint / "clean" / "__pycache__").exists()
+
+
 def test_libraries_below_a_checkpoint_are_none_of_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     library, own = tmp_path / "venv" / "library", tmp_path / "own"
     for folder in (library, own):

@@ -77,9 +77,31 @@ def test_the_table_of_sentencepiece_says_what_its_characters_become():
 
 def test_a_text_that_would_fill_the_memory_is_refused():
     tokenizer = TextTokenizer.from_metadata(changed(normalizer=BOMB))
-    with pytest.raises(ArgumentError, match="prompt: the model's tokenizer may make 625,000,000 bytes of each"):
+    with pytest.raises(ArgumentError, match="prompt: the model's tokenizer may make 312,500,000 bytes of its 1"):
         tokenizer.encode("a", name="prompt")
     assert tokenizer.encode("") == []
+
+
+def test_replacements_that_do_not_follow_each_other_are_no_bomb():
+    """As of punctuation, of entities, of names for what an expression finds."""
+    signs = [replace({"String": sign}, f" {sign} ") for sign in ".,;:!?()[]"]
+    entities = [replace({"String": sign}, f"&{name};") for sign, name in zip("&<>", ("amp", "lt", "gt"), strict=True)]
+    names = [replace({"Regex": rf"{name}\\S+"}, f"<{name}>") for name in ("http", "user", "mail", "number", "word")]
+    assert (growth(sequence(*signs)), growth(sequence(*entities))) == (3, 5)
+    for parts in (signs, entities, names):
+        tokenizer = TextTokenizer.from_metadata(changed(normalizer=sequence(*parts)))
+        text = "a cat (sat) < on. " * 20_000
+        assert tokenizer.encode(text) == tokenizer.backend.encode(text, add_special_tokens=False).ids
+    decoder = {"type": "Sequence", "decoders": [replace({"String": chr(i)}, " " * 2**i) for i in range(1, 6)]}
+    assert growth(decoder) == 32
+
+
+def test_a_bomb_may_follow_what_is_none():
+    names = [replace({"Regex": rf"{name}\\S+"}, f"<{name}>") for name in ("http", "user", "mail", "number", "word")]
+    tokenizer = TextTokenizer.from_metadata(changed(normalizer=sequence(*names, BOMB)))
+    assert tokenizer.encode("b") == tokenizer.backend.encode("b", add_special_tokens=False).ids
+    with pytest.raises(ArgumentError, match="tokenizer may make"):
+        tokenizer.encode("aa")
 
 
 def test_a_long_text_is_no_bomb():
