@@ -274,9 +274,12 @@ def test_a_vocabulary_smaller_than_the_files(tmp_path: Path) -> None:
         assert any("the first 3 are used" in warning for warning in resolved.warnings)
 
 
-@pytest.mark.parametrize(("values", "ignored"), [("zeros", False), ("mask of 3", False), ("mask", True)])
+@pytest.mark.parametrize(
+    ("values", "ignored"), [("zeros", False), ("mask of 3", False), ("mask", True), ("longer mask", True)]
+)
 def test_only_a_causal_mask_is_one(tmp_path: Path, values: str, ignored: bool) -> None:
     tensor = {"zeros": torch.zeros(40, 40), "mask of 3": torch.ones(3, 3).tril(), "mask": torch.ones(1, 40, 40).tril()}
+    tensor["longer mask"] = torch.ones(1, 1, 90, 90, dtype=torch.uint8).tril()
 
     def extra(state: dict) -> None:
         state["extra.weight"] = tensor[values]
