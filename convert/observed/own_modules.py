@@ -16,7 +16,9 @@ __all__ = ["PACKAGE", "forget_modules", "import_package"]
 
 PACKAGE = "fixmin_checkpoint_"  # and a number: the name of a checkpoint's package
 _counter = itertools.count()
-_hooks: dict[Path, Callable[[str], FileFinder]] = {}  # of the folders whose modules are not forgotten yet
+# Of the folders whose modules are not forgotten yet: their hook, what lies below them and is none of theirs, and the
+# modules that were there before.
+_hooks: dict[Path, tuple[Callable[[str], FileFinder], list[Path], set[str]]] = {}
 
 
 class _FromSource(SourceFileLoader):
@@ -33,6 +35,7 @@ def import_package(directory: Path) -> str:
     root = directory.resolve()
     # What is on the path before the checkpoint's code runs, an environment in a project's folder, is not its own.
     libraries = [path for entry in sys.path if root in (path := Path(entry).resolve()).parents]
+    present = set(sys.modules)
     package = ModuleType(f"{PACKAGE}{next(_counter)}")
     package.__path__ = [str(root)]
     package.__file__ = str(root / "__init__.py")
@@ -45,7 +48,7 @@ def import_package(directory: Path) -> str:
                 raise ImportError(f"{path} belongs to no checkpoint")  # the next hook is asked
             return FileFinder(path, (_FromSource, SOURCE_SUFFIXES))
 
-        _hooks[root] = finder
+        _hooks[root] = finder, libraries, present
         sys.path_hooks.insert(0, finder)
     _forget_finders(root, libraries)
     importlib.invalidate_caches()
@@ -53,20 +56,21 @@ def import_package(directory: Path) -> str:
 
 
 def forget_modules(directory: Path) -> None:
-    """What was imported from the directory is not there any more."""
+    """What was imported from the directory, its subfolders too, is not there any more."""
     root = directory.resolve()
+    if root not in _hooks:
+        return
+    hook, libraries, present = _hooks.pop(root)
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
-        if isinstance(file, str) and Path(file).parent == root:
+        if name not in present and isinstance(file, str) and _is_of(root, libraries, file):
             del sys.modules[name]
-    hook = _hooks.pop(root, None)
-    if hook is not None:
-        sys.path_hooks.remove(hook)
-        _forget_finders(root, [])
+    sys.path_hooks.remove(hook)
+    _forget_finders(root, libraries)
 
 
 def _is_of(root: Path, libraries: Sequence[Path], path: str) -> bool:
-    """Whether a folder is the checkpoint's, by whatever spelling."""
+    """Whether a folder or file is the checkpoint's, by whatever spelling."""
     place = Path(path).resolve()
     return place.is_relative_to(root) and not any(place.is_relative_to(library) for library in libraries)
 

@@ -212,6 +212,8 @@ def test_what_runs_of_a_subfolder_is_what_stands_in_its_files(checkpoint: Path, 
     with resolve(checkpoint, trust_remote_code=True) as resolved:
         assert resolved.spec.code.lift == "interleave"
     assert not (checkpoint / "clean" / "__pycache__").exists()
+    # Another checkpoint's helper of the same name would be taken for it.
+    assert {"helper_lib", "helper_clean"} & set(sys.modules) == set()
 
 
 def test_libraries_below_a_checkpoint_are_none_of_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
