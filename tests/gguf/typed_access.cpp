@@ -1,10 +1,11 @@
 // GgufFile's typed getters and moves, which Python does not see.  Usage: typed_access FILE, where
 // FILE was written by test_gguf_native.py.  Prints each broken expectation; exit status 0 if there is none.
+#include <cerrno>
 #include <cstdio>
 #include <iostream>
 #include <string>
-#include <system_error>
 
+#include "error.h"
 #include "gguf/gguf_file.h"
 
 namespace {
@@ -96,9 +97,9 @@ void check_open_errors() {
     try {
         GgufFile::open("/nonexistent/file.gguf");
         expect(false, "opening an absent file throws");
-    } catch (const std::system_error& error) {
-        expect(error.code() == std::errc::no_such_file_or_directory, "the error code tells why");
-        expect(std::string(error.what()).find("/nonexistent/file.gguf") != std::string::npos, "the path is named");
+    } catch (const fixmin::FileError& error) {
+        expect(error.code() == ENOENT, "the error code tells why");
+        expect(error.path() == "/nonexistent/file.gguf", "the path is named");
     }
 }
 
