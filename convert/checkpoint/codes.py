@@ -1,13 +1,18 @@
 """Recover the code of every token id from the rows that enter the first block."""
 
-from collections.abc import Callable
+import itertools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import CheckpointError
 from ...inspect import gf2_rank
+from ..overrides import option
 from ..spec import F32, Bits, CodeSpec, Lift
+from .source import shown
 
 MAX_WIDTH = 32  # bits of a code in the file format
 
@@ -103,3 +108,82 @@ def fit_affine(codes: Bits) -> tuple[Bits, Bits] | None:
     if len(columns) < width or gf2_rank(columns) < width:
         return None
     return np.stack(columns, axis=1), shift.copy()
+
+
+# --- what the user states ------------------------------------------------------------------------------------------
+
+
+def load_stated(pair: Sequence[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """(A, b) of --affine: each an array, or the path of a .npy file, which is mapped: its header may promise any size.
+
+    CheckpointError for what cannot be read.
+    """
+    return _loaded(pair[0]), _loaded(pair[1])
+
+
+def _loaded(value: Any) -> NDArray[Any]:
+    try:
+        array = np.load(value, mmap_mode="r") if isinstance(value, (str, os.PathLike)) else np.asarray(value)
+    except (OSError, ValueError, EOFError, MemoryError, SyntaxError) as error:
+        raise CheckpointError(f"--affine {shown(value)}: {error}") from None
+    if not isinstance(array, np.ndarray):
+        raise CheckpointError(f"--affine {shown(value)}: is no .npy file of one array")
+    return array
+
+
+def check_affine(
+    a: NDArray[Any], b: NDArray[Any], vocab_size: int, declared: int | None, origin: str
+) -> tuple[Bits, Bits]:
+    """A [K, K] and b [K] as bits. CheckpointError if they are none, too few for the ids or not as declared, or A is
+    singular."""
+    good = a.ndim == 2 and a.shape[0] == a.shape[1] <= MAX_WIDTH and b.shape == a.shape[:1]
+    good = good and a.dtype.kind in "biuf" and b.dtype.kind in "biuf"
+    if not good or not set(np.unique(a)) | set(np.unique(b)) <= {0, 1}:
+        raise CheckpointError(
+            f"{origin}: A {a.shape} and b {b.shape} are no square 0/1 matrix and 0/1 vector of its size"
+        )
+    if len(a) < (vocab_size - 1).bit_length() or declared not in (None, len(a)):
+        said = "" if declared is None else f", and config.json says code_width {declared}"
+        raise CheckpointError(f"{origin}: codes of {len(a)} bits for {vocab_size} token ids{said}")
+    a, b = a.astype(np.uint8), b.astype(np.uint8)
+    if gf2_rank(list(a.T)) < len(a):
+        raise CheckpointError(f"{origin}: A is singular over GF(2), so that ids would share their codes")
+    return a, b
+
+
+def check_stated_code(stated: Mapping[str, Any], code: CodeSpec, vocab_size: int) -> None:
+    """CheckpointError if --affine, read in any way that the other options leave open, or --values are not `code`.
+
+    Which of two values is called 0 is a matter of naming: the complement of all codes with the values exchanged is
+    the same code.
+    """
+    if code.kind == "learned":
+        if given := [name for name in ("affine", "values") if name in stated]:
+            raise CheckpointError(
+                f"{option(given[0])} is stated, but the checkpoint's code looks vectors up in a table"
+            )
+        return
+    straight, exchanged = code.values, code.values[::-1]
+    values = tuple(float(np.float32(v)) for v in stated["values"]) if "values" in stated else None
+    if values not in (None, straight, exchanged):
+        raise CheckpointError(f"--values {values} is stated, but the checkpoint's code computes {code.values}")
+    if "affine" not in stated:
+        return
+    a, b = check_affine(*load_stated(stated["affine"]), vocab_size, None, "given with --affine")
+    ids = np.arange(vocab_size)
+    seen = code.codes(ids)
+    if seen.shape[1] == len(a):
+        orders = [stated["bit_order"]] if "bit_order" in stated else ["lsb", "msb"]
+        ways = [stated["affine_orientation"]] if "affine_orientation" in stated else ["Ac", "cA"]
+        for order, way in itertools.product(orders, ways):
+            matrix = oriented(a, way, order)
+            flips = (CodeSpec("affine", len(a), matrix, b).codes(ids) ^ seen).astype(bool)
+            if (not flips.any() and values in (None, straight)) or (flips.all() and values in (None, exchanged)):
+                return
+    raise CheckpointError(f"--affine is stated, but the checkpoint's code computes other codes of {seen.shape[1]} bits")
+
+
+def oriented(a: Bits, orientation: str | None, bit_order: str) -> Bits:
+    """A as `CodeSpec` wants it, from one for rows of bits ("cA") or for codes whose first bit is the highest."""
+    a = a.T if orientation == "cA" else a
+    return np.ascontiguousarray(a[:, ::-1] if bit_order == "msb" else a)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import CheckpointError
-from ..checkpoint.codes import check_tokenwise, recover_code
+from ..checkpoint.codes import check_stated_code, check_tokenwise, recover_code
 from ..checkpoint.recipes import Ref, constant, gather
 from ..checkpoint.roles import Map, leftovers_error, mapped_recipes, read_map
 from ..checkpoint.source import Source, context_length, hyper, is_no_weight
@@ -318,6 +318,7 @@ class _Observation:
             seen = attrgetter(spec_field)(spec)
             if not (value == seen if isinstance(value, str) else abs(value / seen - 1) < 1e-5):
                 raise CheckpointError(f"{option(name)} {value} is stated, but the checkpoint's code computes {seen}")
+        check_stated_code(self.stated, spec.code, spec.vocab_size)
 
     def leftovers(self, spec: ModelSpec, used: set[str], mapping: Map) -> None:
         """Every stored tensor is part of the result, unused by the code, or no weight; or it is an error."""

@@ -10,8 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import CheckpointError
-from ...inspect import gf2_rank
-from ..checkpoint.codes import MAX_WIDTH, recover_code
+from ..checkpoint.codes import MAX_WIDTH, check_affine, load_stated, oriented, recover_code
 from ..checkpoint.recipes import Ref, constant, gather, stored_ref
 from ..checkpoint.roles import Part, Roles, assign_roles, mapped_recipes, read_map
 from ..checkpoint.source import Source, check_numbers, context_length, hyper, shown, some, spelling
@@ -421,10 +420,9 @@ class Files:
         items.append(self._values_item())
 
         def code(state: State) -> CodeSpec:
-            a = matrix.T if state.get("affine_orientation") == "cA" else matrix
-            a = a[:, ::-1] if state["bit_order"] == "msb" else a
+            a = oriented(matrix, state.get("affine_orientation"), state["bit_order"])
             low, high = map(float, state["values"])
-            return CodeSpec("affine", width, np.ascontiguousarray(a), shift, lift=state["lift"], values=(low, high))
+            return CodeSpec("affine", width, a, shift, lift=state["lift"], values=(low, high))
 
         shift = np.zeros(width, np.uint8) if shift is None else shift
         self.code = code
@@ -435,7 +433,7 @@ class Files:
         """(A, b, where from): stated, stored, or in config.json; None if there is none."""
         stated = self.stated.get("affine")
         if stated is not None:
-            return self._checked(_loaded(stated[0]), _loaded(stated[1]), "given with --affine")
+            return self._checked(*load_stated(stated), "given with --affine")
         top = self.roles.top
         if "matrix" in top:
             a = self._bits(top["matrix"].weight)
@@ -478,20 +476,8 @@ class Files:
         self.source.warn(f"not in the files, so filled with 0: {name} (--allow-missing)")
 
     def _checked(self, a: Any, b: Any, origin: str) -> tuple[Bits, Bits, str]:
-        good = a.ndim == 2 and a.shape[0] == a.shape[1] <= MAX_WIDTH and b.shape == a.shape[:1]
-        good = good and a.dtype.kind in "biuf" and b.dtype.kind in "biuf"
-        if not good or not set(np.unique(a)) | set(np.unique(b)) <= {0, 1}:
-            raise CheckpointError(
-                f"{origin}: A {a.shape} and b {b.shape} are no square 0/1 matrix and 0/1 vector of its size"
-            )
         declared = self.config.get("code_width") if self.ours else None
-        if len(a) < (self.vocab_size - 1).bit_length() or declared not in (None, len(a)):
-            said = "" if declared is None else f", and config.json says code_width {declared}"
-            raise CheckpointError(f"{origin}: codes of {len(a)} bits for {self.vocab_size} token ids{said}")
-        a, b = a.astype(np.uint8), b.astype(np.uint8)
-        if gf2_rank(list(a.T)) < len(a):
-            raise CheckpointError(f"{origin}: A is singular over GF(2), so that ids would share their codes")
-        return a, b, origin
+        return *check_affine(a, b, self.vocab_size, declared, origin), origin
 
     # Tensors ----------------------------------------------------------------------------------------------------
 
@@ -644,17 +630,6 @@ class Files:
                 "the gains of the norms lie around zero: they seem to be stored as their distance from one, or for "
                 "another kind of norm; only the checkpoint's code (--trust-remote-code) can tell"
             )
-
-
-def _loaded(value: Any) -> NDArray[Any]:
-    """An array, or the path of a .npy file, which is mapped: its header may promise any size."""
-    try:
-        array = np.load(value, mmap_mode="r") if isinstance(value, (str, os.PathLike)) else np.asarray(value)
-    except (OSError, ValueError, EOFError, MemoryError, SyntaxError) as error:
-        raise CheckpointError(f"--affine {shown(value)}: {error}") from None
-    if not isinstance(array, np.ndarray):
-        raise CheckpointError(f"--affine {shown(value)}: is no .npy file of one array")
-    return array
 
 
 def _is_bits(value: Any) -> bool:

@@ -216,12 +216,12 @@ def _unescaped(match: re.Match[str]) -> str:
 
 
 _LARK_TOKEN = re.compile(
-    r"""//[^\n]* | /\./ | /(?:\\.|[^/\\])*/ | "(?:\\.|[^"\\])*" | \b[A-Z][A-Z0-9_]*\b""", re.VERBOSE
+    r"""//[^\n]* | /\./ | /(?:\\.|[^/\\])*/ | "(?:\\.|[^"\\])*" | \b[A-Z][A-Z0-9_]*\b | [*+?]{2,}""", re.VERBOSE
 )
 
 
 def _by_character(match: re.Match[str]) -> str:
-    """A part of a translated grammar with one character to a lexeme.
+    """A part of a translated grammar with one character to a lexeme, and of one repetition of another one.
 
     GBNF means characters, but lexemes are greedy: with ws ::= [ \\n]* as one lexeme, what ends in ws "\\n" never ends.
     """
@@ -231,6 +231,8 @@ def _by_character(match: re.Match[str]) -> str:
     if part.startswith('"'):
         letters = re.findall(r"\\x..|\\.|[^\\]", part[1:-1])
         return part if len(letters) < 2 else "(" + " ".join(f'"{letter}"' for letter in letters) + ")"
+    if part[0] in "*+?":  # ("a"?)+ comes without its parentheses
+        return part[0] if len(set(part)) == 1 else "*"
     return f"{part.lower()}_" if part[0].isalpha() else part  # in capitals it would be a terminal, that is one lexeme
 
 

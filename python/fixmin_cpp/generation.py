@@ -229,9 +229,16 @@ class Run:
             logprob = self._logprobs[len(self._texts)] if self._options.logprobs is not None else None
             self._texts.append(text)
             pieces.append(Piece(text, token_id, logprob, self._index, self._candidate))
-            if self._on_token is not None and self._on_token(pieces[-1]) is False:
+            if self._on_token is not None and self._told(self._on_token, pieces[-1]) is False:
                 self._refused = True
         return pieces
+
+    @staticmethod
+    def _told(on_token: OnToken, piece: Piece) -> object:
+        try:
+            return on_token(piece)
+        except StopAsyncIteration as error:  # would end `async for` as if all were well
+            raise RuntimeError("on_token raised StopAsyncIteration") from error
 
     @property
     def prompt_logprobs(self) -> list[TokenLogprob] | None:

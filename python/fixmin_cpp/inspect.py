@@ -98,7 +98,7 @@ def render(
     description = describe(path, tokens)
     console = console or Console(highlight=False, emoji=False)
     if as_json:
-        console.file.write(json.dumps(description, indent=2, allow_nan=False) + "\n")
+        console.out(json.dumps(description, indent=2, allow_nan=False), highlight=False)
         return
     screen = _Screen(console)
     screen.facts("File", _file_facts(description["file"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from pathlib import Path
@@ -120,9 +121,11 @@ def describe_wrong_model(path: str | os.PathLike[str]) -> str | None:
 def refuse_wrong_model(path: str | os.PathLike[str]) -> None:
     """Raises what describe_wrong_model() says: FileNotFoundError, IsADirectoryError or GGUFError."""
     if (reason := describe_wrong_model(path)) is not None:
-        missing = not os.path.exists(path)
-        kind = FileNotFoundError if missing else IsADirectoryError if os.path.isdir(path) else GGUFError
-        raise kind(f"{os.fspath(path)}: {reason}")
+        if os.path.isdir(path):
+            raise IsADirectoryError(errno.EISDIR, reason, os.fspath(path))
+        if not os.path.exists(path):
+            raise FileNotFoundError(errno.ENOENT, reason, os.fspath(path))
+        raise GGUFError(f"{os.fspath(path)}: {reason}")
 
 
 def hub_id(text: str) -> str | None:

@@ -29,8 +29,10 @@ def _seconds(name: str, value: Any) -> float:
 
 @unsized
 def _texts(name: str, value: Any) -> tuple[str, ...]:
-    if not isinstance(value, tuple) or not all(isinstance(text, str) and text for text in value):
-        raise ArgumentTypeError(f"{name} must be a tuple of texts that are not empty")
+    if not isinstance(value, tuple) or not all(isinstance(text, str) for text in value):
+        raise ArgumentTypeError(f"{name} must be a tuple of texts")  # without what it holds: it may be a key
+    if "" in value:
+        raise ArgumentError(f"{name} must not hold an empty text")
     return value
 
 

@@ -91,6 +91,51 @@ def test_stating_what_the_code_does(checkpoint: Path) -> None:
         assert resolved.spec.rope_base == 10000.0
 
 
+@pytest.fixture
+def recoded(tmp_path: Path) -> Path:
+    zoo.make_checkpoint(zoo.STYLES["seeded"], tmp_path / "recoded")
+    return tmp_path / "recoded"
+
+
+def test_stating_the_code_that_the_code_computes(recoded: Path, tmp_path: Path) -> None:
+    """In every writing: rows or columns, either order of bits, and the values exchanged with the complement."""
+    with resolve(recoded, trust_remote_code=True) as resolved:
+        code = resolved.spec.code
+    a, b, values = code.matrix, code.shift, code.values
+    np.save(tmp_path / "a.npy", a)
+    for stated in (
+        {"affine": (a, b)},
+        {"affine": (tmp_path / "a.npy", b), "values": values, "affine_orientation": "Ac", "bit_order": "lsb"},
+        {"affine": (a.T, b)},
+        {"affine": (a[:, ::-1], b), "bit_order": "msb"},
+        {"affine": (a, 1 - b), "values": values[::-1]},
+    ):
+        with resolve(recoded, trust_remote_code=True, overrides=stated) as resolved:
+            assert (resolved.spec.code.matrix == a).all()
+            assert (resolved.spec.code.shift == b).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a, b, v: {"affine": (a, b ^ (np.arange(len(b)) == 0))}, "--affine is stated, but .* other codes"),
+        (lambda a, b, v: {"affine": (a[::-1], b)}, "--affine is stated, but .* other codes"),
+        (lambda a, b, v: {"affine": (a.T, b), "affine_orientation": "Ac"}, "--affine is stated, but .* other codes"),
+        (lambda a, b, v: {"affine": (a, b), "bit_order": "msb"}, "--affine is stated, but .* other codes"),
+        (lambda a, b, v: {"affine": (a, 1 - b), "values": v}, "--affine is stated, but .* other codes"),
+        (lambda a, b, v: {"affine": (a[:3, :3], b[:3])}, "codes of 3 bits for"),
+        (lambda a, b, v: {"affine": ("nowhere.npy", b)}, "--affine .*nowhere"),
+        (lambda a, b, v: {"values": (v[0], v[1] + 1)}, "--values .* is stated, but"),
+    ],
+    ids=["shift", "rows", "orientation", "order", "complement", "narrow", "absent", "values"],
+)
+def test_stating_another_code_than_is_computed(recoded: Path, change, message: str) -> None:
+    with resolve(recoded, trust_remote_code=True) as resolved:
+        code = resolved.spec.code
+    with pytest.raises(CheckpointError, match=message):
+        resolve(recoded, trust_remote_code=True, overrides=change(code.matrix, code.shift, code.values))
+
+
 def test_unknown_override(checkpoint: Path) -> None:
     with pytest.raises(CheckpointError, match=f"temperature.*{next(iter(OVERRIDES))}"):
         resolve(checkpoint, overrides={"temperature": 1})

@@ -255,6 +255,27 @@ def test_gbnf_rules_may_overlap(kind, seed):
     assert re.fullmatch(r"(?s)(([a-c]+|ab.)[ \n]*\n)+", text)
 
 
+@pytest.mark.parametrize("outer", "*+?")
+@pytest.mark.parametrize("inner", "*+?")
+def test_gbnf_repeats_what_is_repeated(inner, outer):
+    grammar = f'# of ** and ++\nroot ::= "?+" ("ab"{inner}){outer} [?+]+'
+    expected = re.compile(f"[?][+](?:(?:ab){inner}){outer}[?+]+")
+    for count in range(4):
+        for end in ("", "+", "?+"):
+            text = "?+" + count * "ab" + end
+            assert is_accepted(text, grammar=grammar) == (expected.fullmatch(text) is not None), text
+
+
+def is_accepted(text: str, **description: str) -> bool:
+    matcher = start("byte_level", **description)
+    for byte in text.encode():
+        token_id = next(i for i, part in BYTES["byte_level"].items() if part == bytes([byte]))
+        if token_id not in ids_in(matcher.mask()):
+            return False
+        matcher.accept(token_id)
+    return matcher.may_end
+
+
 # --- masks against languages written out -------------------------------------------------------------------------
 
 

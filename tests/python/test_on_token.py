@@ -111,6 +111,21 @@ def test_an_exception_ends_all(long_model_path, how, prompt):
 
 
 @both
+@pytest.mark.parametrize("signal", [StopIteration, StopAsyncIteration])
+def test_an_exception_that_ends_loops_is_no_end_of_the_text(model, how, signal):
+    def on_token(piece):
+        raise signal("mine")
+
+    with pytest.raises((RuntimeError, signal)) as caught:
+        call(model, how, "a", on_token=on_token, **SETTINGS)
+    error = caught.value
+    while error.__cause__ is not None:
+        error = error.__cause__
+    assert isinstance(error, signal)
+    assert str(error) == "mine"
+
+
+@both
 def test_it_is_called_in_the_calling_thread(model, how):
     threads = set()
     call(model, how, ["a", "b"], on_token=lambda piece: threads.add(threading.get_ident()), **SETTINGS)
