@@ -52,6 +52,11 @@ class _Observation:
         context, origin = self.context_length()
         self.conventions["context_length"] = (context, origin)
         self.length = min(_PROMPT_TOKENS, context)
+        if self.length < 2:
+            raise CheckpointError(
+                f"context_length: {context} ({origin}), but attention shows nothing of itself with fewer than two "
+                "tokens; state another --context-length, or convert without --trust-remote-code"
+            )
         first = own.logits(np.arange(min(4, context)))
         if not np.isfinite(first).all():
             at = tuple(int(i) for i in np.argwhere(~np.isfinite(first))[0])

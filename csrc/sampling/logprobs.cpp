@@ -1,6 +1,8 @@
 #include "sampling/logprobs.h"
 
+#include <algorithm>
 #include <cmath>
+#include <limits>
 #include <string>
 
 #include "error.h"
@@ -25,9 +27,11 @@ TopLogprobs top_logprobs(std::span<const float> logits, uint32_t k, uint32_t cho
     }
     float highest, sum;
     kernels.softmax_stats(logits.data(), n, &highest, &sum);
-    // Rounded once, at the end.
     const double log_sum = std::log(double(sum));
-    const auto logprob = [&](float logit) { return float(double(logit) - highest - log_sum); };
+    const auto logprob = [&](float logit) {
+        const double exact = double(logit) - highest - log_sum;  // rounded once
+        return float(std::max(exact, double(std::numeric_limits<float>::lowest())));
+    };
 
     TopLogprobs result{{chosen, logprob(logits[chosen])}, 1, {}};
     const float own = logits[chosen];

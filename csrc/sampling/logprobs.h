@@ -14,7 +14,7 @@ inline constexpr uint32_t max_top_logprobs = 1024;
 
 struct TokenLogprob {
     uint32_t id;
-    float logprob;  // natural
+    float logprob;  // natural; never -infinity, which JSON cannot hold: what is less than any float is the lowest one
 };
 
 struct TopLogprobs {

@@ -138,6 +138,10 @@ def as_id_tuple(name: str, value: Any, vocab_size: int) -> tuple[int, ...]:
     if isinstance(value, Set):
         value = list(value)
         return tuple(sorted(as_token_ids(name, value, vocab_size).tolist())) if value else ()
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value[()]
+    if isinstance(value, np.generic) and not isinstance(value, np.integer):
+        raise ArgumentTypeError(f"{name} must be token ids, got {_show(value)}")
     if isinstance(value, int | np.integer) and not isinstance(value, bool):
         value = [value]
     if not isinstance(value, str | bytes | Mapping) and hasattr(value, "__len__") and len(value) == 0:

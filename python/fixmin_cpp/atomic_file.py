@@ -107,11 +107,19 @@ class AtomicFile:
 
 
 def refuse_inputs(target: str | os.PathLike[str], *inputs: str | os.PathLike[str] | None) -> None:
-    """ArgumentError if the file to write is one of those that are read: what it holds would be lost."""
-    for path in inputs:
-        if path is not None and os.path.exists(path) and os.path.exists(target) and os.path.samefile(path, target):
-            other = "" if os.fspath(path) == os.fspath(target) else f", {os.fspath(path)}"
+    """ArgumentError if the file to write, or its temporary, is one of those that are read: it would be lost."""
+    for path in map(os.fspath, filter(None, inputs)):
+        if _is_same(path, target):
+            other = "" if path == os.fspath(target) else f", {path}"
             raise ArgumentError(f"{os.fspath(target)} is an input{other}: give the output another name")
+        if _is_same(path, AtomicFile(target).path):
+            raise ArgumentError(
+                f"{path}, an input, has the name under which {os.fspath(target)} is written: give one of them another"
+            )
+
+
+def _is_same(path: str, other: str | os.PathLike[str]) -> bool:
+    return os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other)
 
 
 def _partial(name: str) -> str:

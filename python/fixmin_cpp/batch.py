@@ -95,7 +95,8 @@ def run_batch(
     n_threads = as_threads(load.get("n_threads")) or None
     if ray_address is None and (ray_actors, ray_lines, ray_gpus) != (None, None, None):
         raise ArgumentError("ray_actors, ray_lines and ray_gpus need ray_address")
-    refuse_inputs(target, source, model)
+    for written in OutputFile.names(target):
+        refuse_inputs(written, source, model)
     lines = InputFile.scan(source)
     load_options = LoadOptions.check({**load, "n_threads": n_threads, "n_parallel": n_parallel})
     file = ModelFile.of(model, load_options)

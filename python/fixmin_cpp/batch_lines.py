@@ -125,6 +125,8 @@ class Settings:
 class Entry(ABC):
     """A line that is JSON, in one of the two forms."""
 
+    problem: ArgumentError | None = None  # why it cannot be answered, whatever it asks for
+
     def __init__(self, line: int, fields: dict[str, Any]) -> None:
         self.line = line
         # As everywhere in OpenAI's interface, null stands for a field that is not given.
@@ -225,10 +227,7 @@ def parse_line(line: Line) -> Entry:
         raise ArgumentError(f"the line is not UTF-8: byte {line.data[at]:#04x} at column {at + 1}") from None
     try:
         fields = json.loads(text, parse_constant=_no_constant)
-        if "\\ud" in text.lower():
-            json.dumps(fields, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise ArgumentError("the line holds half of a surrogate pair, which is no character") from None
+        problem = _unwritable(fields)
     except RecursionError:
         raise ArgumentError("the line is nested too deeply") from None
     except ValueError as error:
@@ -236,7 +235,24 @@ def parse_line(line: Line) -> Entry:
     if not isinstance(fields, dict):
         raise ArgumentTypeError(f"the line must be a JSON object, got {type(fields).__name__}")
     form = OpenAIEntry if "custom_id" in fields or "body" in fields else NativeEntry
-    return form(line.number, fields)
+    if problem is None:
+        return form(line.number, fields)
+    # Its answer bears the name that whoever sent it looks for.
+    names = {name: fields[name] for name in ("id", "custom_id") if name in fields and _unwritable(fields[name]) is None}
+    entry = form(line.number, names)
+    entry.problem = ArgumentError(f"the line holds {problem}")
+    return entry
+
+
+def _unwritable(value: Any) -> str | None:
+    """What there is in a value that JSON could spell, but no record can hold."""
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError:
+        return "half of a surrogate pair, which is no character"
+    except ValueError:
+        return "a number beyond those of doubles"
+    return None
 
 
 def write_record(record: dict[str, Any]) -> bytes:

@@ -49,14 +49,17 @@ class OutputFile:
     def __init__(
         self, path: str | os.PathLike[str], identity: Mapping[str, Any], source: InputFile, *, overwrite: bool
     ) -> None:
-        self.path = Path(path)
-        self.sidecar = Path(f"{self.path}.resume")
-        self.done = Path(f"{self.path}.done")
+        self.path, self.sidecar, self.done = self.names(path)
         self._identity = json.loads(json.dumps(identity))  # as it reads back
         self._source = source
         self._overwrite = overwrite
         self._fd = -1
         self._is_new = False
+
+    @staticmethod
+    def names(path: str | os.PathLike[str]) -> tuple[Path, Path, Path]:
+        """All files that a job with this output writes: itself, `NAME.resume`, `NAME.done`."""
+        return Path(path), Path(f"{os.fspath(path)}.resume"), Path(f"{os.fspath(path)}.done")
 
     def __enter__(self) -> "OutputFile":
         if self.path.exists() and not self.path.is_file():
@@ -65,6 +68,9 @@ class OutputFile:
         self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(self._fd).st_size == 0:  # no job whose accounts they could be
+                for account in (self.sidecar, self.done):
+                    _refuse_foreign(account)
             if self._overwrite:
                 os.ftruncate(self._fd, 0)
             if os.fstat(self._fd).st_size == 0:  # nothing that could be another job's
@@ -75,6 +81,8 @@ class OutputFile:
             else:
                 self._check_identity(self.done)
         except BaseException as error:
+            if self._is_new and os.fstat(self._fd).st_size == 0:
+                self.path.unlink(missing_ok=True)
             os.close(self._fd)
             if isinstance(error, BlockingIOError):
                 raise ArgumentError(f"{self.path}: another run is writing this file at the moment") from None
@@ -160,13 +168,31 @@ class OutputFile:
 
     def _read(self, path: Path) -> dict[str, Any]:
         try:
-            before = json.loads(path.read_bytes())
+            return _account(path)
         except FileNotFoundError:
             raise ArgumentError(
                 f"{self.path} exists and is not the beginning of a job: give another name, or overwrite it"
             ) from None
         except (ValueError, RecursionError) as error:
             raise ArgumentError(f"{path} is damaged ({error}): overwrite the output to start again") from None
-        if not isinstance(before, dict):
-            raise ArgumentError(f"{path} is damaged (no object): overwrite the output to start again")
-        return before
+
+
+def _account(path: Path) -> dict[str, Any]:
+    """What a job has written about itself. ValueError for anything else."""
+    account = json.loads(path.read_bytes())
+    if not isinstance(account, dict) or not {"fixmin", "input", "model"} <= account.keys():
+        raise ValueError("it is not a job's")
+    return account
+
+
+def _refuse_foreign(path: Path) -> None:
+    """ArgumentError for a file that no job has written where one would be written or removed."""
+    try:
+        _account(path)
+    except FileNotFoundError:
+        return
+    except (ValueError, RecursionError, IsADirectoryError):
+        raise ArgumentError(
+            f"{path} has the name of a file of this job, but no job has written it: move it away, or give the output "
+            "another name"
+        ) from None

@@ -133,6 +133,8 @@ def answer(model: Model, settings: Settings, line: Line) -> Result:
     entry: Any = NativeEntry(line.number, {})  # in whose form a line is answered that cannot be read
     try:
         entry = parse_line(line)
+        if entry.problem is not None:
+            raise entry.problem
         body = (_openai if isinstance(entry, OpenAIEntry) else _OUTPUTS[settings.task])(model, settings, entry)
     except FixminError as error:
         if model.closed or isinstance(error, DeviceError):

@@ -51,6 +51,13 @@ class _Search:
         best = max(logprob for _, logprob in self.live)
         return self.score(best, len(self.live[0][0])) <= self.found[-1].score
 
+    def best(self) -> list[Beam]:
+        """What was found, and what would have gone on, as it is."""
+        for token_ids, logprob in self.live:
+            if token_ids:
+                self.keep(token_ids, logprob, len(token_ids), False)
+        return self.found
+
     def advance(self, tops: Sequence[Sequence[tuple[int, float]]], eos_ids: frozenset[int]) -> None:
         """One more token: `tops` has the n_candidates most probable ones after each live beam."""
         candidates = [
@@ -96,11 +103,9 @@ def beam_search(
             request.result()  # raises what went wrong
             logprobs = request.read(0)[1]
             if not logprobs:  # the model was closed
-                return search.found
+                return search.best()
             tops.append(logprobs[0][3])
         search.advance(tops, eos_ids)
         if search.finished():
             return search.found
-    for ids, logprob in search.live:
-        search.keep(ids, logprob, len(ids), False)
-    return search.found
+    return search.best()

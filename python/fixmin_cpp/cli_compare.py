@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from . import cli_output as output
-from .atomic_file import terminate_cleanly
+from .atomic_file import refuse_inputs, terminate_cleanly
 from .cli_app import MEASURE, Debug, Json, app
 from .cli_options import load_options, read_text, with_load_options
 
@@ -96,6 +96,8 @@ def compare(
         raise typer.BadParameter("give --text FILE or --dataset NAMES" + (", not both" if text is not None else ""))
     with output.errors(debug), terminate_cleanly():
         comparison = output.extra("compare", "compare")
+        for name in comparison.REPORT_FILES:
+            refuse_inputs(out / name, text, *models)
         held_out = read_text(text) if text is not None else comparison.Mixture.parse(dataset, n_tokens, seed, skip)
         trust = {"trust_remote_code": True} if trust_remote_code else {}
         for model in models:  # which may ask: not while a line of progress is shown

@@ -23,7 +23,7 @@ from .errors import FixminError
 from .hub import Code, Found
 from .inspect import printable
 from .progress import bar as _terminal_bar
-from .recognise import hub_id
+from .recognise import folder_and_type, hub_id
 
 __all__ = [
     "Stdout",
@@ -200,7 +200,8 @@ def locate(model: str | os.PathLike[str], *, quiet: bool = False, **selection: A
     """The file of a model, by hub.find: what is no file may be converted first, after a question if code runs then."""
     from .hub import find
 
-    if not os.path.exists(model) and hub_id(os.fspath(model)) is None and not selection:
+    text = os.fspath(model)
+    if not (os.path.exists(text) or hub_id(text) or folder_and_type(text) or selection):
         return Found(Path(model), os.fspath(model))  # whoever opens it says that it is not there, in its turn
     selection = {"trust_remote_code": _confirm, **selection}
     if quiet or not sys.stderr.isatty():

@@ -28,7 +28,7 @@ from typing import Any
 from .arguments import as_bool, as_path
 from .atomic_file import AtomicFile
 from .errors import ArgumentError, ArgumentTypeError, CheckpointError
-from .recognise import describe_no_file, describe_wrong_model, hub_id
+from .recognise import describe_no_file, describe_wrong_model, folder_and_type, hub_id
 
 __all__ = ["CachedModel", "Code", "Found", "cache_folder", "cached_models", "find", "remove_cached"]
 
@@ -145,9 +145,8 @@ def find(
         return Found(Path(text), text)
     if (no_file := describe_no_file(Path(text))) and not os.path.isdir(text):
         raise OSError(f"{text}: {no_file}")
-    of_folder = re.fullmatch(r"(.+):([^:/]+)", text)
-    if of_folder and not os.path.isdir(text) and os.path.isdir(of_folder[1]):
-        text, dtype = of_folder[1], _agreed("dtype", of_folder[2], dtype, text)
+    if of_folder := folder_and_type(text):
+        text, dtype = of_folder[0], _agreed("dtype", of_folder[1], dtype, text)
     if os.path.isdir(text):
         found = _from_folder(Path(text), _checked_type(dtype), revision, trust_remote_code, tell)
     else:

@@ -14,6 +14,7 @@ __all__ = [
     "describe_no_file",
     "describe_path",
     "describe_wrong_model",
+    "folder_and_type",
     "hub_id",
     "refuse_wrong_model",
 ]
@@ -80,6 +81,14 @@ def describe_no_file(path: Path) -> str | None:
     if path.is_symlink() and not path.exists():
         return f"a link to {os.readlink(path)}, which is not there (an incomplete copy of a cache?)"
     return "a pipe or device, not a file"
+
+
+def folder_and_type(text: str) -> tuple[str, str] | None:
+    """(FOLDER, TYPE) of FOLDER:TYPE, if there is that folder and nothing of the whole name."""
+    parts = re.fullmatch(r"(.+):([^:/]+)", text)
+    if parts is None or os.path.exists(text) or not os.path.isdir(parts[1]):
+        return None
+    return parts[1], parts[2]
 
 
 def describe_path(path: Path) -> str:

@@ -1,10 +1,12 @@
 """`fixmin quantize`: every type against gguf and ggml, the rules of the recipes, and what is kept of the source."""
 
 import ctypes
+import filecmp
 import hashlib
 import json
 import os
 import re
+import shutil
 from collections import Counter
 
 import fixmin_cli
@@ -314,6 +316,11 @@ def test_source_and_target_are_the_same(source, tmp_path):
     link.symlink_to(source)
     with pytest.raises(ArgumentError, match="is an input"):
         fixmin_cpp.quantize(source, link, "q8_0")
+    left = tmp_path / ".out.gguf.partial"  # by a run that was killed, and tried to be saved
+    shutil.copy(source, left)
+    with pytest.raises(ArgumentError, match=r"out\.gguf\.partial, an input, has the name under which .*out\.gguf is"):
+        fixmin_cpp.quantize(left, tmp_path / "out.gguf", "q8_0")
+    assert filecmp.cmp(left, source, shallow=False)
 
 
 def test_weight_that_the_type_cannot_hold(tmp_path):

@@ -136,6 +136,11 @@ def test_stating_another_code_than_is_computed(recoded: Path, change, message: s
         resolve(recoded, trust_remote_code=True, overrides=change(code.matrix, code.shift, code.values))
 
 
+def test_a_context_of_one_token_shows_nothing(checkpoint: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"context_length: 1 \(given\).*fewer than two"):
+        resolve(checkpoint, trust_remote_code=True, overrides={"context_length": 1})
+
+
 def test_unknown_override(checkpoint: Path) -> None:
     with pytest.raises(CheckpointError, match=f"temperature.*{next(iter(OVERRIDES))}"):
         resolve(checkpoint, overrides={"temperature": 1})

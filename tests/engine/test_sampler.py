@@ -493,6 +493,9 @@ def test_same_tokens_and_bits_on_every_isa(values):
 # --- log-probabilities -------------------------------------------------------------------------------------------
 
 
+LOWEST = float(np.finfo(np.float32).min)
+
+
 def expected_logprobs(logits):
     x = logits.astype(np.float64)
     return x - x.max() - np.log(np.exp(x - x.max()).sum())
@@ -526,8 +529,16 @@ def test_top_logprobs_are_those_of_score(tmp_path):
 def test_top_logprobs_with_impossible_tokens():
     logits = np.array([0.0, -INF, 1.0, -INF], np.float32)
     logprob, rank, ids, values = _core.top_logprobs(logits, 4, 3)
-    assert (logprob, rank, ids.tolist()) == (-INF, 4, [2, 0])
+    assert (logprob, rank, ids.tolist()) == (LOWEST, 4, [2, 0])
     np.testing.assert_allclose(np.exp(values).sum(), 1, atol=1e-6)
+
+
+def test_top_logprobs_are_finite():
+    """JSON has no infinity."""
+    logits = np.array([3e38, -3e38, 0.0, 1.0], np.float32)
+    logprob, rank, ids, values = _core.top_logprobs(logits, 4, 1)
+    assert (logprob, rank, ids.tolist()) == (LOWEST, 4, [0, 3, 2, 1])
+    assert values.tolist() == [0.0, float(-logits[0]), float(-logits[0]), LOWEST]
 
 
 @pytest.mark.parametrize("logits", [[NAN, 0.0], [0.0, INF], [-INF, -INF]])

@@ -112,6 +112,8 @@ WRONG_TYPE = [
     ("logit_bias", {3: False}, r"logit_bias\[3\] must be a number, got bool False"),
     ("banned_ids", True, "banned_ids must be a list .* got bool True"),
     ("banned_ids", 2.5, "banned_ids must be a list .* got float 2.5"),
+    ("stop_ids", np.array(2.5), "stop_ids must be token ids, got"),
+    ("stop_ids", np.array(True), "stop_ids must be token ids, got"),
     ("stop_ids", {3, "a"}, r"stop_ids\[.\] must be an integer, got str 'a'"),
     ("stop_ids", {"a": 1}, "got dict"),
     ("seed", [[1]], r"seed\[0\] must be an integer, got list"),
@@ -353,7 +355,7 @@ def test_ids_may_come_in_any_form(ids):
 
 
 def test_one_id_and_none_at_all():
-    options = GenerationOptions.check({"banned_ids": 3, "stop_ids": np.int64(4), "allowed_ids": 5}, 269)
+    options = GenerationOptions.check({"banned_ids": 3, "stop_ids": np.array(4), "allowed_ids": 5}, 269)
     assert (options.banned_ids, options.stop_ids, options.allowed_ids) == ((3,), (4,), (5,))
     for none in ([], (), set(), range(0), np.array([])):
         assert GenerationOptions.check({"banned_ids": none, "stop_ids": none}, 269) == GenerationOptions()

@@ -164,7 +164,14 @@ BAD = [
     (b'{"prompt": "a"\n', 2, "not JSON"),
     (b'{"prompt": "a", "temperature": NaN}\n', 2, "NaN is not a JSON number"),
     (b'{"prompt": "\xff"}\n', 2, "not UTF-8: byte 0xff at column 13"),
-    (b'{"id": "x", "prompt": "\\ud83d"}\n', 2, "surrogate"),
+    (b'{"id": "x", "prompt": "\\ud83d"}\n', "x", "surrogate"),
+    (b'{"id": "\\ud83d", "prompt": "a"}\n', 2, "surrogate"),
+    (b'{"id": 1e999, "prompt": "a"}\n', 2, "a number beyond those of doubles"),
+    (b'{"id": [-1e999], "prompt": 5}\n', 2, "a number beyond those of doubles"),
+    (b'{"id": "x", "prompt": "a", "temperature": 1e400}\n', "x", "a number beyond those of doubles"),
+    (b'{"custom_id": "x", "body": {"prompt": "a", "model": {"a": 1e999}}}\n', "x", "a number beyond those of doubles"),
+    (b'{"custom_id": 1e999, "body": {"prompt": "a"}}\n', None, "a number beyond those of doubles"),
+    (b'{"custom_id": "x", "body": {"prompt": "\\ud800"}}\n', "x", "surrogate"),
     (b"[" * 100_000 + b"\n", 2, "nested too deeply"),
     (b'{"seed": ' + b"9" * 10_000 + b', "prompt": "a"}\n', 2, "not JSON"),
     (b'["prompt"]\n', 2, "must be a JSON object, got list"),
@@ -443,6 +450,28 @@ def test_what_is_no_unfinished_job_is_left_alone(model_path, tmp_path, out):
         run_job(model_path, source, out)
     assert run_job(model_path, source, out, overwrite=True).n_resumed == 0
     assert len(records(out)) == 10
+
+
+@pytest.mark.parametrize("suffix", [".resume", ".done"])
+def test_files_of_others_beside_the_output_are_left_alone(model_path, tmp_path, out, suffix):
+    """Those that a job would write or remove: its own input, its model, or whatever else has such a name."""
+    beside = Path(f"{out}{suffix}")
+    write_lines(beside, mixed_lines(3))
+    before = beside.read_bytes()
+    for source in (beside, write_lines(tmp_path / "in", mixed_lines(3))):
+        for overwrite in (False, True):
+            with pytest.raises(fixmin_cpp.ArgumentError, match=f"{re.escape(str(beside))} (is an input|has the name)"):
+                run_job(model_path, source, out, overwrite=overwrite)
+            assert beside.read_bytes() == before
+            assert not out.exists()
+    beside.write_bytes(Path(model_path).read_bytes())
+    with pytest.raises(fixmin_cpp.ArgumentError, match="is an input"):
+        run_job(beside, tmp_path / "in", out)
+    beside.unlink()
+    beside.mkdir()
+    with pytest.raises(fixmin_cpp.ArgumentError, match="no job has written it"):
+        run_job(model_path, tmp_path / "in", out)
+    assert sorted(os.listdir(tmp_path)) == sorted(["in", beside.name])
 
 
 def test_a_job_that_is_done(model_path, tmp_path, out, monkeypatch):

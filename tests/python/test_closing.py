@@ -48,6 +48,17 @@ def clear_beside_a_stream(model):
     return stream
 
 
+def test_beams_so_far(long_model_path):
+    """Closed in the middle, a beam search gives what it has, as good as that of a search that was to end there."""
+    model = Model(long_model_path)
+    threading.Timer(0.3, model.close).start()
+    beams = model.beam_search("a", num_beams=3, max_new_tokens=90_000, ignore_eos=True)
+    length = len(beams[0].token_ids)
+    assert 0 < length < 90_000
+    with Model(long_model_path) as again:
+        assert beams == again.beam_search("a", num_beams=3, max_new_tokens=length, ignore_eos=True)
+
+
 CALLS = {
     "generate": lambda model: model.generate(["a", "b"], **LONG)[1].finish_reason,
     "stream": lambda model: len(list(model.stream("a", **LONG))),

@@ -561,7 +561,11 @@ def test_command(paths, tmp_path):
     again = fixmin(*command, "--json")
     assert [row["facts"]["variant"] for row in json.loads(again.stdout)["rows"]] == ["fixed", "affine", "learned"]
     assert again.stderr == b""
+    table = (out / "compare.md").read_bytes()
+    (out / "linked").symlink_to(out / "compare.csv")
     for wrong, code, message in (
+        ([*command[:5], out / "compare.md", *command[6:]], 1, b"compare.md is an input: give the output another name"),
+        ([*command[:5], out / "linked", *command[6:]], 1, b"compare.csv is an input"),
         (["compare", *paths], 2, b"give --text FILE or --dataset NAMES"),
         ([*command, "--dataset", "cosmopedia"], 2, b"give --text FILE or --dataset NAMES"),
         (["compare", "--text", text], 2, b"MODEL"),
@@ -572,3 +576,4 @@ def test_command(paths, tmp_path):
         failed = fixmin(*wrong)
         assert (failed.returncode, message in failed.stderr) == (code, True), failed.stderr
         assert b"Traceback" not in failed.stderr
+    assert (out / "compare.md").read_bytes() == table

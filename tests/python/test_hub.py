@@ -397,6 +397,19 @@ def test_a_folder_is_converted_again_when_it_changes(faked, tmp_path, cache):
     assert "is a folder, which has none" in faked("pull", str(folder), "--revision", "v1").stderr
 
 
+def test_a_folder_and_a_type_in_every_command(faked, tmp_path, cache):
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "config.json").write_bytes(CONFIG)
+    (folder / "model.safetensors").write_bytes(b"1")
+    for command in (["generate", "-n", "2", "-p", "ab", "-q", "-m"], ["score", "-p", "the cat", "-m"], ["inspect"]):
+        done = faked(*command, f"{folder}:q4_0")
+        assert done.returncode == 0, done.stderr
+    assert len(faked.conversions()) == 1
+    assert left_in(cache) == ["checkpoint-Q4_0.gguf", "checkpoint-Q4_0.json"]
+    assert "dtype must be one of" in faked("inspect", f"{folder}:q17").stderr
+
+
 def test_a_folder_of_gguf_files(tmp_path, model_path, cache):
     shutil.copy(model_path, tmp_path / "a-Q8_0.gguf")
     assert hub.find(tmp_path).path == tmp_path / "a-Q8_0.gguf"

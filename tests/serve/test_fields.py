@@ -68,14 +68,22 @@ def test_a_streamed_echo_has_what_a_whole_one_has(server: Server, fields: dict[s
             assert got == {"text": choice["text"], "logprobs": choice["logprobs"]}
 
 
-def test_ids_of_an_echoed_prompt(server: Server, model: fixmin_cpp.Model) -> None:
-    body = {"prompt": ["the abc", "the q"], "echo": True, "logprobs": 1, "max_tokens": 2, "return_token_ids": True}
+@pytest.mark.parametrize("logprobs", [1, None])
+def test_ids_of_an_echoed_prompt(server: Server, model: fixmin_cpp.Model, logprobs: int | None) -> None:
+    body = {"prompt": ["the abc", "the q"], "echo": True, "max_tokens": 2, "return_token_ids": True}
+    body["logprobs"] = logprobs
     wanted = [model.encode(prompt) for prompt in body["prompt"]]
     assert [choice["prompt_token_ids"] for choice in server.post(COMPLETIONS, body).json()["choices"]] == wanted
     openings = {
         choice["index"]: choice["prompt_token_ids"] for choice in events(server, **body) if "prompt_token_ids" in choice
     }
     assert [openings[i] for i in range(2)] == wanted
+
+
+def test_two_names_of_one_field_are_named_as_they_were_given(server: Server) -> None:
+    body = {"prompt": "a", "n_predict": 3, "max_tokens": 5}
+    error = server.post(COMPLETIONS, body).json()["error"]["message"]
+    assert error == "n_predict and max_tokens are the same: give one"
 
 
 def test_an_end_of_text_token_has_its_entry(server: Server, model: fixmin_cpp.Model) -> None:

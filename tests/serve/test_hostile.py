@@ -645,13 +645,15 @@ def test_cors_only_when_asked_for(server: Server, served_path: Path, start: Star
 # --- beginning and end -----------------------------------------------------------------------------------------------
 
 
-def test_shutdown_lets_streams_finish(long_path: Path, start: Start) -> None:
-    with start(long_path) as server:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_shutdown_lets_streams_finish(long_path: Path, start: Start, number: signal.Signals) -> None:
+    """Also when the terminal is closed."""
+    with start(long_path, before="import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)") as server:
         body = {"prompt": "the", "max_tokens": 1500, "ignore_eos": True, "stream": True}
         with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=120) as answer:
             lines = answer.iter_lines()
             next(lines)
-            server.process.send_signal(signal.SIGTERM)
+            server.process.send_signal(number)
             events = [line for line in lines if line.startswith("data: ")]
         assert events[-1] == "data: [DONE]"
         assert json.loads(events[-2][6:])["choices"][0]["finish_reason"] == "length"

@@ -9,10 +9,11 @@ keeps it between runs.
 
 from .comparison import compare
 from .corpus import Mixture
-from .report import csv_table, latex, markdown, plot, write_report
+from .report import REPORT_FILES, csv_table, latex, markdown, plot, write_report
 from .results import Comparison, Difference, Figure, ModelFacts, Row, Speed, TaskScore, TextFacts, TextScore
 
 __all__ = [
+    "REPORT_FILES",
     "Comparison",
     "Difference",
     "Figure",

@@ -13,7 +13,7 @@ from typing import Any
 from .results import PAPER, PAPER_SEED_VARIATION, Comparison, Figure, Row, TaskScore
 from .store import write_text
 
-__all__ = ["csv_table", "latex", "markdown", "plot", "write_report"]
+__all__ = ["REPORT_FILES", "csv_table", "latex", "markdown", "plot", "write_report"]
 
 _PAPER_CAPTION = (
     "“Paper's model”: of another model than the row's unless that is the published one, and on another text. Mean "
@@ -23,21 +23,26 @@ _PAPER_CAPTION = (
 )
 
 
+_TEXTS = ("compare.md", "compare.csv", "compare.tex", "compare-table.tex", "compare.json")
+_PICTURES = ("compare.png", "compare.svg")
+REPORT_FILES = (*_TEXTS, *_PICTURES)  # what write_report replaces in its folder
+
+
 def write_report(comparison: Comparison, out: Path) -> list[Path]:
     """Writes compare.{md,csv,json,tex,png,svg} and compare-table.tex; without matplotlib no picture. What was written.
 
     compare.tex is a document of its own, compare-table.tex the table in it, for \\input in another one.
     """
-    files = {
-        "compare.md": markdown(comparison),
-        "compare.csv": csv_table(comparison),
-        "compare.tex": latex(comparison),
-        "compare-table.tex": latex(comparison, whole=False),
-        "compare.json": json.dumps(_plain(asdict(comparison)), indent=1, allow_nan=False) + "\n",
-    }
-    for name, content in files.items():
+    contents = (
+        markdown(comparison),
+        csv_table(comparison),
+        latex(comparison),
+        latex(comparison, whole=False),
+        json.dumps(_plain(asdict(comparison)), indent=1, allow_nan=False) + "\n",
+    )
+    for name, content in zip(_TEXTS, contents, strict=True):
         write_text(out / name, content)
-    pictures = [out / "compare.png", out / "compare.svg"]
+    pictures = [out / name for name in _PICTURES]
     try:
         plot(comparison, pictures)
     except ModuleNotFoundError as error:
@@ -46,7 +51,7 @@ def write_report(comparison: Comparison, out: Path) -> list[Path]:
         for picture in pictures:  # of an earlier run
             picture.unlink(missing_ok=True)
         pictures = []
-    return [*(out / name for name in files), *pictures]
+    return [*(out / name for name in _TEXTS), *pictures]
 
 
 # --- the table -----------------------------------------------------------------------------------------------------

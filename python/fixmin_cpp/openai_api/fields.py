@@ -134,13 +134,15 @@ def as_arguments(fields: Mapping[str, Any]) -> dict[str, Any]:
             given["json_schema"] = schema
     if isinstance(given.get("dry_sequence_breakers"), str):
         given["dry_sequence_breakers"] = _breakers(given["dry_sequence_breakers"])
+    names: dict[str, str] = {}  # under which a client gave what is not called so here
     for field, name in ALIASES.items():
         if field not in given:
             continue
         value = given.pop(field)
         if name in given and given[name] != value and not (field == _OPENAIS[1] and _OPENAIS[0] in fields):
-            raise ArgumentError(f"{field} and {name} are the same: give one")
+            raise ArgumentError(f"{field} and {names.get(name, name)} are the same: give one")
         given.setdefault(name, value)
+        names.setdefault(name, field)
     if type(given.get("top_k")) is int and given["top_k"] < 0:
         given["top_k"] = 0  # all, as in vLLM and llama.cpp
     if "seed" in given:

@@ -40,7 +40,7 @@ class _CompletionWriter(Writer):
         self._logprobs = None if request.logprobs is None else answer.logprobs(index, len(self._echo or ""))
 
     def begin(self) -> dict[str, Any] | None:
-        return {"text": self._echo, "logprobs": None} if self._opened and self._echo is not None else None
+        return self._opening(None) if self._opened and self._echo is not None else None
 
     def opening(self) -> list[dict[str, Any]] | None:
         if self._opened:
@@ -49,10 +49,13 @@ class _CompletionWriter(Writer):
         if lists is None:
             return None
         self._opened = True
+        return [self._opening(lists)]
+
+    def _opening(self, lists: dict[str, list[Any]] | None) -> dict[str, Any]:
         opening: dict[str, Any] = {"text": self._echo, "logprobs": lists}
         if self._answer.request.return_token_ids:
             opening["prompt_token_ids"] = self._answer.leader(self._index).prompt_ids
-        return [opening]
+        return opening
 
     def piece(self, piece: Piece) -> dict[str, Any] | None:
         if self._answer.request.only_prompt:

@@ -27,7 +27,7 @@ _CUT_OFF = 2.0  # seconds after the shutdown's timeout in which clients may take
 
 
 def run(settings: ServeSettings) -> None:
-    """Serves until SIGINT or SIGTERM; then nothing new is taken and what runs gets settings.shutdown_timeout to end.
+    """Serves until SIGINT, SIGTERM or SIGHUP; then nothing new is taken, and what runs gets settings.shutdown_timeout.
 
     A SIGINT after that ends what runs at once. Meanwhile log lines to stderr wait for nobody.
 
@@ -116,7 +116,10 @@ def _signals_end_well(stop: Callable[[], None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, lambda *_: stop()) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # its terminal is closed; nohup has that ignored
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, lambda *_: stop()) for number in numbers}
     try:
         yield
     finally:
