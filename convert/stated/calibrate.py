@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,8 @@ class Losses:
         if tokenizer is None:
             raise CheckpointError("--calibrate needs the checkpoint's tokenizer.json")
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            data = sys.stdin.buffer.read() if str(path) == "-" and sys.stdin else Path(path).read_bytes()
+            text = data.decode()
         except (OSError, ValueError) as error:
             raise CheckpointError(f"--calibrate {path}: {error}") from None
         ids = np.array(tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)

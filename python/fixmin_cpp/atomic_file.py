@@ -108,7 +108,7 @@ class AtomicFile:
 
 def refuse_inputs(target: str | os.PathLike[str], *inputs: str | os.PathLike[str] | None) -> None:
     """ArgumentError if the file to write, or its temporary, is one of those that are read: it would be lost."""
-    for path in map(os.fspath, filter(None, inputs)):
+    for path in [os.fspath(one) for one in inputs if one is not None]:
         if _is_same(path, target):
             other = "" if path == os.fspath(target) else f", {path}"
             raise ArgumentError(f"{os.fspath(target)} is an input{other}: give the output another name")

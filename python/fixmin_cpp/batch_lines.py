@@ -109,9 +109,10 @@ class Settings:
         if "seed" in options:
             raise ArgumentError("seed is that of the job: give it as such, or in a line")
         try:
-            checked = main_names(json.loads(json.dumps(dict(options))))
+            plain = json.loads(json.dumps(dict(options)))
         except TypeError as error:
             raise ArgumentTypeError(f"options must be what JSON can hold: {error}") from None
+        checked = main_names(plain)
         GenerationOptions.check(checked, vocab_size)
         return cls(task, as_int("seed", seed, 0, MAX_SEED), checked, token_ids)
 

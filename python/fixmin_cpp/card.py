@@ -174,7 +174,8 @@ def _certificate(own: Sequence[dict[str, Any]]) -> str:
 def _use(d: dict[str, Any], repository: str, others: Sequence[dict[str, Any]]) -> str:
     kind = _type(d).lower().replace("i8", "w8a8")
     text = (
-        f"This is a base model: it continues text.\n\n```\npip install '{_PROJECT}[run]'\n"
+        f"This is a base model: it continues text.\n\n```\npip install '{_PROJECT}[run]'"
+        "  # or '.[run]' in its source folder\n"
         f'fixmin run {repository}:{kind} "Once upon a time,"\n```\n\n```python\nimport fixmin_cpp\n\n'
         f'model = fixmin_cpp.Model.from_pretrained("{repository}", "{kind}")\n'
         'print(model.generate("Once upon a time,", max_new_tokens=64, temperature=0.5).text)\n```\n\n'

@@ -249,19 +249,7 @@ def generate(
                 if not quiet:
                     output.note(output.summary(each, sampled=arguments.get("temperature", 0.0) > 0))
             if not quiet:
-                _tell_without_effect(arguments)
-
-
-# What does nothing while the most probable token is taken.
-_OF_CHANCE = (
-    "seed top_n_sigma top_k typical_p top_p min_p xtc_probability xtc_threshold min_keep mirostat dynatemp_range"
-)
-
-
-def _tell_without_effect(arguments: dict[str, Any]) -> None:
-    given = [f"--{name.replace('_', '-')}" for name in _OF_CHANCE.split() if name in arguments]
-    if given and "temperature" not in arguments:
-        output.note(f"{', '.join(given)} had no effect: without --temp the most probable token is taken")
+                output.tell_without_effect(arguments)
 
 
 def _stream(model: Any, text: str, arguments: dict[str, Any], *, show: bool) -> Any:
@@ -275,7 +263,7 @@ def _stream(model: Any, text: str, arguments: dict[str, Any], *, show: bool) -> 
 
 @app.command(rich_help_panel=RUN)
 @with_load_options(before="quiet", without=["n_parallel"], rare=True)
-@with_options(before="debug")
+@with_options(before="debug", without=["n", "best_of"])
 def batch(
     source: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="One JSON object per line.")],
     target: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="One record per line of input, in its order.")],
@@ -318,8 +306,9 @@ def batch(
     """Answer every line of a file by a line of another one. A job that was ended goes on when it is started again.
 
     A line is {"prompt": text or ids}, with an "id" and arguments of Model.generate if wanted, or a request of OpenAI's
-    batch format to /v1/completions. Options here count for lines that do not say otherwise; lines get their seeds from
-    --seed (default: 0) and their number. What is wrong with a line stands in its record. docs/batch.md has the formats.
+    batch format: completions and chats. Options here count for lines that do not say otherwise; lines get their seeds
+    from --seed (default: 0) and their number. What is wrong with a line stands in its record. docs/batch.md has the
+    formats.
     """
     from .batch import run_batch
 
@@ -620,6 +609,8 @@ def perplexity(
     from .evaluate import perplexity as measure
 
     with output.errors(debug), ExitStack() as stack:
+        if base_model is not None and kl is not None:
+            raise typer.BadParameter("give --base-model or --kl, not both")
         if save_logits is not None:
             refuse_inputs(save_logits, model, file, base_model, kl)
         text = read_text(file)

@@ -61,7 +61,7 @@ _Offline = Annotated[
 
 @app.command(rich_help_panel=RUN)
 @with_load_options(before="debug")
-@with_options(before="debug")
+@with_options(before="debug", without=["n", "best_of", "logprobs", "prompt_logprobs"])
 def run(
     model: _Name,
     prompt: Annotated[
@@ -109,8 +109,6 @@ def run(
         if session and not on_terminal:
             raise typer.BadParameter("--interactive needs a terminal")
         text = None if session and prompt is None and file is None else read_prompt(prompt, file, escape)
-        if not session and {"n", "best_of", "logprobs", "prompt_logprobs"} & arguments.keys():
-            raise typer.BadParameter("--n, --best-of, --logprobs and --prompt-logprobs are for `fixmin generate`")
         colored = output.colored(color)
         with terminate_cleanly():
             found = locate(model, dtype, revision, trust_remote_code, offline, quiet)
@@ -130,6 +128,7 @@ def run(
             tell_phases(found, quiet)
             if not quiet:
                 output.note(output.summary(pieces.completion, sampled=arguments.get("temperature", 0.0) > 0))
+                output.tell_without_effect(arguments)
 
 
 def _session(model: Any, arguments: dict[str, Any], first: str | None, **how: Any) -> None:

@@ -94,9 +94,10 @@ OPTIONS: dict[str, _Option] = {_key(option): option for option in _sampling_opti
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-def with_options(before: str) -> Callable[[_F], _F]:
-    """Gives a command the sampling options in the place of its **options; --help shows them before `before`."""
-    return _adding(before, [_parameter(key, option) for key, option in OPTIONS.items()])
+def with_options(before: str, without: Sequence[str] = ()) -> Callable[[_F], _F]:
+    """Gives a command the sampling options but for `without` in the place of its **options; --help shows them before
+    `before`."""
+    return _adding(before, [_parameter(key, option) for key, option in OPTIONS.items() if key not in without])
 
 
 def with_load_options(before: str, without: Sequence[str] = (), rare: bool = False) -> Callable[[_F], _F]:

@@ -40,6 +40,7 @@ __all__ = [
     "report",
     "status",
     "summary",
+    "tell_without_effect",
     "write",
 ]
 
@@ -258,6 +259,19 @@ def summary(completion: Any, *, sampled: bool) -> str:
         f"{t.n_generated} new ({t.decode_tok_s:,.1f}/s), finish {completion.finish_reason}"
         + (f", seed {completion.seed}" if sampled else "")
     )
+
+
+# What does nothing while the most probable token is taken.
+_OF_CHANCE = (
+    "seed top_n_sigma top_k typical_p top_p min_p xtc_probability xtc_threshold min_keep mirostat dynatemp_range"
+)
+
+
+def tell_without_effect(arguments: Mapping[str, Any]) -> None:
+    """A line to stderr if options were given that did nothing."""
+    given = [f"--{name.replace('_', '-')}" for name in _OF_CHANCE.split() if name in arguments]
+    if given and "temperature" not in arguments:
+        note(f"{', '.join(given)} had no effect: without --temp the most probable token is taken")
 
 
 def load(model: Path, *, quiet: bool = False, **settings: Any) -> Any:

@@ -48,7 +48,7 @@ class Session:
 
     def __init__(self, model: Any, arguments: Mapping[str, Any], *, color: bool, escape: bool, quiet: bool) -> None:
         self._model = model
-        self._arguments = {name: value for name, value in arguments.items() if name not in ("n", "best_of")}
+        self._arguments = dict(arguments)
         self._color, self._escape, self._quiet = color, escape, quiet
         self._ids: list[int] = []
         self._commands: dict[str, Callable[[str], object]] = {
@@ -147,7 +147,8 @@ class Session:
             how = ends.get(completion.finish_reason, completion.finish_reason)
             if completion.finish_reason == "length" and len(self._ids) >= self._model.n_ctx:
                 how = "the context is full: /reset begins a new text"
-            output.note(f"[{timings.n_generated} tokens, {timings.decode_tok_s:,.1f}/s; {how}]")
+            n = timings.n_generated
+            output.note(f"[{n} token{'s' * (n != 1)}, {timings.decode_tok_s:,.1f}/s; {how}]")
 
     def _set(self, rest: str) -> None:
         name, _, value = rest.partition(" ")

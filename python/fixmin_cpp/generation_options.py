@@ -133,7 +133,8 @@ def main_names(arguments: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in arguments.items():
         main = ALIASES.get(name, name)
         if name in _OF_GENERATE:
-            raise ArgumentTypeError(f"{name} is an argument of Model.generate() only: here a prompt has one completion")
+            why = ": here a prompt has one completion" if name in ("n", "best_of") else ""
+            raise ArgumentTypeError(f"{name} is an argument of Model.generate() only{why}")
         if main not in FIELDS:
             raise ArgumentTypeError(f"there is no argument {shortened(name)}{_hint(name)}")
         if main in named:

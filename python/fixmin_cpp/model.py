@@ -633,7 +633,7 @@ class Model:
             holds = f"the context holds {self._n_ctx}" + (", the answer included" if room > 0 else "")
             raise ContextLengthError(
                 f"{name} has {len(ids)} tokens, but "
-                + (holds if room >= 0 else f"at most {self._n_ctx - room} can be scored")
+                + (holds if room >= 0 else f"at most {self._n_ctx - room} can be scored (perplexity takes longer ones)")
                 + ": shorten it"
                 + (" or load the model with a larger n_ctx" if self._n_ctx < self._info["context_length"] else "")
             )

@@ -170,11 +170,11 @@ class GenerationArguments(TypedDict, total=False):
     logprobs: Annotated[Int, Field(None, Integer(0, 1024),
         "Log-probability of every generated token, and of so many of the most probable.",
         heading="Probabilities and speed",
-        option_help="With --json: log-probabilities of the tokens, and of the k most probable.", bodies=None,
+        option_help="Log-probabilities of the tokens, and of the k most probable, in JSON.", bodies=None,
         elsewhere="top_logprobs n_probs output_scores output_logits return_dict_in_generate")]
     prompt_logprobs: Annotated[Int, Field(None, Integer(0, 1024),
         "The same for the tokens of the prompt but the first; all of it is read then.",
-        option_help="With --json: the same for the prompt.", bodies=None, elsewhere="echo")]
+        option_help="The same for the prompt.", bodies=None, elsewhere="echo")]
     prompt_lookup_num_tokens: Annotated[Int, Field(0, Integer(0, 31),
         "Guess up to so many tokens from how the text went on before: the same result, sooner where it repeats itself.",
         elsewhere="num_assistant_tokens n_draft draft")]

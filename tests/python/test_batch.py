@@ -755,9 +755,10 @@ def test_command_with_other_arguments_of_generate(model, tmp_path, out):
     )
     assert record["text"] == alone.text
     assert result.stdout.decode().splitlines()[0] == f"path: {out}"
-    result = fixmin("batch", source, out, "-m", model.path, "-t", 1, "--n", 2)  # a record holds one text
-    assert (result.returncode, result.stderr.count(b"\n")) == (1, 1)
-    assert b"n is an argument of Model.generate() only" in result.stderr
+    result = fixmin("batch", source, out, "-m", model.path, "-t", 1, "--best-of", 2)  # a record holds one text
+    assert (result.returncode, b"No such option: --best-of" in result.stderr) == (2, True)
+    with pytest.raises(TypeError, match=r"^n is an argument of Model.generate\(\) only: here a prompt has one"):
+        run_job(model.path, source, out, options={"n": 2})
 
 
 def test_command_quiet_and_refused(model, tmp_path, out):
