@@ -313,6 +313,8 @@ def batch(
     from .batch import run_batch
 
     with output.errors(debug):
+        if str(target) == "-":
+            raise ArgumentError("OUT.jsonl must be a file, not stdout: a job goes on from what it holds")
         model = output.locate(model, quiet=quiet or as_json).path
         load = load_options(options)
         arguments = read_options(options, escape=True)

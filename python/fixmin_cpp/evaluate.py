@@ -191,9 +191,9 @@ def perplexity(
             file.commit()
 
     loss = np.concatenate(losses)
-    nll, nll_error = _mean(loss)
-    if not math.isfinite(nll):
+    if not np.isfinite(loss).all():
         raise FixminError("the model's logits are not finite on this text")
+    nll, nll_error = _mean(loss)
     value = _exp(nll)
     return Perplexity(
         n_tokens=len(ids),

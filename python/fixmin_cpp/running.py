@@ -9,6 +9,7 @@ import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import NoReturn
 
 from . import _core
 from .arguments import MAX_INT32
@@ -236,6 +237,8 @@ class TextStream(Iterator[Piece]):
             self._process = os.getpid()
             self._lock = threading.Lock()
             self._holder = None
+            if not self._run.ended:  # no part of what will not be whole
+                self._pieces.clear()
 
     def _read(self) -> None:
         if not self._started:
@@ -265,6 +268,9 @@ class TextStream(Iterator[Piece]):
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a stream can neither be copied nor pickled: it is one run, where that was started")
 
     def __del__(self) -> None:
         self._run.cancel()  # does not wait: this may run in any thread
@@ -364,6 +370,8 @@ class AsyncTextStream(AsyncIterator[Piece]):
             if self._dispatcher is None:
                 self._process = os.getpid()
                 self._dispatcher = self._start(self._run, self._news.set)
+            if self._process != os.getpid() and not self._run.ended:
+                self._pieces.clear()
             if self._pieces:
                 return self._pieces.popleft()
             if self._run.ended:
@@ -400,6 +408,9 @@ class AsyncTextStream(AsyncIterator[Piece]):
 
     async def __aexit__(self, *exc: object) -> None:
         self._end()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a stream can neither be copied nor pickled: it is one run, where that was started")
 
     def __del__(self) -> None:
         self._run.cancel()

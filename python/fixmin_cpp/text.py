@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
+from .errors import ArgumentError
 from .tokenizer import TextTokenizer, decoding
 
 __all__ = ["IncrementalDecoder", "StopStrings", "TextAssembler"]
@@ -175,6 +176,9 @@ class StopStrings:
         return len(text)
 
 
+_MAX_SIGNS = 0x800  # so many lone surrogates there are
+
+
 @lru_cache(maxsize=4)  # the runs of one call have the same ones
 def _with_signs(stops: tuple[str, ...], names: tuple[tuple[int, str], ...]) -> tuple[tuple[str, ...], dict[int, str]]:
     """`stops`, also as they are met by special tokens, and the signs of those by their ids.
@@ -185,7 +189,9 @@ def _with_signs(stops: tuple[str, ...], names: tuple[tuple[int, str], ...]) -> t
     named = {i: name for i, name in names if name and name in together}
     if not named:
         return stops, {}
-    signs = {token_id: chr(0xD800 + n % 0x800) for n, token_id in enumerate(named)}
+    if len(named) > _MAX_SIGNS:
+        raise ArgumentError(f"stop names {len(named)} special tokens, but at most {_MAX_SIGNS} can be told apart")
+    signs = {token_id: chr(0xD800 + n) for n, token_id in enumerate(named)}
     by_name = {name: signs[i] for i, name in named.items()}
     spelled = re.compile("|".join(map(re.escape, sorted(by_name, key=len, reverse=True))))
     return stops + tuple(spelled.sub(lambda match: by_name[match[0]], stop) for stop in stops), signs

@@ -761,6 +761,13 @@ def test_command_with_other_arguments_of_generate(model, tmp_path, out):
         run_job(model.path, source, out, options={"n": 2})
 
 
+def test_command_to_stdout_is_refused(model, tmp_path):
+    source = write_lines(tmp_path / "in", [{"prompt": "a"}])
+    result = fixmin("batch", source, "-", "-m", model.path)
+    assert (result.returncode, b"must be a file, not stdout" in result.stderr) == (1, True)
+    assert not Path("-").exists()
+
+
 def test_command_quiet_and_refused(model, tmp_path, out):
     source = write_lines(tmp_path / "in", [{"prompt": "a", "max_new_tokens": 2}])
     assert fixmin("batch", source, out, "-m", model.path, "-t", 1, "-q").stdout == b""

@@ -1,6 +1,8 @@
 """Model.close() from everywhere, and the child of a fork: nothing waits for ever."""
 
 import asyncio
+import copy
+import pickle
 import subprocess
 import sys
 import threading
@@ -249,6 +251,8 @@ model = fixmin_cpp.Model(sys.argv[1], device="cpu")  # CUDA does not work after 
 more = {"max_new_tokens": 10**6, "ignore_eos": True}
 stream = model.stream("a", **more)
 next(stream)
+while not stream._pieces:  # some come together, and were not yet read
+    next(stream)
 threading.Thread(target=lambda: list(model.stream("b", **more)), daemon=True).start()
 def refused(f):
     try:
@@ -266,7 +270,7 @@ async def main():
     return 0, outer
 pid, outer = asyncio.run(main())
 if pid == 0:
-    refused(lambda: list(stream))
+    refused(lambda: next(stream))
     stream.close()
     async def child():
         try:
@@ -298,6 +302,13 @@ print("both")
 def test_a_forked_child_is_refused_what_stays_in_the_parent(long_model_path):
     result = python(FORK, long_model_path)
     assert (result.returncode, result.stdout, result.stderr) == (0, "both\n", "")
+
+
+@pytest.mark.parametrize("how", ["stream", "astream"])
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_stream_is_not_copied(model, how, again):
+    with pytest.raises(TypeError, match="a stream can neither be copied nor pickled"):
+        again(getattr(model, how)("a", max_new_tokens=3))
 
 
 def test_in_del_that_a_mask_collects(long_model_path):

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toy_models import byte_fallback, byte_level, concatenating
 
+from fixmin_cpp import ArgumentError
 from fixmin_cpp.text import IncrementalDecoder, StopStrings, TextAssembler
 from fixmin_cpp.tokenizer import TextTokenizer
 
@@ -317,6 +318,15 @@ def test_no_stop_string_is_looked_for_in_the_first_tokens(kind, data, least):
     assert "".join(part for _, part in pairs) == expected
     assert assembler.stopped == any(stop in rest for stop in wanted)
     assert [i for i, _ in pairs] == ids[: len(pairs)]
+
+
+def test_special_tokens_that_a_stop_string_names_can_be_told_apart():
+    names = {i: f"<s{i}>" for i in range(2049)}
+    stops = StopStrings(["".join(list(names.values())[:2048]), "A<s0>"], names)
+    assert stops.feed("A") == ""
+    assert stops.feed_special(2047) == "A"
+    with pytest.raises(ArgumentError, match="names 2049 special tokens, but at most 2048"):
+        StopStrings(["".join(names.values())], names)
 
 
 def test_half_a_character_before_a_special_token_that_ends_the_text_is_not_lost():
