@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import json
+import math
 import os
 import signal
 import sys
@@ -345,7 +346,7 @@ class _Lines:
 def report(facts: Mapping[str, Any], as_json: bool) -> None:
     """To stdout: one JSON object, a table on a terminal, lines in a pipe."""
     if as_json:
-        write(json.dumps(facts, indent=2) + "\n")
+        write(json.dumps(_finite(dict(facts)), indent=2, allow_nan=False) + "\n")
     elif sys.stdout.isatty():
         table = Table(show_header=False)
         for key, value in facts.items():
@@ -353,6 +354,15 @@ def report(facts: Mapping[str, Any], as_json: bool) -> None:
         Stdout(markup=False).print(table)
     else:
         write("".join(f"{key}: {printable(_plain(value))}\n" for key, value in facts.items()))
+
+
+def _finite(value: Any) -> Any:
+    """As JSON can hold it: null for the perplexity, say, that is beyond a double."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write(text: str) -> None:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from .arguments import MAX_INT32, Prompt, as_int
 from .atomic_file import AtomicFile, refuse_inputs
 from .errors import ArgumentError, ArgumentTypeError, FixminError
-from .model import Model
+from .model import Model, Score
 
 __all__ = ["Divergence", "Perplexity", "perplexity"]
 
@@ -172,7 +172,7 @@ def perplexity(
             start = time.perf_counter()
             if theirs is None and file is None:
                 # No logits are needed whole: the engine gives log-probabilities alone.
-                losses.append(-model.score(window).logprobs[part.rows].astype(np.float64))
+                losses.append(losses_of(model.score(window))[part.rows])
                 seconds += time.perf_counter() - start
             else:
                 logits = model.logits(window)[part.rows]
@@ -229,6 +229,13 @@ def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     x -= x.max(1, keepdims=True)
     x -= np.log(np.exp(x).sum(1, keepdims=True))
     return x
+
+
+def losses_of(score: Score) -> NDArray[np.float64]:
+    """-log p of the scored tokens, in nats. FixminError if one is beyond float32, where a score has the last number."""
+    if score.logprobs.min(initial=0.0) == np.finfo(np.float32).min:
+        raise FixminError("the model's logits are not finite on this text, or further apart than float32 can hold")
+    return -score.logprobs.astype(np.float64)
 
 
 def negative_log_probabilities(logits: NDArray[np.float32], targets: NDArray[Any]) -> NDArray[np.float64]:

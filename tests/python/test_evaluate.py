@@ -1,5 +1,6 @@
 """Perplexity and divergence against float64 NumPy on whole logits, which fixmin_cpp.evaluate never holds."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -8,8 +9,11 @@ from fixmin_cli import fixmin
 from gguf_factory import make_model
 from hypothesis import given
 from hypothesis import strategies as st
+from toy_models import byte_level, write_model
 
 import fixmin_cpp
+from fixmin_cpp import cli_output
+from fixmin_cpp.batch import run_batch
 from fixmin_cpp.errors import ArgumentError, ArgumentTypeError
 from fixmin_cpp.evaluate import windows
 
@@ -173,3 +177,57 @@ def test_command(letters_model, tmp_path):
     assert b"top1: 1\n" in fixmin("perplexity", *options, "--kl", tmp_path / "logits").stdout
     failed = fixmin("perplexity", "-m", letters_model.path, "-f", tmp_path / "missing")
     assert (failed.returncode, failed.stderr.startswith(b"error: ")) == (1, True)
+
+
+@pytest.fixture(scope="module")
+def steep(tmp_path_factory):
+    """A model with finite logits, some of which lie further apart than float32 can hold; and ids that meet those."""
+    folder = tmp_path_factory.mktemp("steep")
+
+    def write(name, factor):
+        def scale(writer):
+            for tensors in writer.tensors:
+                for tensor in ("output.weight", "output.bias"):
+                    if tensor in tensors:
+                        tensors[tensor].tensor = (tensors[tensor].tensor.astype(np.float64) * factor).astype(np.float32)
+
+        return write_model(folder / name, byte_level(), more=scale)
+
+    with fixmin_cpp.Model(write("flat.gguf", 1.0)) as flat:
+        ids = flat.encode("the cat the cat")
+        logits = flat.logits(ids)
+    path = write("steep.gguf", 2.5e38 / np.abs(logits).max())
+    with fixmin_cpp.Model(path) as model:
+        logits = model.logits(ids).astype(np.float64)
+        spread = logits.max(axis=1) - logits.min(axis=1)
+        row = int(spread.argmax())
+        assert np.isfinite(logits).all()
+        assert spread[row] > np.finfo(np.float32).max
+        yield model, [*ids[: row + 1], int(logits[row].argmin())]
+
+
+def test_log_probabilities_beyond_float32(steep, tmp_path):
+    """They are numbers that JSON can hold, but no perplexity comes of them."""
+    model, ids = steep
+    lowest = float(np.finfo(np.float32).min)
+    assert model.score(ids).logprobs[-1] == lowest
+    with pytest.raises(fixmin_cpp.FixminError, match="further apart than float32"):
+        fixmin_cpp.perplexity(model, ids)
+    (tmp_path / "in").write_text(json.dumps({"prompt": [int(i) for i in ids]}) + "\n")
+    run_batch(model.path, tmp_path / "in", tmp_path / "out", task="score")
+    record = json.loads((tmp_path / "out").read_bytes(), parse_constant=pytest.fail)
+    assert record["logprobs"][-1] == pytest.approx(lowest, rel=1e-7)
+    assert record["perplexity"] is None
+    shown = fixmin("generate", "-m", model.path, "-p", "the", "-n", 2, "--logprobs", 200, "--json").stdout
+    assert "logprobs" in json.loads(shown, parse_constant=pytest.fail)
+
+
+def test_a_perplexity_beyond_doubles_is_null(steep, capfdbinary):
+    model, ids = steep
+    with fixmin_cpp.Model(model.path) as again:
+        report = fixmin_cpp.perplexity(model, ids, base=again)  # in float64
+    assert report.nll > 1e37
+    assert report.perplexity == float("inf")
+    cli_output.report(dataclasses.asdict(report), True)
+    shown = json.loads(capfdbinary.readouterr().out, parse_constant=pytest.fail)
+    assert (shown["perplexity"], shown["nll"]) == (None, report.nll)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ..benchmark import timed_turn
 from ..errors import ArgumentError, FixminError
-from ..evaluate import windows
+from ..evaluate import losses_of, windows
 from ..model import Model
 from .results import Speed, TextScore
 from .store import Store
@@ -52,10 +52,10 @@ def score_text(
         while len(losses) < len(parts):
             some = parts[len(losses) : len(losses) + _WINDOWS_AT_A_TIME]
             scores = model.score([ids[part.begin : part.end] for part in some])
-            found = [-float(score.logprobs.astype(np.float64).sum()) for score in scores]
-            if not np.isfinite(found).all():
-                raise FixminError(f"{model.path}: log-probabilities are not finite on this text")
-            losses += found
+            try:
+                losses += [float(losses_of(score).sum()) for score in scores]
+            except FixminError as error:
+                raise FixminError(f"{model.path}: {error}") from None
             if time.monotonic() - last > _SAVE_SECONDS:
                 store.save("text", key, {"window_nll": losses})
                 tell(f"{model.path}: {len(losses)} of {len(parts)} windows")
