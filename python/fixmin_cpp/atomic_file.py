@@ -41,13 +41,14 @@ class AtomicFile:
     def __init__(self, target: str | os.PathLike[str]) -> None:
         # Through a symbolic link the file it names is replaced, not the link.
         self.target = Path(os.path.realpath(target))
-        self.path = self.target.with_name(_partial(self.target.name))
+        self.path = self.target.parent / _partial(self.target.name)
+        self._given = Path(target)
         self._file: BinaryIO | None = None
 
     def __enter__(self) -> AtomicFile:
-        if self.target.exists() and not self.target.is_file():
-            kind = "directory" if self.target.is_dir() else "device or pipe"
-            raise CheckpointError(f"{self.target}: is a {kind}; give the name of a file to write")
+        if self._given.exists() and not self._given.is_file():  # a pipe's real path is the path of nothing
+            kind = "directory" if self._given.is_dir() else "device or pipe"
+            raise CheckpointError(f"{self._given}: is a {kind}; give the name of a file to write")
         while self._file is None:
             flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
             try:

@@ -435,6 +435,15 @@ def test_only_regular_files_are_replaced(tmp_path):
         pass
     with pytest.raises(CheckpointError, match="device or pipe"), AtomicFile("/dev/null"):
         pass
+    with pytest.raises(CheckpointError, match=r"^/: is a directory"), AtomicFile("/"):
+        pass
+    reading, writing = os.pipe()  # whose real path is that of nothing
+    try:
+        with pytest.raises(CheckpointError, match="device or pipe"), AtomicFile(f"/dev/fd/{writing}"):
+            pass
+    finally:
+        os.close(reading)
+        os.close(writing)
 
 
 def test_too_little_space_is_noticed_before_writing(tmp_path, monkeypatch):
