@@ -34,6 +34,7 @@ from ..quantization.smooth import remembered
 from .checkpoint.source import Source
 from .gguf_file.formats import BY_GGML_TYPE, OUT_TYPES
 from .gguf_file.readback import StoredModel, read_gguf
+from .gguf_file.writer import tokenizer_metadata
 from .observed.torch_threads import torch_threads
 from .overrides import OVERRIDES, option
 from .resolve import resolve
@@ -189,7 +190,8 @@ def certify(
     stored = read_gguf(path)
     outtype = _outtype(stored)
     resolved = replace(resolved, spec=remembered(stored.metadata, resolved.spec))
-    certificate = replace(pending(resolved, outtype), problems=tuple(_differences(stored.spec, resolved.spec)))
+    problems = (*_differences(stored.spec, resolved.spec), *_other_tokens(stored, resolved.spec))
+    certificate = replace(pending(resolved, outtype), problems=problems)
     if certificate.problems:
         return certificate  # another function: no figure could mean anything
     spec = resolved.spec
@@ -470,6 +472,21 @@ def _differences(stored: ModelSpec, spec: ModelSpec) -> Iterator[str]:
         theirs = shapes.get(name, "missing")
         if ours != theirs:
             yield f"tensor {name} is {ours} in the file, {theirs} in the checkpoint"
+
+
+def _other_tokens(stored: StoredModel, spec: ModelSpec) -> Iterator[str]:
+    """What a file says of tokens that is not what the checkpoint says."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, list | np.ndarray):
+            return [plain(one) for one in (value if isinstance(value, list) else value.tolist())]
+        return value.decode() if isinstance(value, bytes) else value
+
+    for key, made in tokenizer_metadata(spec).items():
+        ours, theirs = plain(stored.metadata.get(key)), plain(made.value)
+        if ours != theirs:
+            short = isinstance(theirs, int) or key == "tokenizer.ggml.model"
+            yield f"{key} is {ours!r} in the file, {theirs!r} in the checkpoint" if short else f"{key} is another one"
 
 
 def _same_float32(a: Any, b: Any) -> bool:

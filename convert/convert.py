@@ -157,7 +157,9 @@ def convert(
     if smooth is not None and outtype != "w8a8":
         raise CheckpointError(f"smooth is for w8a8, whose rows of activations have one scale; the type is {outtype}")
     out = _output_path(None if out is None else Path(out), checkpoint_dir, outtype)
-    refuse_inputs(out, smooth if isinstance(smooth, os.PathLike) else None)
+    given = (smooth, *map(options.get, ("calibrate", "map_file")), *((overrides or {}).get("affine") or ()))
+    for written in (out, _uncertified(out)):
+        refuse_inputs(written, *(one for one in given if _is_file_name(one)))
     smooth_prompt = None if smooth is None else read_smooth(smooth)
     stated = {name: value for name, value in (overrides or {}).items() if value is not None}
     n_threads = as_threads(n_threads)
@@ -166,6 +168,8 @@ def convert(
         AtomicFile(out) as file,
         resolve(checkpoint_dir, overrides=stated, log=reporter.line, **options) as resolved,
     ):
+        files = sorted({tensor.file for tensor in resolved.source.tensors.values()})
+        before = [_state_of(path) for path in files]
         provenance = _provenance(checkpoint_dir, resolved, outtype, stated, reporter)
         layout, smoothed = Layout.plan(resolved.spec, outtype, provenance), None
         if smooth_prompt is not None:
@@ -179,11 +183,14 @@ def convert(
             layout.write(file, pending(resolved, outtype).figures(), n_threads, progress)
         quantise_s = time.perf_counter() - start
         certificate = certify(file.path, resolved, open_runner, reporter.step)
+        for path, state in zip(files, before, strict=True):
+            if _state_of(path) != state:
+                raise CheckpointError(f"{path}: was changed while it was converted; no file was written")
         layout.rewrite_header(file, certificate.figures())
         if not certificate.passed:
             kept = ""
             if keep_uncertified:
-                target = file.target.with_name(file.target.name + UNCERTIFIED_SUFFIX)
+                target = _uncertified(file.target)
                 file.commit(target)
                 kept = f" (kept as {target})"
             smoother = "; large channels of activations may be why: try --smooth TEXT"
@@ -245,11 +252,28 @@ def _output_path(out: Path | None, checkpoint_dir: Path, outtype: str) -> Path:
     assert out is not None
     if not out.parent.is_dir():
         raise CheckpointError(f"{out.parent}: there is no such folder to write {out.name} to")
-    if out.exists() and not out.name.endswith((".gguf", UNCERTIFIED_SUFFIX)):
+    for written in filter(Path.exists, (out, _uncertified(out))):
         for path in checkpoint_dir.iterdir():
-            if path.is_file() and path.samefile(out):
+            made = path.name.endswith((".gguf", UNCERTIFIED_SUFFIX)) and not path.is_symlink()  # by an earlier run
+            if path.is_file() and not made and path.samefile(written):
                 raise CheckpointError(f"{out}: is part of the checkpoint; choose another output file")
     return out
+
+
+def _state_of(path: Path) -> tuple[int, int, int]:
+    """What differs between a file and what it has been changed to or replaced by."""
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _uncertified(out: Path) -> Path:
+    """Where a file is kept that fails."""
+    return out.with_name(out.name + UNCERTIFIED_SUFFIX)
+
+
+def _is_file_name(given: Any) -> bool:
+    """Whether a file of the user's is meant, not a text or an array."""
+    return isinstance(given, os.PathLike) or (isinstance(given, str) and len(given) < 4096 and os.path.isfile(given))
 
 
 def _provenance(

@@ -119,6 +119,7 @@ def run_batch(
                 output.append(result.record)
                 if progress is not None:
                     progress(tally.report())
+            lines.check_unchanged()
         output.finish()
         return tally.report()
 

@@ -78,6 +78,16 @@ class InputFile:
                 left -= len(data)
         return data.endswith(b"\n") and digest.hexdigest() == sha256
 
+    def check_unchanged(self) -> None:
+        """FixminError if the lines are not those any more that the job began with: answers may be to other ones."""
+        digest, left = hashlib.sha256(), self.n_bytes
+        with open(self.path, "rb") as file:
+            while left > 0 and (data := file.read(min(left, 1 << 20))):
+                digest.update(data)
+                left -= len(data)
+        if left > 0 or digest.hexdigest() != self.sha256:
+            raise FixminError(f"{self.path} was changed while its lines were answered: the job is not done")
+
     def lines(self, number: int = 1, offset: int = 0) -> Iterator[Line]:
         """The lines from `offset` on, where line `number` begins."""
         with open(self.path, "rb") as file:
@@ -155,6 +165,8 @@ class NativeEntry(Entry):
         prompts = split_prompts(self.fields["prompt"])[0]
         if len(prompts) != 1:
             raise ArgumentError(f"prompt must be one text or its ids, got {len(prompts)} prompts: give each its line")
+        if split_prompts(prompts[0])[1]:
+            raise ArgumentError("prompt must be one text or its ids, got lists of them in a list")
         return prompts[0], {"seed": settings.seed_of(self.line, 0), **settings.options, **main_names(own)}
 
     def answer(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -245,8 +257,22 @@ def parse_line(line: Line) -> Entry:
     return entry
 
 
+# Of lists and objects in a line; the server has the same. How deep Python can read and write depends on where it is.
+_MAX_DEPTH = 100
+
+
+def _is_too_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        inner = [part.values() if isinstance(part, dict) else part for part in level if isinstance(part, dict | list)]
+        level = [part for parts in inner for part in parts]
+    return any(isinstance(part, dict | list) for part in level)
+
+
 def _unwritable(value: Any) -> str | None:
     """What there is in a value that JSON could spell, but no record can hold."""
+    if _is_too_deep(value):
+        return f"lists or objects more than {_MAX_DEPTH} deep"
     try:
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except UnicodeEncodeError:

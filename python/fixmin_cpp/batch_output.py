@@ -55,6 +55,7 @@ class OutputFile:
         self._overwrite = overwrite
         self._fd = -1
         self._is_new = False
+        self._is_done = False
 
     @staticmethod
     def names(path: str | os.PathLike[str]) -> tuple[Path, Path, Path]:
@@ -64,13 +65,12 @@ class OutputFile:
     def __enter__(self) -> "OutputFile":
         if self.path.exists() and not self.path.is_file():
             raise ArgumentError(f"{self.path} must be a file: a job is resumed from it")
-        self._is_new = not self.path.exists()
-        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        existed = os.path.lexists(self.path)
+        self._fd = self._locked()
+        self._is_new = not existed and os.fstat(self._fd).st_size == 0
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(self._fd).st_size == 0:  # no job whose accounts they could be
-                for account in (self.sidecar, self.done):
-                    _refuse_foreign(account)
+            for account in (self.sidecar, self.done):
+                _account(account)
             if self._overwrite:
                 os.ftruncate(self._fd, 0)
             if os.fstat(self._fd).st_size == 0:  # nothing that could be another job's
@@ -80,14 +80,32 @@ class OutputFile:
                 self._check_identity(self.sidecar)
             else:
                 self._check_identity(self.done)
-        except BaseException as error:
+                self._is_done = not self.sidecar.exists()  # not so if the input has grown
+        except BaseException:
             if self._is_new and os.fstat(self._fd).st_size == 0:
                 self.path.unlink(missing_ok=True)
             os.close(self._fd)
-            if isinstance(error, BlockingIOError):
-                raise ArgumentError(f"{self.path}: another run is writing this file at the moment") from None
             raise
         return self
+
+    def _locked(self) -> int:
+        """A descriptor of the file, made if it is not there, which no other run has."""
+        while True:
+            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(fd)
+                raise ArgumentError(f"{self.path}: another run is writing this file at the moment") from None
+            if self._is_in_place(fd):
+                return fd
+            os.close(fd)  # between open and flock a run that failed has removed it
+
+    def _is_in_place(self, fd: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(fd), os.stat(self.path))
+        except FileNotFoundError:
+            return False
 
     def __exit__(self, *exc: object) -> None:
         if os.fstat(self._fd).st_size == 0:
@@ -115,6 +133,8 @@ class OutputFile:
                 n_errors += record[1]
                 end += len(data)
                 number, offset = line.number, line.end
+        if self._is_done and end < os.fstat(self._fd).st_size:
+            raise ArgumentError(f"{self.path}: its job has ended, but its line {n_records + 1} cannot be read")
         with naming(self.path):
             os.ftruncate(self._fd, end)
         return Resumed(n_records, n_errors, number + 1, offset)
@@ -130,6 +150,8 @@ class OutputFile:
         """Puts everything on the disk; the job is done."""
         with naming(self.path):
             os.fsync(self._fd)
+        if not self._is_in_place(self._fd):
+            raise FixminError(f"{self.path} was moved or removed while the job wrote it: start it again to go on")
         if os.fstat(self._fd).st_size > 0:
             self._write(self.done, output=file_sha256(self.path))
         self.sidecar.unlink(missing_ok=True)
@@ -167,32 +189,28 @@ class OutputFile:
             self.done.unlink(missing_ok=True)
 
     def _read(self, path: Path) -> dict[str, Any]:
-        try:
-            return _account(path)
-        except FileNotFoundError:
+        before = _account(path)
+        if before is None:
             raise ArgumentError(
                 f"{self.path} exists and is not the beginning of a job: give another name, or overwrite it"
-            ) from None
-        except (ValueError, RecursionError) as error:
-            raise ArgumentError(f"{path} is damaged ({error}): overwrite the output to start again") from None
+            )
+        return before
 
 
-def _account(path: Path) -> dict[str, Any]:
-    """What a job has written about itself. ValueError for anything else."""
-    account = json.loads(path.read_bytes())
-    if not isinstance(account, dict) or not {"fixmin", "input", "model"} <= account.keys():
-        raise ValueError("it is not a job's")
-    return account
+def _account(path: Path) -> dict[str, Any] | None:
+    """What a job has written about itself; None if it has not.
 
-
-def _refuse_foreign(path: Path) -> None:
-    """ArgumentError for a file that no job has written where one would be written or removed."""
+    Raises ArgumentError for anything else of that name, which would be replaced or removed, and nobody has said so.
+    """
     try:
-        _account(path)
+        account = json.loads(path.read_bytes())
     except FileNotFoundError:
-        return
+        return None
     except (ValueError, RecursionError, IsADirectoryError):
+        account = None
+    if not isinstance(account, dict) or not {"fixmin", "input", "model"} <= account.keys():
         raise ArgumentError(
-            f"{path} has the name of a file of this job, but no job has written it: move it away, or give the output "
-            "another name"
-        ) from None
+            f"{path} has the name of a file of this job, but no job has written it, or it is damaged: move it away, or "
+            "give the output another name"
+        )
+    return account

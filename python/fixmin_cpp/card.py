@@ -154,7 +154,7 @@ def _certificate(own: Sequence[dict[str, Any]]) -> str:
         if quantized:
             notes.append(f"`{name}` was quantised afterwards; its certificate is that of the file it was made from.")
             continue
-        figures = [f"{certificate[key]:.3g}" if key in certificate else "" for key, _ in _FIGURES]
+        figures = [_shown(certificate.get(key, "")) for key, _ in _FIGURES]
         rows.append(_row((f"`{name}`", *figures, str(certificate.get("tokens", "")))))
     certified = [c for _, c, q in named if c.get("passed") is True and not q]
     if not certified:
@@ -169,6 +169,11 @@ def _certificate(own: Sequence[dict[str, Any]]) -> str:
         + "\n".join(rows)
         + "".join(f"\n\n{note}" for note in notes)
     )
+
+
+def _shown(figure: float | str) -> str:
+    """What is not finite comes as text."""
+    return figure if isinstance(figure, str) else f"{figure:.3g}"
 
 
 def _use(d: dict[str, Any], repository: str, others: Sequence[dict[str, Any]]) -> str:

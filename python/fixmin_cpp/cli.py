@@ -311,10 +311,13 @@ def batch(
     formats.
     """
     from .batch import run_batch
+    from .batch_output import OutputFile
 
     with output.errors(debug):
         if str(target) == "-":
             raise ArgumentError("OUT.jsonl must be a file, not stdout: a job goes on from what it holds")
+        for written in OutputFile.names(target):
+            refuse_inputs(written, options.get("json_schema_file"), options.get("grammar_file"))
         model = output.locate(model, quiet=quiet or as_json).path
         load = load_options(options)
         arguments = read_options(options, escape=True)

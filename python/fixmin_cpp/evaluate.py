@@ -156,7 +156,8 @@ def perplexity(
         if base_model is not None:
             theirs = (base_model.logits(ids[part.begin : part.end])[part.rows] for part in parts)
         elif base_logits is not None:
-            theirs = _split(_open_logits(Path(base_logits), about), parts)
+            _check_logits(Path(base_logits), about)
+            theirs = _read_logits(Path(base_logits), vocab_size, parts)
         if save_logits is not None:
             refuse_inputs(save_logits, model.path, base_logits, base_model.path if base_model is not None else None)
         file = None if save_logits is None else stack.enter_context(AtomicFile(save_logits))
@@ -180,7 +181,10 @@ def perplexity(
                 if file is not None:
                     file.write(np.ascontiguousarray(logits).view(np.uint8))
                 if theirs is not None:
-                    comparisons.append(compare(next(theirs), logits, targets))
+                    base_rows = next(theirs)
+                    if not np.isfinite(base_rows).all():
+                        raise FixminError("the base's logits are not finite on this text")
+                    comparisons.append(compare(base_rows, logits, targets))
                     losses.append(comparisons[-1].losses)
                 else:
                     losses.append(negative_log_probabilities(logits, targets))
@@ -283,13 +287,16 @@ def _divergence(comparisons: list[_Comparison], nll: float) -> Divergence:
     )
 
 
-def _split(rows: NDArray[np.float32], parts: list[Window]) -> Iterator[NDArray[np.float32]]:
-    """Rows [n_scored, V] of all windows, window by window."""
-    begin = 0
-    for part in parts:
-        end = begin + part.end - part.scored
-        yield rows[begin:end]
-        begin = end
+def _read_logits(path: Path, vocab_size: int, parts: list[Window]) -> Iterator[NDArray[np.float32]]:
+    """The rows of a file, float32 [n, V], window by window. Not mapped: a file may be cut off meanwhile."""
+    with open(path, "rb") as file:
+        file.seek(_HEADER_BYTES)
+        for part in parts:
+            n_rows = part.end - part.scored
+            data = file.read(4 * n_rows * vocab_size)
+            if len(data) < 4 * n_rows * vocab_size:
+                raise ArgumentError(f"{path} is damaged: it has become shorter while it was read")
+            yield np.frombuffer(data, "<f4").reshape(n_rows, vocab_size)
 
 
 def _slices(n: int) -> Iterator[slice]:
@@ -340,8 +347,8 @@ def _header(about: dict[str, Any]) -> bytes:
     return (_MAGIC + json.dumps(about).encode()).ljust(_HEADER_BYTES - 1) + b"\n"
 
 
-def _open_logits(path: Path, about: dict[str, Any]) -> NDArray[np.float32]:
-    """The rows of a file, float32 [n_scored, V], mapped. ArgumentError if it was not made for `about`."""
+def _check_logits(path: Path, about: dict[str, Any]) -> None:
+    """ArgumentError if a file of logits was not made for `about`."""
     with open(path, "rb") as file:
         header = file.read(_HEADER_BYTES)
     if not header.startswith(_MAGIC) or len(header) != _HEADER_BYTES:
@@ -357,4 +364,3 @@ def _open_logits(path: Path, about: dict[str, Any]) -> NDArray[np.float32]:
     shape = (about["n_scored"], about["vocab_size"])
     if path.stat().st_size != _HEADER_BYTES + 4 * shape[0] * shape[1]:
         raise ArgumentError(f"{path} is damaged: {path.stat().st_size} bytes do not fit its header")
-    return np.memmap(path, dtype="<f4", mode="r", offset=_HEADER_BYTES, shape=shape)

@@ -232,15 +232,15 @@ def _from_folder(
         if needed:
             _convert(entry, resolved, _asked(resolved, str(resolved), trust), found, tell)
             entry.finish(str(resolved), None, None)
-    _remove_older(entry)
+    _remove_older(entry, resolved.name)
     return found
 
 
-def _remove_older(entry: "_Entry") -> None:
-    """Conversions of a folder that has changed since: nobody can ask for them again."""
-    for older in entry.folder.parent.iterdir():
-        if older != entry.folder:
-            shutil.rmtree(older, ignore_errors=True)
+def _remove_older(entry: "_Entry", name: str) -> None:
+    """Conversions of a folder that has changed since: nobody can ask for them again, but one may still be going on."""
+    for other in entry.folder.parent.iterdir():
+        if other != entry.folder and not any(_Entry(other, name, dtype).is_written() for dtype in DTYPES):
+            shutil.rmtree(other, ignore_errors=True)
 
 
 # --- the hub ----------------------------------------------------------------------------------------------------
@@ -408,15 +408,13 @@ def _asked(folder: Path, where: str, trust: bool | Consent) -> bool:
             )
         consents.parent.mkdir(parents=True, exist_ok=True)
         with open(consents, "a", encoding="utf-8") as file:
-            file.write(f"{code.digest} {where}\n")
+            file.write(f"{code.digest} {json.dumps(where)}\n")  # in ASCII, on one line whatever the name holds
     return True
 
 
 def _is_noted(consents: Path, digest: str) -> bool:
     try:
-        return any(
-            line.split(" ")[0] == digest for line in consents.read_text(encoding="utf-8", errors="replace").splitlines()
-        )
+        return any(line.split(b" ")[0] == digest.encode() for line in consents.read_bytes().split(b"\n"))
     except FileNotFoundError:
         return False
 
@@ -475,9 +473,14 @@ def _run(arguments: Sequence[str | Path], model: str, tell: Callable[[str], obje
 
 def cache_folder() -> Path:
     """Where converted models are kept: $FIXMIN_CACHE, $XDG_CACHE_HOME/fixmin or ~/.cache/fixmin. It need not exist."""
-    if named := os.environ.get("FIXMIN_CACHE"):
-        return Path(named).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fixmin"
+    try:
+        if named := os.environ.get("FIXMIN_CACHE"):
+            return Path(named).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fixmin"
+    except RuntimeError:  # of pathlib: a user without a home
+        raise FileNotFoundError(
+            errno.ENOENT, "there is no home directory: FIXMIN_CACHE says where converted models are kept"
+        ) from None
 
 
 class _Entry:
@@ -488,17 +491,29 @@ class _Entry:
         self.path = folder / f"{name[:_NAME]}-{dtype.upper()}.gguf"
         self._facts = self.path.with_suffix(".json")
 
+        # Beside the models and never removed: whoever waits for a lock must wait for the one that others take.
+        self._lock = cache_folder() / "locks" / hashlib.sha256(os.fsencode(self.path)).hexdigest()[:16]
+
     def complete(self) -> bool:
         """Whether it can be used."""
         return _facts(self._facts) is not None
 
+    def is_written(self) -> bool:
+        """Whether a process is converting it at the moment."""
+        try:
+            with open(self._lock) as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False
+
     @contextlib.contextmanager
     def writing(self, tell: Callable[[str], object]) -> Iterator[bool]:
         """Waits until nobody else writes it; whether it is still to be written. What is incomplete does not stay."""
-        # Beside the models and never removed: whoever waits for a lock must wait for the one that others take.
-        lock = cache_folder() / "locks" / hashlib.sha256(os.fsencode(self.path)).hexdigest()[:16]
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        with open(lock, "w") as file:
+        self._lock.parent.mkdir(parents=True, exist_ok=True)
+        with open(self._lock, "w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -526,7 +541,8 @@ class _Entry:
         facts = _facts(self._facts)
         if facts is not None and facts["seen"].get(revision, 0.0) < time.time() - 3600:
             facts["seen"][revision] = time.time()
-            self._write(facts)
+            with contextlib.suppress(CheckpointError, OSError):  # another process notes it, or the cache is full
+                self._write(facts)
 
     def _write(self, facts: dict[str, Any]) -> None:
         with AtomicFile(self._facts) as file:

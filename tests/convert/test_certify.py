@@ -485,6 +485,30 @@ def test_verify_notices_weights_stored_anew(checkpoint, converted, tmp_path):
     assert not certificate.passed
 
 
+def test_verify_notices_other_tokens(tmp_path):
+    from fixmin_cpp.convert.convert import convert
+
+    demo = Path(__file__).resolve().parents[2] / "examples" / "demo" / "affine"
+    path = convert(demo, tmp_path / "m.gguf", "q8_0").path
+    assert verify(path, demo).passed
+    data = path.read_bytes()
+    vocab = data.index(b'"vocab"', data.index(b"tokenizer.huggingface.json"))
+    merges = data.index(b'"merges"', vocab)
+    end = data.index(b"tokenizer.ggml.eos_token_id") + len("tokenizer.ggml.eos_token_id") + 4
+    word = data.index(b'"', merges + 20) + 1
+    for key, place in {
+        "tokenizer.huggingface.json": word,
+        "tokenizer.ggml.eos_token_id": end,
+        "tokenizer.ggml.tokens": data.index(b"Paris", data.index(b"tokenizer.ggml.tokens")),
+    }.items():
+        other = bytearray(data)
+        other[place] ^= 1
+        path.write_bytes(other)
+        certificate = verify(path, demo)
+        assert not certificate.passed
+        assert [problem.split(" ")[0] for problem in certificate.problems] == [key]
+
+
 def test_verify_of_no_checkpoint(converted, tmp_path):
     with pytest.raises(CheckpointError):
         verify(converted, tmp_path)

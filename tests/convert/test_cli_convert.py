@@ -1,5 +1,6 @@
 """Conversion from the command line: output, exit codes, and that interrupted or failed runs leave nothing behind."""
 
+import contextlib
 import io
 import os
 import re
@@ -21,9 +22,9 @@ from fixmin_cpp.convert import command_line as module
 from fixmin_cpp.convert import convert as converter
 from fixmin_cpp.convert.certify import open_engine
 from fixmin_cpp.convert.command_line import main, verify_main
-from fixmin_cpp.convert.convert import CertificationError, ConsoleReporter, convert
+from fixmin_cpp.convert.convert import CertificationError, ConsoleReporter, Reporter, convert
 from fixmin_cpp.convert.gguf_file.formats import OUT_TYPES
-from fixmin_cpp.errors import CheckpointError
+from fixmin_cpp.errors import ArgumentError, CheckpointError
 
 SCRIPT = Path(module.__file__).with_name("hf_to_gguf.py")
 
@@ -153,6 +154,40 @@ def test_an_input_is_not_overwritten(checkpoint, tmp_path, name):
     for out in (checkpoint / name, link):
         with pytest.raises(CheckpointError, match="part of the checkpoint"):
             convert(checkpoint, out, trust_remote_code=True)
+
+
+def test_weights_are_not_overwritten_through_a_link_with_the_name_of_a_model(checkpoint, tmp_path):
+    weights = (checkpoint / "model.safetensors").read_bytes()
+    for link in (tmp_path / "link.gguf", tmp_path / "other.gguf.uncertified", checkpoint / "inside.gguf"):
+        link.symlink_to(checkpoint / "model.safetensors")
+        with pytest.raises(CheckpointError, match="part of the checkpoint"):
+            convert(checkpoint, str(link).removesuffix(".uncertified"), trust_remote_code=True)
+        link.unlink()
+    assert (checkpoint / "model.safetensors").read_bytes() == weights
+
+
+@pytest.mark.parametrize("name", ["calibrate", "map_file", "affine"])
+@pytest.mark.parametrize("out", ["given", "given.uncertified", ".given.partial"])
+def test_other_inputs_are_not_overwritten(checkpoint, tmp_path, name, out):
+    given = tmp_path / out
+    given.write_bytes(b"mine")
+    others = {"overrides": {"affine": (str(given), "b.npy")}} if name == "affine" else {name: given}
+    with pytest.raises(ArgumentError, match=re.escape(out)):
+        convert(checkpoint, tmp_path / "given", **others)
+    assert given.read_bytes() == b"mine"
+    assert os.listdir(tmp_path) == [out]
+
+
+def test_a_checkpoint_that_changes_meanwhile(checkpoint, tmp_path):
+    class Changing(Reporter):
+        @contextlib.contextmanager
+        def progress(self, title):
+            os.utime(checkpoint / "model.safetensors", (1, 1))
+            yield lambda *done: None
+
+    with pytest.raises(CheckpointError, match=r"model.safetensors: was changed while it was converted"):
+        convert(checkpoint, tmp_path / "m.gguf", trust_remote_code=True, reporter=Changing())
+    assert os.listdir(tmp_path) == []
 
 
 def test_bad_paths(checkpoint, tmp_path):

@@ -22,7 +22,9 @@ from toy_models import byte_level, write_model
 import fixmin_cpp
 from fixmin_cpp.batch import BatchReport
 from fixmin_cpp.batch_lines import InputFile, Line, Settings
+from fixmin_cpp.batch_output import OutputFile
 from fixmin_cpp.batch_work import ModelFile, run_lines
+from fixmin_cpp.errors import FixminError
 from fixmin_cpp.load_options import LoadOptions
 
 OPENAI = {"custom_id": "x", "method": "POST", "url": "/v1/completions"}
@@ -175,6 +177,11 @@ BAD = [
     (b"[" * 100_000 + b"\n", 2, "nested too deeply"),
     (b'{"seed": ' + b"9" * 10_000 + b', "prompt": "a"}\n', 2, "not JSON"),
     (b'["prompt"]\n', 2, "must be a JSON object, got list"),
+    (b'{"id": ' + b"[" * 101 + b"]" * 101 + b', "prompt": "a"}\n', 2, "lists or objects more than 100 deep"),
+    (b'{"id": "x", "prompt": ' + b"[" * 400 + b"]" * 400 + b"}\n", "x", "more than 100 deep"),
+    ({"id": "x", "prompt": [["a b"]]}, "x", "got lists of them in a list"),
+    ({"id": "x", "prompt": [[[5, 6]]]}, "x", "got lists of them in a list"),
+    ({"id": "x", "prompt": [{"input_ids": [[5], [6]]}]}, "x", "prompt"),
     ({"id": "x"}, "x", "prompt is missing"),
     ({"id": "x", "prompt": None}, "x", "prompt is missing"),
     ({"id": "x", "prompt": ""}, "x", "prompt is empty"),
@@ -446,8 +453,10 @@ def test_what_is_no_unfinished_job_is_left_alone(model_path, tmp_path, out):
     with pytest.raises(fixmin_cpp.ArgumentError, match="the input has ended"):
         run_job(model_path, source, out)
     out.with_name("out.jsonl.resume").write_bytes(b'{"seed"')
-    with pytest.raises(fixmin_cpp.ArgumentError, match="is damaged"):
-        run_job(model_path, source, out)
+    for overwrite in (False, True):
+        with pytest.raises(fixmin_cpp.ArgumentError, match=r"resume has the name .* or it is damaged: move it away"):
+            run_job(model_path, source, out, overwrite=overwrite)
+    out.with_name("out.jsonl.resume").unlink()
     assert run_job(model_path, source, out, overwrite=True).n_resumed == 0
     assert len(records(out)) == 10
 
@@ -474,6 +483,71 @@ def test_files_of_others_beside_the_output_are_left_alone(model_path, tmp_path, 
     assert sorted(os.listdir(tmp_path)) == sorted(["in", beside.name])
 
 
+def test_two_runs_that_begin_at_once(tmp_path):
+    """One of them writes the file, which is there afterwards; the other one is refused and removes nothing."""
+    source = InputFile.scan(write_lines(tmp_path / "in", [{"prompt": "a"}]))
+    account = {"fixmin": "x", "input": source.sha256, "model": "m"}
+    for number in range(50):
+        path, barrier, results = tmp_path / f"out{number}", threading.Barrier(2), []
+
+        def work(path=path, barrier=barrier, results=results):
+            barrier.wait()
+            try:
+                with OutputFile(path, account, source, overwrite=False) as file:
+                    if not file.resume(source.lines()).n_records:
+                        file.append(b'{"id":1,"line":1,"error":null}\n')
+                    file.finish()
+                    results.append("done")
+            except fixmin_cpp.ArgumentError as error:
+                results.append(str(error))
+
+        threads = [threading.Thread(target=work) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert "done" in results
+        assert all(result == "done" or "another run is writing" in result for result in results), results
+        assert path.read_bytes() == b'{"id":1,"line":1,"error":null}\n'
+
+
+def test_an_output_that_is_moved_away(model_path, tmp_path, out):
+    source = write_lines(tmp_path / "in", mixed_lines(5))
+
+    def move(report):
+        if report.n_done == 2:
+            out.rename(tmp_path / "moved")
+            out.write_bytes(b"of somebody else\n")
+
+    with pytest.raises(FixminError, match=r"out.jsonl was moved or removed while the job wrote it"):
+        run_job(model_path, source, out, progress=move)
+    assert out.read_bytes() == b"of somebody else\n"
+    assert not out.with_name("out.jsonl.done").exists()
+
+
+def test_an_input_that_is_changed_meanwhile(model_path, tmp_path, out):
+    source = write_lines(tmp_path / "in", mixed_lines(9))
+    before = source.read_bytes()
+
+    def change(report):
+        if report.n_done == 1:
+            source.write_bytes(before.replace(b"the", b"hte"))
+
+    with pytest.raises(FixminError, match="was changed while its lines were answered"):
+        run_job(model_path, source, out, progress=change)
+    assert not out.with_name("out.jsonl.done").exists()
+
+
+def test_a_finished_output_is_never_cut(model_path, tmp_path, out, monkeypatch):
+    source = write_lines(tmp_path / "in", mixed_lines(5))
+    run_job(model_path, source, out)
+    done = out.read_bytes()
+    monkeypatch.setattr("fixmin_cpp.batch_output.read_record", lambda data: None)
+    with pytest.raises(fixmin_cpp.ArgumentError, match="its job has ended, but its line 1 cannot be read"):
+        run_job(model_path, source, out)
+    assert out.read_bytes() == done
+
+
 def test_a_job_that_is_done(model_path, tmp_path, out, monkeypatch):
     source = write_lines(tmp_path / "in", mixed_lines(10))
     run_job(model_path, source, out)
@@ -493,7 +567,7 @@ def test_a_job_that_is_done(model_path, tmp_path, out, monkeypatch):
         assert message in str(error.value)
         assert out.read_bytes() == before
     account.write_bytes(b'["input"]')
-    with pytest.raises(fixmin_cpp.ArgumentError, match=r"out.jsonl.done is damaged"):
+    with pytest.raises(fixmin_cpp.ArgumentError, match=r"out.jsonl.done has the name .* or it is damaged"):
         run_job(model_path, source, out)
 
 
@@ -759,6 +833,16 @@ def test_command_with_other_arguments_of_generate(model, tmp_path, out):
     assert (result.returncode, b"No such option: --best-of" in result.stderr) == (2, True)
     with pytest.raises(TypeError, match=r"^n is an argument of Model.generate\(\) only: here a prompt has one"):
         run_job(model.path, source, out, options={"n": 2})
+
+
+@pytest.mark.parametrize("option", ["--json-schema-file", "--grammar-file"])
+def test_command_does_not_overwrite_its_other_inputs(model, tmp_path, option):
+    source = write_lines(tmp_path / "in", [{"prompt": "a"}])
+    form = tmp_path / "form"
+    form.write_text("{}")
+    result = fixmin("batch", source, form, "-m", model.path, option, form, "--overwrite")
+    assert (result.returncode, b"is an input" in result.stderr) == (1, True)
+    assert form.read_text() == "{}"
 
 
 def test_command_to_stdout_is_refused(model, tmp_path):

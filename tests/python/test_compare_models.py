@@ -469,6 +469,18 @@ def test_tasks_of_the_harness(paths, tmp_path, monkeypatch):
         write([{**line, "answer": 0} for line in lines])
         with pytest.raises(TypeError):  # the same name, other documents
             run()
+    code = "SHIFT = {}\ndef target(doc):\n    return (doc['answer'] + SHIFT) % 3\n"
+    (tasks / "code.py").write_text(code.format(0))
+    coded = TASK.replace("task: quiz", "task: coded").replace('"{{answer}}"', "!function code.target")
+    (tasks / "coded.yaml").write_text(coded % (tasks / "quiz.jsonl", tmp_path / "cache"))
+    options = {"speed": False, "tasks": ["coded"], "include_path": tasks}
+    compare(paths[:1], TEXT, tmp_path / "out", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr("fixmin_cpp.compare.tasks._evaluate", None)
+        compare(paths[:1], TEXT, tmp_path / "out", **options)
+        (tasks / "code.py").write_text(code.format(1))
+        with pytest.raises(TypeError):  # the same function, which uses something else
+            compare(paths[:1], TEXT, tmp_path / "out", **options)
     with pytest.raises(ArgumentError, match="knows no task 'quizz'"):
         compare(paths[:1], TEXT, tmp_path / "out", speed=False, tasks=["quizz"], include_path=tasks)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import numpy as np
 import pytest
@@ -125,6 +126,11 @@ def test_saved_logits_are_as_good_as_the_model(bare_model, other, ids, tmp_path)
     (tmp_path / "cut").write_bytes(file.read_bytes()[:-1])
     with pytest.raises(ArgumentError, match="damaged"):
         fixmin_cpp.perplexity(other, ids, base_logits=tmp_path / "cut", **settings)
+    with pytest.raises(ArgumentError, match=r"base\.logits is damaged: it has become shorter"):
+        fixmin_cpp.perplexity(
+            other, ids, base_logits=file, progress=lambda done, of: os.truncate(file, 5000), **settings
+        )
+    fixmin_cpp.perplexity(bare_model, ids, save_logits=file, **settings)
     (tmp_path / "bad").write_bytes(file.read_bytes().replace(b'{"vocab', b'["vocab'))
     with pytest.raises(ArgumentError, match="damaged"):
         fixmin_cpp.perplexity(other, ids, base_logits=tmp_path / "bad", **settings)
@@ -220,6 +226,16 @@ def test_log_probabilities_beyond_float32(steep, tmp_path):
     assert record["perplexity"] is None
     shown = fixmin("generate", "-m", model.path, "-p", "the", "-n", 2, "--logprobs", 200, "--json").stdout
     assert "logprobs" in json.loads(shown, parse_constant=pytest.fail)
+
+
+def test_a_base_whose_logits_are_not_finite(bare_model, ids, tmp_path):
+    path = tmp_path / "base.logits"
+    fixmin_cpp.perplexity(bare_model, ids, save_logits=path)
+    data = bytearray(path.read_bytes())
+    data[-4:] = np.float32(np.inf).tobytes()
+    path.write_bytes(data)
+    with pytest.raises(fixmin_cpp.FixminError, match="the base's logits are not finite on this text"):
+        fixmin_cpp.perplexity(bare_model, ids, base_logits=path)
 
 
 def test_a_perplexity_beyond_doubles_is_null(steep, capfdbinary):

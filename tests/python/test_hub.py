@@ -19,6 +19,7 @@ from hub_server import Hub
 
 import fixmin_cpp
 from fixmin_cpp import ArgumentError, CheckpointError, hub
+from fixmin_cpp.atomic_file import AtomicFile
 
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo"
 CONFIG = b'{"architectures": ["M"]}'
@@ -359,6 +360,61 @@ def answered(command: list[str], answer: str) -> tuple[int, str]:
             os.write(screen, f"{answer}\n".encode())
     os.close(screen)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), shown.decode()
+
+
+def test_a_yes_counts_for_nothing_else(tmp_path, cache, monkeypatch):
+    """Whatever the name of a folder holds: a line feed and the digest of another checkpoint, say."""
+    monkeypatch.setattr(hub, "_convert", lambda entry, *rest: entry.path.write_bytes(b"GGUF"))
+
+    def checkpoint(name, code):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_bytes(CONFIG)
+        (folder / "modeling.py").write_text(code)
+        return folder
+
+    evil = checkpoint("evil", "evil")
+    digest = hub.code_of(evil, "evil").digest
+    for separator in ("\n", "\r", "\u2028", "\x85", "\udce9\n"):
+        nice = checkpoint(f"nice{separator}{digest} x", "nice")
+        hub.find(nice, trust_remote_code=lambda code: True)
+        hub.find(nice)  # the yes is remembered
+        with pytest.raises(CheckpointError, match="comes with Python code, which was not run"):
+            hub.find(evil)
+
+
+def test_a_note_that_another_process_writes(tmp_path, cache):
+    entry = hub._Entry(tmp_path / "models", "m", "q8_0")
+    entry.folder.mkdir()
+    entry.path.write_bytes(b"GGUF")
+    entry.finish("o/m", None, None)
+    with AtomicFile(entry._facts):
+        entry.note("main")
+    assert entry.complete()
+    entry.note("main")
+    assert list(hub._facts(entry._facts)["seen"]) == ["main"]
+
+
+def test_a_conversion_that_goes_on_is_not_removed(tmp_path, cache):
+    """That of a folder as it is by now, or was; what is left of others goes."""
+    entries = [hub._Entry(cache / "models" / "m--1" / key, "m", dtype) for key in "abc" for dtype in ("f32", "q4_k_m")]
+    for entry in entries[::2]:
+        entry.folder.mkdir(parents=True)
+    with entries[1].writing(lambda line: None):
+        hub._remove_older(entries[2], "m")
+        assert [entry.folder.exists() for entry in entries[::2]] == [True, True, False]
+    entries[0].folder.mkdir(exist_ok=True)
+    hub._remove_older(entries[2], "m")
+    assert [entry.folder.exists() for entry in entries[::2]] == [False, True, False]
+
+
+def test_nobody_has_no_home(monkeypatch, cache):
+    monkeypatch.delenv("FIXMIN_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    with pytest.raises(FileNotFoundError, match="there is no home directory: FIXMIN_CACHE"):
+        hub.cache_folder()
 
 
 def test_the_question(server, faked, cache):

@@ -1,5 +1,6 @@
 """Tasks of lm-evaluation-harness (needs fixmin-cpp[compare])."""
 
+import inspect
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -10,7 +11,7 @@ from typing import Any
 from ..errors import ArgumentError
 from ..model import Model
 from .results import Figure, TaskScore
-from .store import Store, fingerprint
+from .store import Store, file_sha256, fingerprint
 
 __all__ = ["Task", "load_tasks", "run_task"]
 
@@ -32,7 +33,21 @@ class Task:
 def _asked(task: Any) -> list[str]:
     """Settings and documents of a task as text. What it shows of functions has an address, which is no part of it."""
     config = re.sub(r" at 0x[0-9a-f]+", "", repr(sorted(task.dump_config().items())))
-    return [config, fingerprint([repr(document) for document in task.eval_docs])]
+    documents = fingerprint([repr(document) for document in task.eval_docs])
+    return [config, documents, *(file_sha256(path) for path in sorted(_code_of(vars(task.config))))]
+
+
+def _code_of(value: Any) -> set[Path]:
+    """The Python files beside those of all functions in a value: what they use may be in any."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return set().union(*map(_code_of, value))
+    try:
+        source = inspect.getsourcefile(value) if callable(value) else None
+    except TypeError:  # of what is built in
+        source = None
+    return set() if source is None else set(Path(source).parent.glob("*.py"))
 
 
 def load_tasks(names: Sequence[str], include_path: Path | None) -> list[Task]:

@@ -6,6 +6,7 @@ imatrix.chunk_count and imatrix.chunk_size (u32). Facts from llama.cpp's tools/i
 """
 
 import contextlib
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -90,7 +91,7 @@ def collect(
         n_chunks=len(chunks),
         chunk_size=size,
         n_tensors=len(sums),
-        perplexity=float(np.exp(min(nll, 700.0))),
+        perplexity=math.exp(nll) if nll < 700 else math.inf,
     )
 
 
