@@ -254,7 +254,7 @@ def _output_path(out: Path | None, checkpoint_dir: Path, outtype: str) -> Path:
         raise CheckpointError(f"{out.parent}: there is no such folder to write {out.name} to")
     for written in filter(Path.exists, (out, _uncertified(out))):
         for path in checkpoint_dir.iterdir():
-            made = path.name.endswith((".gguf", UNCERTIFIED_SUFFIX)) and not path.is_symlink()  # by an earlier run
+            made = path.resolve().name.endswith((".gguf", UNCERTIFIED_SUFFIX))  # by an earlier run
             if path.is_file() and not made and path.samefile(written):
                 raise CheckpointError(f"{out}: is part of the checkpoint; choose another output file")
     return out

@@ -82,8 +82,7 @@ class OutputFile:
                 self._check_identity(self.done)
                 self._is_done = not self.sidecar.exists()  # not so if the input has grown
         except BaseException:
-            if self._is_new and os.fstat(self._fd).st_size == 0:
-                self.path.unlink(missing_ok=True)
+            self._remove_empty()
             os.close(self._fd)
             raise
         return self
@@ -107,11 +106,16 @@ class OutputFile:
         except FileNotFoundError:
             return False
 
+    def _remove_empty(self) -> None:
+        """The file that this run has made, if nothing has been written to it."""
+        if self._is_new and os.fstat(self._fd).st_size == 0 and self._is_in_place(self._fd):
+            self.path.unlink(missing_ok=True)
+
     def __exit__(self, *exc: object) -> None:
         if os.fstat(self._fd).st_size == 0:
             self.sidecar.unlink(missing_ok=True)  # there is nothing to resume
-            if exc[0] is not None and self._is_new:
-                self.path.unlink(missing_ok=True)
+            if exc[0] is not None:
+                self._remove_empty()
         os.close(self._fd)  # and with it the lock
 
     def resume(self, lines: Iterator[Line]) -> Resumed:
