@@ -22,6 +22,7 @@ import queue
 import re
 import threading
 import time
+import weakref
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
@@ -355,7 +356,24 @@ def _park_compiling() -> None:
 
 
 atexit.register(_park_compiling)
-os.register_at_fork(after_in_child=_compiling.clear)
+
+
+# --- a fork ------------------------------------------------------------------------------------------------------
+
+_compilers: "weakref.WeakSet[Compiler]" = weakref.WeakSet()
+_of_the_parent: list[Any] = []
+
+
+def _reset_after_fork() -> None:
+    """In the child, where threads that held a lock do not exist."""
+    global _stack_lock
+    _compiling.clear()
+    _stack_lock = threading.Lock()
+    for compiler in list(_compilers):
+        compiler.after_fork()
+
+
+os.register_at_fork(after_in_child=_reset_after_fork)
 
 
 # --- compiling ---------------------------------------------------------------------------------------------------
@@ -403,14 +421,23 @@ class Compiler:
         self._limits = llguidance.LLParserLimits(**_LIMITS)
         real = np.packbits(self._vocabulary.real, bitorder="little").view("<u4").astype(np.uint32)
         self._real: NDArray[np.uint32] | None = None if self._vocabulary.real[:vocab_size].all() else real
-        self._lock = threading.Lock()  # guards what follows
-        self._cache: OrderedDict[Constraint, Any] = OrderedDict()
         self._cache_size = cache_size
         self._compile_timeout = compile_timeout
         self._too_complex: set[Constraint] = set()
+        self._reset()
+        _compilers.add(self)
+
+    def after_fork(self) -> None:
+        """In the child: locks and threads are made anew, and constraints compiled anew. All matchers of one share a
+        lexer, whose lock a thread of the parent may have held, as it may those that end the threads."""
+        _of_the_parent.append((self._cache, self._executor))  # not ended
+        self._reset()
+
+    def _reset(self) -> None:
+        self._lock = threading.Lock()  # guards what follows
+        self._cache: OrderedDict[Constraint, Any] = OrderedDict()
         self._places = threading.BoundedSemaphore(_MAX_COMPILING)
         self._executor: Any = None
-        self._executor_pid = 0
 
     def matcher(self, constraint: Constraint) -> "Matcher":
         """A matcher at the beginning of the text; a constraint that was used before needs no compiling.
@@ -564,11 +591,10 @@ class Compiler:
                 )
 
     def _pool(self) -> Any:
-        """llguidance's threads; those of a parent process do not exist after a fork."""
+        """llguidance's threads."""
         with self._lock:
-            if self._executor is None or self._executor_pid != os.getpid():
+            if self._executor is None:
                 self._executor = self._llguidance.LLExecutor(self._n_threads)
-                self._executor_pid = os.getpid()
             return self._executor
 
     def _forget(self, constraint: Constraint, compiled: Any) -> None:

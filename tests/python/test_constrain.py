@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders
 from toy_models import SPECIALS, byte_fallback, byte_level, concatenating
 
+from fixmin_cpp import constrain
 from fixmin_cpp._core import park_thread
 from fixmin_cpp.constrain import Compiler, Constraint, Matcher, token_bytes
 from fixmin_cpp.errors import ArgumentError, ArgumentTypeError, BusyError, FixminError, UnsupportedError
@@ -585,6 +586,28 @@ def test_threads_of_fill_masks_survive_a_fork():
     child.start()
     assert here.poll(60), "the child process hangs"
     assert np.array_equal(here.recv(), expected)
+    child.join()
+
+
+def _mask_in_child(connection, compiler, constraint):
+    n_cached = len(compiler._cache)
+    connection.send((n_cached, compiler.matcher(constraint).mask()))
+
+
+def test_what_is_locked_at_a_fork_holds_up_no_child():
+    """Neither a lock of this module nor the lexer that the matchers of a compiled constraint share."""
+    compiler = Compiler(TOKENIZERS["demo"], SIZE["demo"], END["demo"], n_threads=2)
+    constraint = Constraint.check(regex="[a-z]{2,9}")
+    expected = compiler.matcher(constraint).mask()
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+    child = context.Process(target=_mask_in_child, args=(there, compiler, constraint), daemon=True)
+    with compiler._lock, constrain._stack_lock:  # by another thread, say
+        child.start()
+    assert here.poll(60), "the child process hangs"
+    n_cached, mask = here.recv()
+    assert n_cached == 0, "compiled anew, and with it the lexer"
+    assert np.array_equal(mask, expected)
     child.join()
 
 
