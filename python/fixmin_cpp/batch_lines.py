@@ -71,22 +71,22 @@ class InputFile:
         """Whether the file is what had that size and hash, ending with a line feed, and more lines after it."""
         if not isinstance(n_bytes, int) or not 0 < n_bytes < self.n_bytes:
             return False
+        digest, last = self._hash_of(n_bytes)
+        return last == b"\n" and digest == sha256
+
+    def check_unchanged(self) -> None:
+        """FixminError if the lines are not those any more that the job began with: answers may be to other ones."""
+        if self._hash_of(self.n_bytes)[0] != self.sha256:
+            raise FixminError(f"{self.path} was changed while its lines were answered: the job is not done")
+
+    def _hash_of(self, n_bytes: int) -> tuple[str, bytes]:
+        """SHA-256 of the first bytes of the file as it is now, and the last one of them."""
         digest, left, data = hashlib.sha256(), n_bytes, b""
         with open(self.path, "rb") as file:
             while left > 0 and (data := file.read(min(left, 1 << 20))):
                 digest.update(data)
                 left -= len(data)
-        return data.endswith(b"\n") and digest.hexdigest() == sha256
-
-    def check_unchanged(self) -> None:
-        """FixminError if the lines are not those any more that the job began with: answers may be to other ones."""
-        digest, left = hashlib.sha256(), self.n_bytes
-        with open(self.path, "rb") as file:
-            while left > 0 and (data := file.read(min(left, 1 << 20))):
-                digest.update(data)
-                left -= len(data)
-        if left > 0 or digest.hexdigest() != self.sha256:
-            raise FixminError(f"{self.path} was changed while its lines were answered: the job is not done")
+        return digest.hexdigest(), data[-1:]
 
     def lines(self, number: int = 1, offset: int = 0) -> Iterator[Line]:
         """The lines from `offset` on, where line `number` begins."""
