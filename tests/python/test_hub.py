@@ -412,7 +412,11 @@ def test_nobody_has_no_home(monkeypatch, cache):
     monkeypatch.delenv("FIXMIN_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.delenv("HOME", raising=False)
-    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+
+    def no_home(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", no_home)
     with pytest.raises(FileNotFoundError, match="there is no home directory: FIXMIN_CACHE"):
         hub.cache_folder()
 
