@@ -6,8 +6,10 @@
 #pragma once
 #include <pybind11/pybind11.h>
 
-#include <optional>
+#include <mutex>
+#include <new>
 #if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
 #include <unistd.h>
 #endif
 
@@ -44,17 +46,47 @@ class WithoutGil {
     PyThreadState* const state_;
 };
 
+/// Held while a thread state is made, and across fork(). CPython enters a new one in its list under a lock, without the
+/// GIL; up to 3.11 a child that is forked at that moment waits for that lock for ever, inside of os.fork.
+inline std::mutex making_thread_states;
+
+/// Once, when the module is loaded.
+inline void keep_forks_from_thread_states() {
+#if defined(__unix__) || defined(__APPLE__)
+    pthread_atfork([] { making_thread_states.lock(); }, [] { making_thread_states.unlock(); },
+                   [] { making_thread_states.unlock(); });
+#endif
+}
+
 /// Python may be called as long as this exists, from any thread.
 class WithGil {
   public:
     WithGil() {
+        if (PyGILState_Check()) return;
+        PyThreadState* state = PyGILState_GetThisThreadState();
+        if (state == nullptr) {  // not one of Python's threads
+            const std::lock_guard lock(making_thread_states);
+            state = own_ = PyThreadState_New(PyInterpreterState_Main());
+            if (state == nullptr) throw std::bad_alloc();
+        }
         Asking asking;
-        gil_.emplace();
+        PyEval_RestoreThread(state);
         asking.answered();
+        taken_ = true;
+    }
+    WithGil(const WithGil&) = delete;
+    ~WithGil() {
+        if (own_ != nullptr) {
+            PyThreadState_Clear(own_);
+            PyThreadState_DeleteCurrent();
+        } else if (taken_) {
+            PyEval_SaveThread();
+        }
     }
 
   private:
-    std::optional<pybind11::gil_scoped_acquire> gil_;
+    PyThreadState* own_ = nullptr;
+    bool taken_ = false;
 };
 
 }  // namespace fixmin::bindings

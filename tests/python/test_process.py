@@ -217,6 +217,48 @@ def test_a_forked_child_can_use_the_model(state, model_path):
     assert (result.returncode, result.stdout, result.stderr) == (0, "both\n", "")
 
 
+FORKS = """
+import os, sys, threading, time, warnings, fixmin_cpp
+warnings.simplefilter("ignore", DeprecationWarning)  # fork beside threads, from CPython 3.12
+model = fixmin_cpp.Model(sys.argv[1], n_threads=1)
+stop = threading.Event()
+def work():
+    while not stop.is_set():
+        model.generate("the cat", max_new_tokens=100, regex="[a-z ]{99,100}")
+thread = threading.Thread(target=work)
+thread.start()
+hangs = 0
+for _ in range(2000):
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    deadline = time.monotonic() + 10
+    while os.waitpid(pid, os.WNOHANG)[0] == 0:
+        if time.monotonic() > deadline:
+            hangs += 1
+            os.kill(pid, 9)
+            os.waitpid(pid, 0)
+            break
+        time.sleep(0.0005)
+    if hangs:
+        break
+stop.set()
+thread.join()
+print(hangs)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_child_comes_out_of_fork(model_path):
+    """Up to CPython 3.11 it waits for ever if another thread enters a new thread state at that moment.
+
+    The engine's thread does so for every mask; one fork in a few hundred met it.
+    """
+    result = python(FORKS, model_path)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "0\n", "")
+
+
 def test_installed_package_has_its_types():
     import fixmin_cpp
 
