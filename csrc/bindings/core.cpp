@@ -9,7 +9,7 @@ namespace py = pybind11;
 PYBIND11_MODULE(_core, m) {
     m.doc() = "Native core of fixmin_cpp. Use fixmin_cpp.Model; this module's interface may change.";
     m.attr("__version__") = FIXMIN_VERSION;
-    fixmin::bindings::keep_forks_from_thread_states();
+    fixmin::bindings::prepare_thread_states();
 
     auto base = py::register_exception<fixmin::Error>(m, "FixminError", PyExc_RuntimeError);
     const py::tuple value_error_bases = py::make_tuple(base, py::handle(PyExc_ValueError));

@@ -50,8 +50,12 @@ class WithoutGil {
 /// GIL; up to 3.11 a child that is forked at that moment waits for that lock for ever, inside of os.fork.
 inline std::mutex making_thread_states;
 
+/// Whose objects this module's are: mod_wsgi and others load it in one that is not the main one.
+inline PyInterpreterState* interpreter = nullptr;
+
 /// Once, when the module is loaded.
-inline void keep_forks_from_thread_states() {
+inline void prepare_thread_states() {
+    interpreter = PyInterpreterState_Get();
 #if defined(__unix__) || defined(__APPLE__)
     pthread_atfork([] { making_thread_states.lock(); }, [] { making_thread_states.unlock(); },
                    [] { making_thread_states.unlock(); });
@@ -62,12 +66,13 @@ inline void keep_forks_from_thread_states() {
 class WithGil {
   public:
     WithGil() {
-        if (PyGILState_Check()) return;
         PyThreadState* state = PyGILState_GetThisThreadState();
         if (state == nullptr) {  // not one of Python's threads
             const std::lock_guard lock(making_thread_states);
-            state = own_ = PyThreadState_New(PyInterpreterState_Main());
+            state = own_ = PyThreadState_New(interpreter);
             if (state == nullptr) throw std::bad_alloc();
+        } else if (state == pybind11::detail::get_thread_state_unchecked()) {
+            return;  // PyGILState_Check() is no way to ask: with a second interpreter it always says yes
         }
         Asking asking;
         PyEval_RestoreThread(state);
