@@ -2,6 +2,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <unistd.h>
 
 #include <cstring>
 #include <optional>
@@ -103,9 +104,15 @@ py::array_t<uint8_t> codes(const EngineHandle& handle, const Ids& ids) {
 void run(Engine& engine, std::span<const uint32_t> ids, engine::RequestOptions options) {
     options.generate = false;
     const auto request = engine.submit(ids, std::move(options));
+    const pid_t begun_in = getpid();
     compute([&](const Engine::Stop& stop) {
         while (!request->wait_end(0.02)) {
-            if (stop()) request->cancel();
+            const bool give_up = stop();
+            if (getpid() != begun_in) {  // forked by a signal handler: nobody unlocks here what threads had locked
+                new std::shared_ptr(request);
+                throw Error(engine::stays_in_parent);
+            }
+            if (give_up) request->cancel();
         }
     });
     if (request->result().error) std::rethrow_exception(request->result().error);

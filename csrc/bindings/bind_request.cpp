@@ -24,38 +24,71 @@ const char* name(engine::FinishReason reason) {
     return "?";
 }
 
+/// What a mask raised, on its way to whoever asks for the request's result: unlike py::error_already_set it may end in
+/// a thread that is not Python's, and be thrown again.
+class MaskError : public std::exception {
+  public:
+    /// With the GIL held.
+    explicit MaskError(const py::error_already_set& error) {
+        const auto let_go = [](Raised* raised) {
+            const WithGil gil;
+            delete raised;
+        };
+        raised_ = {new Raised{error.type(), error.value(), error.trace()}, let_go};
+    }
+    const char* what() const noexcept override { return "a mask of tokens raised"; }
+    [[noreturn]] void raise() const {
+        PyErr_Restore(raised_->type.inc_ref().ptr(), raised_->value.inc_ref().ptr(), raised_->trace.inc_ref().ptr());
+        throw py::error_already_set();
+    }
+
+  private:
+    struct Raised {
+        py::object type, value, trace;
+    };
+    std::shared_ptr<Raised> raised_;
+};
+
 /// A mask made by Python: an object with allowed() -> uint32 [V/32], accept(id) and finished() -> bool.
 class PythonMask : public engine::TokenMask {
   public:
     PythonMask(py::object object, size_t n_words) : object_(std::move(object)), n_words_(n_words) {}
     ~PythonMask() override {
         // Not left to the members' destructors, which run without the GIL.
-        const Calling python;
-        words_.release().dec_ref();
-        object_.release().dec_ref();
+        call([&] {
+            words_.release().dec_ref();
+            object_.release().dec_ref();
+        });
     }
 
     const uint32_t* allowed() override {
-        const Calling python;
-        words_ = object_.attr("allowed")().cast<Words>();
+        call([&] { words_ = object_.attr("allowed")().cast<Words>(); });
         if (size_t(words_.size()) < n_words_) throw ArgumentError("a mask of tokens is shorter than the vocabulary");
         return words_.data();
     }
     void accept(uint32_t id) override {
-        const Calling python;
-        object_.attr("accept")(id);
+        call([&] { object_.attr("accept")(id); });
     }
     bool finished() override {
-        const Calling python;
-        return object_.attr("finished")().cast<bool>();
+        bool finished = false;
+        call([&] { finished = object_.attr("finished")().cast<bool>(); });
+        return finished;
     }
 
   private:
-    struct Calling {
-        ~Calling() { calling_a_mask = before; }
-        const WithGil gil;
-        const bool before = std::exchange(calling_a_mask, true);
-    };
+    template <typename F>
+    static void call(F f) {
+        struct Calling {
+            ~Calling() { calling_a_mask = before; }
+            const bool before = std::exchange(calling_a_mask, true);
+        } const calling;
+        const WithGil gil;  // goes first: what the mask left in the thread is collected with the thread's state
+        try {
+            f();
+        } catch (const py::error_already_set& error) {
+            throw MaskError(error);
+        }
+    }
     using Words = py::array_t<uint32_t, py::array::c_style>;
     py::object object_;
     Words words_;
@@ -85,11 +118,12 @@ class RequestHandle {
         bool news = false;
         {
             const WithoutGil released;
-            while (!(news = request_->wait(n_seen, 0.02)) && !interruption() &&
+            while (!(news = request_->wait(n_seen, 0.02)) && !interruption() && here() &&
                    std::chrono::steady_clock::now() < until) {
             }
         }
         interruption.rethrow();
+        check_here();  // a signal handler may have forked
         return news;
     }
 
@@ -106,7 +140,11 @@ class RequestHandle {
         check_here();
         if (!request_->read(SIZE_MAX).ended) throw ArgumentError("the request has not ended");
         const engine::RequestResult& result = request_->result();
-        if (result.error) std::rethrow_exception(result.error);
+        try {
+            if (result.error) std::rethrow_exception(result.error);
+        } catch (const MaskError& error) {
+            error.raise();
+        }
         const engine::RequestCounters& c = result.counters;
         py::dict d;
         d["finish_reason"] = name(result.reason);

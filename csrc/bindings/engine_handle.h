@@ -2,10 +2,13 @@
 #pragma once
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <unistd.h>
 
 #include <chrono>
+#include <condition_variable>
 #include <cstdlib>  // defines __GLIBC__
 #include <memory>
+#include <mutex>
 #include <set>
 #include <span>
 #include <string>
@@ -85,6 +88,40 @@ inline void let_go_of(std::shared_ptr<engine::Engine>& engine) {
 #endif
 }
 
+/// An engine is being ended by a thread that nobody joins.
+class Ending {
+  public:
+    Ending() {
+        const std::lock_guard lock(all().mutex);
+        ++all().n;
+    }
+    Ending(const Ending&) = delete;
+    ~Ending() {
+        const std::lock_guard lock(all().mutex);
+        --all().n;
+        all().changed.notify_all();
+    }
+
+    /// Not for ever: one may wait for a mask that does not return.
+    static void wait_for_all() {
+        if (all().process != getpid()) return;  // in a forked child those threads are not
+        std::unique_lock lock(all().mutex);
+        all().changed.wait_for(lock, std::chrono::seconds(10), [] { return all().n == 0; });
+    }
+
+  private:
+    struct All {
+        std::mutex mutex;
+        std::condition_variable changed;
+        size_t n = 0;
+        const pid_t process = getpid();
+    };
+    static All& all() {
+        static All& all = *new All();  // threads may outlive what is destroyed at the end
+        return all;
+    }
+};
+
 /// An Engine that can be closed: calls and leases hold references of their own, so the memory outlives them.
 class EngineHandle {
   public:
@@ -107,7 +144,7 @@ class EngineHandle {
         {
             const WithoutGil released;
             try {
-                engine_ = std::make_shared<engine::Engine>(std::move(file), options, report);
+                held_->engine = std::make_shared<engine::Engine>(std::move(file), options, report);
             } catch (const model::Cancelled&) {
             } catch (const GgufError& error) {
                 throw GgufError(with_path(error.what()));
@@ -122,8 +159,8 @@ class EngineHandle {
 
     std::shared_ptr<engine::Engine> get() const {
         check_open();
-        engine_->start_thread();
-        return engine_;
+        held_->engine->start_thread();
+        return held_->engine;
     }
 
     /// Of the file that was loaded, whatever its path names by now; empty the second time.
@@ -141,7 +178,7 @@ class EngineHandle {
         const auto engine = get();
         py::object object = registered<EngineHandle>();
         EngineHandle& handle = object.cast<EngineHandle&>();
-        handle.engine_ = engine;
+        handle.held_->engine = engine;
         handle.source_ = source_;
         handle.owner_ = false;
         return object;
@@ -166,23 +203,27 @@ class EngineHandle {
         for (EngineHandle* handle : handles) {
             if (open_handles().contains(handle)) handle->close();
         }
+        const WithoutGil released;
+        Ending::wait_for_all();
     }
 
   private:
     void check_open() const {
-        if (closed_ || !engine_) throw ArgumentError("the engine is closed");
+        if (closed_ || !held_->engine) throw ArgumentError("the engine is closed");
     }
     std::string with_path(const std::string& what) const {
         return what.starts_with(source_->path()) ? what : source_->path() + ": " + what;
     }
 
-    // A second caller waits for the first one: both return when the requests have ended.
+    // A second caller waits for the first one: both return when the requests have ended. Without the GIL another thread
+    // may destroy this.
     void let_go(bool stop) {
-        std::shared_ptr<engine::Engine> last = engine_;
+        const std::shared_ptr<Held> held = held_;
+        std::shared_ptr<engine::Engine> last = held->engine;
         if (!last) return;
         if (calling_a_mask) {
-            engine_.reset();
-            std::thread([last = std::move(last), stop]() mutable {
+            held->engine.reset();
+            std::thread([ending = std::make_shared<Ending>(), last = std::move(last), stop]() mutable {
                 if (stop) last->stop();
                 let_go_of(last);
             }).detach();
@@ -192,7 +233,7 @@ class EngineHandle {
             const WithoutGil released;
             if (stop) last->stop();
         }
-        engine_.reset();
+        held->engine.reset();
         const WithoutGil released;
         let_go_of(last);
     }
@@ -203,7 +244,10 @@ class EngineHandle {
         return handles;
     }
 
-    std::shared_ptr<engine::Engine> engine_;
+    struct Held {
+        std::shared_ptr<engine::Engine> engine;
+    };
+    const std::shared_ptr<Held> held_ = std::make_shared<Held>();
     std::shared_ptr<const gguf::Source> source_;
     py::object metadata_;
     bool owner_ = true;

@@ -15,6 +15,13 @@
 
 namespace fixmin::bindings {
 
+/// For the end of the process.
+inline void wait_for_ever() {
+#if defined(__unix__) || defined(__APPLE__)
+    for (;;) pause();
+#endif
+}
+
 /// Around what asks for the GIL: where that does not return, neither does this.
 class Asking {
   public:
@@ -22,9 +29,7 @@ class Asking {
     Asking(const Asking&) = delete;
     void answered() { waiting_ = false; }
     ~Asking() {
-#if defined(__unix__) || defined(__APPLE__)
-        while (waiting_) pause();
-#endif
+        if (waiting_) wait_for_ever();
     }
 
   private:
@@ -46,9 +51,13 @@ class WithoutGil {
     PyThreadState* const state_;
 };
 
-/// Held while a thread state is made, and across fork(). CPython enters a new one in its list under a lock, without the
-/// GIL; up to 3.11 a child that is forked at that moment waits for that lock for ever, inside of os.fork.
+// CPython enters a new thread state in its list under a lock of its own, without the GIL. Up to 3.11 a child that is
+// forked at that moment waits for that lock for ever, inside of os.fork: this one is held meanwhile, and across fork().
+// From 3.13 os.fork takes CPython's lock itself and before this one, which would be a deadlock.
+#if PY_VERSION_HEX < 0x030C0000 && (defined(__unix__) || defined(__APPLE__))
+#define FIXMIN_FORKS_WAIT_FOR_THREAD_STATES
 inline std::mutex making_thread_states;
+#endif
 
 /// Whose objects this module's are: mod_wsgi and others load it in one that is not the main one.
 inline PyInterpreterState* interpreter = nullptr;
@@ -56,9 +65,12 @@ inline PyInterpreterState* interpreter = nullptr;
 /// Once, when the module is loaded.
 inline void prepare_thread_states() {
     interpreter = PyInterpreterState_Get();
-#if defined(__unix__) || defined(__APPLE__)
-    pthread_atfork([] { making_thread_states.lock(); }, [] { making_thread_states.unlock(); },
-                   [] { making_thread_states.unlock(); });
+#ifdef FIXMIN_FORKS_WAIT_FOR_THREAD_STATES
+    static std::once_flag prepared;  // the file may be loaded under a second name
+    std::call_once(prepared, [] {
+        pthread_atfork([] { making_thread_states.lock(); }, [] { making_thread_states.unlock(); },
+                       [] { making_thread_states.unlock(); });
+    });
 #endif
 }
 
@@ -66,31 +78,38 @@ inline void prepare_thread_states() {
 class WithGil {
   public:
     WithGil() {
-        PyThreadState* state = PyGILState_GetThisThreadState();
-        if (state == nullptr) {  // not one of Python's threads
+        state_ = PyGILState_GetThisThreadState();
+        if (state_ == nullptr) {  // not one of Python's threads
+#ifdef FIXMIN_FORKS_WAIT_FOR_THREAD_STATES
             const std::lock_guard lock(making_thread_states);
-            state = own_ = PyThreadState_New(interpreter);
-            if (state == nullptr) throw std::bad_alloc();
-        } else if (state == pybind11::detail::get_thread_state_unchecked()) {
+#endif
+            state_ = PyThreadState_New(interpreter);
+            if (state_ == nullptr) throw std::bad_alloc();
+            own_ = true;
+        } else if (state_ == pybind11::detail::get_thread_state_unchecked()) {
             return;  // PyGILState_Check() is no way to ask: with a second interpreter it always says yes
         }
         Asking asking;
-        PyEval_RestoreThread(state);
+        PyEval_RestoreThread(state_);
         asking.answered();
         taken_ = true;
     }
     WithGil(const WithGil&) = delete;
     ~WithGil() {
-        if (own_ != nullptr) {
-            PyThreadState_Clear(own_);
+        if (!taken_) return;
+        // Python called in between, which had let other threads run, was not given the GIL again.
+        if (state_ != pybind11::detail::get_thread_state_unchecked()) wait_for_ever();
+        if (own_) {
+            PyThreadState_Clear(state_);
             PyThreadState_DeleteCurrent();
-        } else if (taken_) {
+        } else {
             PyEval_SaveThread();
         }
     }
 
   private:
-    PyThreadState* own_ = nullptr;
+    PyThreadState* state_ = nullptr;
+    bool own_ = false;
     bool taken_ = false;
 };
 

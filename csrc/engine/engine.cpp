@@ -162,8 +162,11 @@ void Engine::exclusively(const std::function<void(model::Backend&, const Stop&)>
         shared_->jobs.push_back(queued);
         shared_->changed.notify_all();
     }
+    const pid_t begun_in = getpid();
     while (ended.wait_for(std::chrono::milliseconds(20)) != std::future_status::ready) {
-        if (!stop || !stop()) continue;
+        const bool give_up = stop && stop();
+        if (getpid() != begun_in) throw Error(stays_in_parent);  // forked by a signal handler
+        if (!give_up) continue;
         stopped = true;
         const std::lock_guard lock(shared_->mutex);
         if (std::erase(shared_->jobs, queued)) {

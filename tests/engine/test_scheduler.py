@@ -356,6 +356,24 @@ class EveryThird:
         return len(self.seen) == self.most
 
 
+def test_what_a_mask_raises(path):
+    """Whoever asks for the result gets it, with its traceback, as often as it is asked for."""
+
+    class Raises(EveryThird):
+        def allowed(self):
+            if self.seen:
+                raise KeyError("of the mask")
+            return super().allowed()
+
+    engine = _core.Engine(path)
+    request = wait(engine.submit(prompts(1)[0], sampling(max_new_tokens=5), mask=Raises(5)))
+    for _ in range(2):
+        with pytest.raises(KeyError, match="of the mask") as caught:
+            request.result()
+        assert caught.traceback[-1].name == "allowed"
+    assert_nothing_is_kept(engine)
+
+
 def test_mailbox_says_who_has_news(path):
     engine = _core.Engine(path)
     mailbox = _core.Mailbox()

@@ -1,6 +1,7 @@
 """Model.close() from everywhere, and the child of a fork: nothing waits for ever."""
 
 import asyncio
+import contextvars
 import copy
 import pickle
 import subprocess
@@ -304,6 +305,74 @@ def test_a_forked_child_is_refused_what_stays_in_the_parent(long_model_path):
     assert (result.returncode, result.stdout, result.stderr) == (0, "both\n", "")
 
 
+FORK_IN_SIGNAL_HANDLER = """
+import os, signal, sys, threading, warnings, fixmin_cpp
+warnings.simplefilter("ignore")
+model = fixmin_cpp.Model(sys.argv[1], n_threads=1, device="cpu")
+ids = [1] * 9000
+calls = {
+    "generate": lambda: model.generate("a", max_new_tokens=10**6, ignore_eos=True, timeout=2),
+    "prompt": lambda: model.generate(ids, max_new_tokens=1),
+    "score": lambda: model.score(ids),
+    "logits": lambda: model.logits(ids, last=True),
+    "save_state": lambda: model.save_state(sys.argv[3], ids),
+}
+child = None
+def fork(*_):
+    global child
+    child = os.fork()
+signal.signal(signal.SIGALRM, fork)
+signal.setitimer(signal.ITIMER_REAL, 0.05)
+stream = model.stream("b", max_new_tokens=10**6, ignore_eos=True, timeout=2)
+next(stream)
+try:
+    calls[sys.argv[2]]()
+except fixmin_cpp.FixminError as error:
+    os._exit(7 if child == 0 and "parent" in str(error) else 8)
+if child == 0:
+    os._exit(9)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+print("both")
+"""
+
+
+@pytest.mark.parametrize("call", ["generate", "prompt", "score", "logits", "save_state"])
+def test_a_fork_in_a_signal_handler(long_model_path, tmp_path, call):
+    """The child comes back into a call that waits for a thread which it does not have."""
+    result = python(FORK_IN_SIGNAL_HANDLER, long_model_path, call, tmp_path / "state")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "both\n", "")
+
+
+ENDS_IN_A_MASK = """
+import gc, sys, threading, fixmin_cpp
+from fixmin_cpp.constrain import Matcher
+end, ends = threading.Event(), threading.Event()
+how, accept = sys.argv[2], Matcher.accept
+def accept_and_end(self, token_id):
+    if end.is_set():
+        ends.set()
+        model.close() if how == "closed" else gc.collect()
+    return accept(self, token_id)
+Matcher.accept = accept_and_end
+model = fixmin_cpp.Model(sys.argv[1], n_threads=1)
+stream = model.stream("a", max_new_tokens=1000, regex="[a-z ]{1000}")
+next(stream)
+if how == "collected":
+    gc.disable()
+    model.of_its_own = stream, model
+    del model, stream
+end.set()
+assert ends.wait(60)
+"""
+
+
+@pytest.mark.parametrize("how", ["closed", "collected"])
+def test_the_process_ends_while_a_mask_ends_the_model(long_model_path, how):
+    for _ in range(5):
+        result = python(ENDS_IN_A_MASK, long_model_path, how)
+        assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
 @pytest.mark.parametrize("how", ["stream", "astream"])
 @pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, pickle.dumps])
 def test_a_stream_is_not_copied(model, how, again):
@@ -311,10 +380,12 @@ def test_a_stream_is_not_copied(model, how, again):
         again(getattr(model, how)("a", max_new_tokens=3))
 
 
-def test_in_del_that_a_mask_collects(long_model_path):
+@pytest.mark.parametrize("where", ["at once", "with the thread's state"])
+def test_in_del_that_a_mask_collects(long_model_path, where):
     """Garbage may be collected in the engine's own thread, which cannot wait for itself."""
     model = Model(long_model_path)
     collected = threading.Event()
+    kept = contextvars.ContextVar("kept")
 
     class Closing:
         def __del__(self):
@@ -329,7 +400,10 @@ def test_in_del_that_a_mask_collects(long_model_path):
 
             self.n += 1
             if self.n == 3:
-                Closing()
+                closing = Closing()
+                if where != "at once":
+                    kept.set(closing)
+                del closing
             return np.full((model.vocab_size + 31) // 32, 2**32 - 1, np.uint32)
 
         def accept(self, token_id):
