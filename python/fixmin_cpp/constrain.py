@@ -34,7 +34,14 @@ from numpy.typing import NDArray
 
 from ._core import park_thread
 from .arguments import as_unicode
-from .errors import ArgumentError, ArgumentTypeError, BusyError, FixminError, UnsupportedError
+from .errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    BusyError,
+    FixminError,
+    UnsupportedError,
+    raised_by_signal_handler,
+)
 from .json_schema import literals, prepared
 from .tokenizer import TextTokenizer
 
@@ -202,6 +209,8 @@ def _lark_text(grammar: str) -> str:
     try:
         return _LARK_TOKEN.sub(_by_character, gbnf_to_lark(_ESCAPE.sub(_unescaped, grammar)))
     except Exception as error:  # of no narrower type; the message names line and place
+        if raised_by_signal_handler(error):
+            raise
         raise ArgumentError(f"grammar is not GBNF that can be translated: {error}") from None
 
 

@@ -1,6 +1,8 @@
 """The errors that this package raises on purpose. A message says what was wrong, where, and what to do about it."""
 
+import functools
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,6 +19,7 @@ __all__ = [
     "GGUFError",
     "UnsupportedError",
     "naming",
+    "raised_by_signal_handler",
 ]
 
 
@@ -30,6 +33,21 @@ class BusyError(FixminError):
 
 class ArgumentTypeError(ArgumentError, TypeError):
     """An argument has the wrong type (a bool for a count, an array of floats for token ids, ...)."""
+
+
+def raised_by_signal_handler(error: BaseException) -> bool:
+    """Whether a signal handler written in Python raised it: no failure of what it interrupted, but the caller's."""
+    codes = set()
+    for number in signal.valid_signals():
+        handler: object = signal.getsignal(number)
+        while isinstance(handler, functools.partial):
+            handler = handler.func
+        for called in (handler, type(handler).__call__ if callable(handler) else None):
+            codes.add(getattr(called, "__code__", None))  # a method has that of its function
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code not in codes:
+        trace = trace.tb_next
+    return trace is not None
 
 
 @contextmanager

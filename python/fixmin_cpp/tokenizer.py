@@ -14,7 +14,7 @@ import numpy as np
 
 from . import _core
 from .arguments import as_unicode
-from .errors import ArgumentError, FixminError, GGUFError, UnsupportedError, naming
+from .errors import ArgumentError, FixminError, GGUFError, UnsupportedError, naming, raised_by_signal_handler
 from .recognise import refuse_wrong_model
 from .tokenizer_growth import growth, steps
 
@@ -124,11 +124,11 @@ class TextTokenizer:
             return backend.encode(text, add_special_tokens=add_special_tokens).ids
         except FixminError:
             raise
-        except Exception as error:  # tokenizers raises plain Exception
-            raise ArgumentError(f"{name}: the model's tokenizer cannot read it: {error}") from error
         except BaseException as error:
             if not _is_of_tokenizers(error):
                 raise
+            if isinstance(error, Exception):
+                raise ArgumentError(f"{name}: the model's tokenizer cannot read it: {error}") from error
             raise GGUFError(f"the model's tokenizer fails: {error}") from error
 
     def _refuse_growth(self, text: str, name: str) -> None:
@@ -254,7 +254,8 @@ def _stated(part: Any) -> Any:
 
 def _is_of_tokenizers(error: BaseException) -> bool:
     """Exception is the only type of its errors, and of its panics (in Rust) only the name is known."""
-    return isinstance(error, Exception) or type(error).__module__ == "pyo3_runtime"
+    of_its_type = isinstance(error, Exception) or type(error).__module__ == "pyo3_runtime"
+    return of_its_type and not raised_by_signal_handler(error)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,8 @@
 """Ids and bytes of text, against the tokenizers library's own answers."""
 
 import asyncio
+import functools
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders
 from toy_models import SPECIALS, byte_fallback, byte_level, concatenating, pieces, whole_words
 
-from fixmin_cpp.errors import ArgumentTypeError
-from fixmin_cpp.tokenizer import TextTokenizer
+from fixmin_cpp.errors import ArgumentTypeError, GGUFError
+from fixmin_cpp.tokenizer import TextTokenizer, decoding
 
 KINDS = {"byte_level": byte_level, "concatenating": concatenating, "byte_fallback": byte_fallback}
 TOKENIZERS = {kind: TextTokenizer(make()) for kind, make in KINDS.items()}
@@ -224,3 +226,41 @@ def test_parse_special_is_true_or_false(model, wrong):
 def test_what_is_no_text_is_refused(wrong):
     with pytest.raises(ArgumentTypeError, match="text must be a str"):
         TOKENIZERS["byte_level"].encode(wrong, parse_special=False)
+
+
+class Mine(Exception):
+    pass
+
+
+def raises(*_: object) -> None:
+    raise Mine("of the handler")
+
+
+class Raises:
+    def method(self, *_: object) -> None:
+        raises()
+
+    __call__ = method
+
+
+HANDLERS = {"function": raises, "method": Raises().method, "object": Raises(), "partial": functools.partial(raises, 1)}
+
+
+@pytest.mark.parametrize("handler", HANDLERS)
+def test_what_a_signal_handler_raises_goes_to_the_caller(handler):
+    """It is no failure of the tokenizer that it interrupts."""
+
+    class Interrupted:
+        def encode(self, *_: object, **__: object) -> None:
+            signal.raise_signal(signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, HANDLERS[handler])
+    try:
+        with pytest.raises(Mine):
+            TOKENIZERS["byte_level"]._encode(Interrupted(), "a", False, "prompt")
+        with pytest.raises(Mine), decoding():
+            signal.raise_signal(signal.SIGUSR1)
+        with pytest.raises(GGUFError, match="fails: other"), decoding():
+            raise Exception("other")
+    finally:
+        signal.signal(signal.SIGUSR1, before)

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 #: First parts of names in angle brackets that are the C++ library's, the system's or a compiler's. NVIDIA's driver is
 #: declared in csrc/cuda itself.
 STANDARD = {"sys", "asm", "arm_neon.h", "immintrin.h", "cpuid.h", "link.h", "signal.h", "ucontext.h", "unistd.h"} | {
-    "sched.h", "fcntl.h", "dlfcn.h", "malloc.h"
+    "sched.h", "fcntl.h", "dlfcn.h", "malloc.h", "pthread.h"
 }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, raised_by_signal_handler
 from ..tokenizer import TextTokenizer
 from .request import ChatRequest
 
@@ -141,6 +141,8 @@ class ChatTemplate:
         except TemplateError as error:
             raise ArgumentError(f"messages do not fit the chat template: {error}") from None
         except Exception as error:  # a template is a program: it may add None to a str, divide by 0, ...
+            if raised_by_signal_handler(error):
+                raise
             kind = type(error).__name__
             raise ArgumentError(f"messages do not fit the chat template: {kind}: {error}") from None
         return "".join(parts)
