@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders
 from toy_models import SPECIALS, byte_fallback, byte_level, concatenating, pieces, whole_words
 
+from fixmin_cpp import constrain
 from fixmin_cpp.errors import ArgumentTypeError, GGUFError
+from fixmin_cpp.openai_api.chat import ChatTemplate
 from fixmin_cpp.tokenizer import TextTokenizer, decoding
 
 KINDS = {"byte_level": byte_level, "concatenating": concatenating, "byte_fallback": byte_fallback}
@@ -247,19 +249,28 @@ HANDLERS = {"function": raises, "method": Raises().method, "object": Raises(), "
 
 
 @pytest.mark.parametrize("handler", HANDLERS)
-def test_what_a_signal_handler_raises_goes_to_the_caller(handler):
-    """It is no failure of the tokenizer that it interrupts."""
+def test_what_a_signal_handler_raises_goes_to_the_caller(handler, monkeypatch):
+    """It is no failure of the tokenizer, the template or the grammar that it interrupts."""
 
     class Interrupted:
         def encode(self, *_: object, **__: object) -> None:
             signal.raise_signal(signal.SIGUSR1)
 
+        generate = encode
+
+    template = ChatTemplate("{{ messages }}")
+    template._template = Interrupted()
+    monkeypatch.setattr("llguidance.gbnf_to_lark.gbnf_to_lark", Interrupted().encode)
     before = signal.signal(signal.SIGUSR1, HANDLERS[handler])
     try:
         with pytest.raises(Mine):
             TOKENIZERS["byte_level"]._encode(Interrupted(), "a", False, "prompt")
         with pytest.raises(Mine), decoding():
             signal.raise_signal(signal.SIGUSR1)
+        with pytest.raises(Mine):
+            template._render()
+        with pytest.raises(Mine):
+            constrain._lark_text('root ::= "a"')
         with pytest.raises(GGUFError, match="fails: other"), decoding():
             raise Exception("other")
     finally:
